@@ -1,0 +1,26 @@
+// The geometry of one DCNv4 call, shared by every compiled backend.
+#pragma once
+
+#include <cstdint>
+
+#include "bilinear.h"
+
+namespace ops_dcnv4 {
+
+struct Geometry {
+  int64_t batch;
+  int height, width, out_height, out_width;
+  int64_t groups, group_channels;
+  int64_t offset_channels;  // of offset_mask, padding channels included
+  Axis y, x;
+  double offset_scale;
+  bool remove_center;
+
+  OPS_DCNV4_INLINE int64_t channels() const { return groups * group_channels; }
+  OPS_DCNV4_INLINE int taps() const { return y.kernel * x.kernel - (remove_center ? 1 : 0); }
+  OPS_DCNV4_INLINE bool skips(int tap_y, int tap_x) const {
+    return remove_center && tap_y == y.kernel / 2 && tap_x == x.kernel / 2;
+  }
+};
+
+}  // namespace ops_dcnv4

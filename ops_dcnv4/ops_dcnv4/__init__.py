@@ -1,0 +1,6 @@
+"""DCNv4 deformable convolution for PyTorch: fast on every device that has a kernel, right on all."""
+
+from .modules import DCNv4, DCNv4Conv2d
+from .ops import dcnv4, is_compiled, output_size
+
+__all__ = ["DCNv4", "DCNv4Conv2d", "dcnv4", "is_compiled", "output_size"]

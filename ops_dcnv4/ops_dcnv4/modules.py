@@ -1,0 +1,283 @@
+"""Layers around the operator: the published DCNv4 module and a drop-in for nn.Conv2d."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ops import dcnv4, output_size, to_pair
+
+
+def offset_mask_channels(groups: int, taps: int) -> int:
+    """Channels of offset_mask for `taps` kernel taps, padded to a multiple of 8 as published."""
+    return math.ceil(groups * taps * 3 / 8) * 8
+
+
+class DCNv4(nn.Module):
+    """The DCNv4 layer (arXiv:2401.06197): value projection, operator, output projection.
+
+    Offsets and modulation are predicted from the input, by a linear layer behind an optional
+    depth-wise convolution. Argument names and state-dict keys are the published ones. Offsets and
+    modulation start at zero, as published: a fresh layer returns its output bias, and the value
+    projection gets no gradient in the very first step.
+
+    Args:
+        channels: of input and output.
+        kernel_size, stride, pad, dilation: of the kernel window, as for nn.Conv2d.
+        group: number of channel groups; divides `channels`. The published models use 16 channels
+            per group.
+        offset_scale: factor on the tap grid and the learned offsets.
+        dw_kernel_size: size of the depth-wise convolution that precedes the offset prediction, odd;
+            None leaves it out.
+        center_feature_scale: blend the operator's output with the value by a learned gate per group.
+        remove_center: drop the kernel's middle tap.
+        output_bias: whether the output projection has a bias.
+        without_pointwise: leave out the value and output projections.
+        initial_modulation: where the modulation scalars start; 1 / taps makes a fresh layer average
+            its window, which helps where the published zero start does not train.
+
+    Raises:
+        ValueError: `group` does not divide `channels`, or `dw_kernel_size` is even.
+    """
+
+    def __init__(
+        self,
+        channels: int = 64,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        pad: int | tuple[int, int] = 1,
+        dilation: int | tuple[int, int] = 1,
+        group: int = 4,
+        offset_scale: float = 1.0,
+        dw_kernel_size: int | None = None,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        output_bias: bool = True,
+        without_pointwise: bool = False,
+        initial_modulation: float = 0.0,
+    ):
+        super().__init__()
+        if group < 1 or channels % group:
+            raise ValueError(f"group must be positive and divide channels={channels}, got {group}")
+        if dw_kernel_size is not None and dw_kernel_size % 2 == 0:
+            raise ValueError(f"dw_kernel_size must be odd or None, got {dw_kernel_size}")
+        self.channels = channels
+        self.kernel_size = to_pair(kernel_size, "kernel_size", minimum=1)
+        self.stride = to_pair(stride, "stride", minimum=1)
+        self.pad = to_pair(pad, "pad", minimum=0)
+        self.dilation = to_pair(dilation, "dilation", minimum=1)
+        self.group = group
+        self.offset_scale = offset_scale
+        self.dw_kernel_size = dw_kernel_size
+        self.center_feature_scale = center_feature_scale
+        self.remove_center = bool(remove_center)
+        self.without_pointwise = without_pointwise
+        self.initial_modulation = initial_modulation
+
+        self.taps = self.kernel_size[0] * self.kernel_size[1] - self.remove_center
+        if dw_kernel_size is not None:
+            self.offset_mask_dw = nn.Conv2d(
+                channels, channels, dw_kernel_size, padding=dw_kernel_size // 2, groups=channels
+            )
+        self.offset_mask = nn.Linear(channels, offset_mask_channels(group, self.taps))
+        if not without_pointwise:
+            self.value_proj = nn.Linear(channels, channels)
+            self.output_proj = nn.Linear(channels, channels, bias=output_bias)
+        if center_feature_scale:
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(group, channels))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(group))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Published initialisation; the depth-wise convolution keeps nn.Conv2d's."""
+        nn.init.zeros_(self.offset_mask.weight)
+        nn.init.zeros_(self.offset_mask.bias)
+        if self.initial_modulation:
+            with torch.no_grad():
+                bias = self.offset_mask.bias[: 3 * self.group * self.taps].view(self.group, -1)
+                bias[:, 2 * self.taps :] = self.initial_modulation
+        if not self.without_pointwise:
+            for projection in (self.value_proj, self.output_proj):
+                nn.init.xavier_uniform_(projection.weight)
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
+
+    def forward(self, input: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+        """
+        Args:
+            input: (N, H, W, C), or (N, L, C) with L = H * W.
+            shape: (H, W) of an (N, L, C) input; may be left out if that image is square.
+
+        Returns:
+            (N, H_out, W_out, C), or (N, H_out * W_out, C), like the input.
+
+        Raises:
+            ValueError: `input` or `shape` does not fit.
+        """
+        x = self._as_image(input, shape)
+        value = x if self.without_pointwise else self.value_proj(x)
+        output = dcnv4(
+            value,
+            self.predict_offset_mask(x),
+            self.kernel_size,
+            self.stride,
+            self.pad,
+            self.dilation,
+            self.group,
+            self.offset_scale,
+            self.remove_center,
+        )
+        if self.center_feature_scale:
+            output = self._blend_with_value(output, value)
+        if not self.without_pointwise:
+            output = self.output_proj(output)
+        return output if input.dim() == 4 else output.flatten(1, 2)
+
+    def _as_image(self, input: Tensor, shape: tuple[int, int] | None) -> Tensor:
+        if input.dim() not in (3, 4) or input.shape[-1] != self.channels:
+            raise ValueError(
+                f"input must be (N, L, {self.channels}) or (N, H, W, {self.channels}), "
+                f"got shape {tuple(input.shape)}"
+            )
+        if input.dim() == 4:
+            if shape is not None and tuple(shape) != tuple(input.shape[1:3]):
+                raise ValueError(
+                    f"shape must be {tuple(input.shape[1:3])} like input, got {tuple(shape)}"
+                )
+            return input
+        length = input.shape[1]
+        height, width = shape if shape is not None else (math.isqrt(length),) * 2
+        if height * width != length:
+            raise ValueError(
+                f"shape must be (H, W) with H * W = {length}, the length of input, got {shape}"
+                + (" and the length is no square" if shape is None else "")
+            )
+        return input.unflatten(1, (height, width))
+
+    def predict_offset_mask(self, x: Tensor) -> Tensor:
+        """offset_mask (N, H_out, W_out, P) for an input (N, H, W, C), read around the centre of
+        each output pixel's window."""
+        if self.dw_kernel_size is None:
+            return self.offset_mask(self._at_output_centers(x))
+        conv = self.offset_mask_dw
+        pads = self._padding_for(x, self.dw_kernel_size)
+        x = x.permute(0, 3, 1, 2)
+        # The convolution's own padding where it amounts to the same: it copies nothing.
+        if all(
+            before >= 0 and 0 <= before - after < stride
+            for (before, after), stride in zip(pads, self.stride, strict=True)
+        ):
+            padding = (pads[0][0], pads[1][0])
+        else:
+            x, padding = F.pad(x, (*pads[1], *pads[0])), 0
+        x = F.conv2d(x, conv.weight, conv.bias, self.stride, padding, groups=self.channels)
+        return self.offset_mask(x.permute(0, 2, 3, 1))
+
+    def _padding_for(self, x: Tensor, window: int) -> list[tuple[int, int]]:
+        """(before, after) of H and of W, negative to crop, with which an unpadded strided sliding
+        `window` over x (N, H, W, C) has the operator's output size and window centres."""
+        size = x.shape[1:3]
+        out = output_size(size, self.kernel_size, self.stride, self.pad, self.dilation)
+        pads = []
+        for axis in range(2):
+            center = self.dilation[axis] * (self.kernel_size[axis] - 1) // 2
+            before = self.pad[axis] - center + window // 2
+            covered = (out[axis] - 1) * self.stride[axis] + window
+            pads.append((before, covered - size[axis] - before))
+        return pads
+
+    def _at_output_centers(self, x: Tensor) -> Tensor:
+        """x (N, H, W, C) at the centre of each output pixel's window, zero outside the image."""
+        pads = self._padding_for(x, window=1)
+        if any(before or after for before, after in pads):
+            x = F.pad(x, (0, 0, *pads[1], *pads[0]))
+        return x[:, :: self.stride[0], :: self.stride[1]]
+
+    def _blend_with_value(self, output: Tensor, value: Tensor) -> Tensor:
+        gate = F.linear(
+            output, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias
+        ).sigmoid()
+        gate = gate.repeat_interleave(self.channels // self.group, dim=-1)
+        return output * (1 - gate) + self._at_output_centers(value) * gate
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"pad={self.pad}, dilation={self.dilation}, group={self.group}, "
+            f"offset_scale={self.offset_scale}"
+        )
+
+
+class DCNv4Conv2d(DCNv4):
+    """A drop-in for nn.Conv2d that aggregates with DCNv4: (N, C_in, H, W) -> (N, C_out, H_out, W_out).
+
+    Unlike the published layer it starts as an average over its window.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as for nn.Conv2d;
+            `padding` may be 'valid', or 'same' with stride 1.
+        groups: number of groups of input channels that share their offsets (not nn.Conv2d's groups:
+            every output channel sees every input channel). None takes 16 channels per group, as the
+            published models do, where that divides `in_channels`, else one group.
+
+    Raises:
+        ValueError: `groups` does not divide `in_channels`, or `padding` is not accepted.
+
+    Example:
+        >>> DCNv4Conv2d(32, 64, kernel_size=3, stride=2, padding=1)(torch.randn(1, 32, 8, 8)).shape
+        torch.Size([1, 64, 4, 4])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int | None = None,
+        bias: bool = True,
+    ):
+        kernel_size = to_pair(kernel_size, "kernel_size", minimum=1)
+        if isinstance(padding, str):
+            padding = _named_padding(
+                padding, kernel_size, to_pair(stride, "stride", 1), to_pair(dilation, "dilation", 1)
+            )
+        if groups is None:
+            groups = in_channels // 16 if in_channels % 16 == 0 else 1
+        super().__init__(
+            in_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            initial_modulation=1 / math.prod(kernel_size),
+        )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.output_proj = nn.Linear(in_channels, out_channels, bias=bias)
+        self.reset_parameters()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H_out, W_out), in channels-last memory."""
+        if input.dim() != 4 or input.shape[1] != self.in_channels:
+            raise ValueError(
+                f"input must be (N, {self.in_channels}, H, W), got shape {tuple(input.shape)}"
+            )
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _named_padding(
+    padding: str, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int]:
+    if padding == "valid":
+        return 0, 0
+    extent = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    if padding == "same" and stride == (1, 1) and all(n % 2 == 0 for n in extent):
+        return extent[0] // 2, extent[1] // 2
+    raise ValueError(
+        "padding must be ints, 'valid', or 'same' with stride 1 and an odd kernel, got "
+        f"{padding!r} with stride {stride} and kernel_size {kernel_size}"
+    )

@@ -1,0 +1,252 @@
+"""The functional operator, its checks, and its registration with torch.library.
+
+The schemas are defined here, so that the operators exist without the compiled library too; the
+library adds its kernels to them. Whatever it does not cover runs on the PyTorch reference.
+"""
+
+import functools
+import importlib
+import warnings
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+
+from . import reference
+
+_PARAMETERS = (
+    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+    "int groups, float offset_scale, bool remove_center"
+)
+_library = Library("ops_dcnv4", "DEF")
+_library.define(
+    f"dcnv4(Tensor value, Tensor offset_mask, {_PARAMETERS}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"dcnv4_backward(Tensor grad_output, Tensor value, Tensor offset_mask, {_PARAMETERS})"
+    " -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+try:
+    importlib.import_module("ops_dcnv4._C")  # registers the compiled kernels
+    _why_not_compiled = None
+except (ImportError, OSError) as error:
+    _why_not_compiled = str(error)
+
+
+def is_compiled() -> bool:
+    """Whether the compiled kernels were found."""
+    return _why_not_compiled is None
+
+
+def dcnv4(
+    value: Tensor,
+    offset_mask: Tensor,
+    kernel_size: int | tuple[int, int] = 3,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+) -> Tensor:
+    """Deformable aggregation of DCNv4 (arXiv:2401.06197, section 3.1).
+
+    Each output pixel is, group by group, the sum over the K kernel taps of a modulation scalar times
+    the bilinear sample of `value` at the tap's position plus a learned offset. Neither the offsets
+    nor the modulation scalars are normalised. :mod:`ops_dcnv4.reference` spells out the formula.
+
+    Args:
+        value: (N, H, W, C) with C = groups * group_channels; float32, float64, float16 or bfloat16.
+            16-bit inputs are computed and accumulated in float32.
+        offset_mask: (N, H_out, W_out, P) of the same dtype and device, P >= 3 * groups * K with
+            K = kernel_h * kernel_w - remove_center. Group g owns channels 3*K*g to 3*K*(g + 1):
+            K pairs (dx, dy) in pixels, kernel column by column, then K modulation scalars.
+            Further channels are padding: ignored, with zero gradient.
+        kernel_size: height and width of the kernel window; any size, odd or even.
+        stride: of the output grid, in pixels.
+        padding: pixels by which the first window starts outside the image.
+        dilation: distance between kernel taps, in pixels.
+        groups: number of channel groups, each with its own offsets and modulation.
+        offset_scale: factor on the regular tap grid and the learned offsets alike.
+        remove_center: drop the kernel's middle tap.
+
+    Returns:
+        (N, H_out, W_out, C) with the sizes given by :func:`output_size`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype, or the dtypes differ.
+        ValueError: a shape, device or parameter does not fit; the message names it.
+
+    Example:
+        >>> value = torch.randn(2, 14, 14, 32)
+        >>> offset_mask = torch.zeros(2, 14, 14, 56)  # 3 * 2 groups * 9 taps, padded to 8s
+        >>> dcnv4(value, offset_mask, groups=2).shape
+        torch.Size([2, 14, 14, 32])
+    """
+    pairs = (
+        to_pair(kernel_size, "kernel_size", minimum=1),
+        to_pair(stride, "stride", minimum=1),
+        to_pair(padding, "padding", minimum=0),
+        to_pair(dilation, "dilation", minimum=1),
+    )
+    _check_tensors(value, offset_mask)
+    _check_shapes(value, offset_mask, *pairs, groups, remove_center)
+    return torch.ops.ops_dcnv4.dcnv4(
+        value, offset_mask, *pairs, groups, float(offset_scale), bool(remove_center)
+    )
+
+
+def to_pair(number: int | tuple[int, int], name: str, minimum: int) -> tuple[int, int]:
+    """(height, width) from one number or two; errors name the argument `name`."""
+    pair = tuple(number) if isinstance(number, (tuple, list)) else (number, number)
+    if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {number!r}")
+    if min(pair) < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number!r}")
+    return pair
+
+
+def output_size(
+    size: tuple[int, int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """(H_out, W_out) of an input of `size` (H, W), as for a convolution."""
+    height, width = (
+        (n + 2 * p - (d * (k - 1) + 1)) // s + 1
+        for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
+    )
+    return height, width
+
+
+def _check_tensors(value: Tensor, offset_mask: Tensor) -> None:
+    for name, tensor in (("value", value), ("offset_mask", offset_mask)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (N, H, W, C), got shape {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if value.device != offset_mask.device:
+        raise ValueError(
+            "value and offset_mask must be on one device, got "
+            f"{value.device} and {offset_mask.device}"
+        )
+    if value.dtype != offset_mask.dtype and not torch.is_autocast_enabled(value.device.type):
+        raise TypeError(
+            f"value and offset_mask must have one dtype, got {value.dtype} and {offset_mask.dtype}"
+        )
+
+
+def _check_shapes(
+    value: Tensor,
+    offset_mask: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    remove_center: bool,
+) -> None:
+    n, height, width, channels = value.shape
+    if not isinstance(groups, int):
+        raise TypeError(f"groups must be an int, got {groups!r}")
+    if groups < 1 or channels % groups:
+        raise ValueError(
+            f"groups must be positive and divide the channels of value ({channels}), got {groups}"
+        )
+    height_out, width_out = output_size((height, width), kernel_size, stride, padding, dilation)
+    if height_out < 1 or width_out < 1:
+        raise ValueError(
+            f"the output would be {height_out} x {width_out}: value of {height} x {width} is too "
+            f"small for kernel_size {kernel_size}, padding {padding} and dilation {dilation}"
+        )
+    if tuple(offset_mask.shape[:3]) != (n, height_out, width_out):
+        raise ValueError(
+            f"offset_mask must be ({n}, {height_out}, {width_out}, ...) like the output, "
+            f"got shape {tuple(offset_mask.shape)}"
+        )
+    taps = kernel_size[0] * kernel_size[1] - bool(remove_center)
+    if offset_mask.shape[3] < 3 * groups * taps:
+        raise ValueError(
+            f"offset_mask must have at least {3 * groups * taps} channels (3 * groups * taps = "
+            f"3 * {groups} * {taps}), got {offset_mask.shape[3]}"
+        )
+
+
+@functools.cache
+def _warn_reference(device_type: str) -> None:
+    if not is_compiled():
+        reason = (
+            f"the compiled kernels are missing ({_why_not_compiled}); with torch and a C++ compiler "
+            "installed, run: pip install --no-build-isolation --force-reinstall --no-deps "
+            "./ops_dcnv4"
+        )
+    else:
+        reason = f"this build has no kernel for device type '{device_type}'"
+    warnings.warn(f"DCNv4 runs on its slow PyTorch reference: {reason}", stacklevel=2)
+
+
+@torch.library.impl(_library, "dcnv4", "CompositeExplicitAutograd")
+def _reference_forward(value: Tensor, offset_mask: Tensor, *parameters) -> Tensor:
+    _warn_reference(value.device.type)
+    return reference.dcnv4(value, offset_mask, *parameters)
+
+
+@torch.library.impl(_library, "dcnv4_backward", "CompositeExplicitAutograd")
+def _reference_backward(grad_output: Tensor, value: Tensor, offset_mask: Tensor, *parameters):
+    _warn_reference(value.device.type)
+    return reference.dcnv4_backward(grad_output, value, offset_mask, *parameters)
+
+
+@register_fake("ops_dcnv4::dcnv4", lib=_library)
+def _fake_forward(value: Tensor, offset_mask: Tensor, *parameters) -> Tensor:
+    n, height_out, width_out, _ = offset_mask.shape
+    return value.new_empty(n, height_out, width_out, value.shape[3])
+
+
+@register_fake("ops_dcnv4::dcnv4_backward", lib=_library)
+def _fake_backward(grad_output: Tensor, value: Tensor, offset_mask: Tensor, *parameters):
+    return value.new_empty(value.shape), offset_mask.new_empty(offset_mask.shape)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    value, offset_mask, *ctx.parameters = inputs
+    ctx.save_for_backward(value, offset_mask)
+
+
+def _backward(ctx, grad_output: Tensor):
+    grads = torch.ops.ops_dcnv4.dcnv4_backward(grad_output, *ctx.saved_tensors, *ctx.parameters)
+    return *grads, *(None for _ in ctx.parameters)
+
+
+def _refuse_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "dcnv4 has no second derivative: call backward or autograd.grad without create_graph=True"
+    )
+
+
+register_autograd(
+    "ops_dcnv4::dcnv4", _backward, setup_context=_save_for_backward, lib=_library
+)
+register_autograd("ops_dcnv4::dcnv4_backward", _refuse_second_derivative, lib=_library)
+
+
+# Autocast brings both tensors to the dtype of the surrounding linear layers.
+def _autocast(device_type: str, key: str) -> None:
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    @torch.library.impl(_library, "dcnv4", key)
+    def _(value: Tensor, offset_mask: Tensor, *parameters) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return torch.ops.ops_dcnv4.dcnv4(value.to(dtype), offset_mask.to(dtype), *parameters)
+
+
+_autocast("cpu", "AutocastCPU")
+_autocast("cuda", "AutocastCUDA")
