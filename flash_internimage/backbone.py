@@ -4,13 +4,14 @@ Parameter names and shapes are those of the released checkpoints.
 """
 
 import torch
-from ops_dcnv4 import DCNv4
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP, checkpoint
 from torch import Tensor, nn
+
+from ops_dcnv4 import DCNv4
 
 from .checkpoint import clean_state_dict
 
@@ -139,10 +140,8 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            if self.grad_checkpointing and x.requires_grad:
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
+            recompute = self.grad_checkpointing and x.requires_grad
+            x = checkpoint(block, x) if recompute else block(x)
         return self.norm(x)
 
 
@@ -251,11 +250,15 @@ class FlashInternImage(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """timm's parameter grouping. The fine one is that of the published layer decay: one layer
-        per block; stem, norms and downsampling belong to the block after them, the head to the last.
+        per block; stem, norms and downsampling go with the next block, the head with the last.
         """
-        head = r"^levels\.%d\.norm|^conv_head|^head" % (len(self.depths) - 1)
+        head = rf"^levels\.{len(self.depths) - 1}\.norm|^conv_head|^head"
         if coarse:
-            return {"stem": r"^patch_embed", "blocks": r"^levels\.(\d+)", "head": r"^conv_head|^head"}
+            return {
+                "stem": r"^patch_embed",
+                "blocks": r"^levels\.(\d+)",
+                "head": r"^conv_head|^head",
+            }
         between = [
             (rf"^levels\.{i}\.(?:norm|downsample)", (i + 1, 0)) for i in range(len(self.depths) - 1)
         ]

@@ -1,5 +1,6 @@
 """Reading checkpoints without executing anything from the file, and writing them atomically."""
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+
+_logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("state_dict", "model_ema", "model")
 _PREFIXES = ("module.", "backbone.")
@@ -68,3 +71,55 @@ def save_atomically(checkpoint: dict, path: str | os.PathLike) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def load_weights(
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    class_map: list[int] | None = None,
+) -> None:
+    """Loads a classifier's weights in place; all names must match.
+
+    Args:
+        model: a timm model.
+        state_dict: weights under the model's names.
+        class_map: for each class of the model, its index in the checkpoint's classifier. Without
+            it a classifier of another size keeps its initial values, and a warning says so.
+
+    Raises:
+        ValueError: a name is missing, unexpected or of another shape, or an index out of range.
+    """
+    classifier = model.pretrained_cfg["classifier"]
+    state_dict = dict(state_dict)
+    own = model.state_dict()
+    names = [f"{classifier}.{kind}" for kind in ("weight", "bias") if f"{classifier}.{kind}" in own]
+    for name in names:
+        if name not in state_dict or state_dict[name].shape == own[name].shape:
+            continue
+        classes = state_dict[name].shape[0]
+        if class_map is None:
+            _logger.warning(
+                "%s starts anew: the checkpoint has %d classes, the model %d",
+                name, classes, own[name].shape[0],
+            )  # fmt: skip
+            state_dict[name] = own[name]
+        elif len(class_map) != own[name].shape[0] or not all(0 <= i < classes for i in class_map):
+            raise ValueError(
+                f"class_map must hold {own[name].shape[0]} indices below {classes}, got "
+                f"{len(class_map)} from {min(class_map)} to {max(class_map)}"
+            )
+        else:
+            state_dict[name] = state_dict[name][class_map]
+    problems = [
+        *(f"missing: {name}" for name in own if name not in state_dict),
+        *(f"unexpected: {name}" for name in state_dict if name not in own),
+        *(
+            f"shape of {name}: {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+            for name, tensor in state_dict.items()
+            if name in own and tensor.shape != own[name].shape
+        ),
+    ]
+    if problems:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems[:10])}{more}")
+    model.load_state_dict(state_dict)

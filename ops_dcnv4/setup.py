@@ -1,7 +1,7 @@
 """Compiles the kernels against the torch of the environment that the package is installed into.
 
-Without a torch to compile against, or without a working C++ compiler, the package is installed
-all the same and runs on its PyTorch reference. `OPS_DCNV4_REQUIRE_COMPILED=1` makes either an error.
+Without a torch to compile against, or without a working C++ compiler, the package is installed all
+the same and runs on its PyTorch reference; `OPS_DCNV4_REQUIRE_COMPILED=1` makes either an error.
 """
 
 import os
@@ -51,7 +51,7 @@ def compiler_flags() -> tuple[list[str], list[str]]:
 
 
 def build_ext(cpp_extension):
-    """torch's build_ext, with its failure raised as the error that `optional` extensions survive."""
+    """torch's build_ext, whose failure is raised as the error that `optional` forgives."""
 
     class BuildExt(cpp_extension.BuildExtension):
         def build_extension(self, ext):

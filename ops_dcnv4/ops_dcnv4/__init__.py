@@ -1,4 +1,4 @@
-"""DCNv4 deformable convolution for PyTorch: fast on every device that has a kernel, right on all."""
+"""DCNv4 deformable convolution for PyTorch: fast where there is a kernel, right on every device."""
 
 from .modules import DCNv4, DCNv4Conv2d
 from .ops import dcnv4, is_compiled, output_size

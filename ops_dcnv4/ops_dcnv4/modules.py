@@ -30,7 +30,7 @@ class DCNv4(nn.Module):
         offset_scale: factor on the tap grid and the learned offsets.
         dw_kernel_size: size of the depth-wise convolution that precedes the offset prediction, odd;
             None leaves it out.
-        center_feature_scale: blend the operator's output with the value by a learned gate per group.
+        center_feature_scale: blend output and value by a learned gate per group.
         remove_center: drop the kernel's middle tap.
         output_bias: whether the output projection has a bias.
         without_pointwise: leave out the value and output projections.
@@ -210,7 +210,7 @@ class DCNv4(nn.Module):
 
 
 class DCNv4Conv2d(DCNv4):
-    """A drop-in for nn.Conv2d that aggregates with DCNv4: (N, C_in, H, W) -> (N, C_out, H_out, W_out).
+    """A drop-in for nn.Conv2d that aggregates with DCNv4.
 
     Unlike the published layer it starts as an average over its window.
 

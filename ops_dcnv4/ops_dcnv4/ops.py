@@ -54,9 +54,9 @@ def dcnv4(
 ) -> Tensor:
     """Deformable aggregation of DCNv4 (arXiv:2401.06197, section 3.1).
 
-    Each output pixel is, group by group, the sum over the K kernel taps of a modulation scalar times
-    the bilinear sample of `value` at the tap's position plus a learned offset. Neither the offsets
-    nor the modulation scalars are normalised. :mod:`ops_dcnv4.reference` spells out the formula.
+    Each output pixel is, group by group, the sum over the K kernel taps of a modulation scalar
+    times the bilinear sample of `value` at the tap's position plus a learned offset. Neither the
+    offsets nor the scalars are normalised. :mod:`ops_dcnv4.reference` spells out the formula.
 
     Args:
         value: (N, H, W, C) with C = groups * group_channels; float32, float64, float16 or bfloat16.
@@ -183,9 +183,8 @@ def _check_shapes(
 def _warn_reference(device_type: str) -> None:
     if not is_compiled():
         reason = (
-            f"the compiled kernels are missing ({_why_not_compiled}); with torch and a C++ compiler "
-            "installed, run: pip install --no-build-isolation --force-reinstall --no-deps "
-            "./ops_dcnv4"
+            f"the compiled kernels are missing ({_why_not_compiled}). Install a C++ compiler, then "
+            "run: pip install --no-build-isolation --no-deps --force-reinstall ./ops_dcnv4"
         )
     else:
         reason = f"this build has no kernel for device type '{device_type}'"
@@ -231,9 +230,7 @@ def _refuse_second_derivative(ctx, *grads):
     )
 
 
-register_autograd(
-    "ops_dcnv4::dcnv4", _backward, setup_context=_save_for_backward, lib=_library
-)
+register_autograd("ops_dcnv4::dcnv4", _backward, setup_context=_save_for_backward, lib=_library)
 register_autograd("ops_dcnv4::dcnv4_backward", _refuse_second_derivative, lib=_library)
 
 

@@ -7,8 +7,8 @@ For output pixel (r, c), group g and kernel tap k in column i and row j of the k
     output[r, c, g] = sum over k of modulation[k] * bilinear(value[:, :, g], y, x)
 
 with center = dilation * (kernel_size - 1) // 2. The modulation is not normalised (DCNv4,
-arXiv:2401.06197, section 3.1). Taps are ordered column by column; remove_center drops the one in the
-middle. Of offset_mask's channels, group g owns [3*K*g, 3*K*(g + 1)) for K taps: K pairs (dx, dy),
+arXiv:2401.06197, section 3.1). Taps are ordered column by column; remove_center drops the middle
+one. Of offset_mask's channels, group g owns [3*K*g, 3*K*(g + 1)) for K taps: K pairs (dx, dy),
 then K modulation scalars; channels from 3*K*groups on are padding. A point counts if -1 < y < H and
 -1 < x < W, and each of its four pixels if it lies inside the image. Gradients are those of the cell
 that starts at floor(coordinate). float16 and bfloat16 are computed in float32.
@@ -24,7 +24,7 @@ Pair = tuple[int, int]
 
 
 class Corner(NamedTuple):
-    """One of the four pixels around each sampling point; every tensor is (N, H_out, W_out, G, K)."""
+    """One of the four pixels around each sampling point; tensors are (N, H_out, W_out, G, K)."""
 
     index: Tensor  # into the H*W pixels of the image, 0 where the pixel lies outside
     inside: Tensor
@@ -90,7 +90,7 @@ def corners(x: Tensor, y: Tensor, height: int, width: int) -> Iterator[Corner]:
 
 def gather(pixels: Tensor, corner: Corner) -> Tensor:
     """Values (N, H_out, W_out, G, K, D) of pixels (N, H*W, G, D) at a corner, zero outside."""
-    n, _, groups, depth = pixels.shape
+    n, _, groups, _ = pixels.shape
     image = torch.arange(n, device=pixels.device).view(-1, 1, 1, 1, 1)
     group = torch.arange(groups, device=pixels.device).view(-1, 1)
     return torch.where(corner.inside[..., None], pixels[image, corner.index, group], 0)

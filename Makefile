@@ -1,0 +1,59 @@
+# demo · test · lint · bench, each with the set-up that it needs. PYTHON names the interpreter to use.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet
+
+DIGITS := configs/classification/flash_internimage_nano_digits.yaml
+OPS_SOURCES := $(shell find ops_dcnv4/csrc ops_dcnv4/ops_dcnv4 -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.py') \
+	ops_dcnv4/setup.py ops_dcnv4/pyproject.toml
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.package data/digits
+	$(RUN) -m classification.train $(DIGITS) --resume auto
+	$(RUN) -m classification.validate $(DIGITS) --checkpoint output/digits/best.pth --json output/digits/result.json
+
+test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev
+	$(RUN) -m pytest
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+
+bench: $(VENV)/.package
+	$(RUN) -m tools.benchmark_op
+
+clean:
+	rm -rf $(VENV) ops_dcnv4/build ops_dcnv4/*.egg-info *.egg-info
+
+data/digits: | $(VENV)/.package
+	$(RUN) -m tools.make_demo_data --root $@
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python >= 3.11 is needed, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip 'setuptools>=80,<82' ninja
+	touch $@
+
+$(VENV)/.requirements: requirements.txt $(VENV)/.created
+	$(PIP) -r requirements.txt
+	touch $@
+
+# Compiled against the torch of requirements.txt; a failure here is an error, not a slow fallback.
+$(VENV)/.operators: $(OPS_SOURCES) $(VENV)/.requirements
+	OPS_DCNV4_REQUIRE_COMPILED=1 $(PIP) --force-reinstall --no-deps ./ops_dcnv4
+	touch $@
+
+$(VENV)/.package: pyproject.toml $(VENV)/.operators
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/.openmmlab: requirements-openmmlab.txt $(VENV)/.requirements
+	@echo "installing OpenMMLab; without a cached wheel, mmcv's operators compile for some 15 minutes"
+	CFLAGS="-O1 -g0" $(PIP) --no-build-isolation -r requirements-openmmlab.txt -c requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.created
+	$(PIP) -r requirements-dev.txt
+	touch $@

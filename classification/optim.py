@@ -1,0 +1,83 @@
+"""Parameter groups and learning-rate schedules of the published classification recipes."""
+
+from timm.models._manipulate import group_parameters
+from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from . import config
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    dcn_lr_multiplier: float = 1.0,
+) -> list[dict]:
+    """One group per learning rate and weight decay, in the order of the parameters.
+
+    Parameters of one dimension have no weight decay. With `layer_decay` the learning rate falls by
+    that factor from layer to layer, counted from the last by the model's `group_matcher`. The
+    multiplier applies to what predicts DCNv4's offsets and modulation. Unlike timm's groups these
+    carry their learning rate itself, for the published warm-up and floor are the same for all.
+    """
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    groups = {}
+    for name, parameter in model.named_parameters():
+        scale = layer_decay ** (last - layers[name]) if layer_decay is not None else 1.0
+        if "offset_mask" in name:
+            scale *= dcn_lr_multiplier
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        key = (scale, decay)
+        if key not in groups:
+            groups[key] = {"params": [], "names": [], "lr": lr * scale, "weight_decay": decay}
+        groups[key]["params"].append(parameter)
+        groups[key]["names"].append(name)
+    return list(groups.values())
+
+
+def lr_scale(cfg: config.Config, world_size: int) -> float:
+    """Factor on lr, warmup_lr and min_lr: images per update over `optimizer.lr_batch`."""
+    if cfg.optimizer.lr_batch is None:
+        return 1.0
+    return cfg.batch_size * cfg.accumulation_steps * world_size / cfg.optimizer.lr_batch
+
+
+def build_optimizer(model: nn.Module, cfg: config.Config, world_size: int) -> Optimizer:
+    options = cfg.optimizer
+    groups = parameter_groups(
+        model,
+        options.lr * lr_scale(cfg, world_size),
+        options.weight_decay,
+        options.layer_decay,
+        options.dcn_lr_multiplier,
+    )
+    known = get_optimizer_info(options.name)
+    extra = {"betas": options.betas} if known.has_betas else {}
+    extra |= {"eps": options.eps} if known.has_eps else {}
+    return create_optimizer_v2(groups, opt=options.name, weight_decay=options.weight_decay, **extra)
+
+
+def build_scheduler(
+    optimizer: Optimizer, cfg: config.Config, world_size: int, updates_per_epoch: int
+) -> Scheduler:
+    """A schedule stepped by `step_update(i)` after update i, as in the published code: the first
+    two updates therefore share `warmup_lr`, and the decay does not start after the warm-up but runs
+    from update 0."""
+    schedule, scale = cfg.schedule, lr_scale(cfg, world_size)
+    common = {
+        "warmup_t": round(schedule.warmup_epochs * updates_per_epoch),
+        "warmup_lr_init": schedule.warmup_lr * scale,
+        "t_in_epochs": False,
+    }
+    total = schedule.epochs * updates_per_epoch
+    if schedule.name == "step":
+        decay_t = round(schedule.decay_epochs * updates_per_epoch)
+        return StepLRScheduler(optimizer, decay_t, decay_rate=schedule.decay_rate, **common)
+    falling = CosineLRScheduler if schedule.name == "cosine" else PolyLRScheduler
+    power = {} if schedule.name == "cosine" else {"power": 1.0}
+    return falling(optimizer, total, lr_min=schedule.min_lr * scale, **power, **common)

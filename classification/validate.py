@@ -1,0 +1,226 @@
+"""Evaluates a classifier, or measures its speed.
+
+python -m classification.validate MODEL|CONFIG --checkpoint FILE --data DIR
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from flash_internimage.checkpoint import clean_state_dict, load_checkpoint, load_weights
+
+from .config import Config, ConfigError, Data, Model, load_config
+from .data import build_dataset, class_names, val_loader
+from .model import build_model, pick_device
+
+_logger = logging.getLogger(__name__)
+
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Result:
+    """Of an evaluation; top1 and top5 in percent."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    corrupt: int
+    images_per_second: float
+
+
+def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
+    dtype = AMP_DTYPES[amp]
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader, device: torch.device, amp: str = "off") -> Result:
+    """Accuracy and cross-entropy over a loader; over all processes where there are several."""
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(4, dtype=torch.float64)  # loss, top-1 hits, top-5 hits, images
+    corrupt, start = 0, time.perf_counter()
+    for images, targets in tqdm(loader, desc="validate", leave=False, disable=None):
+        images, targets = images.to(device), targets.to(device)
+        readable = targets >= 0
+        corrupt += int((~readable).sum())
+        with autocast(device, amp):
+            logits = model(images)[readable].float()
+        targets = targets[readable]
+        ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        totals += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), readable.sum()]).to(
+            "cpu", torch.float64
+        )
+    seconds = time.perf_counter() - start
+    model.train(was_training)
+    counts = torch.cat([totals, torch.tensor([corrupt], dtype=torch.float64)])
+    if dist.is_initialized():
+        counts = counts.to(device)
+        dist.all_reduce(counts)
+    loss, top1, top5, images, corrupt = counts.tolist()
+    if not images:
+        raise ValueError("no readable image to evaluate on")
+    return Result(
+        top1=100 * top1 / images,
+        top5=100 * top5 / images,
+        loss=loss / images,
+        images=int(images),
+        corrupt=int(corrupt),
+        images_per_second=(images + corrupt) / seconds,
+    )
+
+
+@torch.inference_mode()
+def throughput(
+    model: nn.Module, image_size: int, batch_size: int, device: torch.device, amp: str
+) -> float:
+    """Images per second on random images: the median of repeated runs after a warm-up."""
+    model.eval()
+    images = torch.randn(batch_size, 3, image_size, image_size, device=device)
+
+    def run() -> float:
+        start = time.perf_counter()
+        with autocast(device, amp):
+            model(images)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(3):
+        run()
+    times = []
+    while len(times) < 5 or sum(times) < 5:
+        times.append(run())
+    return batch_size / sorted(times)[len(times) // 2]
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m classification.validate", description="Evaluate a classifier."
+    )
+    parser.add_argument("model", metavar="MODEL|CONFIG", help="a timm model or a training YAML")
+    parser.add_argument("--checkpoint", help="weights to load; the released ones if left out")
+    parser.add_argument("--data", help="root of the data set (default: the config's)")
+    parser.add_argument("--split", help="folder under --data (default: val)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", choices=AMP_DTYPES, default="off")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="of a checkpoint that has both (default: ema)",
+    )
+    parser.add_argument("--throughput", action="store_true", help="measure speed on random images")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    return parser.parse_args(argv)
+
+
+def _config(name: str) -> Config:
+    """The configuration of a YAML file, or of a timm model with its data settings."""
+    if name.endswith((".yaml", ".yml")):
+        return load_config(name)
+    if not timm.is_model(name):
+        raise ConfigError(f"'{name}' is neither a timm model nor a .yaml file")
+    cfg = timm.get_pretrained_cfg(name)
+    model = Model(name=name, num_classes=cfg.num_classes, drop_path_rate=0)
+    data = Data(
+        image_size=cfg.input_size[-1],
+        crop_pct=cfg.crop_pct,
+        interpolation=cfg.interpolation,
+        mean=cfg.mean,
+        std=cfg.std,
+    )
+    return Config(model=model, data=data)
+
+
+def _load_model(options: Model, checkpoint: str | None, weights: str) -> nn.Module:
+    options = options.model_copy(update={"initial_checkpoint": None, "grad_checkpointing": False})
+    if checkpoint is None:
+        return timm.create_model(
+            options.name, pretrained=True, num_classes=options.num_classes, **options.args
+        )
+    model = build_model(options)
+    contents = load_checkpoint(checkpoint)
+    if weights == "model" and "model" in contents:
+        contents = contents["model"]
+    state_dict = clean_state_dict(contents)
+    head = state_dict.get("head.weight")
+    if head is not None and head.shape[0] != options.num_classes:
+        raise ConfigError(
+            f"{checkpoint} has {head.shape[0]} classes, the model {options.num_classes}: "
+            "pass the training YAML instead of the model's name"
+        )
+    load_weights(model, state_dict)
+    return model
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    cfg = _config(arguments.model)
+    device = pick_device(arguments.device)
+    if arguments.throughput:
+        model = build_model(cfg.model.model_copy(update={"initial_checkpoint": None})).to(device)
+        speed = throughput(model, cfg.data.image_size, arguments.batch_size, device, arguments.amp)
+        return {
+            "model": cfg.model.name,
+            "image_size": cfg.data.image_size,
+            "batch_size": arguments.batch_size,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "amp": arguments.amp,
+            "images_per_second": round(speed, 2),
+        }
+    updates = {"root": arguments.data, "val_split": arguments.split, "workers": arguments.workers}
+    data = cfg.data.model_copy(update={k: v for k, v in updates.items() if v is not None})
+    dataset = build_dataset(
+        data, data.val_split, is_training=False, batch_size=arguments.batch_size
+    )
+    class_names(dataset, cfg.model.num_classes)
+    model = _load_model(cfg.model, arguments.checkpoint, arguments.weights).to(device)
+    loader = val_loader(dataset, data, arguments.batch_size, device)
+    result = asdict(evaluate(model, loader, device, arguments.amp))
+    return {
+        "model": cfg.model.name,
+        "checkpoint": arguments.checkpoint or "released",
+        "data": str(data.root),
+        "image_size": data.image_size,
+        **{key: round(value, 4) for key, value in result.items()},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    arguments = parse_arguments(argv)
+    try:
+        result = run(arguments)
+    except (ValueError, OSError, RuntimeError) as error:
+        _logger.error("%s", error)
+        return 2
+    width = max(map(len, result))
+    sys.stdout.write("".join(f"{key:<{width}}  {value}\n" for key, value in result.items()))
+    sys.stdout.write(json.dumps(result) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+import shutil
+import tarfile
+
+import pytest
+import torch
+
+from classification.config import ConfigError, Data
+from classification.data import (
+    TooManyCorruptImages,
+    build_dataset,
+    class_names,
+    set_epoch,
+    train_loader,
+    val_loader,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def damaged(digits, tmp_path):
+    """The digits with two damaged images in each split: a truncated PNG and one that is none."""
+    root = tmp_path / "damaged"
+    shutil.copytree(digits, root)
+    for split in ("train", "val"):
+        whole = next((root / split / "3").iterdir())
+        whole.write_bytes(whole.read_bytes()[:100])
+        next((root / split / "7").iterdir()).write_text("not an image")
+    return root
+
+
+def test_every_evaluation_image_comes_once_whatever_the_number_of_processes(digits):
+    data = Data(root=str(digits), image_size=32, workers=0)
+    dataset = build_dataset(data, "val", False, 8)
+
+    def labels(world_size):
+        loaders = [val_loader(dataset, data, 8, CPU, r, world_size) for r in range(world_size)]
+        return sorted(label for loader in loaders for _, y in loader for label in y.tolist())
+
+    assert labels(1) == labels(3) == sorted(list(range(10)) * 2)
+
+
+def test_processes_share_an_epoch_and_epochs_differ(config):
+    cfg = config()
+
+    def order(epoch, rank=0, world_size=1):
+        dataset = build_dataset(cfg.data, "train", True, cfg.batch_size)
+        loader = train_loader(dataset, cfg, CPU, rank, world_size)
+        set_epoch(loader, epoch)
+        return list(loader.sampler)
+
+    assert sorted(order(0)) == list(range(60))
+    assert order(0) == order(0) != order(1)
+    assert (order(1, 0, 2), order(1, 1, 2)) == (order(1)[::2], order(1)[1::2])
+
+
+def test_unreadable_images_are_skipped_counted_and_named(damaged, caplog):
+    data = Data(root=str(damaged), image_size=32, workers=0)
+    dataset = build_dataset(data, "val", False, 8)
+    targets = torch.cat([y for _, y in val_loader(dataset, data, 8, CPU)])
+    assert (targets == -1).sum() == dataset.corrupt == 2
+    named = [record.getMessage() for record in caplog.records]
+    assert [str(damaged / "val" / "3") in named[0], str(damaged / "val" / "7") in named[1]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_takes_the_next_image_for_an_unreadable_one(config, damaged, workers):
+    cfg = config(data={"root": str(damaged), "workers": workers})
+    dataset = build_dataset(cfg.data, "train", True, cfg.batch_size)
+    batches = list(train_loader(dataset, cfg, CPU, 0, 1))
+    assert [len(y) for _, y in batches] == [12] * 5
+    assert all((y >= 0).all() for _, y in batches)
+    assert dataset.corrupt == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_unreadable_images_stop_the_run(config, damaged, workers):
+    cfg = config(data={"root": str(damaged), "workers": workers, "max_corrupt": 1})
+    dataset = build_dataset(cfg.data, "train", True, cfg.batch_size)
+    with pytest.raises(TooManyCorruptImages, match=r"2 unreadable .* data.max_corrupt=1"):
+        list(train_loader(dataset, cfg, CPU, 0, 1))
+
+
+def test_a_missing_folder_or_split_is_named(digits, tmp_path):
+    with pytest.raises(ConfigError, match=r"data.root not found: .*nowhere"):
+        build_dataset(Data(root=str(tmp_path / "nowhere")), "train", True, 8)
+    with pytest.raises(ConfigError, match=r"split 'test' is not in .*, which holds: train, val"):
+        build_dataset(Data(root=str(digits)), "test", False, 8)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ConfigError, match="cannot be read as a data set"):
+        build_dataset(Data(root=str(tmp_path)), "train", True, 8)
+
+
+def test_a_tar_of_images_is_read_in_place(digits, tmp_path):
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(digits / "val", arcname="val")
+    data = Data(root=str(tmp_path / "val.tar"), image_size=32, workers=0)
+    dataset = build_dataset(data, "val", False, 8)
+    assert len(dataset) == 20
+    assert class_names(dataset, 10) == [str(i) for i in range(10)]
+
+
+def test_more_classes_than_the_model_has_are_an_error(digits):
+    dataset = build_dataset(Data(root=str(digits)), "val", False, 8)
+    with pytest.raises(ConfigError, match=r"model.num_classes=5 is too small for .* 10 classes"):
+        class_names(dataset, 5)
+
+
+def test_a_data_set_smaller_than_one_update_is_an_error(config):
+    cfg = config(batch_size=32, accumulation_steps=2)
+    dataset = build_dataset(cfg.data, "train", True, cfg.batch_size)
+    with pytest.raises(ConfigError, match="60 images, fewer than the 64 of one update"):
+        train_loader(dataset, cfg, CPU, 0, 1)

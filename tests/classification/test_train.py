@@ -1,0 +1,324 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+from classification import train as train_module
+from classification.config import ConfigError
+from classification.data import TooManyCorruptImages
+from classification.train import Diverged, Interrupted, Trainer, build_criterion, main, train
+from flash_internimage.checkpoint import load_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def assert_same_weights(a: dict, b: dict) -> None:
+    for part in ("model", "model_ema"):
+        assert a[part].keys() == b[part].keys()
+        differing = [name for name in a[part] if not torch.equal(a[part][name], b[part][name])]
+        assert differing == []
+
+
+def metrics(output) -> list[dict]:
+    """The rows of metrics.csv, without the measured speed."""
+    with open(Path(output) / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+
+@pytest.fixture
+def without_batch_norm(monkeypatch):
+    """Models whose results do not depend on how images are shared out to batches."""
+    build = train_module.build_model
+
+    def build_without(options):
+        model = build(options)
+        model.conv_head[1] = nn.Identity()
+        return model
+
+    monkeypatch.setattr(train_module, "build_model", build_without)
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Sends the run a SIGTERM during its n-th update."""
+
+    def arm(updates: int) -> None:
+        train_update, done = Trainer.train_update, 0
+
+        def count_and_stop(self, batches):
+            nonlocal done
+            done += 1
+            if done == updates:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return train_update(self, batches)
+
+        monkeypatch.setattr(Trainer, "train_update", count_and_stop)
+
+    return arm
+
+
+def test_a_run_leaves_checkpoints_metrics_and_pictures(config):
+    cfg = config(schedule={"epochs": 3}, checkpoints={"every_epochs": 2})
+    train(cfg)
+    output = Path(cfg.output)
+    assert {path.name for path in output.iterdir()} >= {
+        "last.pth", "best.pth", "epoch_2.pth", "metrics.csv", "tensorboard", "config.yaml",
+        "train.log", "curves.png", "predictions.png",
+    }  # fmt: skip
+    assert not list(output.glob("*.partial"))
+    rows = metrics(output)
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    last = load_checkpoint(output / "last.pth")
+    assert (last["epoch"], last["update"]) == (3, 0)
+    assert last["best_top1"] == max(float(row["ema_top1"]) for row in rows)
+    assert last["config"] == cfg.model_dump(mode="json")
+    assert yaml.safe_load((output / "config.yaml").read_text()) == last["config"]
+
+
+def test_training_reduces_the_loss(config, deterministic_images):
+    cfg = config(augmentation=deterministic_images, schedule={"epochs": 8})
+    train(cfg)
+    losses = [float(row["train_loss"]) for row in metrics(cfg.output)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("updates", [3, 5])  # of 5 per epoch: within the epoch, and at its end
+def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(
+    config, tmp_path, stop_after, updates, workers
+):
+    whole = config(output=str(tmp_path / "whole"), data={"workers": workers})
+    train(whole)
+    stopped = config(output=str(tmp_path / "stopped"), data={"workers": workers})
+    stop_after(updates)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        train(stopped)
+    train(stopped, resume="auto")
+    assert_same_weights(*(load_checkpoint(f"{c.output}/last.pth") for c in (whole, stopped)))
+    assert metrics(whole.output) == metrics(stopped.output)
+
+
+def test_a_killed_run_resumes_and_ends_bit_for_bit_as_an_uninterrupted_one(
+    settings, config, tmp_path
+):
+    train(config(output=str(tmp_path / "whole")))
+    settings |= {"output": str(tmp_path / "killed"), "checkpoints": {"every_updates": 1}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    command = [
+        sys.executable, "-m", "classification.train", str(tmp_path / "config.yaml"),
+        "--resume", "auto",
+    ]  # fmt: skip
+    last = tmp_path / "killed" / "last.pth"
+    for _ in range(2):
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True)
+    assert_same_weights(load_checkpoint(tmp_path / "whole" / "last.pth"), load_checkpoint(last))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_cleanly(settings, tmp_path, number):
+    settings["schedule"]["epochs"] = 1000
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "classification.train", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "last.pth").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in stderr
+    assert f"stopped by {number.name}; --resume auto continues" in stderr
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] >= 1
+
+
+def test_a_finished_run_is_not_trained_again(config, monkeypatch):
+    cfg = config()
+    train(cfg)
+    monkeypatch.delattr(Trainer, "train_epoch")
+    train(cfg, resume="auto")
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(config):
+    train(config())
+    with pytest.raises(ConfigError, match=r"last.pth exists: pass --resume auto"):
+        train(config())
+
+
+def test_resuming_another_model_is_refused(config, tmp_path):
+    train(config())
+    other = config(output=str(tmp_path / "other"), model={"args": {}})
+    with pytest.raises(ValueError, match=r"cannot resume from .*last.pth"):
+        train(other, resume=str(tmp_path / "run" / "last.pth"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"name": "flash_internimage_tinny"}}, "did you mean 'flash_internimage_tiny'"),
+        ({"model": {"args": {"chanels": 3}}}, "model.args .*chanels"),
+        ({"model": {"initial_checkpoint": "none.pth"}}, "initial_checkpoint: .*none.pth"),
+        ({"data": {"root": "nowhere"}}, "data.root not found: nowhere"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_before_anything_is_written(config, changes, message):
+    cfg = config(**changes)
+    with pytest.raises(ConfigError, match=message):
+        train(cfg)
+    assert not Path(cfg.output).exists()
+
+
+def test_the_command_reports_a_wrong_config_in_one_line(tmp_path, caplog):
+    (tmp_path / "config.yaml").write_text("optimiser: {lr: 1}")
+    assert main([str(tmp_path / "config.yaml")]) == 2
+    assert "unknown key 'optimiser', did you mean 'optimizer'?" in caplog.text
+
+
+def test_an_update_without_a_finite_loss_changes_nothing_and_is_counted(config, monkeypatch):
+    trainer = Trainer(config(), CPU)
+    trainer.metrics = None
+    batches = [next(iter(trainer.train_loader))]
+    assert trainer.train_update(batches) > 0
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    ema = {k: v.clone() for k, v in trainer.ema.module.state_dict().items()}
+    batches[0][0][0] = torch.nan
+    loss = trainer.train_update(batches)
+    trainer._count(loss, seconds=1.0)
+    assert all(torch.equal(before[k], v) for k, v in trainer.model.state_dict().items())
+    assert all(torch.equal(ema[k], v) for k, v in trainer.ema.module.state_dict().items())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert trainer.validate_epoch()["skipped_updates"] == 1
+
+
+def test_an_update_with_an_infinite_gradient_is_skipped(config):
+    trainer = Trainer(config(), CPU)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.model.head.bias.register_hook(lambda grad: grad * torch.inf)
+    loss = trainer.train_update([next(iter(trainer.train_loader))])
+    assert loss != loss
+    assert all(torch.equal(before[k], v) for k, v in trainer.model.state_dict().items())
+
+
+def test_too_many_updates_without_a_finite_loss_stop_the_run_with_advice(config, monkeypatch):
+    nan = lambda *_: torch.tensor(torch.nan, requires_grad=True)  # noqa: E731
+    monkeypatch.setattr(train_module, "build_criterion", lambda cfg: nan)
+    with pytest.raises(Diverged, match=r"3 updates in a row .*warmup_epochs.*clip_grad.*amp=bf16"):
+        train(config(max_nonfinite=3))
+
+
+def test_too_many_corrupt_images_stop_the_run(config, tmp_path):
+    for split in ("train", "val"):
+        for i in range(12):
+            folder = tmp_path / "broken" / split / str(i % 10)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i}.png").write_text("not an image")
+    with pytest.raises(TooManyCorruptImages, match=r"data\.max_corrupt=2"):
+        train(config(data={"root": str(tmp_path / "broken"), "max_corrupt": 2}))
+
+
+def test_accumulated_batches_equal_one_large_batch(
+    config, tmp_path, without_batch_norm, deterministic_images
+):
+    def weights(name, **changes):
+        cfg = config(
+            output=str(tmp_path / name),
+            augmentation=deterministic_images,
+            model={"drop_path_rate": 0.0},
+            **changes,
+        )
+        train(cfg)
+        return load_checkpoint(f"{cfg.output}/last.pth")["model"]
+
+    large = weights("large", batch_size=12)
+    accumulated = weights("accumulated", batch_size=4, accumulation_steps=3)
+    for name, tensor in large.items():
+        torch.testing.assert_close(accumulated[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_equal_one_with_the_joint_batch(
+    settings, config, tmp_path, without_batch_norm, deterministic_images
+):
+    # SGD: Adam's normalisation would amplify rounding where a gradient is nearly zero.
+    same = {
+        "augmentation": deterministic_images,
+        "model": {**settings["model"], "drop_path_rate": 0.0},
+        "optimizer": {"name": "sgd", "lr": 0.05, "lr_batch": None},
+    }
+    train(config(output=str(tmp_path / "one"), batch_size=12, **same))
+    settings |= same | {"output": str(tmp_path / "two"), "batch_size": 6, "device": "cpu"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = str(Path(__file__).with_name("train_without_batch_norm.py"))
+    subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", script, str(tmp_path / "config.yaml")],
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    one, two = (load_checkpoint(tmp_path / name / "last.pth") for name in ("one", "two"))
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(two["model"][name], tensor, rtol=1e-4, atol=1e-5)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert float(a["val_loss"]) == pytest.approx(float(b["val_loss"]), rel=1e-4)
+        assert a["val_top1"] == b["val_top1"]
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_computes_in_the_chosen_dtype(config, amp):
+    trainer = Trainer(config(amp=amp), CPU)
+    seen = set()
+    trainer.model.head.register_forward_hook(lambda *args: seen.add(args[2].dtype))
+    assert trainer.scaler.is_enabled() == (amp == "fp16")
+    before = trainer.model.head.weight.clone()
+    assert trainer.train_update([next(iter(trainer.train_loader))]) > 0
+    assert not torch.equal(trainer.model.head.weight, before)
+    assert seen == {{"bf16": torch.bfloat16, "fp16": torch.float16}[amp]}
+
+
+def test_gradient_clipping_bounds_the_norm(config):
+    cfg = config(optimizer={"clip_grad": 1e-3, "name": "sgd", "lr": 1.0, "weight_decay": 0.0})
+    trainer = Trainer(cfg, CPU)
+    for group in trainer.optimizer.param_groups:
+        group.update(lr=1.0, momentum=0.0)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train_update([next(iter(trainer.train_loader))])
+    after = [p.detach() for p in trainer.model.parameters()]
+    steps = [(a - b).norm() for a, b in zip(after, before, strict=True)]
+    assert torch.stack(steps).norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_compile_and_gradient_checkpointing_are_switched_on(config, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    trainer = Trainer(config(model={"compile": True, "grad_checkpointing": True}), CPU)
+    assert isinstance(trainer.parallel, torch._dynamo.OptimizedModule)
+    assert all(stage.grad_checkpointing for stage in trainer.model.levels)
+    assert trainer.train_update([next(iter(trainer.train_loader))]) > 0
+    assert not any("_orig_mod" in name for name in trainer.state_dict()["model"])
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "criterion"),
+    [
+        ({}, SoftTargetCrossEntropy),
+        ({"mixup": 0.0, "cutmix": 0.0}, LabelSmoothingCrossEntropy),
+        ({"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}, nn.CrossEntropyLoss),
+    ],
+)
+def test_the_loss_follows_the_augmentation(config, augmentation, criterion):
+    assert type(build_criterion(config(augmentation=augmentation))) is criterion

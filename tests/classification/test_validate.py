@@ -1,0 +1,122 @@
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from classification.config import Data
+from classification.data import build_dataset, val_loader
+from classification.model import build_model
+from classification.train import train
+from classification.validate import evaluate, main
+from flash_internimage.checkpoint import load_checkpoint, save_atomically
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def run(config, trained):
+    """The folder of a short finished run."""
+    if not (trained / "last.pth").exists():
+        train(config(output=str(trained)))
+    return trained
+
+
+def test_evaluation_counts_hits_and_averages_the_loss():
+    logits = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(50) % 8
+    targets[7] = -1  # an unreadable image
+    result = evaluate(nn.Identity(), DataLoader(TensorDataset(logits, targets), 16), CPU)
+    logits, targets = logits[targets >= 0].double(), targets[targets >= 0]
+    rank = (logits > logits.gather(1, targets[:, None])).sum(1)
+    assert result.top1 == pytest.approx(100 * (rank < 1).double().mean())
+    assert result.top5 == pytest.approx(100 * (rank < 5).double().mean())
+    assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
+    assert (result.images, result.corrupt) == (49, 1)
+
+
+def test_evaluation_restores_training_mode(config, digits):
+    model = build_model(config().model).train()
+    data = Data(root=str(digits), image_size=32, workers=0)
+    dataset = build_dataset(data, "val", False, 8)
+    assert evaluate(model, val_loader(dataset, data, 8, CPU), CPU).images == 20
+    assert model.training
+
+
+@pytest.mark.parametrize(("weights", "column"), [("ema", "ema"), ("model", "val")])
+def test_the_command_reproduces_the_metrics_of_training(run, tmp_path, capsys, weights, column):
+    arguments = [str(run / "config.yaml"), "--checkpoint", str(run / "last.pth"), "--workers", "0"]
+    assert main([*arguments, "--weights", weights, "--json", str(tmp_path / "result.json")]) == 0
+    header, *_, last = (run / "metrics.csv").read_text().split()
+    row = dict(zip(header.split(","), last.split(","), strict=True))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert result["top1"] == pytest.approx(float(row[f"{column}_top1"]), abs=1e-4)
+    assert result["loss"] == pytest.approx(float(row[f"{column}_loss"]), abs=1e-4)
+    assert result["images"] == 20
+
+
+def test_throughput_needs_no_data(run, capsys):
+    assert main([str(run / "config.yaml"), "--throughput", "--batch-size", "2"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images_per_second"] > 0
+
+
+class Hostile:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_checkpoint_with_code_is_refused_and_not_run(run, tmp_path, caplog):
+    with open(tmp_path / "hostile.pth", "wb") as file:
+        pickle.dump({"model": Hostile(tmp_path / "marker")}, file)
+    arguments = [str(run / "config.yaml"), "--checkpoint", str(tmp_path / "hostile.pth")]
+    assert main(arguments) == 2
+    assert "nothing from a checkpoint is executed" in caplog.text
+    assert not (tmp_path / "marker").exists()
+
+
+def test_errors_are_one_line_that_says_what_is_wrong(run, digits, tmp_path, caplog):
+    checkpoint = load_checkpoint(run / "last.pth")["model"]
+    del checkpoint["levels.0.blocks.0.mlp.fc1.weight"]
+    config, data = str(run / "config.yaml"), ["--data", str(digits)]
+    partial = str(tmp_path / "partial.pth")
+    save_atomically(checkpoint, partial)
+    cases = {
+        "neither a timm model nor a .yaml": ["flash_internimage_nanno", *data],
+        "checkpoint not found: none.pth": [config, "--checkpoint", "none.pth"],
+        "missing: levels.0.blocks.0.mlp.fc1": [config, "--checkpoint", partial],
+        "has 10 classes, the model 1000": [
+            "flash_internimage_nano", "--checkpoint", str(run / "last.pth"), *data,
+        ],
+        "data.root not found": [config, "--checkpoint", "none.pth", "--data", "nowhere"],
+    }  # fmt: skip
+    for message, arguments in cases.items():
+        caplog.clear()
+        assert main(arguments) == 2
+        assert message in caplog.text
+
+
+def test_unreadable_images_are_left_out(run, digits, tmp_path, capsys):
+    shutil.copytree(digits, tmp_path / "damaged")
+    next((tmp_path / "damaged" / "val" / "3").iterdir()).write_text("not an image")
+    arguments = ["--checkpoint", str(run / "last.pth"), "--data", str(tmp_path / "damaged")]
+    assert main([str(run / "config.yaml"), *arguments]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["images"], result["corrupt"]) == (19, 1)
+
+
+def test_the_saved_configuration_is_the_run_s(run):
+    assert yaml.safe_load((run / "config.yaml").read_text())["output"] == str(run)

@@ -1,0 +1,322 @@
+"""The layers: equality with the published module, geometry, initialisation, training."""
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ops_dcnv4 import DCNv4, DCNv4Conv2d, output_size
+
+GOLDENS = sorted((Path(__file__).parents[1] / "data" / "module").glob("dcnv4_*.npz"))
+
+
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
+    """The module with all parameters random, so that none hides behind its initial zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def random_image(*shape: int, dtype=torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# The published module
+
+
+@pytest.mark.parametrize("as_image", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def test_published_module(path, dtype, tolerance, as_image, assert_near):
+    golden = {name: torch.from_numpy(a) for name, a in np.load(path).items() if a.dtype.kind != "U"}
+    state = {key[3:]: tensor for key, tensor in golden.items() if key.startswith("sd.")}
+    module = DCNv4(**json.loads(str(np.load(path)["config_json"])))
+    module.load_state_dict(state)
+    module.to(dtype)
+    assert list(module.state_dict()) == list(state)
+
+    shape = int(golden["H"]), int(golden["W"])
+    input = golden["input"].to(dtype).requires_grad_()
+    if as_image:
+        output = module(input.unflatten(1, shape)).flatten(1, 2)
+    else:
+        output = module(input, None if golden["shape_omitted"] else shape)
+    output.backward(golden["grad_output"].to(dtype))
+    assert_near(output, golden["output"], tolerance)
+    assert_near(input.grad, golden["grad_input"], tolerance)
+    for name, parameter in module.named_parameters():
+        assert_near(parameter.grad, golden[f"grad.{name}"], tolerance)
+
+
+# Initialisation
+
+
+def test_fresh_module_returns_its_output_bias():
+    module = DCNv4(32, dw_kernel_size=3)
+    nn.init.normal_(module.output_proj.bias)
+    output = module(random_image(2, 5, 6, 32, dtype=torch.float32))
+    torch.testing.assert_close(output, module.output_proj.bias.expand(2, 5, 6, 32), rtol=0, atol=0)
+
+
+def test_initial_parameters():
+    module = DCNv4(64, group=4, center_feature_scale=True)
+    zeros = ("offset_mask.weight", "offset_mask.bias", "value_proj.bias", "output_proj.bias")
+    gates = ("center_feature_scale_proj_weight", "center_feature_scale_proj_bias")
+    state = module.state_dict()
+    assert not any(state[name].any() for name in (*zeros, *gates))
+    bound = (6 / 128) ** 0.5
+    for name in ("value_proj.weight", "output_proj.weight"):
+        assert 0.98 * bound < state[name].abs().max() <= bound
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_initial_modulation_makes_a_fresh_module_average(group, assert_near):
+    module = DCNv4(12, group=group, without_pointwise=True, initial_modulation=1 / 9).double()
+    x = random_image(2, 5, 6, 12)
+    expected = F.avg_pool2d(x.permute(0, 3, 1, 2), 3, stride=1, padding=1).permute(0, 2, 3, 1)
+    assert_near(module(x), expected, 1e-7)
+
+
+# Geometry
+
+GEOMETRIES = [
+    {"stride": 2},
+    {"stride": 3, "pad": 0},
+    {"kernel_size": 5, "pad": 1, "stride": (2, 1)},
+    {"kernel_size": 5, "pad": 0, "dilation": 2},
+    {"kernel_size": (2, 4), "pad": (0, 3), "stride": (1, 3)},
+    {"kernel_size": 4, "pad": 2, "stride": 2, "dilation": (1, 3)},
+    {"kernel_size": 1, "pad": 4},
+]
+geometries = pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+SIZE = (9, 11)
+
+
+def at_window_centers(image: Tensor, module: DCNv4) -> Tensor:
+    """(N, H_out, W_out, C) of an image (N, C, H + 20, W + 20) with margins of 10 pixels."""
+    out = output_size(SIZE, module.kernel_size, module.stride, module.pad, module.dilation)
+    rows, columns = (
+        10 + torch.arange(n) * stride - pad + dilation * (kernel - 1) // 2
+        for n, kernel, stride, pad, dilation in zip(
+            out, module.kernel_size, module.stride, module.pad, module.dilation, strict=True
+        )
+    )
+    return image[:, :, rows[:, None], columns].permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("dw_kernel_size", [None, 1, 3, 5])
+@geometries
+def test_offsets_are_predicted_around_the_window_centers(geometry, dw_kernel_size, assert_near):
+    module = randomized(DCNv4(8, group=2, dw_kernel_size=dw_kernel_size, **geometry).double())
+    x = random_image(2, *SIZE, 8)
+    padded = F.pad(x.permute(0, 3, 1, 2), (10,) * 4)
+    if dw_kernel_size is not None:
+        conv = module.offset_mask_dw
+        padded = F.conv2d(padded, conv.weight, conv.bias, padding="same", groups=8)
+    expected = module.offset_mask(at_window_centers(padded, module))
+    assert_near(module.predict_offset_mask(x), expected.detach(), 1e-12)
+    assert module(x).shape[1:3] == expected.shape[1:3]
+
+
+@geometries
+def test_center_feature_scale_blends_in_the_value_at_the_window_centers(geometry, assert_near):
+    module = DCNv4(8, group=2, center_feature_scale=True, without_pointwise=True, **geometry)
+    module.double()
+    bias = module.center_feature_scale_proj_bias
+    bias.data = torch.tensor([0.4, -0.7]).double()
+    x = random_image(2, *SIZE, 8)
+    padded = F.pad(x.permute(0, 3, 1, 2), (10,) * 4)
+    expected = at_window_centers(padded, module) * bias.sigmoid().repeat_interleave(4)
+    assert_near(module(x), expected.detach(), 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (1, 24), None])
+def test_sequences_are_images_row_by_row(shape):
+    module = randomized(DCNv4(16, group=2, stride=2))
+    sequence = random_image(2, 25 if shape is None else 24, 16, dtype=torch.float32)
+    image = sequence.unflatten(1, shape or (5, 5))
+    expected = module(image).flatten(1, 2)
+    torch.testing.assert_close(module(sequence, shape), expected, rtol=0, atol=0)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"group": 3}, "group must .* divide channels=64, got 3"),
+        ({"group": 0}, "group must be positive"),
+        ({"dw_kernel_size": 4}, "dw_kernel_size must be odd or None, got 4"),
+        ({"kernel_size": 0}, "kernel_size must be at least 1"),
+        ({"stride": 0}, "stride must be at least 1"),
+        ({"pad": -1}, "pad must be at least 0"),
+        ({"dilation": 0}, "dilation must be at least 1"),
+    ],
+)
+def test_wrong_constructor_argument_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DCNv4(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("input_shape", "shape", "message"),
+    [
+        ((1, 24, 64), None, "shape must be .* = 24.*no square"),
+        ((1, 24, 64), (4, 5), r"shape must be .* = 24.*got \(4, 5\)"),
+        ((1, 4, 6, 64), (6, 4), r"shape must be \(4, 6\) like input, got \(6, 4\)"),
+        ((1, 4, 6, 32), None, r"input must be .*64.*got shape \(1, 4, 6, 32\)"),
+        ((24, 64), (4, 6), "input must be"),
+    ],
+)
+def test_wrong_input_is_named(input_shape, shape, message):
+    with pytest.raises(ValueError, match=message):
+        DCNv4()(torch.zeros(input_shape), shape)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"groups": 3}, "group.* must .* divide channels=16, got 3"),
+        ({"padding": "same", "stride": 2}, "padding must .* 'same' with stride 1"),
+        ({"padding": "same", "kernel_size": 4}, "padding must .* odd kernel"),
+        ({"padding": "reflect"}, "padding must be ints.* got 'reflect'"),
+    ],
+)
+def test_wrong_conv2d_argument_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DCNv4Conv2d(**{"in_channels": 16, "out_channels": 8, "kernel_size": 3} | arguments)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 5, 5), (16, 5, 5)])
+def test_wrong_conv2d_input_is_named(shape):
+    with pytest.raises(ValueError, match=r"input must be \(N, 16, H, W\)"):
+        DCNv4Conv2d(16, 8, 3)(torch.zeros(shape))
+
+
+# A drop-in for nn.Conv2d
+
+
+@pytest.mark.parametrize("dilation", [1, (2, 1)])
+@pytest.mark.parametrize("padding", [0, 1, (2, 1), "valid"])
+@pytest.mark.parametrize("stride", [1, 2, (1, 3)])
+@pytest.mark.parametrize("kernel_size", [1, 3, 4, (2, 5)])
+def test_conv2d_has_the_output_shape_of_nn_conv2d(kernel_size, stride, padding, dilation):
+    arguments = (6, 10, kernel_size, stride, padding, dilation)
+    x = torch.zeros(2, 6, 9, 8)
+    assert DCNv4Conv2d(*arguments)(x).shape == nn.Conv2d(*arguments)(x).shape
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 1), ((1, 5), 2), ((7, 2), (1, 2))])
+def test_conv2d_with_same_padding_keeps_the_image_size(kernel_size, dilation):
+    module = DCNv4Conv2d(6, 10, kernel_size, padding="same", dilation=dilation)
+    assert module(torch.zeros(2, 6, 9, 8)).shape == (2, 10, 9, 8)
+
+
+@pytest.mark.parametrize("arguments", [{"stride": 2, "padding": 1}, {"groups": 4, "bias": False}])
+def test_conv2d_trains_all_parameters_from_the_first_step(arguments):
+    module = DCNv4Conv2d(16, 10, 3, **arguments)
+    module(random_image(2, 16, 7, 6, dtype=torch.float32)).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in module.parameters())
+    assert (module.output_proj.bias is not None) == arguments.get("bias", True)
+
+
+def test_conv2d_learns_in_a_sequential():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        DCNv4Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        DCNv4Conv2d(8, 2, 3, stride=2, padding=1),
+    )
+    x, target = torch.randn(4, 3, 8, 8), torch.randn(4, 2, 4, 4)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
+    losses = []
+    for _ in range(30):
+        loss = F.mse_loss(network(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+# Life with the rest of PyTorch
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dynamic"), [({"center_feature_scale": True}, False), ({"stride": 2}, True)]
+)
+def test_torch_compile_equals_eager(arguments, dynamic, assert_near):
+    module = randomized(DCNv4(16, group=2, dw_kernel_size=3, **arguments).double())
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in ((7, 6), (8, 9)):
+        x = random_image(2, *size, 16).requires_grad_()
+        inputs = (x, *module.parameters())
+        outputs = module(x), compiled(x)
+        expected, actual = (torch.autograd.grad(y.square().sum(), inputs) for y in outputs)
+        assert_near(outputs[1], outputs[0].detach(), 1e-12)
+        for a, e in zip(actual, expected, strict=True):
+            assert_near(a, e, 1e-12)
+
+
+@pytest.mark.parametrize(("dw_kernel_size", "stride"), [(None, 1), (3, 2)])
+def test_exports_with_dynamic_batch_and_image_size(dw_kernel_size, stride):
+    module = randomized(DCNv4(16, stride=stride, group=2, dw_kernel_size=dw_kernel_size))
+    dims = dict(enumerate(torch.export.dims("n", "h", "w", min=4)))
+    example, other = (
+        random_image(*shape, 16, dtype=torch.float32) for shape in ((4, 7, 6), (5, 10, 13))
+    )
+    program = torch.export.export(module, (example,), dynamic_shapes={"input": dims})
+    torch.testing.assert_close(program.module()(other), module(other))
+
+
+def test_autocast_runs_in_bfloat16():
+    module = randomized(DCNv4(32, stride=2, dw_kernel_size=3, center_feature_scale=True))
+    x = random_image(2, 7, 6, 32, dtype=torch.float32).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(x)
+    output.float().square().mean().backward()
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), module(x), rtol=0.1, atol=0.3)
+    for tensor in (x, *module.parameters()):
+        assert tensor.grad.dtype == torch.float32
+        assert tensor.grad.isfinite().all()
+
+
+def test_autocast_leaves_a_float64_module_alone():
+    module = randomized(DCNv4(32).double())
+    x = random_image(2, 7, 6, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(x)
+    torch.testing.assert_close(output, module(x), rtol=0, atol=0)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+}
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_copies_compute_the_same(duplicate):
+    module = randomized(DCNv4Conv2d(16, 10, (2, 3), stride=2, padding=1, groups=2))
+    x = random_image(2, 16, 7, 6, dtype=torch.float32)
+    torch.testing.assert_close(duplicate(module)(x), module(x), rtol=0, atol=0)
+
+
+def test_state_dict_holds_all_that_was_learnt():
+    arguments = {"group": 2, "dw_kernel_size": 3, "center_feature_scale": True}
+    module, other = (randomized(DCNv4(16, **arguments), seed) for seed in (0, 1))
+    other.load_state_dict(module.state_dict())
+    x = random_image(2, 5, 6, 16, dtype=torch.float32)
+    torch.testing.assert_close(other(x), module(x), rtol=0, atol=0)
