@@ -2,6 +2,9 @@
 
 import logging
 import multiprocessing
+import os
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +131,8 @@ def class_names(dataset: Dataset, num_classes: int) -> list[str]:
             f"model.num_classes={num_classes} is too small for the data set's "
             f"{len(class_to_idx)} classes"
         )
+    if class_to_idx and len(class_to_idx) < num_classes:
+        _logger.warning("the data set has %d classes, the model %d", len(class_to_idx), num_classes)
     names = {index: name for name, index in class_to_idx.items()}
     return [names.get(i, str(i)) for i in range(num_classes)]
 
@@ -175,6 +180,21 @@ def _uses_prefetcher(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _stop_only_with_the_main_process(worker_id: int) -> None:
+    # Terminals and batch systems signal every process of a run. A worker that died of it would take
+    # the main process down within an update, before that has saved.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # tells who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_when_the_main_process_asks, daemon=True).start()
+
+
+def _exit_when_the_main_process_asks() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 def _loader(
     dataset: Dataset,
     data: Data,
@@ -195,6 +215,7 @@ def _loader(
         num_workers=data.workers,
         collate_fn=fast_collate if prefetch else None,
         pin_memory=prefetch,
+        worker_init_fn=_stop_only_with_the_main_process,
         drop_last=drop_last,
     )
     return (

@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,11 @@ class Trainer:
         train_set = build_dataset(data, data.train_split, True, self.cfg.batch_size)
         self.val_set = build_dataset(data, data.val_split, False, self.cfg.val_batch_size)
         self.names = class_names(train_set, self.cfg.model.num_classes)
+        if class_names(self.val_set, self.cfg.model.num_classes) != self.names:
+            raise ConfigError(
+                f"the class folders of data.train_split={data.train_split} and "
+                f"data.val_split={data.val_split} differ"
+            )
         self.train_loader = train_loader(
             train_set, self.cfg, self.device, self.rank, self.world_size
         )
@@ -278,7 +284,10 @@ class Trainer:
         with bar:
             while self.update < self.updates_per_epoch:
                 start = time.perf_counter()
-                loss = self.train_update(list(itertools.islice(batches, accumulation)))
+                group = list(itertools.islice(batches, accumulation))
+                if len(group) < accumulation:  # an iterable data set may end early
+                    break
+                loss = self.train_update(group)
                 seconds = time.perf_counter() - start
                 self._count(loss, seconds)
                 self.update += 1
@@ -398,9 +407,6 @@ class Trainer:
         dist.all_reduce(flag, dist.ReduceOp.MIN)
         return bool(flag)
 
-    def on_signal(self, number: int, frame) -> None:
-        self.signal_number = number
-
     def _stop_if_asked(self) -> None:
         number = self.signal_number
         if self.world_size > 1:  # all processes stop after the same update
@@ -441,7 +447,24 @@ def find_checkpoint(resume: str | None, last: Path) -> Path | None:
     return Path(resume) if resume else None
 
 
-def prepare_output(cfg: Config) -> None:
+@contextlib.contextmanager
+def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
+    """Within it, SIGINT and SIGTERM make the trainer save and stop after the running update."""
+
+    def on_signal(number: int, frame) -> None:
+        trainer.signal_number = number
+
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def output_folder(cfg: Config) -> Iterator[None]:
+    """Makes the output with the run's configuration; within it, train.log takes the log."""
     output = Path(cfg.output)
     output.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
@@ -449,6 +472,11 @@ def prepare_output(cfg: Config) -> None:
     handler = logging.FileHandler(output / "train.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 def train(cfg: Config, resume: str | None = None) -> None:
@@ -456,24 +484,22 @@ def train(cfg: Config, resume: str | None = None) -> None:
     env = init_distributed_device_so(device=str(pick_device(cfg.device)))
     device, rank, world_size = torch.device(env["device"]), env["global_rank"], env["world_size"]
     if rank != 0:
-        logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger().setLevel(logging.WARNING)
     checkpoint = find_checkpoint(resume, Path(cfg.output) / "last.pth")
     trainer = Trainer(cfg, device, rank, world_size)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    if rank == 0:
-        prepare_output(cfg)
-        parameters = sum(p.numel() for p in trainer.model.parameters())
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    with output_folder(cfg) if rank == 0 else contextlib.nullcontext():
         _logger.info(
             "%s, %.1f M parameters; %d x %d images per update on %s; %d updates per epoch",
             cfg.model.name, parameters / 1e6, world_size, cfg.batch_size * cfg.accumulation_steps,
             device, trainer.updates_per_epoch,
         )  # fmt: skip
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, trainer.on_signal)
-    trainer.fit()
-    if rank == 0:
-        trainer.report()
+        with stopped_by_signals(trainer):
+            trainer.fit()
+        if rank == 0:
+            trainer.report()
         _logger.info(
             "done: best top-1 %.2f %%; metrics, curves, predictions and checkpoints are in %s",
             trainer.best_top1, cfg.output,

@@ -19,8 +19,8 @@ class DCNv4(nn.Module):
 
     Offsets and modulation are predicted from the input, by a linear layer behind an optional
     depth-wise convolution. Argument names and state-dict keys are the published ones. Offsets and
-    modulation start at zero, as published: a fresh layer returns its output bias, and the value
-    projection gets no gradient in the very first step.
+    modulation start at zero, as published: the operator of a fresh layer returns zeros, and the
+    value projection gets no gradient in the very first step.
 
     Args:
         channels: of input and output.
@@ -164,10 +164,7 @@ class DCNv4(nn.Module):
         pads = self._padding_for(x, self.dw_kernel_size)
         x = x.permute(0, 3, 1, 2)
         # The convolution's own padding where it amounts to the same: it copies nothing.
-        if all(
-            before >= 0 and 0 <= before - after < stride
-            for (before, after), stride in zip(pads, self.stride, strict=True)
-        ):
+        if self._has_odd_window() and all(before >= 0 for before, _ in pads):
             padding = (pads[0][0], pads[1][0])
         else:
             x, padding = F.pad(x, (*pads[1], *pads[0])), 0
@@ -187,10 +184,15 @@ class DCNv4(nn.Module):
             pads.append((before, covered - size[axis] - before))
         return pads
 
+    def _has_odd_window(self) -> bool:
+        return all(
+            d * (k - 1) % 2 == 0 for d, k in zip(self.dilation, self.kernel_size, strict=True)
+        )
+
     def _at_output_centers(self, x: Tensor) -> Tensor:
         """x (N, H, W, C) at the centre of each output pixel's window, zero outside the image."""
         pads = self._padding_for(x, window=1)
-        if any(before or after for before, after in pads):
+        if not (self._has_odd_window() and all(before == 0 for before, _ in pads)):
             x = F.pad(x, (0, 0, *pads[1], *pads[0]))
         return x[:, :: self.stride[0], :: self.stride[1]]
 
@@ -247,6 +249,10 @@ class DCNv4Conv2d(DCNv4):
             )
         if groups is None:
             groups = in_channels // 16 if in_channels % 16 == 0 else 1
+        elif groups < 1 or in_channels % groups:
+            raise ValueError(
+                f"groups must be positive and divide in_channels={in_channels}, got {groups}"
+            )
         super().__init__(
             in_channels,
             kernel_size,
@@ -278,6 +284,6 @@ def _named_padding(
     if padding == "same" and stride == (1, 1) and all(n % 2 == 0 for n in extent):
         return extent[0] // 2, extent[1] // 2
     raise ValueError(
-        "padding must be ints, 'valid', or 'same' with stride 1 and an odd kernel, got "
-        f"{padding!r} with stride {stride} and kernel_size {kernel_size}"
+        "padding must be ints, 'valid', or 'same' with stride 1 and an odd window, got "
+        f"{padding!r} with stride {stride}, kernel_size {kernel_size} and dilation {dilation}"
     )

@@ -137,10 +137,14 @@ def _check_tensors(value: Tensor, offset_mask: Tensor) -> None:
             "value and offset_mask must be on one device, got "
             f"{value.device} and {offset_mask.device}"
         )
-    if value.dtype != offset_mask.dtype and not torch.is_autocast_enabled(value.device.type):
+    if value.dtype != offset_mask.dtype and not _autocasts(value.device.type):
         raise TypeError(
             f"value and offset_mask must have one dtype, got {value.dtype} and {offset_mask.dtype}"
         )
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check_shapes(
@@ -171,7 +175,7 @@ def _check_shapes(
             f"offset_mask must be ({n}, {height_out}, {width_out}, ...) like the output, "
             f"got shape {tuple(offset_mask.shape)}"
         )
-    taps = kernel_size[0] * kernel_size[1] - bool(remove_center)
+    taps = kernel_size[0] * kernel_size[1] - (1 if remove_center else 0)
     if offset_mask.shape[3] < 3 * groups * taps:
         raise ValueError(
             f"offset_mask must have at least {3 * groups * taps} channels (3 * groups * taps = "
@@ -241,8 +245,9 @@ def _autocast(device_type: str, key: str) -> None:
     @torch.library.impl(_library, "dcnv4", key)
     def _(value: Tensor, offset_mask: Tensor, *parameters) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
+        tensors = (t if t.dtype == torch.float64 else t.to(dtype) for t in (value, offset_mask))
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return torch.ops.ops_dcnv4.dcnv4(value.to(dtype), offset_mask.to(dtype), *parameters)
+            return torch.ops.ops_dcnv4.dcnv4(*tensors, *parameters)
 
 
 _autocast("cpu", "AutocastCPU")

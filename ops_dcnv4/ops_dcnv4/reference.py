@@ -156,8 +156,9 @@ def dcnv4_backward(
     for corner in corners(x, y, height, width):
         weight = torch.where(corner.inside, corner.weight * modulation, 0)
         where = tuple(t.expand_as(weight) for t in (image, corner.index, group))
-        grad_pixels.index_put_(where, weight[..., None] * grad, accumulate=True)
-        product = (gather(pixels, corner) * grad).sum(-1)
+        spread = torch.where(corner.inside[..., None], weight[..., None] * grad, 0)
+        grad_pixels.index_put_(where, spread, accumulate=True)
+        product = torch.where(corner.inside, (gather(pixels, corner) * grad).sum(-1), 0)
         slope = torch.where(corner.inside, modulation * product * offset_scale, 0)
         grad_x += corner.weight_dx * slope
         grad_y += corner.weight_dy * slope

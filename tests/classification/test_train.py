@@ -1,5 +1,6 @@
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,13 +136,14 @@ def test_a_killed_run_resumes_and_ends_bit_for_bit_as_an_uninterrupted_one(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_cleanly(settings, tmp_path, number):
     settings["schedule"]["epochs"] = 1000
+    settings["data"]["workers"] = 2
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "classification.train", str(tmp_path / "config.yaml")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0)
     while not (tmp_path / "run" / "last.pth").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does: the loader's workers get it too
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in stderr
@@ -176,6 +178,7 @@ def test_resuming_another_model_is_refused(config, tmp_path):
         ({"model": {"args": {"chanels": 3}}}, "model.args .*chanels"),
         ({"model": {"initial_checkpoint": "none.pth"}}, "initial_checkpoint: .*none.pth"),
         ({"data": {"root": "nowhere"}}, "data.root not found: nowhere"),
+        ({"model": {"num_classes": 5}}, r"model.num_classes=5 is too small"),
     ],
 )
 def test_a_wrong_setting_is_an_error_before_anything_is_written(config, changes, message):
@@ -322,3 +325,10 @@ def test_compile_and_gradient_checkpointing_are_switched_on(config, monkeypatch)
 )
 def test_the_loss_follows_the_augmentation(config, augmentation, criterion):
     assert type(build_criterion(config(augmentation=augmentation))) is criterion
+
+
+def test_splits_with_other_classes_are_refused(config, digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "digits")
+    shutil.rmtree(tmp_path / "digits" / "val" / "4")
+    with pytest.raises(ConfigError, match=r"class folders of data.train_split=train .* differ"):
+        train(config(data={"root": str(tmp_path / "digits")}))

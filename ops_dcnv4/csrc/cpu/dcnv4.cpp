@@ -219,6 +219,10 @@ Geometry geometry(const at::Tensor& value, const at::Tensor& offset_mask,
                   bool remove_center) {
   TORCH_CHECK_VALUE(value.dim() == 4 && offset_mask.dim() == 4,
                     "value and offset_mask must have 4 dimensions");
+  for (const at::IntArrayRef pair : {kernel_size, stride, padding, dilation}) {
+    TORCH_CHECK_VALUE(pair.size() == 2,
+                      "kernel_size, stride, padding and dilation must be pairs, got ", pair);
+  }
   TORCH_CHECK_VALUE(value.size(0) == offset_mask.size(0), "batch sizes differ");
   TORCH_CHECK_TYPE(value.scalar_type() == offset_mask.scalar_type(), "dtypes differ");
   TORCH_CHECK_VALUE(groups > 0 && value.size(3) % groups == 0,
@@ -236,6 +240,7 @@ Geometry geometry(const at::Tensor& value, const at::Tensor& offset_mask,
                    offset_scale,
                    remove_center};
   TORCH_CHECK_VALUE(g.y.kernel > 0 && g.x.kernel > 0, "kernel_size must be positive");
+  to_int(int64_t(g.y.kernel) * g.x.kernel, "the product of kernel_size");
   TORCH_CHECK_VALUE(g.offset_channels >= 3 * groups * g.taps(), "offset_mask has too few channels");
   return g;
 }

@@ -1,0 +1,560 @@
+"""The backbone: published values, names and initialisation, and what timm expects of a model."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from ops_dcnv4 import DCNv4
+from timm.data import resolve_model_data_config
+from timm.models import group_parameters
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from flash_internimage import FlashInternImage
+
+DATA = Path(__file__).parents[1] / "data"
+GOLDENS = sorted((DATA / "backbone").glob("*.npz"))
+NAMES = {size[0].upper(): f"flash_internimage_{size}" for size in ("tiny", "small", "base", "large")}
+RELEASED = [
+    "flash_internimage_base.in1k",
+    "flash_internimage_large.in22k_384",
+    "flash_internimage_large.in22k_ft_in1k_384",
+    "flash_internimage_small.in1k",
+    "flash_internimage_tiny.in1k",
+]
+CONFIGURED = sorted([*RELEASED, "flash_internimage_nano.untrained"])
+SMALL = {"channels": 16, "depths": (1, 1, 1, 1), "groups": (1, 2, 4, 8), "num_classes": 10}
+POST_NORM = {
+    "post_norm": True,
+    "layer_scale": 0.5,
+    "dw_kernel_size": 3,
+    "offset_scale": 0.5,
+    "dcn_output_bias": True,
+    "mlp_fc2_bias": True,
+}
+STYLES = pytest.mark.parametrize("style", [{}, POST_NORM], ids=["pre_norm", "post_norm"])
+
+
+def small_model(**kwargs) -> FlashInternImage:
+    """A small model in eval mode whose DCNv4 layers sample, unlike the published zero start."""
+    torch.manual_seed(0)
+    model = FlashInternImage(**{**SMALL, **kwargs})
+    for module in model.modules():
+        if isinstance(module, DCNv4):
+            nn.init.normal_(module.offset_mask.weight, std=0.1)
+            nn.init.normal_(module.offset_mask.bias, std=0.5)
+    return model.eval()
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def meta_model(name: str, **kwargs) -> nn.Module:
+    """Names and shapes of a registered model, without the time it takes to initialise."""
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs)
+
+
+def read_json(path: str) -> dict:
+    return json.loads((DATA / path).read_text())
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    loss = model(x).square().sum()
+    grads = torch.autograd.grad(loss, tuple(parameters.values()))
+    return dict(zip(parameters, grads, strict=True))
+
+
+def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float):
+    assert list(actual) == list(expected)
+    for name in expected:
+        scale = expected[name].abs().max()
+        error = (actual[name] - expected[name]).abs().max()
+        assert error <= tolerance * scale, f"{name}: error {error:.1e} at magnitude {scale:.1e}"
+
+
+# --- Published values ---------------------------------------------------------------------------
+
+
+def load_golden(path: Path) -> tuple[dict[str, np.ndarray], FlashInternImage]:
+    golden = dict(np.load(path))
+    config = json.loads(str(golden["config_json"]))
+    for name in ("core_op", "norm_layer", "with_cp", "out_indices"):
+        config.pop(name, None)
+    model = FlashInternImage(**config)
+    if "logits" not in golden:
+        model.prune_intermediate_layers(4)
+    state_dict = {
+        name.removeprefix("sd."): torch.from_numpy(array)
+        for name, array in golden.items()
+        if name.startswith("sd.")
+    }
+    assert list(model.state_dict()) == list(state_dict)
+    model.load_state_dict(state_dict, strict=True)
+    return golden, model.eval()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+@torch.no_grad()
+def test_values_are_the_published_ones(path, dtype, tolerance):
+    golden, model = load_golden(path)
+    model, x = model.to(dtype), torch.from_numpy(golden["input"]).to(dtype)
+    features, maps = model.forward_intermediates(x)
+    actual = {f"feat{i}": feature_map for i, feature_map in enumerate(maps)}
+    if "logits" in golden:
+        actual["logits"] = model(x)
+        actual["pooled"] = model.forward_head(features, pre_logits=True)
+    expected = {name: torch.from_numpy(golden[name]) for name in actual}
+    assert_same_tensors(actual, expected, tolerance)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in GOLDENS if path.stem.startswith("cls")], ids=lambda path: path.stem
+)
+def test_gradient_of_the_input_is_the_published_one(path):
+    golden, model = load_golden(path)
+    x = torch.from_numpy(golden["input"]).double().requires_grad_()
+    grad_logits = torch.from_numpy(golden["grad_logits"]).double()
+    (grad,) = torch.autograd.grad(model.double()(x), x, grad_logits)
+    expected = torch.from_numpy(golden["grad_input_float64_only"])
+    assert_same_tensors({"input": grad}, {"input": expected}, 1e-9)
+
+
+# --- Published names, shapes and initialisation -------------------------------------------------
+
+
+def shapes(model: nn.Module) -> list[tuple[str, list[int]]]:
+    return [(name, list(tensor.shape)) for name, tensor in model.state_dict().items()]
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("size", NAMES)
+def test_classifier_has_the_published_names_shapes_and_counts(size):
+    schema = read_json(f"schemas/cls_{size}.json")
+    model = meta_model(NAMES[size])
+    assert shapes(model) == list(schema["state_dict"].items())
+    assert [name for name, _ in model.named_parameters()] == schema["parameter_names"]
+    assert [name for name, _ in model.named_buffers()] == schema["buffer_names"]
+    assert count(model) == schema["num_params"]
+    model.reset_classifier(0)
+    assert count(model) == schema["num_params_excluding_head"]
+
+
+@pytest.mark.parametrize("size", NAMES)
+def test_dense_backbone_has_the_published_names_shapes_and_counts(size):
+    schema = read_json(f"schemas/dense_{size}.json")
+    model = meta_model(NAMES[size], features_only=True, layer_scale=1.0).model
+    assert shapes(model) == list(schema["state_dict"].items())
+    assert [name for name, _ in model.named_parameters()] == schema["parameter_names"]
+    assert count(model) == schema["num_params"]
+
+
+@pytest.mark.parametrize("size", NAMES)
+def test_drop_path_rises_as_published(size):
+    schema = read_json(f"schemas/cls_{size}.json")
+    rate = schema["constructor_kwargs"]["drop_path_rate"]
+    model = meta_model(NAMES[size], drop_path_rate=rate)
+    rates = [
+        [getattr(block.drop_path, "drop_prob", 0.0) for block in stage.blocks]
+        for stage in model.levels
+    ]
+    assert rates == schema["drop_path_per_block"]
+
+
+@pytest.mark.parametrize("size", NAMES)
+def test_convolutions_and_linear_layers_cost_the_published_macs(size):
+    macs = read_json(f"schemas/cls_{size}.json")["macs"]
+    model, resolution = meta_model(NAMES[size]), macs["image_size"]
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, resolution, resolution, device="meta"))
+    assert counter.get_total_flops() == 2 * (macs["conv_macs"] + macs["linear_macs"])
+
+
+@pytest.mark.parametrize("style", "TL")
+def test_initialisation_is_distributed_as_published(style):
+    golden = read_json(f"schemas/init_stats_{style}_style.json")
+    torch.manual_seed(0)
+    model = FlashInternImage(**golden["config"])
+    tensors = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    assert shapes(model) == [(name, stats["shape"]) for name, stats in golden["tensors"].items()]
+    for name, stats in golden["tensors"].items():
+        low, high = tensors[name].min().item(), tensors[name].max().item()
+        if stats["min"] == stats["max"]:
+            assert low == high == stats["min"], name
+            continue
+        deviation, number = stats["std"], math.prod(stats["shape"])
+        assert tensors[name].mean().item() == pytest.approx(
+            stats["mean"], abs=8 * deviation / math.sqrt(number)
+        ), name
+        assert tensors[name].std().item() == pytest.approx(
+            deviation, rel=6 / math.sqrt(number)
+        ), name
+        is_uniform = stats["max"] < 2 * deviation
+        if is_uniform:
+            assert low == pytest.approx(stats["min"], rel=15 / number), name
+            assert high == pytest.approx(stats["max"], rel=15 / number), name
+        else:
+            assert min(-low, high) > 2 * deviation, name
+
+
+def test_fine_groups_give_the_published_layer_decay():
+    model = meta_model(NAMES["L"])
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    last = max(layers.values())
+    published = {name: lr for name, lr, *_ in read_json("optim/cls_L_recipe.json")["groups"]}
+    actual = {
+        name: 0.9 ** (last - layer) * (0.1 if "offset" in name else 1)
+        for name, layer in layers.items()
+    }
+    assert actual == pytest.approx(published)
+
+
+@pytest.mark.parametrize("size", "TL")
+def test_weight_decay_spares_the_published_parameters(size):
+    model = meta_model(NAMES[size])
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = param_groups_weight_decay(
+        model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay()
+    )
+    actual = {names[p]: group["weight_decay"] for group in groups for p in group["params"]}
+    recipe = read_json(f"optim/cls_{size}_recipe.json")["groups"]
+    assert actual == {name: weight_decay for name, _, weight_decay, _ in recipe}
+
+
+def test_coarse_groups_are_stem_stages_and_head():
+    model = small_model()
+    groups = group_parameters(model, model.group_matcher(coarse=True))
+    prefixes = [{".".join(name.split(".")[:2]) for name in names} for names in groups.values()]
+    assert all(name.startswith("patch_embed") for name in prefixes[0])
+    assert prefixes[1:5] == [{f"levels.{i}"} for i in range(4)]
+    assert prefixes[5:] == [{"conv_head.0", "conv_head.1", "head.weight", "head.bias"}]
+
+
+# --- timm's registry ----------------------------------------------------------------------------
+
+
+def test_timm_lists_the_models():
+    assert timm.list_models("flash_internimage*", include_tags=True) == CONFIGURED
+    assert timm.list_pretrained("flash_internimage*") == RELEASED
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_pretrained_config_describes_the_model(name):
+    model = meta_model(name)
+    config = model.pretrained_cfg
+    classifier = model.get_submodule(config["classifier"])
+    assert classifier is model.get_classifier()
+    assert classifier.out_features == model.num_classes == config["num_classes"]
+    first_conv = model.get_submodule(config["first_conv"])
+    assert first_conv.in_channels == config["input_size"][0]
+    features = model.forward_features(torch.empty(1, *config["input_size"], device="meta"))
+    assert features.shape == (1, model.num_features, *config["pool_size"])
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_weights_have_an_address(name):
+    url = timm.get_pretrained_cfg(name).url
+    assert url.startswith("https://huggingface.co/OpenGVLab/DCNv4/resolve/main/flash_intern")
+    assert url.endswith(".pth")
+
+
+def test_released_weights_have_addresses_of_their_own():
+    assert len({timm.get_pretrained_cfg(name).url for name in RELEASED}) == len(RELEASED)
+
+
+@pytest.mark.parametrize(("name", "size"), [("nano", 64), ("tiny", 224), ("large", 384)])
+def test_evaluation_takes_the_whole_image_in_bicubic(name, size):
+    config = resolve_model_data_config(meta_model(f"flash_internimage_{name}"))
+    assert config["input_size"] == (3, size, size)
+    assert (config["crop_pct"], config["interpolation"]) == (1.0, "bicubic")
+    assert config["mean"] == (0.485, 0.456, 0.406)
+
+
+# --- Classifier ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+def test_input_channels_and_classes_are_free(in_chans):
+    model = timm.create_model("flash_internimage_nano", num_classes=7, in_chans=in_chans)
+    assert model(images(2, in_chans, 64, 64)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("size", [(97, 70), (33, 1)])
+@STYLES
+def test_any_image_size_works(style, size):
+    maps = small_model(**style).forward_intermediates(images(1, 3, *size), intermediates_only=True)
+    strides = (4, 8, 16, 32)
+    assert [m.shape[2:] for m in maps] == [
+        (math.ceil(size[0] / stride), math.ceil(size[1] / stride)) for stride in strides
+    ]
+
+
+def test_no_classes_means_pooled_features():
+    model, x = small_model(num_classes=0), images(2, 3, 64, 64)
+    assert model.get_classifier().__class__ is nn.Identity
+    assert model(x).shape == (2, model.head_hidden_size)
+    assert model(x).equal(small_model().forward_head(model.forward_features(x), pre_logits=True))
+
+
+def test_no_pooling_means_a_feature_map():
+    model = small_model(num_classes=0, global_pool="")
+    assert model(images(2, 3, 64, 96)).shape == (2, model.head_hidden_size, 2, 3)
+
+
+def test_head_follows_features():
+    model, x = small_model(), images(2, 3, 64, 64)
+    features = model.forward_features(x)
+    assert features.shape == (2, model.num_features, 2, 2)
+    assert model.forward_head(features).equal(model(x))
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, model.head_hidden_size)
+    assert model.get_classifier()(pooled).equal(model(x))
+
+
+@pytest.mark.parametrize("global_pool", [None, "avg", "max", "avgmax", "catavgmax"])
+def test_reset_classifier_changes_classes_and_pooling(global_pool):
+    model, x = small_model(), images(2, 3, 64, 64)
+    model.reset_classifier(5, global_pool)
+    assert model.num_classes == model.get_classifier().out_features == 5
+    assert model(x).shape == (2, 5)
+
+
+def test_reset_classifier_pools_as_asked():
+    model, x = small_model(num_classes=0), images(2, 3, 64, 64)
+    feature_map = model.conv_head(model.forward_features(x))
+    model.reset_classifier(0, "max")
+    torch.testing.assert_close(model(x), feature_map.amax((2, 3)))
+    model.reset_classifier(0, "avg")
+    torch.testing.assert_close(model(x), feature_map.mean((2, 3)))
+    model.reset_classifier(0, "")
+    assert model(x).equal(feature_map)
+
+
+def test_reset_classifier_keeps_dtype_and_published_initialisation():
+    model = small_model().double()
+    model.reset_classifier(1000)
+    assert model.head.weight.dtype == torch.float64
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not model.head.bias.any()
+
+
+def test_reset_classifier_leaves_no_weights_behind():
+    model = small_model()
+    model.reset_classifier(0)
+    assert not any(name.startswith("head.") for name in model.state_dict())
+
+
+def test_groups_must_match_depths():
+    with pytest.raises(ValueError, match=r"groups must have one entry per stage \(4\)"):
+        FlashInternImage(groups=(4, 8, 16))
+
+
+# --- Feature maps -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("out_indices", "stages"),
+    [
+        (None, [0, 1, 2, 3]),
+        ((0, 1, 2, 3), [0, 1, 2, 3]),
+        ((1, 3), [1, 3]),
+        ((0,), [0]),
+        ((-2, -1), [2, 3]),
+        ((-3,), [1]),
+    ],
+)
+def test_features_only_gives_what_feature_info_says(out_indices, stages):
+    kwargs = {} if out_indices is None else {"out_indices": out_indices}
+    model = timm.create_model("flash_internimage_nano", features_only=True, **kwargs)
+    assert model.feature_info.channels() == [32 * 2**stage for stage in stages]
+    assert model.feature_info.reduction() == [4 * 2**stage for stage in stages]
+    assert model.feature_info.module_name() == [f"levels.{stage}" for stage in stages]
+    maps = model(images(2, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [
+        (2, channels, 64 // reduction, 96 // reduction)
+        for channels, reduction in zip(
+            model.feature_info.channels(), model.feature_info.reduction(), strict=True
+        )
+    ]
+
+
+@STYLES
+def test_intermediates_are_the_stages_outputs(style):
+    model, x = small_model(**style), images(2, 3, 64, 64)
+    outputs = []
+    for stage in model.levels:
+        stage.register_forward_hook(lambda module, args, output: outputs.append(output))
+    features, maps = model.forward_intermediates(x)
+    assert all(m.equal(out.permute(0, 3, 1, 2)) for m, out in zip(maps, outputs, strict=True))
+    assert maps[-1].equal(features)
+    assert features.equal(model.forward_features(x))
+
+
+def test_intermediates_of_chosen_stages():
+    model, x = small_model(), images(1, 3, 64, 64)
+    _, maps = model.forward_intermediates(x)
+    for indices, stages in [(2, [2, 3]), ([0, 2], [0, 2]), ([-1], [3]), ((1,), [1])]:
+        chosen = model.forward_intermediates(x, indices=indices, intermediates_only=True)
+        assert len(chosen) == len(stages)
+        assert all(m.equal(maps[stage]) for m, stage in zip(chosen, stages, strict=True))
+
+
+def test_intermediates_stop_early():
+    model, x = small_model(), images(1, 3, 64, 64)
+    _, maps = model.forward_intermediates(x)
+    model.levels[2:] = [nn.Module(), nn.Module()]  # cannot be run
+    features, chosen = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
+    assert [m.equal(expected) for m, expected in zip(chosen, maps, strict=False)] == [True, True]
+    assert features.equal(maps[1])
+
+
+def test_intermediates_channels_last():
+    model, x = small_model(), images(1, 3, 64, 96)
+    first = model.forward_intermediates(x, intermediates_only=True)
+    last = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
+    assert [m.shape[1:] for m in last] == [(16, 24, 16), (8, 12, 32), (4, 6, 64), (2, 3, 128)]
+    assert all(a.permute(0, 2, 3, 1).equal(b) for a, b in zip(first, last, strict=True))
+
+
+@pytest.mark.parametrize("output_fmt", ["NLC", "nchw", ""])
+def test_intermediates_in_no_other_format(output_fmt):
+    with pytest.raises(ValueError, match=f"'NCHW' or 'NHWC', got '{output_fmt}'"):
+        small_model().forward_intermediates(images(1, 3, 64, 64), output_fmt=output_fmt)
+
+
+@pytest.mark.parametrize(("indices", "kept"), [([0, 1], [0, 1]), ([-3], [1]), (1, [3])])
+def test_pruned_model_gives_the_same_feature_maps(indices, kept):
+    model, x = small_model(), images(1, 3, 64, 64)
+    expected = model.forward_intermediates(x, indices=indices, intermediates_only=True)
+    assert model.prune_intermediate_layers(indices) == kept
+    actual = model.forward_intermediates(x, indices=kept, intermediates_only=True)
+    assert all(a.equal(e) for a, e in zip(actual, expected, strict=True))
+    assert model.num_features == expected[-1].shape[1]
+    assert model(x).equal(expected[-1])
+    unused = (f"levels.{kept[-1] + 1}", f"levels.{kept[-1]}.downsample", "conv_head", "head")
+    assert not any(name.startswith(unused) for name in model.state_dict())
+
+
+def test_pruning_may_keep_the_head():
+    model, x = small_model(), images(1, 3, 64, 64)
+    logits = model(x)
+    assert model.prune_intermediate_layers([1, 3], prune_head=False) == [1, 3]
+    assert model(x).equal(logits)
+
+
+def test_pruned_model_can_be_pruned_again():
+    model = small_model()
+    model.prune_intermediate_layers([0, 2])
+    assert model.prune_intermediate_layers([0]) == [0]
+    assert model(images(1, 3, 64, 64)).shape == (1, 16, 16, 16)
+
+
+def test_pruned_model_takes_a_new_classifier():
+    model = small_model()
+    model.prune_intermediate_layers([0, 1])
+    model.reset_classifier(5, "avg")
+    assert model(images(2, 3, 64, 64)).shape == (2, 5)
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+@STYLES
+def test_every_parameter_gets_a_gradient(style):
+    grads = gradients(small_model(**style).train(), images(2, 3, 64, 64))
+    assert [name for name, grad in grads.items() if not grad.any()] == []
+
+
+def test_fresh_model_trains():
+    model = timm.create_model("flash_internimage_nano", num_classes=3).train()
+    model(images(2, 3, 64, 64)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(block.dcn.offset_mask.weight.grad.isfinite().all() for block in model.levels[0].blocks)
+
+
+def test_gradient_checkpointing_recomputes_blocks():
+    model, x = small_model(drop_path_rate=0.5).train(), images(4, 3, 64, 64)
+    calls = []
+    for stage in model.levels:
+        stage.blocks[0].register_forward_pre_hook(lambda *_: calls.append(None))
+    torch.manual_seed(0)
+    expected = gradients(model, x)
+    assert len(calls) == 4
+    model.set_grad_checkpointing()
+    torch.manual_seed(0)
+    actual = gradients(model, x)
+    assert len(calls) == 4 + 8
+    assert_same_tensors(actual, expected, tolerance=0)
+    model.set_grad_checkpointing(False)
+    gradients(model, x)
+    assert len(calls) == 12 + 4
+
+
+@pytest.mark.parametrize("regularisation", ["drop_path_rate", "drop_rate"])
+def test_regularisation_acts_in_training_only(regularisation):
+    x = images(4, 3, 64, 64)
+    plain, model = small_model(), small_model(**{regularisation: 0.5})
+    assert model(x).equal(plain(x))
+    assert plain.train()(x).equal(plain(x))
+    assert not model.train()(x).equal(model(x))
+
+
+# --- Deployment ---------------------------------------------------------------------------------
+
+
+@STYLES
+def test_image_in_a_batch_equals_the_image_alone(style):
+    model, batch = small_model(**style).double(), images(3, 3, 97, 70).double()
+    alone = torch.cat([model(image[None]) for image in batch])
+    torch.testing.assert_close(model(batch), alone, rtol=1e-12, atol=1e-12)
+
+
+def test_deep_copy_is_independent():
+    model, x = small_model(), images(1, 3, 64, 64)
+    expected, twin = model(x), copy.deepcopy(model)
+    assert twin(x).equal(expected)
+    nn.init.zeros_(twin.head.weight)
+    assert model(x).equal(expected)
+
+
+def test_memory_format_of_the_input_does_not_matter():
+    model, x = small_model(), images(2, 3, 64, 64)
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), model(x))
+
+
+def test_export_with_dynamic_batch_and_size():
+    model = small_model(depths=(1, 1), groups=(1, 2))
+    dynamic = torch.export.Dim.AUTO
+    program = torch.export.export(
+        model,
+        (images(2, 3, 32, 32),),
+        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+        strict=False,
+    )
+    x = images(3, 3, 48, 40)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_model_equals_the_eager_one():
+    model, x = small_model(depths=(1, 1), groups=(1, 2)), images(2, 3, 32, 32)
+    # One C++ file per graph instead of one per kernel: half the time in the compiler.
+    compiled = torch.compile(
+        copy.deepcopy(model), fullgraph=True, backend="inductor", options={"cpp_wrapper": True}
+    )
+    torch.testing.assert_close(compiled(x), model(x))
+    names = [name for name, _ in model.named_parameters()]
+    actual = dict(zip(names, gradients(compiled.train(), x).values(), strict=True))
+    assert_same_tensors(actual, gradients(model.train(), x), tolerance=1e-3)
