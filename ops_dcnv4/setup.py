@@ -74,7 +74,6 @@ def build_arguments() -> dict:
         [os.path.relpath(source, HERE) for source in sources],
         include_dirs=[str(HERE / "csrc")],
         depends=[os.path.relpath(header, HERE) for header in (HERE / "csrc").rglob("*.h")],
-        define_macros=[("Py_LIMITED_API", "0x030B0000")],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
         py_limited_api=True,

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from ops_dcnv4 import DCNv4
 from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
@@ -17,10 +16,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flash_internimage import FlashInternImage
+from ops_dcnv4 import DCNv4
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDENS = sorted((DATA / "backbone").glob("*.npz"))
-NAMES = {size[0].upper(): f"flash_internimage_{size}" for size in ("tiny", "small", "base", "large")}
+NAMES = {
+    "T": "flash_internimage_tiny",
+    "S": "flash_internimage_small",
+    "B": "flash_internimage_base",
+    "L": "flash_internimage_large",
+}
 RELEASED = [
     "flash_internimage_base.in1k",
     "flash_internimage_large.in22k_384",
@@ -39,6 +44,15 @@ POST_NORM = {
     "mlp_fc2_bias": True,
 }
 STYLES = pytest.mark.parametrize("style", [{}, POST_NORM], ids=["pre_norm", "post_norm"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models as small as these run faster on one thread than on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def small_model(**kwargs) -> FlashInternImage:
@@ -73,14 +87,6 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return dict(zip(parameters, grads, strict=True))
 
 
-def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float):
-    assert list(actual) == list(expected)
-    for name in expected:
-        scale = expected[name].abs().max()
-        error = (actual[name] - expected[name]).abs().max()
-        assert error <= tolerance * scale, f"{name}: error {error:.1e} at magnitude {scale:.1e}"
-
-
 # --- Published values ---------------------------------------------------------------------------
 
 
@@ -105,7 +111,7 @@ def load_golden(path: Path) -> tuple[dict[str, np.ndarray], FlashInternImage]:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
 @torch.no_grad()
-def test_values_are_the_published_ones(path, dtype, tolerance):
+def test_values_are_the_published_ones(path, dtype, tolerance, assert_near):
     golden, model = load_golden(path)
     model, x = model.to(dtype), torch.from_numpy(golden["input"]).to(dtype)
     features, maps = model.forward_intermediates(x)
@@ -113,20 +119,19 @@ def test_values_are_the_published_ones(path, dtype, tolerance):
     if "logits" in golden:
         actual["logits"] = model(x)
         actual["pooled"] = model.forward_head(features, pre_logits=True)
-    expected = {name: torch.from_numpy(golden[name]) for name in actual}
-    assert_same_tensors(actual, expected, tolerance)
+    for name, tensor in actual.items():
+        assert_near(tensor, torch.from_numpy(golden[name]), tolerance)
 
 
 @pytest.mark.parametrize(
     "path", [path for path in GOLDENS if path.stem.startswith("cls")], ids=lambda path: path.stem
 )
-def test_gradient_of_the_input_is_the_published_one(path):
+def test_gradient_of_the_input_is_the_published_one(path, assert_near):
     golden, model = load_golden(path)
     x = torch.from_numpy(golden["input"]).double().requires_grad_()
     grad_logits = torch.from_numpy(golden["grad_logits"]).double()
     (grad,) = torch.autograd.grad(model.double()(x), x, grad_logits)
-    expected = torch.from_numpy(golden["grad_input_float64_only"])
-    assert_same_tensors({"input": grad}, {"input": expected}, 1e-9)
+    assert_near(grad, torch.from_numpy(golden["grad_input_float64_only"]), 1e-9)
 
 
 # --- Published names, shapes and initialisation -------------------------------------------------
@@ -187,26 +192,25 @@ def test_initialisation_is_distributed_as_published(style):
     golden = read_json(f"schemas/init_stats_{style}_style.json")
     torch.manual_seed(0)
     model = FlashInternImage(**golden["config"])
-    tensors = {name: tensor.double() for name, tensor in model.state_dict().items()}
     assert shapes(model) == [(name, stats["shape"]) for name, stats in golden["tensors"].items()]
-    for name, stats in golden["tensors"].items():
-        low, high = tensors[name].min().item(), tensors[name].max().item()
-        if stats["min"] == stats["max"]:
-            assert low == high == stats["min"], name
-            continue
-        deviation, number = stats["std"], math.prod(stats["shape"])
-        assert tensors[name].mean().item() == pytest.approx(
-            stats["mean"], abs=8 * deviation / math.sqrt(number)
-        ), name
-        assert tensors[name].std().item() == pytest.approx(
-            deviation, rel=6 / math.sqrt(number)
-        ), name
-        is_uniform = stats["max"] < 2 * deviation
-        if is_uniform:
-            assert low == pytest.approx(stats["min"], rel=15 / number), name
-            assert high == pytest.approx(stats["max"], rel=15 / number), name
-        else:
-            assert min(-low, high) > 2 * deviation, name
+    for name, tensor in model.state_dict().items():
+        assert_same_distribution(name, tensor.double(), golden["tensors"][name])
+
+
+def assert_same_distribution(name: str, tensor: Tensor, stats: dict) -> None:
+    """Against the statistics of another sample of the same size."""
+    if stats["min"] == stats["max"]:
+        assert tensor.eq(stats["min"]).all(), name
+        return
+    size, deviation = tensor.numel(), stats["std"]
+    assert abs(tensor.mean() - stats["mean"]) < 6 * deviation / math.sqrt(size), name
+    assert abs(tensor.std() - deviation) < 5 * deviation / math.sqrt(size), name
+    is_uniform = stats["max"] < 2 * deviation
+    if is_uniform:
+        assert tensor.min().item() == pytest.approx(stats["min"], rel=15 / size), name
+        assert tensor.max().item() == pytest.approx(stats["max"], rel=15 / size), name
+    else:
+        assert min(-tensor.min(), tensor.max()) > 2 * deviation, name
 
 
 def test_fine_groups_give_the_published_layer_decay():
@@ -303,9 +307,9 @@ def test_any_image_size_works(style, size):
 
 def test_no_classes_means_pooled_features():
     model, x = small_model(num_classes=0), images(2, 3, 64, 64)
-    assert model.get_classifier().__class__ is nn.Identity
+    assert isinstance(model.get_classifier(), nn.Identity)
     assert model(x).shape == (2, model.head_hidden_size)
-    assert model(x).equal(small_model().forward_head(model.forward_features(x), pre_logits=True))
+    assert model(x).equal(model.forward_head(model.forward_features(x), pre_logits=True))
 
 
 def test_no_pooling_means_a_feature_map():
@@ -414,9 +418,9 @@ def test_intermediates_of_chosen_stages():
 def test_intermediates_stop_early():
     model, x = small_model(), images(1, 3, 64, 64)
     _, maps = model.forward_intermediates(x)
-    model.levels[2:] = [nn.Module(), nn.Module()]  # cannot be run
+    model.levels[1].downsample = model.levels[2] = nn.Module()  # cannot be run
     features, chosen = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
-    assert [m.equal(expected) for m, expected in zip(chosen, maps, strict=False)] == [True, True]
+    assert all(m.equal(expected) for m, expected in zip(chosen, maps[:2], strict=True))
     assert features.equal(maps[1])
 
 
@@ -473,15 +477,14 @@ def test_pruned_model_takes_a_new_classifier():
 
 @STYLES
 def test_every_parameter_gets_a_gradient(style):
-    grads = gradients(small_model(**style).train(), images(2, 3, 64, 64))
+    grads = gradients(small_model(**style), images(2, 3, 64, 64))
     assert [name for name, grad in grads.items() if not grad.any()] == []
 
 
-def test_fresh_model_trains():
-    model = timm.create_model("flash_internimage_nano", num_classes=3).train()
-    model(images(2, 3, 64, 64)).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    assert all(block.dcn.offset_mask.weight.grad.isfinite().all() for block in model.levels[0].blocks)
+@STYLES
+def test_fresh_model_has_finite_gradients(style):
+    grads = gradients(FlashInternImage(**SMALL, **style), images(2, 3, 64, 64))
+    assert all(grad.isfinite().all() for grad in grads.values())
 
 
 def test_gradient_checkpointing_recomputes_blocks():
@@ -496,7 +499,7 @@ def test_gradient_checkpointing_recomputes_blocks():
     torch.manual_seed(0)
     actual = gradients(model, x)
     assert len(calls) == 4 + 8
-    assert_same_tensors(actual, expected, tolerance=0)
+    assert all(actual[name].equal(expected[name]) for name in expected)
     model.set_grad_checkpointing(False)
     gradients(model, x)
     assert len(calls) == 12 + 4
@@ -504,11 +507,13 @@ def test_gradient_checkpointing_recomputes_blocks():
 
 @pytest.mark.parametrize("regularisation", ["drop_path_rate", "drop_rate"])
 def test_regularisation_acts_in_training_only(regularisation):
-    x = images(4, 3, 64, 64)
     plain, model = small_model(), small_model(**{regularisation: 0.5})
+    x = images(4, 3, 64, 64)
     assert model(x).equal(plain(x))
-    assert plain.train()(x).equal(plain(x))
-    assert not model.train()(x).equal(model(x))
+    first, second = plain.train()(x), plain(x)
+    assert first.equal(second)
+    first, second = model.train()(x), model(x)
+    assert not first.equal(second)
 
 
 # --- Deployment ---------------------------------------------------------------------------------
@@ -547,14 +552,19 @@ def test_export_with_dynamic_batch_and_size():
     torch.testing.assert_close(program.module()(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_compiled_model_equals_the_eager_one():
-    model, x = small_model(depths=(1, 1), groups=(1, 2)), images(2, 3, 32, 32)
-    # One C++ file per graph instead of one per kernel: half the time in the compiler.
-    compiled = torch.compile(
-        copy.deepcopy(model), fullgraph=True, backend="inductor", options={"cpp_wrapper": True}
-    )
-    torch.testing.assert_close(compiled(x), model(x))
-    names = [name for name, _ in model.named_parameters()]
-    actual = dict(zip(names, gradients(compiled.train(), x).values(), strict=True))
-    assert_same_tensors(actual, gradients(model.train(), x), tolerance=1e-3)
+def test_compiled_model_equals_the_eager_one(assert_near):
+    model = small_model(depths=(1, 1), groups=(1, 2)).double()
+    x = images(2, 3, 32, 32).double()
+    # Scalar code in one C++ file per graph: a third of the time in the C++ compiler.
+    quick = {
+        "cpp_wrapper": True,
+        "cpp.vec_isa_ok": False,
+        "cpp_cache_precompile_headers": False,
+    }
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, options=quick)
+    with torch.no_grad():
+        assert_near(compiled(x), model(x), 1e-12)
+    actual, expected = gradients(compiled.train(), x), gradients(model.train(), x)
+    for name in expected:
+        torch.testing.assert_close(actual[f"_orig_mod.{name}"], expected[name])

@@ -185,9 +185,9 @@ def test_wrong_input_is_named(input_shape, shape, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"groups": 3}, "group.* must .* divide channels=16, got 3"),
+        ({"groups": 3}, "groups must .* divide in_channels=16, got 3"),
         ({"padding": "same", "stride": 2}, "padding must .* 'same' with stride 1"),
-        ({"padding": "same", "kernel_size": 4}, "padding must .* odd kernel"),
+        ({"padding": "same", "kernel_size": 4}, "padding must .* odd window"),
         ({"padding": "reflect"}, "padding must be ints.* got 'reflect'"),
     ],
 )

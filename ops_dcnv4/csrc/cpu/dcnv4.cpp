@@ -24,33 +24,88 @@ struct Tensors {
   scalar_t* grad_offset_mask;   // backward, zero at the start
 };
 
-// One kernel tap of one (pixel, group), ready for the loop over channels.
+// Where and with which weights the taps of one (pixel, group) sample, an array per quantity so that
+// it is computed several taps at a time. In offset_mask's order: kernel columns outside, rows inside.
 template <typename acc_t>
-struct Tap {
-  Cell<acc_t> cell;
-  int64_t offset;  // elements from the group's slice of pixel (0, 0) to the cell's top-left pixel
-  acc_t modulation;
+struct Plan {
+  int64_t taps;
+  acc_t *grid_x, *grid_y;  // the window's regular grid, the same for all pixels
+  int *row, *col, *pixel;  // of the cell's top-left pixel
+  acc_t *dx, *dy, *modulation;
+  acc_t *top_left, *top_right, *bottom_left, *bottom_right;  // weights, modulation included
 };
 
-// The taps of one (pixel, group) in offset_mask's order: kernel columns outside, rows inside.
-// `offsets` points at the group's 2*taps offsets, followed by its `taps` modulation scalars.
-template <typename scalar_t, typename acc_t>
-OPS_DCNV4_INLINE void plan(const Geometry& g, int row, int col, const scalar_t* offsets,
-                           Tap<acc_t>* taps) {
-  const acc_t scale = static_cast<acc_t>(g.offset_scale);
-  const scalar_t* modulation = offsets + 2 * g.taps();
-  for (int tap_x = 0; tap_x < g.x.kernel; ++tap_x) {
-    for (int tap_y = 0; tap_y < g.y.kernel; ++tap_y) {
-      if (g.skips(tap_y, tap_x)) continue;
-      const acc_t x = g.x.sample(col, tap_x, static_cast<acc_t>(offsets[0]), scale);
-      const acc_t y = g.y.sample(row, tap_y, static_cast<acc_t>(offsets[1]), scale);
-      taps->cell = locate(y, x, g.height, g.width);
-      taps->offset = (int64_t(taps->cell.row) * g.width + taps->cell.col) * g.channels();
-      taps->modulation = static_cast<acc_t>(*modulation);
-      offsets += 2, ++modulation, ++taps;
+template <typename acc_t>
+class PlanBuffer {
+ public:
+  explicit PlanBuffer(const Geometry& g) : numbers_(9 * g.taps()), indices_(3 * g.taps()) {
+    acc_t* numbers = numbers_.data();
+    plan.taps = g.taps();
+    for (acc_t** array : {&plan.grid_x, &plan.grid_y, &plan.dx, &plan.dy, &plan.modulation,
+                          &plan.top_left, &plan.top_right, &plan.bottom_left, &plan.bottom_right}) {
+      *array = numbers;
+      numbers += plan.taps;
+    }
+    plan.row = indices_.data(), plan.col = plan.row + plan.taps, plan.pixel = plan.col + plan.taps;
+    int k = 0;
+    for (int tap_x = 0; tap_x < g.x.kernel; ++tap_x) {
+      for (int tap_y = 0; tap_y < g.y.kernel; ++tap_y) {
+        if (g.skips(tap_y, tap_x)) continue;
+        plan.grid_x[k] = g.x.grid(tap_x);
+        plan.grid_y[k++] = g.y.grid(tap_y);
+      }
     }
   }
+
+  Plan<acc_t> plan;
+
+ private:
+  std::vector<acc_t> numbers_;
+  std::vector<int> indices_;
+};
+
+// Fills the plan of one output pixel and group. `offsets` points at the group's 2*taps offsets,
+// followed by its `taps` modulation scalars. Plan and sizes come as copies: through a reference,
+// every store might change them, and the loop would not be vectorised.
+template <typename scalar_t, typename acc_t>
+OPS_DCNV4_INLINE void make_plan(const Plan<acc_t> p, const Geometry& g, int out_row, int out_col,
+                                const scalar_t* offsets) {
+  const int height = g.height, width = g.width;
+  const acc_t scale = static_cast<acc_t>(g.offset_scale);
+  const acc_t center_x = g.x.center_of(out_col), center_y = g.y.center_of(out_row);
+  const scalar_t* modulations = offsets + 2 * p.taps;
+#pragma GCC ivdep
+  for (int64_t k = 0; k < p.taps; ++k) {
+    const acc_t x = center_x + scale * (p.grid_x[k] + static_cast<acc_t>(offsets[2 * k]));
+    const acc_t y = center_y + scale * (p.grid_y[k] + static_cast<acc_t>(offsets[2 * k + 1]));
+    const Cell<acc_t> cell = locate(y, x, height, width);
+    const acc_t modulation = static_cast<acc_t>(modulations[k]);
+    const acc_t bottom = modulation * cell.dy, top = modulation * (1 - cell.dy);
+    p.row[k] = cell.row;
+    p.col[k] = cell.col;
+    p.pixel[k] = cell.row * width + cell.col;
+    p.dx[k] = cell.dx;
+    p.dy[k] = cell.dy;
+    p.modulation[k] = modulation;
+    p.top_left[k] = top * (1 - cell.dx);
+    p.top_right[k] = top * cell.dx;
+    p.bottom_left[k] = bottom * (1 - cell.dx);
+    p.bottom_right[k] = bottom * cell.dx;
+  }
 }
+
+// Which pixels of tap k's cell lie inside the image.
+struct Inside {
+  bool top, bottom, left, right;
+
+  template <typename acc_t>
+  OPS_DCNV4_INLINE Inside(const Geometry& g, const Plan<acc_t>& p, int64_t k)
+      : top(unsigned(p.row[k]) < unsigned(g.height)),
+        bottom(unsigned(p.row[k] + 1) < unsigned(g.height)),
+        left(unsigned(p.col[k]) < unsigned(g.width)),
+        right(unsigned(p.col[k] + 1) < unsigned(g.width)) {}
+  OPS_DCNV4_INLINE bool all() const { return top & bottom & left & right; }
+};
 
 // Calls body(width constant, first channel) for consecutive blocks that cover all channels.
 template <typename Body>
@@ -58,140 +113,127 @@ OPS_DCNV4_INLINE void for_channel_blocks(int64_t channels, const Body& body) {
   int64_t c = 0;
   for (; c + 32 <= channels; c += 32) body(std::integral_constant<int, 32>(), c);
   for (; c + 16 <= channels; c += 16) body(std::integral_constant<int, 16>(), c);
-  for (; c + 8 <= channels; c += 8) body(std::integral_constant<int, 8>(), c);
   for (; c + 4 <= channels; c += 4) body(std::integral_constant<int, 4>(), c);
   for (; c < channels; ++c) body(std::integral_constant<int, 1>(), c);
-}
-
-// Sum over the taps for `width` channels.
-template <int width, typename scalar_t, typename acc_t>
-OPS_DCNV4_INLINE void aggregate(const Geometry& g, const Tap<acc_t>* taps, const scalar_t* value,
-                                scalar_t* output) {
-  using L = Lanes<acc_t, width>;
-  const int64_t right = g.channels(), below = g.width * g.channels();
-  typename L::type sum = L::zero();
-  for (const Tap<acc_t>* tap = taps; tap != taps + g.taps(); ++tap) {
-    const Cell<acc_t>& cell = tap->cell;
-    const acc_t bottom = tap->modulation * cell.dy, top = tap->modulation - bottom;
-    const acc_t top_right = top * cell.dx, bottom_right = bottom * cell.dx;
-    const acc_t top_left = top - top_right, bottom_left = bottom - bottom_right;
-    const scalar_t* v = value + tap->offset;
-    if (cell.all()) {
-      sum = sum + top_left * L::load(v) + top_right * L::load(v + right) +
-            bottom_left * L::load(v + below) + bottom_right * L::load(v + below + right);
-      continue;
-    }
-    if (cell.top && cell.left) sum = sum + top_left * L::load(v);
-    if (cell.top && cell.right) sum = sum + top_right * L::load(v + right);
-    if (cell.bottom && cell.left) sum = sum + bottom_left * L::load(v + below);
-    if (cell.bottom && cell.right) sum = sum + bottom_right * L::load(v + below + right);
-  }
-  L::store(output, sum);
 }
 
 // Output pixels [begin, end), counted over the batch.
 template <typename scalar_t, typename acc_t>
 OPS_DCNV4_INLINE void forward(const Geometry& g, const Tensors<scalar_t, acc_t>& t,
-                              Tap<acc_t>* taps, int64_t begin, int64_t end) {
+                              const Plan<acc_t> plan, int64_t begin, int64_t end) {
+  const int64_t right = g.channels(), below = g.width * right;  // to neighbouring pixels
   const int64_t pixels_in = int64_t(g.height) * g.width;
   const int64_t pixels_out = int64_t(g.out_height) * g.out_width;
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     const int64_t image = pixel / pixels_out, position = pixel % pixels_out;
     const int row = position / g.out_width, col = position % g.out_width;
     const scalar_t* value = t.value + image * pixels_in * g.channels();
+    const scalar_t* offsets = t.offset_mask + pixel * g.offset_channels;
+    scalar_t* output = t.output + pixel * g.channels();
     for (int64_t group = 0; group < g.groups; ++group) {
-      plan(g, row, col, t.offset_mask + pixel * g.offset_channels + group * 3 * g.taps(), taps);
+      make_plan(plan, g, row, col, offsets + group * 3 * plan.taps);
       for_channel_blocks(g.group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
+        using L = Lanes<acc_t, width.value>;
         const int64_t channel = group * g.group_channels + c;
-        aggregate<width.value>(g, taps, value + channel,
-                               t.output + pixel * g.channels() + channel);
+        typename L::type sum = L::zero();
+        for (int64_t k = 0; k < plan.taps; ++k) {
+          const Inside in(g, plan, k);
+          const scalar_t* v = value + channel + plan.pixel[k] * right;
+          if (in.all()) {
+            sum += plan.top_left[k] * L::load(v);
+            sum += plan.top_right[k] * L::load(v + right);
+            sum += plan.bottom_left[k] * L::load(v + below);
+            sum += plan.bottom_right[k] * L::load(v + below + right);
+            continue;
+          }
+          if (in.top && in.left) sum += plan.top_left[k] * L::load(v);
+          if (in.top && in.right) sum += plan.top_right[k] * L::load(v + right);
+          if (in.bottom && in.left) sum += plan.bottom_left[k] * L::load(v + below);
+          if (in.bottom && in.right) sum += plan.bottom_right[k] * L::load(v + below + right);
+        }
+        L::store(output + channel, sum);
       });
     }
   }
 }
 
-// Adds the gradients of one (pixel, group) for `width` channels: to grad_value in place, and to
-// grads, three sums per tap: d/dx, d/dy (per unit of modulation) and d/dmodulation.
-template <int width, typename scalar_t, typename acc_t>
-OPS_DCNV4_INLINE void differentiate(const Geometry& g, const Tap<acc_t>* taps,
-                                    const scalar_t* value, const scalar_t* grad_output,
-                                    acc_t* grad_value, acc_t* grads) {
-  using L = Lanes<acc_t, width>;
-  using V = typename L::type;
-  const int64_t right = g.channels(), below = g.width * g.channels();
-  const V grad = L::load(grad_output);
-  for (const Tap<acc_t>* tap = taps; tap != taps + g.taps(); ++tap, grads += 3) {
-    const Cell<acc_t>& cell = tap->cell;
-    if (!cell.any()) continue;
-    const V weighted = tap->modulation * grad;
-    const auto corner = [&](bool inside, int64_t offset, acc_t weight) OPS_DCNV4_INLINE_LAMBDA {
-      if (!inside) return L::zero();
-      acc_t* to = grad_value + tap->offset + offset;
-      L::store(to, L::load(to) + weight * weighted);
-      return L::load(value + tap->offset + offset);
-    };
-    const acc_t dy = cell.dy, dx = cell.dx;
-    const V top_left = corner(cell.top && cell.left, 0, (1 - dy) * (1 - dx));
-    const V top_right = corner(cell.top && cell.right, right, (1 - dy) * dx);
-    const V bottom_left = corner(cell.bottom && cell.left, below, dy * (1 - dx));
-    const V bottom_right = corner(cell.bottom && cell.right, below + right, dy * dx);
-    const V top = top_left + dx * (top_right - top_left);
-    const V bottom = bottom_left + dx * (bottom_right - bottom_left);
-    const V slope_x = top_right - top_left +
-                      dy * (bottom_right - bottom_left - (top_right - top_left));
-    grads[0] += L::sum(grad * slope_x);
-    grads[1] += L::sum(grad * (bottom - top));
-    grads[2] += L::sum(grad * (top + dy * (bottom - top)));
+// Gradient of one (pixel, group)'s slice of offset_mask, from the products `dots` of grad_output with
+// the four pixels of each tap's cell, zero for those outside the image.
+template <typename scalar_t, typename acc_t>
+OPS_DCNV4_INLINE void differentiate(const Plan<acc_t> p, acc_t offset_scale, const acc_t* dots,
+                                    scalar_t* grad_offsets) {
+  scalar_t* grad_modulation = grad_offsets + 2 * p.taps;
+#pragma GCC ivdep
+  for (int64_t k = 0; k < p.taps; ++k) {
+    const acc_t top_left = dots[4 * k], top_right = dots[4 * k + 1];
+    const acc_t bottom_left = dots[4 * k + 2], bottom_right = dots[4 * k + 3];
+    const acc_t dx = p.dx[k], dy = p.dy[k];
+    const acc_t top = (1 - dx) * top_left + dx * top_right;
+    const acc_t bottom = (1 - dx) * bottom_left + dx * bottom_right;
+    const acc_t slope_x = (1 - dy) * (top_right - top_left) + dy * (bottom_right - bottom_left);
+    // A tap that reaches no pixel has no gradient, however infinite its modulation.
+    const acc_t factor = p.row[k] == outside ? 0 : offset_scale * p.modulation[k];
+    grad_offsets[2 * k] = static_cast<scalar_t>(factor * slope_x);
+    grad_offsets[2 * k + 1] = static_cast<scalar_t>(factor * (bottom - top));
+    grad_modulation[k] = static_cast<scalar_t>((1 - dy) * top + dy * bottom);
   }
 }
 
 // (image, group) slices [begin, end), counted over the batch: a worker owns all that it writes.
 template <typename scalar_t, typename acc_t>
 OPS_DCNV4_INLINE void backward(const Geometry& g, const Tensors<scalar_t, acc_t>& t,
-                               Tap<acc_t>* taps, acc_t* grads, int64_t begin, int64_t end) {
+                               const Plan<acc_t> plan, acc_t* dots, int64_t begin, int64_t end) {
+  const int64_t right = g.channels(), below = g.width * right;  // to neighbouring pixels
   const int64_t pixels_in = int64_t(g.height) * g.width;
   const int64_t pixels_out = int64_t(g.out_height) * g.out_width;
-  const acc_t scale = static_cast<acc_t>(g.offset_scale);
   for (int64_t slice = begin; slice < end; ++slice) {
     const int64_t image = slice / g.groups, group = slice % g.groups;
     const int64_t first_value = image * pixels_in * g.channels() + group * g.group_channels;
     for (int64_t position = 0; position < pixels_out; ++position) {
       const int64_t pixel = image * pixels_out + position;
       const int row = position / g.out_width, col = position % g.out_width;
-      const int64_t first_offset = pixel * g.offset_channels + group * 3 * g.taps();
-      plan(g, row, col, t.offset_mask + first_offset, taps);
-      std::fill_n(grads, 3 * g.taps(), acc_t(0));
+      const int64_t first_offset = pixel * g.offset_channels + group * 3 * plan.taps;
+      make_plan(plan, g, row, col, t.offset_mask + first_offset);
+      std::fill_n(dots, 4 * plan.taps, acc_t(0));
       for_channel_blocks(g.group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
-        differentiate<width.value>(
-            g, taps, t.value + first_value + c,
-            t.grad_output + pixel * g.channels() + group * g.group_channels + c,
-            t.grad_value + first_value + c, grads);
+        using L = Lanes<acc_t, width.value>;
+        const scalar_t* value = t.value + first_value + c;
+        acc_t* grad_value = t.grad_value + first_value + c;
+        const auto grad =
+            L::load(t.grad_output + pixel * g.channels() + group * g.group_channels + c);
+        const auto corner = [&](acc_t* dot, int64_t offset, acc_t weight) OPS_DCNV4_INLINE_LAMBDA {
+          L::store(grad_value + offset, L::load(grad_value + offset) + weight * grad);
+          *dot += L::sum(grad * L::load(value + offset));
+        };
+        acc_t* dot = dots;
+        for (int64_t k = 0; k < plan.taps; ++k, dot += 4) {
+          const Inside in(g, plan, k);
+          const int64_t first = plan.pixel[k] * right;
+          if (in.top && in.left) corner(dot, first, plan.top_left[k]);
+          if (in.top && in.right) corner(dot + 1, first + right, plan.top_right[k]);
+          if (in.bottom && in.left) corner(dot + 2, first + below, plan.bottom_left[k]);
+          if (in.bottom && in.right) corner(dot + 3, first + below + right, plan.bottom_right[k]);
+        }
       });
-      scalar_t* grad_offsets = t.grad_offset_mask + first_offset;
-      scalar_t* grad_modulation = grad_offsets + 2 * g.taps();
-      for (int k = 0; k < g.taps(); ++k) {
-        const acc_t factor = scale * taps[k].modulation;
-        // Zero times an infinite factor would be NaN at a tap that does not contribute.
-        const bool any = taps[k].cell.any();
-        grad_offsets[2 * k] = static_cast<scalar_t>(any ? factor * grads[3 * k] : 0);
-        grad_offsets[2 * k + 1] = static_cast<scalar_t>(any ? factor * grads[3 * k + 1] : 0);
-        grad_modulation[k] = static_cast<scalar_t>(grads[3 * k + 2]);
-      }
+      differentiate(plan, static_cast<acc_t>(g.offset_scale), dots,
+                    t.grad_offset_mask + first_offset);
     }
   }
 }
 
 // target_clones takes no templates: one pair of entry points per dtype, everything else inlined.
-#define OPS_DCNV4_ENTRY_POINTS(scalar_t, acc_t)                                                  \
-  OPS_DCNV4_MULTIVERSION void run_forward(const Geometry& g,                                     \
-                                          const Tensors<scalar_t, acc_t>& t, Tap<acc_t>* taps,   \
-                                          int64_t begin, int64_t end) {                          \
-    forward(g, t, taps, begin, end);                                                             \
-  }                                                                                              \
-  OPS_DCNV4_MULTIVERSION void run_backward(const Geometry& g,                                    \
-                                           const Tensors<scalar_t, acc_t>& t, Tap<acc_t>* taps,  \
-                                           acc_t* grads, int64_t begin, int64_t end) {           \
-    backward(g, t, taps, grads, begin, end);                                                     \
+#define OPS_DCNV4_ENTRY_POINTS(scalar_t, acc_t)                                               \
+  OPS_DCNV4_MULTIVERSION void run_forward(const Geometry& g,                                  \
+                                          const Tensors<scalar_t, acc_t>& t,                  \
+                                          const Plan<acc_t>& plan, int64_t begin,             \
+                                          int64_t end) {                                      \
+    forward(g, t, plan, begin, end);                                                          \
+  }                                                                                           \
+  OPS_DCNV4_MULTIVERSION void run_backward(const Geometry& g,                                 \
+                                           const Tensors<scalar_t, acc_t>& t,                 \
+                                           const Plan<acc_t>& plan, acc_t* dots,              \
+                                           int64_t begin, int64_t end) {                      \
+    backward(g, t, plan, dots, begin, end);                                                   \
   }
 OPS_DCNV4_ENTRY_POINTS(float, float)
 OPS_DCNV4_ENTRY_POINTS(double, double)
@@ -286,8 +328,8 @@ at::Tensor dcnv4_cpu(const at::Tensor& value, const at::Tensor& offset_mask,
                                            nullptr,
                                            nullptr};
     at::parallel_for(0, pixels, grain / work + 1, [&](int64_t begin, int64_t end) {
-      std::vector<Tap<acc_t>> taps(g.taps());
-      run_forward(g, tensors, taps.data(), begin, end);
+      const PlanBuffer<acc_t> buffer(g);
+      run_forward(g, tensors, buffer.plan, begin, end);
     });
   });
   return output;
@@ -319,9 +361,9 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cpu(
                                            grad_value.data_ptr<acc_t>(),
                                            grad_offset_mask.data_ptr<scalar_t>()};
     at::parallel_for(0, g.batch * g.groups, 1, [&](int64_t begin, int64_t end) {
-      std::vector<Tap<acc_t>> taps(g.taps());
-      std::vector<acc_t> grads(3 * g.taps());
-      run_backward(g, tensors, taps.data(), grads.data(), begin, end);
+      const PlanBuffer<acc_t> buffer(g);
+      std::vector<acc_t> dots(4 * g.taps());
+      run_backward(g, tensors, buffer.plan, dots.data(), begin, end);
     });
   });
   return {grad_value.to(v.scalar_type()), grad_offset_mask};

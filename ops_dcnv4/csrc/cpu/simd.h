@@ -1,16 +1,22 @@
 // Fixed-width vectors and one-binary dispatch over instruction sets, with plain C++ as the fallback.
 #pragma once
 
+#include <cstdlib>  // defines __GLIBC__
 #include <cstring>
 #include <type_traits>
 
 #include "bilinear.h"
 
-// GCC and Clang on x86 Linux compile a marked function once per instruction set and choose at load
-// time. Everything such a function calls must be inlined into it to be compiled for the same set.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__)
+// On x86 Linux a marked function is compiled once per instruction set, and the loader takes the best
+// that the processor has. Everything such a function calls must be inlined into it to follow suit.
+// The sets are named by features: a named processor (arch=haswell) would match only that very model.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__)
+#if !defined(__clang__) && __GNUC__ >= 12
 #define OPS_DCNV4_MULTIVERSION \
-  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define OPS_DCNV4_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define OPS_DCNV4_MULTIVERSION
 #endif
@@ -49,6 +55,11 @@ OPS_DCNV4_LANEWISE(-)
 OPS_DCNV4_LANEWISE(*)
 #undef OPS_DCNV4_LANEWISE
 
+template <typename T, int width>
+inline Vector<T, width>& operator+=(Vector<T, width>& a, const Vector<T, width>& b) {
+  return a = a + b;
+}
+
 #endif
 
 template <typename T, int width>
@@ -79,12 +90,11 @@ struct Lanes {
     return result;
   }
   static OPS_DCNV4_INLINE T sum(type v) {
-    T partial[width];
-    store(partial, v);
-    for (int half = width / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) partial[i] += partial[i + half];
-    }
-    return partial[0];
+    using Half = Lanes<T, width / 2>;
+    typename Half::type low, high;
+    std::memcpy(&low, &v, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return Half::sum(low + high);
   }
 };
 

@@ -1,0 +1,324 @@
+"""Checkpoints: what is read, what is refused, and how they are written."""
+
+import logging
+import os
+import pickle
+import random
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flash_internimage import FlashInternImage
+from flash_internimage.checkpoint import (
+    clean_state_dict,
+    load_checkpoint,
+    load_weights,
+    save_atomically,
+)
+
+WEIGHTS = {"head.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.ones(2)}
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(actual) == list(expected)
+    assert all(actual[name].equal(expected[name]) for name in expected)
+
+
+# clean_state_dict
+
+
+@pytest.mark.parametrize("container", ["state_dict", "model_ema", "model"])
+def test_weights_are_taken_out_of_their_container(container):
+    checkpoint = {"epoch": 3, container: WEIGHTS, "optimizer": {"state": {}}}
+    assert_equal(clean_state_dict(checkpoint), WEIGHTS)
+
+
+def test_bare_weights_are_taken_as_they_are():
+    assert_equal(clean_state_dict(WEIGHTS), WEIGHTS)
+
+
+def test_containers_are_preferred_in_the_published_order():
+    entries = {name: {name: torch.zeros(1)} for name in ("model", "model_ema", "state_dict")}
+    assert list(clean_state_dict(entries)) == ["state_dict"]
+    del entries["state_dict"]
+    assert list(clean_state_dict(entries)) == ["model_ema"]
+
+
+def test_container_without_weights_is_passed_over():
+    assert_equal(clean_state_dict({"model_ema": None, "model": WEIGHTS}), WEIGHTS)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "module.backbone."])
+def test_prefixes_of_wrappers_are_stripped(prefix):
+    wrapped = {prefix + name: tensor for name, tensor in WEIGHTS.items()}
+    assert_equal(clean_state_dict({"model": wrapped}), WEIGHTS)
+
+
+def test_prefixes_are_stripped_at_the_start_only():
+    names = {"neck.backbone.weight": torch.zeros(1), "backbone_norm.weight": torch.zeros(1)}
+    assert_equal(clean_state_dict(names), names)
+
+
+# load_checkpoint
+
+
+def test_pth_keeps_its_contents(tmp_path):
+    path = tmp_path / "last.pth"
+    torch.save({"model": WEIGHTS, "epoch": 3, "best": {"top1": 0.5}}, path)
+    checkpoint = load_checkpoint(path)
+    assert (checkpoint["epoch"], checkpoint["best"]) == (3, {"top1": 0.5})
+    assert_equal(checkpoint["model"], WEIGHTS)
+
+
+def test_pth_of_old_pytorch_is_read(tmp_path):
+    path = tmp_path / "old.pth"
+    torch.save({"model": WEIGHTS}, path, _use_new_zipfile_serialization=False)
+    assert_equal(load_checkpoint(str(path))["model"], WEIGHTS)
+
+
+def test_safetensors_are_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(WEIGHTS, path)
+    loaded = load_checkpoint(path)
+    assert_equal({name: loaded[name] for name in WEIGHTS}, WEIGHTS)
+    assert len(loaded) == len(WEIGHTS)
+
+
+@pytest.mark.parametrize("map_location", ["meta", torch.device("meta")])
+def test_pth_goes_to_the_device_asked_for(tmp_path, map_location):
+    torch.save(WEIGHTS, tmp_path / "model.pth")
+    assert load_checkpoint(tmp_path / "model.pth", map_location)["head.bias"].is_meta
+
+
+class RunsCommand:
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def write_zip(contents: object, path: os.PathLike) -> None:
+    torch.save(contents, path)
+
+
+def write_old(contents: object, path: os.PathLike) -> None:
+    torch.save(contents, path, _use_new_zipfile_serialization=False)
+
+
+def write_pickle(contents: object, path: os.PathLike) -> None:
+    with open(path, "wb") as file:
+        pickle.dump(contents, file, protocol=2)
+
+
+def refusal(path: os.PathLike) -> str:
+    """The text with which a file is refused: it names the file and gives no unsafe advice."""
+    with pytest.raises(ValueError, match=r"\S") as refused:
+        load_checkpoint(path)
+    assert str(path) in str(refused.value)
+    assert "weights_only" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("write", [write_zip, write_old, write_pickle])
+def test_code_in_a_checkpoint_does_not_run(tmp_path, write):
+    marker, path = tmp_path / "marker", tmp_path / "evil.pth"
+    write({"model": WEIGHTS, "extra": RunsCommand(f"touch {marker}")}, path)
+    assert "nothing from a checkpoint is executed" in refusal(path)
+    assert not marker.exists()
+
+
+def test_safetensors_in_name_only_do_not_run(tmp_path):
+    marker, path = tmp_path / "marker", tmp_path / "evil.safetensors"
+    write_pickle(RunsCommand(f"touch {marker}"), path)
+    refusal(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("contents", [[WEIGHTS], torch.zeros(2), 3, None])
+def test_anything_but_a_dict_is_refused(tmp_path, contents):
+    torch.save(contents, tmp_path / "model.pth")
+    assert f"holds a {type(contents).__name__}, expected a dict" in refusal(tmp_path / "model.pth")
+
+
+def test_whole_model_is_refused(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pth")
+    refusal(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("write", [write_zip, write_old, save_file])
+def test_truncated_file_is_refused_wherever_it_ends(tmp_path, write):
+    path = tmp_path / ("model.safetensors" if write is save_file else "model.pth")
+    write(WEIGHTS, path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), len(whole) // 100):
+        path.write_bytes(whole[:length])
+        refusal(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_random_bytes_are_refused(tmp_path, name):
+    path, generator = tmp_path / name, random.Random(0)
+    for _ in range(100):
+        path.write_bytes(generator.randbytes(generator.choice([1, 5, 50, 500])))
+        refusal(path)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [b"<!DOCTYPE html>", b"version https://git-lfs", bytes(99)],
+    ids=["page", "pointer", "zeros"],
+)
+def test_other_files_are_refused(tmp_path, contents):
+    path = tmp_path / "model.pth"
+    path.write_bytes(contents)
+    refusal(path)
+
+
+def test_missing_file_is_named(tmp_path):
+    for path in (tmp_path / "none.pth", tmp_path):
+        with pytest.raises(FileNotFoundError, match=str(path)):
+            load_checkpoint(path)
+
+
+# save_atomically
+
+
+def test_saved_checkpoint_is_read_back(tmp_path):
+    path = tmp_path / "last.pth"
+    for epoch in range(2):
+        save_atomically({"model": WEIGHTS, "epoch": epoch}, path)
+        assert load_checkpoint(path)["epoch"] == epoch
+    assert_equal(load_checkpoint(path)["model"], WEIGHTS)
+    assert os.listdir(tmp_path) == ["last.pth"]
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch, existing):
+    path = tmp_path / "last.pth"
+    if existing:
+        save_atomically({"epoch": 0}, path)
+
+    def run_out_of_space(checkpoint, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", run_out_of_space)
+    with pytest.raises(OSError, match="No space left"):
+        save_atomically({"epoch": 1}, path)
+    assert list(tmp_path.glob("*.pth")) == [path] * existing
+    assert not existing or load_checkpoint(path) == {"epoch": 0}
+
+
+def test_save_after_a_failed_one_succeeds(tmp_path):
+    path = tmp_path / "last.pth"
+    (tmp_path / "last.pth.partial").write_bytes(b"half of a much longer file" * 1000)
+    save_atomically({"epoch": 1}, path)
+    assert load_checkpoint(path) == {"epoch": 1}
+
+
+# load_weights, and timm's own loading
+
+
+def nano(seed: int, **kwargs) -> FlashInternImage:
+    torch.manual_seed(seed)
+    return timm.create_model("flash_internimage_nano", **kwargs)
+
+
+def split_head(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    head = {name: tensor for name, tensor in state_dict.items() if name.startswith("head.")}
+    return head, {name: tensor for name, tensor in state_dict.items() if name not in head}
+
+
+def test_weights_are_loaded_whole():
+    source, model = nano(0, num_classes=5), nano(1, num_classes=5)
+    load_weights(model, source.state_dict())
+    assert_equal(model.state_dict(), source.state_dict())
+
+
+def test_classifier_of_other_classes_starts_anew_and_says_so(caplog):
+    source, model = nano(0, num_classes=7), nano(1, num_classes=5)
+    own_head, _ = split_head(nano(1, num_classes=5).state_dict())
+    with caplog.at_level(logging.WARNING):
+        load_weights(model, source.state_dict())
+    head, body = split_head(model.state_dict())
+    assert_equal(head, own_head)
+    assert_equal(body, split_head(source.state_dict())[1])
+    assert "head.weight starts anew: the checkpoint has 7 classes, the model 5" in caplog.text
+
+
+def test_class_map_picks_the_classes():
+    source, model, class_map = nano(0, num_classes=7), nano(1, num_classes=3), [6, 0, 2]
+    load_weights(model, source.state_dict(), class_map)
+    assert model.head.weight.equal(source.head.weight[class_map])
+    assert model.head.bias.equal(source.head.bias[class_map])
+
+
+@pytest.mark.parametrize("class_map", [[0, 1], [0, 1, 7], [0, 1, -1]])
+def test_class_map_that_does_not_fit_is_an_error(class_map):
+    source, model = nano(0, num_classes=7), nano(1, num_classes=3)
+    with pytest.raises(ValueError, match="class_map must hold 3 indices below 7"):
+        load_weights(model, source.state_dict(), class_map)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda weights: weights.pop("conv_head.0.weight"), r"missing: conv_head\.0\.weight"),
+        (lambda weights: weights.update(neck=torch.zeros(1)), "unexpected: neck"),
+        (
+            lambda weights: weights.update({"patch_embed.conv1.bias": torch.zeros(2)}),
+            r"shape of patch_embed\.conv1\.bias: \(2,\), expected \(16,\)",
+        ),
+        (lambda weights: weights.clear(), r"missing: .* and \d+ more"),
+    ],
+    ids=["missing", "unexpected", "shape", "empty"],
+)
+def test_weights_that_do_not_fit_change_nothing(change, problem):
+    model, weights = nano(1, num_classes=5), dict(nano(0, num_classes=5).state_dict())
+    change(weights)
+    with pytest.raises(ValueError, match=problem):
+        load_weights(model, weights)
+    assert_equal(model.state_dict(), nano(1, num_classes=5).state_dict())
+
+
+@pytest.fixture(scope="module")
+def source() -> FlashInternImage:
+    return nano(0)
+
+
+@pytest.fixture(scope="module")
+def pretrained(source, tmp_path_factory) -> dict:
+    """Keyword arguments that let timm load the weights of `source` from a published container."""
+    path = tmp_path_factory.mktemp("pretrained") / "model.pth"
+    torch.save({"model": source.state_dict(), "epoch": 299}, path)
+    return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+
+
+def test_timm_loads_a_published_checkpoint(source, pretrained):
+    assert_equal(nano(1, **pretrained).state_dict(), source.state_dict())
+
+
+def test_timm_replaces_a_classifier_of_other_classes(source, pretrained):
+    model = nano(1, num_classes=10, **pretrained)
+    assert model.head.out_features == 10
+    assert_equal(split_head(model.state_dict())[1], split_head(source.state_dict())[1])
+
+
+def test_timm_adapts_the_stem_to_grey_images(source, pretrained):
+    model, image = nano(1, in_chans=1, **pretrained).eval(), torch.randn(1, 1, 32, 32)
+    expected = source.patch_embed(image.expand(1, 3, 32, 32))
+    torch.testing.assert_close(model.patch_embed(image), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_timm_loads_feature_maps_from_a_detector(source, tmp_path):
+    detector = {"backbone." + name: tensor for name, tensor in source.state_dict().items()}
+    torch.save({"state_dict": detector}, tmp_path / "detector.pth")
+    overlay = {"file": str(tmp_path / "detector.pth")}
+    model = nano(1, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay).model
+    own = model.state_dict()
+    assert_equal(own, {name: source.state_dict()[name] for name in own})
