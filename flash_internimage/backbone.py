@@ -42,6 +42,10 @@ def layer_norm(channels: int) -> nn.LayerNorm:
     return nn.LayerNorm(channels, eps=1e-6)
 
 
+def _pooling(pool_type: str) -> SelectAdaptivePool2d:
+    return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+
+
 class Stem(nn.Module):
     """(N, C_in, H, W) -> (N, H/4, W/4, C)."""
 
@@ -224,7 +228,7 @@ class FlashInternImage(nn.Module):
             nn.Sequential(nn.BatchNorm2d(self.head_hidden_size)),
             nn.GELU(),
         )
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        self.global_pool = _pooling(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._classifier(num_classes)
         self.apply(self._init_weights)
@@ -240,7 +244,8 @@ class FlashInternImage(nn.Module):
             module.reset_parameters()
 
     def _classifier(self, num_classes: int) -> nn.Module:
-        return nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        pooled = self.head_hidden_size * self.global_pool.feat_mult()
+        return nn.Linear(pooled, num_classes) if num_classes else nn.Identity()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -285,8 +290,8 @@ class FlashInternImage(nn.Module):
         """A new classifier of `num_classes` classes, 0 for none; the pooling changes if given."""
         self.num_classes = num_classes
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
-        self.head = self._classifier(num_classes).to(self.conv_head[0].weight)
+            self.global_pool = _pooling(global_pool)
+        self.head = self._classifier(num_classes).to(self.patch_embed.conv1.weight)
         self._init_weights(self.head)
 
     def forward_intermediates(

@@ -52,10 +52,10 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
-            f"{path} is refused: it holds more than tensors and plain containers, and nothing from "
-            f"a checkpoint is executed ({str(error).splitlines()[0]})"
+            f"{path} is refused: it is damaged or holds more than tensors and plain containers, and "
+            "nothing from a checkpoint is executed"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # the readers let many kinds through where a file is damaged
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dict")

@@ -30,23 +30,28 @@ template <typename acc_t>
 struct Plan {
   int64_t taps;
   acc_t *grid_x, *grid_y;  // the window's regular grid, the same for all pixels
-  int *row, *col, *pixel;  // of the cell's top-left pixel
   acc_t *dx, *dy, *modulation;
-  acc_t *top_left, *top_right, *bottom_left, *bottom_right;  // weights, modulation included
+  acc_t* weights;          // four per tap: top left, top right, bottom left, bottom right
+  int *row, *col, *pixel;  // of the cell's top-left pixel
+  int* interior;           // whether all four pixels of the cell lie inside the image
 };
 
 template <typename acc_t>
 class PlanBuffer {
  public:
-  explicit PlanBuffer(const Geometry& g) : numbers_(9 * g.taps()), indices_(3 * g.taps()) {
-    acc_t* numbers = numbers_.data();
+  explicit PlanBuffer(const Geometry& g) : numbers_(9 * g.taps()), indices_(4 * g.taps()) {
     plan.taps = g.taps();
-    for (acc_t** array : {&plan.grid_x, &plan.grid_y, &plan.dx, &plan.dy, &plan.modulation,
-                          &plan.top_left, &plan.top_right, &plan.bottom_left, &plan.bottom_right}) {
+    acc_t* numbers = numbers_.data();
+    for (acc_t** array : {&plan.grid_x, &plan.grid_y, &plan.dx, &plan.dy, &plan.modulation}) {
       *array = numbers;
       numbers += plan.taps;
     }
-    plan.row = indices_.data(), plan.col = plan.row + plan.taps, plan.pixel = plan.col + plan.taps;
+    plan.weights = numbers;
+    int* indices = indices_.data();
+    for (int** array : {&plan.row, &plan.col, &plan.pixel, &plan.interior}) {
+      *array = indices;
+      indices += plan.taps;
+    }
     int k = 0;
     for (int tap_x = 0; tap_x < g.x.kernel; ++tap_x) {
       for (int tap_y = 0; tap_y < g.y.kernel; ++tap_y) {
@@ -87,31 +92,48 @@ OPS_DCNV4_INLINE void make_plan(const Plan<acc_t> p, const Geometry& g, int out_
     p.dx[k] = cell.dx;
     p.dy[k] = cell.dy;
     p.modulation[k] = modulation;
-    p.top_left[k] = top * (1 - cell.dx);
-    p.top_right[k] = top * cell.dx;
-    p.bottom_left[k] = bottom * (1 - cell.dx);
-    p.bottom_right[k] = bottom * cell.dx;
+    p.weights[4 * k] = top * (1 - cell.dx);
+    p.weights[4 * k + 1] = top * cell.dx;
+    p.weights[4 * k + 2] = bottom * (1 - cell.dx);
+    p.weights[4 * k + 3] = bottom * cell.dx;
+    p.interior[k] = (cell.row >= 0) & (cell.row < height - 1) & (cell.col >= 0) & (cell.col < width - 1);
   }
 }
 
-// Which pixels of tap k's cell lie inside the image.
+// Which pixels of the cell at (row, col) lie inside the image.
 struct Inside {
-  bool top, bottom, left, right;
+  bool top_left, top_right, bottom_left, bottom_right;
 
-  template <typename acc_t>
-  OPS_DCNV4_INLINE Inside(const Geometry& g, const Plan<acc_t>& p, int64_t k)
-      : top(unsigned(p.row[k]) < unsigned(g.height)),
-        bottom(unsigned(p.row[k] + 1) < unsigned(g.height)),
-        left(unsigned(p.col[k]) < unsigned(g.width)),
-        right(unsigned(p.col[k] + 1) < unsigned(g.width)) {}
-  OPS_DCNV4_INLINE bool all() const { return top & bottom & left & right; }
+  OPS_DCNV4_INLINE Inside(const Geometry& g, int row, int col) {
+    const bool top = row >= 0, bottom = row + 1 < g.height && row >= -1;
+    const bool left = col >= 0, right = col + 1 < g.width && col >= -1;
+    top_left = top && left, top_right = top && right;
+    bottom_left = bottom && left, bottom_right = bottom && right;
+  }
+};
+
+// An output pixel, counted over the batch.
+struct OutputPixel {
+  int64_t image;
+  int row, col;
+
+  OPS_DCNV4_INLINE OutputPixel(const Geometry& g, int64_t index)
+      : image(index / g.out_width / g.out_height),
+        row(index / g.out_width % g.out_height),
+        col(index % g.out_width) {}
+  OPS_DCNV4_INLINE void next(const Geometry& g) {
+    if (++col < g.out_width) return;
+    col = 0;
+    if (++row < g.out_height) return;
+    row = 0;
+    ++image;
+  }
 };
 
 // Calls body(width constant, first channel) for consecutive blocks that cover all channels.
 template <typename Body>
 OPS_DCNV4_INLINE void for_channel_blocks(int64_t channels, const Body& body) {
   int64_t c = 0;
-  for (; c + 32 <= channels; c += 32) body(std::integral_constant<int, 32>(), c);
   for (; c + 16 <= channels; c += 16) body(std::integral_constant<int, 16>(), c);
   for (; c + 4 <= channels; c += 4) body(std::integral_constant<int, 4>(), c);
   for (; c < channels; ++c) body(std::integral_constant<int, 1>(), c);
@@ -123,35 +145,36 @@ OPS_DCNV4_INLINE void forward(const Geometry& g, const Tensors<scalar_t, acc_t>&
                               const Plan<acc_t> plan, int64_t begin, int64_t end) {
   const int64_t right = g.channels(), below = g.width * right;  // to neighbouring pixels
   const int64_t pixels_in = int64_t(g.height) * g.width;
-  const int64_t pixels_out = int64_t(g.out_height) * g.out_width;
-  for (int64_t pixel = begin; pixel < end; ++pixel) {
-    const int64_t image = pixel / pixels_out, position = pixel % pixels_out;
-    const int row = position / g.out_width, col = position % g.out_width;
-    const scalar_t* value = t.value + image * pixels_in * g.channels();
+  OutputPixel at(g, begin);
+  for (int64_t pixel = begin; pixel < end; ++pixel, at.next(g)) {
+    const scalar_t* value = t.value + at.image * pixels_in * right;
     const scalar_t* offsets = t.offset_mask + pixel * g.offset_channels;
-    scalar_t* output = t.output + pixel * g.channels();
+    scalar_t* output = t.output + pixel * right;
     for (int64_t group = 0; group < g.groups; ++group) {
-      make_plan(plan, g, row, col, offsets + group * 3 * plan.taps);
+      make_plan(plan, g, at.row, at.col, offsets + group * 3 * plan.taps);
       for_channel_blocks(g.group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
         using L = Lanes<acc_t, width.value>;
         const int64_t channel = group * g.group_channels + c;
-        typename L::type sum = L::zero();
+        // A sum per corner: four short chains of dependent additions instead of a long one.
+        typename L::type top_left = L::zero(), top_right = top_left;
+        typename L::type bottom_left = top_left, bottom_right = top_left;
         for (int64_t k = 0; k < plan.taps; ++k) {
-          const Inside in(g, plan, k);
           const scalar_t* v = value + channel + plan.pixel[k] * right;
-          if (in.all()) {
-            sum += plan.top_left[k] * L::load(v);
-            sum += plan.top_right[k] * L::load(v + right);
-            sum += plan.bottom_left[k] * L::load(v + below);
-            sum += plan.bottom_right[k] * L::load(v + below + right);
+          const acc_t* weight = plan.weights + 4 * k;
+          if (plan.interior[k]) {
+            top_left += weight[0] * L::load(v);
+            top_right += weight[1] * L::load(v + right);
+            bottom_left += weight[2] * L::load(v + below);
+            bottom_right += weight[3] * L::load(v + below + right);
             continue;
           }
-          if (in.top && in.left) sum += plan.top_left[k] * L::load(v);
-          if (in.top && in.right) sum += plan.top_right[k] * L::load(v + right);
-          if (in.bottom && in.left) sum += plan.bottom_left[k] * L::load(v + below);
-          if (in.bottom && in.right) sum += plan.bottom_right[k] * L::load(v + below + right);
+          const Inside in(g, plan.row[k], plan.col[k]);
+          if (in.top_left) top_left += weight[0] * L::load(v);
+          if (in.top_right) top_right += weight[1] * L::load(v + right);
+          if (in.bottom_left) bottom_left += weight[2] * L::load(v + below);
+          if (in.bottom_right) bottom_right += weight[3] * L::load(v + below + right);
         }
-        L::store(output + channel, sum);
+        L::store(output + channel, (top_left + top_right) + (bottom_left + bottom_right));
       });
     }
   }
@@ -189,11 +212,10 @@ OPS_DCNV4_INLINE void backward(const Geometry& g, const Tensors<scalar_t, acc_t>
   for (int64_t slice = begin; slice < end; ++slice) {
     const int64_t image = slice / g.groups, group = slice % g.groups;
     const int64_t first_value = image * pixels_in * g.channels() + group * g.group_channels;
-    for (int64_t position = 0; position < pixels_out; ++position) {
-      const int64_t pixel = image * pixels_out + position;
-      const int row = position / g.out_width, col = position % g.out_width;
+    OutputPixel at(g, image * pixels_out);
+    for (int64_t pixel = image * pixels_out; at.image == image; ++pixel, at.next(g)) {
       const int64_t first_offset = pixel * g.offset_channels + group * 3 * plan.taps;
-      make_plan(plan, g, row, col, t.offset_mask + first_offset);
+      make_plan(plan, g, at.row, at.col, t.offset_mask + first_offset);
       std::fill_n(dots, 4 * plan.taps, acc_t(0));
       for_channel_blocks(g.group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
         using L = Lanes<acc_t, width.value>;
@@ -201,18 +223,24 @@ OPS_DCNV4_INLINE void backward(const Geometry& g, const Tensors<scalar_t, acc_t>
         acc_t* grad_value = t.grad_value + first_value + c;
         const auto grad =
             L::load(t.grad_output + pixel * g.channels() + group * g.group_channels + c);
-        const auto corner = [&](acc_t* dot, int64_t offset, acc_t weight) OPS_DCNV4_INLINE_LAMBDA {
-          L::store(grad_value + offset, L::load(grad_value + offset) + weight * grad);
-          *dot += L::sum(grad * L::load(value + offset));
+        const auto corner = [&](int64_t i, int64_t offset) OPS_DCNV4_INLINE_LAMBDA {
+          L::store(grad_value + offset, L::load(grad_value + offset) + plan.weights[i] * grad);
+          dots[i] += L::sum(grad * L::load(value + offset));
         };
-        acc_t* dot = dots;
-        for (int64_t k = 0; k < plan.taps; ++k, dot += 4) {
-          const Inside in(g, plan, k);
+        for (int64_t k = 0; k < plan.taps; ++k) {
           const int64_t first = plan.pixel[k] * right;
-          if (in.top && in.left) corner(dot, first, plan.top_left[k]);
-          if (in.top && in.right) corner(dot + 1, first + right, plan.top_right[k]);
-          if (in.bottom && in.left) corner(dot + 2, first + below, plan.bottom_left[k]);
-          if (in.bottom && in.right) corner(dot + 3, first + below + right, plan.bottom_right[k]);
+          if (plan.interior[k]) {
+            corner(4 * k, first);
+            corner(4 * k + 1, first + right);
+            corner(4 * k + 2, first + below);
+            corner(4 * k + 3, first + below + right);
+            continue;
+          }
+          const Inside in(g, plan.row[k], plan.col[k]);
+          if (in.top_left) corner(4 * k, first);
+          if (in.top_right) corner(4 * k + 1, first + right);
+          if (in.bottom_left) corner(4 * k + 2, first + below);
+          if (in.bottom_right) corner(4 * k + 3, first + below + right);
         }
       });
       differentiate(plan, static_cast<acc_t>(g.offset_scale), dots,
