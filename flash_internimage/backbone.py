@@ -193,6 +193,8 @@ class FlashInternImage(nn.Module):
         super().__init__()
         if len(groups) != len(depths):
             raise ValueError(f"groups must have one entry per stage ({len(depths)}), got {groups}")
+        if num_classes and not global_pool:
+            raise ValueError(f"global_pool must be set for a classifier of {num_classes} classes")
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
@@ -422,7 +424,7 @@ _POST_NORM = {"layer_scale": 1e-5, "post_norm": True, "dw_kernel_size": 3}
 
 @register_model
 def flash_internimage_nano(pretrained: bool = False, **kwargs) -> FlashInternImage:
-    """1.7 M parameters, for demos and tests; there are no released weights."""
+    """1.7 M parameters with 10 classes, for demos and tests; there are no released weights."""
     model_args = {"channels": 32, "depths": (1, 1, 2, 1), "groups": (2, 4, 8, 16)}
     return _create("flash_internimage_nano", pretrained, model_args, kwargs)
 

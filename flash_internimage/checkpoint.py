@@ -52,8 +52,8 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
-            f"{path} is refused: it is damaged or holds more than tensors and plain containers, and "
-            "nothing from a checkpoint is executed"
+            f"{path} is refused: it is damaged or holds more than tensors and plain containers, "
+            "and nothing from a checkpoint is executed"
         ) from error
     except Exception as error:  # the readers let many kinds through where a file is damaged
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
@@ -94,7 +94,9 @@ def load_weights(
     own = model.state_dict()
     names = [f"{classifier}.{kind}" for kind in ("weight", "bias") if f"{classifier}.{kind}" in own]
     for name in names:
-        if name not in state_dict or state_dict[name].shape == own[name].shape:
+        if name not in state_dict or (
+            class_map is None and state_dict[name].shape == own[name].shape
+        ):
             continue
         classes = state_dict[name].shape[0]
         if class_map is None:
@@ -106,7 +108,8 @@ def load_weights(
         elif len(class_map) != own[name].shape[0] or not all(0 <= i < classes for i in class_map):
             raise ValueError(
                 f"class_map must hold {own[name].shape[0]} indices below {classes}, got "
-                f"{len(class_map)} from {min(class_map)} to {max(class_map)}"
+                f"{len(class_map)} from {min(class_map, default=None)} to "
+                f"{max(class_map, default=None)}"
             )
         else:
             state_dict[name] = state_dict[name][class_map]

@@ -117,10 +117,6 @@ struct OutputPixel {
   int64_t image;
   int row, col;
 
-  OPS_DCNV4_INLINE OutputPixel(const Geometry& g, int64_t index)
-      : image(index / g.out_width / g.out_height),
-        row(index / g.out_width % g.out_height),
-        col(index % g.out_width) {}
   OPS_DCNV4_INLINE void next(const Geometry& g) {
     if (++col < g.out_width) return;
     col = 0;
@@ -130,11 +126,15 @@ struct OutputPixel {
   }
 };
 
+constexpr int widest_block = 16;
+
 // Calls body(width constant, first channel) for consecutive blocks that cover all channels.
 template <typename Body>
 OPS_DCNV4_INLINE void for_channel_blocks(int64_t channels, const Body& body) {
   int64_t c = 0;
-  for (; c + 16 <= channels; c += 16) body(std::integral_constant<int, 16>(), c);
+  for (; c + widest_block <= channels; c += widest_block) {
+    body(std::integral_constant<int, widest_block>(), c);
+  }
   for (; c + 4 <= channels; c += 4) body(std::integral_constant<int, 4>(), c);
   for (; c < channels; ++c) body(std::integral_constant<int, 1>(), c);
 }
@@ -145,7 +145,9 @@ OPS_DCNV4_INLINE void forward(const Geometry& g, const Tensors<scalar_t, acc_t>&
                               const Plan<acc_t> plan, int64_t begin, int64_t end) {
   const int64_t right = g.channels(), below = g.width * right;  // to neighbouring pixels
   const int64_t pixels_in = int64_t(g.height) * g.width;
-  OutputPixel at(g, begin);
+  const scalar_t zeros[widest_block] = {};  // stands in for pixels outside: no branch to mispredict
+  OutputPixel at{begin / g.out_width / g.out_height, int(begin / g.out_width % g.out_height),
+                 int(begin % g.out_width)};
   for (int64_t pixel = begin; pixel < end; ++pixel, at.next(g)) {
     const scalar_t* value = t.value + at.image * pixels_in * right;
     const scalar_t* offsets = t.offset_mask + pixel * g.offset_channels;
@@ -168,11 +170,12 @@ OPS_DCNV4_INLINE void forward(const Geometry& g, const Tensors<scalar_t, acc_t>&
             bottom_right += weight[3] * L::load(v + below + right);
             continue;
           }
+          if (plan.row[k] == outside) continue;
           const Inside in(g, plan.row[k], plan.col[k]);
-          if (in.top_left) top_left += weight[0] * L::load(v);
-          if (in.top_right) top_right += weight[1] * L::load(v + right);
-          if (in.bottom_left) bottom_left += weight[2] * L::load(v + below);
-          if (in.bottom_right) bottom_right += weight[3] * L::load(v + below + right);
+          top_left += weight[0] * L::load(in.top_left ? v : zeros);
+          top_right += weight[1] * L::load(in.top_right ? v + right : zeros);
+          bottom_left += weight[2] * L::load(in.bottom_left ? v + below : zeros);
+          bottom_right += weight[3] * L::load(in.bottom_right ? v + below + right : zeros);
         }
         L::store(output + channel, (top_left + top_right) + (bottom_left + bottom_right));
       });
@@ -209,11 +212,14 @@ OPS_DCNV4_INLINE void backward(const Geometry& g, const Tensors<scalar_t, acc_t>
   const int64_t right = g.channels(), below = g.width * right;  // to neighbouring pixels
   const int64_t pixels_in = int64_t(g.height) * g.width;
   const int64_t pixels_out = int64_t(g.out_height) * g.out_width;
+  const scalar_t zeros[widest_block] = {};  // stands in for pixels outside the image,
+  acc_t nowhere[widest_block] = {};         // and this for their gradients
   for (int64_t slice = begin; slice < end; ++slice) {
     const int64_t image = slice / g.groups, group = slice % g.groups;
     const int64_t first_value = image * pixels_in * g.channels() + group * g.group_channels;
-    OutputPixel at(g, image * pixels_out);
-    for (int64_t pixel = image * pixels_out; at.image == image; ++pixel, at.next(g)) {
+    OutputPixel at{image, 0, 0};
+    const int64_t first_pixel = image * pixels_out;
+    for (int64_t pixel = first_pixel; pixel < first_pixel + pixels_out; ++pixel, at.next(g)) {
       const int64_t first_offset = pixel * g.offset_channels + group * 3 * plan.taps;
       make_plan(plan, g, at.row, at.col, t.offset_mask + first_offset);
       std::fill_n(dots, 4 * plan.taps, acc_t(0));
@@ -223,24 +229,19 @@ OPS_DCNV4_INLINE void backward(const Geometry& g, const Tensors<scalar_t, acc_t>
         acc_t* grad_value = t.grad_value + first_value + c;
         const auto grad =
             L::load(t.grad_output + pixel * g.channels() + group * g.group_channels + c);
-        const auto corner = [&](int64_t i, int64_t offset) OPS_DCNV4_INLINE_LAMBDA {
-          L::store(grad_value + offset, L::load(grad_value + offset) + plan.weights[i] * grad);
-          dots[i] += L::sum(grad * L::load(value + offset));
+        const auto corner = [&](int64_t i, bool inside, int64_t offset) OPS_DCNV4_INLINE_LAMBDA {
+          acc_t* to = inside ? grad_value + offset : nowhere;
+          L::store(to, L::load(to) + plan.weights[i] * grad);
+          dots[i] += L::sum(grad * L::load(inside ? value + offset : zeros));
         };
         for (int64_t k = 0; k < plan.taps; ++k) {
           const int64_t first = plan.pixel[k] * right;
-          if (plan.interior[k]) {
-            corner(4 * k, first);
-            corner(4 * k + 1, first + right);
-            corner(4 * k + 2, first + below);
-            corner(4 * k + 3, first + below + right);
-            continue;
-          }
+          if (plan.row[k] == outside) continue;
           const Inside in(g, plan.row[k], plan.col[k]);
-          if (in.top_left) corner(4 * k, first);
-          if (in.top_right) corner(4 * k + 1, first + right);
-          if (in.bottom_left) corner(4 * k + 2, first + below);
-          if (in.bottom_right) corner(4 * k + 3, first + below + right);
+          corner(4 * k, in.top_left, first);
+          corner(4 * k + 1, in.top_right, first + right);
+          corner(4 * k + 2, in.bottom_left, first + below);
+          corner(4 * k + 3, in.bottom_right, first + below + right);
         }
       });
       differentiate(plan, static_cast<acc_t>(g.offset_scale), dots,
