@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -97,6 +98,20 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
+class Totals(NamedTuple):
+    """Of the updates of an epoch so far."""
+
+    loss: float = 0.0
+    finite: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+    def plus(self, loss: float, seconds: float) -> "Totals":
+        if not math.isfinite(loss):
+            return self._replace(skipped=self.skipped + 1, seconds=self.seconds + seconds)
+        return Totals(self.loss + loss, self.finite + 1, self.skipped, self.seconds + seconds)
+
+
 class Trainer:
     """One training run: everything that a checkpoint holds, and the loop over epochs and updates.
 
@@ -108,9 +123,11 @@ class Trainer:
         self.cfg, self.device, self.rank, self.world_size = cfg, device, rank, world_size
         self.output = Path(cfg.output)
         self.epoch, self.update = 0, 0  # the next ones to do; update counts within the epoch
+        self.totals = Totals()
         self.best_top1 = -math.inf
         self.nonfinite_in_a_row = 0
         self.signal_number = 0
+        self.resumed_rng: dict | None = None  # of a run resumed within an epoch
         seed_everything(cfg.seed)
         self._build_data()
         self._build_model()
@@ -165,7 +182,7 @@ class Trainer:
             "epoch": self.epoch,
             "update": self.update,
             "updates_per_epoch": self.updates_per_epoch,
-            "totals": self.totals,
+            "totals": tuple(self.totals),
             "best_top1": self.best_top1,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
             "rng": self._all_rng_states(),
@@ -204,7 +221,7 @@ class Trainer:
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["model_ema"])
             self.epoch, self.update = state["epoch"], state["update"]
-            self.totals, self.best_top1 = state["totals"], state["best_top1"]
+            self.totals, self.best_top1 = Totals(*state["totals"]), state["best_top1"]
             self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
             updates, rng = state["updates_per_epoch"], state["rng"]
         except (KeyError, RuntimeError) as error:
@@ -220,9 +237,6 @@ class Trainer:
         if done:
             self.scheduler.step_update(done - 1)
         _logger.info("resumed from %s: epoch %d, update %d", path, self.epoch, self.update)
-
-    totals = (0.0, 0, 0.0, 0)  # of the running epoch: loss, finite updates, seconds, skipped
-    resumed_rng: dict | None = None
 
     # --- the loop ----------------------------------------------------------------------------
 
@@ -251,7 +265,7 @@ class Trainer:
                     f"  EMA top-1 {row['ema_top1']:.2f} %" if self.ema is not None else "",
                     row["images_per_second"],
                 )
-            self.epoch, self.update, self.totals = self.epoch + 1, 0, Trainer.totals
+            self.epoch, self.update, self.totals = self.epoch + 1, 0, Totals()
             extra = []
             if top1 > self.best_top1:
                 self.best_top1 = top1
@@ -341,13 +355,7 @@ class Trainer:
 
     def _count(self, loss: float, seconds: float) -> None:
         finite = math.isfinite(loss)
-        loss_sum, updates, time_sum, skipped = self.totals
-        self.totals = (
-            loss_sum + (loss if finite else 0.0),
-            updates + finite,
-            time_sum + seconds,
-            skipped + (not finite),
-        )
+        self.totals = self.totals.plus(loss, seconds)
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
         if finite:
             return
@@ -367,12 +375,12 @@ class Trainer:
         """The row of metrics of the epoch that was just trained."""
         amp = self.cfg.amp
         result = evaluate(self.model, self.val_loader, self.device, amp)
-        loss_sum, updates, seconds, skipped = self.totals
+        totals = self.totals
         images = self.cfg.batch_size * self.cfg.accumulation_steps * self.world_size
         row = {
             "epoch": self.epoch,
             "lr": self._lr(),
-            "train_loss": loss_sum / updates if updates else math.nan,
+            "train_loss": totals.loss / totals.finite if totals.finite else math.nan,
             "val_loss": result.loss,
             "val_top1": result.top1,
             "val_top5": result.top5,
@@ -381,8 +389,8 @@ class Trainer:
             ema = evaluate(self.ema.module, self.val_loader, self.device, amp)
             row |= {"ema_loss": ema.loss, "ema_top1": ema.top1, "ema_top5": ema.top5}
         return row | {
-            "images_per_second": images * (updates + skipped) / seconds if seconds else math.nan,
-            "skipped_updates": skipped,
+            "images_per_second": images * (totals.finite + totals.skipped) / totals.seconds,
+            "skipped_updates": totals.skipped,
             "corrupt_images": getattr(self.train_loader.dataset, "corrupt", 0) + result.corrupt,
         }
 
