@@ -57,12 +57,14 @@ class SkippingImageDataset(ImageDataset):
                 stream, target = self.reader[index]
                 with Image.open(stream) as image:
                     image = image.convert("RGB")
-                return self.transform(image), target
+                break
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 self._count(index, error)
             if not self.is_training:
-                return self.transform(Image.new("RGB", (256, 256))), SKIPPED
+                image, target = Image.new("RGB", (256, 256)), SKIPPED
+                break
             index = (index + 1) % len(self)
+        return self.transform(image), target
 
     def _count(self, index: int, error: Exception) -> None:
         with self._corrupt.get_lock():

@@ -3,6 +3,8 @@ import tarfile
 
 import pytest
 import torch
+from PIL import Image
+from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, AugmentOp
 
 from classification.config import ConfigError, Data
 from classification.data import (
@@ -79,6 +81,25 @@ def test_too_many_unreadable_images_stop_the_run(config, damaged, workers):
     dataset = build_dataset(cfg.data, "train", True, cfg.batch_size)
     with pytest.raises(TooManyCorruptImages, match=r"2 unreadable .* data.max_corrupt=1"):
         list(train_loader(dataset, cfg, CPU, 0, 1))
+
+
+def test_an_error_of_the_augmentation_is_not_taken_for_a_corrupt_image(digits):
+    dataset = build_dataset(Data(root=str(digits)), "train", True, 8)
+
+    def broken(image):
+        raise ValueError("a bug")
+
+    dataset.transform = broken
+    with pytest.raises(ValueError, match="a bug"):
+        dataset[0]
+    assert dataset.corrupt == 0
+
+
+@pytest.mark.parametrize("name", _RAND_INCREASING_TRANSFORMS)
+def test_the_published_policy_works_at_its_strongest(digits, name):
+    with Image.open(next((digits / "train" / "3").iterdir())) as image:
+        augmented = AugmentOp(name, prob=1.0, magnitude=10)(image.convert("RGB"))
+    assert augmented.size == (32, 32)
 
 
 def test_a_missing_folder_or_split_is_named(digits, tmp_path):
