@@ -37,6 +37,7 @@ $(VENV)/.created:
 	touch $@
 
 $(VENV)/.requirements: requirements.txt $(VENV)/.created
+	@echo "installing torch and the rest of requirements.txt: several gigabytes, some minutes"
 	$(PIP) -r requirements.txt
 	touch $@
 
@@ -46,7 +47,7 @@ $(VENV)/.operators: $(OPS_SOURCES) $(VENV)/.requirements
 	touch $@
 
 $(VENV)/.package: pyproject.toml $(VENV)/.operators
-	$(PIP) --no-build-isolation --no-deps --editable .
+	$(PIP) --no-build-isolation --no-deps --config-settings editable_mode=compat --editable .
 	touch $@
 
 $(VENV)/.openmmlab: requirements-openmmlab.txt $(VENV)/.requirements

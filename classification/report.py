@@ -17,13 +17,14 @@ from .data import SKIPPED, denormalize
 class Metrics:
     """One row per epoch, in metrics.csv and TensorBoard.
 
-    A run that resumes before an epoch drops the rows that an earlier attempt wrote from there on.
+    Epochs count from 1. A run that resumes after `start_epoch` drops the rows that an earlier
+    attempt wrote beyond it.
     """
 
     def __init__(self, output: Path, start_epoch: int = 0):
         self.path = output / "metrics.csv"
-        self.rows = [row for row in _read(self.path) if int(row["epoch"]) < start_epoch]
-        self.writer = SummaryWriter(output / "tensorboard", purge_step=start_epoch)
+        self.rows = [row for row in _read(self.path) if int(row["epoch"]) <= start_epoch]
+        self.writer = SummaryWriter(output / "tensorboard", purge_step=start_epoch + 1)
 
     def add(self, row: dict[str, float]) -> None:
         self.rows.append(row)
@@ -51,7 +52,7 @@ def _read(path: Path) -> list[dict]:
 def save_curves(metrics_csv: Path, to: Path) -> None:
     """Draws losses, accuracies and the learning rate of a metrics.csv over the epochs."""
     rows = _read(metrics_csv)
-    epochs = [int(row["epoch"]) + 1 for row in rows]
+    epochs = [int(row["epoch"]) for row in rows]
     panels = {
         "loss": ["train_loss", "val_loss", "ema_loss"],
         "top-1 accuracy (%)": ["val_top1", "ema_top1"],

@@ -39,6 +39,7 @@ from .data import (
     class_names,
     eval_transform,
     set_epoch,
+    start,
     train_loader,
     val_loader,
 )
@@ -110,6 +111,15 @@ class Totals(NamedTuple):
         if not math.isfinite(loss):
             return self._replace(skipped=self.skipped + 1, seconds=self.seconds + seconds)
         return Totals(self.loss + loss, self.finite + 1, self.skipped, self.seconds + seconds)
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    """Nested sections as one level of dotted keys."""
+    flat = {}
+    for key, value in config.items():
+        is_section = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
+    return flat
 
 
 class Trainer:
@@ -224,6 +234,7 @@ class Trainer:
             self.totals, self.best_top1 = Totals(*state["totals"]), state["best_top1"]
             self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
             updates, rng = state["updates_per_epoch"], state["rng"]
+            state["config"]
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"cannot resume from {path}: {error}") from error
         if self.update and (updates, len(rng)) != (self.updates_per_epoch, self.world_size):
@@ -232,11 +243,16 @@ class Trainer:
                 f"{len(rng)} processes, this run has {self.updates_per_epoch} on {self.world_size}"
             )
         self.resumed_rng = rng[self.rank] if self.update else None
+        if path.resolve().parent != self.output.resolve():
+            self.best_top1 = -math.inf  # that best.pth is not in this output
         # Sets the learning rate of the next update, whatever the config has become since.
         done = self.epoch * self.updates_per_epoch + self.update
         if done:
             self.scheduler.step_update(done - 1)
-        _logger.info("resumed from %s: epoch %d, update %d", path, self.epoch, self.update)
+        before, now = _flat(state["config"]), _flat(self.cfg.model_dump(mode="json"))
+        for key in now:
+            if before.get(key) != now[key]:
+                _logger.warning("%s was %s, is now %s", key, before.get(key), now[key])
 
     # --- the loop ----------------------------------------------------------------------------
 
@@ -257,7 +273,7 @@ class Trainer:
                 self.metrics.add(row)
                 _logger.info(
                     "epoch %d/%d  loss %.4f  top-1 %.2f %%  top-5 %.2f %%%s  %.1f images/s",
-                    row["epoch"] + 1,
+                    row["epoch"],
                     self.cfg.schedule.epochs,
                     row["train_loss"],
                     row["val_top1"],
@@ -280,7 +296,7 @@ class Trainer:
         self.parallel.train()
         seed_everything(self.cfg.seed, self.epoch, self.rank)
         set_epoch(self.train_loader, self.epoch)
-        batches = iter(self.train_loader)
+        batches = start(self.train_loader)
         accumulation = self.cfg.accumulation_steps
         if self.update:  # read and drop what was done before the stop
             skip = self.update * accumulation
@@ -295,14 +311,15 @@ class Trainer:
         )
         every = self.cfg.checkpoints.every_updates
         images = self.cfg.batch_size * accumulation * self.world_size
+        logged = time.monotonic()  # the log stands in for the bar where there is no terminal
         with bar:
             while self.update < self.updates_per_epoch:
-                start = time.perf_counter()
+                began = time.perf_counter()
                 group = list(itertools.islice(batches, accumulation))
                 if len(group) < accumulation:  # an iterable data set may end early
                     break
                 loss = self.train_update(group)
-                seconds = time.perf_counter() - start
+                seconds = time.perf_counter() - began
                 self._count(loss, seconds)
                 self.update += 1
                 self.scheduler.step_update(self.epoch * self.updates_per_epoch + self.update - 1)
@@ -313,6 +330,13 @@ class Trainer:
                     refresh=False,
                 )
                 bar.update()
+                if bar.disable and self.rank == 0 and time.monotonic() - logged > 60:
+                    logged = time.monotonic()
+                    _logger.info(
+                        "epoch %d/%d  update %d/%d  loss %.4f  lr %.2e  %.1f images/s",
+                        self.epoch + 1, self.cfg.schedule.epochs, self.update,
+                        self.updates_per_epoch, loss, self._lr(), images / seconds,
+                    )  # fmt: skip
                 if every and self.update % every == 0 and self.update < self.updates_per_epoch:
                     self.save()
                 self._stop_if_asked()
@@ -378,7 +402,7 @@ class Trainer:
         totals = self.totals
         images = self.cfg.batch_size * self.cfg.accumulation_steps * self.world_size
         row = {
-            "epoch": self.epoch,
+            "epoch": self.epoch + 1,
             "lr": self._lr(),
             "train_loss": totals.loss / totals.finite if totals.finite else math.nan,
             "val_loss": result.loss,
@@ -437,7 +461,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="auto|FILE",
         help="continue from FILE; 'auto': from the output's last.pth if there is one",
     )
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def find_checkpoint(resume: str | None, last: Path) -> Path | None:
@@ -448,7 +472,8 @@ def find_checkpoint(resume: str | None, last: Path) -> Path | None:
     """
     if resume == "auto":
         return last if last.exists() else None
-    if resume is None and last.exists():
+    continues = resume is not None and Path(resume).resolve().parent == last.resolve().parent
+    if last.exists() and not continues:
         raise ConfigError(
             f"{last} exists: pass --resume auto to continue that run, or output=... for another"
         )
@@ -504,8 +529,20 @@ def train(cfg: Config, resume: str | None = None) -> None:
             cfg.model.name, parameters / 1e6, world_size, cfg.batch_size * cfg.accumulation_steps,
             device, trainer.updates_per_epoch,
         )  # fmt: skip
-        with stopped_by_signals(trainer):
-            trainer.fit()
+        if checkpoint is not None:
+            _logger.info(
+                "continuing from %s: %d epochs and %d updates of %d are done",
+                checkpoint, trainer.epoch, trainer.update, trainer.updates_per_epoch,
+            )  # fmt: skip
+        try:
+            with stopped_by_signals(trainer):
+                trainer.fit()
+        except Interrupted as interruption:
+            _logger.warning("stopped by %s; --resume auto continues", interruption)
+            raise
+        except (Diverged, TooManyCorruptImages) as error:
+            _logger.error("%s", error)
+            raise
         if rank == 0:
             trainer.report()
         _logger.info(
@@ -521,9 +558,10 @@ def main(argv: list[str] | None = None) -> int:
         with logging_redirect_tqdm():
             train(load_config(arguments.config, arguments.overrides), arguments.resume)
     except Interrupted as interruption:
-        _logger.warning("stopped by %s; --resume auto continues", interruption)
         return 128 + interruption.signal_number
-    except (ConfigError, Diverged, TooManyCorruptImages, ValueError, OSError) as error:
+    except (Diverged, TooManyCorruptImages):
+        return 2
+    except (ValueError, OSError) as error:
         _logger.error("%s", error)
         return 2
     finally:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from flash_internimage.checkpoint import clean_state_dict, load_checkpoint, load_weights
 
 from .config import Config, ConfigError, Data, Model, load_config
-from .data import build_dataset, class_names, val_loader
+from .data import build_dataset, class_names, start, val_loader
 from .model import build_model, pick_device
 
 _logger = logging.getLogger(__name__)
@@ -55,8 +55,9 @@ def evaluate(model: nn.Module, loader, device: torch.device, amp: str = "off") -
     was_training = model.training
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64)  # loss, top-1 hits, top-5 hits, images
-    corrupt, start = 0, time.perf_counter()
-    for images, targets in tqdm(loader, desc="validate", leave=False, disable=None):
+    corrupt, began = 0, time.perf_counter()
+    bar = tqdm(start(loader), desc="validate", total=len(loader), leave=False, disable=None)
+    for images, targets in bar:
         images, targets = images.to(device), targets.to(device)
         readable = targets >= 0
         corrupt += int((~readable).sum())
@@ -68,7 +69,7 @@ def evaluate(model: nn.Module, loader, device: torch.device, amp: str = "off") -
         totals += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), readable.sum()]).to(
             "cpu", torch.float64
         )
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     model.train(was_training)
     counts = torch.cat([totals, torch.tensor([corrupt], dtype=torch.float64)])
     if dist.is_initialized():
@@ -96,12 +97,12 @@ def throughput(
     images = torch.randn(batch_size, 3, image_size, image_size, device=device)
 
     def run() -> float:
-        start = time.perf_counter()
+        began = time.perf_counter()
         with autocast(device, amp):
             model(images)
         if device.type != "cpu":
             torch.accelerator.synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter() - began
 
     for _ in range(3):
         run()

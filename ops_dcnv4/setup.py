@@ -5,6 +5,7 @@ the same and runs on its PyTorch reference; `OPS_DCNV4_REQUIRE_COMPILED=1` makes
 """
 
 import os
+import site
 import sys
 import sysconfig
 import warnings
@@ -23,7 +24,7 @@ def import_cpp_extension():
     pip's isolated build hides the packages of the environment, but runs its interpreter; the
     kernels must be compiled against that environment's torch and no other.
     """
-    sys.path.append(sysconfig.get_path("purelib"))
+    site.addsitedir(sysconfig.get_path("purelib"))
     try:
         from torch.utils import cpp_extension
     except ImportError as error:

@@ -79,7 +79,7 @@ def test_a_run_leaves_checkpoints_metrics_and_pictures(config):
     }  # fmt: skip
     assert not list(output.glob("*.partial"))
     rows = metrics(output)
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     last = load_checkpoint(output / "last.pth")
     assert (last["epoch"], last["update"]) == (3, 0)
     assert last["best_top1"] == max(float(row["ema_top1"]) for row in rows)
@@ -332,3 +332,21 @@ def test_splits_with_other_classes_are_refused(config, digits, tmp_path):
     shutil.rmtree(tmp_path / "digits" / "val" / "4")
     with pytest.raises(ConfigError, match=r"class folders of data.train_split=train .* differ"):
         train(config(data={"root": str(tmp_path / "digits")}))
+
+
+def test_another_run_s_checkpoint_continues_in_an_output_of_its_own(config, tmp_path, caplog):
+    train(config())
+    checkpoint = str(tmp_path / "run" / "last.pth")
+    longer = config(output=str(tmp_path / "longer"), schedule={"epochs": 3})
+    train(longer, resume=checkpoint)
+    assert (tmp_path / "longer" / "best.pth").exists()
+    assert [row["epoch"] for row in metrics(longer.output)] == ["3"]
+    assert "schedule.epochs was 2, is now 3" in caplog.text
+    with pytest.raises(ConfigError, match=r"last\.pth exists"):
+        train(longer, resume=checkpoint)
+
+
+def test_settings_may_follow_options(settings, tmp_path, caplog):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main([str(tmp_path / "config.yaml"), "--resume", "auto", "optimizer.lrr=1"]) == 2
+    assert "did you mean 'optimizer.lr'?" in caplog.text
