@@ -40,8 +40,8 @@ struct Cell {
   T dy, dx;      // position of the point within the cell, in [0, 1)
 };
 
-// Points count if -1 < y < height and -1 < x < width. The test is false for NaN, and comes before the
-// conversion to int, so that huge coordinates are safe. Free of branches, for vectorisation.
+// Points count if -1 < y < height and -1 < x < width. The test is false for NaN, and comes before
+// the conversion to int, so that huge coordinates are safe. Free of branches, for vectorisation.
 template <typename T>
 OPS_DCNV4_INLINE Cell<T> locate(T y, T x, int height, int width) {
   const bool counts = (y > T(-1)) & (y < T(height)) & (x > T(-1)) & (x < T(width));

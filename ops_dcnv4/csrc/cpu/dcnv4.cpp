@@ -25,7 +25,7 @@ struct Tensors {
 };
 
 // Where and with which weights the taps of one (pixel, group) sample, an array per quantity so that
-// it is computed several taps at a time. In offset_mask's order: kernel columns outside, rows inside.
+// it is computed several taps at a time. In offset_mask's order: column by column of the kernel.
 template <typename acc_t>
 struct Plan {
   int64_t taps;
@@ -96,17 +96,18 @@ OPS_DCNV4_INLINE void make_plan(const Plan<acc_t> p, const Geometry& g, int out_
     p.weights[4 * k + 1] = top * cell.dx;
     p.weights[4 * k + 2] = bottom * (1 - cell.dx);
     p.weights[4 * k + 3] = bottom * cell.dx;
-    p.interior[k] = (cell.row >= 0) & (cell.row < height - 1) & (cell.col >= 0) & (cell.col < width - 1);
+    p.interior[k] = (cell.row >= 0) & (cell.row + 1 < height) & (cell.col >= 0) &
+                    (cell.col + 1 < width);
   }
 }
 
-// Which pixels of the cell at (row, col) lie inside the image.
+// Which pixels of a cell that reaches the image lie inside it.
 struct Inside {
   bool top_left, top_right, bottom_left, bottom_right;
 
   OPS_DCNV4_INLINE Inside(const Geometry& g, int row, int col) {
-    const bool top = row >= 0, bottom = row + 1 < g.height && row >= -1;
-    const bool left = col >= 0, right = col + 1 < g.width && col >= -1;
+    const bool top = row >= 0, bottom = row + 1 < g.height;
+    const bool left = col >= 0, right = col + 1 < g.width;
     top_left = top && left, top_right = top && right;
     bottom_left = bottom && left, bottom_right = bottom && right;
   }
@@ -183,8 +184,8 @@ OPS_DCNV4_INLINE void forward(const Geometry& g, const Tensors<scalar_t, acc_t>&
   }
 }
 
-// Gradient of one (pixel, group)'s slice of offset_mask, from the products `dots` of grad_output with
-// the four pixels of each tap's cell, zero for those outside the image.
+// Gradient of one (pixel, group)'s slice of offset_mask, from the products `dots` of grad_output
+// with the four pixels of each tap's cell, zero for those outside the image.
 template <typename scalar_t, typename acc_t>
 OPS_DCNV4_INLINE void differentiate(const Plan<acc_t> p, acc_t offset_scale, const acc_t* dots,
                                     scalar_t* grad_offsets) {
@@ -312,6 +313,7 @@ Geometry geometry(const at::Tensor& value, const at::Tensor& offset_mask,
                    remove_center};
   TORCH_CHECK_VALUE(g.y.kernel > 0 && g.x.kernel > 0, "kernel_size must be positive");
   to_int(int64_t(g.y.kernel) * g.x.kernel, "the product of kernel_size");
+  to_int(int64_t(g.height) * g.width, "the number of pixels of an image");
   TORCH_CHECK_VALUE(g.offset_channels >= 3 * groups * g.taps(), "offset_mask has too few channels");
   return g;
 }
