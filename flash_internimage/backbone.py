@@ -15,8 +15,6 @@ from ops_dcnv4 import DCNv4
 
 from .checkpoint import clean_state_dict
 
-__all__ = ["FlashInternImage"]
-
 
 class Permute(nn.Module):
     def __init__(self, *dims: int):
@@ -25,13 +23,6 @@ class Permute(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(self.dims)
-
-    def extra_repr(self) -> str:
-        return str(self.dims)
-
-
-def to_channels_first() -> Permute:
-    return Permute(0, 3, 1, 2)
 
 
 def to_channels_last() -> Permute:
@@ -53,7 +44,7 @@ class Stem(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, channels // 2, kernel_size=3, stride=2, padding=1)
         self.norm1 = nn.Sequential(
-            to_channels_last(), layer_norm(channels // 2), to_channels_first()
+            to_channels_last(), layer_norm(channels // 2), Permute(0, 3, 1, 2)
         )
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1)
@@ -305,18 +296,16 @@ class FlashInternImage(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The feature maps of the stages, as in timm.
+        """The feature maps of the stages, with timm's arguments and results.
 
         Args:
             x: (N, C_in, H, W).
             indices: stages to return; the last n if an int, all if None.
             norm: without effect: every stage's features are already normalised.
-            stop_early: stop after the last stage asked for.
             output_fmt: 'NCHW' or 'NHWC', of the feature maps.
-            intermediates_only: return the feature maps alone.
 
         Returns:
-            The feature maps, or (final features, feature maps).
+            The feature maps, or (final features, feature maps) unless `intermediates_only`.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
@@ -403,16 +392,12 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _checkpoint_filter_fn(state_dict: dict, model: FlashInternImage) -> dict:
-    return clean_state_dict(state_dict)
-
-
 def _create(variant: str, pretrained: bool, model_args: dict, kwargs: dict) -> FlashInternImage:
     return build_model_with_cfg(
         FlashInternImage,
         variant,
         pretrained,
-        pretrained_filter_fn=_checkpoint_filter_fn,
+        pretrained_filter_fn=lambda state_dict, model: clean_state_dict(state_dict),
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         **{**model_args, **kwargs},
     )
