@@ -69,7 +69,7 @@ def build_arguments() -> dict:
     if cpp_extension is None:
         return {}
     compile_args, link_args = compiler_flags()
-    sources = [HERE / "csrc/library.cpp", *sorted((HERE / "csrc/cpu").glob("*.cpp"))]
+    sources = sorted([*HERE.glob("csrc/*.cpp"), *HERE.glob("csrc/cpu/*.cpp")])
     extension = cpp_extension.CppExtension(
         "ops_dcnv4._C",
         [os.path.relpath(source, HERE) for source in sources],

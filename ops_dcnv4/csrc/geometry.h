@@ -1,6 +1,8 @@
 // The geometry of one DCNv4 call, shared by every compiled backend.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 
 #include "bilinear.h"
@@ -22,5 +24,11 @@ struct Geometry {
     return remove_center && tap_y == y.kernel / 2 && tap_x == x.kernel / 2;
   }
 };
+
+// Checks what keeps the kernels inside their tensors; ops.py has the checks with the friendly texts.
+Geometry make_geometry(const at::Tensor& value, const at::Tensor& offset_mask,
+                       at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                       at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                       double offset_scale, bool remove_center);
 
 }  // namespace ops_dcnv4

@@ -2,7 +2,7 @@
 #include <Python.h>
 #include <torch/library.h>
 
-#include "cpu/dcnv4.h"
+#include "dcnv4.h"
 
 // Importing ops_dcnv4._C only runs the registration below.
 extern "C" PyObject* PyInit__C() {
