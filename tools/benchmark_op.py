@@ -1,190 +1,296 @@
-"""Times DCNv4 against what else computes it, and against a 7x7 depth-wise convolution as yardstick.
+"""Times DCNv4 against what else computes it, and beside other operators of like size.
 
-Every competitor's output and gradients are checked before they are timed:
+    python -m tools.benchmark_op
+    python -m tools.benchmark_op --shapes 1x56x56x64 64x56x56x128/32 --dtypes float32 float16
 
-    python -m tools.benchmark_op --threads 2 --shapes 1x56x56x64 8x14x14x256
+A shape is NxHxWxC/D with D channels per group, 16 if left out. Every competitor that computes DCNv4
+is checked before it is timed, output and gradients.
 """
 
 import argparse
 import functools
-import itertools
-import sys
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
+import matplotlib
 import torch
-import torch.nn.functional as F
+from matplotlib.axes import Axes
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
-from ops_dcnv4 import dcnv4, reference
+from ops_dcnv4 import reference
+from tools import benchmarking
+from tools.benchmarking import write
+from tools.op_competitors import (
+    COMPETITORS,
+    HEAD_CHANNELS,
+    OURS,
+    TAPS,
+    Inputs,
+    Shape,
+    parse_shape,
+    random_inputs,
+)
 
-GROUP_CHANNELS, TAPS = 16, 9
-SHAPES = ("1x56x56x64", "1x56x56x128", "1x28x28x128", "1x14x14x256", "1x7x7x512")
-INPUT_SETS = 4
+# fmt: off
+SHAPES = {
+    "cpu": ("1x56x56x64", "1x56x56x128", "1x28x28x128", "1x14x14x256", "1x7x7x512"),
+    "cuda": (
+        "64x56x56x64", "64x28x28x128", "64x14x14x256", "64x7x7x512",
+        "64x56x56x128", "64x56x56x128/32", "64x28x28x256/32", "1x200x320x128", "1x200x320x128/32",
+        "1x56x56x64", "1x28x28x128", "1x14x14x256", "1x7x7x512",
+    ),
+}
+# fmt: on
+DTYPES = {"cpu": ("float32",), "cuda": ("float32", "float16", "bfloat16")}
 # Of outputs and gradients, relative to the largest expected magnitude.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-10, "float16": 1e-2, "bfloat16": 5e-2}
+MIN_INPUT_SETS = 4
+LEGEND = f"""
+Median times, ~ if the quartiles are more than 20 % apart; x: how many times as long as {OURS};
+%: share of the memory floor, which is the time of a plain copy of as many bytes as DCNv4 must
+touch. wrong: output or gradients differ from the reference. In brackets: why there is no time.
+Yardsticks, which compute something else: the 7x7 depth-wise convolution, and attention in 7x7
+windows or global, {HEAD_CHANNELS} channels a head."""
 
 
-class Inputs(NamedTuple):
-    value: Tensor  # (N, H, W, C)
-    offset_mask: Tensor  # (N, H, W, 3 * groups * taps)
-    weight: Tensor  # (C, 1, 7, 7), of the depth-wise convolution
-    grad_output: Tensor  # (N, H, W, C)
-
-    @property
-    def parameters(self) -> tuple:
-        """The operator's other arguments: a 3x3 window that keeps the image size."""
-        return (3, 3), (1, 1), (1, 1), (1, 1), self.value.shape[3] // GROUP_CHANNELS, 1.0, False
+def forward(run: Callable[[Inputs], Tensor], inputs: Inputs) -> Callable[[], Tensor]:
+    return torch.no_grad()(functools.partial(run, inputs))
 
 
-def random_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Inputs:
-    *size, channels = shape
-    packed = torch.randn(*size, channels // GROUP_CHANNELS, 3 * TAPS)
-    offsets = 0.5 * packed[..., : 2 * TAPS]
-    # Away from integer positions, where the gradient jumps and rounding decides its side.
-    packed[..., : 2 * TAPS] = offsets.floor() + 0.1 + 0.8 * (offsets - offsets.floor())
-    leaves = torch.randn(shape), packed.flatten(3), torch.randn(channels, 1, 7, 7) / 7
-    return Inputs(
-        *(leaf.to(device, dtype).requires_grad_() for leaf in leaves),
-        torch.randn(shape).to(device, dtype),
+def gradients(output: Tensor, inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """Of the four leaves, None for those that a competitor does not read."""
+    return torch.autograd.grad(output, inputs[:4], inputs.grad_output, allow_unused=True)
+
+
+def backward(run: Callable[[Inputs], Tensor], inputs: Inputs) -> Callable[[], tuple]:
+    return functools.partial(gradients, run(inputs), inputs)
+
+
+def forward_backward(run: Callable[[Inputs], Tensor], inputs: Inputs) -> Callable[[], tuple]:
+    return lambda: gradients(run(inputs), inputs)
+
+
+# Each makes the step that is timed; what happens before that is not.
+PASSES = {"forward": forward, "backward": backward, "forward+backward": forward_backward}
+
+
+def expected_results(inputs: Inputs) -> list[Tensor]:
+    """The reference's output and gradients; one image at a time, which saves memory."""
+    tensors = (inputs.grad_output, inputs.value.detach(), inputs.offset_mask.detach())
+    images = []
+    for grad_output, *image in zip(*(tensor.split(1) for tensor in tensors), strict=True):
+        output = reference.dcnv4(*image, *inputs.parameters)
+        images.append((output, *reference.dcnv4_backward(grad_output, *image, *inputs.parameters)))
+    return [torch.cat(parts) for parts in zip(*images, strict=True)]
+
+
+def is_right(run: Callable[[Inputs], Tensor], inputs: Inputs, expected: list[Tensor]) -> bool:
+    """Whether output and gradients are as expected; the gradient of the padding may be anything."""
+    used = 3 * TAPS * inputs.shape.groups
+    tolerance = TOLERANCES[str(inputs.value.dtype).removeprefix("torch.")]
+    output = forward(run, inputs)()
+    grad_value, grad_offset_mask, *_ = forward_backward(run, inputs)()
+    pairs = [
+        (output, expected[0]),
+        (grad_value, expected[1]),
+        (grad_offset_mask[..., :used], expected[2][..., :used]),
+    ]
+    return all(
+        torch.allclose(actual, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
+        for actual, wanted in pairs
     )
 
 
-def run_compiled(inputs: Inputs) -> Tensor:
-    return dcnv4(inputs.value, inputs.offset_mask, *inputs.parameters)
+def input_sets(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
+    """So many that the caches do not hold them all."""
+    cached = 2 * benchmarking.cache_bytes(device) / shape.bytes_touched(dtype)["forward"]
+    count = max(MIN_INPUT_SETS, math.ceil(cached))
+    return [random_inputs(shape, dtype, device) for _ in range(count)]
 
 
-def run_reference(inputs: Inputs) -> Tensor:
-    return reference.dcnv4(inputs.value, inputs.offset_mask, *inputs.parameters)
+def examine(name: str, inputs: Inputs, expected: list[Tensor]) -> tuple[str, str | None]:
+    """Status of a competitor and, if it cannot be timed, the reason."""
+    run, why_not, yardstick = COMPETITORS[name]
+    if why_not(inputs):
+        return "skipped", why_not(inputs)
+    try:
+        return "ok" if yardstick or is_right(run, inputs, expected) else "wrong", None
+    except Exception as error:  # whatever a foreign package raises
+        return "failed", benchmarking.reason(error)
 
 
-@functools.cache
-def regular_grid(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normalised positions (x, y) of the taps without offsets, (H, TAPS, W, 2)."""
-    rows, columns = (torch.arange(n, dtype=dtype, device=device) for n in (height, width))
-    column_steps, row_steps = torch.cartesian_prod(*[torch.arange(-1, 2, device=device)] * 2).T
-    x = (2 * (columns + column_steps[:, None]) + 1) / width - 1
-    y = (2 * (rows[:, None] + row_steps) + 1) / height - 1
-    return torch.stack(torch.broadcast_tensors(x, y[..., None]), dim=-1)
+def time_competitor(
+    name: str, inputs: list[Inputs], expected: list[Tensor], min_time: float
+) -> Iterator[dict]:
+    """A result for each pass."""
+    status, note = examine(name, inputs[0], expected)
+    if name == OURS and status != "ok":
+        raise SystemExit(f"error: {OURS} is {note or status} at {inputs[0].shape}")
+    for pass_name, make_step in PASSES.items():
+        result = {"competitor": name, "pass": pass_name, "status": status, "note": note}
+        if status in ("ok", "wrong"):
+            prepare = functools.partial(make_step, COMPETITORS[name].run)
+            device = inputs[0].value.device
+            try:
+                result |= benchmarking.measure(prepare, inputs, device, min_time)._asdict()
+            except RuntimeError as error:
+                result |= {"status": "failed", "note": benchmarking.reason(error)}
+        yield result
 
 
-def run_grid_sample(inputs: Inputs) -> Tensor:
-    """The operator as one writes it without a kernel, like the fallbacks of DCNv3 and Deformable
-    DETR: one row of the grid per output pixel. 16-bit inputs are sampled in float32."""
-    n, height, width, channels = inputs.value.shape
-    groups, dtype = channels // GROUP_CHANNELS, reference.compute_dtype(inputs.value.dtype)
-    value, offset_mask = inputs.value.to(dtype), inputs.offset_mask.to(dtype)
-    images = value.unflatten(3, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
-    x, y, modulation = reference.sampling_points(offset_mask, *inputs.parameters)
-    grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1)
-    grid = grid.flatten(1, 2).transpose(1, 2).flatten(0, 1)  # (N * G, H * W, K, 2)
-    samples = F.grid_sample(images, grid, align_corners=False)
-    modulation = modulation.flatten(1, 2).transpose(1, 2).flatten(0, 1).unsqueeze(1)
-    output = (samples * modulation).sum(-1).unflatten(0, (n, groups)).flatten(1, 2)
-    return output.transpose(1, 2).unflatten(1, (height, width)).to(inputs.value.dtype)
+def l1_floor(shape: Shape, dtype: torch.dtype, device: torch.device) -> float | None:
+    """Seconds of the forward's gathers if every SM reads 128 bytes per clock."""
+    if device.type != "cuda":
+        return None
+    gpu = torch.cuda.get_device_properties(device)
+    return shape.bytes_gathered(dtype) / (gpu.multi_processor_count * 128 * 1e3 * gpu.clock_rate)
 
 
-def run_tuned_grid_sample(inputs: Inputs) -> Tensor:
-    """The same with a constant regular grid, and with taps beside rows: neighbours in memory are
-    neighbours in the image."""
-    n, height, width, channels = inputs.value.shape
-    groups, dtype = channels // GROUP_CHANNELS, reference.compute_dtype(inputs.value.dtype)
-    value, offset_mask = inputs.value.to(dtype), inputs.offset_mask.to(dtype)
-    images = value.unflatten(3, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
-    packed = offset_mask.unflatten(3, (groups, -1)).permute(0, 3, 1, 4, 2)  # (N, G, H, 3K, W)
-    offsets, modulation = packed.split([2 * TAPS, TAPS], dim=3)
-    to_normalised = torch.tensor([2 / width, 2 / height], dtype=dtype, device=value.device)
-    offsets = offsets.unflatten(3, (TAPS, 2)).transpose(4, 5) * to_normalised
-    grid = regular_grid(height, width, dtype, value.device) + offsets  # (N, G, H, K, W, 2)
-    grid = grid.reshape(n * groups, height, TAPS * width, 2)
-    samples = F.grid_sample(images, grid, align_corners=False)
-    samples = samples.view(n, groups, GROUP_CHANNELS, height, TAPS, width)
-    output = (samples * modulation.contiguous().unsqueeze(2)).sum(4)
-    return output.permute(0, 3, 4, 1, 2).flatten(3).to(inputs.value.dtype)
+def compare(results: list[dict], floors: dict[str, float]) -> None:
+    """Adds each result's ratio to ours and share of the floor."""
+    timed = [r for r in results if "seconds" in r]
+    ours = {r["pass"]: r["seconds"] for r in timed if r["competitor"] == OURS}
+    for result in timed:
+        if result["pass"] in ours:
+            result["ratio"] = result["seconds"] / ours[result["pass"]]
+        if not COMPETITORS[result["competitor"]].yardstick:
+            result["floor_seconds"] = floors[result["pass"]]
+            result["share_of_floor"] = result["floor_seconds"] / result["seconds"]
 
 
-def run_depthwise(inputs: Inputs) -> Tensor:
-    image = inputs.value.permute(0, 3, 1, 2)  # channels-last memory
-    output = F.conv2d(image, inputs.weight, padding=3, groups=image.shape[1])
-    return output.permute(0, 2, 3, 1)
+def cell(result: dict) -> str:
+    if "seconds" not in result:
+        return f"({result['note']})"
+    share = f"{result['share_of_floor']:.0%}" if "share_of_floor" in result else ""
+    share = "wrong" if result["status"] == "wrong" else share
+    ratio = f"{result['ratio']:.2f}x" if "ratio" in result else ""
+    mark = "~" * benchmarking.is_unsteady(result)
+    return f"{mark}{1e6 * result['seconds']:.1f} us {ratio:>8} {share:>5}"
 
 
-COMPETITORS = {
-    "compiled": run_compiled,
-    "reference": run_reference,
-    "grid_sample": run_grid_sample,
-    "tuned grid_sample": run_tuned_grid_sample,
-    "depth-wise 7x7": run_depthwise,
-}
+def write_row(name: str, cells: Iterable[str]) -> None:
+    write(f"{name:17}" + "".join(f"{text:>29}" for text in cells))
 
 
-def forward(run: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
-    with torch.no_grad():
-        return run(inputs)
+def benchmark(
+    shape: Shape, dtype_name: str, bandwidth: float, args: argparse.Namespace
+) -> list[dict]:
+    """Times the competitors at one shape, one line of the table each."""
+    dtype = getattr(torch, dtype_name)
+    inputs = input_sets(shape, dtype, args.device)
+    expected = expected_results(inputs[0])
+    floors = {name: n / bandwidth for name, n in shape.bytes_touched(dtype).items()}
+    l1 = l1_floor(shape, dtype, args.device)
+    write("")
+    write_row(str(shape), PASSES)
+    write_row(dtype_name, (f"memory floor {1e6 * floors[name]:.1f} us" for name in PASSES))
+    if l1:
+        write(f"floor of the forward in L1: {1e6 * l1:.1f} us")
+    results = []
+    for name in (name for name in COMPETITORS if name not in args.skip):
+        passes = list(time_competitor(name, inputs, expected, args.min_time))
+        results += passes
+        compare(results, floors)
+        write_row(name, map(cell, passes))
+    place = {"shape": str(shape), "dtype": dtype_name, "l1_floor_seconds": l1}
+    return [place | result for result in results]
 
 
-def forward_backward(run: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
-    """Gradients of the tensors that `run` reads, None for the others."""
-    if run is run_reference:
-        forward(run, inputs)
-        tensors = inputs.grad_output, inputs.value.detach(), inputs.offset_mask.detach()
-        return *reference.dcnv4_backward(*tensors, *inputs.parameters), None
-    return torch.autograd.grad(run(inputs), inputs[:3], inputs.grad_output, allow_unused=True)
+def draw(record: dict, file: Path) -> None:
+    """A dot for each competitor: how many times as long as ours it takes."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shapes, dtypes = record["settings"]["shapes"], record["settings"]["dtypes"]
+    size = 13, 1.6 + len(dtypes) * (0.8 + 0.32 * len(shapes))
+    figure, axes = plt.subplots(
+        len(dtypes), len(PASSES), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
+    for row, dtype in zip(axes, dtypes, strict=True):
+        for axis, pass_name in zip(row, PASSES, strict=True):
+            panel = [r for r in record["results"] if (r["dtype"], r["pass"]) == (dtype, pass_name)]
+            draw_panel(axis, panel, shapes)
+            axis.set_title(f"{pass_name}, {dtype}")
+    figure.suptitle(
+        f"Time relative to {OURS} on {benchmarking.machine_name(record['machine'])}, "
+        f"{record['date'][:10]} (right of the line: slower; hollow: yardsticks; cross: wrong)"
+    )
+    drawn = {line.get_label(): line for axis in axes.flat for line in axis.lines[::-1]}
+    handles = [drawn[name] for name in ("memory floor", *COMPETITORS) if name in drawn]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
-PASSES = {"forward": forward, "forward+backward": forward_backward}
+def draw_panel(axis: Axes, results: list[dict], shapes: list[str]) -> None:
+    names = list(COMPETITORS)
+    for result in (r for r in results if "ratio" in r):
+        name, row = result["competitor"], shapes.index(result["shape"])
+        if name == OURS:
+            axis.plot(result["share_of_floor"], row, "|k", markersize=12, label="memory floor")
+            continue
+        fill = "none" if COMPETITORS[name].yardstick else "full"
+        marker = "X" if result["status"] == "wrong" else "o"
+        color = f"C{names.index(name)}"
+        axis.plot(result["ratio"], row, marker, color=color, fillstyle=fill, label=name)
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}x")
+    axis.set_yticks(range(len(shapes)), shapes)
+    axis.set_ylim(len(shapes) - 0.5, -0.5)
+    axis.grid(alpha=0.3)
 
 
-def check(inputs: Inputs, tolerance: float) -> None:
-    """Raises AssertionError where a competitor disagrees with the reference."""
-
-    def results(run: Callable[[Inputs], Tensor]) -> tuple[Tensor, ...]:
-        return forward(run, inputs), *forward_backward(run, inputs)[:2]
-
-    for run in (run_compiled, run_grid_sample, run_tuned_grid_sample):
-        for actual, expected in zip(results(run), results(run_reference), strict=True):
-            atol = tolerance * expected.abs().max().item()
-            torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
-
-
-def seconds(step: Callable, run: Callable, inputs: list[Inputs], args: argparse.Namespace) -> float:
-    scope = {"step": step, "run": run, "inputs": itertools.cycle(inputs)}
-    timer = Timer("step(run, next(inputs))", globals=scope, num_threads=args.threads)
-    return timer.blocked_autorange(min_run_time=args.min_time).median
-
-
-def benchmark(shape: str, device: str, args: argparse.Namespace) -> None:
-    """Checks and times one shape, one line of the table for each pass."""
-    size = tuple(map(int, shape.split("x")))
-    inputs = [random_inputs(size, getattr(torch, args.dtype), device) for _ in range(INPUT_SETS)]
-    check(inputs[0], TOLERANCES[args.dtype])
-    for name, step in PASSES.items():
-        times = [seconds(step, run, inputs, args) for run in COMPETITORS.values()]
-        cells = (f"{1e6 * t:10.0f} us {t / times[0]:6.2f}x" for t in times)
-        write(f"{device:7}{shape:14}{name:17}" + "".join(cells))
-
-
-def write(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmark_op", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=parse_shape,
+        metavar="NxHxWxC/D",
+        help="D channels per group, 16 if left out; default: five on the CPU, thirteen on a GPU",
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=TOLERANCES,
+        help="default: float32, on a GPU float16 and bfloat16 too",
+    )
+    others = [name for name in COMPETITORS if name != OURS]
+    parser.add_argument(
+        "--skip", nargs="+", default=[], choices=others, metavar="NAME", help=", ".join(others)
+    )
+    benchmarking.add_common_options(parser, min_time=0.3)
+    args = parser.parse_args(argv)
+    args.shapes = args.shapes or [parse_shape(text) for text in SHAPES[args.device.type]]
+    args.dtypes = args.dtypes or DTYPES[args.device.type]
+    return args
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", choices=TOLERANCES, default="float32")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxHxWxC")
-    parser.add_argument("--min-time", type=float, default=0.5, help="seconds per measurement")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    write(f"torch {torch.__version__}, {args.dtype}, {args.threads} thread(s)")
-    write("Median times, and how many times faster the compiled kernel is.")
-    write(f"{'device':7}{'shape':14}{'pass':17}" + "".join(f"{name:>21}" for name in COMPETITORS))
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+    torch.backends.cudnn.benchmark = True
+    bandwidth = benchmarking.copy_bandwidth(args.device)
+    settings = {
+        "shapes": list(map(str, args.shapes)),
+        "dtypes": list(args.dtypes),
+        "min_time": args.min_time,
+        "compiled": benchmarking.has_kernel(args.device),
+        "copy_bandwidth": bandwidth,
+    }
+    record = benchmarking.describe_run("op", args.device, settings)
+    benchmarking.write_heading(record)
+    write(f"copy: {bandwidth / 1e9:.1f} GB/s; compiled: {settings['compiled']}\n{LEGEND}")
+    for dtype in args.dtypes:
         for shape in args.shapes:
-            benchmark(shape, device, args)
+            record["results"] += benchmark(shape, dtype, bandwidth, args)
+            benchmarking.save(record, args.output)
+    benchmarking.finish(record, draw, args.output)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,18 @@ Geometry make_geometry(const at::Tensor& value, const at::Tensor& offset_mask,
                    remove_center};
   TORCH_CHECK_VALUE(g.y.kernel > 0 && g.x.kernel > 0, "kernel_size must be positive");
   to_int(int64_t(g.y.kernel) * g.x.kernel, "the product of kernel_size");
+  to_int(g.channels(), "the number of channels of value");
   to_int(int64_t(g.height) * g.width, "the number of pixels of an image");
+  to_int(int64_t(g.out_height) * g.out_width, "the number of pixels of an output image");
   TORCH_CHECK_VALUE(g.offset_channels >= 3 * groups * g.taps(), "offset_mask has too few channels");
   return g;
+}
+
+void check_grad_output(const Geometry& g, const at::Tensor& grad_output, const at::Tensor& value) {
+  const int64_t shape[] = {g.batch, g.out_height, g.out_width, g.channels()};
+  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(shape) &&
+                        grad_output.scalar_type() == value.scalar_type(),
+                    "grad_output must have the shape and dtype of the output");
 }
 
 }  // namespace ops_dcnv4

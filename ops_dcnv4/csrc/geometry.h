@@ -30,5 +30,6 @@ Geometry make_geometry(const at::Tensor& value, const at::Tensor& offset_mask,
                        at::IntArrayRef kernel_size, at::IntArrayRef stride,
                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                        double offset_scale, bool remove_center);
+void check_grad_output(const Geometry& g, const at::Tensor& grad_output, const at::Tensor& value);
 
 }  // namespace ops_dcnv4

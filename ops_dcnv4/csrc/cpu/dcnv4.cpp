@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/simd.h"
+#include "dispatch.h"
 #include "geometry.h"
 
 namespace ops_dcnv4 {
@@ -273,22 +274,6 @@ OPS_DCNV4_ENTRY_POINTS(at::Half, float)
 // About this many multiply-adds make a thread worth waking.
 constexpr int64_t grain = 1 << 15;
 
-template <typename Function>
-void dispatch(at::ScalarType dtype, const Function& function) {
-  switch (dtype) {
-    case at::kFloat:
-      return function(float(), float());
-    case at::kDouble:
-      return function(double(), double());
-    case at::kBFloat16:
-      return function(at::BFloat16(), float());
-    case at::kHalf:
-      return function(at::Half(), float());
-    default:
-      TORCH_CHECK_TYPE(false, "value must be a floating-point tensor, got ", dtype);
-  }
-}
-
 }  // namespace
 
 at::Tensor dcnv4_cpu(const at::Tensor& value, const at::Tensor& offset_mask,
@@ -324,10 +309,7 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cpu(
     at::IntArrayRef dilation, int64_t groups, double offset_scale, bool remove_center) {
   const Geometry g = make_geometry(value, offset_mask, kernel_size, stride, padding, dilation,
                                    groups, offset_scale, remove_center);
-  const std::vector<int64_t> output_shape{g.batch, g.out_height, g.out_width, g.channels()};
-  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(output_shape) &&
-                        grad_output.scalar_type() == value.scalar_type(),
-                    "grad_output must have the shape and dtype of the output");
+  check_grad_output(g, grad_output, value);
   const at::Tensor go = grad_output.contiguous(), v = value.contiguous(),
                    o = offset_mask.contiguous();
   const bool is_half = v.scalar_type() == at::kHalf || v.scalar_type() == at::kBFloat16;

@@ -1,0 +1,184 @@
+// A serial model of CUDA's execution: CUDA sources that include this header instead of CUDA's own
+// compile as plain C++, and their kernels run on the CPU, one thread after the other, with checks
+// that a GPU does not make. Static __shared__ variables are not modelled and do not compile.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <tuple>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+struct alignas(8) float2 {
+  float x, y;
+};
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// Those of the running thread.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+namespace cuda_model {
+
+// The order in which blocks, warps and the lanes of a warp take turns. A thread runs until it has
+// to wait, so a kernel that misses a barrier gives different results in `forward` and `reverse`.
+// Any positive number is the seed of a random order.
+constexpr std::int64_t forward = 0, reverse = -1;
+void set_order(std::int64_t order);
+
+// The block's dynamic shared memory: exactly as large as launched with, aligned to the 16 bytes
+// that CUDA guarantees, and NaN (bytes of 0xff) when the block starts.
+void* shared_memory();
+
+// Runs `thread` for every thread of the grid. Throws std::runtime_error for a launch that CUDA
+// refuses and for a misused barrier or shuffle, and passes on what a thread throws.
+void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread);
+
+// kernel<<<grid, block, shared_bytes>>>(arguments...)
+template <typename... Parameters, typename... Arguments>
+void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*kernel)(Parameters...),
+            const Arguments&... arguments) {
+  static_assert((std::is_trivially_copyable_v<Parameters> && ...),
+                "a kernel's parameters are copied to the device byte by byte");
+  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "parameters take 4 KiB at most");
+  const std::tuple<Parameters...> parameters(arguments...);
+  run(grid, block, shared_bytes, [&] { std::apply(kernel, parameters); });
+}
+
+// Memory between two guards, on which every access is a segmentation fault.
+class Guarded {
+ public:
+  explicit Guarded(std::size_t bytes);  // rounded up to whole pages
+  ~Guarded();
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  char* begin() const { return begin_; }
+  char* end() const { return end_; }
+
+ private:
+  char *begin_, *end_;
+};
+
+// Where a thread waits. As a default argument, `here` is the line of the caller.
+struct Site {
+  const char* file;
+  int line;
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
+
+enum class Shuffle { any_lane, up, down, exchange };
+
+void block_barrier(Site site);
+void warp_barrier(unsigned mask, Site site);
+unsigned ballot(unsigned mask, bool predicate, const char* operation, Site site);
+std::uint64_t shuffle(Shuffle kind, unsigned mask, std::uint64_t bits, unsigned operand, int width,
+                      Site site);
+
+template <typename T>
+T shuffle(Shuffle kind, unsigned mask, T value, unsigned operand, int width, Site site) {
+  static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8),
+                "CUDA shuffles numbers of 4 or 8 bytes");
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = shuffle(kind, mask, bits, operand, width, site);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace cuda_model
+
+inline void __syncthreads(cuda_model::Site site = cuda_model::Site::here()) {
+  cuda_model::block_barrier(site);
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffff,
+                       cuda_model::Site site = cuda_model::Site::here()) {
+  cuda_model::warp_barrier(mask, site);
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = warpSize,
+              cuda_model::Site site = cuda_model::Site::here()) {
+  return cuda_model::shuffle(cuda_model::Shuffle::any_lane, mask, value, lane, width, site);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
+                 cuda_model::Site site = cuda_model::Site::here()) {
+  return cuda_model::shuffle(cuda_model::Shuffle::up, mask, value, delta, width, site);
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
+                   cuda_model::Site site = cuda_model::Site::here()) {
+  return cuda_model::shuffle(cuda_model::Shuffle::down, mask, value, delta, width, site);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize,
+                  cuda_model::Site site = cuda_model::Site::here()) {
+  return cuda_model::shuffle(cuda_model::Shuffle::exchange, mask, value, lane_mask, width, site);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate,
+                              cuda_model::Site site = cuda_model::Site::here()) {
+  return cuda_model::ballot(mask, predicate != 0, "__ballot_sync", site);
+}
+
+inline int __any_sync(unsigned mask, int predicate,
+                      cuda_model::Site site = cuda_model::Site::here()) {
+  return cuda_model::ballot(mask, predicate != 0, "__any_sync", site) != 0;
+}
+
+inline int __all_sync(unsigned mask, int predicate,
+                      cuda_model::Site site = cuda_model::Site::here()) {
+  return cuda_model::ballot(mask, predicate == 0, "__all_sync", site) == 0;
+}
+
+// The second parameter takes no part in the deduction of T: converted as by CUDA's overloads.
+template <typename T>
+T atomicAdd(T* address, std::common_type_t<T> value) {
+  static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned> ||
+                    std::is_same_v<T, unsigned long long> || std::is_same_v<T, float> ||
+                    std::is_same_v<T, double>,
+                "CUDA has no atomicAdd for this type");
+  const T old = *address;
+  *address = old + value;
+  return old;
+}
+
+template <typename T>
+T __ldg(const T* address) {
+  static_assert(std::is_arithmetic_v<T>, "CUDA has no __ldg for this type");
+  return *address;
+}

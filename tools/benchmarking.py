@@ -1,0 +1,253 @@
+"""What the benchmarks share: timing, the description of the machine, options and files."""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+
+Input = TypeVar("Input")
+PACKAGES = ("torch", "torchvision", "timm", "ops-dcnv4", "DCNv4")
+WARM_UP_CALLS, MIN_CALLS, MAX_CALLS = 3, 5, 1000
+
+
+class Timing(NamedTuple):
+    seconds: float  # the median
+    low: float  # the quartiles
+    high: float
+    calls: int
+
+
+def is_unsteady(result: dict) -> bool:
+    """Whether the quartiles are so far apart that something else seems to have used the machine."""
+    return result["high"] - result["low"] > 0.2 * result["seconds"]
+
+
+def time_each(steps: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Seconds of each step: between CUDA events on a GPU, by the clock elsewhere."""
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for step in steps:
+            step()
+            marks.append(time.perf_counter())
+        return [end - start for start, end in itertools.pairwise(marks)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in steps]
+    torch.cuda.synchronize(device)
+    for step, (start, end) in zip(steps, events, strict=True):
+        start.record()
+        step()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def measure(
+    prepare: Callable[[Input], Callable[[], object]],
+    inputs: Sequence[Input],
+    device: torch.device,
+    min_time: float,
+) -> Timing:
+    """Times the steps that `prepare` makes of inputs that take turns; `prepare` is not timed."""
+    turns = itertools.cycle(inputs)
+    warm_up = [prepare(next(turns)) for _ in range(WARM_UP_CALLS)]
+    estimate = max(time_each(warm_up, device)[-1], 1e-7)
+    calls = min(max(MIN_CALLS, math.ceil(min_time / estimate)), MAX_CALLS)
+    times = []
+    while len(times) < calls:
+        # All of a round is prepared first, so that no step finds its input in a cache.
+        steps = [prepare(next(turns)) for _ in range(min(len(inputs), calls - len(times)))]
+        times += time_each(steps, device)
+    low, median, high = statistics.quantiles(times, n=4)
+    return Timing(median, low, high, len(times))
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache; 32 MiB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [
+        int(file.read_text().strip().removesuffix("K")) * 1024
+        for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
+    return max(sizes, default=32 * 2**20)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second by a copy that no cache holds."""
+    size = max(8 * cache_bytes(device), 256 * 2**20)
+    buffers = [torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    timing = measure(lambda pair: lambda: pair[1].copy_(pair[0]), [buffers], device, min_time=0.5)
+    return 2 * size / timing.seconds
+
+
+def _output_of(*command: str) -> str | None:
+    try:
+        result = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def describe_machine(device: torch.device) -> dict:
+    machine = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_at_start": round(os.getloadavg()[0], 2),  # others' work makes the figures useless
+    }
+    if device.type == "cuda":
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = _output_of(*query)
+        machine["gpu"] = torch.cuda.get_device_name(device)
+        machine["driver"] = driver.splitlines()[0] if driver else None
+        machine["cuda"] = torch.version.cuda
+    return machine
+
+
+def machine_name(machine: dict) -> str:
+    """For titles: the GPU, or the CPU and its threads in use."""
+    threads = machine["threads"]
+    return machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' * (threads > 1)}"
+
+
+def describe_software() -> dict:
+    """Versions of what is installed, and the commit, marked where files of it were changed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = _output_of("git", "rev-parse", "--short", "HEAD")
+    if commit:
+        changed = _output_of("git", "status", "--porcelain", "--untracked-files=no")
+        versions["commit"] = commit + " with changes" * bool(changed)
+    return versions
+
+
+def describe_run(benchmark: str, device: torch.device, settings: dict) -> dict:
+    """What a file of results says besides the results."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(device),
+        "versions": describe_software(),
+        "settings": settings,
+        "results": [],
+    }
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether DCNv4 is compiled for the device; its reference runs otherwise."""
+    key = device.type.upper()
+    return torch._C._dispatch_has_kernel_for_dispatch_key("ops_dcnv4::dcnv4", key)
+
+
+def reason(error: Exception) -> str:
+    """What a table says of a measurement that failed; without paths, which messages can hold."""
+    for known in ("out of memory", "can't allocate memory", "not implemented"):
+        if known in str(error):
+            return known
+    return type(error).__name__
+
+
+def slug(name: str) -> str:
+    """`name` in letters, digits and hyphens, without trademarks."""
+    plain = re.sub(r"\((?:r|tm)\)|\b(?:cpu|processor)\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+def output_files(record: dict, folder: Path) -> tuple[Path, Path]:
+    """The JSON file and the chart of a run, named after benchmark and machine."""
+    stem = folder / f"{record['benchmark']}_{slug(machine_name(record['machine']))}"
+    return stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".png")
+
+
+def save(record: dict, folder: Path) -> None:
+    """Writes the results so far, so that a run that is stopped keeps them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output_files(record, folder)[0].write_text(json.dumps(record, indent=1) + "\n")
+
+
+def finish(record: dict, draw: Callable[[dict, Path], None], folder: Path) -> None:
+    json_file, chart = output_files(record, folder)
+    draw(record, chart)
+    write(f"\nwritten: {json_file} and {chart.name}")
+
+
+def write(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def write_heading(record: dict) -> None:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    machine = record["machine"]
+    write(f"{machine_name(machine)}; {record['date']}; load {machine['load_at_start']}\n{versions}")
+
+
+def positive(kind: type) -> Callable[[str], int | float]:
+    """argparse type for numbers above zero."""
+
+    def parse(text: str) -> int | float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = 0
+        if not 0 < number < math.inf:
+            wanted = "integer" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} must be a positive {wanted}")
+        return number
+
+    return parse
+
+
+def parse_device(text: str) -> torch.device:
+    """argparse type for `auto`, `cpu` and `cuda`."""
+    accepted = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
+    if text not in accepted:
+        raise argparse.ArgumentTypeError(f"{text!r} must be one of {', '.join(accepted)} here")
+    return torch.device(accepted[-1] if text == "auto" else text)
+
+
+def add_common_options(parser: argparse.ArgumentParser, min_time: float) -> None:
+    parser.add_argument("--device", type=parse_device, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=positive(int), default=torch.get_num_threads())
+    parser.add_argument(
+        "--min-time",
+        type=positive(float),
+        default=min_time,
+        metavar="SECONDS",
+        help=f"of each measurement, default {min_time}",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("benchmarks"),
+        metavar="DIR",
+        help="of the JSON file and the chart, default %(default)s",
+    )
