@@ -5,10 +5,14 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet
 
 DIGITS := configs/classification/flash_internimage_nano_digits.yaml
-OPS_SOURCES := $(shell find ops_dcnv4/csrc ops_dcnv4/ops_dcnv4 -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.py') \
+OPS_SOURCES := $(shell find ops_dcnv4/csrc ops_dcnv4/ops_dcnv4 -name '*.cpp' -o -name '*.cu*' -o -name '*.h' -o -name '*.py') \
 	ops_dcnv4/setup.py ops_dcnv4/pyproject.toml
 
-.PHONY: demo test lint bench clean
+# CUDA kernels are built where nvcc is found: for the GPU at hand, or for one architecture to show
+# that they compile. setup.py's own default covers them all.
+export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | head -n 1 | grep -E '^[0-9.]+$$' || echo 9.0)
+
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(VENV)/.package data/digits
 	$(RUN) -m classification.train $(DIGITS) --resume auto
@@ -23,6 +27,12 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.package
 	$(RUN) -m tools.benchmark_op
+	$(RUN) -m tools.benchmark_model
+
+# On a machine with a GPU: the CUDA kernels under NVIDIA's checkers of memory accesses and races.
+sanitize: $(VENV)/.package
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) -m tests.gpu.sanitize || exit 1; done
 
 clean:
 	rm -rf $(VENV) ops_dcnv4/build ops_dcnv4/*.egg-info *.egg-info

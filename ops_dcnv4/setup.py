@@ -1,11 +1,19 @@
 """Compiles the kernels against the torch of the environment that the package is installed into.
 
-Without a torch to compile against, or without a working C++ compiler, the package is installed all
-the same and runs on its PyTorch reference; `OPS_DCNV4_REQUIRE_COMPILED=1` makes either an error.
+A library for the CPU and, where nvcc and a CUDA build of torch are found (no GPU is needed), one
+for CUDA. What cannot be compiled is left out: the package is installed all the same and runs on its
+PyTorch reference there. Environment variables:
+
+    TORCH_CUDA_ARCH_LIST          GPU architectures, as for torch, instead of DEFAULT_ARCHITECTURES
+    FORCE_CPU=1                   no CUDA
+    OPS_DCNV4_REQUIRE_COMPILED=1  a library that cannot be compiled is an error
 """
 
 import os
+import re
+import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 import warnings
@@ -15,7 +23,10 @@ from setuptools import setup
 from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent
+CSRC = HERE / "csrc"
 REQUIRED = os.environ.get("OPS_DCNV4_REQUIRE_COMPILED") == "1"
+# Turing to Blackwell; later GPUs compile the PTX when the library is loaded.
+DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0+PTX", "10.0", "12.0")
 
 
 def import_cpp_extension():
@@ -64,24 +75,76 @@ def build_ext(cpp_extension):
     return BuildExt
 
 
-def build_arguments() -> dict:
-    cpp_extension = import_cpp_extension()
-    if cpp_extension is None:
-        return {}
-    compile_args, link_args = compiler_flags()
-    sources = sorted([*HERE.glob("csrc/*.cpp"), *HERE.glob("csrc/cpu/*.cpp")])
-    extension = cpp_extension.CppExtension(
-        "ops_dcnv4._C",
-        [os.path.relpath(source, HERE) for source in sources],
-        include_dirs=[str(HERE / "csrc")],
-        depends=[os.path.relpath(header, HERE) for header in (HERE / "csrc").rglob("*.h")],
+def extension(make, name: str, sources: list[Path], compile_args, link_args, **options):
+    return make(
+        f"ops_dcnv4.{name}",
+        sorted(os.path.relpath(source, HERE) for source in sources),
+        include_dirs=[str(CSRC)],
+        depends=[os.path.relpath(header, HERE) for header in CSRC.rglob("*.*h")],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
         py_limited_api=True,
         optional=not REQUIRED,
+        **options,
     )
+
+
+def find_nvcc(cpp_extension) -> str | None:
+    """nvcc, if CUDA kernels can and shall be built."""
+    import torch
+
+    home = cpp_extension.CUDA_HOME
+    if os.environ.get("FORCE_CPU") == "1" or torch.version.cuda is None or home is None:
+        return None
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
+    if nvcc is None:
+        return None
+    # What lies on the path may be a script that calls the nvcc of a toolkit elsewhere.
+    steps = subprocess.run(
+        [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], stderr=subprocess.PIPE, text=True
+    ).stderr
+    if top := re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE):
+        cpp_extension.CUDA_HOME = os.path.realpath(top[1])
+    return nvcc
+
+
+def choose_architectures(nvcc: str) -> None:
+    """Sets TORCH_CUDA_ARCH_LIST, unless the user has, to the defaults that this nvcc knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
+    known = {name.removeprefix("sm_") for name in listed.stdout.split()}
+    chosen = (a for a in DEFAULT_ARCHITECTURES if a.removesuffix("+PTX").replace(".", "") in known)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(chosen))
+
+
+def build_arguments() -> dict:
+    cpp_extension = import_cpp_extension()
+    if cpp_extension is None:
+        return {}
+    shared = list(CSRC.glob("*.cpp"))
+    flags, link_flags = compiler_flags()
+    extensions = [
+        extension(
+            cpp_extension.CppExtension,
+            "_C",
+            [*shared, *CSRC.glob("cpu/*.cpp")],
+            flags,
+            link_flags,
+        )
+    ]
+    if nvcc := find_nvcc(cpp_extension):
+        choose_architectures(nvcc)
+        extensions.append(
+            extension(
+                cpp_extension.CUDAExtension,
+                "_C_cuda",
+                [*shared, *CSRC.glob("cuda/*.cu")],
+                {"cxx": flags, "nvcc": ["-O3", "-Xfatbin", "-compress-all"]},
+                link_flags,
+                define_macros=[("OPS_DCNV4_CUDA", None)],
+            )
+        )
     return {
-        "ext_modules": [extension],
+        "ext_modules": extensions,
         "cmdclass": {"build_ext": build_ext(cpp_extension)},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }

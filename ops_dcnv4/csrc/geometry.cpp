@@ -49,6 +49,7 @@ Geometry make_geometry(const at::Tensor& value, const at::Tensor& offset_mask,
   TORCH_CHECK_VALUE(g.y.kernel > 0 && g.x.kernel > 0, "kernel_size must be positive");
   to_int(int64_t(g.y.kernel) * g.x.kernel, "the product of kernel_size");
   to_int(g.channels(), "the number of channels of value");
+  to_int(g.offset_channels, "the number of channels of offset_mask");
   to_int(int64_t(g.height) * g.width, "the number of pixels of an image");
   to_int(int64_t(g.out_height) * g.out_width, "the number of pixels of an output image");
   TORCH_CHECK_VALUE(g.offset_channels >= 3 * groups * g.taps(), "offset_mask has too few channels");

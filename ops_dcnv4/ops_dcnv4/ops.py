@@ -29,16 +29,22 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-try:
-    importlib.import_module("ops_dcnv4._C")  # registers the compiled kernels
-    _why_not_compiled = None
-except (ImportError, OSError) as error:
-    _why_not_compiled = str(error)
+
+def _register_kernels(module: str) -> str | None:
+    """Imports a compiled library, which registers its kernels; the reason if there is none."""
+    try:
+        importlib.import_module(f"ops_dcnv4.{module}")
+    except (ImportError, OSError) as error:
+        return str(error)
+    return None
 
 
-def is_compiled() -> bool:
-    """Whether the compiled kernels were found."""
-    return _why_not_compiled is None
+_why_not_compiled = {"cpu": _register_kernels("_C"), "cuda": _register_kernels("_C_cuda")}
+
+
+def is_compiled(device_type: str = "cpu") -> bool:
+    """Whether the compiled kernels for a device type ("cpu" or "cuda") were found."""
+    return _why_not_compiled.get(device_type, "") is None
 
 
 def dcnv4(
@@ -60,7 +66,8 @@ def dcnv4(
 
     Args:
         value: (N, H, W, C) with C = groups * group_channels; float32, float64, float16 or bfloat16.
-            16-bit inputs are computed and accumulated in float32.
+            16-bit inputs are computed and accumulated in float32; only the interpolation between
+            four pixels is done in float16 for float16 inputs on CUDA.
         offset_mask: (N, H_out, W_out, P) of the same dtype and device, P >= 3 * groups * K with
             K = kernel_h * kernel_w - remove_center. Group g owns channels 3*K*g to 3*K*(g + 1):
             K pairs (dx, dy) in pixels, kernel column by column, then K modulation scalars.
@@ -185,13 +192,15 @@ def _check_shapes(
 
 @functools.cache
 def _warn_reference(device_type: str) -> None:
-    if not is_compiled():
-        reason = (
-            f"the compiled kernels are missing ({_why_not_compiled}). Install a C++ compiler, then "
-            "run: pip install --no-build-isolation --no-deps --force-reinstall ./ops_dcnv4"
-        )
+    why = _why_not_compiled.get(device_type)
+    if why is None:
+        reason = f"there are no kernels for device type '{device_type}'"
     else:
-        reason = f"this build has no kernel for device type '{device_type}'"
+        compiler = "nvcc" if device_type == "cuda" else "a C++ compiler"
+        reason = (
+            f"the compiled kernels are missing ({why}). Install {compiler}, then run: "
+            "pip install --no-build-isolation --no-deps --force-reinstall ./ops_dcnv4"
+        )
     warnings.warn(f"DCNv4 runs on its slow PyTorch reference: {reason}", stacklevel=2)
 
 

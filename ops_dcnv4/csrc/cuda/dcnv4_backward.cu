@@ -1,176 +1,19 @@
-#include "dcnv4.h"
-
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
-#include <initializer_list>
-#include <limits>
-#include <type_traits>
-#include <vector>
 
 #include "cuda/launch.h"
+#include "cuda/static.cuh"
 #include "cuda/units.cuh"
+#include "dcnv4.h"
 #include "dispatch.h"
 #include "geometry.h"
 
 namespace ops_dcnv4 {
 namespace {
-
-// How a tap weights the four pixels of its cell.
-template <typename acc_t>
-struct Weights {
-  acc_t at[4];
-
-  Weights() = default;
-  __device__ __forceinline__ Weights(const Inside& in, const Cell<acc_t>& cell, acc_t modulation) {
-    const acc_t left = in.left ? 1 - cell.dx : 0, right = in.right ? cell.dx : 0;
-    const acc_t top = modulation * (in.top ? 1 - cell.dy : 0);
-    const acc_t bottom = modulation * (in.bottom ? cell.dy : 0);
-    at[0] = top * left;
-    at[1] = top * right;
-    at[2] = bottom * left;
-    at[3] = bottom * right;
-  }
-
-  __device__ __forceinline__ Weights from_lane(int lane, int lanes) const {
-    Weights result;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) result.at[i] = ops_dcnv4::from_lane(at[i], lane, lanes);
-    return result;
-  }
-
-  // sum += the weighted pixels, if the tap reaches any.
-  template <typename scalar_t, int n>
-  __device__ __forceinline__ void add_sample(const Pack<scalar_t, n> (&pixels)[4], bool reaches,
-                                             Pack<acc_t, n>& sum) const {
-    if (!reaches) return;
-#pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      const auto wide = pixels[corner].template to<acc_t>();
-#pragma unroll
-      for (int i = 0; i < n; ++i) sum.at[i] += at[corner] * wide.at[i];
-    }
-  }
-};
-
-// The same for halves, which are interpolated two at a time in 16 bits, the precision of the pixels
-// (weights and samples lie within their range), then modulated and summed up over the taps in 32.
-struct HalfWeights {
-  unsigned top, bottom;  // pairs of halves: left, right
-  float modulation;
-
-  HalfWeights() = default;
-  __device__ __forceinline__ HalfWeights(const Inside& in, const Cell<float>& cell,
-                                         float modulation)
-      : modulation(modulation) {
-    const float left = in.left ? 1 - cell.dx : 0, right = in.right ? cell.dx : 0;
-    const float above = in.top ? 1 - cell.dy : 0, below = in.bottom ? cell.dy : 0;
-    top = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(above * left, above * right));
-    bottom = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(below * left, below * right));
-  }
-
-  __device__ __forceinline__ HalfWeights from_lane(int lane, int lanes) const {
-    HalfWeights result;
-    result.top = ops_dcnv4::from_lane(top, lane, lanes);
-    result.bottom = ops_dcnv4::from_lane(bottom, lane, lanes);
-    result.modulation = ops_dcnv4::from_lane(modulation, lane, lanes);
-    return result;
-  }
-
-  template <int n>
-  __device__ __forceinline__ void add_sample(const Pack<at::Half, n> (&pixels)[4], bool reaches,
-                                             Pack<float, n>& sum) const {
-    const __half2 upper = ops_dcnv4::bit_cast<__half2>(top), lower = ops_dcnv4::bit_cast<__half2>(bottom);
-    const __half2 weights[4] = {__low2half2(upper), __high2half2(upper), __low2half2(lower),
-                                __high2half2(lower)};
-#pragma unroll
-    for (int i = 0; i < n; i += 2) {
-      const auto pair = [&](int corner) {
-        return *reinterpret_cast<const __half2*>(&pixels[corner].at[i]);
-      };
-      __half2 sample = __hmul2(weights[0], pair(0));
-#pragma unroll
-      for (int corner = 1; corner < 4; ++corner) {
-        sample = __hfma2(weights[corner], pair(corner), sample);
-      }
-      // Instead of a branch, which would keep the pixels of several taps from being loaded at once.
-      if (!reaches) sample = __floats2half2_rn(0, 0);
-      const float2 wide = __half22float2(sample);
-      sum.at[i] += modulation * wide.x;
-      sum.at[i + 1] += modulation * wide.y;
-    }
-  }
-};
-
-// What is known of a call when its kernels are compiled; 0 stands for "nothing".
-template <typename scalar, typename acc, int vec_, int group_channels_, int taps_>
-struct Static {
-  using scalar_t = scalar;
-  using acc_t = acc;
-  static constexpr int vec = vec_;  // channels per thread
-  static constexpr int group_channels = group_channels_;
-  static constexpr int taps = taps_;
-  static constexpr int window = taps ? 3 : 0;
-  // Of distances within an image. The host takes the general kernels where 32 bits are too few.
-  using index_t = std::conditional_t<taps != 0, int, int64_t>;
-  using Weights = std::conditional_t<std::is_same_v<scalar_t, at::Half> && vec % 2 == 0,
-                                     HalfWeights, ops_dcnv4::Weights<acc_t>>;
-
-  static __device__ __forceinline__ int lanes(const Layout& layout) {
-    return taps ? group_channels / vec : layout.lanes;
-  }
-  static __device__ __forceinline__ bool remove_center(const Geometry& g) {
-    return taps ? taps == 8 : g.remove_center;
-  }
-};
-
-// output (N, H_out, W_out, C)
-template <typename S, typename scalar_t = typename S::scalar_t, typename acc_t = typename S::acc_t>
-__global__ void __launch_bounds__(block_threads)
-    forward(const Geometry g, const Layout layout, const acc_t offset_scale,
-            const scalar_t* __restrict__ value, const scalar_t* __restrict__ offset_mask,
-            scalar_t* __restrict__ output) {
-  using index_t = typename S::index_t;
-  using Pixels = Pack<scalar_t, S::vec>;
-  const int lanes = S::lanes(layout);
-  const int taps = S::taps ? S::taps : g.taps();
-  const int group_channels = S::group_channels ? S::group_channels : g.group_channels;
-  const index_t channels = g.channels(), offset_channels = g.offset_channels;
-
-  for_units(g, layout, lanes, [&](const Unit& unit) {
-    const scalar_t* offsets = at_unit(offset_mask, g, unit, offset_channels, 3 * taps);
-    for (int start = 0; start < group_channels; start += lanes * S::vec) {
-      const int in_group = start + unit.lane * S::vec;
-      const bool has_channels = unit.exists && in_group < group_channels;
-      const int channel = has_channels ? unit.group * group_channels + in_group : 0;
-      const scalar_t* image =
-          computed(value + unit.image * g.height * g.width * channels + channel);
-      Pack<acc_t, S::vec> sum = {};
-#pragma unroll
-      for (int first = 0; first < taps; first += lanes) {
-        typename S::Weights own_weights;
-        const auto own_place = plan_tap<S::window, index_t>(
-            g, offset_scale, taps, S::remove_center(g), unit, offsets,
-            std::min(first + unit.lane, taps - 1),
-            [&](auto... arguments) { own_weights = typename S::Weights(arguments...); });
-#pragma unroll
-        for (int lane = 0; lane < std::min(lanes, taps - first); ++lane) {
-          const auto place = own_place.from_lane(lane, lanes);
-          const auto weights = own_weights.from_lane(lane, lanes);
-          Pixels pixels[4];
-          place.load(image, pixels);
-          weights.add_sample(pixels, !place.is_none(), sum);
-        }
-      }
-      if (!has_channels) continue;
-      sum.template to<scalar_t>().store(at_unit(output, g, unit, channels, group_channels) +
-                                        in_group);
-    }
-  });
-}
 
 // What the gradients of a tap are computed from.
 template <typename acc_t>
@@ -258,8 +101,8 @@ __global__ void __launch_bounds__(block_threads)
     const scalar_t* offsets = at_unit(offset_mask, g, unit, offset_channels, 3 * taps);
     scalar_t* grad_offsets = at_unit(grad_offset_mask, g, unit, offset_channels, 3 * taps);
     const scalar_t* grads = at_unit(grad_output, g, unit, channels, group_channels);
-    const int64_t first_value =
-        unit.image * g.height * g.width * channels + unit.group * group_channels;
+    const int64_t first_value = unit.image * g.height * g.width * channels +
+                                (unit.exists ? unit.group * group_channels : 0);
     const scalar_t* image = computed(value + first_value);
     acc_t* grad_image = grad_value + first_value;
     Pack<acc_t, S::vec> grad;
@@ -371,68 +214,7 @@ __global__ void __launch_bounds__(block_threads)
   }
 }
 
-// Threads that hold all channels of a unit, or the whole warp.
-int lanes_for(int64_t group_channels, int vec) {
-  int lanes = 1;
-  while (lanes < warp_size && lanes * vec < group_channels) lanes *= 2;
-  return lanes;
-}
-
-// Calls body with the Static that fits: channels in loads of 16 bytes if all of them are aligned to
-// it, and the sizes of the published models by name.
-template <typename scalar_t, typename acc_t, typename Body>
-void with_static(const Geometry& g, std::initializer_list<const at::Tensor*> tensors,
-                 const Body& body) {
-  constexpr int vec = 16 / sizeof(scalar_t);
-  bool aligned = g.group_channels % vec == 0;
-  for (const at::Tensor* tensor : tensors) {
-    aligned &= reinterpret_cast<std::uintptr_t>(tensor->const_data_ptr()) % 16 == 0;
-  }
-  if (!aligned) return body(Static<scalar_t, acc_t, 1, 0, 0>());
-  if constexpr (!std::is_same_v<scalar_t, double>) {
-    const int64_t distance = std::max(int64_t(g.height) * g.width * g.channels(),
-                                      int64_t(g.out_height) * g.out_width *
-                                          std::max(g.channels(), g.offset_channels));
-    if (g.y.kernel == 3 && g.x.kernel == 3 && distance <= std::numeric_limits<int>::max()) {
-      const auto with_width = [&](auto width) {
-        constexpr int channels = decltype(width)::value;
-        if (g.remove_center) return body(Static<scalar_t, acc_t, vec, channels, 8>());
-        return body(Static<scalar_t, acc_t, vec, channels, 9>());
-      };
-      if (g.group_channels == 16) return with_width(std::integral_constant<int, 16>());
-      if (g.group_channels == 32) return with_width(std::integral_constant<int, 32>());
-      if (g.group_channels == 64) return with_width(std::integral_constant<int, 64>());
-    }
-  }
-  return body(Static<scalar_t, acc_t, vec, 0, 0>());
-}
-
 }  // namespace
-
-at::Tensor dcnv4_cuda(const at::Tensor& value, const at::Tensor& offset_mask,
-                      at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-                      at::IntArrayRef dilation, int64_t groups, double offset_scale,
-                      bool remove_center) {
-  const Geometry g = make_geometry(value, offset_mask, kernel_size, stride, padding, dilation,
-                                   groups, offset_scale, remove_center);
-  const c10::DeviceGuard guard(value.device());
-  const at::Tensor v = value.contiguous(), o = offset_mask.contiguous();
-  const std::vector<int64_t> shape{g.batch, g.out_height, g.out_width, g.channels()};
-  if (v.numel() == 0) return at::zeros(shape, v.options());
-  at::Tensor output = at::empty(shape, v.options());
-  dispatch(v.scalar_type(), [&](auto scalar, auto acc) {
-    using scalar_t = decltype(scalar);
-    using acc_t = decltype(acc);
-    with_static<scalar_t, acc_t>(g, {&v, &output}, [&](auto is_static) {
-      using S = decltype(is_static);
-      const Layout layout(g, lanes_for(g.group_channels, S::vec));
-      OPS_DCNV4_LAUNCH(forward<S>, layout.grid(g), block_threads, g, layout,
-                       static_cast<acc_t>(g.offset_scale), v.const_data_ptr<scalar_t>(),
-                       o.const_data_ptr<scalar_t>(), output.data_ptr<scalar_t>());
-    });
-  });
-  return output;
-}
 
 std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(
     const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& offset_mask,
