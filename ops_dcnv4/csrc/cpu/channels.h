@@ -1,0 +1,38 @@
+// Loops that the forward and the backward pass share.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace ops_dcnv4 {
+namespace {
+
+// An output pixel, counted over the batch.
+struct OutputPixel {
+  int64_t image;
+  int row, col;
+
+  OPS_DCNV4_INLINE void next(const Geometry& g) {
+    if (++col < g.out_width) return;
+    col = 0;
+    if (++row < g.out_height) return;
+    row = 0;
+    ++image;
+  }
+};
+
+// The channels of the widest block: 64 bytes.
+template <typename acc_t>
+constexpr int widest_block = 64 / sizeof(acc_t);
+
+// Calls body(width constant, first channel) for consecutive blocks that cover all channels.
+template <typename acc_t, typename Body>
+OPS_DCNV4_INLINE void for_channel_blocks(int64_t channels, const Body& body) {
+  constexpr int widest = widest_block<acc_t>;
+  int64_t c = 0;
+  for (; c + widest <= channels; c += widest) body(std::integral_constant<int, widest>(), c);
+  for (; c + 4 <= channels; c += 4) body(std::integral_constant<int, 4>(), c);
+  for (; c < channels; ++c) body(std::integral_constant<int, 1>(), c);
+}
+
+}  // namespace
+}  // namespace ops_dcnv4
