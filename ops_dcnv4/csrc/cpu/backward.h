@@ -1,3 +1,4 @@
+// The backward pass.
 #pragma once
 
 #include "cpu/channels.h"
@@ -20,11 +21,21 @@ OPS_DCNV4_INLINE void copy_slice(To* to, int64_t to_channels, const From* from,
   }
 }
 
+// The gradient of one image's padding channels.
+template <typename scalar_t>
+void clear_padding(const Geometry& g, scalar_t* grad_offset_mask) {
+  const int64_t used = 3 * g.taps() * g.groups, padding = g.offset_channels - used;
+  for (int64_t pixel = 0; padding > 0 && pixel < int64_t(g.out_height) * g.out_width; ++pixel) {
+    std::memset(static_cast<void*>(grad_offset_mask + pixel * g.offset_channels + used), 0,
+                padding * sizeof(scalar_t));
+  }
+}
+
 // Gradient of a window's offsets and modulation, from the plan's products of grad_output with the
 // pixels of each cell.
 template <typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count>& plan, const Geometry& g, bool inside,
-                                    scalar_t* grad_offsets) {
+OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Frame<acc_t>& frame,
+                                    bool inside, scalar_t* grad_offsets) {
   using L = Native<acc_t>;
   constexpr int width = Taps<acc_t>::width;
   for (int64_t k = 0; k < plan.taps; k += width) {
@@ -42,8 +53,8 @@ OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count>& plan, const Geomet
     if (!inside) {  // pixels outside the image are zero
       const auto zero = L::zero(), col = L::load(plan.col() + k), row = L::load(plan.row() + k);
       const auto left = col >= acc_t(0), top = row >= acc_t(0);
-      const auto right = (col >= acc_t(-1)) & (col < acc_t(g.width - 1));
-      const auto bottom = (row >= acc_t(-1)) & (row < acc_t(g.height - 1));
+      const auto right = (col >= acc_t(-1)) & (col < frame.last_x);
+      const auto bottom = (row >= acc_t(-1)) & (row < frame.last_y);
       top_left = select(top & left, top_left, zero);
       top_right = select(top & right, top_right, zero);
       bottom_left = select(bottom & left, bottom_left, zero);
@@ -54,7 +65,7 @@ OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count>& plan, const Geomet
     const auto bottom = (acc_t(1) - dx) * bottom_left + dx * bottom_right;
     const auto slope_x =
         (acc_t(1) - dy) * (top_right - top_left) + dy * (bottom_right - bottom_left);
-    const auto factor = acc_t(g.offset_scale) * L::load(plan.modulation() + k);
+    const auto factor = frame.scale * L::load(plan.modulation() + k);
     const auto grad_x = factor * slope_x, grad_y = factor * (bottom - top);
     const int64_t count = plan.taps - k;
     scalar_t* to = grad_offsets + 2 * k;
@@ -65,15 +76,15 @@ OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count>& plan, const Geomet
   }
 }
 
-// One group of one output pixel. `value` and `grad_value` are the slices' own memory.
+// One unit's share of grad_value, and its products with the pixels of its cells. `value` and
+// `grad_value` are the slice's own memory.
 template <typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_INLINE void backward_window(const Geometry& g, const Plan<acc_t, Count>& plan,
-                                      bool inside, const scalar_t* grad_output, const acc_t* value,
-                                      acc_t* grad_value) {
-  const int64_t right = g.group_channels, below = g.width * right;  // to neighbouring pixels
+OPS_DCNV4_INLINE void spread(const Plan<acc_t, Count> plan, bool inside,
+                             const scalar_t* grad_output, const acc_t* value, acc_t* grad_value,
+                             int64_t right, int64_t below) {
   const acc_t zeros[widest_block<acc_t>] = {};  // stands in for pixels outside the image,
   acc_t nowhere[widest_block<acc_t>] = {};      // and this for their gradients
-  for_channel_blocks<acc_t>(g.group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
+  for_channel_blocks<acc_t>(right, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
     using L = Lanes<acc_t, width.value>;
     const auto grad = L::load(grad_output + c);
     const auto add = [&](int64_t k, const acc_t* v, acc_t* gv, int64_t to_right, int64_t to_below)
@@ -104,37 +115,53 @@ OPS_DCNV4_INLINE void backward_window(const Geometry& g, const Plan<acc_t, Count
   });
 }
 
+template <typename scalar_t, typename acc_t, typename Count>
+OPS_DCNV4_NOINLINE void spread_strip(Plan<acc_t, Count> plan, const Geometry& g,
+                                     const scalar_t* grad_output, const Scratch<acc_t> scratch,
+                                     const Unit* units, int64_t count) {
+  const int64_t channels = g.channels(), right = g.group_channels, below = g.width * right;
+  for (int64_t i = 0; i < count; ++i, plan = plan.template next<true>()) {
+    spread(plan, units[i].inside, grad_output + units[i].pixel * channels + units[i].group * right,
+           scratch.value, scratch.grad_value, right, below);
+  }
+}
+
+template <typename scalar_t, typename acc_t, typename Count>
+OPS_DCNV4_NOINLINE void differentiate_strip(Plan<acc_t, Count> plan, const Frame<acc_t> frame,
+                                            scalar_t* grad_offset_mask, int64_t offset_channels,
+                                            const Unit* units, int64_t count) {
+  for (int64_t i = 0; i < count; ++i, plan = plan.template next<true>()) {
+    differentiate(plan, frame, units[i].inside,
+                  grad_offset_mask + units[i].pixel * offset_channels +
+                      units[i].group * 3 * plan.taps);
+  }
+}
+
 // (image, group) slices [begin, end), counted over the batch: a worker owns all that it writes.
 template <typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_INLINE void backward(const Geometry& g, const Tensors<scalar_t>& t,
-                               const Plan<acc_t, Count> plan, int64_t begin, int64_t end) {
+void backward(const Geometry& g, const Tensors<scalar_t>& t, const Scratch<acc_t>& scratch,
+              Count taps, int64_t begin, int64_t end) {
+  const Frame<acc_t> frame(g, scratch.numbers);
+  const Plan<acc_t, Count> first{scratch.numbers + 2 * plan_stride(taps), scratch.indices, taps};
   const int64_t channels = g.channels(), slice_channels = g.group_channels;
   const int64_t pixels_in = int64_t(g.height) * g.width;
-  const int64_t pixels_out = int64_t(g.out_height) * g.out_width;
-  const int64_t used = 3 * plan.taps * g.groups;  // of offset_mask's channels
-  acc_t *value = plan.scratch.value, *grad_value = plan.scratch.grad_value;
-  lay_grid(plan, g);
+  const int64_t pixels_out = int64_t(g.out_height) * g.out_width, strip = strip_plans(taps);
+  Unit units[strip_plans(1)];
   for (int64_t slice = begin; slice < end; ++slice) {
     const int64_t image = slice / g.groups, group = slice % g.groups;
     const int64_t first_value = image * pixels_in * channels + group * slice_channels;
-    copy_slice(value, slice_channels, t.value + first_value, channels, g);
-    std::memset(static_cast<void*>(grad_value), 0, pixels_in * slice_channels * sizeof(acc_t));
-    OutputPixel at{image, 0, 0};
-    for (int64_t i = 0; i < pixels_out; ++i, at.next(g)) {
-      const int64_t pixel = image * pixels_out + i;
-      const int64_t first_offset = pixel * g.offset_channels;
-      const int64_t group_offset = first_offset + group * 3 * plan.taps;
-      const Window<scalar_t, acc_t> window{acc_t(g.x.center_of(at.col)),
-                                           acc_t(g.y.center_of(at.row)), acc_t(g.offset_scale),
-                                           t.offset_mask + group_offset};
-      const bool inside = make_plan<true>(plan, g, window);
-      backward_window(g, plan, inside, t.grad_output + pixel * channels + group * slice_channels,
-                      value, grad_value);
-      differentiate(plan, g, inside, t.grad_offset_mask + group_offset);
-      if (group > 0) continue;
-      for (int64_t c = used; c < g.offset_channels; ++c) t.grad_offset_mask[first_offset + c] = 0;
+    copy_slice(scratch.value, slice_channels, t.value + first_value, channels, g);
+    std::memset(static_cast<void*>(scratch.grad_value), 0,
+                pixels_in * slice_channels * sizeof(acc_t));
+    Walk walk(g, image * pixels_out, group, group + 1);
+    for (int64_t i = 0; i < pixels_out; i += strip) {
+      const int64_t count = pixels_out - i < strip ? pixels_out - i : strip;
+      plan_strip<true>(first, frame, t.offset_mask, g.offset_channels, walk, units, count);
+      spread_strip(first, g, t.grad_output, scratch, units, count);
+      differentiate_strip(first, frame, t.grad_offset_mask, g.offset_channels, units, count);
     }
-    copy_slice(t.grad_value + first_value, channels, grad_value, slice_channels, g);
+    copy_slice(t.grad_value + first_value, channels, scratch.grad_value, slice_channels, g);
+    if (group == 0) clear_padding(g, t.grad_offset_mask + image * pixels_out * g.offset_channels);
   }
 }
 

@@ -6,20 +6,6 @@
 namespace ops_dcnv4 {
 namespace {
 
-// An output pixel, counted over the batch.
-struct OutputPixel {
-  int64_t image;
-  int row, col;
-
-  OPS_DCNV4_INLINE void next(const Geometry& g) {
-    if (++col < g.out_width) return;
-    col = 0;
-    if (++row < g.out_height) return;
-    row = 0;
-    ++image;
-  }
-};
-
 // The channels of the widest block: 64 bytes.
 template <typename acc_t>
 constexpr int widest_block = 64 / sizeof(acc_t);

@@ -35,8 +35,8 @@ template <typename acc_t>
 class Memory {
  public:
   Memory(int64_t taps, int64_t slice_numbers) {
-    const int64_t numbers = number_arrays * plan_stride(taps) * sizeof(acc_t);
-    const int64_t indices = index_arrays * plan_stride(taps) * sizeof(int32_t);
+    const int64_t numbers = scratch_numbers(taps) * sizeof(acc_t);
+    const int64_t indices = scratch_indices(taps) * sizeof(int32_t);
     const int64_t slice = (slice_numbers * sizeof(acc_t) + 63) / 64 * 64;
     memory_ = c10::GetCPUAllocator()->allocate(numbers + indices + 2 * slice);
     char* start = static_cast<char*>(memory_.get());

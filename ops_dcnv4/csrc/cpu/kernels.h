@@ -32,16 +32,23 @@ struct Tensors {
 // A worker's memory, aligned to whole vectors.
 template <typename acc_t>
 struct Scratch {
-  acc_t* numbers;  // plan_arrays * plan_stride(taps)
-  int32_t* indices;  // index_arrays * plan_stride(taps)
+  acc_t* numbers;
+  int32_t* indices;
   acc_t* value;       // backward: one group of one image
   acc_t* grad_value;  // the same
 };
 
-constexpr int number_arrays = 15, index_arrays = 3;
+// The taps of a plan (there may be none), rounded up to whole vectors of any width.
+constexpr int64_t plan_stride(int64_t taps) { return taps > 0 ? (taps + 15) / 16 * 16 : 16; }
 
-// The taps of a plan, rounded up to whole vectors of any width.
-constexpr int64_t plan_stride(int64_t taps) { return (taps + 15) / 16 * 16; }
+// Plans made at a time: few enough to stay in the first-level cache.
+constexpr int64_t strip_plans(int64_t taps) { return taps <= 64 ? 128 / plan_stride(taps) : 1; }
+
+// Sizes of Scratch's numbers and indices: a grid, and the plans of a strip.
+constexpr int64_t scratch_numbers(int64_t taps) {
+  return (2 + 13 * strip_plans(taps)) * plan_stride(taps);
+}
+constexpr int64_t scratch_indices(int64_t taps) { return 3 * strip_plans(taps) * plan_stride(taps); }
 
 template <typename scalar_t>
 struct Kernels {

@@ -7,18 +7,28 @@
 namespace ops_dcnv4 {
 namespace {
 
-// An array per quantity, in offset_mask's order: column by column of the kernel. Taps is a number or
-// a constant, which makes all distances between the arrays constant.
-template <typename acc_t, typename Taps>
-struct Plan {
-  const Scratch<acc_t>& scratch;
-  const Taps taps;
+// What the plans of all windows have in common, in copies: stores to plans cannot change them.
+template <typename acc_t>
+struct Frame {
+  int row_pixels;                     // of an image
+  acc_t width, height, last_x, last_y;  // sizes and last positions of an image
+  int start_x, step_x, start_y, step_y;  // of the windows' centres
+  acc_t scale;
+  const acc_t *grid_x, *grid_y;  // the window's regular grid
 
-  // The window's regular grid, the same for all pixels.
-  OPS_DCNV4_INLINE acc_t* grid_x() const { return number(0); }
-  OPS_DCNV4_INLINE acc_t* grid_y() const { return number(1); }
+  explicit Frame(const Geometry& g, acc_t* grid);
+};
+
+// Where the taps of one (pixel, group) sample: an array per quantity, in offset_mask's order, column
+// by column of the kernel. Count is a number or a constant, which makes all distances constant.
+template <typename acc_t, typename Count>
+struct Plan {
+  acc_t* numbers;
+  int32_t* indices;
+  Count taps;
+
   // Of the cell's pixels: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
-  OPS_DCNV4_INLINE acc_t* weight(int corner) const { return number(2 + corner); }
+  OPS_DCNV4_INLINE acc_t* weight(int corner) const { return number(corner); }
   OPS_DCNV4_INLINE int32_t* pixel() const { return index(0); }  // the top left one
 
   // In plans of cells that are not all inside the image. A cell with a half outside has the other
@@ -27,39 +37,57 @@ struct Plan {
   OPS_DCNV4_INLINE int32_t* step_y() const { return index(2); }  // from top to bottom: 1 or 0
 
   // For the backward pass only.
-  OPS_DCNV4_INLINE acc_t* dx() const { return number(6); }  // position within the cell
-  OPS_DCNV4_INLINE acc_t* dy() const { return number(7); }
-  OPS_DCNV4_INLINE acc_t* modulation() const { return number(8); }
-  OPS_DCNV4_INLINE acc_t* col() const { return number(9); }  // of the top left pixel,
-  OPS_DCNV4_INLINE acc_t* row() const { return number(10); }  // where not all cells are inside
-  OPS_DCNV4_INLINE acc_t* dots() const { return number(11); }  // four per tap, one per corner
+  OPS_DCNV4_INLINE acc_t* dx() const { return number(4); }  // position within the cell
+  OPS_DCNV4_INLINE acc_t* dy() const { return number(5); }
+  OPS_DCNV4_INLINE acc_t* modulation() const { return number(6); }
+  OPS_DCNV4_INLINE acc_t* col() const { return number(7); }  // of the top left pixel,
+  OPS_DCNV4_INLINE acc_t* row() const { return number(8); }  // where not all cells are inside
+  OPS_DCNV4_INLINE acc_t* dots() const { return number(9); }  // four per tap, one per corner
+
+  // The next plan of the strip.
+  template <bool backward>
+  OPS_DCNV4_INLINE Plan next() const {
+    return {numbers + (backward ? 13 : 4) * plan_stride(taps), indices + 3 * plan_stride(taps), taps};
+  }
 
  private:
-  OPS_DCNV4_INLINE acc_t* number(int i) const { return scratch.numbers + i * plan_stride(taps); }
-  OPS_DCNV4_INLINE int32_t* index(int i) const { return scratch.indices + i * plan_stride(taps); }
+  OPS_DCNV4_INLINE acc_t* number(int i) const { return numbers + i * plan_stride(taps); }
+  OPS_DCNV4_INLINE int32_t* index(int i) const { return indices + i * plan_stride(taps); }
 };
 
 // As many lanes as a register has.
 template <typename T>
 using Native = Lanes<T, OPS_DCNV4_VECTOR_BYTES / sizeof(T)>;
 
-template <typename acc_t, typename Taps>
-OPS_DCNV4_INLINE void lay_grid(const Plan<acc_t, Taps>& plan, const Geometry& g) {
-  int64_t k = 0;
+template <typename acc_t>
+Frame<acc_t>::Frame(const Geometry& g, acc_t* grid)
+    : row_pixels(g.width),
+      width(static_cast<acc_t>(g.width)),
+      height(static_cast<acc_t>(g.height)),
+      last_x(static_cast<acc_t>(g.width - 1)),
+      last_y(static_cast<acc_t>(g.height - 1)),
+      start_x(g.x.center_of(0)),
+      step_x(g.x.stride),
+      start_y(g.y.center_of(0)),
+      step_y(g.y.stride),
+      scale(static_cast<acc_t>(g.offset_scale)),
+      grid_x(grid),
+      grid_y(grid + plan_stride(g.taps())) {
+  acc_t *x = grid, *y = grid + plan_stride(g.taps());
+  for (int64_t k = 0; k < 2 * plan_stride(g.taps()); ++k) grid[k] = 0;
   for (int tap_x = 0; tap_x < g.x.kernel; ++tap_x) {
     for (int tap_y = 0; tap_y < g.y.kernel; ++tap_y) {
       if (g.skips(tap_y, tap_x)) continue;
-      plan.grid_x()[k] = static_cast<acc_t>(g.x.grid(tap_x));
-      plan.grid_y()[k++] = static_cast<acc_t>(g.y.grid(tap_y));
+      *x++ = static_cast<acc_t>(g.x.grid(tap_x));
+      *y++ = static_cast<acc_t>(g.y.grid(tap_y));
     }
   }
-  for (; k < plan_stride(plan.taps); ++k) plan.grid_x()[k] = plan.grid_y()[k] = 0;
 }
 
 // What the plan of one (pixel, group) is made from.
 template <typename scalar_t, typename acc_t>
 struct Window {
-  acc_t center_x, center_y, scale;
+  acc_t center_x, center_y;
   const scalar_t* offsets;  // pairs (dx, dy), followed by the modulation scalars
 };
 
@@ -71,15 +99,15 @@ struct Taps {
   typename L::type x, y;
 
   template <typename scalar_t, typename Count>
-  OPS_DCNV4_INLINE Taps(const Plan<acc_t, Count>& plan, const Window<scalar_t, acc_t>& window,
-                        int64_t first) {
-    const int64_t count = 2 * (plan.taps - first);
+  OPS_DCNV4_INLINE Taps(const Frame<acc_t>& frame, const Window<scalar_t, acc_t>& window,
+                        Count taps, int64_t first) {
+    const int64_t count = 2 * (taps - first);
     const scalar_t* from = window.offsets + 2 * first;
     const auto low = L::load_first(from, count), high = L::load_first(from + width, count - width);
     const auto dx = L::template permute<EveryOther<0>>(low, high);
     const auto dy = L::template permute<EveryOther<1>>(low, high);
-    x = window.center_x + window.scale * (L::load(plan.grid_x() + first) + dx);
-    y = window.center_y + window.scale * (L::load(plan.grid_y() + first) + dy);
+    x = window.center_x + frame.scale * (L::load(frame.grid_x + first) + dx);
+    y = window.center_y + frame.scale * (L::load(frame.grid_y + first) + dy);
   }
 };
 
@@ -102,11 +130,11 @@ struct BorderAxis {
   Vec near, far;              // weights of the first and the second pixel
   Vec clamped, step;          // the first pixel to be read, and how many on is the second
 
-  OPS_DCNV4_INLINE BorderAxis(Vec coordinate, int size) {
+  OPS_DCNV4_INLINE BorderAxis(Vec coordinate, acc_t last) {
     const Vec zero = L::zero(), one = L::fill(1);
     first = L::floor(coordinate);
     distance = coordinate - first;
-    const auto starts_inside = first >= acc_t(0), ends_inside = first < acc_t(size - 1);
+    const auto starts_inside = first >= acc_t(0), ends_inside = first < last;
     const Vec half_near = acc_t(0.5) * (one - distance), half_far = acc_t(0.5) * distance;
     near = select(starts_inside, half_near, half_far);
     far = select(ends_inside, half_far, half_near);
@@ -119,23 +147,23 @@ struct BorderAxis {
 
 // Fills the plan of a window with cells beyond the image's border.
 template <bool backward, typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count>& plan, const Geometry& g,
-                                  const Window<scalar_t, acc_t>& window) {
+OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count> plan, const Frame<acc_t> frame,
+                                  const Window<scalar_t, acc_t> window) {
   using L = Native<acc_t>;
   using Ints = Lanes<int32_t, Taps<acc_t>::width>;
   for (int64_t k = 0; k < plan.taps; k += Taps<acc_t>::width) {
-    const Taps<acc_t> taps(plan, window, k);
+    const Taps<acc_t> taps(frame, window, plan.taps, k);
     auto modulation = L::load_first(window.offsets + 2 * plan.taps + k, plan.taps - k);
     // False for NaN, and before the conversion to int, so that huge coordinates are safe.
-    const auto counts = (taps.x > acc_t(-1)) & (taps.x < acc_t(g.width)) & (taps.y > acc_t(-1)) &
-                        (taps.y < acc_t(g.height));
+    const auto counts = (taps.x > acc_t(-1)) & (taps.x < frame.width) & (taps.y > acc_t(-1)) &
+                        (taps.y < frame.height);
     const auto nowhere = L::fill(acc_t(outside));
-    const BorderAxis<acc_t> x(select(counts, taps.x, nowhere), g.width);
-    const BorderAxis<acc_t> y(select(counts, taps.y, nowhere), g.height);
+    const BorderAxis<acc_t> x(select(counts, taps.x, nowhere), frame.last_x);
+    const BorderAxis<acc_t> y(select(counts, taps.y, nowhere), frame.last_y);
     modulation = select(counts, modulation, L::zero());
     store_weights<L>(plan, k, x.near, x.far, modulation * y.near, modulation * y.far);
     const auto col = select(counts, x.clamped, L::fill(-1));
-    const auto pixel = convert<typename Ints::type>(y.clamped) * g.width +
+    const auto pixel = convert<typename Ints::type>(y.clamped) * frame.row_pixels +
                        convert<typename Ints::type>(col);
     Ints::store(plan.pixel() + k, pixel);
     Ints::store(plan.step_x() + k, convert<typename Ints::type>(x.step));
@@ -151,27 +179,27 @@ OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count>& plan, const Geometry
 
 // Fills the plan of a window, and returns whether all pixels of all its cells lie inside the image.
 template <bool backward, typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_INLINE bool make_plan(const Plan<acc_t, Count>& plan, const Geometry& g,
-                                const Window<scalar_t, acc_t>& window) {
+OPS_DCNV4_INLINE bool make_plan(const Plan<acc_t, Count> plan, const Frame<acc_t> frame,
+                                const Window<scalar_t, acc_t> window) {
   using L = Native<acc_t>;
   using Ints = Lanes<int32_t, Taps<acc_t>::width>;
   bool inside = true;
   for (int64_t k = 0; k < plan.taps; k += Taps<acc_t>::width) {
-    const Taps<acc_t> taps(plan, window, k);
-    inside = inside && L::all_within(taps.x, 0, acc_t(g.width - 1), plan.taps - k) &&
-             L::all_within(taps.y, 0, acc_t(g.height - 1), plan.taps - k);
+    const Taps<acc_t> taps(frame, window, plan.taps, k);
+    inside = inside && L::all_within(taps.x, 0, frame.last_x, plan.taps - k) &&
+             L::all_within(taps.y, 0, frame.last_y, plan.taps - k);
   }
   if (!inside) {
-    plan_border<backward>(plan, g, window);
+    plan_border<backward>(plan, frame, window);
     return false;
   }
   for (int64_t k = 0; k < plan.taps; k += Taps<acc_t>::width) {
-    const Taps<acc_t> taps(plan, window, k);
+    const Taps<acc_t> taps(frame, window, plan.taps, k);
     const auto modulation = L::load_first(window.offsets + 2 * plan.taps + k, plan.taps - k);
     const auto col = L::floor(taps.x), row = L::floor(taps.y);
     const auto dx = taps.x - col, dy = taps.y - row;
     store_weights<L>(plan, k, acc_t(1) - dx, dx, modulation * (acc_t(1) - dy), modulation * dy);
-    const auto pixel = convert<typename Ints::type>(row) * g.width +
+    const auto pixel = convert<typename Ints::type>(row) * frame.row_pixels +
                        convert<typename Ints::type>(col);
     Ints::store(plan.pixel() + k, pixel);
     if (!backward) continue;
@@ -180,6 +208,62 @@ OPS_DCNV4_INLINE bool make_plan(const Plan<acc_t, Count>& plan, const Geometry& 
     L::store(plan.modulation() + k, modulation);
   }
   return true;
+}
+
+// One (pixel, group) whose plan is made; pixels are counted over the batch.
+struct Unit {
+  int64_t image, pixel, group;
+  bool inside;
+};
+
+// Output pixel by output pixel, and for each its groups [first_group, last_group).
+class Walk {
+ public:
+  Walk(const Geometry& g, int64_t pixel, int64_t first_group, int64_t last_group)
+      : out_height(g.out_height),
+        out_width(g.out_width),
+        first_group(first_group),
+        last_group(last_group),
+        at{pixel / g.out_width / g.out_height, pixel, first_group, false},
+        row(static_cast<int>(pixel / g.out_width % g.out_height)),
+        col(static_cast<int>(pixel % g.out_width)) {}
+
+  OPS_DCNV4_INLINE void next() {
+    if (++at.group < last_group) return;
+    at.group = first_group;
+    ++at.pixel;
+    if (++col < out_width) return;
+    col = 0;
+    if (++row < out_height) return;
+    row = 0;
+    ++at.image;
+  }
+
+ private:
+  int out_height, out_width;
+  int64_t first_group, last_group;
+
+ public:
+  Unit at;
+  int row, col;
+};
+
+// Plans `count` units, so that the processor has several to work on side by side: the computations
+// of a single one all wait for each other.
+template <bool backward, typename scalar_t, typename acc_t, typename Count>
+OPS_DCNV4_NOINLINE void plan_strip(Plan<acc_t, Count> plan, const Frame<acc_t> frame,
+                                   const scalar_t* offset_mask, int64_t offset_channels, Walk& walk,
+                                   Unit* units, int64_t count) {
+  Walk w = walk;
+  for (int64_t i = 0; i < count; ++i, w.next(), plan = plan.template next<backward>()) {
+    const scalar_t* offsets =
+        offset_mask + w.at.pixel * offset_channels + w.at.group * 3 * plan.taps;
+    const Window<scalar_t, acc_t> window{acc_t(frame.start_x + w.col * frame.step_x),
+                                         acc_t(frame.start_y + w.row * frame.step_y), offsets};
+    units[i] = w.at;
+    units[i].inside = make_plan<backward>(plan, frame, window);
+  }
+  walk = w;
 }
 
 }  // namespace

@@ -13,6 +13,12 @@
 
 #include "bilinear.h"
 
+#if defined(_MSC_VER)
+#define OPS_DCNV4_NOINLINE __declspec(noinline)
+#else
+#define OPS_DCNV4_NOINLINE __attribute__((noinline))
+#endif
+
 namespace ops_dcnv4 {
 namespace {
 
