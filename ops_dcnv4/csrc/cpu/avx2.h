@@ -16,6 +16,9 @@ struct Lanes<float, 8> : PortableLanes<float, 8> {
   static OPS_DCNV4_INLINE void store(at::Half* to, type v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  static OPS_DCNV4_INLINE Vector<float, 4> fold(type v) {
+    return _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1);
+  }
   static OPS_DCNV4_INLINE type floor(type v) { return _mm256_floor_ps(v); }
   static OPS_DCNV4_INLINE bool all_within(type v, float lower, float upper, int64_t count) {
     const __m256 within = _mm256_and_ps(_mm256_cmp_ps(v, _mm256_set1_ps(lower), _CMP_GE_OQ),

@@ -57,6 +57,11 @@ struct Lanes<float, 16> : PortableLanes<float, 16> {
     _mm256_mask_storeu_epi16(to, first_bits(count, 16), narrow(v, Storage()));
   }
 
+  static OPS_DCNV4_INLINE Vector<float, 4> fold(type v) {
+    const __m256 half = _mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1);
+    return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+  }
+
   static OPS_DCNV4_INLINE type floor(type v) { return _mm512_floor_ps(v); }
   static OPS_DCNV4_INLINE bool all_within(type v, float lower, float upper, int64_t count) {
     const __mmask16 not_below = _mm512_cmp_ps_mask(v, _mm512_set1_ps(lower), _CMP_GE_OQ);
@@ -73,6 +78,9 @@ struct Lanes<double, 8> : PortableLanes<double, 8> {
   }
   static OPS_DCNV4_INLINE void store_first(double* to, type v, int64_t count) {
     _mm512_mask_storeu_pd(to, first_bits(count, 8), v);
+  }
+  static OPS_DCNV4_INLINE Vector<double, 4> fold(type v) {
+    return _mm512_castpd512_pd256(v) + _mm512_extractf64x4_pd(v, 1);
   }
   static OPS_DCNV4_INLINE type floor(type v) { return _mm512_floor_pd(v); }
   static OPS_DCNV4_INLINE bool all_within(type v, double lower, double upper, int64_t count) {

@@ -14,6 +14,7 @@ OPS_DCNV4_INLINE void copy_slice(To* to, int64_t to_channels, const From* from,
   const int64_t pixels = int64_t(g.height) * g.width;
   for (int64_t pixel = 0; pixel < pixels; ++pixel, to += to_channels, from += from_channels) {
     using acc_t = std::conditional_t<sizeof(To) < sizeof(From), From, To>;
+    prefetch(from + 16 * from_channels, g.group_channels);
     for_channel_blocks<acc_t>(g.group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
       using L = Lanes<acc_t, width.value>;
       L::store(to + c, L::load(from + c));
@@ -121,8 +122,9 @@ OPS_DCNV4_NOINLINE void spread_strip(Plan<acc_t, Count> plan, const Geometry& g,
                                      const Unit* units, int64_t count) {
   const int64_t channels = g.channels(), right = g.group_channels, below = g.width * right;
   for (int64_t i = 0; i < count; ++i, plan = plan.template next<true>()) {
-    spread(plan, units[i].inside, grad_output + units[i].pixel * channels + units[i].group * right,
-           scratch.value, scratch.grad_value, right, below);
+    const scalar_t* grad = grad_output + units[i].pixel * channels + units[i].group * right;
+    prefetch(grad + strip_plans(plan.taps) * channels, right);
+    spread(plan, units[i].inside, grad, scratch.value, scratch.grad_value, right, below);
   }
 }
 

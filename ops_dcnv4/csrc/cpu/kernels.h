@@ -9,7 +9,7 @@
 
 #include "geometry.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(OPS_DCNV4_PLAIN_VECTORS)
 #define OPS_DCNV4_X86 1
 #endif
 

@@ -13,6 +13,12 @@
 
 #include "bilinear.h"
 
+#if defined(__GNUC__)
+#define OPS_DCNV4_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define OPS_DCNV4_PREFETCH(address)
+#endif
+
 #if defined(_MSC_VER)
 #define OPS_DCNV4_NOINLINE __declspec(noinline)
 #else
@@ -232,7 +238,7 @@ struct PortableLanes {
     } else if constexpr (fits_register) {
       const type ab = permute<Alternate<1, 0>>(a, b) + permute<Alternate<1, 1>>(a, b);
       const type cd = permute<Alternate<1, 0>>(c, d) + permute<Alternate<1, 1>>(c, d);
-      return fold(permute<Alternate<2, 0>>(ab, cd) + permute<Alternate<2, 1>>(ab, cd));
+      return Lanes<T, width>::fold(permute<Alternate<2, 0>>(ab, cd) + permute<Alternate<2, 1>>(ab, cd));
     } else {
       return Vector<T, 4>{a[0] + a[1] + (a[2] + a[3]), b[0] + b[1] + (b[2] + b[3]),
               c[0] + c[1] + (c[2] + c[3]), d[0] + d[1] + (d[2] + d[3])};
