@@ -5,6 +5,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -40,6 +41,8 @@ class Memory {
     const int64_t slice = (slice_numbers * sizeof(acc_t) + 63) / 64 * 64;
     memory_ = c10::GetCPUAllocator()->allocate(numbers + indices + 2 * slice);
     char* start = static_cast<char*>(memory_.get());
+    // Lanes beyond the last tap are computed and ignored; as denormal numbers they would be slow.
+    std::memset(start, 0, numbers + indices);
     scratch = {reinterpret_cast<acc_t*>(start), reinterpret_cast<int32_t*>(start + numbers),
                reinterpret_cast<acc_t*>(start + numbers + indices),
                reinterpret_cast<acc_t*>(start + numbers + indices + slice)};
