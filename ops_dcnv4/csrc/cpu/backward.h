@@ -79,10 +79,10 @@ OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Frame<a
 
 // One unit's share of grad_value, and its products with the pixels of its cells. `value` and
 // `grad_value` are the slice's own memory.
-template <typename scalar_t, typename acc_t, typename Count>
+template <typename scalar_t, typename acc_t, typename Count, typename Channels>
 OPS_DCNV4_INLINE void spread(const Plan<acc_t, Count> plan, bool inside,
                              const scalar_t* grad_output, const acc_t* value, acc_t* grad_value,
-                             int64_t right, int64_t below) {
+                             Channels right, int64_t below) {
   const acc_t zeros[widest_block<acc_t>] = {};  // stands in for pixels outside the image,
   acc_t nowhere[widest_block<acc_t>] = {};      // and this for their gradients
   for_channel_blocks<acc_t>(right, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
@@ -117,15 +117,19 @@ OPS_DCNV4_INLINE void spread(const Plan<acc_t, Count> plan, bool inside,
 }
 
 template <typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_NOINLINE void spread_strip(Plan<acc_t, Count> plan, const Geometry& g,
+OPS_DCNV4_NOINLINE void spread_strip(const Plan<acc_t, Count> first, const Geometry& g,
                                      const scalar_t* grad_output, const Scratch<acc_t> scratch,
                                      const Unit* units, int64_t count) {
-  const int64_t channels = g.channels(), right = g.group_channels, below = g.width * right;
-  for (int64_t i = 0; i < count; ++i, plan = plan.template next<true>()) {
-    const scalar_t* grad = grad_output + units[i].pixel * channels + units[i].group * right;
-    prefetch(grad + strip_plans(plan.taps) * channels, right);
-    spread(plan, units[i].inside, grad, scratch.value, scratch.grad_value, right, below);
-  }
+  const int64_t channels = g.channels();
+  with_group_channels(g.group_channels, [&](auto right) OPS_DCNV4_INLINE_LAMBDA {
+    Plan<acc_t, Count> plan = first;
+    for (int64_t i = 0; i < count; ++i, plan = plan.template next<true>()) {
+      const scalar_t* grad = grad_output + units[i].pixel * channels + units[i].group * right;
+      prefetch(grad + strip_plans(plan.taps) * channels, right);
+      spread(plan, units[i].inside, grad, scratch.value, scratch.grad_value, right,
+             g.width * right);
+    }
+  });
 }
 
 template <typename scalar_t, typename acc_t, typename Count>

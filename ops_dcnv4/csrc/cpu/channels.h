@@ -20,5 +20,12 @@ OPS_DCNV4_INLINE void for_channel_blocks(int64_t channels, const Body& body) {
   for (; c < channels; ++c) body(std::integral_constant<int, 1>(), c);
 }
 
+// Calls body with the channels of a group: a constant for the usual 16.
+template <typename Body>
+OPS_DCNV4_INLINE void with_group_channels(int64_t group_channels, const Body& body) {
+  if (group_channels == 16) return body(std::integral_constant<int64_t, 16>());
+  body(group_channels);
+}
+
 }  // namespace
 }  // namespace ops_dcnv4

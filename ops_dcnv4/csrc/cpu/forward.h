@@ -8,9 +8,9 @@ namespace ops_dcnv4 {
 namespace {
 
 // The output of one unit, `value` and `output` pointing at its group's first channel.
-template <bool inside, typename scalar_t, typename acc_t, typename Count>
+template <bool inside, typename scalar_t, typename acc_t, typename Count, typename Channels>
 OPS_DCNV4_INLINE void sum_taps(const Plan<acc_t, Count> plan, const scalar_t* value,
-                               scalar_t* output, int64_t group_channels, int64_t right,
+                               scalar_t* output, Channels group_channels, int64_t right,
                                int64_t below, const scalar_t* zeros) {
   for_channel_blocks<acc_t>(group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
     using L = Lanes<acc_t, width.value>;
@@ -32,23 +32,23 @@ OPS_DCNV4_INLINE void sum_taps(const Plan<acc_t, Count> plan, const scalar_t* va
 }
 
 template <typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_NOINLINE void sum_strip(Plan<acc_t, Count> plan, const Geometry& g,
-                                  const Tensors<scalar_t>& t, const Unit* units, int64_t count) {
-  const int64_t channels = g.channels(), group_channels = g.group_channels;
-  const int64_t below = g.width * channels, image = g.height * below;
-  const Tensors<scalar_t> tensors = t;
+OPS_DCNV4_NOINLINE void sum_strip(const Plan<acc_t, Count> first, const Geometry& g,
+                                  const Tensors<scalar_t> t, const Unit* units, int64_t count) {
+  const int64_t channels = g.channels(), below = g.width * channels, image = g.height * below;
   const scalar_t zeros[widest_block<acc_t>] = {};  // read by points outside: nothing to mispredict
-  for (int64_t i = 0; i < count; ++i, plan = plan.template next<false>()) {
-    const Unit& unit = units[i];
-    const int64_t channel = unit.group * group_channels;
-    const scalar_t* value = tensors.value + unit.image * image + channel;
-    scalar_t* output = tensors.output + unit.pixel * channels + channel;
-    if (unit.inside) {
-      sum_taps<true>(plan, value, output, group_channels, channels, below, zeros);
-    } else {
-      sum_taps<false>(plan, value, output, group_channels, channels, below, zeros);
+  with_group_channels(g.group_channels, [&](auto group_channels) OPS_DCNV4_INLINE_LAMBDA {
+    Plan<acc_t, Count> plan = first;
+    for (int64_t i = 0; i < count; ++i, plan = plan.template next<false>()) {
+      const int64_t channel = units[i].group * group_channels;
+      const scalar_t* value = t.value + units[i].image * image + channel;
+      scalar_t* output = t.output + units[i].pixel * channels + channel;
+      if (units[i].inside) {
+        sum_taps<true>(plan, value, output, group_channels, channels, below, zeros);
+      } else {
+        sum_taps<false>(plan, value, output, group_channels, channels, below, zeros);
+      }
     }
-  }
+  });
 }
 
 // Output pixels [begin, end), counted over the batch.
