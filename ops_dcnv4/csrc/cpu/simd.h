@@ -1,32 +1,62 @@
-// Fixed-width vectors and one-binary dispatch over instruction sets, with plain C++ as the fallback.
+// Vectors of fixed width, in GCC's and clang's vector types or in plain C++.
+// Included once the instruction set is chosen (see kernels_*.cpp), and local to the including
+// file, so that no linker can mix the code of two instruction sets.
 #pragma once
 
-#include <cstdlib>  // defines __GLIBC__
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "bilinear.h"
 
-// On x86 Linux a marked function is compiled once per instruction set, and the loader takes the best
-// that the processor has. Everything such a function calls must be inlined into it to follow suit.
-// The sets are named by features: a named processor (arch=haswell) would match only that very model.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__)
-#if !defined(__clang__) && __GNUC__ >= 12
-#define OPS_DCNV4_MULTIVERSION \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#if defined(__GNUC__)
+#define OPS_DCNV4_PREFETCH(address) __builtin_prefetch(address)
 #else
-#define OPS_DCNV4_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
+#define OPS_DCNV4_PREFETCH(address)
 #endif
+
+#if defined(_MSC_VER)
+#define OPS_DCNV4_NOINLINE __declspec(noinline)
 #else
-#define OPS_DCNV4_MULTIVERSION
+#define OPS_DCNV4_NOINLINE __attribute__((noinline))
 #endif
 
 namespace ops_dcnv4 {
+namespace {
+
+// What a comparison of two T makes: all bits set, or none.
+template <typename T>
+using Mask = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
 
 #if defined(__GNUC__) && !defined(OPS_DCNV4_PLAIN_VECTORS)
 
 template <typename T, int width>
 using Vector __attribute__((vector_size(sizeof(T) * width))) = T;
+
+template <typename To, typename From>
+OPS_DCNV4_INLINE To convert(From v) {
+  return __builtin_convertvector(v, To);
+}
+
+template <typename M, typename V>
+OPS_DCNV4_INLINE V select(M mask, V a, V b) {
+  return mask ? a : b;
+}
+
+// The lanes that Pattern picks from `a` and, from `width` on, from `b`.
+template <typename Pattern, typename T, int width, size_t... i>
+OPS_DCNV4_INLINE Vector<T, width> pick(Vector<T, width> a, Vector<T, width> b,
+                                       std::index_sequence<i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Pattern::lane(i, width)...);
+#else
+  return __builtin_shuffle(a, b, Vector<Mask<T>, width>{Pattern::lane(i, width)...});
+#endif
+}
 
 #else
 
@@ -37,22 +67,32 @@ struct Vector {
   const T& operator[](int i) const { return lanes[i]; }
 };
 
-#define OPS_DCNV4_LANEWISE(op)                                                                \
-  template <typename T, int width>                                                            \
-  inline Vector<T, width> operator op(const Vector<T, width>& a, const Vector<T, width>& b) { \
-    Vector<T, width> result;                                                                  \
-    for (int i = 0; i < width; ++i) result[i] = a[i] op b[i];                                 \
-    return result;                                                                            \
-  }                                                                                           \
-  template <typename T, int width>                                                            \
-  inline Vector<T, width> operator op(T a, const Vector<T, width>& b) {                       \
-    Vector<T, width> result;                                                                  \
-    for (int i = 0; i < width; ++i) result[i] = a op b[i];                                    \
-    return result;                                                                            \
+#define OPS_DCNV4_LANEWISE(op, Result, sign)                                                       \
+  template <typename T, int width>                                                                 \
+  inline Vector<Result, width> operator op(const Vector<T, width>& a, const Vector<T, width>& b) { \
+    Vector<Result, width> result;                                                                  \
+    for (int i = 0; i < width; ++i) result[i] = sign(a[i] op b[i]);                                \
+    return result;                                                                                 \
+  }                                                                                                \
+  template <typename T, int width>                                                                 \
+  inline Vector<Result, width> operator op(T a, const Vector<T, width>& b) {                       \
+    Vector<Result, width> result;                                                                  \
+    for (int i = 0; i < width; ++i) result[i] = sign(a op b[i]);                                   \
+    return result;                                                                                 \
+  }                                                                                                \
+  template <typename T, int width>                                                                 \
+  inline Vector<Result, width> operator op(const Vector<T, width>& a, T b) {                       \
+    Vector<Result, width> result;                                                                  \
+    for (int i = 0; i < width; ++i) result[i] = sign(a[i] op b);                                   \
+    return result;                                                                                 \
   }
-OPS_DCNV4_LANEWISE(+)
-OPS_DCNV4_LANEWISE(-)
-OPS_DCNV4_LANEWISE(*)
+OPS_DCNV4_LANEWISE(+, T, +)
+OPS_DCNV4_LANEWISE(-, T, +)
+OPS_DCNV4_LANEWISE(*, T, +)
+OPS_DCNV4_LANEWISE(&, T, +)
+OPS_DCNV4_LANEWISE(<, Mask<T>, -)
+OPS_DCNV4_LANEWISE(>, Mask<T>, -)
+OPS_DCNV4_LANEWISE(>=, Mask<T>, -)
 #undef OPS_DCNV4_LANEWISE
 
 template <typename T, int width>
@@ -60,43 +100,175 @@ inline Vector<T, width>& operator+=(Vector<T, width>& a, const Vector<T, width>&
   return a = a + b;
 }
 
-#endif
+template <typename To, typename T, int width>
+inline To convert(const Vector<T, width>& v) {
+  To result;
+  for (int i = 0; i < width; ++i) result[i] = static_cast<std::decay_t<decltype(result[0])>>(v[i]);
+  return result;
+}
 
 template <typename T, int width>
-struct Lanes {
+inline Vector<T, width> select(const Vector<Mask<T>, width>& mask, const Vector<T, width>& a,
+                               const Vector<T, width>& b) {
+  Vector<T, width> result;
+  for (int i = 0; i < width; ++i) result[i] = mask[i] ? a[i] : b[i];
+  return result;
+}
+
+template <typename Pattern, typename T, int width, size_t... i>
+inline Vector<T, width> pick(const Vector<T, width>& a, const Vector<T, width>& b,
+                             std::index_sequence<i...>) {
+  const auto lane = [&](int from) { return from < width ? a[from] : b[from - width]; };
+  return {{lane(Pattern::lane(i, width))...}};
+}
+
+#endif
+
+// Patterns of `pick`: every other lane of a and b, from `first` on.
+template <int first>
+struct EveryOther {
+  static constexpr int lane(int i, int) { return 2 * i + first; }
+};
+
+// Runs of `run` lanes taken from a and b in turn; the first or the second run of each pair of runs.
+template <int run, int second>
+struct Alternate {
+  static constexpr int lane(int i, int width) {
+    return i / run % 2 * width + i / (2 * run) * 2 * run + second * run + i % run;
+  }
+};
+
+// The first (half = 0) or second half of a and b with their lanes in turn.
+template <int half>
+struct Interleave {
+  static constexpr int lane(int i, int width) { return i % 2 * width + half * width / 2 + i / 2; }
+};
+
+template <typename T, int width>
+struct Lanes;
+
+// What all instruction sets can do, to be had through Lanes.
+template <typename T, int width>
+struct PortableLanes {
   using type = Vector<T, width>;
+  static constexpr bool fits_register = sizeof(T) * width <= OPS_DCNV4_VECTOR_BYTES;
+
+  static OPS_DCNV4_INLINE type zero() { return fill(T(0)); }
+  static OPS_DCNV4_INLINE type fill(T number) {
+    type result;
+    for (int i = 0; i < width; ++i) result[i] = number;
+    return result;
+  }
 
   template <typename Storage>
   static OPS_DCNV4_INLINE type load(const Storage* from) {
     type result;
     if constexpr (std::is_same_v<Storage, T>) {
       std::memcpy(&result, from, sizeof(result));
+    } else if constexpr (!fits_register) {
+      result = join(Half::load(from), Half::load(from + width / 2));
     } else {
       for (int i = 0; i < width; ++i) result[i] = static_cast<T>(from[i]);
     }
     return result;
   }
+
   template <typename Storage>
   static OPS_DCNV4_INLINE void store(Storage* to, type v) {
     if constexpr (std::is_same_v<Storage, T>) {
       std::memcpy(to, &v, sizeof(v));
+    } else if constexpr (!fits_register) {
+      Half::store(to, low(v)), Half::store(to + width / 2, high(v));
     } else {
       for (int i = 0; i < width; ++i) to[i] = static_cast<Storage>(v[i]);
     }
   }
-  static OPS_DCNV4_INLINE type zero() {
-    type result;
-    for (int i = 0; i < width; ++i) result[i] = T(0);
+
+  // The first `count` lanes, zeros for the others if there are fewer.
+  template <typename Storage>
+  static OPS_DCNV4_INLINE type load_first(const Storage* from, int64_t count) {
+    if (count >= width) return Lanes<T, width>::load(from);
+    Storage padded[width] = {};
+    if (count > 0) std::memcpy(static_cast<void*>(padded), from, count * sizeof(Storage));
+    return Lanes<T, width>::load(padded);
+  }
+  template <typename Storage>
+  static OPS_DCNV4_INLINE void store_first(Storage* to, type v, int64_t count) {
+    if (count >= width) return Lanes<T, width>::store(to, v);
+    Storage padded[width];
+    Lanes<T, width>::store(padded, v);
+    if (count > 0) std::memcpy(static_cast<void*>(to), padded, count * sizeof(Storage));
+  }
+
+  static OPS_DCNV4_INLINE auto low(type v) {
+    typename Half::type result;
+    std::memcpy(&result, &v, sizeof(result));
     return result;
   }
-  static OPS_DCNV4_INLINE T sum(type v) {
-    using Half = Lanes<T, width / 2>;
-    typename Half::type low, high;
-    std::memcpy(&low, &v, sizeof(low));
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
-    return Half::sum(low + high);
+  static OPS_DCNV4_INLINE auto high(type v) {
+    typename Half::type result;
+    std::memcpy(&result, reinterpret_cast<const char*>(&v) + sizeof(result), sizeof(result));
+    return result;
+  }
+
+  template <typename Pattern>
+  static OPS_DCNV4_INLINE type permute(type a, type b) {
+    return pick<Pattern, T, width>(a, b, std::make_index_sequence<width>());
+  }
+
+  // Of numbers that an int can hold.
+  static OPS_DCNV4_INLINE type floor(type v) {
+    using Ints = Vector<int32_t, width>;
+    const type truncated = convert<type>(convert<Ints>(v));
+    return truncated - select(truncated > v, fill(T(1)), zero());
+  }
+
+  // Whether lower <= v < upper in each of the first `count` lanes. False for NaN.
+  static OPS_DCNV4_INLINE bool all_within(type v, T lower, T upper, int64_t count) {
+    const auto within = (v >= lower) & (v < upper);
+    bool all = true;
+    for (int i = 0; i < width; ++i) all &= (i >= count) | (within[i] != 0);
+    return all;
+  }
+
+  // The sums of four vectors.
+  static OPS_DCNV4_INLINE Vector<T, 4> sums(type a, type b, type c, type d) {
+    if constexpr (width > 4 && !fits_register) {
+      return Half::sums(low(a) + high(a), low(b) + high(b), low(c) + high(c), low(d) + high(d));
+    } else if constexpr (fits_register) {
+      const type ab = permute<Alternate<1, 0>>(a, b) + permute<Alternate<1, 1>>(a, b);
+      const type cd = permute<Alternate<1, 0>>(c, d) + permute<Alternate<1, 1>>(c, d);
+      return Lanes<T, width>::fold(permute<Alternate<2, 0>>(ab, cd) +
+                                   permute<Alternate<2, 1>>(ab, cd));
+    } else {
+      return Vector<T, 4>{a[0] + a[1] + (a[2] + a[3]), b[0] + b[1] + (b[2] + b[3]),
+              c[0] + c[1] + (c[2] + c[3]), d[0] + d[1] + (d[2] + d[3])};
+    }
+  }
+
+ private:
+  using Half = Lanes<T, width / 2>;
+
+  static OPS_DCNV4_INLINE type join(typename Half::type low, typename Half::type high) {
+    type result;
+    std::memcpy(&result, &low, sizeof(low));
+    std::memcpy(reinterpret_cast<char*>(&result) + sizeof(low), &high, sizeof(high));
+    return result;
+  }
+
+ public:
+  // Lanes i, i + 4, i + 8, ... summed.
+  static OPS_DCNV4_INLINE Vector<T, 4> fold(type v) {
+    if constexpr (width == 4) {
+      return v;
+    } else {
+      return Half::fold(low(v) + high(v));
+    }
   }
 };
+
+template <typename T, int width>
+struct Lanes : PortableLanes<T, width> {};
 
 // A single lane is the scalar itself.
 template <typename T>
@@ -112,7 +284,16 @@ struct Lanes<T, 1> {
     *to = static_cast<Storage>(v);
   }
   static OPS_DCNV4_INLINE T zero() { return T(0); }
-  static OPS_DCNV4_INLINE T sum(T v) { return v; }
+  static OPS_DCNV4_INLINE Vector<T, 4> sums(T a, T b, T c, T d) {
+    return Vector<T, 4>{a, b, c, d};
+  }
 };
 
+}  // namespace
 }  // namespace ops_dcnv4
+
+#if defined(OPS_DCNV4_AVX512)
+#include "cpu/avx512.h"
+#elif defined(OPS_DCNV4_AVX2)
+#include "cpu/avx2.h"
+#endif

@@ -1,0 +1,175 @@
+// The backward pass.
+#pragma once
+
+#include "cpu/channels.h"
+#include "cpu/plan.h"
+
+namespace ops_dcnv4 {
+namespace {
+
+// One group of one image between its tensor, `channels` apart, and memory of its own.
+template <typename To, typename From>
+OPS_DCNV4_INLINE void copy_slice(To* to, int64_t to_channels, const From* from,
+                                 int64_t from_channels, const Geometry& g) {
+  const int64_t pixels = int64_t(g.height) * g.width;
+  for (int64_t pixel = 0; pixel < pixels; ++pixel, to += to_channels, from += from_channels) {
+    using acc_t = std::conditional_t<sizeof(To) < sizeof(From), From, To>;
+    prefetch(from + 16 * from_channels, g.group_channels);
+    for_channel_blocks<acc_t>(g.group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
+      using L = Lanes<acc_t, width.value>;
+      L::store(to + c, L::load(from + c));
+    });
+  }
+}
+
+// The gradient of one image's padding channels.
+template <typename scalar_t>
+void clear_padding(const Geometry& g, scalar_t* grad_offset_mask) {
+  const int64_t used = 3 * g.taps() * g.groups, padding = g.offset_channels - used;
+  for (int64_t pixel = 0; padding > 0 && pixel < int64_t(g.out_height) * g.out_width; ++pixel) {
+    std::memset(static_cast<void*>(grad_offset_mask + pixel * g.offset_channels + used), 0,
+                padding * sizeof(scalar_t));
+  }
+}
+
+// Gradient of a window's offsets and modulation, from the plan's products of grad_output with the
+// pixels of each cell.
+template <typename scalar_t, typename acc_t, typename Count>
+OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Frame<acc_t>& frame,
+                                    bool inside, scalar_t* grad_offsets) {
+  using L = Native<acc_t>;
+  constexpr int width = Taps<acc_t>::width;
+  for (int64_t k = 0; k < plan.taps; k += width) {
+    const acc_t* dots = plan.dots() + 4 * k;
+    const auto d0 = L::load(dots), d1 = L::load(dots + width);
+    const auto d2 = L::load(dots + 2 * width), d3 = L::load(dots + 3 * width);
+    const auto left_low = L::template permute<EveryOther<0>>(d0, d1);
+    const auto left_high = L::template permute<EveryOther<0>>(d2, d3);
+    const auto right_low = L::template permute<EveryOther<1>>(d0, d1);
+    const auto right_high = L::template permute<EveryOther<1>>(d2, d3);
+    auto top_left = L::template permute<EveryOther<0>>(left_low, left_high);
+    auto top_right = L::template permute<EveryOther<0>>(right_low, right_high);
+    auto bottom_left = L::template permute<EveryOther<1>>(left_low, left_high);
+    auto bottom_right = L::template permute<EveryOther<1>>(right_low, right_high);
+    if (!inside) {  // pixels outside the image are zero
+      const auto zero = L::zero(), col = L::load(plan.col() + k), row = L::load(plan.row() + k);
+      const auto left = col >= acc_t(0), top = row >= acc_t(0);
+      const auto right = (col >= acc_t(-1)) & (col < frame.last_x);
+      const auto bottom = (row >= acc_t(-1)) & (row < frame.last_y);
+      top_left = select(top & left, top_left, zero);
+      top_right = select(top & right, top_right, zero);
+      bottom_left = select(bottom & left, bottom_left, zero);
+      bottom_right = select(bottom & right, bottom_right, zero);
+    }
+    const auto dx = L::load(plan.dx() + k), dy = L::load(plan.dy() + k);
+    const auto top = (acc_t(1) - dx) * top_left + dx * top_right;
+    const auto bottom = (acc_t(1) - dx) * bottom_left + dx * bottom_right;
+    const auto slope_x =
+        (acc_t(1) - dy) * (top_right - top_left) + dy * (bottom_right - bottom_left);
+    const auto factor = frame.scale * L::load(plan.modulation() + k);
+    const auto grad_x = factor * slope_x, grad_y = factor * (bottom - top);
+    const int64_t count = plan.taps - k;
+    scalar_t* to = grad_offsets + 2 * k;
+    L::store_first(to, L::template permute<Interleave<0>>(grad_x, grad_y), 2 * count);
+    L::store_first(to + width, L::template permute<Interleave<1>>(grad_x, grad_y),
+                   2 * count - width);
+    L::store_first(grad_offsets + 2 * plan.taps + k, (acc_t(1) - dy) * top + dy * bottom, count);
+  }
+}
+
+// One unit's share of grad_value, and its products with the pixels of its cells. `value` and
+// `grad_value` are the slice's own memory.
+template <typename scalar_t, typename acc_t, typename Count, typename Channels>
+OPS_DCNV4_INLINE void spread(const Plan<acc_t, Count> plan, bool inside,
+                             const scalar_t* grad_output, const acc_t* value, acc_t* grad_value,
+                             Channels right, int64_t below) {
+  const acc_t zeros[widest_block<acc_t>] = {};  // stands in for pixels outside the image,
+  acc_t nowhere[widest_block<acc_t>] = {};      // and this for their gradients
+  for_channel_blocks<acc_t>(right, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
+    using L = Lanes<acc_t, width.value>;
+    const auto grad = L::load(grad_output + c);
+    const auto add = [&](int64_t k, const acc_t* v, acc_t* gv, int64_t to_right, int64_t to_below)
+                         OPS_DCNV4_INLINE_LAMBDA {
+      const auto corner = [&](int i, int64_t offset) OPS_DCNV4_INLINE_LAMBDA {
+        L::store(gv + offset, L::load(gv + offset) + plan.weight(i)[k] * grad);
+        return grad * L::load(v + offset);
+      };
+      const auto top_left = corner(0, 0), top_right = corner(1, to_right);
+      const auto bottom_left = corner(2, to_below), bottom_right = corner(3, to_below + to_right);
+      using Dots = Lanes<acc_t, 4>;
+      auto dots = L::sums(top_left, top_right, bottom_left, bottom_right);
+      if (c > 0) dots += Dots::load(plan.dots() + 4 * k);
+      Dots::store(plan.dots() + 4 * k, dots);
+    };
+    if (inside) {
+      for (int64_t k = 0; k < plan.taps; ++k) {
+        const int64_t first = plan.pixel()[k] * right;
+        add(k, value + c + first, grad_value + c + first, right, below);
+      }
+    } else {
+      for (int64_t k = 0; k < plan.taps; ++k) {
+        const int64_t pixel = plan.pixel()[k], first = pixel * right + c;
+        add(k, pixel < 0 ? zeros : value + first, pixel < 0 ? nowhere : grad_value + first,
+            plan.step_x()[k] * right, plan.step_y()[k] * below);
+      }
+    }
+  });
+}
+
+template <typename scalar_t, typename acc_t, typename Count>
+OPS_DCNV4_NOINLINE void spread_strip(const Plan<acc_t, Count> first, const Geometry& g,
+                                     const scalar_t* grad_output, const Scratch<acc_t> scratch,
+                                     const Unit* units, int64_t count) {
+  const int64_t channels = g.channels();
+  with_group_channels(g.group_channels, [&](auto right) OPS_DCNV4_INLINE_LAMBDA {
+    Plan<acc_t, Count> plan = first;
+    for (int64_t i = 0; i < count; ++i, plan = plan.template next<true>()) {
+      const scalar_t* grad = grad_output + units[i].pixel * channels + units[i].group * right;
+      prefetch(grad + strip_plans(plan.taps) * channels, right);
+      spread(plan, units[i].inside, grad, scratch.value, scratch.grad_value, right,
+             g.width * right);
+    }
+  });
+}
+
+template <typename scalar_t, typename acc_t, typename Count>
+OPS_DCNV4_NOINLINE void differentiate_strip(Plan<acc_t, Count> plan, const Frame<acc_t> frame,
+                                            scalar_t* grad_offset_mask, int64_t offset_channels,
+                                            const Unit* units, int64_t count) {
+  for (int64_t i = 0; i < count; ++i, plan = plan.template next<true>()) {
+    differentiate(plan, frame, units[i].inside,
+                  grad_offset_mask + units[i].pixel * offset_channels +
+                      units[i].group * 3 * plan.taps);
+  }
+}
+
+// (image, group) slices [begin, end), counted over the batch: a worker owns all that it writes.
+template <typename scalar_t, typename acc_t, typename Count>
+void backward(const Geometry& g, const Tensors<scalar_t>& t, const Scratch<acc_t>& scratch,
+              Count taps, int64_t begin, int64_t end) {
+  const Frame<acc_t> frame(g, scratch.numbers);
+  const Plan<acc_t, Count> first{scratch.numbers + 2 * plan_stride(taps), scratch.indices, taps};
+  const int64_t channels = g.channels(), slice_channels = g.group_channels;
+  const int64_t pixels_in = int64_t(g.height) * g.width;
+  const int64_t pixels_out = int64_t(g.out_height) * g.out_width, strip = strip_plans(taps);
+  Unit units[strip_plans(1)];
+  for (int64_t slice = begin; slice < end; ++slice) {
+    const int64_t image = slice / g.groups, group = slice % g.groups;
+    const int64_t first_value = image * pixels_in * channels + group * slice_channels;
+    copy_slice(scratch.value, slice_channels, t.value + first_value, channels, g);
+    std::memset(static_cast<void*>(scratch.grad_value), 0,
+                pixels_in * slice_channels * sizeof(acc_t));
+    Walk walk(g, image * pixels_out, group, group + 1);
+    for (int64_t i = 0; i < pixels_out; i += strip) {
+      const int64_t count = pixels_out - i < strip ? pixels_out - i : strip;
+      plan_strip<true>(first, frame, t.offset_mask, g.offset_channels, walk, units, count);
+      spread_strip(first, g, t.grad_output, scratch, units, count);
+      differentiate_strip(first, frame, t.grad_offset_mask, g.offset_channels, units, count);
+    }
+    copy_slice(t.grad_value + first_value, channels, scratch.grad_value, slice_channels, g);
+    if (group == 0) clear_padding(g, t.grad_offset_mask + image * pixels_out * g.offset_channels);
+  }
+}
+
+}  // namespace
+}  // namespace ops_dcnv4

@@ -1,0 +1,71 @@
+// The forward pass.
+#pragma once
+
+#include "cpu/channels.h"
+#include "cpu/plan.h"
+
+namespace ops_dcnv4 {
+namespace {
+
+// The output of one unit, `value` and `output` pointing at its group's first channel.
+template <bool inside, typename scalar_t, typename acc_t, typename Count, typename Channels>
+OPS_DCNV4_INLINE void sum_taps(const Plan<acc_t, Count> plan, const scalar_t* value,
+                               scalar_t* output, Channels group_channels, int64_t right,
+                               int64_t below, const scalar_t* zeros) {
+  for_channel_blocks<acc_t>(group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
+    using L = Lanes<acc_t, width.value>;
+    // A sum per corner: four short chains of dependent additions instead of a long one.
+    typename L::type top_left = L::zero(), top_right = top_left;
+    typename L::type bottom_left = top_left, bottom_right = top_left;
+    for (int64_t k = 0; k < plan.taps; ++k) {
+      const int64_t pixel = plan.pixel()[k];
+      const scalar_t* v = inside || pixel >= 0 ? value + c + pixel * right : zeros;
+      const int64_t to_right = inside ? right : plan.step_x()[k] * right;
+      const int64_t to_below = inside ? below : plan.step_y()[k] * below;
+      top_left += plan.weight(0)[k] * L::load(v);
+      top_right += plan.weight(1)[k] * L::load(v + to_right);
+      bottom_left += plan.weight(2)[k] * L::load(v + to_below);
+      bottom_right += plan.weight(3)[k] * L::load(v + to_below + to_right);
+    }
+    L::store(output + c, (top_left + top_right) + (bottom_left + bottom_right));
+  });
+}
+
+template <typename scalar_t, typename acc_t, typename Count>
+OPS_DCNV4_NOINLINE void sum_strip(const Plan<acc_t, Count> first, const Geometry& g,
+                                  const Tensors<scalar_t> t, const Unit* units, int64_t count) {
+  const int64_t channels = g.channels(), below = g.width * channels, image = g.height * below;
+  const scalar_t zeros[widest_block<acc_t>] = {};  // read by points outside: nothing to mispredict
+  with_group_channels(g.group_channels, [&](auto group_channels) OPS_DCNV4_INLINE_LAMBDA {
+    Plan<acc_t, Count> plan = first;
+    for (int64_t i = 0; i < count; ++i, plan = plan.template next<false>()) {
+      const int64_t channel = units[i].group * group_channels;
+      const scalar_t* value = t.value + units[i].image * image + channel;
+      scalar_t* output = t.output + units[i].pixel * channels + channel;
+      if (units[i].inside) {
+        sum_taps<true>(plan, value, output, group_channels, channels, below, zeros);
+      } else {
+        sum_taps<false>(plan, value, output, group_channels, channels, below, zeros);
+      }
+    }
+  });
+}
+
+// Output pixels [begin, end), counted over the batch.
+template <typename scalar_t, typename acc_t, typename Count>
+void forward(const Geometry& g, const Tensors<scalar_t>& t, const Scratch<acc_t>& scratch,
+             Count taps, int64_t begin, int64_t end) {
+  const Frame<acc_t> frame(g, scratch.numbers);
+  const Plan<acc_t, Count> first{scratch.numbers + 2 * plan_stride(taps), scratch.indices, taps};
+  const int64_t units = (end - begin) * g.groups, strip = strip_plans(taps);
+  Walk walk(g, begin, 0, g.groups);
+  Unit planned[strip_plans(1)];
+  for (int64_t i = 0; i < units; i += strip) {
+    const int64_t count = units - i < strip ? units - i : strip;
+    plan_strip<false>(first, frame, t.offset_mask, g.offset_channels, walk, planned, count);
+    sum_strip(first, g, t, planned, count);
+  }
+}
+
+}  // namespace
+}  // namespace ops_dcnv4

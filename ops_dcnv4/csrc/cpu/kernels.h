@@ -1,0 +1,78 @@
+// The kernels of every instruction set, and the choice among them.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "geometry.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(OPS_DCNV4_PLAIN_VECTORS)
+#define OPS_DCNV4_X86 1
+#endif
+
+namespace ops_dcnv4 {
+
+// 16-bit numbers are computed and accumulated in 32 bits.
+template <typename scalar_t>
+using Accumulated = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename scalar_t>
+struct Tensors {
+  const scalar_t* value;
+  const scalar_t* offset_mask;
+  scalar_t* output;             // forward
+  const scalar_t* grad_output;  // backward
+  scalar_t* grad_value;         // backward
+  scalar_t* grad_offset_mask;   // backward
+};
+
+// A worker's memory, aligned to whole vectors.
+template <typename acc_t>
+struct Scratch {
+  acc_t* numbers;
+  int32_t* indices;
+  acc_t* value;       // backward: one group of one image
+  acc_t* grad_value;  // the same
+};
+
+// The taps of a plan (there may be none), rounded up to whole vectors of any width.
+constexpr int64_t plan_stride(int64_t taps) { return taps > 0 ? (taps + 15) / 16 * 16 : 16; }
+
+// Plans made at a time: few enough to stay in the first-level cache.
+constexpr int64_t strip_plans(int64_t taps) { return taps <= 64 ? 128 / plan_stride(taps) : 1; }
+
+// Sizes of Scratch's numbers and indices: a grid, and the plans of a strip.
+constexpr int64_t scratch_numbers(int64_t taps) {
+  return (2 + 13 * strip_plans(taps)) * plan_stride(taps);
+}
+constexpr int64_t scratch_indices(int64_t taps) {
+  return 3 * strip_plans(taps) * plan_stride(taps);
+}
+
+template <typename scalar_t>
+struct Kernels {
+  // Both may be called for several ranges at once.
+  using Function = void(const Geometry&, const Tensors<scalar_t>&,
+                        const Scratch<Accumulated<scalar_t>>&, int64_t begin, int64_t end);
+  Function* forward;   // output pixels [begin, end), counted over the batch
+  Function* backward;  // (image, group) slices [begin, end), counted over the batch
+};
+
+struct InstructionSet {
+  Kernels<float> for_float;
+  Kernels<double> for_double;
+  Kernels<at::BFloat16> for_bfloat16;
+  Kernels<at::Half> for_half;
+
+  const Kernels<float>& kernels(float) const { return for_float; }
+  const Kernels<double>& kernels(double) const { return for_double; }
+  const Kernels<at::BFloat16>& kernels(at::BFloat16) const { return for_bfloat16; }
+  const Kernels<at::Half>& kernels(at::Half) const { return for_half; }
+};
+
+extern const InstructionSet baseline, avx2, avx512;
+
+}  // namespace ops_dcnv4

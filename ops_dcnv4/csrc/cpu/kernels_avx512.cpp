@@ -1,0 +1,29 @@
+// The kernels for x86 processors with AVX-512 (F, BW, DQ, VL).
+#include "cpu/kernels.h"
+
+#if defined(OPS_DCNV4_X86)
+#include <immintrin.h>
+
+#include <cstring>
+#include <utility>
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+// GCC 12 finds its own intrinsics' deliberately undefined operands.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+#define OPS_DCNV4_AVX512
+#define OPS_DCNV4_VECTOR_BYTES 64
+#include "cpu/instantiate.h"
+
+namespace ops_dcnv4 {
+constexpr InstructionSet avx512 = instruction_set();
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
