@@ -1,5 +1,7 @@
 """What the tests of several packages share."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,3 +17,25 @@ def assert_near():
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where operators run: tests/gpu says otherwise."""
+    return "cpu"
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Sums in a fixed order on every device, and NaN in memory that is not initialised."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

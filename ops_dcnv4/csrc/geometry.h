@@ -25,7 +25,7 @@ struct Geometry {
   }
 };
 
-// Checks what keeps the kernels inside their tensors; ops.py has the checks with the friendly texts.
+// Checks what keeps the kernels inside their tensors; ops.py checks with friendlier texts.
 Geometry make_geometry(const at::Tensor& value, const at::Tensor& offset_mask,
                        at::IntArrayRef kernel_size, at::IntArrayRef stride,
                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,

@@ -1,22 +1,39 @@
 // The CUDA operators, compiled with the model of CUDA's execution, on tensors of the CPU.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/from_blob.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
-#include <memory>
+#include <cstddef>
 
 #include "dcnv4.h"
 #include "model.h"
 
 namespace {
 
-// A copy of the tensor which ends before, or with `before` starts behind, memory on which every
-// access is a segmentation fault. Up to 15 bytes are left in between, for the alignment.
-at::Tensor guarded(const at::Tensor& tensor, bool before) {
-  const std::size_t bytes = (tensor.nbytes() + 15) / 16 * 16;
-  const auto memory = std::make_shared<cuda_model::Guarded>(bytes);
-  void* data = before ? memory->begin() : memory->end() - bytes;
-  return at::from_blob(data, tensor.sizes(), [memory](void*) {}, tensor.options()).copy_(tensor);
+// Gives memory that ends before, or with `before` starts behind, memory on which every access is a
+// segmentation fault. Up to 15 bytes are left in between, for the alignment.
+class GuardedAllocator final : public c10::Allocator {
+ public:
+  bool before = false;
+
+  c10::DataPtr allocate(std::size_t bytes) override {
+    bytes = (bytes + 15) / 16 * 16;
+    auto* memory = new cuda_model::Guarded(bytes);
+    void* data = before ? memory->begin() : memory->end() - bytes;
+    const auto free = [](void* context) { delete static_cast<cuda_model::Guarded*>(context); };
+    return {data, memory, free, at::kCPU};
+  }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+};
+
+// From now on, for all tensors of the CPU.
+void guard_tensors(bool before) {
+  static GuardedAllocator allocator;
+  allocator.before = before;
+  c10::SetCPUAllocator(&allocator);
 }
 
 }  // namespace
@@ -29,7 +46,7 @@ TORCH_LIBRARY(ops_dcnv4_cuda_model, m) {
       "dcnv4_backward(Tensor grad_output, Tensor value, Tensor offset_mask, int[2] kernel_size, "
       "int[2] stride, int[2] padding, int[2] dilation, int groups, float offset_scale, "
       "bool remove_center) -> (Tensor, Tensor)");
-  m.def("guarded(Tensor tensor, bool before=False) -> Tensor", guarded);
+  m.def("guard_tensors(bool before) -> ()", guard_tensors);
   m.def("set_order(int order) -> ()", cuda_model::set_order);
 }
 

@@ -35,25 +35,25 @@ def random_image(*shape: int, dtype=torch.float64, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("as_image", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
-def test_published_module(path, dtype, tolerance, as_image, assert_near):
+def test_published_module(path, dtype, tolerance, as_image, device, assert_near):
     golden = {name: torch.from_numpy(a) for name, a in np.load(path).items() if a.dtype.kind != "U"}
     state = {key[3:]: tensor for key, tensor in golden.items() if key.startswith("sd.")}
     module = DCNv4(**json.loads(str(np.load(path)["config_json"])))
     module.load_state_dict(state)
-    module.to(dtype)
+    module.to(device, dtype)
     assert list(module.state_dict()) == list(state)
 
     shape = int(golden["H"]), int(golden["W"])
-    input = golden["input"].to(dtype).requires_grad_()
+    input = golden["input"].to(device, dtype).requires_grad_()
     if as_image:
         output = module(input.unflatten(1, shape)).flatten(1, 2)
     else:
         output = module(input, None if golden["shape_omitted"] else shape)
-    output.backward(golden["grad_output"].to(dtype))
-    assert_near(output, golden["output"], tolerance)
-    assert_near(input.grad, golden["grad_input"], tolerance)
+    output.backward(golden["grad_output"].to(device, dtype))
+    assert_near(output.cpu(), golden["output"], tolerance)
+    assert_near(input.grad.cpu(), golden["grad_input"], tolerance)
     for name, parameter in module.named_parameters():
-        assert_near(parameter.grad, golden[f"grad.{name}"], tolerance)
+        assert_near(parameter.grad.cpu(), golden[f"grad.{name}"], tolerance)
 
 
 # Initialisation

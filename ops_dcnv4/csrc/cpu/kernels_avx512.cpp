@@ -9,7 +9,8 @@
 
 #if defined(__clang__)
 #pragma clang attribute push( \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+    apply_to = function)
 #else
 // GCC 12 finds its own intrinsics' deliberately undefined operands.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

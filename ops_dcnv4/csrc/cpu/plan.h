@@ -19,8 +19,8 @@ struct Frame {
   explicit Frame(const Geometry& g, acc_t* grid);
 };
 
-// Where the taps of one (pixel, group) sample: an array per quantity, in offset_mask's order: column
-// by column of the kernel. Count is a number or a constant, which makes all distances constant.
+// Where the taps of one (pixel, group) sample: an array per quantity, in offset_mask's order,
+// column by column. Count is a number or a constant, which makes all distances constant.
 template <typename acc_t, typename Count>
 struct Plan {
   acc_t* numbers;

@@ -155,7 +155,7 @@ struct PortableLanes {
 
   static OPS_DCNV4_INLINE type zero() { return fill(T(0)); }
   static OPS_DCNV4_INLINE type fill(T number) {
-    type result;
+    type result = {};
     for (int i = 0; i < width; ++i) result[i] = number;
     return result;
   }

@@ -82,7 +82,7 @@ struct TapGradients {
 };
 
 // grad_offset_mask, padding channels included, without atomics: the threads of a unit hold all that
-// its gradients depend on. With `scatter` also grad_value, which is zero at the start, in any order.
+// its gradients depend on. With `scatter` also grad_value, zero at the start, in any order.
 template <typename S, bool scatter, typename scalar_t = typename S::scalar_t,
           typename acc_t = typename S::acc_t>
 __global__ void __launch_bounds__(block_threads)

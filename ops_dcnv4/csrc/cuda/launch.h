@@ -1,5 +1,5 @@
-// What the kernels need of CUDA. Without nvcc they compile as C++ against the tests' serial model of
-// CUDA's execution, whose folder the include path then names.
+// What the kernels need of CUDA. Without nvcc they compile as C++ against the tests' serial model
+// of CUDA's execution, whose folder the include path then names.
 #pragma once
 
 #include <c10/util/BFloat16.h>

@@ -11,9 +11,9 @@ namespace ops_dcnv4 {
 // The work is divided into units of one output pixel and one group of channels. The `lanes`
 // neighbouring threads of a unit hold 16 bytes of channels each; each plans every lanes-th tap, and
 // they pass the plans round in registers. A block takes as many groups as fill a cache line of 128
-// bytes, of the pixels of a tile: warps read whole lines, and neighbours find each other's pixels in
-// the L1 cache. It is small, four warps for a tile of 4 x 4 pixels, so that the small images of late
-// stages still spread over many multiprocessors. Tensor sizes decide nothing here but the grid.
+// bytes, of the pixels of a tile: warps read whole lines, and neighbours find each other's pixels
+// in the L1 cache. It is small, four warps for a tile of 4 x 4 pixels, so that the small images of
+// late stages still spread over many multiprocessors. Tensor sizes decide nothing but the grid.
 constexpr int block_threads = 128;
 constexpr int tile_width = 4;
 
@@ -123,7 +123,8 @@ struct Place {
 
   // The four pixels; any, for a tap that reaches none.
   template <typename scalar_t, int n>
-  __device__ __forceinline__ void load(const scalar_t* image, Pack<scalar_t, n> (&pixels)[4]) const {
+  __device__ __forceinline__ void load(const scalar_t* image,
+                                       Pack<scalar_t, n> (&pixels)[4]) const {
     const Place readable{is_none() ? 0 : first, right, below};
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {

@@ -1,0 +1,41 @@
+"""Runs the CUDA kernels with all tensors beside memory on which an access ends the process.
+
+In a process of its own: `python -m tests.cuda_model.run_guarded before` or `behind`. The last line
+that it writes names what crashed: its own access outside of a tensor, if the kernels make none.
+"""
+
+import ctypes
+import sys
+
+import torch
+
+from tests.cuda_model.build import load_operators
+from tests.ops_dcnv4.cases import small_cases
+
+LAST = "one byte too far"
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def main(where: str) -> None:
+    torch.set_num_threads(1)
+    load_operators()
+    operators = torch.ops.ops_dcnv4_cuda_model
+    operators.guard_tensors(where == "before")
+    for p, (value, offset_mask, grad_output) in small_cases():
+        say(f"value {tuple(value.shape)}, {value.dtype}, {p}")
+        operators.dcnv4(value, offset_mask, *p)
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            operators.dcnv4_backward(grad_output, value, offset_mask, *p)
+    say(LAST)
+    memory = torch.zeros(4096, dtype=torch.uint8)
+    outside = memory.data_ptr() + (-1 if where == "before" else len(memory))
+    ctypes.string_at(outside, 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,216 @@
+"""The CUDA kernels, run by the serial model of CUDA's execution."""
+
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cuda_model import run_guarded
+from tests.cuda_model.build import AVAILABLE, ROOT, load_operators
+from tests.ops_dcnv4.cases import (
+    DTYPES,
+    Parameters,
+    Run,
+    Tensors,
+    assert_equal,
+    assert_rounded_once,
+    random_tensors,
+    run_exactly,
+)
+from tests.ops_dcnv4.test_ops import *  # noqa: F403  what every backend must pass
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Linux and g++")
+
+OPERATORS = ("dcnv4", "dcnv4_backward")
+FORWARD, REVERSE, SHUFFLED = 0, -1, 1
+
+
+def kernels_for_the_cpu() -> str:
+    return "".join(torch._C._dispatch_dump(f"ops_dcnv4::{name}") for name in OPERATORS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cuda_kernels() -> Iterator[None]:
+    """Puts the CUDA kernels in the place of the CPU's, their threads in a random order."""
+    load_operators()
+    threads, compiled = torch.get_num_threads(), kernels_for_the_cpu()
+    torch.set_num_threads(1)
+    library = torch.library.Library("ops_dcnv4", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        for name in OPERATORS:
+            kernel = getattr(torch.ops.ops_dcnv4_cuda_model, name).default
+            library.impl(name, kernel, "CPU", allow_override=True)
+    assert kernels_for_the_cpu() != compiled
+    torch.ops.ops_dcnv4_cuda_model.set_order(SHUFFLED)
+    yield
+    torch.ops.ops_dcnv4_cuda_model.set_order(FORWARD)
+    library._destroy()
+    assert kernels_for_the_cpu() == compiled
+    torch.set_num_threads(threads)
+
+
+# The paths through the kernels. The tests of a GPU import these, for larger images.
+
+
+@pytest.fixture(scope="module")
+def image_size() -> tuple[int, int]:
+    return 5, 6
+
+
+def interpolates_in_halves(tensors: Tensors, p: Parameters) -> bool:
+    value = tensors.value
+    return (
+        value.dtype == torch.float16
+        and value.shape[-1] // p.groups % 8 == 0
+        and value.data_ptr() % 16 == 0
+    )
+
+
+def magnitudes(tensors: Tensors, p: Parameters) -> Tensors:
+    """The tensors with modulation and value positive, for which nothing cancels out."""
+    packed = tensors.offset_mask[..., : 3 * p.groups * p.taps].unflatten(-1, (p.groups, -1)).clone()
+    packed[..., 2 * p.taps :].abs_()
+    return Tensors(tensors.value.abs(), packed.flatten(-2), tensors.grad_output)
+
+
+def assert_interpolated_in_halves(output: Tensor, tensors: Tensors, p: Parameters) -> None:
+    """A weight and the sums that its pixel takes part in are five numbers rounded to float16.
+
+    Each may be wrong by half an ulp of itself or, if subnormal, by half of the smallest number.
+    Summed up over the taps in float32, and rounded to float16, that is the error of the output.
+    """
+    exact, magnitude = (run_exactly(t, p).output for t in (tensors, magnitudes(tensors, p)))
+    ulp = torch.finfo(torch.float16).eps / 2
+    error = (output.double() - exact).abs()
+    assert (error <= 5.1 * ulp * magnitude + 1.1 * ulp * exact.abs() + 2e-5).all()
+
+
+def assert_as_exact_as_promised(run: Run, tensors: Tensors, p: Parameters) -> None:
+    actual, exact = run(tensors, p), run_exactly(tensors.to("cpu"), p)
+    assert {t.dtype for t in actual} == {tensors.value.dtype}
+    if interpolates_in_halves(tensors, p):
+        assert_interpolated_in_halves(actual.output, tensors.to("cpu"), p)
+        actual, exact = actual[1:], exact[1:]
+    for a, e in zip(actual, exact, strict=True):
+        assert_rounded_once(a, e)
+
+
+@pytest.mark.parametrize("remove_center", [False, True])
+@pytest.mark.parametrize("group_channels", [16, 32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sizes_that_kernels_are_compiled_for(dtype, group_channels, remove_center, image_size, run):
+    p = Parameters(groups=3, remove_center=remove_center)
+    tensors = random_tensors(p, 2, image_size, group_channels, steps_per_pixel=64).to(dtype)
+    assert_as_exact_as_promised(run, tensors, p)
+
+
+OTHER_SIZES = [
+    (Parameters(groups=5), 8),
+    (Parameters(groups=33), 4),
+    (Parameters(groups=7, kernel_size=(1, 1), padding=(0, 0)), 24),
+    (Parameters(groups=2, stride=(2, 2), offset_scale=0.5), 40),
+    (Parameters(groups=2, kernel_size=(7, 7), padding=(3, 3)), 16),
+    (Parameters(groups=3, kernel_size=(5, 2), padding=(2, 1), remove_center=True), 64),
+    (Parameters(groups=1, dilation=(2, 1)), 130),
+    (Parameters(groups=1), 512),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("p", "group_channels"), OTHER_SIZES)
+def test_other_sizes(p, group_channels, dtype, image_size, run):
+    tensors = random_tensors(p, 1, image_size, group_channels, steps_per_pixel=64).to(dtype)
+    assert_as_exact_as_promised(run, tensors, p)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (4, 4), (3, 5)])
+@pytest.mark.parametrize(("groups", "group_channels"), [(1, 16), (3, 64), (9, 3)])
+def test_images_that_fill_no_block(groups, group_channels, size, run):
+    p = Parameters(groups=groups, padding=(2, 2))
+    tensors = random_tensors(p, 2, size, group_channels, steps_per_pixel=64).to(torch.float32)
+    assert_as_exact_as_promised(run, tensors, p)
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    """A copy that begins one element into its memory."""
+    memory = tensor.new_empty(tensor.numel() + 1)
+    return memory[1:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", Tensors._fields)
+def test_unaligned_memory(name, dtype, run, device):
+    p = Parameters()
+    tensors = random_tensors(p, group_channels=16, steps_per_pixel=64).to(dtype).to(device)
+    tensors = tensors._replace(**{name: unaligned(getattr(tensors, name))})
+    assert getattr(tensors, name).data_ptr() % 16 != 0
+    assert_as_exact_as_promised(run, tensors, p)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_halves_up_to_998_thousandths_of_the_largest_do_not_overflow(sign, run):
+    p = Parameters(groups=1)
+    tensors = random_tensors(p, group_channels=16).to(torch.float16)
+    tensors.value.fill_(sign * 0.998 * torch.finfo(torch.float16).max)
+    tensors.offset_mask[..., 2 * p.taps :] = 1 / 16
+    assert run(tensors, p).output.isfinite().all()
+
+
+def test_more_images_than_a_grid_has_layers(run):
+    p = Parameters(groups=1, kernel_size=(1, 1), padding=(0, 0))
+    tensors = random_tensors(p, 65537, (1, 1), 1, padding_channels=0).to(torch.float32)
+    assert_as_exact_as_promised(run, tensors, p)
+
+
+# The order of threads
+
+
+@pytest.fixture
+def set_order() -> Iterator[Callable[[int], None]]:
+    yield torch.ops.ops_dcnv4_cuda_model.set_order
+    torch.ops.ops_dcnv4_cuda_model.set_order(SHUFFLED)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_channels", [3, 16])
+def test_order_changes_no_bit_of_deterministic_results(group_channels, dtype, run, set_order):
+    p = Parameters(groups=5)
+    tensors = random_tensors(p, group_channels=group_channels).to(dtype)
+    expected = run(tensors, p)
+    for order in (FORWARD, REVERSE):
+        set_order(order)
+        assert_equal(run(tensors, p), expected)
+
+
+@pytest.mark.parametrize("group_channels", [3, 16])
+def test_order_changes_rounding_only_where_threads_add_up(
+    group_channels, run, set_order, assert_near
+):
+    p = Parameters(groups=5)
+    tensors = random_tensors(p, group_channels=group_channels).to(torch.float32)
+    results = []
+    for order in (FORWARD, REVERSE):
+        set_order(order)
+        results.append(run(tensors, p))
+    first, second = results
+    assert not first.grad_value.equal(second.grad_value)
+    assert_near(first.grad_value, second.grad_value, 1e-6)
+    assert_equal(first._replace(grad_value=second.grad_value), second)
+
+
+# The ends of tensors
+
+
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_no_access_outside_of_tensors(where):
+    command = [sys.executable, "-m", "tests.cuda_model.run_guarded", where]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.splitlines()[-1:] == [run_guarded.LAST], process.stderr
+    assert process.returncode == -signal.SIGSEGV

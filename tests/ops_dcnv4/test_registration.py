@@ -1,0 +1,126 @@
+"""The operator's life with the rest of PyTorch: torch.library, torch.compile, export, autocast."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ops_dcnv4 import dcnv4
+from tests.ops_dcnv4.cases import (
+    VARIED,
+    Parameters,
+    Result,
+    Tensors,
+    assert_equal,
+    random_tensors,
+    run_operator,
+)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("p", VARIED.values(), ids=VARIED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registration(p, dtype, device):
+    value, offset_mask, grad_output = random_tensors(p, size=(5, 6)).to(dtype).to(device)
+    namespace = torch.ops.ops_dcnv4
+    torch.library.opcheck(namespace.dcnv4_backward.default, (grad_output, value, offset_mask, *p))
+    inputs = value.requires_grad_(), offset_mask.requires_grad_()
+    torch.library.opcheck(namespace.dcnv4.default, (*inputs, *p))
+
+
+def between_other_operators(value: Tensor, offset_mask: Tensor, *parameters) -> Tensor:
+    return dcnv4(value.tanh(), offset_mask * 0.5, *parameters)
+
+
+def assert_compiled_equals_eager(compiled, size, device, assert_near) -> None:
+    p = Parameters(stride=(2, 1))
+    *inputs, grad_output = random_tensors(p, size=size).to(device)
+    inputs = [t.requires_grad_() for t in inputs]
+    outputs = [function(*inputs, *p) for function in (compiled, between_other_operators)]
+    assert_near(outputs[0], outputs[1].detach(), 1e-12)
+    grads = [torch.autograd.grad(output, inputs, grad_output) for output in outputs]
+    for actual, expected in zip(*grads, strict=True):
+        assert_near(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_equals_eager(dynamic, device, assert_near):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        between_other_operators, fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    assert_compiled_equals_eager(compiled, (7, 6), device, assert_near)
+    assert_compiled_equals_eager(compiled, (8, 9), device, assert_near)
+
+
+def test_torch_compile_with_inductor_equals_eager(device, assert_near):
+    torch._dynamo.reset()
+    quick = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False}
+    compiled = torch.compile(between_other_operators, fullgraph=True, options=quick)
+    assert_compiled_equals_eager(compiled, (7, 6), device, assert_near)
+
+
+def test_torch_compile_under_autocast(device):
+    p = Parameters()
+    value, offset_mask, _ = random_tensors(p).to(torch.float32).to(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(dcnv4, fullgraph=True, backend="aot_eager")
+    with torch.autocast(device, torch.bfloat16):
+        actual, expected = compiled(value, offset_mask, *p), dcnv4(value, offset_mask, *p)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_exports_with_dynamic_batch_and_image_size(device):
+    p = Parameters()
+
+    class Layer(torch.nn.Module):
+        def forward(self, value, offset_mask):
+            return dcnv4(value, offset_mask, *p)
+
+    dims = dict(enumerate(torch.export.dims("n", "h", "w")))
+    inputs = random_tensors(p).to(device)[:2]
+    program = torch.export.export(Layer(), inputs, dynamic_shapes=(dims, dims))
+    others = random_tensors(p, batch=3, size=(4, 11)).to(device)[:2]
+    torch.testing.assert_close(program.module()(*others), dcnv4(*others, *p), rtol=0, atol=0)
+
+
+def test_meta_tensors_get_the_shapes():
+    p = Parameters(kernel_size=(2, 3), stride=(2, 1), padding=(0, 2))
+    tensors = random_tensors(p)
+    value, offset_mask, grad_output = tensors.to("meta")
+    inputs = value.requires_grad_(), offset_mask.requires_grad_()
+    output = dcnv4(*inputs, *p)
+    results = (*torch.autograd.grad(output, inputs, grad_output), output)
+    assert all(result.is_meta for result in results)
+    assert [result.shape for result in results] == [tensor.shape for tensor in tensors]
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_inputs(dtype, device):
+    p = Parameters()
+    value, offset_mask, grad_output = random_tensors(p).to(torch.float32).to(device)
+    inputs = value.requires_grad_(), offset_mask.to(torch.bfloat16).requires_grad_()
+    with torch.autocast(device, dtype):
+        output = dcnv4(*inputs, *p)
+    grads = torch.autograd.grad(output, inputs, grad_output.to(dtype))
+    in_dtype = run_operator(Tensors(*inputs, grad_output).to(dtype), p, device)
+    expected = Result(
+        in_dtype.output, in_dtype.grad_value.float(), in_dtype.grad_offset_mask.bfloat16()
+    )
+    assert_equal(Result(*(tensor.detach().cpu() for tensor in (output, *grads))), expected)
+
+
+def test_autocast_leaves_float64_alone(device):
+    value, offset_mask, _ = random_tensors(Parameters()).to(device)
+    with torch.autocast(device, torch.bfloat16):
+        output = dcnv4(value, offset_mask, *Parameters())
+    expected = dcnv4(value, offset_mask, *Parameters())
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+def test_second_derivative_is_refused(device):
+    value, offset_mask, _ = random_tensors(Parameters()).to(device)
+    output = dcnv4(value.requires_grad_(), offset_mask, *Parameters())
+    (grad,) = torch.autograd.grad(output.sum(), value, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
