@@ -120,13 +120,13 @@ def build_arguments() -> dict:
     cpp_extension = import_cpp_extension()
     if cpp_extension is None:
         return {}
-    shared = list(CSRC.glob("*.cpp"))
+    shared = [CSRC / "library.cpp", CSRC / "geometry.cpp"]
     flags, link_flags = compiler_flags()
     extensions = [
         extension(
             cpp_extension.CppExtension,
             "_C",
-            [*shared, *CSRC.glob("cpu/*.cpp")],
+            [*shared, CSRC / "autograd.cpp", *CSRC.glob("cpu/*.cpp")],
             flags,
             link_flags,
         )

@@ -30,6 +30,7 @@ Geometry make_geometry(const at::Tensor& value, const at::Tensor& offset_mask,
     TORCH_CHECK_VALUE(pair.size() == 2,
                       "kernel_size, stride, padding and dilation must be pairs, got ", pair);
   }
+  TORCH_CHECK_VALUE(value.device() == offset_mask.device(), "devices differ");
   TORCH_CHECK_VALUE(value.size(0) == offset_mask.size(0), "batch sizes differ");
   TORCH_CHECK_TYPE(value.scalar_type() == offset_mask.scalar_type(), "dtypes differ");
   TORCH_CHECK_VALUE(groups > 0 && value.size(3) % groups == 0,
@@ -59,8 +60,9 @@ Geometry make_geometry(const at::Tensor& value, const at::Tensor& offset_mask,
 void check_grad_output(const Geometry& g, const at::Tensor& grad_output, const at::Tensor& value) {
   const int64_t shape[] = {g.batch, g.out_height, g.out_width, g.channels()};
   TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(shape) &&
-                        grad_output.scalar_type() == value.scalar_type(),
-                    "grad_output must have the shape and dtype of the output");
+                        grad_output.scalar_type() == value.scalar_type() &&
+                        grad_output.device() == value.device(),
+                    "grad_output must have the shape, dtype and device of the output");
 }
 
 }  // namespace ops_dcnv4

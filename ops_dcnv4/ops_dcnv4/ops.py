@@ -243,10 +243,6 @@ def _refuse_second_derivative(ctx, *grads):
     )
 
 
-register_autograd("ops_dcnv4::dcnv4", _backward, setup_context=_save_for_backward, lib=_library)
-register_autograd("ops_dcnv4::dcnv4_backward", _refuse_second_derivative, lib=_library)
-
-
 # Autocast brings both tensors to the dtype of the surrounding linear layers.
 def _autocast(device_type: str, key: str) -> None:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -259,5 +255,9 @@ def _autocast(device_type: str, key: str) -> None:
             return torch.ops.ops_dcnv4.dcnv4(*tensors, *parameters)
 
 
-_autocast("cpu", "AutocastCPU")
-_autocast("cuda", "AutocastCUDA")
+if not is_compiled():  # csrc/autograd.cpp has the same, at less cost per call
+    name = "ops_dcnv4::dcnv4"
+    register_autograd(name, _backward, setup_context=_save_for_backward, lib=_library)
+    register_autograd(f"{name}_backward", _refuse_second_derivative, lib=_library)
+    _autocast("cpu", "AutocastCPU")
+    _autocast("cuda", "AutocastCUDA")

@@ -53,8 +53,9 @@ struct Weights {
   }
 };
 
-// The same for halves, which are interpolated two at a time in 16 bits, the precision of the pixels
-// (weights and samples lie within their range), then modulated and summed up over the taps in 32.
+// The same for halves, which are interpolated two at a time in 16 bits, the precision of the pixels,
+// then modulated and summed up over the taps in 32. Samples lie within the range of their pixels,
+// but for rounding: pixels within 0.2 % of the largest half may overflow.
 struct HalfWeights {
   unsigned top, bottom;  // pairs of halves: left, right
   float modulation;
