@@ -162,7 +162,7 @@ void backward(const Geometry& g, const Tensors<scalar_t>& t, const Scratch<acc_t
     Walk walk(g, image * pixels_out, group, group + 1);
     for (int64_t i = 0; i < pixels_out; i += strip) {
       const int64_t count = pixels_out - i < strip ? pixels_out - i : strip;
-      plan_strip<true>(first, frame, t.offset_mask, g.offset_channels, walk, units, count);
+      plan_strip<true>(first, frame, g, t, walk, units, count);
       spread_strip(first, g, t.grad_output, scratch, units, count);
       differentiate_strip(first, frame, t.grad_offset_mask, g.offset_channels, units, count);
     }

@@ -62,7 +62,7 @@ void forward(const Geometry& g, const Tensors<scalar_t>& t, const Scratch<acc_t>
   Unit planned[strip_plans(1)];
   for (int64_t i = 0; i < units; i += strip) {
     const int64_t count = units - i < strip ? units - i : strip;
-    plan_strip<false>(first, frame, t.offset_mask, g.offset_channels, walk, planned, count);
+    plan_strip<false>(first, frame, g, t, walk, planned, count);
     sum_strip(first, g, t, planned, count);
   }
 }

@@ -11,6 +11,7 @@ namespace {
 template <typename acc_t>
 struct Frame {
   int row_pixels;                     // of an image
+  int reach;                          // from a window's centre to the first row below it
   acc_t width, height, last_x, last_y;  // sizes and last positions of an image
   int start_x, step_x, start_y, step_y;  // of the windows' centres
   acc_t scale;
@@ -63,6 +64,7 @@ using Native = Lanes<T, OPS_DCNV4_VECTOR_BYTES / sizeof(T)>;
 template <typename acc_t>
 Frame<acc_t>::Frame(const Geometry& g, acc_t* grid)
     : row_pixels(g.width),
+      reach(g.y.grid(g.y.kernel - 1) + 2),
       width(static_cast<acc_t>(g.width)),
       height(static_cast<acc_t>(g.height)),
       last_x(static_cast<acc_t>(g.width - 1)),
@@ -262,15 +264,24 @@ OPS_DCNV4_INLINE void prefetch(const T* from, int64_t count) {
 // of a single one all wait for each other.
 template <bool backward, typename scalar_t, typename acc_t, typename Count>
 OPS_DCNV4_NOINLINE void plan_strip(Plan<acc_t, Count> plan, const Frame<acc_t> frame,
-                                   const scalar_t* offset_mask, int64_t offset_channels, Walk& walk,
+                                   const Geometry& g, const Tensors<scalar_t>& t, Walk& walk,
                                    Unit* units, int64_t count) {
+  const int64_t offset_channels = g.offset_channels, channels = g.channels();
+  const int64_t image = int64_t(g.height) * g.width * channels;
   Walk w = walk;
   // To the same place in the next strip: the hardware does not foresee where a slice goes on.
   const int64_t ahead = strip_plans(plan.taps) * (backward ? offset_channels : 3 * plan.taps);
   for (int64_t i = 0; i < count; ++i, w.next(), plan = plan.template next<backward>()) {
     const scalar_t* offsets =
-        offset_mask + w.at.pixel * offset_channels + w.at.group * 3 * plan.taps;
+        t.offset_mask + w.at.pixel * offset_channels + w.at.group * 3 * plan.taps;
     prefetch(offsets + ahead, 3 * plan.taps);
+    if (!backward) {  // the pixel that the windows of the next row will be the first to read
+      const int64_t row = frame.start_y + w.row * frame.step_y + frame.reach;
+      const int64_t col = frame.start_x + w.col * frame.step_x;
+      prefetch(t.value + w.at.image * image + (row * frame.row_pixels + col) * channels +
+                   w.at.group * g.group_channels,
+               g.group_channels);
+    }
     const Window<scalar_t, acc_t> window{acc_t(frame.start_x + w.col * frame.step_x),
                                          acc_t(frame.start_y + w.row * frame.step_y), offsets};
     units[i] = w.at;
