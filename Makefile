@@ -8,9 +8,10 @@ DIGITS := configs/classification/flash_internimage_nano_digits.yaml
 OPS_SOURCES := $(shell find ops_dcnv4/csrc ops_dcnv4/ops_dcnv4 -name '*.cpp' -o -name '*.cu*' -o -name '*.h' -o -name '*.py') \
 	ops_dcnv4/setup.py ops_dcnv4/pyproject.toml
 
-# CUDA kernels are built where nvcc is found: for the GPU at hand, or for one architecture to show
-# that they compile. setup.py's own default covers them all.
-export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | head -n 1 | grep -E '^[0-9.]+$$' || echo 9.0)
+# CUDA kernels are built where nvcc is found: for the GPUs at hand or, where there are none, for one
+# architecture to show that they compile. setup.py's own default covers them all.
+GPU_ARCHITECTURES := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$$' | sort -u | paste -sd ';')
+export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
 
 .PHONY: demo test lint bench sanitize clean
 
@@ -30,7 +31,7 @@ bench: $(VENV)/.package
 	$(RUN) -m tools.benchmark_model
 
 # On a machine with a GPU: the CUDA kernels under NVIDIA's checkers of memory accesses and races.
-sanitize: $(VENV)/.package
+sanitize: $(VENV)/.package $(VENV)/.dev
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) -m tests.gpu.sanitize || exit 1; done
 
@@ -51,7 +52,7 @@ $(VENV)/.requirements: requirements.txt $(VENV)/.created
 	$(PIP) -r requirements.txt
 	touch $@
 
-# Compiled against the torch of requirements.txt; a failure here is an error, not a slow fallback.
+# Compiled against the torch of requirements.txt; a failing compiler is an error, not a slow fallback.
 $(VENV)/.operators: $(OPS_SOURCES) $(VENV)/.requirements
 	OPS_DCNV4_REQUIRE_COMPILED=1 $(PIP) --force-reinstall --no-deps ./ops_dcnv4
 	touch $@

@@ -6,7 +6,7 @@ PyTorch reference there. Environment variables:
 
     TORCH_CUDA_ARCH_LIST          GPU architectures, as for torch, instead of DEFAULT_ARCHITECTURES
     FORCE_CPU=1                   no CUDA
-    OPS_DCNV4_REQUIRE_COMPILED=1  a library that cannot be compiled is an error
+    OPS_DCNV4_REQUIRE_COMPILED=1  a failing compiler is an error (a missing nvcc is not)
 """
 
 import os
@@ -98,6 +98,15 @@ def find_nvcc(cpp_extension) -> str | None:
         return None
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
     if nvcc is None:
+        return None
+    about = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.\d+", about)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        warnings.warn(
+            f"no CUDA kernels: {nvcc} is of CUDA {release and release[0]}, torch was built for "
+            f"{torch.version.cuda}. Install a toolkit of that version, then ops-dcnv4 again",
+            stacklevel=1,
+        )
         return None
     # What lies on the path may be a script that calls the nvcc of a toolkit elsewhere.
     steps = subprocess.run(

@@ -247,7 +247,7 @@ def add_common_options(parser: argparse.ArgumentParser, min_time: float) -> None
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("benchmarks"),
+        default=Path("output/benchmarks"),
         metavar="DIR",
         help="of the JSON file and the chart, default %(default)s",
     )

@@ -37,7 +37,7 @@ constexpr int outside = -2;
 template <typename T>
 struct Cell {
   int row, col;  // of the top-left pixel; -1 where only the cell's other half lies inside
-  T dy, dx;      // position of the point within the cell, in [0, 1)
+  T dy, dx;      // position of the point within the cell, in [0, 1]
 };
 
 // Rounds down. A GPU has an instruction for it; on a CPU this is what compilers vectorise.

@@ -99,6 +99,8 @@ def dcnv4(
         to_pair(padding, "padding", minimum=0),
         to_pair(dilation, "dilation", minimum=1),
     )
+    if not isinstance(offset_scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"offset_scale must be a number, got {offset_scale!r}")
     _check_tensors(value, offset_mask)
     _check_shapes(value, offset_mask, *pairs, groups, remove_center)
     return torch.ops.ops_dcnv4.dcnv4(
@@ -131,14 +133,18 @@ def output_size(
     return height, width
 
 
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
 def _check_tensors(value: Tensor, offset_mask: Tensor) -> None:
     for name, tensor in (("value", value), ("offset_mask", offset_mask)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (N, H, W, C), got shape {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in _DTYPES:
+            accepted = ", ".join(str(dtype) for dtype in _DTYPES)
+            raise TypeError(f"{name} must be floating point ({accepted}), got {tensor.dtype}")
     if value.device != offset_mask.device:
         raise ValueError(
             "value and offset_mask must be on one device, got "
@@ -165,11 +171,12 @@ def _check_shapes(
     remove_center: bool,
 ) -> None:
     n, height, width, channels = value.shape
-    if not isinstance(groups, int):
+    if not isinstance(groups, int) or isinstance(groups, bool):
         raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1 or channels % groups:
         raise ValueError(
-            f"groups must be positive and divide the channels of value ({channels}), got {groups}"
+            f"groups must be positive and divide the channels of value ({channels}), got {groups}; "
+            f"value is (N, H, W, C) = {tuple(value.shape)}"
         )
     height_out, width_out = output_size((height, width), kernel_size, stride, padding, dilation)
     if height_out < 1 or width_out < 1:

@@ -7,14 +7,15 @@
 namespace ops_dcnv4 {
 namespace {
 
-// One group of one image between its tensor, `channels` apart, and memory of its own.
+// One group of one image between its tensor, where pixels are all channels apart, and memory of its
+// own, where they are the group's channels apart.
 template <typename To, typename From>
 OPS_DCNV4_INLINE void copy_slice(To* to, int64_t to_channels, const From* from,
                                  int64_t from_channels, const Geometry& g) {
   const int64_t pixels = int64_t(g.height) * g.width;
   for (int64_t pixel = 0; pixel < pixels; ++pixel, to += to_channels, from += from_channels) {
     using acc_t = std::conditional_t<sizeof(To) < sizeof(From), From, To>;
-    prefetch(from + 16 * from_channels, g.group_channels);
+    prefetch(from, 16 * from_channels, g.group_channels);
     for_channel_blocks<acc_t>(g.group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
       using L = Lanes<acc_t, width.value>;
       L::store(to + c, L::load(from + c));
@@ -125,7 +126,7 @@ OPS_DCNV4_NOINLINE void spread_strip(const Plan<acc_t, Count> first, const Geome
     Plan<acc_t, Count> plan = first;
     for (int64_t i = 0; i < count; ++i, plan = plan.template next<true>()) {
       const scalar_t* grad = grad_output + units[i].pixel * channels + units[i].group * right;
-      prefetch(grad + strip_plans(plan.taps) * channels, right);
+      prefetch(grad, strip_plans(plan.taps) * channels, right);
       spread(plan, units[i].inside, grad, scratch.value, scratch.grad_value, right,
              g.width * right);
     }

@@ -11,7 +11,7 @@ namespace {
 template <typename acc_t>
 struct Frame {
   int row_pixels;                     // of an image
-  int reach;                          // from a window's centre to the first row below it
+  int reach;  // from a window's centre to the first row that it does not read, but for offsets
   acc_t width, height, last_x, last_y;  // sizes and last positions of an image
   int start_x, step_x, start_y, step_y;  // of the windows' centres
   acc_t scale;
@@ -252,12 +252,14 @@ class Walk {
   int row, col;
 };
 
-// Asks for the cache lines of `count` numbers; addresses beyond the end of a tensor do no harm.
+// Asks for the cache lines of `count` numbers, `distance` from an address; beyond the ends of a
+// tensor this does no harm.
 template <typename T>
-OPS_DCNV4_INLINE void prefetch(const T* from, int64_t count) {
-  const char* bytes = reinterpret_cast<const char*>(from);
-  const int64_t size = count * static_cast<int64_t>(sizeof(T));
-  for (int64_t i = 0; i < size; i += 64) OPS_DCNV4_PREFETCH(bytes + i);
+OPS_DCNV4_INLINE void prefetch(const T* from, int64_t distance, int64_t count) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(from) + distance * sizeof(T);
+  for (uintptr_t i = 0; i < count * sizeof(T); i += 64) {
+    OPS_DCNV4_PREFETCH(reinterpret_cast<const char*>(first + i));
+  }
 }
 
 // Plans `count` units, so that the processor has several to work on side by side: the computations
@@ -274,12 +276,12 @@ OPS_DCNV4_NOINLINE void plan_strip(Plan<acc_t, Count> plan, const Frame<acc_t> f
   for (int64_t i = 0; i < count; ++i, w.next(), plan = plan.template next<backward>()) {
     const scalar_t* offsets =
         t.offset_mask + w.at.pixel * offset_channels + w.at.group * 3 * plan.taps;
-    prefetch(offsets + ahead, 3 * plan.taps);
+    prefetch(offsets, ahead, 3 * plan.taps);
     if (!backward) {  // the pixel that the windows of the next row will be the first to read
       const int64_t row = frame.start_y + w.row * frame.step_y + frame.reach;
       const int64_t col = frame.start_x + w.col * frame.step_x;
-      prefetch(t.value + w.at.image * image + (row * frame.row_pixels + col) * channels +
-                   w.at.group * g.group_channels,
+      const int64_t pixel = row * frame.row_pixels + col;
+      prefetch(t.value, w.at.image * image + pixel * channels + w.at.group * g.group_channels,
                g.group_channels);
     }
     const Window<scalar_t, acc_t> window{acc_t(frame.start_x + w.col * frame.step_x),

@@ -226,7 +226,8 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(
   const c10::DeviceGuard guard(value.device());
   const at::Tensor go = grad_output.contiguous(), v = value.contiguous(),
                    o = offset_mask.contiguous();
-  if (v.numel() == 0) return {at::zeros(v.sizes(), v.options()), at::zeros(o.sizes(), o.options())};
+  if (v.numel() == 0 || o.numel() == 0)
+    return {at::zeros(v.sizes(), v.options()), at::zeros(o.sizes(), o.options())};
   at::Tensor grad_value;
   at::Tensor grad_offset_mask = at::empty(o.sizes(), o.options());
   const bool in_order = at::globalContext().deterministicAlgorithms();

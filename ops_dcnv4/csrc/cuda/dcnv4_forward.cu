@@ -95,7 +95,8 @@ struct HalfWeights {
       for (int corner = 1; corner < 4; ++corner) {
         sample = __hfma2(weights[corner], pair(corner), sample);
       }
-      // Instead of a branch, which would keep the pixels of several taps from being loaded at once.
+      // The sample of any pixel, maybe infinite. Instead of a branch, which would keep the pixels of
+      // several taps from being loaded at once.
       if (!reaches) sample = __floats2half2_rn(0, 0);
       const float2 wide = __half22float2(sample);
       sum.at[i] += modulation * wide.x;
@@ -165,7 +166,7 @@ at::Tensor dcnv4_cuda(const at::Tensor& value, const at::Tensor& offset_mask,
   const c10::DeviceGuard guard(value.device());
   const at::Tensor v = value.contiguous(), o = offset_mask.contiguous();
   const std::array<int64_t, 4> shape{g.batch, g.out_height, g.out_width, g.channels()};
-  if (v.numel() == 0) return at::zeros(shape, v.options());
+  if (v.numel() == 0 || o.numel() == 0) return at::zeros(shape, v.options());
   at::Tensor output = at::empty(shape, v.options());
   dispatch(v.scalar_type(), [&](auto scalar, auto acc) {
     using scalar_t = decltype(scalar);

@@ -40,7 +40,7 @@ __device__ __forceinline__ To bit_cast(const From from) {
   return to;
 }
 
-// Keeps nvcc from adding the parts of a pointer anew for every load.
+// Keeps nvcc from adding the parts of a pointer (to global memory) anew for every load.
 template <typename T>
 __device__ __forceinline__ const T* computed(const T* pointer) {
 #if defined(__CUDA_ARCH__)
@@ -50,7 +50,7 @@ __device__ __forceinline__ const T* computed(const T* pointer) {
   return pointer;
 }
 
-// n elements that are loaded and stored together.
+// n elements, which are loaded and stored together where they take 8 or 16 bytes.
 template <typename T, int n>
 struct Pack {
   using Word = std::conditional_t<sizeof(T) * n == 16, uint4,
@@ -61,11 +61,13 @@ struct Pack {
   };
 
   static __device__ __forceinline__ Pack load(const T* from) {
+    static_assert(sizeof(Word) == sizeof(T) * n, "not a size that is loaded at once");
     Pack result;
     result.word = *reinterpret_cast<const Word*>(from);
     return result;
   }
   __device__ __forceinline__ void store(T* to) const {
+    static_assert(sizeof(Word) == sizeof(T) * n, "not a size that is stored at once");
 #if defined(__CUDA_ARCH__)
     if constexpr (sizeof(Word) == 16) {  // which nvcc would otherwise cut into four
       asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
@@ -95,7 +97,7 @@ struct Pack {
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-// Four numbers for the price of one, which is what a reduction costs the memory system.
+// Four numbers in one reduction.
 __device__ __forceinline__ void atomic_add(float* to, float a, float b, float c, float d) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
                    __cvta_generic_to_global(to)),

@@ -23,7 +23,7 @@ struct Static {
   static constexpr int group_channels = group_channels_;
   static constexpr int taps = taps_;
   static constexpr int window = taps ? 3 : 0;
-  // Of distances within an image. The host takes the general kernels where 32 bits are too few.
+  // The type of distances within an image. The host takes the general kernels where 32 bits are too few.
   using index_t = std::conditional_t<taps != 0, int, int64_t>;
 
   static __device__ __forceinline__ int lanes(const Layout& layout) {

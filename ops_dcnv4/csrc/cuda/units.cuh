@@ -14,6 +14,8 @@ namespace ops_dcnv4 {
 // bytes, of the pixels of a tile: warps read whole lines, and neighbours find each other's pixels
 // in the L1 cache. It is small, four warps for a tile of 4 x 4 pixels, so that the small images of
 // late stages still spread over many multiprocessors. Tensor sizes decide nothing but the grid.
+// (Groups of more than 128 bytes have tiles of fewer pixels, and beyond 32 lanes several rounds;
+// where groups are not aligned to 16 bytes, a thread holds one channel at a time.)
 constexpr int block_threads = 128;
 constexpr int tile_width = 4;
 
