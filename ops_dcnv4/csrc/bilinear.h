@@ -1,4 +1,5 @@
-// Where DCNv4 samples and with which bilinear weights. Shared by every compiled backend.
+// Where DCNv4 samples. The CPU kernels share the geometry, and apply the rule of `locate`
+// to several points at a time (cpu/plan.h).
 #pragma once
 
 #if defined(__CUDACC__)
@@ -40,7 +41,7 @@ struct Cell {
   T dy, dx;      // position of the point within the cell, in [0, 1]
 };
 
-// Rounds down. A GPU has an instruction for it; on a CPU this is what compilers vectorise.
+// Rounds down: one instruction on a GPU, no call of a function elsewhere.
 template <typename T>
 OPS_DCNV4_INLINE int floor_to_int(T a) {
 #if defined(__CUDA_ARCH__)
@@ -52,7 +53,7 @@ OPS_DCNV4_INLINE int floor_to_int(T a) {
 }
 
 // Points count if -1 < y < height and -1 < x < width. The test is false for NaN, and comes before
-// the conversion to int, so that huge coordinates are safe. Free of branches, for vectorisation.
+// the conversion to int, so that huge coordinates are safe.
 template <typename T>
 OPS_DCNV4_INLINE Cell<T> locate(T y, T x, int height, int width) {
   const bool counts = (y > T(-1)) & (y < T(height)) & (x > T(-1)) & (x < T(width));
