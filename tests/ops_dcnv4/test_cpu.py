@@ -1,5 +1,6 @@
-"""What concerns the CPU alone: threads, and life without the compiled library."""
+"""What concerns the installation and the CPU: threads, and life without compiled libraries."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ops_dcnv4 import is_compiled
 from tests.ops_dcnv4.cases import DTYPES, Parameters, assert_equal, random_tensors, run_operator
 
 
@@ -55,3 +57,8 @@ def test_without_the_compiled_library(tmp_path, assert_near):
 def test_the_run_for_sanitizers_runs():
     command = [sys.executable, "-m", "tests.gpu.sanitize", "--device", "cpu"]
     subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
+
+
+def test_where_nvcc_is_the_cuda_kernels_are_compiled():
+    can_compile = shutil.which("nvcc") is not None and torch.version.cuda is not None
+    assert is_compiled("cuda") or not can_compile
