@@ -1,6 +1,6 @@
-"""DCNv4's core operator in plain PyTorch: the specification of the compiled kernels.
+"""The operators in plain PyTorch: the specification of the compiled kernels.
 
-For output pixel (r, c), group g and kernel tap k in column i and row j of the kernel,
+**DCNv4.** For output pixel (r, c), group g and kernel tap k in column i and row j of the kernel,
 
     x = c * stride_w - padding_w + center_w + offset_scale * (i * dilation_w - center_w + dx[k])
     y = r * stride_h - padding_h + center_h + offset_scale * (j * dilation_h - center_h + dy[k])
@@ -9,9 +9,22 @@ For output pixel (r, c), group g and kernel tap k in column i and row j of the k
 with center = dilation * (kernel_size - 1) // 2. The modulation is not normalised (DCNv4,
 arXiv:2401.06197, section 3.1). Taps are ordered column by column; remove_center drops the middle
 one. Of offset_mask's channels, group g owns [3*K*g, 3*K*(g + 1)) for K taps: K pairs (dx, dy),
-then K modulation scalars; channels from 3*K*groups on are padding. A point counts if -1 < y < H and
--1 < x < W, and each of its four pixels if it lies inside the image. Gradients are those of the cell
-that starts at floor(coordinate). float16 and bfloat16 are computed in float32.
+then K modulation scalars; channels from 3*K*groups on are padding.
+
+**Multi-scale deformable attention** (Deformable DETR, arXiv:2010.04159, section 4.1, equation 3,
+without the projections). For query q, head m and point k of level l, whose image of H_l x W_l pixels
+starts at level_start_index[l] of the S pixels of value,
+
+    x = sampling_locations[q, m, l, k, 0] * W_l - 0.5
+    y = sampling_locations[q, m, l, k, 1] * H_l - 0.5
+    output[q, m] = sum over l, k of attention_weights[q, m, l, k] * bilinear(value_l[:, m], y, x)
+
+The fused form packs, for each query and head, the 2*L*K locations in that order, then L*K logits,
+whose softmax over all levels and points are the weights.
+
+**Both.** A point counts if -1 < y < H and -1 < x < W, and each of its four pixels if it lies inside
+the image. Gradients are those of the cell that starts at floor(coordinate). float16 and bfloat16 are
+computed in float32.
 """
 
 from collections.abc import Iterator
@@ -24,9 +37,9 @@ Pair = tuple[int, int]
 
 
 class Corner(NamedTuple):
-    """One of the four pixels around each sampling point; tensors are (N, H_out, W_out, G, K)."""
+    """One of the four pixels around each sampling point; all tensors have the points' shape."""
 
-    index: Tensor  # into the H*W pixels of the image, 0 where the pixel lies outside
+    index: Tensor  # into the pixels of value's image or levels, 0 where the pixel lies outside
     inside: Tensor
     weight: Tensor
     weight_dx: Tensor  # derivative of the weight with respect to x
@@ -67,8 +80,12 @@ def sampling_points(
     return x, y, modulation
 
 
-def corners(x: Tensor, y: Tensor, height: int, width: int) -> Iterator[Corner]:
-    """The four pixels around the points (x, y), with their bilinear weights."""
+def corners(x: Tensor, y: Tensor, height, width, start=0) -> Iterator[Corner]:
+    """The four pixels around the points (x, y), with their bilinear weights.
+
+    The image has `height` rows of `width` pixels from pixel `start` on: numbers, or tensors that
+    broadcast with the points.
+    """
     # Not finite: every comparison is false, and zeros keep the arithmetic below free of NaN.
     in_range = (y > -1) & (y < height) & (x > -1) & (x < width)
     x, y = (torch.where(in_range, coordinate, 0) for coordinate in (x, y))
@@ -80,7 +97,7 @@ def corners(x: Tensor, y: Tensor, height: int, width: int) -> Iterator[Corner]:
             inside = in_range & (row >= 0) & (row < height) & (column >= 0) & (column < width)
             weight_x, weight_y = (dx if right else 1 - dx), (dy if below else 1 - dy)
             yield Corner(
-                index=torch.where(inside, row * width + column, 0),
+                index=torch.where(inside, start + row * width + column, 0),
                 inside=inside,
                 weight=weight_x * weight_y,
                 weight_dx=weight_y if right else -weight_y,
@@ -88,12 +105,46 @@ def corners(x: Tensor, y: Tensor, height: int, width: int) -> Iterator[Corner]:
             )
 
 
+def gather_index(corner: Corner) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of pixels (N, P, G, D) that has points (N, ..., G, K) at a corner: (N, ..., G, K, D)."""
+    shape, device = corner.index.shape, corner.index.device
+    image = torch.arange(shape[0], device=device).view(-1, *[1] * (len(shape) - 1))
+    group = torch.arange(shape[-2], device=device).view(-1, 1)
+    return image, corner.index, group
+
+
 def gather(pixels: Tensor, corner: Corner) -> Tensor:
-    """Values (N, H_out, W_out, G, K, D) of pixels (N, H*W, G, D) at a corner, zero outside."""
-    n, _, groups, _ = pixels.shape
-    image = torch.arange(n, device=pixels.device).view(-1, 1, 1, 1, 1)
-    group = torch.arange(groups, device=pixels.device).view(-1, 1)
-    return torch.where(corner.inside[..., None], pixels[image, corner.index, group], 0)
+    """Pixels (N, P, G, D) at the corner of points (N, ..., G, K), zero outside the image."""
+    return torch.where(corner.inside[..., None], pixels[gather_index(corner)], 0)
+
+
+def aggregate(pixels: Tensor, around: Iterator[Corner], modulation: Tensor) -> Tensor:
+    """Sums over the points: samples of pixels (N, P, G, D) times modulation (N, ..., G, K)."""
+    output = 0
+    for corner in around:
+        weight = torch.where(corner.inside, corner.weight * modulation, 0)
+        output = output + (weight[..., None] * gather(pixels, corner)).sum(-2)
+    return output
+
+
+def aggregate_backward(
+    grad: Tensor, pixels: Tensor, around: Iterator[Corner], modulation: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of pixels, x, y and modulation for a gradient (N, ..., G, D) of the sums."""
+    grad = grad.unsqueeze(-2)
+    grad_pixels = torch.zeros_like(pixels)
+    grad_x, grad_y, grad_modulation = (torch.zeros_like(modulation) for _ in range(3))
+    for corner in around:
+        weight = torch.where(corner.inside, corner.weight * modulation, 0)
+        where = tuple(t.expand_as(weight) for t in gather_index(corner))
+        spread = torch.where(corner.inside[..., None], weight[..., None] * grad, 0)
+        grad_pixels.index_put_(where, spread, accumulate=True)
+        product = torch.where(corner.inside, (gather(pixels, corner) * grad).sum(-1), 0)
+        slope = torch.where(corner.inside, modulation * product, 0)
+        grad_x += corner.weight_dx * slope
+        grad_y += corner.weight_dy * slope
+        grad_modulation += corner.weight * product
+    return grad_pixels, grad_x, grad_y, grad_modulation
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -118,12 +169,8 @@ def dcnv4(
         offset_mask.to(dtype),
         kernel_size, stride, padding, dilation, groups, offset_scale, remove_center,
     )  # fmt: skip
-    height, width = value.shape[1:3]
     pixels = value.to(dtype).flatten(1, 2).unflatten(-1, (groups, -1))
-    output = 0
-    for corner in corners(x, y, height, width):
-        weight = torch.where(corner.inside, corner.weight * modulation, 0)
-        output = output + (weight[..., None] * gather(pixels, corner)).sum(-2)
+    output = aggregate(pixels, corners(x, y, *value.shape[1:3]), modulation)
     return output.flatten(-2).to(value.dtype)
 
 
@@ -145,27 +192,104 @@ def dcnv4_backward(
         offset_mask.to(dtype),
         kernel_size, stride, padding, dilation, groups, offset_scale, remove_center,
     )  # fmt: skip
-    n, height, width, channels = value.shape
-    pixels = value.to(dtype).flatten(1, 2).unflatten(-1, (groups, -1))
-    grad = grad_output.to(dtype).unflatten(-1, (groups, 1, -1))
-
-    grad_pixels = torch.zeros_like(pixels)
-    grad_x, grad_y, grad_modulation = (torch.zeros_like(modulation) for _ in range(3))
-    image = torch.arange(n, device=value.device).view(-1, 1, 1, 1, 1)
-    group = torch.arange(groups, device=value.device).view(-1, 1)
-    for corner in corners(x, y, height, width):
-        weight = torch.where(corner.inside, corner.weight * modulation, 0)
-        where = tuple(t.expand_as(weight) for t in (image, corner.index, group))
-        spread = torch.where(corner.inside[..., None], weight[..., None] * grad, 0)
-        grad_pixels.index_put_(where, spread, accumulate=True)
-        product = torch.where(corner.inside, (gather(pixels, corner) * grad).sum(-1), 0)
-        slope = torch.where(corner.inside, modulation * product * offset_scale, 0)
-        grad_x += corner.weight_dx * slope
-        grad_y += corner.weight_dy * slope
-        grad_modulation += corner.weight * product
-
-    grad_offsets = torch.stack((grad_x, grad_y), dim=-1).flatten(-2)
+    grad_pixels, grad_x, grad_y, grad_modulation = aggregate_backward(
+        grad_output.to(dtype).unflatten(-1, (groups, -1)),
+        value.to(dtype).flatten(1, 2).unflatten(-1, (groups, -1)),
+        corners(x, y, *value.shape[1:3]),
+        modulation,
+    )
+    grad_offsets = offset_scale * torch.stack((grad_x, grad_y), dim=-1).flatten(-2)
     grad_packed = torch.cat((grad_offsets, grad_modulation), dim=-1).flatten(-2)
     grad_offset_mask = torch.zeros_like(offset_mask, memory_format=torch.contiguous_format)
     grad_offset_mask[..., : grad_packed.shape[-1]] = grad_packed.to(offset_mask.dtype)
-    return grad_pixels.reshape(n, height, width, channels).to(value.dtype), grad_offset_mask
+    return grad_pixels.reshape(value.shape).to(value.dtype), grad_offset_mask
+
+
+def corners_of_levels(
+    sampling_locations: Tensor, spatial_shapes: Tensor, level_start_index: Tensor
+) -> Iterator[Corner]:
+    """The four pixels around every location; tensors are (N, Lq, M, L * K)."""
+    points = sampling_locations.shape[4]
+    height, width = spatial_shapes.repeat_interleave(points, dim=0).T
+    start = level_start_index.repeat_interleave(points)
+    x, y = sampling_locations.flatten(3, 4).unbind(-1)
+    return corners(x * width - 0.5, y * height - 0.5, height, width, start)
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """The operator; arguments as in :func:`ops_dcnv4.ms_deform_attn`. Differentiable by autograd."""
+    dtype = compute_dtype(value.dtype)
+    around = corners_of_levels(sampling_locations.to(dtype), spatial_shapes, level_start_index)
+    output = aggregate(value.to(dtype), around, attention_weights.to(dtype).flatten(3))
+    return output.flatten(-2).to(value.dtype)
+
+
+def ms_deform_attn_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, sampling_locations and attention_weights, in their shapes and dtypes."""
+    dtype = compute_dtype(value.dtype)
+    grad_value, grad_x, grad_y, grad_weights = aggregate_backward(
+        grad_output.to(dtype).unflatten(-1, value.shape[2:]),
+        value.to(dtype),
+        corners_of_levels(sampling_locations.to(dtype), spatial_shapes, level_start_index),
+        attention_weights.to(dtype).flatten(3),
+    )
+    sizes = spatial_shapes.flip(1).to(dtype)[:, None]  # (L, 1, 2): W, H
+    grad_points = torch.stack((grad_x, grad_y), dim=-1).view(sampling_locations.shape)
+    return (
+        grad_value.to(value.dtype),
+        (grad_points * sizes).to(sampling_locations.dtype),
+        grad_weights.view(attention_weights.shape).to(attention_weights.dtype),
+    )
+
+
+def unpack(sampling_loc_attn: Tensor, levels: int, n_points: int) -> tuple[Tensor, Tensor]:
+    """sampling_locations (N, Lq, M, L, K, 2) and attention_weights (N, Lq, M, L, K)."""
+    shape, count = (levels, n_points), levels * n_points
+    locations, logits = sampling_loc_attn.split([2 * count, count], dim=-1)
+    return locations.unflatten(-1, (*shape, 2)), logits.softmax(-1).unflatten(-1, shape)
+
+
+def flash_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc_attn: Tensor,
+    n_points: int,
+) -> Tensor:
+    """The operator; arguments as in :func:`ops_dcnv4.flash_deform_attn`. Differentiable by autograd."""
+    packed = sampling_loc_attn.to(compute_dtype(value.dtype))
+    unpacked = unpack(packed, len(spatial_shapes), n_points)
+    return ms_deform_attn(value, spatial_shapes, level_start_index, *unpacked)
+
+
+def flash_deform_attn_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc_attn: Tensor,
+    n_points: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of value and sampling_loc_attn, in their shapes and dtypes."""
+    packed = sampling_loc_attn.to(compute_dtype(value.dtype))
+    locations, weights = unpack(packed, len(spatial_shapes), n_points)
+    grad_value, grad_locations, grad_weights = ms_deform_attn_backward(
+        grad_output, value, spatial_shapes, level_start_index, locations, weights
+    )
+    weighted = (weights * grad_weights).flatten(3)
+    grad_logits = weighted - weights.flatten(3) * weighted.sum(-1, keepdim=True)
+    grad_packed = torch.cat((grad_locations.flatten(3), grad_logits), dim=-1)
+    return grad_value, grad_packed.to(sampling_loc_attn.dtype)
