@@ -129,7 +129,7 @@ def build_arguments() -> dict:
     cpp_extension = import_cpp_extension()
     if cpp_extension is None:
         return {}
-    shared = [CSRC / "library.cpp", CSRC / "geometry.cpp"]
+    shared = [CSRC / "library.cpp", CSRC / "geometry.cpp", CSRC / "attention.cpp"]
     flags, link_flags = compiler_flags()
     extensions = [
         extension(

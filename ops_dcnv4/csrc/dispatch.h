@@ -6,6 +6,8 @@
 #include <c10/util/Exception.h>
 #include <c10/util/Half.h>
 
+#include <type_traits>
+
 namespace ops_dcnv4 {
 
 // Calls function(element, accumulator) with a zero of each type: 16 bits are summed up in 32.
@@ -23,6 +25,18 @@ void dispatch(at::ScalarType dtype, const Function& function) {
     default:
       TORCH_CHECK_TYPE(false, "value must be a floating-point tensor of 16, 32 or 64 bits, got ", dtype);
   }
+}
+
+// The same for attention: function(element, accumulator, element of the points), which is that of
+// value or the accumulator.
+template <typename Function>
+void dispatch(at::ScalarType dtype, at::ScalarType points, const Function& function) {
+  dispatch(dtype, [&](auto scalar, auto acc) {
+    if (points == dtype) return function(scalar, acc, scalar);
+    if constexpr (!std::is_same_v<decltype(scalar), decltype(acc)>) {
+      return function(scalar, acc, acc);
+    }
+  });
 }
 
 }  // namespace ops_dcnv4

@@ -1,16 +1,9 @@
 #include "geometry.h"
 
-#include <limits>
+#include "checks.h"
 
 namespace ops_dcnv4 {
 namespace {
-
-int to_int(int64_t number, const char* what) {
-  TORCH_CHECK_VALUE(number <= std::numeric_limits<int>::max() / 4 &&
-                        number >= std::numeric_limits<int>::min() / 4,
-                    what, " is too large: ", number);
-  return static_cast<int>(number);
-}
 
 Axis axis(int i, at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
           at::IntArrayRef dilation) {
@@ -55,14 +48,6 @@ Geometry make_geometry(const at::Tensor& value, const at::Tensor& offset_mask,
   to_int(int64_t(g.out_height) * g.out_width, "the number of pixels of an output image");
   TORCH_CHECK_VALUE(g.offset_channels >= 3 * groups * g.taps(), "offset_mask has too few channels");
   return g;
-}
-
-void check_grad_output(const Geometry& g, const at::Tensor& grad_output, const at::Tensor& value) {
-  const int64_t shape[] = {g.batch, g.out_height, g.out_width, g.channels()};
-  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(shape) &&
-                        grad_output.scalar_type() == value.scalar_type() &&
-                        grad_output.device() == value.device(),
-                    "grad_output must have the shape, dtype and device of the output");
 }
 
 }  // namespace ops_dcnv4

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 
 #include "bilinear.h"
@@ -18,6 +19,8 @@ struct Geometry {
   double offset_scale;
   bool remove_center;
 
+  std::array<int64_t, 4> output_shape() const { return {batch, out_height, out_width, channels()}; }
+
   OPS_DCNV4_INLINE int64_t channels() const { return groups * group_channels; }
   OPS_DCNV4_INLINE int taps() const { return y.kernel * x.kernel - (remove_center ? 1 : 0); }
   OPS_DCNV4_INLINE bool skips(int tap_y, int tap_x) const {
@@ -30,6 +33,5 @@ Geometry make_geometry(const at::Tensor& value, const at::Tensor& offset_mask,
                        at::IntArrayRef kernel_size, at::IntArrayRef stride,
                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                        double offset_scale, bool remove_center);
-void check_grad_output(const Geometry& g, const at::Tensor& grad_output, const at::Tensor& value);
 
 }  // namespace ops_dcnv4

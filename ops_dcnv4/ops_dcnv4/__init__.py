@@ -1,6 +1,19 @@
-"""DCNv4 deformable convolution for PyTorch: fast where there is a kernel, right on every device."""
+"""DCNv4 and deformable attention for PyTorch: fast where there is a kernel, right everywhere."""
 
-from .modules import DCNv4, DCNv4Conv2d
-from .ops import dcnv4, is_compiled, output_size
+from .attention import flash_deform_attn, ms_deform_attn
+from .backends import choose_backend, is_compiled, use_backend
+from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
+from .ops import dcnv4, output_size
 
-__all__ = ["DCNv4", "DCNv4Conv2d", "dcnv4", "is_compiled", "output_size"]
+__all__ = [
+    "DCNv4",
+    "DCNv4Conv2d",
+    "FlashDeformAttn",
+    "choose_backend",
+    "dcnv4",
+    "flash_deform_attn",
+    "is_compiled",
+    "ms_deform_attn",
+    "output_size",
+    "use_backend",
+]

@@ -1,11 +1,13 @@
-"""Layers around the operator: the published DCNv4 module and a drop-in for nn.Conv2d."""
+"""Layers around the operators: the published modules and a drop-in for nn.Conv2d."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import SpatialShapes, flash_deform_attn
 from .ops import dcnv4, output_size, to_pair
 
 
@@ -287,3 +289,148 @@ def _named_padding(
         "padding must be ints, 'valid', or 'same' with stride 1 and an odd window, got "
         f"{padding!r} with stride {stride}, kernel_size {kernel_size} and dilation {dilation}"
     )
+
+
+class FlashDeformAttn(nn.Module):
+    """Multi-scale deformable attention (arXiv:2010.04159, section 4.1) as in the DCNv4 package.
+
+    Argument names and state-dict keys are the published ones. Unlike the published layer it never
+    rounds sampling locations to float16, under autocast neither.
+
+    Args:
+        d_model: channels of queries, inputs and outputs.
+        n_levels: feature maps that are sampled.
+        n_heads: heads; divides `d_model`.
+        n_points: sampling points per query, head and level.
+
+    Raises:
+        ValueError: a number is below 1, or `n_heads` does not divide `d_model`.
+    """
+
+    def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4):
+        super().__init__()
+        for name, number in (("n_levels", n_levels), ("n_points", n_points)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if n_heads < 1 or d_model % n_heads:
+            raise ValueError(
+                f"n_heads must be positive and divide d_model={d_model}, got {n_heads}"
+            )
+        self.d_model, self.n_levels = d_model, n_levels
+        self.n_heads, self.n_points = n_heads, n_points
+        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
+        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
+        self.value_proj = nn.Linear(d_model, d_model)
+        self.output_proj = nn.Linear(d_model, d_model)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Deformable DETR's: head by head the points lie in one direction, 1, 2, ... pixels off."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            bias = self.sampling_offsets.bias.view(self.n_heads, self.n_levels, self.n_points, 2)
+            bias.copy_(initial_offsets(self.n_heads, self.n_points)[:, None])
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: SpatialShapes,
+        input_level_start_index: Tensor | Sequence[int] | None = None,
+        input_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            query: (N, Lq, C).
+            reference_points: (N, Lq, L, 2), points (x, y), (0, 0) at the top left corner of the
+                images and (1, 1) at the bottom right one, or (N, Lq, L, 4), boxes (x, y, w, h)
+                around such points, in whose sizes the offsets are then measured.
+            input_flatten: (N, S, C), the feature maps of all levels one behind the other.
+            input_spatial_shapes: (L, 2), (H, W) of each level.
+            input_level_start_index: (L,), the first pixel of each level; may be left out.
+            input_padding_mask: (N, S), True for pixels that count as zero.
+
+        Returns:
+            (N, Lq, C).
+
+        Raises:
+            ValueError: an argument does not fit; the message names it.
+        """
+        for name, tensor in (("query", query), ("input_flatten", input_flatten)):
+            if tensor.dim() != 3 or tensor.shape[-1] != self.d_model:
+                raise ValueError(
+                    f"{name} must be (N, length, {self.d_model}), got shape {tuple(tensor.shape)}"
+                )
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            if input_padding_mask.shape != value.shape[:2]:
+                raise ValueError(
+                    f"input_padding_mask must be {tuple(value.shape[:2])} like input_flatten, "
+                    f"got shape {tuple(input_padding_mask.shape)}"
+                )
+            value = value.masked_fill(input_padding_mask[..., None], 0)
+        heads = (self.n_heads, self.n_levels, self.n_points)
+        locations = sampling_locations(
+            self.sampling_offsets(query).unflatten(-1, (*heads, 2)),
+            reference_points,
+            input_spatial_shapes,
+        )
+        logits = self.attention_weights(query).unflatten(-1, (self.n_heads, -1))
+        output = flash_deform_attn(
+            value.unflatten(-1, (self.n_heads, -1)),
+            input_spatial_shapes,
+            input_level_start_index,
+            torch.cat((locations.flatten(3), logits.to(locations.dtype)), dim=-1),
+            self.n_points,
+        )
+        return self.output_proj(output)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.d_model}, n_levels={self.n_levels}, n_heads={self.n_heads}, "
+            f"n_points={self.n_points}"
+        )
+
+
+def initial_offsets(heads: int, points: int) -> Tensor:
+    """(heads, points, 2): point k of head m lies k + 1 pixels away in direction 2 * pi * m / heads,
+    in the maximum norm."""
+    angles = torch.arange(heads) * (2 * math.pi / heads)
+    directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    directions = directions / directions.abs().amax(-1, keepdim=True)
+    return directions[:, None] * torch.arange(1, points + 1)[:, None]
+
+
+def sampling_locations(
+    offsets: Tensor, reference_points: Tensor, spatial_shapes: SpatialShapes
+) -> Tensor:
+    """Locations (N, Lq, M, L, K, 2) from 0 to 1, in float32 for 16-bit offsets.
+
+    Args:
+        offsets: (N, Lq, M, L, K, 2), in pixels of the level around reference points, in halves of a
+            reference box divided by K.
+        reference_points: (N, Lq, L, 2) points or (N, Lq, L, 4) boxes (x, y, w, h).
+        spatial_shapes: (L, 2), (H, W) of each level.
+
+    Raises:
+        ValueError: `reference_points` does not fit the offsets.
+    """
+    n, queries, _, levels, points, _ = offsets.shape
+    if tuple(reference_points.shape) not in ((n, queries, levels, 2), (n, queries, levels, 4)):
+        raise ValueError(
+            f"reference_points must be ({n}, {queries}, {levels}, 2) or (..., 4), "
+            f"got shape {tuple(reference_points.shape)}"
+        )
+    dtype = torch.promote_types(offsets.dtype, torch.float32)
+    reference_points = reference_points.to(dtype)[:, :, None, :, None]
+    if reference_points.shape[-1] == 2:
+        sizes = torch.as_tensor(spatial_shapes, device=offsets.device).flip(-1)
+        return reference_points + offsets.to(dtype) / sizes[:, None]
+    centers, sizes = reference_points.split(2, dim=-1)
+    return centers + offsets.to(dtype) / points * sizes * 0.5

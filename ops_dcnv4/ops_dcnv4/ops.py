@@ -1,50 +1,7 @@
-"""The functional operator, its checks, and its registration with torch.library.
-
-The schemas are defined here, so that the operators exist without the compiled library too; the
-library adds its kernels to them. Whatever it does not cover runs on the PyTorch reference.
-"""
-
-import functools
-import importlib
-import warnings
+"""The functional DCNv4 operator and its checks."""
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
-
-from . import reference
-
-_PARAMETERS = (
-    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
-    "int groups, float offset_scale, bool remove_center"
-)
-_library = Library("ops_dcnv4", "DEF")
-_library.define(
-    f"dcnv4(Tensor value, Tensor offset_mask, {_PARAMETERS}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    f"dcnv4_backward(Tensor grad_output, Tensor value, Tensor offset_mask, {_PARAMETERS})"
-    " -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def _register_kernels(module: str) -> str | None:
-    """Imports a compiled library, which registers its kernels; the reason if there is none."""
-    try:
-        importlib.import_module(f"ops_dcnv4.{module}")
-    except (ImportError, OSError) as error:
-        return str(error)
-    return None
-
-
-_why_not_compiled = {"cpu": _register_kernels("_C"), "cuda": _register_kernels("_C_cuda")}
-
-
-def is_compiled(device_type: str = "cpu") -> bool:
-    """Whether the compiled kernels for a device type ("cpu" or "cuda") were found."""
-    return _why_not_compiled.get(device_type, "") is None
 
 
 def dcnv4(
@@ -136,27 +93,34 @@ def output_size(
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+def check_tensor(name: str, tensor: Tensor, shape: tuple[str, ...]) -> None:
+    """Raises an error that names the argument unless it is a floating-point tensor of `shape`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dim() != len(shape):
+        expected = ", ".join(shape)
+        raise ValueError(f"{name} must be ({expected}), got shape {tuple(tensor.shape)}")
+    if tensor.dtype not in _DTYPES:
+        accepted = ", ".join(str(dtype) for dtype in _DTYPES)
+        raise TypeError(f"{name} must be floating point ({accepted}), got {tensor.dtype}")
+
+
 def _check_tensors(value: Tensor, offset_mask: Tensor) -> None:
     for name, tensor in (("value", value), ("offset_mask", offset_mask)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be (N, H, W, C), got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in _DTYPES:
-            accepted = ", ".join(str(dtype) for dtype in _DTYPES)
-            raise TypeError(f"{name} must be floating point ({accepted}), got {tensor.dtype}")
+        check_tensor(name, tensor, ("N", "H", "W", "C"))
     if value.device != offset_mask.device:
         raise ValueError(
             "value and offset_mask must be on one device, got "
             f"{value.device} and {offset_mask.device}"
         )
-    if value.dtype != offset_mask.dtype and not _autocasts(value.device.type):
+    if value.dtype != offset_mask.dtype and not autocasts(value.device.type):
         raise TypeError(
             f"value and offset_mask must have one dtype, got {value.dtype} and {offset_mask.dtype}"
         )
 
 
-def _autocasts(device_type: str) -> bool:
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is active for a device type."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
@@ -195,76 +159,3 @@ def _check_shapes(
             f"offset_mask must have at least {3 * groups * taps} channels (3 * groups * taps = "
             f"3 * {groups} * {taps}), got {offset_mask.shape[3]}"
         )
-
-
-@functools.cache
-def _warn_reference(device_type: str) -> None:
-    why = _why_not_compiled.get(device_type)
-    if why is None:
-        reason = f"there are no kernels for device type '{device_type}'"
-    else:
-        compiler = "nvcc" if device_type == "cuda" else "a C++ compiler"
-        reason = (
-            f"the compiled kernels are missing ({why}). Install {compiler}, then run: "
-            "pip install --no-build-isolation --no-deps --force-reinstall ./ops_dcnv4"
-        )
-    warnings.warn(f"DCNv4 runs on its slow PyTorch reference: {reason}", stacklevel=2)
-
-
-@torch.library.impl(_library, "dcnv4", "CompositeExplicitAutograd")
-def _reference_forward(value: Tensor, offset_mask: Tensor, *parameters) -> Tensor:
-    _warn_reference(value.device.type)
-    return reference.dcnv4(value, offset_mask, *parameters)
-
-
-@torch.library.impl(_library, "dcnv4_backward", "CompositeExplicitAutograd")
-def _reference_backward(grad_output: Tensor, value: Tensor, offset_mask: Tensor, *parameters):
-    _warn_reference(value.device.type)
-    return reference.dcnv4_backward(grad_output, value, offset_mask, *parameters)
-
-
-@register_fake("ops_dcnv4::dcnv4", lib=_library)
-def _fake_forward(value: Tensor, offset_mask: Tensor, *parameters) -> Tensor:
-    n, height_out, width_out, _ = offset_mask.shape
-    return value.new_empty(n, height_out, width_out, value.shape[3])
-
-
-@register_fake("ops_dcnv4::dcnv4_backward", lib=_library)
-def _fake_backward(grad_output: Tensor, value: Tensor, offset_mask: Tensor, *parameters):
-    return value.new_empty(value.shape), offset_mask.new_empty(offset_mask.shape)
-
-
-def _save_for_backward(ctx, inputs, output) -> None:
-    value, offset_mask, *ctx.parameters = inputs
-    ctx.save_for_backward(value, offset_mask)
-
-
-def _backward(ctx, grad_output: Tensor):
-    grads = torch.ops.ops_dcnv4.dcnv4_backward(grad_output, *ctx.saved_tensors, *ctx.parameters)
-    return *grads, *(None for _ in ctx.parameters)
-
-
-def _refuse_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "dcnv4 has no second derivative: call backward or autograd.grad without create_graph=True"
-    )
-
-
-# Autocast brings both tensors to the dtype of the surrounding linear layers.
-def _autocast(device_type: str, key: str) -> None:
-    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    @torch.library.impl(_library, "dcnv4", key)
-    def _(value: Tensor, offset_mask: Tensor, *parameters) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        tensors = (t if t.dtype == torch.float64 else t.to(dtype) for t in (value, offset_mask))
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return torch.ops.ops_dcnv4.dcnv4(*tensors, *parameters)
-
-
-if not is_compiled():  # csrc/autograd.cpp has the same, at less cost per call
-    name = "ops_dcnv4::dcnv4"
-    register_autograd(name, _backward, setup_context=_save_for_backward, lib=_library)
-    register_autograd(f"{name}_backward", _refuse_second_derivative, lib=_library)
-    _autocast("cpu", "AutocastCPU")
-    _autocast("cuda", "AutocastCUDA")

@@ -12,8 +12,8 @@ one. Of offset_mask's channels, group g owns [3*K*g, 3*K*(g + 1)) for K taps: K 
 then K modulation scalars; channels from 3*K*groups on are padding.
 
 **Multi-scale deformable attention** (Deformable DETR, arXiv:2010.04159, section 4.1, equation 3,
-without the projections). For query q, head m and point k of level l, whose image of H_l x W_l pixels
-starts at level_start_index[l] of the S pixels of value,
+without the projections). For query q, head m and point k of level l, whose image of H_l x W_l
+pixels starts at level_start_index[l] of the S pixels of value,
 
     x = sampling_locations[q, m, l, k, 0] * W_l - 0.5
     y = sampling_locations[q, m, l, k, 1] * H_l - 0.5
@@ -22,9 +22,9 @@ starts at level_start_index[l] of the S pixels of value,
 The fused form packs, for each query and head, the 2*L*K locations in that order, then L*K logits,
 whose softmax over all levels and points are the weights.
 
-**Both.** A point counts if -1 < y < H and -1 < x < W, and each of its four pixels if it lies inside
-the image. Gradients are those of the cell that starts at floor(coordinate). float16 and bfloat16 are
-computed in float32.
+**Both.** A point counts if -1 < y < H and -1 < x < W, and each of its four pixels if it lies
+inside the image. Gradients are those of the cell that starts at floor(coordinate). float16 and
+bfloat16 are computed in float32.
 """
 
 from collections.abc import Iterator
@@ -106,7 +106,7 @@ def corners(x: Tensor, y: Tensor, height, width, start=0) -> Iterator[Corner]:
 
 
 def gather_index(corner: Corner) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of pixels (N, P, G, D) that has points (N, ..., G, K) at a corner: (N, ..., G, K, D)."""
+    """What points (N, ..., G, K) read at a corner, as an index of pixels (N, P, G, D)."""
     shape, device = corner.index.shape, corner.index.device
     image = torch.arange(shape[0], device=device).view(-1, *[1] * (len(shape) - 1))
     group = torch.arange(shape[-2], device=device).view(-1, 1)
@@ -223,7 +223,7 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """The operator; arguments as in :func:`ops_dcnv4.ms_deform_attn`. Differentiable by autograd."""
+    """The operator; arguments as its namesake in ops_dcnv4. Differentiable by autograd."""
     dtype = compute_dtype(value.dtype)
     around = corners_of_levels(sampling_locations.to(dtype), spatial_shapes, level_start_index)
     output = aggregate(value.to(dtype), around, attention_weights.to(dtype).flatten(3))
@@ -269,7 +269,7 @@ def flash_deform_attn(
     sampling_loc_attn: Tensor,
     n_points: int,
 ) -> Tensor:
-    """The operator; arguments as in :func:`ops_dcnv4.flash_deform_attn`. Differentiable by autograd."""
+    """The operator; arguments as its namesake in ops_dcnv4. Differentiable by autograd."""
     packed = sampling_loc_attn.to(compute_dtype(value.dtype))
     unpacked = unpack(packed, len(spatial_shapes), n_points)
     return ms_deform_attn(value, spatial_shapes, level_start_index, *unpacked)

@@ -6,7 +6,7 @@
 
 #include <cstddef>
 
-#include "dcnv4.h"
+#include "operators.h"
 #include "model.h"
 
 namespace {

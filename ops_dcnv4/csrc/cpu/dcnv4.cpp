@@ -1,4 +1,4 @@
-#include "dcnv4.h"
+#include "operators.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "checks.h"
 #include "cpu/kernels.h"
 #include "dispatch.h"
 #include "geometry.h"
@@ -66,7 +67,7 @@ at::Tensor dcnv4_cpu(const at::Tensor& value, const at::Tensor& offset_mask,
   const Geometry g = make_geometry(value, offset_mask, kernel_size, stride, padding, dilation,
                                    groups, offset_scale, remove_center);
   const at::Tensor v = value.contiguous(), o = offset_mask.contiguous();
-  at::Tensor output = at::empty({g.batch, g.out_height, g.out_width, g.channels()}, v.options());
+  at::Tensor output = at::empty(g.output_shape(), v.options());
   const int64_t pixels = g.batch * g.out_height * g.out_width;
   const int64_t work = std::max<int64_t>(4 * g.channels() * g.taps(), 1);
   dispatch(v.scalar_type(), [&](auto scalar, auto acc) {
@@ -92,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cpu(
     at::IntArrayRef dilation, int64_t groups, double offset_scale, bool remove_center) {
   const Geometry g = make_geometry(value, offset_mask, kernel_size, stride, padding, dilation,
                                    groups, offset_scale, remove_center);
-  check_grad_output(g, grad_output, value);
+  check_grad_output(g.output_shape(), grad_output, value);
   const at::Tensor go = grad_output.contiguous(), v = value.contiguous(),
                    o = offset_mask.contiguous();
   const at::Tensor grad_value = at::empty(v.sizes(), v.options());

@@ -5,10 +5,11 @@
 
 #include <algorithm>
 
+#include "checks.h"
 #include "cuda/launch.h"
 #include "cuda/static.cuh"
 #include "cuda/units.cuh"
-#include "dcnv4.h"
+#include "operators.h"
 #include "dispatch.h"
 #include "geometry.h"
 
@@ -222,7 +223,7 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(
     at::IntArrayRef dilation, int64_t groups, double offset_scale, bool remove_center) {
   const Geometry g = make_geometry(value, offset_mask, kernel_size, stride, padding, dilation,
                                    groups, offset_scale, remove_center);
-  check_grad_output(g, grad_output, value);
+  check_grad_output(g.output_shape(), grad_output, value);
   const c10::DeviceGuard guard(value.device());
   const at::Tensor go = grad_output.contiguous(), v = value.contiguous(),
                    o = offset_mask.contiguous();

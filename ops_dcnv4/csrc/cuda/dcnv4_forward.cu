@@ -3,13 +3,12 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
-#include <array>
 #include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/static.cuh"
 #include "cuda/units.cuh"
-#include "dcnv4.h"
+#include "operators.h"
 #include "dispatch.h"
 #include "geometry.h"
 
@@ -165,9 +164,8 @@ at::Tensor dcnv4_cuda(const at::Tensor& value, const at::Tensor& offset_mask,
                                    groups, offset_scale, remove_center);
   const c10::DeviceGuard guard(value.device());
   const at::Tensor v = value.contiguous(), o = offset_mask.contiguous();
-  const std::array<int64_t, 4> shape{g.batch, g.out_height, g.out_width, g.channels()};
-  if (v.numel() == 0 || o.numel() == 0) return at::zeros(shape, v.options());
-  at::Tensor output = at::empty(shape, v.options());
+  if (v.numel() == 0 || o.numel() == 0) return at::zeros(g.output_shape(), v.options());
+  at::Tensor output = at::empty(g.output_shape(), v.options());
   dispatch(v.scalar_type(), [&](auto scalar, auto acc) {
     using scalar_t = decltype(scalar);
     using acc_t = decltype(acc);

@@ -1,0 +1,52 @@
+// The compiled kernels behind the operators, with one signature on every device.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+namespace ops_dcnv4 {
+
+// value (N, H, W, C), offset_mask (N, H_out, W_out, >= 3*groups*taps) -> (N, H_out, W_out, C)
+using Dcnv4 = at::Tensor(const at::Tensor& value, const at::Tensor& offset_mask,
+                         at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                         at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                         double offset_scale, bool remove_center);
+
+// grad_output (N, H_out, W_out, C) -> gradients of value and offset_mask
+using Dcnv4Backward = std::tuple<at::Tensor, at::Tensor>(
+    const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& offset_mask,
+    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, double offset_scale, bool remove_center);
+
+// value (N, S, M, D), spatial_shapes (L, 2), level_start_index (L,),
+// sampling_locations (N, Lq, M, L, K, 2), attention_weights (N, Lq, M, L, K) -> (N, Lq, M*D)
+using MsDeformAttn = at::Tensor(const at::Tensor& value, const at::Tensor& spatial_shapes,
+                                const at::Tensor& level_start_index,
+                                const at::Tensor& sampling_locations,
+                                const at::Tensor& attention_weights);
+
+// grad_output (N, Lq, M*D) -> gradients of value, sampling_locations and attention_weights
+using MsDeformAttnBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& spatial_shapes,
+    const at::Tensor& level_start_index, const at::Tensor& sampling_locations,
+    const at::Tensor& attention_weights);
+
+// The same with both in one tensor, the weights as logits: sampling_loc_attn (N, Lq, M, 3*L*K)
+using FlashDeformAttn = at::Tensor(const at::Tensor& value, const at::Tensor& spatial_shapes,
+                                   const at::Tensor& level_start_index,
+                                   const at::Tensor& sampling_loc_attn, int64_t n_points);
+
+// grad_output (N, Lq, M*D) -> gradients of value and sampling_loc_attn
+using FlashDeformAttnBackward = std::tuple<at::Tensor, at::Tensor>(
+    const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& spatial_shapes,
+    const at::Tensor& level_start_index, const at::Tensor& sampling_loc_attn, int64_t n_points);
+
+Dcnv4 dcnv4_cpu, dcnv4_cuda;
+Dcnv4Backward dcnv4_backward_cpu, dcnv4_backward_cuda;
+MsDeformAttn ms_deform_attn_cpu, ms_deform_attn_cuda;
+MsDeformAttnBackward ms_deform_attn_backward_cpu, ms_deform_attn_backward_cuda;
+FlashDeformAttn flash_deform_attn_cpu, flash_deform_attn_cuda;
+FlashDeformAttnBackward flash_deform_attn_backward_cpu, flash_deform_attn_backward_cuda;
+
+}  // namespace ops_dcnv4

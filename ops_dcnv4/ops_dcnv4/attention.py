@@ -1,0 +1,196 @@
+"""The functional operators of multi-scale deformable attention and their checks."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .ops import autocasts, check_tensor
+
+SpatialShapes = Tensor | Sequence[tuple[int, int]]
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    level_start_index: Tensor | Sequence[int] | None = None,
+) -> Tensor:
+    """Multi-scale deformable attention, in the form of mmcv and Deformable DETR.
+
+    Each query is, head by head, the sum over levels and points of an attention weight times the
+    bilinear sample of the level's image at the point's location (arXiv:2010.04159, equation 3,
+    without the projections). What lies outside an image counts as zero.
+    :mod:`ops_dcnv4.reference` spells out the formula.
+
+    Args:
+        value: (N, S, M, D), the images of all levels one behind the other, row by row, for M heads
+            of D channels; float32, float64, float16 or bfloat16. 16-bit values are computed and
+            accumulated in float32; only the interpolation between four pixels is done in float16
+            for float16 values on CUDA.
+        spatial_shapes: (H, W) of each of the L levels, in all S pixels: a list of pairs, or a
+            tensor (L, 2) of integers.
+        sampling_locations: (N, Lq, M, L, K, 2), pairs (x, y) for K points in each level, (0, 0) at
+            the top left corner of its image and (1, 1) at the bottom right one; of value's dtype
+            or, beside 16-bit values, float32, which keeps them exact. Autocast does.
+        attention_weights: (N, Lq, M, L, K), already normalised, of value's dtype or float32.
+        level_start_index: (L,) integers, the first pixel of each level; may be left out.
+
+    Returns:
+        (N, Lq, M * D) of value's dtype.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape or device does not fit, or the levels do not fill `value`; the message
+            names the argument. The contents of tensors on a GPU are not waited for: there, a level
+            outside of `value` fails an assertion on the device.
+
+    Example:
+        >>> value, locations = torch.randn(2, 8 * 8 + 4 * 4, 4, 16), torch.rand(2, 100, 4, 2, 3, 2)
+        >>> weights = torch.full((2, 100, 4, 2, 3), 1 / 6)
+        >>> ms_deform_attn(value, [(8, 8), (4, 4)], locations, weights).shape
+        torch.Size([2, 100, 64])
+    """
+    check_tensor("value", value, ("N", "S", "M", "D"))
+    check_tensor("sampling_locations", sampling_locations, ("N", "Lq", "M", "L", "K", "2"))
+    check_tensor("attention_weights", attention_weights, ("N", "Lq", "M", "L", "K"))
+    levels = _levels(value, spatial_shapes, level_start_index)
+    n, _, heads, _ = value.shape
+    _, queries, _, _, points, _ = sampling_locations.shape
+    if points < 1:
+        raise ValueError("sampling_locations must have at least one point per level, got K = 0")
+    shape = (n, queries, heads, levels[0].shape[0], points)
+    _check_shape("sampling_locations", sampling_locations, (*shape, 2), "(N, Lq, M, L, K, 2)")
+    _check_shape("attention_weights", attention_weights, shape, "(N, Lq, M, L, K)")
+    _check_beside_value(value, "sampling_locations", sampling_locations)
+    _check_beside_value(value, "attention_weights", attention_weights)
+    if sampling_locations.dtype != attention_weights.dtype:
+        sampling_locations, attention_weights = (
+            sampling_locations.float(),
+            attention_weights.float(),
+        )
+    return torch.ops.ops_dcnv4.ms_deform_attn(value, *levels, sampling_locations, attention_weights)
+
+
+def flash_deform_attn(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: Tensor | Sequence[int] | None,
+    sampling_loc_attn: Tensor,
+    n_points: int,
+) -> Tensor:
+    """The same with locations and attention logits in one tensor, as in the DCNv4 package.
+
+    The softmax over levels and points is part of the operator.
+
+    Args:
+        value, spatial_shapes, level_start_index: as for :func:`ms_deform_attn`.
+        sampling_loc_attn: (N, Lq, M, 3 * L * K), for each query and head the 2 * L * K numbers of
+            its locations, level by level and point by point, then L * K logits; of value's dtype
+            or, beside 16-bit values, float32.
+        n_points: K, the points per level.
+
+    Returns:
+        (N, Lq, M * D) of value's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`ms_deform_attn`.
+
+    Example:
+        >>> value, packed = torch.randn(2, 8 * 8 + 4 * 4, 4, 16), torch.rand(2, 100, 4, 3 * 2 * 8)
+        >>> flash_deform_attn(value, [(8, 8), (4, 4)], [0, 64], packed, n_points=8).shape
+        torch.Size([2, 100, 64])
+    """
+    check_tensor("value", value, ("N", "S", "M", "D"))
+    check_tensor("sampling_loc_attn", sampling_loc_attn, ("N", "Lq", "M", "3 * L * K"))
+    levels = _levels(value, spatial_shapes, level_start_index)
+    if not isinstance(n_points, int) or isinstance(n_points, bool):
+        raise TypeError(f"n_points must be an int, got {n_points!r}")
+    if n_points < 1:
+        raise ValueError(f"n_points must be at least 1, got {n_points}")
+    n, _, heads, _ = value.shape
+    packed = 3 * levels[0].shape[0] * n_points
+    expected = (n, sampling_loc_attn.shape[1], heads, packed)
+    _check_shape("sampling_loc_attn", sampling_loc_attn, expected, "(N, Lq, M, 3 * L * K)")
+    _check_beside_value(value, "sampling_loc_attn", sampling_loc_attn)
+    return torch.ops.ops_dcnv4.flash_deform_attn(value, *levels, sampling_loc_attn, n_points)
+
+
+def _levels(
+    value: Tensor, spatial_shapes: SpatialShapes, level_start_index: Tensor | Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """Both as tensors of int64 on value's device, checked where they can be read at once."""
+    shapes = _integers("spatial_shapes", spatial_shapes)
+    if shapes.dim() != 2 or shapes.shape[1] != 2 or shapes.shape[0] == 0:
+        raise ValueError(
+            "spatial_shapes must be (L, 2), with (H, W) of each level, "
+            f"got shape {tuple(shapes.shape)}"
+        )
+    if level_start_index is None:
+        pixels = shapes.prod(1)
+        start = pixels.cumsum(0) - pixels
+    else:
+        start = _integers("level_start_index", level_start_index)
+        if tuple(start.shape) != (shapes.shape[0],):
+            raise ValueError(
+                f"level_start_index must be ({shapes.shape[0]},), one number for each level of "
+                f"spatial_shapes, got shape {tuple(start.shape)}"
+            )
+    if not torch.compiler.is_compiling() and shapes.device == start.device == _CPU:
+        _check_levels(shapes.tolist(), start.tolist(), value.shape[1])
+    # From the CPU's memory without waiting for what the GPU has to do before.
+    return tuple(t.to(value.device, torch.int64, non_blocking=True) for t in (shapes, start))
+
+
+_CPU = torch.device("cpu")
+
+
+def _integers(name: str, numbers) -> Tensor:
+    if not isinstance(numbers, Tensor):
+        try:
+            numbers = torch.tensor(numbers)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} must hold integers, got {numbers!r}") from error
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {numbers.dtype}")
+    return numbers
+
+
+def _check_levels(shapes: list[list[int]], start: list[int], length: int) -> None:
+    if any(height < 1 or width < 1 for height, width in shapes):
+        raise ValueError(f"spatial_shapes must hold positive sizes (H, W), got {shapes}")
+    ends = list(itertools.accumulate(height * width for height, width in shapes))
+    if ends[-1] != length:
+        raise ValueError(
+            f"spatial_shapes must have as many pixels as value, (N, S, M, D) with S = {length}, "
+            f"got {ends[-1]} in {shapes}"
+        )
+    if start != [0, *ends[:-1]]:
+        raise ValueError(
+            f"level_start_index must be {[0, *ends[:-1]]}, the first pixel of each level of "
+            f"spatial_shapes, got {start}"
+        )
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(
+            f"{name} must be {meaning} = {expected} to fit value and spatial_shapes, "
+            f"got shape {tuple(tensor.shape)}"
+        )
+
+
+def _check_beside_value(value: Tensor, name: str, tensor: Tensor) -> None:
+    if tensor.device != value.device:
+        raise ValueError(
+            f"value and {name} must be on one device, got {value.device} and {tensor.device}"
+        )
+    if tensor.dtype == value.dtype or autocasts(value.device.type):
+        return
+    if tensor.dtype != torch.float32 or value.dtype == torch.float64:
+        raise TypeError(
+            f"{name} must have value's dtype, or float32 beside 16-bit values, got {tensor.dtype} "
+            f"and {value.dtype}"
+        )
