@@ -94,8 +94,8 @@ template <typename scalar_t, typename acc_t, typename Count, typename Channels>
 OPS_DCNV4_INLINE void spread(const Plan<acc_t, Count> plan, bool inside,
                              const scalar_t* grad_output, const acc_t* value, acc_t* grad_value,
                              Channels right, int64_t below) {
-  const acc_t zeros[widest_block<acc_t>] = {};  // stands in for pixels outside the image,
-  acc_t nowhere[widest_block<acc_t>] = {};      // and this for their gradients
+  const acc_t zeros[wide_block<acc_t>] = {};  // stands in for pixels outside the image,
+  acc_t nowhere[wide_block<acc_t>] = {};      // and this for their gradients
   for_channel_blocks<acc_t>(right, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
     using L = Lanes<acc_t, width.value>;
     const auto grad = L::load(grad_output + c);

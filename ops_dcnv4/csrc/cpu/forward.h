@@ -8,27 +8,40 @@
 namespace ops_dcnv4 {
 namespace {
 
+// Two wide blocks at a time where the registers are as wide: fewer indices, longer reads.
+template <typename acc_t>
+constexpr int widest_block = (OPS_DCNV4_VECTOR_BYTES == 64 ? 2 : 1) * wide_block<acc_t>;
+
 // The output of one unit, `value` and `output` pointing at its group's first channel.
 template <bool inside, typename scalar_t, typename acc_t, typename Count, typename Channels>
 OPS_DCNV4_INLINE void sum_taps(const Plan<acc_t, Count> plan, const scalar_t* value,
                                scalar_t* output, Channels group_channels, int64_t right,
                                int64_t below, const scalar_t* zeros) {
-  for_channel_blocks<acc_t>(group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
-    using L = Lanes<acc_t, width.value>;
-    // A sum per corner: four short chains of dependent additions instead of a long one.
-    typename L::type top_left = L::zero(), top_right = top_left;
-    typename L::type bottom_left = top_left, bottom_right = top_left;
+  constexpr int widest = widest_block<acc_t>;
+  for_channel_blocks<acc_t, widest>(group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
+    constexpr int parts = width.value > wide_block<acc_t> ? 2 : 1;
+    constexpr int lanes = width.value / parts;
+    using L = Lanes<acc_t, lanes>;
+    // A sum per corner: short chains of dependent additions instead of a long one.
+    typename L::type sums[4][parts];
+    for (int i = 0; i < 4 * parts; ++i) sums[i / parts][i % parts] = L::zero();
     for (int64_t k = 0; k < plan.taps; ++k) {
       const int64_t pixel = plan.pixel()[k];
       const scalar_t* v = inside || pixel >= 0 ? value + c + pixel * right : zeros;
       const int64_t to_right = inside ? right : plan.step_x()[k] * right;
       const int64_t to_below = inside ? below : plan.step_y()[k] * right;
-      top_left += plan.weight(0)[k] * L::load(v);
-      top_right += plan.weight(1)[k] * L::load(v + to_right);
-      bottom_left += plan.weight(2)[k] * L::load(v + to_below);
-      bottom_right += plan.weight(3)[k] * L::load(v + to_below + to_right);
+      const scalar_t* corners[4] = {v, v + to_right, v + to_below, v + to_below + to_right};
+      for (int i = 0; i < 4; ++i) {
+        const acc_t weight = plan.weight(i)[k];
+        for (int part = 0; part < parts; ++part) {
+          sums[i][part] += weight * L::load(corners[i] + part * lanes);
+        }
+      }
     }
-    L::store(output + c, (top_left + top_right) + (bottom_left + bottom_right));
+    for (int part = 0; part < parts; ++part) {
+      L::store(output + c + part * lanes,
+               (sums[0][part] + sums[1][part]) + (sums[2][part] + sums[3][part]));
+    }
   });
 }
 
