@@ -40,7 +40,8 @@ def _cell(x, y, height, width, exists, INDEX: tl.constexpr):
 @triton.jit
 def _corner(cell, width, below: tl.constexpr, right: tl.constexpr):
     """One of a cell's four pixels: its index, whether it is inside, its weight's factors."""
-    (columns, has_column, weights_x), (rows, has_row, weights_y) = cell
+    columns, has_column, weights_x = cell[0]
+    rows, has_row, weights_y = cell[1]
     index = rows[below] * width + columns[right]
     return index, has_row[below] & has_column[right], weights_x[right], weights_y[below]
 
@@ -97,8 +98,9 @@ def _sample_backward(
 
 # Launching
 
-PROGRAM_BYTES = 128 * 16  # of one pixel per unit: 128 threads with 16 bytes each
+PROGRAM_BYTES = 128 * 16  # of a pixel of every unit: 16 in each of 128 threads
 MAX_CHANNELS = 128
+MAX_INT32 = 2**30  # leaves room to count units a little beyond an image's last
 
 
 def _launch(
@@ -132,7 +134,7 @@ def _launch(
             GROUP_CHANNELS=group_channels,
             UNITS=block,
             CHANNELS=channels,
-            INDEX=tl.int32 if largest < 2**30 else tl.int64,  # within an image, and a bit beyond
+            INDEX=tl.int32 if largest <= MAX_INT32 else tl.int64,
             ACC=tl.float64 if value.dtype == torch.float64 else tl.float32,
             num_warps=1 if in_order else 4,
             **constants,
