@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from tests.ops_dcnv4.cases import (
     assert_equal,
     assert_rounded_once,
     random_tensors,
+    run_exactly,
     run_reference,
 )
 from tests.ops_dcnv4.test_ops import MODULATION, X, Y, assert_tap_contributes_nothing, problems
@@ -39,9 +41,7 @@ GOLDENS = sorted((Path(__file__).parents[1] / "data" / "msda").glob("*.npz"))
 if INTERPRETED:
     from tests.ops_dcnv4.test_ops import TestSumsIn32Bits as SharedSums
     from tests.ops_dcnv4.test_ops import (  # noqa: F401
-        test_16_bit_results_are_rounded_only_once,
         test_a_pixel_is_read_only_by_points_in_its_cells,
-        test_a_point_outside_the_image_hides_its_modulation,
         test_a_point_outside_the_image_hides_its_output_gradient,
         test_edges_are_exclusive_and_slopes_at_pixels_look_forward,
         test_empty_batch,
@@ -75,7 +75,7 @@ class Attention(NamedTuple):
 
 
 def random_attention(
-    sizes=((4, 5), (2, 3)), points=2, heads=2, channels=5, batch=2, queries=3, seed=0
+    sizes=((4, 5), (2, 3)), points=1, heads=2, channels=5, batch=2, queries=3, seed=0
 ) -> Attention:
     """In float64, a third of the points outside."""
     generator = torch.Generator().manual_seed(seed)
@@ -205,7 +205,7 @@ def deterministic() -> None:
 
 @pytest.fixture(scope="module", autouse=INTERPRETED)
 def quick_interpreter():
-    """No checks for overflow, no set-up in every call of a function, few programs."""
+    """No checks for overflow, nothing set up again in every function, few programs."""
     from triton.runtime import interpreter
 
     with pytest.MonkeyPatch.context() as patch:
@@ -228,10 +228,10 @@ class TestDcnv4:
     __test__ = INTERPRETED
 
     def test_sums_over_the_taps_in_32_bits(self):
-        p = Parameters(kernel_size=(1, 300), padding=(0, 0), groups=1)
+        p = Parameters(kernel_size=(1, 264), padding=(0, 0), groups=1)
         offset_mask = torch.cat((torch.zeros(2 * p.taps), torch.ones(p.taps))).view(1, 1, 1, -1)
-        tensors = torch.ones(1, 1, 300, 1).bfloat16(), offset_mask.bfloat16()
-        assert triton_kernels.dcnv4(*tensors, *p).item() == 300  # counting in bfloat16 stops at 256
+        tensors = torch.ones(1, 1, 264, 1).bfloat16(), offset_mask.bfloat16()
+        assert triton_kernels.dcnv4(*tensors, *p).item() == 264  # counting in bfloat16 stops at 256
 
     @settings(max_examples=12, deadline=None, derandomize=True)
     @given(problem=problems())
@@ -244,7 +244,7 @@ class TestDcnv4:
     @pytest.mark.parametrize("name", ["PROGRAM_BYTES", "MAX_CHANNELS", "MAX_INT32"])
     def test_division_of_the_work_changes_nothing(self, name, monkeypatch, assert_near):
         p = Parameters(kernel_size=(2, 1), groups=3)
-        tensors = random_tensors(p, size=(3, 2), group_channels=9)
+        tensors = random_tensors(p, batch=1, size=(3, 2), group_channels=9)
         expected = run_dcnv4(tensors, p)
         changed = {"PROGRAM_BYTES": 16 * 8 * 4, "MAX_CHANNELS": 4, "MAX_INT32": 0}
         monkeypatch.setattr(triton_kernels, name, changed[name])
@@ -254,41 +254,50 @@ class TestDcnv4:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_image_in_a_batch_equals_the_image_alone(self, dtype):
         p = Parameters(kernel_size=(1, 2), padding=(0, 1), groups=3)
-        tensors = random_tensors(p, batch=3, size=(3, 5), group_channels=20).to(dtype)
+        tensors = random_tensors(p, size=(3, 5), group_channels=20).to(dtype)
         together = run_dcnv4(tensors, p)
-        for i in range(3):
+        for i in range(2):
             alone = run_dcnv4(Tensors(*(t[i : i + 1] for t in tensors)), p)
             assert_equal(Result(*(t[i : i + 1] for t in together)), alone)
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    def test_sums_in_order(self, dtype, in_order, assert_near):
-        p = Parameters(kernel_size=(2, 2), padding=(1, 0), groups=2)
-        tensors = random_tensors(p, size=(2, 3), group_channels=3).to(dtype)
-        expected = run_reference(tensors, p)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_16_bit_results_are_rounded_only_once(self, dtype):
+        p = Parameters(kernel_size=(2, 2), stride=(2, 1), offset_scale=2.0)
+        tensors = random_tensors(p, group_channels=20).to(dtype)
+        for actual, exact in zip(run_dcnv4(tensors, p), run_exactly(tensors, p), strict=True):
+            assert actual.dtype == dtype
+            assert_rounded_once(actual, exact)
+
+    @pytest.mark.usefixtures("in_order")
+    def test_sums_in_order(self, assert_near):
+        p = Parameters(kernel_size=(1, 2), padding=(0, 1), groups=2)
+        tensors = random_tensors(p, size=(2, 3), group_channels=3).to(torch.float32)
         result = run_dcnv4(tensors, p)
-        for actual, wanted in zip(result, expected, strict=True):
-            assert_near(actual, wanted, 1e-14 if dtype == torch.float64 else 0.01)
+        for actual, expected in zip(result, run_exactly(tensors, p), strict=True):
+            assert_near(actual, expected, 1e-6)
         alone = run_dcnv4(Tensors(*(t[1:] for t in tensors)), p)
         assert_equal(Result(*(t[1:] for t in result)), alone)
 
     @pytest.mark.parametrize(
-        ("channel", "offset", "dtype"),
+        ("channel", "offset", "modulation", "dtype"),
         [
-            (X, math.nan, torch.float32),
-            (Y, -math.inf, torch.float64),
-            (X, 1e30, torch.bfloat16),
-            (Y, 1e4, torch.float16),
+            (X, math.nan, 1.0, torch.float32),
+            (Y, -math.inf, math.inf, torch.float64),
+            (X, 1e30, math.nan, torch.bfloat16),
+            (Y, 1e4, math.inf, torch.float16),
         ],
     )
-    def test_a_point_nowhere_in_the_image(self, channel, offset, dtype, assert_near):
+    def test_a_point_nowhere_in_the_image(self, channel, offset, modulation, dtype, assert_near):
         p = Parameters()
         tensors = random_tensors(p).to(dtype)
-        tensors.offset_mask[..., channel] = offset
+        tensors.offset_mask[..., [channel, MODULATION]] = torch.tensor([offset, modulation]).to(
+            dtype
+        )
         assert_tap_contributes_nothing(tensors, p, run_dcnv4, assert_near)
 
 
 @pytest.fixture
-def in_order():
+def in_order() -> Iterator[None]:
     """Not the fixture `deterministic`, which the shared tests ask for."""
     torch.use_deterministic_algorithms(True)
     yield
@@ -311,10 +320,10 @@ class TestAttention:
         "shapes",
         [
             {"sizes": [(3, 4)], "points": 1, "heads": 1, "channels": 3},
-            {"sizes": [(4, 5), (1, 1), (2, 3)], "points": 3, "heads": 3, "channels": 40},
-            {"points": 1, "channels": 512, "batch": 1, "queries": 2},
+            {"sizes": [(4, 5), (1, 1)], "points": 2, "heads": 3, "channels": 40},
+            {"channels": 512, "batch": 1, "queries": 2},
         ],
-        ids=["small", "three_levels", "wide"],
+        ids=["small", "two_levels", "wide"],
     )
     @pytest.mark.parametrize(
         ("dtype", "points_dtype"),
@@ -331,11 +340,11 @@ class TestAttention:
             else:
                 assert_near(actual, exact[name], 1e-12 if dtype == torch.float64 else 1e-5)
 
-    @pytest.mark.parametrize("nowhere", [1e30, -1e30, math.inf, -math.inf, math.nan])
+    @pytest.mark.parametrize("nowhere", [1e30, -math.inf, math.nan])
     def test_a_point_nowhere_contributes_nothing(self, nowhere, assert_near):
         tensors = random_attention()
         tensors.sampling_locations[..., 1, 0, 0] = nowhere
-        tensors.sampling_loc_attn[..., 4] = nowhere  # level 1, point 0: x
+        tensors.sampling_loc_attn[..., 2] = nowhere  # level 1, point 0: x
         expected = run_attention(reference, tensors)
         tensors.attention_weights[..., 1, 0] = math.nan
         for name, actual in run_attention(triton_kernels, tensors).items():
@@ -344,7 +353,7 @@ class TestAttention:
     def test_a_query_nowhere_hides_its_gradient(self, assert_near):
         tensors = random_attention()
         tensors.sampling_locations[:, 1] = -9
-        tensors.sampling_loc_attn[:, 1, :, :8] = 9
+        tensors.sampling_loc_attn[:, 1, :, :4] = 9
         expected = run_attention(reference, tensors)
         tensors.grad_output[:, 1] = math.nan
         for name, actual in run_attention(triton_kernels, tensors).items():
@@ -374,7 +383,7 @@ class TestAttention:
     @pytest.mark.usefixtures("in_order")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_image_in_a_batch_equals_the_image_alone(self, dtype):
-        tensors = random_attention(points=1).to(dtype)
+        tensors = random_attention().to(dtype)
         together = run_attention(triton_kernels, tensors)
         expected = run_attention(reference, tensors)
         for name, alone in run_attention(triton_kernels, tensors.image(1)).items():
