@@ -6,6 +6,7 @@ module runs itself once more in a process of its own, where TRITON_INTERPRET is 
 
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -128,7 +129,12 @@ class TestCompiled:
     __test__ = not INTERPRETED
 
     @pytest.fixture
-    def compiled(self, monkeypatch, tmp_path) -> list:
+    def grids(self) -> list[tuple[int, ...]]:
+        """The grids of all launches."""
+        return []
+
+    @pytest.fixture
+    def compiled(self, monkeypatch, tmp_path, grids) -> list:
         """The kernels of all launches, which are compiled instead; the tensors are on the CPU."""
         kernels = []
 
@@ -138,6 +144,7 @@ class TestCompiled:
             signature = dict(zip(names, types, strict=False)) | dict.fromkeys(
                 constants, "constexpr"
             )
+            grids.append(grid)
             kernels.append(
                 triton.compile(
                     triton.compiler.ASTSource(
@@ -169,12 +176,16 @@ class TestCompiled:
         assert all(kernel.asm["ptx"] for kernel in compiled)
         assert len(compiled) == 4
 
-    @pytest.mark.usefixtures("deterministic")
-    def test_kernels_in_order_with_wide_indices_are_accepted(self, compiled, monkeypatch):
+    @pytest.mark.usefixtures("in_order")
+    def test_in_order_one_thread_adds_to_a_channel(self, compiled, grids, monkeypatch):
         monkeypatch.setattr(triton_kernels, "MAX_INT32", 0)
         run_dcnv4(random_tensors(Parameters()), Parameters())
-        assert all(kernel.asm["ptx"] for kernel in compiled)
-        assert len(compiled) == 2
+        assert grids[1] == (2 * 2,)  # images and groups
+        layouts = re.findall(
+            r"tt.atomic_rmw .* tensor<1x8xf64, (#\w+)>\n?", compiled[1].asm["ttgir"]
+        )
+        assert len(layouts) == 4
+        assert len(set(layouts)) == 1
 
 
 def test_in_the_interpreter():
