@@ -419,9 +419,15 @@ def sampling_locations(
         spatial_shapes: (L, 2), (H, W) of each level.
 
     Raises:
-        ValueError: `reference_points` does not fit the offsets.
+        ValueError: `reference_points` or `spatial_shapes` does not fit the offsets.
     """
     n, queries, _, levels, points, _ = offsets.shape
+    sizes = torch.as_tensor(spatial_shapes, device=offsets.device)
+    if tuple(sizes.shape) != (levels, 2):
+        raise ValueError(
+            f"spatial_shapes must be ({levels}, 2), with (H, W) of each level, "
+            f"got shape {tuple(sizes.shape)}"
+        )
     if tuple(reference_points.shape) not in ((n, queries, levels, 2), (n, queries, levels, 4)):
         raise ValueError(
             f"reference_points must be ({n}, {queries}, {levels}, 2) or (..., 4), "
@@ -430,7 +436,6 @@ def sampling_locations(
     dtype = torch.promote_types(offsets.dtype, torch.float32)
     reference_points = reference_points.to(dtype)[:, :, None, :, None]
     if reference_points.shape[-1] == 2:
-        sizes = torch.as_tensor(spatial_shapes, device=offsets.device).flip(-1)
-        return reference_points + offsets.to(dtype) / sizes[:, None]
+        return reference_points + offsets.to(dtype) / sizes.flip(-1)[:, None]
     centers, sizes = reference_points.split(2, dim=-1)
     return centers + offsets.to(dtype) / points * sizes * 0.5

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ops_dcnv4 import is_compiled
+from tests.ops_dcnv4 import attention_cases
 from tests.ops_dcnv4.cases import DTYPES, Parameters, assert_equal, random_tensors, run_operator
 
 
@@ -22,6 +23,17 @@ def test_number_of_threads_changes_nothing(dtype):
     for threads in (2, 3, 5, 8):
         torch.set_num_threads(threads)
         assert_equal(run_operator(tensors, p), expected)
+
+
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_number_of_threads_changes_nothing_in_attention(dtype):
+    inputs = attention_cases.random_inputs(queries=700, head_channels=32, batch=3).to(dtype)
+    torch.set_num_threads(1)
+    expected = attention_cases.run_operator(inputs, "fused")
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        assert_equal(attention_cases.run_operator(inputs, "fused"), expected)
 
 
 WITHOUT_LIBRARY = """
@@ -39,6 +51,19 @@ with warnings.catch_warnings(record=True) as caught:
 torch.save((output.detach(), *grads, [str(w.message) for w in caught]), sys.argv[2])
 """
 
+ATTENTION_WITHOUT_LIBRARY = """
+import sys, warnings
+sys.modules["ops_dcnv4._C"] = None
+import torch, ops_dcnv4
+from tests.ops_dcnv4 import attention_cases
+warnings.simplefilter("ignore")
+inputs = attention_cases.Inputs(*torch.load(sys.argv[1]))
+results = [attention_cases.run_operator(inputs, form) for form in attention_cases.FORMS]
+with torch.autocast("cpu", torch.bfloat16):
+    output = attention_cases.call(inputs.to(torch.float32), "split")
+torch.save((*map(tuple, results), output), sys.argv[2])
+"""
+
 
 def test_without_the_compiled_library(tmp_path, assert_near):
     p = Parameters(stride=(2, 1))
@@ -52,6 +77,23 @@ def test_without_the_compiled_library(tmp_path, assert_near):
     (message,) = messages
     assert "slow PyTorch reference" in message
     assert "pip install --no-build-isolation" in message
+
+
+def test_attention_without_the_compiled_library(tmp_path, assert_near):
+    inputs = attention_cases.random_inputs()
+    torch.save(tuple(inputs), tmp_path / "inputs")
+    paths = [tmp_path / "inputs", tmp_path / "outputs"]
+    script = [sys.executable, "-c", ATTENTION_WITHOUT_LIBRARY, *paths]
+    subprocess.run(script, check=True, cwd=Path(__file__).parents[2])
+    *results, under_autocast = torch.load(tmp_path / "outputs")
+    for form, result in zip(attention_cases.FORMS, results, strict=True):
+        expected = attention_cases.run_operator(inputs, form)
+        for a, e in zip(result, expected, strict=True):
+            assert_near(a, e, 1e-12)
+    rounded = inputs.to(torch.bfloat16, points=torch.float32)
+    expected = attention_cases.run_operator(rounded, "split").output
+    assert under_autocast.dtype == torch.bfloat16
+    assert_near(under_autocast.float(), expected.float(), 1e-2)
 
 
 def test_the_run_for_sanitizers_runs():

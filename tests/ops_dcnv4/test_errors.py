@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from ops_dcnv4 import dcnv4
+from ops_dcnv4 import dcnv4, flash_deform_attn, ms_deform_attn
 
 VALUE, OFFSET_MASK = torch.zeros(2, 5, 6, 8), torch.zeros(2, 5, 6, 56)
 ERRORS = [
@@ -47,6 +47,90 @@ def test_wrong_argument_is_named(change, error, message):
     arguments = {"value": VALUE, "offset_mask": OFFSET_MASK, "groups": 2} | change
     with pytest.raises(error, match=message):
         dcnv4(**arguments)
+
+
+PIXELS, LEVELS = torch.zeros(2, 10, 2, 4), [(2, 3), (2, 2)]
+LOCATIONS, WEIGHTS = torch.zeros(2, 5, 2, 2, 3, 2), torch.zeros(2, 5, 2, 2, 3)
+SHAPES, START = torch.tensor(LEVELS), torch.tensor([0, 6])
+LEVEL_ERRORS = [
+    ({"value": PIXELS[0]}, ValueError, "value must be .N, S, M, D.*10, 2, 4"),
+    ({"value": None}, TypeError, "value must be a tensor, got NoneType"),
+    ({"value": PIXELS.int()}, TypeError, "value must be floating point"),
+    ({"value": PIXELS[:, :9]}, ValueError, "spatial_shapes must have as many pixels.*S = 9.*10"),
+    ({"spatial_shapes": LEVELS[0]}, ValueError, r"spatial_shapes must be \(L, 2\)"),
+    ({"spatial_shapes": SHAPES[:, 0]}, ValueError, r"spatial_shapes must be \(L, 2\)"),
+    ({"spatial_shapes": SHAPES[:0]}, ValueError, r"spatial_shapes must be \(L, 2\)"),
+    ({"spatial_shapes": SHAPES.float()}, TypeError, "spatial_shapes must hold integers"),
+    ({"spatial_shapes": "2x3"}, TypeError, "spatial_shapes must hold integers"),
+    ({"spatial_shapes": [(2, 3), (2, 1)]}, ValueError, "spatial_shapes must have as many pixels"),
+    ({"spatial_shapes": [(2, 3), (-2, -2)]}, ValueError, "spatial_shapes must hold positive"),
+    ({"level_start_index": START[:1]}, ValueError, r"level_start_index must be \(2,\)"),
+    ({"level_start_index": [0, 5]}, ValueError, r"level_start_index must be \[0, 6\].*\[0, 5\]"),
+    ({"level_start_index": [0, 6.5]}, TypeError, "level_start_index must hold integers"),
+]
+SPLIT_ERRORS = [
+    ({"sampling_locations": LOCATIONS[0]}, ValueError, "sampling_locations must be .N, Lq, M, L"),
+    ({"sampling_locations": LOCATIONS[:, :4]}, ValueError, "attention_weights must be .N, Lq, M"),
+    ({"sampling_locations": LOCATIONS[..., :1]}, ValueError, "sampling_locations must be .N, Lq"),
+    ({"sampling_locations": LOCATIONS[..., :0, :]}, ValueError, "sampling_locations .*K = 0"),
+    ({"sampling_locations": LOCATIONS.long()}, TypeError, "sampling_locations must be floating"),
+    ({"sampling_locations": LOCATIONS.double()}, TypeError, "sampling_locations must have value's"),
+    ({"sampling_locations": LOCATIONS.half()}, TypeError, "sampling_locations must have value's"),
+    ({"sampling_locations": LOCATIONS.to("meta")}, ValueError, "value and sampling_locations must"),
+    ({"attention_weights": WEIGHTS[..., 0]}, ValueError, "attention_weights must be .N, Lq, M, L"),
+    ({"attention_weights": WEIGHTS[:, :, :1]}, ValueError, "attention_weights must be .N, Lq, M"),
+    ({"attention_weights": WEIGHTS.double()}, TypeError, "attention_weights must have value's"),
+    ({"value": PIXELS[:1]}, ValueError, r"sampling_locations must be .* = \(1, 5, 2, 2, 3, 2\)"),
+    ({"spatial_shapes": [(5, 2)]}, ValueError, r"sampling_locations must be .* to fit value and s"),
+]
+PACKED = torch.zeros(2, 5, 2, 18)
+FUSED_ERRORS = [
+    ({"sampling_loc_attn": PACKED[0]}, ValueError, "sampling_loc_attn must be .N, Lq, M, 3 .*"),
+    ({"sampling_loc_attn": PACKED[..., :17]}, ValueError, r"= \(2, 5, 2, 18\) to fit"),
+    (
+        {"sampling_loc_attn": PACKED.double()},
+        TypeError,
+        "sampling_loc_attn must have value's dtype",
+    ),
+    ({"n_points": 4}, ValueError, r"sampling_loc_attn must be .* = \(2, 5, 2, 24\) to fit"),
+    ({"n_points": 0}, ValueError, "n_points must be at least 1, got 0"),
+    ({"n_points": 3.0}, TypeError, "n_points must be an int, got 3.0"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), LEVEL_ERRORS + SPLIT_ERRORS)
+def test_wrong_argument_of_ms_deform_attn_is_named(change, error, message):
+    arguments = {
+        "value": PIXELS,
+        "spatial_shapes": SHAPES,
+        "sampling_locations": LOCATIONS,
+        "attention_weights": WEIGHTS,
+    }
+    assert ms_deform_attn(**arguments).shape == (2, 5, 8)
+    with pytest.raises(error, match=message):
+        ms_deform_attn(**arguments | change)
+
+
+@pytest.mark.parametrize(("change", "error", "message"), LEVEL_ERRORS + FUSED_ERRORS)
+def test_wrong_argument_of_flash_deform_attn_is_named(change, error, message):
+    arguments = {
+        "value": PIXELS,
+        "spatial_shapes": SHAPES,
+        "level_start_index": START,
+        "sampling_loc_attn": PACKED,
+        "n_points": 3,
+    }
+    assert flash_deform_attn(**arguments).shape == (2, 5, 8)
+    with pytest.raises(error, match=message):
+        flash_deform_attn(**arguments | change)
+
+
+@pytest.mark.parametrize("shapes", [[[2, 3], [2, 3]], [[2**40, 2**40], [2, 2]], [[0, 3], [2, 2]]])
+@pytest.mark.parametrize("start", [[0, 6], [-1, 6], [0, 2**62]])
+def test_kernels_of_the_cpu_refuse_levels_outside_of_value(shapes, start):
+    levels = torch.tensor(shapes), torch.tensor(start)
+    with pytest.raises(ValueError, match=r"level \d of spatial_shapes and level_start_index"):
+        torch.ops.ops_dcnv4.ms_deform_attn(PIXELS, *levels, LOCATIONS, WEIGHTS)
 
 
 # In a process of its own, where a crash is a failure and no more.
