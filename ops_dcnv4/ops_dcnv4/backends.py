@@ -9,6 +9,7 @@ import functools
 import importlib
 import itertools
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -70,7 +71,10 @@ def is_compiled(device_type: str = "cpu") -> bool:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton and the kernels written in it can be imported."""
+    """Whether Triton can be imported, and has the C compiler that it needs (not for CUDA code)."""
+    compilers = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if not compilers and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
     try:
         importlib.import_module("ops_dcnv4.triton_kernels")
     except ImportError:
@@ -123,7 +127,7 @@ def _force(name: str | None, argument: str) -> None:
     if name not in (None, *BACKENDS):
         raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "triton" and not has_triton():
-        raise RuntimeError("the backend 'triton' needs the package triton, which is not installed")
+        raise RuntimeError("the backend 'triton' needs the package triton and a C compiler")
     if _overrides is not None:
         _overrides._destroy()
         _overrides = None
@@ -166,9 +170,10 @@ def _why_slow(device_type: str) -> str:
     why = _why_not_compiled.get(device_type)
     if why is None:
         return f"there are no kernels for device type '{device_type}'"
-    needed = "nvcc (or the package triton)" if device_type == "cuda" else "a C++ compiler"
+    needed = "nvcc" if device_type == "cuda" else "a C++ compiler"
+    instead = " (or, to do without, triton and a C compiler)" if device_type == "cuda" else ""
     return (
-        f"the compiled kernels are missing ({why}). Install {needed}, then run: "
+        f"the compiled kernels are missing ({why}). Install {needed}{instead}, then run: "
         "pip install --no-build-isolation --no-deps --force-reinstall ./ops_dcnv4"
     )
 

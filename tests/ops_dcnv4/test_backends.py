@@ -129,3 +129,12 @@ def test_compiled_kernels_that_are_missing_are_an_error_where_they_are_asked_for
     assert "the backend 'compiled' was asked for, but the compiled kernels are missing" in (
         result.stderr
     )
+
+
+@pytest.mark.parametrize(("compiler", "expected"), [("/usr/bin/gcc", True), (None, False)])
+def test_triton_counts_only_with_the_compiler_that_it_needs(compiler, expected, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends.shutil, "which", lambda name: compiler)
+    assert backends.has_triton.__wrapped__() == expected
