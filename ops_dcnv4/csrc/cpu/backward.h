@@ -2,7 +2,8 @@
 #pragma once
 
 #include "cpu/channels.h"
-#include "cpu/plan.h"
+#include "cpu/query.h"
+#include "cpu/window.h"
 
 namespace ops_dcnv4 {
 namespace {
@@ -11,16 +12,23 @@ namespace {
 // own, where they are the group's channels apart.
 template <typename To, typename From>
 OPS_DCNV4_INLINE void copy_slice(To* to, int64_t to_channels, const From* from,
-                                 int64_t from_channels, const Geometry& g) {
-  const int64_t pixels = int64_t(g.height) * g.width;
+                                 int64_t from_channels, int64_t pixels, int64_t channels) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel, to += to_channels, from += from_channels) {
     using acc_t = std::conditional_t<sizeof(To) < sizeof(From), From, To>;
-    prefetch(from, 16 * from_channels, g.group_channels);
-    for_channel_blocks<acc_t>(g.group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
+    prefetch(from, 16 * from_channels, channels);
+    for_channel_blocks<acc_t>(channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
       using L = Lanes<acc_t, width.value>;
       L::store(to + c, L::load(from + c));
     });
   }
+}
+
+// Fetches the slice's value and clears its gradient.
+template <typename scalar_t, typename acc_t>
+void begin_slice(const Scratch<acc_t>& scratch, const scalar_t* value, int64_t value_channels,
+                 int64_t pixels, int64_t channels) {
+  copy_slice(scratch.value, channels, value, value_channels, pixels, channels);
+  std::memset(static_cast<void*>(scratch.grad_value), 0, pixels * channels * sizeof(acc_t));
 }
 
 // The gradient of one image's padding channels.
@@ -33,13 +41,13 @@ void clear_padding(const Geometry& g, scalar_t* grad_offset_mask) {
   }
 }
 
-// Gradient of a window's offsets and modulation, from the plan's products of grad_output with the
+// Gradient of a unit's points and modulation, from the plan's products of grad_output with the
 // pixels of each cell.
-template <typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Frame<acc_t>& frame,
-                                    bool inside, scalar_t* grad_offsets) {
+template <typename T, typename acc_t, typename Count, typename Images>
+OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Images& images,
+                                    bool inside, T* grad_points, T* grad_modulation) {
   using L = Native<acc_t>;
-  constexpr int width = Taps<acc_t>::width;
+  constexpr int width = native_width<acc_t>;
   for (int64_t k = 0; k < plan.taps; k += width) {
     const acc_t* dots = plan.dots() + 4 * k;
     const auto d0 = L::load(dots), d1 = L::load(dots + width);
@@ -53,10 +61,11 @@ OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Frame<a
     auto bottom_left = L::template permute<EveryOther<1>>(left_low, left_high);
     auto bottom_right = L::template permute<EveryOther<1>>(right_low, right_high);
     if (!inside) {  // pixels outside the image are zero
+      const auto image = images.image(k);
       const auto zero = L::zero(), col = L::load(plan.col() + k), row = L::load(plan.row() + k);
       const auto left = col >= acc_t(0), top = row >= acc_t(0);
-      const auto right = (col >= acc_t(-1)) & (col < frame.last_x);
-      const auto bottom = (row >= acc_t(-1)) & (row < frame.last_y);
+      const auto right = (col >= acc_t(-1)) & (col < image.width - acc_t(1));
+      const auto bottom = (row >= acc_t(-1)) & (row < image.height - acc_t(1));
       top_left = select(top & left, top_left, zero);
       top_right = select(top & right, top_right, zero);
       bottom_left = select(bottom & left, bottom_left, zero);
@@ -67,14 +76,15 @@ OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Frame<a
     const auto bottom = (acc_t(1) - dx) * bottom_left + dx * bottom_right;
     const auto slope_x =
         (acc_t(1) - dy) * (top_right - top_left) + dy * (bottom_right - bottom_left);
-    const auto factor = frame.scale * L::load(plan.modulation() + k);
-    const auto grad_x = factor * slope_x, grad_y = factor * (bottom - top);
+    const auto modulation = L::load(plan.modulation() + k);
+    const auto grad_x = images.scale_x(k) * modulation * slope_x;
+    const auto grad_y = images.scale_y(k) * modulation * (bottom - top);
     const int64_t count = plan.taps - k;
-    scalar_t* to = grad_offsets + 2 * k;
+    T* to = grad_points + 2 * k;
     L::store_first(to, L::template permute<Interleave<0>>(grad_x, grad_y), 2 * count);
     L::store_first(to + width, L::template permute<Interleave<1>>(grad_x, grad_y),
                    2 * count - width);
-    L::store_first(grad_offsets + 2 * plan.taps + k, (acc_t(1) - dy) * top + dy * bottom, count);
+    L::store_first(grad_modulation + k, (acc_t(1) - dy) * top + dy * bottom, count);
   }
 }
 
@@ -84,8 +94,8 @@ template <typename scalar_t, typename acc_t, typename Count, typename Channels>
 OPS_DCNV4_INLINE void spread(const Plan<acc_t, Count> plan, bool inside,
                              const scalar_t* grad_output, const acc_t* value, acc_t* grad_value,
                              Channels right, int64_t below) {
-  const acc_t zeros[widest_block<acc_t>] = {};  // stands in for pixels outside the image,
-  acc_t nowhere[widest_block<acc_t>] = {};      // and this for their gradients
+  const acc_t zeros[wide_block<acc_t>] = {};  // stands in for pixels outside the image,
+  acc_t nowhere[wide_block<acc_t>] = {};      // and this for their gradients
   for_channel_blocks<acc_t>(right, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
     using L = Lanes<acc_t, width.value>;
     const auto grad = L::load(grad_output + c);
@@ -111,24 +121,24 @@ OPS_DCNV4_INLINE void spread(const Plan<acc_t, Count> plan, bool inside,
       for (int64_t k = 0; k < plan.taps; ++k) {
         const int64_t pixel = plan.pixel()[k], first = pixel * right + c;
         add(k, pixel < 0 ? zeros : value + first, pixel < 0 ? nowhere : grad_value + first,
-            plan.step_x()[k] * right, plan.step_y()[k] * below);
+            plan.step_x()[k] * right, plan.step_y()[k] * right);
       }
     }
   });
 }
 
+// `width` is that of the image where units are inside.
 template <typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_NOINLINE void spread_strip(const Plan<acc_t, Count> first, const Geometry& g,
+OPS_DCNV4_NOINLINE void spread_strip(const Plan<acc_t, Count> first, int64_t width,
+                                     int64_t channels, int64_t group_channels,
                                      const scalar_t* grad_output, const Scratch<acc_t> scratch,
                                      const Unit* units, int64_t count) {
-  const int64_t channels = g.channels();
-  with_group_channels(g.group_channels, [&](auto right) OPS_DCNV4_INLINE_LAMBDA {
+  with_group_channels(group_channels, [&](auto right) OPS_DCNV4_INLINE_LAMBDA {
     Plan<acc_t, Count> plan = first;
     for (int64_t i = 0; i < count; ++i, plan = plan.template next<true>()) {
       const scalar_t* grad = grad_output + units[i].pixel * channels + units[i].group * right;
       prefetch(grad, strip_plans(plan.taps) * channels, right);
-      spread(plan, units[i].inside, grad, scratch.value, scratch.grad_value, right,
-             g.width * right);
+      spread(plan, units[i].inside, grad, scratch.value, scratch.grad_value, right, width * right);
     }
   });
 }
@@ -138,18 +148,18 @@ OPS_DCNV4_NOINLINE void differentiate_strip(Plan<acc_t, Count> plan, const Frame
                                             scalar_t* grad_offset_mask, int64_t offset_channels,
                                             const Unit* units, int64_t count) {
   for (int64_t i = 0; i < count; ++i, plan = plan.template next<true>()) {
-    differentiate(plan, frame, units[i].inside,
-                  grad_offset_mask + units[i].pixel * offset_channels +
-                      units[i].group * 3 * plan.taps);
+    scalar_t* grad_offsets =
+        grad_offset_mask + units[i].pixel * offset_channels + units[i].group * 3 * plan.taps;
+    differentiate(plan, frame, units[i].inside, grad_offsets, grad_offsets + 2 * plan.taps);
   }
 }
 
 // (image, group) slices [begin, end), counted over the batch: a worker owns all that it writes.
 template <typename scalar_t, typename acc_t, typename Count>
-void backward(const Geometry& g, const Tensors<scalar_t>& t, const Scratch<acc_t>& scratch,
+void backward(const Geometry& g, const Dcnv4Tensors<scalar_t>& t, const Scratch<acc_t>& scratch,
               Count taps, int64_t begin, int64_t end) {
   const Frame<acc_t> frame(g, scratch.numbers);
-  const Plan<acc_t, Count> first{scratch.numbers + 2 * plan_stride(taps), scratch.indices, taps};
+  const auto first = first_plan(scratch, taps);
   const int64_t channels = g.channels(), slice_channels = g.group_channels;
   const int64_t pixels_in = int64_t(g.height) * g.width;
   const int64_t pixels_out = int64_t(g.out_height) * g.out_width, strip = strip_plans(taps);
@@ -157,18 +167,54 @@ void backward(const Geometry& g, const Tensors<scalar_t>& t, const Scratch<acc_t
   for (int64_t slice = begin; slice < end; ++slice) {
     const int64_t image = slice / g.groups, group = slice % g.groups;
     const int64_t first_value = image * pixels_in * channels + group * slice_channels;
-    copy_slice(scratch.value, slice_channels, t.value + first_value, channels, g);
-    std::memset(static_cast<void*>(scratch.grad_value), 0,
-                pixels_in * slice_channels * sizeof(acc_t));
+    begin_slice(scratch, t.value + first_value, channels, pixels_in, slice_channels);
     Walk walk(g, image * pixels_out, group, group + 1);
     for (int64_t i = 0; i < pixels_out; i += strip) {
       const int64_t count = pixels_out - i < strip ? pixels_out - i : strip;
       plan_strip<true>(first, frame, g, t, walk, units, count);
-      spread_strip(first, g, t.grad_output, scratch, units, count);
+      spread_strip(first, g.width, channels, slice_channels, t.grad_output, scratch, units, count);
       differentiate_strip(first, frame, t.grad_offset_mask, g.offset_channels, units, count);
     }
-    copy_slice(t.grad_value + first_value, channels, scratch.grad_value, slice_channels, g);
+    copy_slice(t.grad_value + first_value, channels, scratch.grad_value, slice_channels, pixels_in,
+               slice_channels);
     if (group == 0) clear_padding(g, t.grad_offset_mask + image * pixels_out * g.offset_channels);
+  }
+}
+
+template <typename acc_t, typename Count>
+OPS_DCNV4_NOINLINE void differentiate_queries(Plan<acc_t, Count> plan, const Levels<acc_t> levels,
+                                              acc_t* grad_locations, int64_t location_stride,
+                                              acc_t* grad_weights, int64_t unit, int64_t heads,
+                                              int64_t count) {
+  for (int64_t i = 0; i < count; ++i, unit += heads, plan = plan.template next<true>()) {
+    differentiate(plan, levels, false, grad_locations + unit * location_stride,
+                  grad_weights + unit * plan.taps);
+  }
+}
+
+// (image, head) slices [begin, end), counted over the batch: a worker owns all that it writes.
+template <typename scalar_t, typename acc_t, typename Count>
+void backward(const Attention& a, const AttentionTensors<scalar_t>& t,
+              const Scratch<acc_t>& scratch, Count taps, int64_t begin, int64_t end) {
+  const Levels<acc_t> levels(a, t.spatial_shapes, t.level_start_index, scratch.numbers,
+                             scratch.indices);
+  const auto first = first_plan(scratch, taps);
+  const int64_t channels = a.channels(), strip = strip_plans(taps);
+  Unit units[strip_plans(1)];
+  for (int64_t slice = begin; slice < end; ++slice) {
+    const int64_t image = slice / a.heads, head = slice % a.heads;
+    const int64_t first_value = image * a.pixels * channels + head * a.head_channels;
+    begin_slice(scratch, t.value + first_value, channels, a.pixels, a.head_channels);
+    for (int64_t i = 0; i < a.queries; i += strip) {
+      const int64_t count = a.queries - i < strip ? a.queries - i : strip;
+      const int64_t first_unit = (image * a.queries + i) * a.heads + head;
+      plan_queries<true>(first, levels, a, t, units, first_unit, count);
+      spread_strip(first, 0, channels, a.head_channels, t.grad_output, scratch, units, count);
+      differentiate_queries(first, levels, t.grad_locations, t.location_stride, t.grad_weights,
+                            first_unit, a.heads, count);
+    }
+    copy_slice(t.grad_value + first_value, channels, scratch.grad_value, a.head_channels, a.pixels,
+               a.head_channels);
   }
 }
 

@@ -6,24 +6,28 @@
 namespace ops_dcnv4 {
 namespace {
 
-// The channels of the widest block: 64 bytes.
+// The channels of a wide block: 64 bytes.
 template <typename acc_t>
-constexpr int widest_block = 64 / sizeof(acc_t);
+constexpr int wide_block = 64 / sizeof(acc_t);
 
 // Calls body(width constant, first channel) for consecutive blocks that cover all channels.
-template <typename acc_t, typename Body>
+template <typename acc_t, int widest = wide_block<acc_t>, typename Body>
 OPS_DCNV4_INLINE void for_channel_blocks(int64_t channels, const Body& body) {
-  constexpr int widest = widest_block<acc_t>;
+  constexpr int wide = wide_block<acc_t>;
   int64_t c = 0;
-  for (; c + widest <= channels; c += widest) body(std::integral_constant<int, widest>(), c);
+  if constexpr (widest > wide) {
+    for (; c + widest <= channels; c += widest) body(std::integral_constant<int, widest>(), c);
+  }
+  for (; c + wide <= channels; c += wide) body(std::integral_constant<int, wide>(), c);
   for (; c + 4 <= channels; c += 4) body(std::integral_constant<int, 4>(), c);
   for (; c < channels; ++c) body(std::integral_constant<int, 1>(), c);
 }
 
-// Calls body with the channels of a group: a constant for the usual 16.
+// Calls body with the channels of a group: a constant for the usual 16 and, of attention, 32.
 template <typename Body>
 OPS_DCNV4_INLINE void with_group_channels(int64_t group_channels, const Body& body) {
   if (group_channels == 16) return body(std::integral_constant<int64_t, 16>());
+  if (group_channels == 32) return body(std::integral_constant<int64_t, 32>());
   body(group_channels);
 }
 

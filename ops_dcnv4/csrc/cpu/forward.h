@@ -2,46 +2,62 @@
 #pragma once
 
 #include "cpu/channels.h"
-#include "cpu/plan.h"
+#include "cpu/query.h"
+#include "cpu/window.h"
 
 namespace ops_dcnv4 {
 namespace {
+
+// Two wide blocks at a time where the registers are as wide: fewer indices, longer reads.
+template <typename acc_t>
+constexpr int widest_block = (OPS_DCNV4_VECTOR_BYTES == 64 ? 2 : 1) * wide_block<acc_t>;
 
 // The output of one unit, `value` and `output` pointing at its group's first channel.
 template <bool inside, typename scalar_t, typename acc_t, typename Count, typename Channels>
 OPS_DCNV4_INLINE void sum_taps(const Plan<acc_t, Count> plan, const scalar_t* value,
                                scalar_t* output, Channels group_channels, int64_t right,
                                int64_t below, const scalar_t* zeros) {
-  for_channel_blocks<acc_t>(group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
-    using L = Lanes<acc_t, width.value>;
-    // A sum per corner: four short chains of dependent additions instead of a long one.
-    typename L::type top_left = L::zero(), top_right = top_left;
-    typename L::type bottom_left = top_left, bottom_right = top_left;
+  constexpr int widest = widest_block<acc_t>;
+  for_channel_blocks<acc_t, widest>(group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
+    constexpr int parts = width.value > wide_block<acc_t> ? 2 : 1;
+    constexpr int lanes = width.value / parts;
+    using L = Lanes<acc_t, lanes>;
+    // A sum per corner: short chains of dependent additions instead of a long one.
+    typename L::type sums[4][parts];
+    for (int i = 0; i < 4 * parts; ++i) sums[i / parts][i % parts] = L::zero();
     for (int64_t k = 0; k < plan.taps; ++k) {
       const int64_t pixel = plan.pixel()[k];
       const scalar_t* v = inside || pixel >= 0 ? value + c + pixel * right : zeros;
       const int64_t to_right = inside ? right : plan.step_x()[k] * right;
-      const int64_t to_below = inside ? below : plan.step_y()[k] * below;
-      top_left += plan.weight(0)[k] * L::load(v);
-      top_right += plan.weight(1)[k] * L::load(v + to_right);
-      bottom_left += plan.weight(2)[k] * L::load(v + to_below);
-      bottom_right += plan.weight(3)[k] * L::load(v + to_below + to_right);
+      const int64_t to_below = inside ? below : plan.step_y()[k] * right;
+      const scalar_t* corners[4] = {v, v + to_right, v + to_below, v + to_below + to_right};
+      for (int i = 0; i < 4; ++i) {
+        const acc_t weight = plan.weight(i)[k];
+        for (int part = 0; part < parts; ++part) {
+          sums[i][part] += weight * L::load(corners[i] + part * lanes);
+        }
+      }
     }
-    L::store(output + c, (top_left + top_right) + (bottom_left + bottom_right));
+    for (int part = 0; part < parts; ++part) {
+      L::store(output + c + part * lanes,
+               (sums[0][part] + sums[1][part]) + (sums[2][part] + sums[3][part]));
+    }
   });
 }
 
+// `width` is that of the image where units are inside.
 template <typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_NOINLINE void sum_strip(const Plan<acc_t, Count> first, const Geometry& g,
-                                  const Tensors<scalar_t> t, const Unit* units, int64_t count) {
-  const int64_t channels = g.channels(), below = g.width * channels, image = g.height * below;
+OPS_DCNV4_NOINLINE void sum_strip(const Plan<acc_t, Count> first, int64_t pixels, int64_t width,
+                                  int64_t channels, int64_t channels_of_group,
+                                  const scalar_t* values, scalar_t* outputs, const Unit* units,
+                                  int64_t count) {
   const scalar_t zeros[widest_block<acc_t>] = {};  // read by points outside: nothing to mispredict
-  with_group_channels(g.group_channels, [&](auto group_channels) OPS_DCNV4_INLINE_LAMBDA {
+  with_group_channels(channels_of_group, [&](auto group_channels) OPS_DCNV4_INLINE_LAMBDA {
     Plan<acc_t, Count> plan = first;
     for (int64_t i = 0; i < count; ++i, plan = plan.template next<false>()) {
-      const int64_t channel = units[i].group * group_channels;
-      const scalar_t* value = t.value + units[i].image * image + channel;
-      scalar_t* output = t.output + units[i].pixel * channels + channel;
+      const int64_t channel = units[i].group * group_channels, below = width * channels;
+      const scalar_t* value = values + units[i].image * pixels * channels + channel;
+      scalar_t* output = outputs + units[i].pixel * channels + channel;
       if (units[i].inside) {
         sum_taps<true>(plan, value, output, group_channels, channels, below, zeros);
       } else {
@@ -53,17 +69,44 @@ OPS_DCNV4_NOINLINE void sum_strip(const Plan<acc_t, Count> first, const Geometry
 
 // Output pixels [begin, end), counted over the batch.
 template <typename scalar_t, typename acc_t, typename Count>
-void forward(const Geometry& g, const Tensors<scalar_t>& t, const Scratch<acc_t>& scratch,
+void forward(const Geometry& g, const Dcnv4Tensors<scalar_t>& t, const Scratch<acc_t>& scratch,
              Count taps, int64_t begin, int64_t end) {
   const Frame<acc_t> frame(g, scratch.numbers);
-  const Plan<acc_t, Count> first{scratch.numbers + 2 * plan_stride(taps), scratch.indices, taps};
+  const auto first = first_plan(scratch, taps);
   const int64_t units = (end - begin) * g.groups, strip = strip_plans(taps);
+  const int64_t pixels = int64_t(g.height) * g.width;
   Walk walk(g, begin, 0, g.groups);
   Unit planned[strip_plans(1)];
   for (int64_t i = 0; i < units; i += strip) {
     const int64_t count = units - i < strip ? units - i : strip;
     plan_strip<false>(first, frame, g, t, walk, planned, count);
-    sum_strip(first, g, t, planned, count);
+    sum_strip(first, pixels, g.width, g.channels(), g.group_channels, t.value, t.output, planned,
+              count);
+  }
+}
+
+// Head by head, as many queries: what they read of one head the second-level cache can hold.
+constexpr int64_t block_queries = 512;
+
+// Queries [begin, end), counted over the batch.
+template <typename scalar_t, typename acc_t, typename Count>
+void forward(const Attention& a, const AttentionTensors<scalar_t>& t,
+             const Scratch<acc_t>& scratch, Count taps, int64_t begin, int64_t end) {
+  const Levels<acc_t> levels(a, t.spatial_shapes, t.level_start_index, scratch.numbers,
+                             scratch.indices);
+  const auto first = first_plan(scratch, taps);
+  const int64_t strip = strip_plans(taps);
+  Unit planned[strip_plans(1)];
+  for (int64_t block = begin; block < end; block += block_queries) {
+    const int64_t behind = block + block_queries < end ? block + block_queries : end;
+    for (int64_t head = 0; head < a.heads; ++head) {
+      for (int64_t i = block; i < behind; i += strip) {
+        const int64_t count = behind - i < strip ? behind - i : strip;
+        plan_queries<false>(first, levels, a, t, planned, i * a.heads + head, count);
+        sum_strip(first, a.pixels, 0, a.channels(), a.head_channels, t.value, t.output, planned,
+                  count);
+      }
+    }
   }
 }
 

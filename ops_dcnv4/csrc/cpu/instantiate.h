@@ -7,30 +7,38 @@
 namespace ops_dcnv4 {
 namespace {
 
-// The usual window, 3 x 3, has kernels of its own.
-using NineTaps = std::integral_constant<int64_t, 9>;
+// The usual windows, 3 x 3, and 4 points in each of 4 levels have kernels of their own.
+constexpr int usual_taps(const Geometry*) { return 9; }
+constexpr int usual_taps(const Attention*) { return 16; }
 
-template <typename scalar_t>
-void run_forward(const Geometry& g, const Tensors<scalar_t>& t,
-                 const Scratch<Accumulated<scalar_t>>& scratch, int64_t begin, int64_t end) {
-  if (g.taps() == 9) {
-    return forward(g, t, scratch, NineTaps(), begin, end);
+template <typename Sizes>
+using UsualTaps = std::integral_constant<int64_t, usual_taps(static_cast<Sizes*>(nullptr))>;
+
+template <typename Sizes, typename Tensors, typename acc_t>
+void run_forward(const Sizes& sizes, const Tensors& t, const Scratch<acc_t>& scratch, int64_t begin,
+                 int64_t end) {
+  if (sizes.taps() == UsualTaps<Sizes>::value) {
+    return forward(sizes, t, scratch, UsualTaps<Sizes>(), begin, end);
   }
-  forward(g, t, scratch, int64_t(g.taps()), begin, end);
+  forward(sizes, t, scratch, int64_t(sizes.taps()), begin, end);
 }
 
-template <typename scalar_t>
-void run_backward(const Geometry& g, const Tensors<scalar_t>& t,
-                  const Scratch<Accumulated<scalar_t>>& scratch, int64_t begin, int64_t end) {
-  if (g.taps() == 9) {
-    return backward(g, t, scratch, NineTaps(), begin, end);
+template <typename Sizes, typename Tensors, typename acc_t>
+void run_backward(const Sizes& sizes, const Tensors& t, const Scratch<acc_t>& scratch,
+                  int64_t begin, int64_t end) {
+  if (sizes.taps() == UsualTaps<Sizes>::value) {
+    return backward(sizes, t, scratch, UsualTaps<Sizes>(), begin, end);
   }
-  backward(g, t, scratch, int64_t(g.taps()), begin, end);
+  backward(sizes, t, scratch, int64_t(sizes.taps()), begin, end);
 }
 
 template <typename scalar_t>
 constexpr Kernels<scalar_t> kernels() {
-  return {run_forward<scalar_t>, run_backward<scalar_t>};
+  using acc_t = Accumulated<scalar_t>;
+  return {run_forward<Geometry, Dcnv4Tensors<scalar_t>, acc_t>,
+          run_forward<Attention, AttentionTensors<scalar_t>, acc_t>,
+          run_backward<Geometry, Dcnv4Tensors<scalar_t>, acc_t>,
+          run_backward<Attention, AttentionTensors<scalar_t>, acc_t>};
 }
 
 constexpr InstructionSet instruction_set() {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "attention.h"
 #include "geometry.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(OPS_DCNV4_PLAIN_VECTORS)
@@ -20,7 +21,7 @@ template <typename scalar_t>
 using Accumulated = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 template <typename scalar_t>
-struct Tensors {
+struct Dcnv4Tensors {
   const scalar_t* value;
   const scalar_t* offset_mask;
   scalar_t* output;             // forward
@@ -29,12 +30,28 @@ struct Tensors {
   scalar_t* grad_offset_mask;   // backward
 };
 
+// Locations and weights are in the accumulator's type, and normalised.
+template <typename scalar_t>
+struct AttentionTensors {
+  using acc_t = Accumulated<scalar_t>;
+  const int64_t *spatial_shapes, *level_start_index;
+  const scalar_t* value;
+  const acc_t* locations;   // `location_stride` apart for each (query, head)
+  const acc_t* weights;
+  int64_t location_stride;
+  scalar_t* output;             // forward
+  const scalar_t* grad_output;  // backward
+  scalar_t* grad_value;         // backward
+  acc_t* grad_locations;        // backward; as far apart as the locations
+  acc_t* grad_weights;          // backward
+};
+
 // A worker's memory, aligned to whole vectors.
 template <typename acc_t>
 struct Scratch {
   acc_t* numbers;
   int32_t* indices;
-  acc_t* value;       // backward: one group of one image
+  acc_t* value;       // backward: one group or head of one image
   acc_t* grad_value;  // the same
 };
 
@@ -44,21 +61,27 @@ constexpr int64_t plan_stride(int64_t taps) { return taps > 0 ? (taps + 15) / 16
 // Plans made at a time: few enough to stay in the first-level cache.
 constexpr int64_t strip_plans(int64_t taps) { return taps <= 64 ? 128 / plan_stride(taps) : 1; }
 
-// Sizes of Scratch's numbers and indices: a grid, and the plans of a strip.
+// Sizes of Scratch's numbers and indices: what all plans share, and the plans of a strip.
+constexpr int64_t shared_arrays = 2;
 constexpr int64_t scratch_numbers(int64_t taps) {
-  return (2 + 13 * strip_plans(taps)) * plan_stride(taps);
+  return (shared_arrays + 13 * strip_plans(taps)) * plan_stride(taps);
 }
 constexpr int64_t scratch_indices(int64_t taps) {
-  return 3 * strip_plans(taps) * plan_stride(taps);
+  return (shared_arrays + 3 * strip_plans(taps)) * plan_stride(taps);
 }
 
 template <typename scalar_t>
 struct Kernels {
-  // Both may be called for several ranges at once.
-  using Function = void(const Geometry&, const Tensors<scalar_t>&,
-                        const Scratch<Accumulated<scalar_t>>&, int64_t begin, int64_t end);
-  Function* forward;   // output pixels [begin, end), counted over the batch
-  Function* backward;  // (image, group) slices [begin, end), counted over the batch
+  // All may be called for several ranges at once.
+  template <typename Sizes, typename Tensors>
+  using Function = void(const Sizes&, const Tensors&, const Scratch<Accumulated<scalar_t>>&,
+                        int64_t begin, int64_t end);
+  // Output pixels or queries [begin, end), counted over the batch.
+  Function<Geometry, Dcnv4Tensors<scalar_t>>* dcnv4;
+  Function<Attention, AttentionTensors<scalar_t>>* attention;
+  // (image, group) or (image, head) slices [begin, end), counted over the batch.
+  Function<Geometry, Dcnv4Tensors<scalar_t>>* dcnv4_backward;
+  Function<Attention, AttentionTensors<scalar_t>>* attention_backward;
 };
 
 struct InstructionSet {

@@ -1,4 +1,9 @@
-// Where and with which weights the taps of one (pixel, group) sample, several taps at a time.
+// Where and with which weights taps sample, several taps at a time.
+//
+// The work is divided into units: an output pixel and a group of channels of DCNv4 (window.h), or a
+// query and a head of attention (query.h). Those know
+//   where the taps from k on lie, as many as a vector holds:  points(k), modulation(k)
+//   what images the taps sample:                              image(k), scale_x(k), scale_y(k)
 #pragma once
 
 #include "cpu/kernels.h"
@@ -7,21 +12,13 @@
 namespace ops_dcnv4 {
 namespace {
 
-// What the plans of all windows have in common, in copies: stores to plans cannot change them.
-template <typename acc_t>
-struct Frame {
-  int row_pixels;                     // of an image
-  int reach;  // from a window's centre to the first row that it does not read, but for offsets
-  acc_t width, height, last_x, last_y;  // sizes and last positions of an image
-  int start_x, step_x, start_y, step_y;  // of the windows' centres
-  acc_t scale;
-  const acc_t *grid_x, *grid_y;  // the window's regular grid
-
-  explicit Frame(const Geometry& g, acc_t* grid);
+struct Unit {
+  int64_t image, pixel, group;  // pixels (or queries) of the output, counted over the batch
+  bool inside;                  // all pixels of all its cells are inside the image
 };
 
-// Where the taps of one (pixel, group) sample: an array per quantity, in offset_mask's order,
-// column by column. Count is a number or a constant, which makes all distances constant.
+// Where the taps of a unit sample: an array per quantity. Count is a number or a constant, which
+// makes all distances constant.
 template <typename acc_t, typename Count>
 struct Plan {
   acc_t* numbers;
@@ -35,7 +32,7 @@ struct Plan {
   // In plans of cells that are not all inside the image. A cell with a half outside has the other
   // half twice, with half the weight. A cell without a pixel inside has a negative pixel.
   OPS_DCNV4_INLINE int32_t* step_x() const { return index(1); }  // from left to right: 1 or 0
-  OPS_DCNV4_INLINE int32_t* step_y() const { return index(2); }  // from top to bottom: 1 or 0
+  OPS_DCNV4_INLINE int32_t* step_y() const { return index(2); }  // from top to bottom: a row or 0
 
   // For the backward pass only.
   OPS_DCNV4_INLINE acc_t* dx() const { return number(4); }  // position within the cell
@@ -57,62 +54,44 @@ struct Plan {
   OPS_DCNV4_INLINE int32_t* index(int i) const { return indices + i * plan_stride(taps); }
 };
 
-// As many lanes as a register has.
-template <typename T>
-using Native = Lanes<T, OPS_DCNV4_VECTOR_BYTES / sizeof(T)>;
-
-template <typename acc_t>
-Frame<acc_t>::Frame(const Geometry& g, acc_t* grid)
-    : row_pixels(g.width),
-      reach(g.y.grid(g.y.kernel - 1) + 2),
-      width(static_cast<acc_t>(g.width)),
-      height(static_cast<acc_t>(g.height)),
-      last_x(static_cast<acc_t>(g.width - 1)),
-      last_y(static_cast<acc_t>(g.height - 1)),
-      start_x(g.x.center_of(0)),
-      step_x(g.x.stride),
-      start_y(g.y.center_of(0)),
-      step_y(g.y.stride),
-      scale(static_cast<acc_t>(g.offset_scale)),
-      grid_x(grid),
-      grid_y(grid + plan_stride(g.taps())) {
-  acc_t *x = grid, *y = grid + plan_stride(g.taps());
-  for (int64_t k = 0; k < 2 * plan_stride(g.taps()); ++k) grid[k] = 0;
-  for (int tap_x = 0; tap_x < g.x.kernel; ++tap_x) {
-    for (int tap_y = 0; tap_y < g.y.kernel; ++tap_y) {
-      if (g.skips(tap_y, tap_x)) continue;
-      *x++ = static_cast<acc_t>(g.x.grid(tap_x));
-      *y++ = static_cast<acc_t>(g.y.grid(tap_y));
-    }
-  }
+// The first plan of a strip, behind what all plans share.
+template <typename acc_t, typename Count>
+Plan<acc_t, Count> first_plan(const Scratch<acc_t>& scratch, Count taps) {
+  const int64_t shared = shared_arrays * plan_stride(taps);
+  return {scratch.numbers + shared, scratch.indices + shared, taps};
 }
 
-// What the plan of one (pixel, group) is made from.
-template <typename scalar_t, typename acc_t>
-struct Window {
-  acc_t center_x, center_y;
-  const scalar_t* offsets;  // pairs (dx, dy), followed by the modulation scalars
-};
-
-// The taps from `first` on, as many as a vector holds; zero offsets and modulation after the last.
+// As many lanes as a register has.
 template <typename acc_t>
-struct Taps {
-  using L = Native<acc_t>;
-  static constexpr int width = sizeof(typename L::type) / sizeof(acc_t);
-  typename L::type x, y;
+constexpr int native_width = OPS_DCNV4_VECTOR_BYTES / sizeof(acc_t);
 
-  template <typename scalar_t, typename Count>
-  OPS_DCNV4_INLINE Taps(const Frame<acc_t>& frame, const Window<scalar_t, acc_t>& window,
-                        Count taps, int64_t first) {
-    const int64_t count = 2 * (taps - first);
-    const scalar_t* from = window.offsets + 2 * first;
-    const auto low = L::load_first(from, count), high = L::load_first(from + width, count - width);
-    const auto dx = L::template permute<EveryOther<0>>(low, high);
-    const auto dy = L::template permute<EveryOther<1>>(low, high);
-    x = window.center_x + frame.scale * (L::load(frame.grid_x + first) + dx);
-    y = window.center_y + frame.scale * (L::load(frame.grid_y + first) + dy);
-  }
+template <typename acc_t>
+using Native = Lanes<acc_t, native_width<acc_t>>;
+
+// Coordinates in pixels of a vector of taps.
+template <typename acc_t>
+struct Coordinates {
+  typename Native<acc_t>::type x, y;
 };
+
+// The images that a vector of taps samples: numbers, or vectors where every tap has its own.
+template <typename Number, typename Index>
+struct Image {
+  Number width, height;
+  Index row_pixels, first_pixel;
+};
+
+// Pairs (x, y) of the taps from `first` on; zeros behind the last.
+template <typename acc_t, typename T>
+OPS_DCNV4_INLINE Coordinates<acc_t> load_pairs(const T* pairs, int64_t taps, int64_t first) {
+  using L = Native<acc_t>;
+  constexpr int width = native_width<acc_t>;
+  const int64_t count = 2 * (taps - first);
+  const T* from = pairs + 2 * first;
+  const auto low = L::load_first(from, count), high = L::load_first(from + width, count - width);
+  return {L::template permute<EveryOther<0>>(low, high),
+          L::template permute<EveryOther<1>>(low, high)};
+}
 
 template <typename L, typename acc_t, typename Count>
 OPS_DCNV4_INLINE void store_weights(const Plan<acc_t, Count>& plan, int64_t k,
@@ -124,7 +103,7 @@ OPS_DCNV4_INLINE void store_weights(const Plan<acc_t, Count>& plan, int64_t k,
   L::store(plan.weight(3) + k, bottom * right);
 }
 
-// One axis of cells that may lie partly or wholly outside an image of `size` pixels on this axis.
+// One axis of cells that may lie partly or wholly outside the image, whose last pixel is `last`.
 template <typename acc_t>
 struct BorderAxis {
   using L = Native<acc_t>;
@@ -133,7 +112,8 @@ struct BorderAxis {
   Vec weight_first, weight_second;              // weights of the first and the second pixel
   Vec clamped, step;          // the first pixel to be read, and how many on is the second
 
-  OPS_DCNV4_INLINE BorderAxis(Vec coordinate, acc_t last) {
+  template <typename Number>
+  OPS_DCNV4_INLINE BorderAxis(Vec coordinate, Number last) {
     const Vec zero = L::zero(), one = L::fill(1);
     first = L::floor(coordinate);
     distance = coordinate - first;
@@ -148,30 +128,30 @@ struct BorderAxis {
   }
 };
 
-// Fills the plan of a window with cells beyond the image's border.
-template <bool backward, typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count> plan, const Frame<acc_t> frame,
-                                  const Window<scalar_t, acc_t> window) {
+// Fills the plan of a unit whose cells may lie beyond the image's border.
+template <bool backward, typename acc_t, typename Count, typename Images, typename Source>
+OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count> plan, const Images& images,
+                                  const Source& source) {
   using L = Native<acc_t>;
-  using Ints = Lanes<int32_t, Taps<acc_t>::width>;
-  for (int64_t k = 0; k < plan.taps; k += Taps<acc_t>::width) {
-    const Taps<acc_t> taps(frame, window, plan.taps, k);
-    auto modulation = L::load_first(window.offsets + 2 * plan.taps + k, plan.taps - k);
+  using Ints = Lanes<int32_t, native_width<acc_t>>;
+  for (int64_t k = 0; k < plan.taps; k += native_width<acc_t>) {
+    const auto at = source.points(k);
+    const auto image = images.image(k);
     // False for NaN, and before the conversion to int, so that huge coordinates are safe.
-    const auto counts = (taps.x > acc_t(-1)) & (taps.x < frame.width) & (taps.y > acc_t(-1)) &
-                        (taps.y < frame.height);
+    const auto counts = (at.x > acc_t(-1)) & (at.x < image.width) & (at.y > acc_t(-1)) &
+                        (at.y < image.height);
     const auto nowhere = L::fill(acc_t(outside));
-    const BorderAxis<acc_t> x(select(counts, taps.x, nowhere), frame.last_x);
-    const BorderAxis<acc_t> y(select(counts, taps.y, nowhere), frame.last_y);
-    modulation = select(counts, modulation, L::zero());
+    const BorderAxis<acc_t> x(select(counts, at.x, nowhere), image.width - acc_t(1));
+    const BorderAxis<acc_t> y(select(counts, at.y, nowhere), image.height - acc_t(1));
+    const auto modulation = select(counts, source.modulation(k), L::zero());
     store_weights<L>(plan, k, x.weight_first, x.weight_second, modulation * y.weight_first,
                      modulation * y.weight_second);
-    const auto col = select(counts, x.clamped, L::fill(-1));
-    const auto pixel = convert<typename Ints::type>(y.clamped) * frame.row_pixels +
-                       convert<typename Ints::type>(col);
-    Ints::store(plan.pixel() + k, pixel);
+    const auto pixel = convert<typename Ints::type>(y.clamped) * image.row_pixels +
+                       convert<typename Ints::type>(x.clamped) + image.first_pixel;
+    const auto none = Ints::fill(-1);
+    Ints::store(plan.pixel() + k, select(convert<typename Ints::type>(counts), pixel, none));
     Ints::store(plan.step_x() + k, convert<typename Ints::type>(x.step));
-    Ints::store(plan.step_y() + k, convert<typename Ints::type>(y.step));
+    Ints::store(plan.step_y() + k, convert<typename Ints::type>(y.step) * image.row_pixels);
     if (!backward) continue;
     L::store(plan.dx() + k, x.distance);
     L::store(plan.dy() + k, y.distance);
@@ -181,77 +161,6 @@ OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count> plan, const Frame<acc
   }
 }
 
-// Fills the plan of a window, and returns whether all pixels of all its cells lie inside the image.
-template <bool backward, typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_INLINE bool make_plan(const Plan<acc_t, Count> plan, const Frame<acc_t> frame,
-                                const Window<scalar_t, acc_t> window) {
-  using L = Native<acc_t>;
-  using Ints = Lanes<int32_t, Taps<acc_t>::width>;
-  bool inside = true;
-  for (int64_t k = 0; k < plan.taps; k += Taps<acc_t>::width) {
-    const Taps<acc_t> taps(frame, window, plan.taps, k);
-    inside = inside && L::all_within(taps.x, 0, frame.last_x, plan.taps - k) &&
-             L::all_within(taps.y, 0, frame.last_y, plan.taps - k);
-  }
-  if (!inside) {
-    plan_border<backward>(plan, frame, window);
-    return false;
-  }
-  for (int64_t k = 0; k < plan.taps; k += Taps<acc_t>::width) {
-    const Taps<acc_t> taps(frame, window, plan.taps, k);
-    const auto modulation = L::load_first(window.offsets + 2 * plan.taps + k, plan.taps - k);
-    const auto col = L::floor(taps.x), row = L::floor(taps.y);
-    const auto dx = taps.x - col, dy = taps.y - row;
-    store_weights<L>(plan, k, acc_t(1) - dx, dx, modulation * (acc_t(1) - dy), modulation * dy);
-    const auto pixel = convert<typename Ints::type>(row) * frame.row_pixels +
-                       convert<typename Ints::type>(col);
-    Ints::store(plan.pixel() + k, pixel);
-    if (!backward) continue;
-    L::store(plan.dx() + k, dx);
-    L::store(plan.dy() + k, dy);
-    L::store(plan.modulation() + k, modulation);
-  }
-  return true;
-}
-
-// One (pixel, group) whose plan is made; pixels are counted over the batch.
-struct Unit {
-  int64_t image, pixel, group;
-  bool inside;
-};
-
-// Output pixel by output pixel, and for each its groups [first_group, last_group).
-class Walk {
- public:
-  Walk(const Geometry& g, int64_t pixel, int64_t first_group, int64_t last_group)
-      : out_height(g.out_height),
-        out_width(g.out_width),
-        first_group(first_group),
-        last_group(last_group),
-        at{pixel / g.out_width / g.out_height, pixel, first_group, false},
-        row(static_cast<int>(pixel / g.out_width % g.out_height)),
-        col(static_cast<int>(pixel % g.out_width)) {}
-
-  OPS_DCNV4_INLINE void next() {
-    if (++at.group < last_group) return;
-    at.group = first_group;
-    ++at.pixel;
-    if (++col < out_width) return;
-    col = 0;
-    if (++row < out_height) return;
-    row = 0;
-    ++at.image;
-  }
-
- private:
-  int out_height, out_width;
-  int64_t first_group, last_group;
-
- public:
-  Unit at;
-  int row, col;
-};
-
 // Asks for the cache lines of `count` numbers, `distance` from an address; beyond the ends of a
 // tensor this does no harm.
 template <typename T>
@@ -260,36 +169,6 @@ OPS_DCNV4_INLINE void prefetch(const T* from, int64_t distance, int64_t count) {
   for (uintptr_t i = 0; i < count * sizeof(T); i += 64) {
     OPS_DCNV4_PREFETCH(reinterpret_cast<const char*>(first + i));
   }
-}
-
-// Plans `count` units, so that the processor has several to work on side by side: the computations
-// of a single one all wait for each other.
-template <bool backward, typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_NOINLINE void plan_strip(Plan<acc_t, Count> plan, const Frame<acc_t> frame,
-                                   const Geometry& g, const Tensors<scalar_t>& t, Walk& walk,
-                                   Unit* units, int64_t count) {
-  const int64_t offset_channels = g.offset_channels, channels = g.channels();
-  const int64_t image = int64_t(g.height) * g.width * channels;
-  Walk w = walk;
-  // To the same place in the next strip: the hardware does not foresee where a slice goes on.
-  const int64_t ahead = strip_plans(plan.taps) * (backward ? offset_channels : 3 * plan.taps);
-  for (int64_t i = 0; i < count; ++i, w.next(), plan = plan.template next<backward>()) {
-    const scalar_t* offsets =
-        t.offset_mask + w.at.pixel * offset_channels + w.at.group * 3 * plan.taps;
-    prefetch(offsets, ahead, 3 * plan.taps);
-    if (!backward) {  // the pixel that the windows of the next row will be the first to read
-      const int64_t row = frame.start_y + w.row * frame.step_y + frame.reach;
-      const int64_t col = frame.start_x + w.col * frame.step_x;
-      const int64_t pixel = row * frame.row_pixels + col;
-      prefetch(t.value, w.at.image * image + pixel * channels + w.at.group * g.group_channels,
-               g.group_channels);
-    }
-    const Window<scalar_t, acc_t> window{acc_t(frame.start_x + w.col * frame.step_x),
-                                         acc_t(frame.start_y + w.row * frame.step_y), offsets};
-    units[i] = w.at;
-    units[i].inside = make_plan<backward>(plan, frame, window);
-  }
-  walk = w;
 }
 
 }  // namespace

@@ -1,0 +1,167 @@
+// Where the taps of DCNv4's windows lie.
+#pragma once
+
+#include "cpu/plan.h"
+
+namespace ops_dcnv4 {
+namespace {
+
+// What all windows have in common, in copies: stores to plans cannot change them.
+template <typename acc_t>
+struct Frame {
+  int row_pixels;                     // of an image
+  int reach;  // from a window's centre to the first row that it does not read, but for offsets
+  acc_t width, height;                   // of an image
+  int start_x, step_x, start_y, step_y;  // of the windows' centres
+  acc_t scale;
+  const acc_t *grid_x, *grid_y;  // the window's regular grid
+
+  explicit Frame(const Geometry& g, acc_t* grid);
+
+  OPS_DCNV4_INLINE Image<acc_t, int> image(int64_t) const { return {width, height, row_pixels, 0}; }
+  OPS_DCNV4_INLINE acc_t scale_x(int64_t) const { return scale; }
+  OPS_DCNV4_INLINE acc_t scale_y(int64_t) const { return scale; }
+};
+
+template <typename acc_t>
+Frame<acc_t>::Frame(const Geometry& g, acc_t* grid)
+    : row_pixels(g.width),
+      reach(g.y.grid(g.y.kernel - 1) + 2),
+      width(static_cast<acc_t>(g.width)),
+      height(static_cast<acc_t>(g.height)),
+      start_x(g.x.center_of(0)),
+      step_x(g.x.stride),
+      start_y(g.y.center_of(0)),
+      step_y(g.y.stride),
+      scale(static_cast<acc_t>(g.offset_scale)),
+      grid_x(grid),
+      grid_y(grid + plan_stride(g.taps())) {
+  acc_t *x = grid, *y = grid + plan_stride(g.taps());
+  for (int64_t k = 0; k < 2 * plan_stride(g.taps()); ++k) grid[k] = 0;
+  for (int tap_x = 0; tap_x < g.x.kernel; ++tap_x) {
+    for (int tap_y = 0; tap_y < g.y.kernel; ++tap_y) {
+      if (g.skips(tap_y, tap_x)) continue;
+      *x++ = static_cast<acc_t>(g.x.grid(tap_x));
+      *y++ = static_cast<acc_t>(g.y.grid(tap_y));
+    }
+  }
+}
+
+// The window of one unit. Taps are in the order of offset_mask, column by column.
+template <typename scalar_t, typename acc_t, typename Count>
+struct Window {
+  const Frame<acc_t>& frame;
+  Count taps;
+  acc_t center_x, center_y;
+  const scalar_t* offsets;  // pairs (dx, dy), followed by the modulation scalars
+
+  OPS_DCNV4_INLINE Coordinates<acc_t> points(int64_t k) const {
+    using L = Native<acc_t>;
+    const auto offset = load_pairs<acc_t>(offsets, taps, k);
+    return {center_x + frame.scale * (L::load(frame.grid_x + k) + offset.x),
+            center_y + frame.scale * (L::load(frame.grid_y + k) + offset.y)};
+  }
+  OPS_DCNV4_INLINE auto modulation(int64_t k) const {
+    return Native<acc_t>::load_first(offsets + 2 * taps + k, taps - k);
+  }
+};
+
+// Fills the plan of a window, and returns whether all pixels of all its cells lie inside the image.
+template <bool backward, typename scalar_t, typename acc_t, typename Count>
+OPS_DCNV4_INLINE bool make_plan(const Plan<acc_t, Count> plan, const Frame<acc_t>& frame,
+                                const Window<scalar_t, acc_t, Count> window) {
+  using L = Native<acc_t>;
+  using Ints = Lanes<int32_t, native_width<acc_t>>;
+  bool inside = true;
+  for (int64_t k = 0; k < plan.taps; k += native_width<acc_t>) {
+    const auto at = window.points(k);
+    inside = inside && L::all_within(at.x, 0, frame.width - 1, plan.taps - k) &&
+             L::all_within(at.y, 0, frame.height - 1, plan.taps - k);
+  }
+  if (!inside) {
+    plan_border<backward>(plan, frame, window);
+    return false;
+  }
+  for (int64_t k = 0; k < plan.taps; k += native_width<acc_t>) {
+    const auto at = window.points(k);
+    const auto modulation = window.modulation(k);
+    const auto col = L::floor(at.x), row = L::floor(at.y);
+    const auto dx = at.x - col, dy = at.y - row;
+    store_weights<L>(plan, k, acc_t(1) - dx, dx, modulation * (acc_t(1) - dy), modulation * dy);
+    const auto pixel = convert<typename Ints::type>(row) * frame.row_pixels +
+                       convert<typename Ints::type>(col);
+    Ints::store(plan.pixel() + k, pixel);
+    if (!backward) continue;
+    L::store(plan.dx() + k, dx);
+    L::store(plan.dy() + k, dy);
+    L::store(plan.modulation() + k, modulation);
+  }
+  return true;
+}
+
+// Output pixel by output pixel, and for each its groups [first_group, last_group).
+class Walk {
+ public:
+  Walk(const Geometry& g, int64_t pixel, int64_t first_group, int64_t last_group)
+      : out_height(g.out_height),
+        out_width(g.out_width),
+        first_group(first_group),
+        last_group(last_group),
+        at{pixel / g.out_width / g.out_height, pixel, first_group, false},
+        row(static_cast<int>(pixel / g.out_width % g.out_height)),
+        col(static_cast<int>(pixel % g.out_width)) {}
+
+  OPS_DCNV4_INLINE void next() {
+    if (++at.group < last_group) return;
+    at.group = first_group;
+    ++at.pixel;
+    if (++col < out_width) return;
+    col = 0;
+    if (++row < out_height) return;
+    row = 0;
+    ++at.image;
+  }
+
+ private:
+  int out_height, out_width;
+  int64_t first_group, last_group;
+
+ public:
+  Unit at;
+  int row, col;
+};
+
+// Plans `count` units, so that the processor has several to work on side by side: the computations
+// of a single one all wait for each other.
+template <bool backward, typename scalar_t, typename acc_t, typename Count>
+OPS_DCNV4_NOINLINE void plan_strip(Plan<acc_t, Count> plan, const Frame<acc_t> frame,
+                                   const Geometry& g, const Dcnv4Tensors<scalar_t>& t, Walk& walk,
+                                   Unit* units, int64_t count) {
+  const int64_t offset_channels = g.offset_channels, channels = g.channels();
+  const int64_t image = int64_t(g.height) * g.width * channels;
+  Walk w = walk;
+  // To the same place in the next strip: the hardware does not foresee where a slice goes on.
+  const int64_t ahead = strip_plans(plan.taps) * (backward ? offset_channels : 3 * plan.taps);
+  for (int64_t i = 0; i < count; ++i, w.next(), plan = plan.template next<backward>()) {
+    const scalar_t* offsets =
+        t.offset_mask + w.at.pixel * offset_channels + w.at.group * 3 * plan.taps;
+    prefetch(offsets, ahead, 3 * plan.taps);
+    if (!backward) {  // the pixel that the windows of the next row will be the first to read
+      const int64_t row = frame.start_y + w.row * frame.step_y + frame.reach;
+      const int64_t col = frame.start_x + w.col * frame.step_x;
+      const int64_t pixel = row * frame.row_pixels + col;
+      prefetch(t.value, w.at.image * image + pixel * channels + w.at.group * g.group_channels,
+               g.group_channels);
+    }
+    const Window<scalar_t, acc_t, Count> window{frame, plan.taps,
+                                                acc_t(frame.start_x + w.col * frame.step_x),
+                                                acc_t(frame.start_y + w.row * frame.step_y),
+                                                offsets};
+    units[i] = w.at;
+    units[i].inside = make_plan<backward>(plan, frame, window);
+  }
+  walk = w;
+}
+
+}  // namespace
+}  // namespace ops_dcnv4

@@ -1,0 +1,56 @@
+// What the operators' calls of the kernels share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+namespace ops_dcnv4 {
+
+inline const InstructionSet& instruction_set() {
+#if defined(OPS_DCNV4_X86)
+  static const InstructionSet& best = [&]() -> const InstructionSet& {
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") &&
+                            __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl");
+    return has_avx512 ? avx512 : has_avx2 ? avx2 : baseline;
+  }();
+  return best;
+#else
+  return baseline;
+#endif
+}
+
+// Memory of one worker; the backward pass has slices in it.
+template <typename acc_t>
+class Memory {
+ public:
+  Memory(int64_t taps, int64_t slice_numbers) {
+    const int64_t numbers = scratch_numbers(taps) * sizeof(acc_t);
+    const int64_t indices = scratch_indices(taps) * sizeof(int32_t);
+    const int64_t slice = (slice_numbers * sizeof(acc_t) + 63) / 64 * 64;
+    memory_ = c10::GetCPUAllocator()->allocate(numbers + indices + 2 * slice);
+    char* start = static_cast<char*>(memory_.get());
+    // Lanes beyond the last tap are computed and ignored; as denormal numbers they would be slow.
+    std::memset(start, 0, numbers + indices);
+    scratch = {reinterpret_cast<acc_t*>(start), reinterpret_cast<int32_t*>(start + numbers),
+               reinterpret_cast<acc_t*>(start + numbers + indices),
+               reinterpret_cast<acc_t*>(start + numbers + indices + slice)};
+  }
+
+  Scratch<acc_t> scratch;
+
+ private:
+  at::DataPtr memory_;
+};
+
+// About this many multiply-adds make a thread worth waking.
+constexpr int64_t grain = 1 << 15;
+
+}  // namespace ops_dcnv4
