@@ -4,11 +4,13 @@ In a process of its own: `python -m tests.cuda_model.run_guarded before` or `beh
 that it writes names what crashed: its own access outside of a tensor, if the kernels make none.
 """
 
+import contextlib
 import ctypes
 import sys
 
 import torch
 
+from tests.cuda_model import attention_cases
 from tests.cuda_model.build import load_operators
 from tests.ops_dcnv4.cases import small_cases
 
@@ -18,6 +20,11 @@ LAST = "one byte too far"
 def say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+def run_with_error(operator, *arguments) -> None:
+    with contextlib.suppress(RuntimeError):  # test_attention.py says which
+        operator(*arguments)
 
 
 def main(where: str) -> None:
@@ -31,6 +38,19 @@ def main(where: str) -> None:
         for deterministic in (False, True):
             torch.use_deterministic_algorithms(deterministic)
             operators.dcnv4_backward(grad_output, value, offset_mask, *p)
+    for tensors in attention_cases.small_cases():
+        say(f"attention: value {tuple(tensors.value.shape)}, {tensors.value.dtype}")
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            attention_cases.run_operators(operators, tensors)
+    for levels in attention_cases.outside_of_value():
+        say(f"levels outside of value: {levels}")
+        tensors = attention_cases.random_tensors(head_channels=16, points=4)
+        for dtype in (torch.float32, torch.float64):  # the kernels of a compiled size and others
+            inputs = tensors.astype(dtype)
+            arguments = inputs.value, *levels, *inputs[3:5]
+            run_with_error(operators.ms_deform_attn, *arguments)
+            run_with_error(operators.ms_deform_attn_backward, inputs.grad_output, *arguments)
     say(LAST)
     memory = torch.zeros(4096, dtype=torch.uint8)
     outside = memory.data_ptr() + (-1 if where == "before" else len(memory))

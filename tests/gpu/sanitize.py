@@ -12,6 +12,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import torch
 
 import ops_dcnv4  # noqa: F401  defines the operators
+from tests.cuda_model import attention_cases
 from tests.ops_dcnv4.cases import small_cases
 
 
@@ -26,6 +27,12 @@ def main(device: str) -> None:
             torch.use_deterministic_algorithms(before)
         # Reads all that should have been written.
         assert all(result.isfinite().all() for result in results)
+    for tensors in attention_cases.small_cases():
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            results = attention_cases.run_operators(operators, tensors.to(device))
+            torch.use_deterministic_algorithms(before)
+            assert all(result.isfinite().all() for result in results)
 
 
 if __name__ == "__main__":

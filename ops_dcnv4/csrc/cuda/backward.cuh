@@ -75,8 +75,8 @@ struct TapGradients {
   }
 };
 
-// The gradients of what the sampler reads, without atomics: the threads of a unit hold all that they
-// depend on. With `scatter` also grad_value, zero at the start, in any order.
+// The gradients of what the sampler reads, without atomics: the threads of a unit hold all that
+// they depend on. With `scatter` also grad_value, zero at the start, in any order.
 template <typename Sampler, bool scatter, typename S = typename Sampler::Compiled,
           typename scalar_t = typename S::scalar_t, typename acc_t = typename S::acc_t,
           typename point_t = typename Sampler::point_t,

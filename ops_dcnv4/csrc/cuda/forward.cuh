@@ -48,9 +48,9 @@ struct Weights {
   }
 };
 
-// The same for halves, which are interpolated two at a time in 16 bits, the precision of the pixels,
-// then modulated and summed up over the taps in 32. Samples lie within the range of their pixels,
-// but for rounding: pixels within 0.2 % of the largest half may overflow.
+// The same for halves, which are interpolated two at a time in 16 bits, the precision of the
+// pixels, then modulated and summed up over the taps in 32. Samples lie within the range of their
+// pixels, but for rounding: pixels within 0.2 % of the largest half may overflow.
 struct HalfWeights {
   unsigned top, bottom;  // pairs of halves: left, right
   float modulation;
@@ -90,8 +90,8 @@ struct HalfWeights {
       for (int corner = 1; corner < 4; ++corner) {
         sample = __hfma2(weights[corner], pair(corner), sample);
       }
-      // The sample of any pixel, maybe infinite. Instead of a branch, which would keep the pixels of
-      // several taps from being loaded at once.
+      // The sample of any pixel, maybe infinite. Instead of a branch, which would keep the pixels
+      // of several taps from being loaded at once.
       if (!reaches) sample = __floats2half2_rn(0, 0);
       const float2 wide = __half22float2(sample);
       sum.at[i] += modulation * wide.x;

@@ -35,7 +35,8 @@ at::Tensor differentiate(const Attention& a, const at::Tensor& grad_output, cons
     using scalar_t = decltype(scalar);
     using acc_t = decltype(acc);
     using point_t = decltype(point);
-    // As many channels per thread as it adds to grad_value at once: neighbours complete the sectors.
+    // A thread has the channels that it adds to grad_value at once: together, the threads of a unit
+    // add to whole sectors of memory.
     constexpr int bytes = 16 / sizeof(acc_t) * sizeof(scalar_t);
     with_levels<scalar_t, acc_t, point_t, bytes>(a, levels, {&v, &go}, [&](auto sampler) {
       launch_backward(sampler, in_order, go.const_data_ptr<scalar_t>(),

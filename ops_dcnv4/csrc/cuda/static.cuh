@@ -20,7 +20,8 @@ struct Static {
   static constexpr int vec = vec_;  // channels per thread
   static constexpr int group_channels = group_channels_;
   static constexpr int taps = taps_;
-  // The type of distances within an image. The host takes the general kernels where 32 bits are too few.
+  // The type of distances within an image. The host takes the general kernels where 32 bits are
+  // too few.
   using index_t = std::conditional_t<taps != 0, int, int64_t>;
 
   using General = Static<scalar, acc, 1, 0, 0>;
@@ -50,8 +51,8 @@ struct Sizes {
   int64_t distance;  // the largest within an image, in elements
 };
 
-// Calls body with the Static that fits: `vec` channels at once if all tensors are aligned to it, and
-// the sizes of the published models, with one of these numbers of taps, by name.
+// Calls body with the Static that fits: `vec` channels at once if all tensors are aligned to that,
+// and the sizes of the published models, with one of these numbers of taps, by name.
 template <typename scalar_t, typename acc_t, int vec, int... taps, typename Body>
 void with_static(const Sizes& sizes, std::initializer_list<const at::Tensor*> tensors,
                  const Body& body) {

@@ -11,11 +11,12 @@ namespace ops_dcnv4 {
 // The work is divided into units of one output pixel, or query, and one group of channels, or head.
 // The `lanes` neighbouring threads of a unit hold up to 16 bytes of channels each; each plans every
 // lanes-th tap, and they pass the plans round in registers. A block takes as many groups as fill a
-// cache line of 128 bytes, of the pixels of a tile: warps read whole lines, and neighbours find each
-// other's pixels in the L1 cache. It is small, four warps for a tile of 4 x 4 pixels or 16 queries,
-// so that the small images of late stages still spread over many multiprocessors. Tensor sizes
-// decide nothing but the grid. (Groups of more than 128 bytes have tiles of fewer pixels, and beyond
-// 32 lanes several rounds; where groups are not aligned, a thread holds one channel at a time.)
+// cache line of 128 bytes, of the pixels of a tile: warps read whole lines, and neighbours find
+// each other's pixels in the L1 cache. It is small, four warps for a tile of 4 x 4 pixels or 16
+// queries, so that the small images of late stages still spread over many multiprocessors. Tensor
+// sizes decide nothing but the grid. (Groups of more than 128 bytes have tiles of fewer pixels, and
+// beyond 32 lanes several rounds; where groups are not aligned, a thread holds one channel at a
+// time.)
 constexpr int block_threads = 128;
 
 // How the pixels of a tile lie: in rows of so many of an image, or as a part of a single row.
