@@ -1,0 +1,130 @@
+"""Inputs for deformable attention, and how the operator and its reference are run on them.
+
+Both forms take the same inputs: what is a weight in the form with two tensors ("split") is a logit
+in the fused one.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops_dcnv4 import flash_deform_attn, ms_deform_attn, reference
+
+FORMS = ("split", "fused")
+Sizes = tuple[tuple[int, int], ...]
+
+
+class Inputs(NamedTuple):
+    value: Tensor  # (N, S, M, D)
+    spatial_shapes: Tensor  # (L, 2)
+    level_start_index: Tensor  # (L,)
+    locations: Tensor  # (N, Lq, M, L, K, 2)
+    weights: Tensor  # (N, Lq, M, L, K), or logits
+    grad_output: Tensor  # (N, Lq, M * D)
+
+    def to(self, dtype: torch.dtype, points: torch.dtype | None = None) -> "Inputs":
+        """In `dtype`, and locations and weights in that of `points` if there is one."""
+        points = points or dtype
+        value, shapes, start, locations, weights, grad = self
+        return Inputs(
+            value.to(dtype), shapes, start, locations.to(points), weights.to(points), grad.to(dtype)
+        )
+
+    def on(self, device: str) -> "Inputs":
+        return Inputs(*(tensor.to(device) for tensor in self))
+
+    def of_image(self, i: int) -> "Inputs":
+        return Inputs(*(t[i : i + 1] if t.is_floating_point() else t for t in self))
+
+
+class Result(NamedTuple):
+    output: Tensor
+    grad_value: Tensor
+    grad_locations: Tensor
+    grad_weights: Tensor
+
+
+Run = Callable[[Inputs, str], Result]
+
+
+def random_inputs(
+    shapes: Sizes = ((5, 7), (3, 4)),
+    points: int = 3,
+    heads: int = 2,
+    head_channels: int = 5,
+    queries: int = 6,
+    batch: int = 2,
+    spread: float = 1.0,
+    steps: int | None = None,
+    seed: int = 0,
+) -> Inputs:
+    """Normally distributed, in float64; locations around the middle of the images.
+
+    With `steps`, a power of two, locations are multiples of 1 / steps: exact in any dtype.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    spatial_shapes = torch.tensor(shapes)
+    pixels = spatial_shapes.prod(1)
+    locations = 0.5 + 0.4 * spread * normal(batch, queries, heads, len(shapes), points, 2)
+    if steps is not None:
+        locations = (locations * steps).round() / steps
+    return Inputs(
+        normal(batch, int(pixels.sum()), heads, head_channels),
+        spatial_shapes,
+        pixels.cumsum(0) - pixels,
+        locations,
+        normal(batch, queries, heads, len(shapes), points),
+        normal(batch, queries, heads * head_channels),
+    )
+
+
+def pack(inputs: Inputs) -> Tensor:
+    """locations and weights as sampling_loc_attn."""
+    return torch.cat((inputs.locations.flatten(3), inputs.weights.flatten(3)), dim=-1)
+
+
+def unpack(packed: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    locations, weights = packed.split([packed.shape[-1] // 3 * 2, packed.shape[-1] // 3], dim=-1)
+    return locations.reshape(inputs.locations.shape), weights.reshape(inputs.weights.shape)
+
+
+def call(inputs: Inputs, form: str) -> Tensor:
+    """The public function of a form."""
+    value, shapes, start, locations, weights, _ = inputs
+    if form == "split":
+        return ms_deform_attn(value, shapes, locations, weights, start)
+    return flash_deform_attn(value, shapes, start, pack(inputs), locations.shape[4])
+
+
+def run_operator(inputs: Inputs, form: str, device: str = "cpu") -> Result:
+    """Output and gradients, computed on the device and brought back from it."""
+    inputs = inputs.on(device)
+    leaves = [t.detach().requires_grad_() for t in (inputs.value, inputs.locations, inputs.weights)]
+    value, locations, weights = leaves
+    output = call(inputs._replace(value=value, locations=locations, weights=weights), form)
+    grads = torch.autograd.grad(output, leaves, inputs.grad_output)
+    return Result(*(tensor.detach().cpu() for tensor in (output, *grads)))
+
+
+def run_reference(inputs: Inputs, form: str, module=reference) -> Result:
+    """The same by the functions of a module with the reference's names."""
+    value, shapes, start, locations, weights, grad_output = inputs
+    levels = (value, shapes, start)
+    if form == "split":
+        points = (locations, weights)
+        grads = module.ms_deform_attn_backward(grad_output, *levels, *points)
+        return Result(module.ms_deform_attn(*levels, *points), *grads)
+    points = (pack(inputs), locations.shape[4])
+    grad_value, grad_packed = module.flash_deform_attn_backward(grad_output, *levels, *points)
+    output = module.flash_deform_attn(*levels, *points)
+    return Result(output, grad_value, *unpack(grad_packed, inputs))
+
+
+def run_exactly(inputs: Inputs, form: str) -> Result:
+    return run_reference(inputs.to(torch.float64), form)
