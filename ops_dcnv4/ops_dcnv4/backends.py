@@ -7,6 +7,7 @@ add their kernels for a device type each. What they do not cover comes to `_comp
 import contextlib
 import functools
 import importlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -56,8 +57,10 @@ def _import_library(module: str) -> str | None:
     return None
 
 
-_why_not_compiled = {"cpu": _import_library("_C"), "cuda": _import_library("_C_cuda")}
+_LIBRARIES = {"cpu": "_C", "cuda": "_C_cuda"}
+_why_not_compiled = {device: _import_library(module) for device, module in _LIBRARIES.items()}
 _forced: str | None = None
+_overrides: Library | None = None
 
 
 def is_compiled(device_type: str = "cpu") -> bool:
@@ -106,22 +109,33 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: the backend is not there: at the call of an operator for compiled kernels,
             which may be there for one device and not for another, at once for Triton.
     """
-    global _forced
-    if name not in BACKENDS:
-        raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    before = _forced
+    _force(name, "name")
+    try:
+        yield
+    finally:
+        _force(before, "name")
+
+
+def _force(name: str | None, argument: str) -> None:
+    """Puts `_compute` in the place of compiled kernels, or these back where `name` wants them."""
+    global _forced, _overrides
+    if name not in (None, *BACKENDS):
+        raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "triton" and not has_triton():
         raise RuntimeError("the backend 'triton' needs the package triton, which is not installed")
-    before, _forced = _forced, name
-    with torch.library._scoped_library("ops_dcnv4", "IMPL") as overrides, warnings.catch_warnings():
+    if _overrides is not None:
+        _overrides._destroy()
+        _overrides = None
+    _forced = name
+    if name in (None, "compiled"):
+        return
+    _overrides = Library("ops_dcnv4", "IMPL")
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-        for device_type in filter(is_compiled, ("cpu", "cuda")) if name != "compiled" else ():
-            for operator in _SCHEMAS:
-                kernel = functools.partial(_compute, operator)
-                overrides.impl(operator, kernel, device_type.upper(), allow_override=True)
-        try:
-            yield
-        finally:
-            _forced = before
+        for device_type, operator in itertools.product(filter(is_compiled, _LIBRARIES), _SCHEMAS):
+            kernel = functools.partial(_compute, operator)
+            _overrides.impl(operator, kernel, device_type.upper(), allow_override=True)
 
 
 def _compute(operator: str, *arguments):
@@ -262,6 +276,4 @@ def _register_autograd_and_autocast() -> None:
 if not is_compiled():  # csrc/autograd.cpp has the same, at less cost per call
     _register_autograd_and_autocast()
 
-if _name := os.environ.get(ENVIRONMENT_VARIABLE):
-    _from_environment = use_backend(_name)
-    _from_environment.__enter__()
+_force(os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE)

@@ -1,0 +1,131 @@
+"""The choice of what computes the operators."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ops_dcnv4 import backends, choose_backend, dcnv4, is_compiled, reference, use_backend
+from tests.ops_dcnv4 import attention_cases, cases
+
+P = cases.Parameters()
+
+
+@pytest.mark.parametrize(
+    ("device_type", "compiled", "triton", "expected"),
+    [
+        ("cpu", True, True, "compiled"),
+        ("cpu", False, True, "reference"),
+        ("cuda", True, True, "compiled"),
+        ("cuda", False, True, "triton"),
+        ("cuda", False, False, "reference"),
+        ("mps", True, True, "reference"),
+    ],
+)
+def test_order_of_choice(device_type, compiled, triton, expected, monkeypatch):
+    reason = None if compiled else "not built"
+    monkeypatch.setattr(backends, "_why_not_compiled", {"cpu": reason, "cuda": reason})
+    monkeypatch.setattr(backends, "has_triton", lambda: triton)
+    assert choose_backend(device_type) == expected
+    with use_backend("reference"):
+        assert choose_backend(device_type) == "reference"
+    assert choose_backend(device_type) == expected
+
+
+def record_calls(monkeypatch) -> list[str]:
+    """Names of the reference's functions in the order of their calls."""
+    calls = []
+
+    def recorded(name, function):
+        def run(*arguments):
+            calls.append(name)
+            return function(*arguments)
+
+        return run
+
+    for name in ("dcnv4", "dcnv4_backward", "ms_deform_attn", "flash_deform_attn_backward"):
+        monkeypatch.setattr(reference, name, recorded(name, getattr(reference, name)))
+    return calls
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_forced_backend_computes_outputs_and_gradients(monkeypatch, assert_near):
+    tensors = cases.random_tensors(P)
+    inputs = attention_cases.random_inputs()
+    expected = [cases.run_operator(tensors, P)]
+    expected += [attention_cases.run_operator(inputs, form) for form in attention_cases.FORMS]
+    calls = record_calls(monkeypatch)
+    with use_backend("reference"):
+        actual = [cases.run_operator(tensors, P)]
+        assert calls == ["dcnv4", "dcnv4_backward"]
+        actual += [attention_cases.run_operator(inputs, form) for form in attention_cases.FORMS]
+    assert calls[2:] == ["ms_deform_attn", "ms_deform_attn", "flash_deform_attn_backward"]
+    for results in zip(actual, expected, strict=True):
+        for a, e in zip(*results, strict=True):
+            assert_near(a, e, 1e-12)
+    calls.clear()
+    cases.run_operator(tensors, P)
+    assert not calls
+
+
+def test_contexts_nest_and_are_left_by_exceptions(monkeypatch):
+    tensors = cases.random_tensors(P)
+    calls = record_calls(monkeypatch)
+    with use_backend("reference"):
+        with use_backend("compiled"):
+            cases.run_operator(tensors, P)
+            assert not calls
+        with pytest.raises(TypeError, match="value"), use_backend("compiled"):
+            dcnv4(None, None)
+        cases.run_operator(tensors, P)
+        assert calls == ["dcnv4", "dcnv4_backward"]
+    cases.run_operator(tensors, P)
+    assert len(calls) == 2
+    assert choose_backend("cpu") == "compiled"
+
+
+def test_unknown_and_missing_backends_are_named(monkeypatch):
+    with pytest.raises(ValueError, match=r"name must be one of compiled, triton, .*'cuda'"):
+        use_backend("cuda").__enter__()
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match="needs the package triton"):
+        use_backend("triton").__enter__()
+    assert choose_backend("cpu") == "compiled"
+    value, offset_mask, _ = cases.random_tensors(P).to("meta")
+    with use_backend("compiled"):
+        assert dcnv4(value, offset_mask, *P).is_meta  # shapes need no kernel
+
+
+FORCED = """
+import torch, ops_dcnv4
+print(ops_dcnv4.choose_backend("cpu"), ops_dcnv4.is_compiled())
+ops_dcnv4.dcnv4(torch.zeros(1, 3, 3, 2), torch.zeros(1, 3, 3, 27))
+"""
+
+
+def run_with(backend: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {backends.ENVIRONMENT_VARIABLE: backend}
+    command = [sys.executable, "-W", "error", "-c", FORCED]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_environment_variable_forces_a_backend():
+    assert is_compiled()
+    result = run_with("reference")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("reference True")
+    assert "OPS_DCNV4_BACKEND" in run_with("fastest").stderr
+
+
+def test_compiled_kernels_that_are_missing_are_an_error_where_they_are_asked_for():
+    script = (
+        "import sys; sys.modules['ops_dcnv4._C'] = None\n"
+        "import torch, ops_dcnv4\n"
+        "with ops_dcnv4.use_backend('compiled'):\n"
+        "    ops_dcnv4.dcnv4(torch.zeros(1, 3, 3, 2), torch.zeros(1, 3, 3, 27))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "the backend 'compiled' was asked for, but the compiled kernels are missing" in (
+        result.stderr
+    )
