@@ -6,12 +6,15 @@ that it writes names what crashed: its own access outside of a tensor, if the ke
 
 import contextlib
 import ctypes
+import itertools
 import sys
 
 import torch
 
-from tests.cuda_model import attention_cases
+from tests.cuda_model.attention_cases import FOUR_LEVELS, levels_outside_of_value
+from tests.cuda_model.attention_cases import small_cases as small_cases_of_attention
 from tests.cuda_model.build import load_operators
+from tests.ops_dcnv4.attention_cases import FORMS, random_inputs, run_reference
 from tests.ops_dcnv4.cases import small_cases
 
 LAST = "one byte too far"
@@ -38,16 +41,15 @@ def main(where: str) -> None:
         for deterministic in (False, True):
             torch.use_deterministic_algorithms(deterministic)
             operators.dcnv4_backward(grad_output, value, offset_mask, *p)
-    for tensors in attention_cases.small_cases():
-        say(f"attention: value {tuple(tensors.value.shape)}, {tensors.value.dtype}")
-        for deterministic in (False, True):
+    for inputs in small_cases_of_attention():
+        say(f"attention: value {tuple(inputs.value.shape)}, {inputs.value.dtype}")
+        for deterministic, form in itertools.product((False, True), FORMS):
             torch.use_deterministic_algorithms(deterministic)
-            attention_cases.run_operators(operators, tensors)
-    for levels in attention_cases.outside_of_value():
-        say(f"levels outside of value: {levels}")
-        tensors = attention_cases.random_tensors(head_channels=16, points=4)
-        for dtype in (torch.float32, torch.float64):  # the kernels of a compiled size and others
-            inputs = tensors.astype(dtype)
+            run_reference(inputs, form, operators)
+    for levels in levels_outside_of_value():
+        for dtype in (torch.float32, torch.float64):  # kernels of a compiled size, and others
+            say(f"levels outside of value: {levels}, {dtype}")
+            inputs = random_inputs(FOUR_LEVELS, points=4, head_channels=16).to(dtype)
             arguments = inputs.value, *levels, *inputs[3:5]
             run_with_error(operators.ms_deform_attn, *arguments)
             run_with_error(operators.ms_deform_attn_backward, inputs.grad_output, *arguments)
