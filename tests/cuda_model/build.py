@@ -38,8 +38,9 @@ LINK_TORCH = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 def load_operators() -> None:
     """Defines torch.ops.ops_dcnv4_cuda_model, the CUDA operators on tensors of the CPU."""
-    sources = [HERE / "model.cpp", HERE / "library.cpp", CSRC / "geometry.cpp"]
-    torch.ops.load_library(build_library([*sources, *sorted(CSRC.glob("cuda/*.cu"))], LINK_TORCH))
+    sources = [HERE / "model.cpp", HERE / "library.cpp"]
+    sources += [CSRC / "geometry.cpp", CSRC / "attention.cpp", *sorted(CSRC.glob("cuda/*.cu"))]
+    torch.ops.load_library(build_library(sources, LINK_TORCH))
 
 
 def build_library(sources: Sequence[Path], link_flags: Sequence[str] = ()) -> Path:

@@ -46,6 +46,19 @@ TORCH_LIBRARY(ops_dcnv4_cuda_model, m) {
       "dcnv4_backward(Tensor grad_output, Tensor value, Tensor offset_mask, int[2] kernel_size, "
       "int[2] stride, int[2] padding, int[2] dilation, int groups, float offset_scale, "
       "bool remove_center) -> (Tensor, Tensor)");
+  m.def(
+      "ms_deform_attn(Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
+      "Tensor sampling_locations, Tensor attention_weights) -> Tensor");
+  m.def(
+      "ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, "
+      "Tensor level_start_index, Tensor sampling_locations, Tensor attention_weights) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "flash_deform_attn(Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
+      "Tensor sampling_loc_attn, int n_points) -> Tensor");
+  m.def(
+      "flash_deform_attn_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, "
+      "Tensor level_start_index, Tensor sampling_loc_attn, int n_points) -> (Tensor, Tensor)");
   m.def("guard_tensors(bool before) -> ()", guard_tensors);
   m.def("set_order(int order) -> ()", cuda_model::set_order);
 }
@@ -53,4 +66,8 @@ TORCH_LIBRARY(ops_dcnv4_cuda_model, m) {
 TORCH_LIBRARY_IMPL(ops_dcnv4_cuda_model, CPU, m) {
   m.impl("dcnv4", ops_dcnv4::dcnv4_cuda);
   m.impl("dcnv4_backward", ops_dcnv4::dcnv4_backward_cuda);
+  m.impl("ms_deform_attn", ops_dcnv4::ms_deform_attn_cuda);
+  m.impl("ms_deform_attn_backward", ops_dcnv4::ms_deform_attn_backward_cuda);
+  m.impl("flash_deform_attn", ops_dcnv4::flash_deform_attn_cuda);
+  m.impl("flash_deform_attn_backward", ops_dcnv4::flash_deform_attn_backward_cuda);
 }

@@ -4,12 +4,17 @@ In a process of its own: `python -m tests.cuda_model.run_guarded before` or `beh
 that it writes names what crashed: its own access outside of a tensor, if the kernels make none.
 """
 
+import contextlib
 import ctypes
+import itertools
 import sys
 
 import torch
 
+from tests.cuda_model.attention_cases import FOUR_LEVELS, levels_outside_of_value
+from tests.cuda_model.attention_cases import small_cases as small_cases_of_attention
 from tests.cuda_model.build import load_operators
+from tests.ops_dcnv4.attention_cases import FORMS, random_inputs, run_reference
 from tests.ops_dcnv4.cases import small_cases
 
 LAST = "one byte too far"
@@ -18,6 +23,11 @@ LAST = "one byte too far"
 def say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+def run_with_error(operator, *arguments) -> None:
+    with contextlib.suppress(RuntimeError):  # test_attention.py says which
+        operator(*arguments)
 
 
 def main(where: str) -> None:
@@ -31,6 +41,18 @@ def main(where: str) -> None:
         for deterministic in (False, True):
             torch.use_deterministic_algorithms(deterministic)
             operators.dcnv4_backward(grad_output, value, offset_mask, *p)
+    for inputs in small_cases_of_attention():
+        say(f"attention: value {tuple(inputs.value.shape)}, {inputs.value.dtype}")
+        for deterministic, form in itertools.product((False, True), FORMS):
+            torch.use_deterministic_algorithms(deterministic)
+            run_reference(inputs, form, operators)
+    for levels in levels_outside_of_value():
+        for dtype in (torch.float32, torch.float64):  # kernels of a compiled size, and others
+            say(f"levels outside of value: {levels}, {dtype}")
+            inputs = random_inputs(FOUR_LEVELS, points=4, head_channels=16).to(dtype)
+            arguments = inputs.value, *levels, *inputs[3:5]
+            run_with_error(operators.ms_deform_attn, *arguments)
+            run_with_error(operators.ms_deform_attn_backward, inputs.grad_output, *arguments)
     say(LAST)
     memory = torch.zeros(4096, dtype=torch.uint8)
     outside = memory.data_ptr() + (-1 if where == "before" else len(memory))

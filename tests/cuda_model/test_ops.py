@@ -26,7 +26,11 @@ from tests.ops_dcnv4.test_ops import *  # noqa: F403  what every backend must pa
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Linux and g++")
 
-OPERATORS = ("dcnv4", "dcnv4_backward")
+OPERATORS = tuple(
+    name + suffix
+    for name in ("dcnv4", "ms_deform_attn", "flash_deform_attn")
+    for suffix in ("", "_backward")
+)
 FORWARD, REVERSE, SHUFFLED = 0, -1, 1
 
 

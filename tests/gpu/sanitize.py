@@ -4,6 +4,7 @@ compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitiz
 """
 
 import argparse
+import itertools
 import os
 
 # An allocation for every tensor, so that an access outside of it does not end up in another.
@@ -12,6 +13,8 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import torch
 
 import ops_dcnv4  # noqa: F401  defines the operators
+from tests.cuda_model.attention_cases import small_cases as small_cases_of_attention
+from tests.ops_dcnv4.attention_cases import FORMS, run_reference
 from tests.ops_dcnv4.cases import small_cases
 
 
@@ -26,6 +29,12 @@ def main(device: str) -> None:
             torch.use_deterministic_algorithms(before)
         # Reads all that should have been written.
         assert all(result.isfinite().all() for result in results)
+    for inputs in small_cases_of_attention():
+        for deterministic, form in itertools.product((False, True), FORMS):
+            torch.use_deterministic_algorithms(deterministic)
+            results = run_reference(inputs.on(device), form, operators)
+            torch.use_deterministic_algorithms(before)
+            assert all(result.isfinite().all() for result in results)
 
 
 if __name__ == "__main__":

@@ -2,159 +2,13 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
-#include <algorithm>
-#include <type_traits>
-
-#include "cuda/launch.h"
-#include "cuda/static.cuh"
-#include "cuda/units.cuh"
-#include "operators.h"
+#include "cuda/forward.cuh"
+#include "cuda/windows.cuh"
 #include "dispatch.h"
 #include "geometry.h"
+#include "operators.h"
 
 namespace ops_dcnv4 {
-namespace {
-
-// How a tap weights the four pixels of its cell.
-template <typename acc_t>
-struct Weights {
-  acc_t at[4];
-
-  Weights() = default;
-  __device__ __forceinline__ Weights(const Inside& in, const Cell<acc_t>& cell, acc_t modulation) {
-    const acc_t left = in.left ? 1 - cell.dx : 0, right = in.right ? cell.dx : 0;
-    const acc_t top = modulation * (in.top ? 1 - cell.dy : 0);
-    const acc_t bottom = modulation * (in.bottom ? cell.dy : 0);
-    at[0] = top * left;
-    at[1] = top * right;
-    at[2] = bottom * left;
-    at[3] = bottom * right;
-  }
-
-  __device__ __forceinline__ Weights from_lane(int lane, int lanes) const {
-    Weights result;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) result.at[i] = ops_dcnv4::from_lane(at[i], lane, lanes);
-    return result;
-  }
-
-  // sum += the weighted pixels, if the tap reaches any.
-  template <typename scalar_t, int n>
-  __device__ __forceinline__ void add_sample(const Pack<scalar_t, n> (&pixels)[4], bool reaches,
-                                             Pack<acc_t, n>& sum) const {
-    if (!reaches) return;
-#pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      const auto wide = pixels[corner].template to<acc_t>();
-#pragma unroll
-      for (int i = 0; i < n; ++i) sum.at[i] += at[corner] * wide.at[i];
-    }
-  }
-};
-
-// The same for halves, which are interpolated two at a time in 16 bits, the precision of the pixels,
-// then modulated and summed up over the taps in 32. Samples lie within the range of their pixels,
-// but for rounding: pixels within 0.2 % of the largest half may overflow.
-struct HalfWeights {
-  unsigned top, bottom;  // pairs of halves: left, right
-  float modulation;
-
-  HalfWeights() = default;
-  __device__ __forceinline__ HalfWeights(const Inside& in, const Cell<float>& cell,
-                                         float modulation)
-      : modulation(cell.row == outside ? 0 : modulation) {
-    const float left = in.left ? 1 - cell.dx : 0, right = in.right ? cell.dx : 0;
-    const float above = in.top ? 1 - cell.dy : 0, below = in.bottom ? cell.dy : 0;
-    top = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(above * left, above * right));
-    bottom = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(below * left, below * right));
-  }
-
-  __device__ __forceinline__ HalfWeights from_lane(int lane, int lanes) const {
-    HalfWeights result;
-    result.top = ops_dcnv4::from_lane(top, lane, lanes);
-    result.bottom = ops_dcnv4::from_lane(bottom, lane, lanes);
-    result.modulation = ops_dcnv4::from_lane(modulation, lane, lanes);
-    return result;
-  }
-
-  template <int n>
-  __device__ __forceinline__ void add_sample(const Pack<at::Half, n> (&pixels)[4], bool reaches,
-                                             Pack<float, n>& sum) const {
-    const __half2 upper = ops_dcnv4::bit_cast<__half2>(top);
-    const __half2 lower = ops_dcnv4::bit_cast<__half2>(bottom);
-    const __half2 weights[4] = {__low2half2(upper), __high2half2(upper), __low2half2(lower),
-                                __high2half2(lower)};
-#pragma unroll
-    for (int i = 0; i < n; i += 2) {
-      const auto pair = [&](int corner) {
-        return *reinterpret_cast<const __half2*>(&pixels[corner].at[i]);
-      };
-      __half2 sample = __hmul2(weights[0], pair(0));
-#pragma unroll
-      for (int corner = 1; corner < 4; ++corner) {
-        sample = __hfma2(weights[corner], pair(corner), sample);
-      }
-      // The sample of any pixel, maybe infinite. Instead of a branch, which would keep the pixels of
-      // several taps from being loaded at once.
-      if (!reaches) sample = __floats2half2_rn(0, 0);
-      const float2 wide = __half22float2(sample);
-      sum.at[i] += modulation * wide.x;
-      sum.at[i + 1] += modulation * wide.y;
-    }
-  }
-};
-
-template <typename S>
-using WeightsOf = std::conditional_t<
-    std::is_same_v<typename S::scalar_t, at::Half> && S::vec % 2 == 0, HalfWeights,
-    Weights<typename S::acc_t>>;
-
-// output (N, H_out, W_out, C)
-template <typename S, typename scalar_t = typename S::scalar_t, typename acc_t = typename S::acc_t>
-__global__ void __launch_bounds__(block_threads)
-    forward(const Geometry g, const Layout layout, const acc_t offset_scale,
-            const scalar_t* __restrict__ value, const scalar_t* __restrict__ offset_mask,
-            scalar_t* __restrict__ output) {
-  using index_t = typename S::index_t;
-  using Pixels = Pack<scalar_t, S::vec>;
-  const int lanes = S::lanes(layout);
-  const int taps = S::taps ? S::taps : g.taps();
-  const int group_channels = S::group_channels ? S::group_channels : g.group_channels;
-  const index_t channels = g.channels(), offset_channels = g.offset_channels;
-
-  for_units(g, layout, lanes, [&](const Unit& unit) {
-    const scalar_t* offsets = at_unit(offset_mask, g, unit, offset_channels, 3 * taps);
-    for (int start = 0; start < group_channels; start += lanes * S::vec) {
-      const int in_group = start + unit.lane * S::vec;
-      const bool has_channels = unit.exists && in_group < group_channels;
-      const int channel = has_channels ? unit.group * group_channels + in_group : 0;
-      const scalar_t* image =
-          computed(value + unit.image * g.height * g.width * channels + channel);
-      Pack<acc_t, S::vec> sum = {};
-#pragma unroll
-      for (int first = 0; first < taps; first += lanes) {
-        WeightsOf<S> own_weights;
-        const auto own_place = plan_tap<S::window, index_t>(
-            g, offset_scale, taps, S::remove_center(g), unit, offsets,
-            std::min(first + unit.lane, taps - 1),
-            [&](auto... arguments) { own_weights = WeightsOf<S>(arguments...); });
-#pragma unroll
-        for (int lane = 0; lane < std::min(lanes, taps - first); ++lane) {
-          const auto place = own_place.from_lane(lane, lanes);
-          const auto weights = own_weights.from_lane(lane, lanes);
-          Pixels pixels[4];
-          place.load(image, pixels);
-          weights.add_sample(pixels, !place.is_none(), sum);
-        }
-      }
-      if (!has_channels) continue;
-      sum.template to<scalar_t>().store(at_unit(output, g, unit, channels, group_channels) +
-                                        in_group);
-    }
-  });
-}
-
-}  // namespace
 
 at::Tensor dcnv4_cuda(const at::Tensor& value, const at::Tensor& offset_mask,
                       at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -168,13 +22,9 @@ at::Tensor dcnv4_cuda(const at::Tensor& value, const at::Tensor& offset_mask,
   at::Tensor output = at::empty(g.output_shape(), v.options());
   dispatch(v.scalar_type(), [&](auto scalar, auto acc) {
     using scalar_t = decltype(scalar);
-    using acc_t = decltype(acc);
-    with_static<scalar_t, acc_t>(g, {&v, &output}, [&](auto is_static) {
-      using S = decltype(is_static);
-      const Layout layout(g, lanes_for(g.group_channels, S::vec));
-      OPS_DCNV4_LAUNCH(forward<S>, layout.grid(g), block_threads, g, layout,
-                       static_cast<acc_t>(g.offset_scale), v.const_data_ptr<scalar_t>(),
-                       o.const_data_ptr<scalar_t>(), output.data_ptr<scalar_t>());
+    with_windows<scalar_t, decltype(acc)>(g, {&v, &output}, [&](auto sampler) {
+      launch_forward(sampler, v.const_data_ptr<scalar_t>(), o.const_data_ptr<scalar_t>(),
+                     o.const_data_ptr<scalar_t>(), output.data_ptr<scalar_t>());
     });
   });
   return output;

@@ -1,23 +1,32 @@
-// Who computes what, and where a tap samples: shared by the forward and backward kernels.
+// Who computes what: shared by the forward and backward kernels.
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 #include "cuda/launch.h"
-#include "geometry.h"
 
 namespace ops_dcnv4 {
 
-// The work is divided into units of one output pixel and one group of channels. The `lanes`
-// neighbouring threads of a unit hold 16 bytes of channels each; each plans every lanes-th tap, and
-// they pass the plans round in registers. A block takes as many groups as fill a cache line of 128
-// bytes, of the pixels of a tile: warps read whole lines, and neighbours find each other's pixels
-// in the L1 cache. It is small, four warps for a tile of 4 x 4 pixels, so that the small images of
-// late stages still spread over many multiprocessors. Tensor sizes decide nothing but the grid.
-// (Groups of more than 128 bytes have tiles of fewer pixels, and beyond 32 lanes several rounds;
-// where groups are not aligned to 16 bytes, a thread holds one channel at a time.)
+// The work is divided into units of one output pixel, or query, and one group of channels, or head.
+// The `lanes` neighbouring threads of a unit hold up to 16 bytes of channels each; each plans every
+// lanes-th tap, and they pass the plans round in registers. A block takes as many groups as fill a
+// cache line of 128 bytes, of the pixels of a tile: warps read whole lines, and neighbours find
+// each other's pixels in the L1 cache. It is small, four warps for a tile of 4 x 4 pixels or 16
+// queries, so that the small images of late stages still spread over many multiprocessors. Tensor
+// sizes decide nothing but the grid. (Groups of more than 128 bytes have tiles of fewer pixels, and
+// beyond 32 lanes several rounds; where groups are not aligned, a thread holds one channel at a
+// time.)
 constexpr int block_threads = 128;
-constexpr int tile_width = 4;
+
+// How the pixels of a tile lie: in rows of so many of an image, or as a part of a single row.
+constexpr int square_tiles = 4, queries_in_a_row = 0;
+
+// The output's size; of attention, a row of queries.
+struct Extents {
+  int64_t batch;
+  int height, width, groups;
+};
 
 // Divides numbers below 2^31 by a multiplication and a shift (Granlund and Montgomery, 1994).
 struct Divisor {
@@ -37,19 +46,25 @@ inline int64_t divide_up(int64_t size, int64_t by) { return (size + by - 1) / by
 constexpr int tile_pixels(int lanes) { return block_threads / (lanes < 8 ? 8 : lanes); }
 
 struct Layout {
+  Extents output;
   int lanes;  // threads of a unit, a power of two up to 32
   Divisor groups, tiles_x;
+  int tiles;
 
   // The groups are spread evenly over as few blocks as can hold them.
-  Layout(const Geometry& g, int lanes)
-      : lanes(lanes),
-        groups(divide_up(g.groups, divide_up(g.groups, std::max(8 / lanes, 1)))),
-        tiles_x(divide_up(g.out_width, tile_width)) {}
+  Layout(const Extents& output, int lanes, int tile_width)
+      : output(output),
+        lanes(lanes),
+        groups(divide_up(output.groups, divide_up(output.groups, std::max(8 / lanes, 1)))),
+        tiles_x(divide_up(output.width, tile_width ? tile_width : tile_pixels(lanes))) {
+    const int tile_height = tile_width ? tile_pixels(lanes) / tile_width : 1;
+    tiles = tiles_x.by * divide_up(output.height, tile_height);
+  }
 
-  dim3 grid(const Geometry& g) const {
+  dim3 grid() const {
     const int64_t limit = 65535;  // of y and z; the kernels loop over what is beyond
-    return dim3(tiles_x.by * divide_up(g.out_height, tile_pixels(lanes) / tile_width),
-                std::min(divide_up(g.groups, groups.by), limit), std::min(g.batch, limit));
+    return dim3(tiles, std::min(divide_up(output.groups, groups.by), limit),
+                std::min(output.batch, limit));
   }
 };
 
@@ -62,22 +77,26 @@ struct Unit {
 
 // Calls body(unit) for this thread's unit, in whole warps: one, or several if there are more groups
 // or images than the grid has rows and layers. `lanes` is the layout's, as a constant if it is one.
-template <typename Body>
-__device__ __forceinline__ void for_units(const Geometry& g, const Layout& layout, int lanes,
-                                          const Body& body) {
+template <int tile_width, typename Body>
+__device__ __forceinline__ void for_units(const Layout& layout, int lanes, const Body& body) {
   const int in_block = threadIdx.x / lanes;
   const int tile_pixel = layout.groups.divide(in_block);
-  const int tile_row = layout.tiles_x.divide(blockIdx.x);
-  const int tile_col = blockIdx.x - tile_row * layout.tiles_x.by;
-  const int groups = g.groups, groups_of_block = layout.groups.by;
+  const int groups = layout.output.groups, groups_of_block = layout.groups.by;
   const int in_groups = in_block - tile_pixel * groups_of_block;
   Unit unit;
   unit.lane = threadIdx.x % lanes;
-  unit.row = tile_row * (tile_pixels(lanes) / tile_width) + tile_pixel / tile_width;
-  unit.col = tile_col * tile_width + tile_pixel % tile_width;
-  const bool pixel_exists =
-      tile_pixel < tile_pixels(lanes) && unit.row < g.out_height && unit.col < g.out_width;
-  for (unit.image = blockIdx.z; unit.image < g.batch; unit.image += gridDim.z) {
+  if constexpr (tile_width == queries_in_a_row) {
+    unit.row = 0;
+    unit.col = blockIdx.x * tile_pixels(lanes) + tile_pixel;
+  } else {
+    const int tile_row = layout.tiles_x.divide(blockIdx.x);
+    const int tile_col = blockIdx.x - tile_row * layout.tiles_x.by;
+    unit.row = tile_row * (tile_pixels(lanes) / tile_width) + tile_pixel / tile_width;
+    unit.col = tile_col * tile_width + tile_pixel % tile_width;
+  }
+  const bool pixel_exists = tile_pixel < tile_pixels(lanes) && unit.row < layout.output.height &&
+                            unit.col < layout.output.width;
+  for (unit.image = blockIdx.z; unit.image < layout.output.batch; unit.image += gridDim.z) {
     for (int first = blockIdx.y * groups_of_block; first < groups;
          first += gridDim.y * groups_of_block) {
       unit.group = first + in_groups;
@@ -90,11 +109,12 @@ __device__ __forceinline__ void for_units(const Geometry& g, const Layout& layou
 // The first element of a unit's part of a tensor of the output's size, `channels` per pixel and
 // `group_channels` per group. Where there is no unit, that of the first: it may be read.
 template <typename index_t, typename T>
-__device__ __forceinline__ T* at_unit(T* tensor, const Geometry& g, const Unit& unit,
+__device__ __forceinline__ T* at_unit(T* tensor, const Extents& output, const Unit& unit,
                                       index_t channels, int group_channels) {
-  T* image = tensor + unit.image * g.out_height * g.out_width * channels;
-  const index_t pixel = unit.row * g.out_width + unit.col;
-  return unit.exists ? image + (pixel * channels + unit.group * group_channels) : tensor;
+  T* image = tensor + unit.image * output.height * output.width * channels;
+  const index_t pixel = unit.row * output.width + unit.col;
+  const index_t in_image = pixel * channels + index_t(unit.group) * group_channels;
+  return unit.exists ? image + in_image : tensor;
 }
 
 // The value of another lane of the unit.
@@ -103,67 +123,14 @@ __device__ __forceinline__ T from_lane(T v, int lane, int lanes) {
   return __shfl_sync(0xffffffff, v, lane, lanes);
 }
 
-// Where the four pixels of a cell lie: distances in memory from the image's first pixel. A pixel
-// outside the image is replaced by its neighbour inside, to be given the weight zero: loads need no
-// branch, and read no pixel that the sample does not depend on.
-template <typename index_t>
-struct Place {
-  index_t first;         // of the top-left pixel; -1 where the tap reaches no pixel
-  index_t right, below;  // steps to the neighbours, 0 if there is none
-
-  __device__ __forceinline__ bool is_none() const { return first < 0; }
-
-  __device__ __forceinline__ Place from_lane(int lane, int lanes) const {
-    return {ops_dcnv4::from_lane(first, lane, lanes), ops_dcnv4::from_lane(right, lane, lanes),
-            ops_dcnv4::from_lane(below, lane, lanes)};
-  }
-
-  // To a corner: top left, top right, bottom left, bottom right.
-  __device__ __forceinline__ index_t offset(int corner) const {
-    return first + (corner & 1 ? right : 0) + (corner & 2 ? below : 0);
-  }
-
-  // The four pixels; any, for a tap that reaches none.
-  template <typename scalar_t, int n>
-  __device__ __forceinline__ void load(const scalar_t* image,
-                                       Pack<scalar_t, n> (&pixels)[4]) const {
-    const Place readable{is_none() ? 0 : first, right, below};
+// The sum, or what `combine` makes of two, of the values of a unit's lanes, in each of them.
+template <typename T, typename Combine>
+__device__ __forceinline__ T over_lanes(T v, int lanes, const Combine& combine) {
 #pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      pixels[corner] = Pack<scalar_t, n>::load(image + readable.offset(corner));
-    }
+  for (int step = warp_size / 2; step > 0; step /= 2) {
+    if (step < lanes) v = combine(v, __shfl_xor_sync(0xffffffff, v, step));
   }
-};
-
-// Which pixels of a cell lie inside the image.
-struct Inside {
-  bool left, right, top, bottom;
-};
-
-// Finds the place of tap k of a unit and calls make(inside, cell, modulation) for its numbers.
-// `offsets` points at the unit's part of offset_mask, column by column of the window; `window` is
-// the kernel size where the compiler knows it.
-template <int window, typename index_t, typename acc_t, typename scalar_t, typename Make>
-__device__ __forceinline__ Place<index_t> plan_tap(const Geometry& g, acc_t offset_scale, int taps,
-                                                   bool remove_center, const Unit& unit,
-                                                   const scalar_t* offsets, int k,
-                                                   const Make& make) {
-  const int rows = window ? window : g.y.kernel;
-  const int center = window ? window * window / 2 : g.x.kernel / 2 * rows + g.y.kernel / 2;
-  const int in_window = remove_center && k >= center ? k + 1 : k;
-  const int tap_x = window == 3 ? in_window * 11 >> 5 : in_window / rows;  // a cheap third
-  const int tap_y = in_window - tap_x * rows;
-  const acc_t x = g.x.center_of(unit.col) +
-                  offset_scale * (g.x.grid(tap_x) + static_cast<acc_t>(offsets[2 * k]));
-  const acc_t y = g.y.center_of(unit.row) +
-                  offset_scale * (g.y.grid(tap_y) + static_cast<acc_t>(offsets[2 * k + 1]));
-  const Cell<acc_t> cell = locate(y, x, g.height, g.width);
-  const Inside in{cell.col >= 0, cell.col + 1 < g.width, cell.row >= 0, cell.row + 1 < g.height};
-  make(in, cell, static_cast<acc_t>(offsets[2 * taps + k]));
-  const index_t channels = g.channels();
-  const index_t row = in.top ? cell.row : 0, col = in.left ? cell.col : 0;
-  return {cell.row == outside ? -1 : (row * g.width + col) * channels,
-          in.left && in.right ? channels : 0, in.top && in.bottom ? g.width * channels : 0};
+  return v;
 }
 
 }  // namespace ops_dcnv4

@@ -1,0 +1,231 @@
+// The backward kernels of the operators, which differ in where their taps sample.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/memory.cuh"
+#include "cuda/place.cuh"
+#include "cuda/static.cuh"
+#include "cuda/units.cuh"
+
+namespace ops_dcnv4 {
+
+// What the gradients of a tap are computed from.
+template <typename acc_t>
+struct Sample {
+  acc_t dx, dy, weight;
+  unsigned inside;  // a bit per corner: top left, top right, bottom left, bottom right
+
+  Sample() = default;
+  __device__ __forceinline__ Sample(const Inside& in, const Cell<acc_t>& cell, acc_t weight)
+      : dx(cell.dx),
+        dy(cell.dy),
+        weight(weight),
+        inside((in.top && in.left) | (in.top && in.right) << 1 | (in.bottom && in.left) << 2 |
+               (in.bottom && in.right) << 3) {}
+
+  __device__ __forceinline__ Sample from_lane(int lane, int lanes) const {
+    Sample result;
+    result.dx = ops_dcnv4::from_lane(dx, lane, lanes);
+    result.dy = ops_dcnv4::from_lane(dy, lane, lanes);
+    result.weight = ops_dcnv4::from_lane(weight, lane, lanes);
+    result.inside = ops_dcnv4::from_lane(inside, lane, lanes);
+    return result;
+  }
+
+  __device__ __forceinline__ bool is_inside(int corner) const { return inside >> corner & 1; }
+
+  __device__ __forceinline__ void get_weights(acc_t (&weights)[4]) const {
+    const acc_t top = weight * (1 - dy), bottom = weight * dy;
+    weights[0] = top * (1 - dx);
+    weights[1] = top * dx;
+    weights[2] = bottom * (1 - dx);
+    weights[3] = bottom * dx;
+  }
+};
+
+// Gradients of a tap's place, in pixels, and weight.
+template <typename acc_t>
+struct TapGradients {
+  acc_t x = 0, y = 0, weight = 0;
+
+  TapGradients() = default;
+  // `dots` are the products of grad_output with the corners.
+  __device__ __forceinline__ TapGradients(const Sample<acc_t>& tap, const acc_t (&dots)[4]) {
+    acc_t d[4];
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) d[corner] = tap.is_inside(corner) ? dots[corner] : 0;
+    const acc_t top = (1 - tap.dx) * d[0] + tap.dx * d[1];
+    const acc_t bottom = (1 - tap.dx) * d[2] + tap.dx * d[3];
+    const acc_t slope_x = (1 - tap.dy) * (d[1] - d[0]) + tap.dy * (d[3] - d[2]);
+    x = tap.weight * slope_x;
+    y = tap.weight * (bottom - top);
+    weight = (1 - tap.dy) * top + tap.dy * bottom;
+  }
+
+  // Adds up the shares of a unit's lanes, in each of them.
+  __device__ __forceinline__ void reduce(int lanes) {
+    const auto sum = [lanes](acc_t share) {
+      return over_lanes(share, lanes, [](acc_t a, acc_t b) { return a + b; });
+    };
+    x = sum(x);
+    y = sum(y);
+    weight = sum(weight);
+  }
+};
+
+// The gradients of what the sampler reads, without atomics: the threads of a unit hold all that
+// they depend on. With `scatter` also grad_value, zero at the start, in any order.
+template <typename Sampler, bool scatter, typename S = typename Sampler::Compiled,
+          typename scalar_t = typename S::scalar_t, typename acc_t = typename S::acc_t,
+          typename point_t = typename Sampler::point_t,
+          typename grad_point_t = typename Sampler::grad_point_t>
+__global__ void __launch_bounds__(block_threads)
+    backward(const Sampler sampler, const Layout layout, const scalar_t* __restrict__ grad_output,
+             const scalar_t* __restrict__ value, const point_t* __restrict__ locations,
+             const point_t* __restrict__ weights, acc_t* __restrict__ grad_value,
+             grad_point_t* __restrict__ grad_locations, grad_point_t* __restrict__ grad_weights) {
+  using index_t = typename S::index_t;
+  using Pixels = Pack<scalar_t, S::vec>;
+  const int lanes = S::lanes(layout), taps = sampler.taps();
+  const int group_channels = sampler.group_channels();
+  const index_t channels = sampler.channels();
+
+  for_units<Sampler::tile_width>(layout, lanes, [&](const Unit& unit) {
+    const auto tap_of = sampler.taps_of(unit, layout.output, lanes, locations, weights);
+    const auto tap_gradients =
+        sampler.gradients_of(unit, layout.output, grad_locations, grad_weights);
+    const scalar_t* grads = at_unit(grad_output, layout.output, unit, channels, group_channels);
+    const int64_t first_value = unit.image * sampler.pixels() * channels +
+                                (unit.exists ? unit.group * group_channels : 0);
+    const scalar_t* image = computed(value + first_value);
+    acc_t* grad_image = grad_value + first_value;
+    Pack<acc_t, S::vec> grad;
+    if (S::taps) grad = Pixels::load(grads + unit.lane * S::vec).template to<acc_t>();
+#pragma unroll
+    for (int first = 0; first < taps; first += lanes) {
+      const int own = first + unit.lane;
+      TapGradients<acc_t> own_gradients;
+      Sample<acc_t> own_sample;
+      const auto own_place = place_tap<index_t>(
+          tap_of(std::min(own, taps - 1)), channels,
+          [&](auto... arguments) { own_sample = Sample<acc_t>(arguments...); });
+#pragma unroll
+      for (int lane = 0; lane < std::min(lanes, taps - first); ++lane) {
+        const auto place = own_place.from_lane(lane, lanes);
+        const auto tap = own_sample.from_lane(lane, lanes);
+        TapGradients<acc_t> gradients;
+        if (!place.is_none()) {
+          acc_t weights[4], dots[4] = {};
+          tap.get_weights(weights);
+          for (int c = unit.lane * S::vec; c < group_channels; c += lanes * S::vec) {
+            Pixels pixels[4];
+            place.load(image + c, pixels);
+            if (!S::taps) grad = Pixels::load(grads + c).template to<acc_t>();
+#pragma unroll
+            for (int corner = 0; corner < 4; ++corner) {
+              const auto wide = pixels[corner].template to<acc_t>();
+              Pack<acc_t, S::vec> share;
+#pragma unroll
+              for (int i = 0; i < S::vec; ++i) {
+                dots[corner] += grad.at[i] * wide.at[i];
+                share.at[i] = weights[corner] * grad.at[i];
+              }
+              if (scatter && unit.exists && tap.is_inside(corner)) {
+                atomic_add(grad_image + c + place.offset(corner), share);
+              }
+            }
+          }
+          gradients = TapGradients<acc_t>(tap, dots);
+        }
+        gradients.reduce(lanes);
+        if (lane == unit.lane) own_gradients = gradients;
+      }
+      if (unit.exists && own < taps) {
+        tap_gradients.store(own, own_gradients.x, own_gradients.y, own_gradients.weight);
+      }
+    }
+    tap_gradients.finish(lanes, tap_of);
+  });
+  sampler.check();
+}
+
+// grad_value alone, in a fixed order: a warp owns a group of an image, a thread its channels. The
+// 32 threads plan a tap each, which are then followed one by one.
+template <typename Sampler, typename S = typename Sampler::Compiled,
+          typename scalar_t = typename S::scalar_t, typename acc_t = typename S::acc_t,
+          typename point_t = typename Sampler::point_t>
+__global__ void __launch_bounds__(block_threads)
+    scatter_in_order(const Sampler sampler, const Extents output,
+                     const scalar_t* __restrict__ grad_output,
+                     const point_t* __restrict__ locations, const point_t* __restrict__ weights,
+                     acc_t* __restrict__ grad_value) {
+  const int lane = threadIdx.x % warp_size, warps = block_threads / warp_size;
+  const int taps = sampler.taps(), group_channels = sampler.group_channels();
+  const int64_t channels = sampler.channels();
+  Unit unit;
+  unit.lane = 0;
+  unit.exists = true;
+  unit.group = blockIdx.x * warps + threadIdx.x / warp_size;
+  if (unit.group >= output.groups) return;
+  for (unit.image = blockIdx.z; unit.image < output.batch; unit.image += gridDim.z) {
+    acc_t* image =
+        grad_value + unit.image * sampler.pixels() * channels + unit.group * group_channels;
+    const int64_t pixels = int64_t(output.height) * output.width;
+    for (int64_t first = 0; first < pixels * taps; first += warp_size) {
+      const int64_t own = std::min(first + lane, pixels * taps - 1), in_image = own / taps;
+      unit.row = static_cast<int>(in_image / output.width);
+      unit.col = static_cast<int>(in_image % output.width);
+      const auto tap_of = sampler.taps_of(unit, output, 1, locations, weights);
+      Sample<acc_t> own_sample;
+      const auto own_place = place_tap<int64_t>(
+          tap_of(static_cast<int>(own % taps)), channels,
+          [&](auto... arguments) { own_sample = Sample<acc_t>(arguments...); });
+      for (int from = 0; from < std::min<int64_t>(warp_size, pixels * taps - first); ++from) {
+        const auto place = own_place.from_lane(from, warp_size);
+        const auto tap = own_sample.from_lane(from, warp_size);
+        if (place.is_none()) continue;
+        const scalar_t* grads = grad_output + unit.group * group_channels +
+                                (unit.image * pixels + (first + from) / taps) * channels;
+        acc_t weights[4];
+        tap.get_weights(weights);
+        for (int c = lane; c < group_channels; c += warp_size) {
+          const acc_t grad = static_cast<acc_t>(grads[c]);
+          acc_t sums[4];  // of different pixels: all are loaded before the first is stored
+#pragma unroll
+          for (int corner = 0; corner < 4; ++corner) {
+            if (tap.is_inside(corner)) sums[corner] = image[place.offset(corner) + c];
+          }
+#pragma unroll
+          for (int corner = 0; corner < 4; ++corner) {
+            if (tap.is_inside(corner)) {
+              image[place.offset(corner) + c] = sums[corner] + weights[corner] * grad;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Adds to grad_value, zero at the start, and writes the other gradients.
+template <typename Sampler, typename scalar_t, typename acc_t, typename point_t,
+          typename grad_point_t>
+void launch_backward(const Sampler& sampler, bool in_order, const scalar_t* grad_output,
+                     const scalar_t* value, const point_t* locations, const point_t* weights,
+                     acc_t* grad_value, grad_point_t* grad_locations, grad_point_t* grad_weights) {
+  const Layout layout = layout_of(sampler);
+  const auto kernel = in_order ? &backward<Sampler, false> : &backward<Sampler, true>;
+  OPS_DCNV4_LAUNCH(kernel, layout.grid(), block_threads, sampler, layout, grad_output, value,
+                   locations, weights, grad_value, grad_locations, grad_weights);
+  if (!in_order) return;
+  const Extents output = layout.output;
+  const auto general = sampler.general();
+  const dim3 grid(divide_up(output.groups, block_threads / warp_size), 1,
+                  std::min<int64_t>(output.batch, 65535));
+  OPS_DCNV4_LAUNCH((scatter_in_order<std::decay_t<decltype(general)>>), grid, block_threads,
+                   general, output, grad_output, locations, weights, grad_value);
+}
+
+}  // namespace ops_dcnv4

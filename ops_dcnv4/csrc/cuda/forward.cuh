@@ -1,0 +1,161 @@
+// The forward kernel of the operators, which differ in where their taps sample.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/memory.cuh"
+#include "cuda/place.cuh"
+#include "cuda/static.cuh"
+#include "cuda/units.cuh"
+
+namespace ops_dcnv4 {
+
+// How a tap weights the four pixels of its cell.
+template <typename acc_t>
+struct Weights {
+  acc_t at[4];
+
+  Weights() = default;
+  __device__ __forceinline__ Weights(const Inside& in, const Cell<acc_t>& cell, acc_t modulation) {
+    const acc_t left = in.left ? 1 - cell.dx : 0, right = in.right ? cell.dx : 0;
+    const acc_t top = modulation * (in.top ? 1 - cell.dy : 0);
+    const acc_t bottom = modulation * (in.bottom ? cell.dy : 0);
+    at[0] = top * left;
+    at[1] = top * right;
+    at[2] = bottom * left;
+    at[3] = bottom * right;
+  }
+
+  __device__ __forceinline__ Weights from_lane(int lane, int lanes) const {
+    Weights result;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result.at[i] = ops_dcnv4::from_lane(at[i], lane, lanes);
+    return result;
+  }
+
+  // sum += the weighted pixels, if the tap reaches any.
+  template <typename scalar_t, int n>
+  __device__ __forceinline__ void add_sample(const Pack<scalar_t, n> (&pixels)[4], bool reaches,
+                                             Pack<acc_t, n>& sum) const {
+    if (!reaches) return;
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+      const auto wide = pixels[corner].template to<acc_t>();
+#pragma unroll
+      for (int i = 0; i < n; ++i) sum.at[i] += at[corner] * wide.at[i];
+    }
+  }
+};
+
+// The same for halves, which are interpolated two at a time in 16 bits, the precision of the
+// pixels, then modulated and summed up over the taps in 32. Samples lie within the range of their
+// pixels, but for rounding: pixels within 0.2 % of the largest half may overflow.
+struct HalfWeights {
+  unsigned top, bottom;  // pairs of halves: left, right
+  float modulation;
+
+  HalfWeights() = default;
+  __device__ __forceinline__ HalfWeights(const Inside& in, const Cell<float>& cell,
+                                         float modulation)
+      : modulation(cell.row == outside ? 0 : modulation) {
+    const float left = in.left ? 1 - cell.dx : 0, right = in.right ? cell.dx : 0;
+    const float above = in.top ? 1 - cell.dy : 0, below = in.bottom ? cell.dy : 0;
+    top = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(above * left, above * right));
+    bottom = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(below * left, below * right));
+  }
+
+  __device__ __forceinline__ HalfWeights from_lane(int lane, int lanes) const {
+    HalfWeights result;
+    result.top = ops_dcnv4::from_lane(top, lane, lanes);
+    result.bottom = ops_dcnv4::from_lane(bottom, lane, lanes);
+    result.modulation = ops_dcnv4::from_lane(modulation, lane, lanes);
+    return result;
+  }
+
+  template <int n>
+  __device__ __forceinline__ void add_sample(const Pack<at::Half, n> (&pixels)[4], bool reaches,
+                                             Pack<float, n>& sum) const {
+    const __half2 upper = ops_dcnv4::bit_cast<__half2>(top);
+    const __half2 lower = ops_dcnv4::bit_cast<__half2>(bottom);
+    const __half2 weights[4] = {__low2half2(upper), __high2half2(upper), __low2half2(lower),
+                                __high2half2(lower)};
+#pragma unroll
+    for (int i = 0; i < n; i += 2) {
+      const auto pair = [&](int corner) {
+        return *reinterpret_cast<const __half2*>(&pixels[corner].at[i]);
+      };
+      __half2 sample = __hmul2(weights[0], pair(0));
+#pragma unroll
+      for (int corner = 1; corner < 4; ++corner) {
+        sample = __hfma2(weights[corner], pair(corner), sample);
+      }
+      // The sample of any pixel, maybe infinite. Instead of a branch, which would keep the pixels
+      // of several taps from being loaded at once.
+      if (!reaches) sample = __floats2half2_rn(0, 0);
+      const float2 wide = __half22float2(sample);
+      sum.at[i] += modulation * wide.x;
+      sum.at[i + 1] += modulation * wide.y;
+    }
+  }
+};
+
+template <typename S>
+using WeightsOf = std::conditional_t<
+    std::is_same_v<typename S::scalar_t, at::Half> && S::vec % 2 == 0, HalfWeights,
+    Weights<typename S::acc_t>>;
+
+// output (N, ..., C), from value and what the sampler reads of its taps, in one tensor or two
+template <typename Sampler, typename S = typename Sampler::Compiled,
+          typename scalar_t = typename S::scalar_t, typename point_t = typename Sampler::point_t>
+__global__ void __launch_bounds__(block_threads)
+    forward(const Sampler sampler, const Layout layout, const scalar_t* __restrict__ value,
+            const point_t* __restrict__ locations, const point_t* __restrict__ weights,
+            scalar_t* __restrict__ output) {
+  using acc_t = typename S::acc_t;
+  using index_t = typename S::index_t;
+  using Pixels = Pack<scalar_t, S::vec>;
+  const int lanes = S::lanes(layout), taps = sampler.taps();
+  const int group_channels = sampler.group_channels();
+  const index_t channels = sampler.channels();
+
+  for_units<Sampler::tile_width>(layout, lanes, [&](const Unit& unit) {
+    const auto tap_of = sampler.taps_of(unit, layout.output, lanes, locations, weights);
+    for (int start = 0; start < group_channels; start += lanes * S::vec) {
+      const int in_group = start + unit.lane * S::vec;
+      const bool has_channels = unit.exists && in_group < group_channels;
+      const int channel = has_channels ? unit.group * group_channels + in_group : 0;
+      const scalar_t* image = computed(value + unit.image * sampler.pixels() * channels + channel);
+      Pack<acc_t, S::vec> sum = {};
+#pragma unroll
+      for (int first = 0; first < taps; first += lanes) {
+        WeightsOf<S> own_weights;
+        const auto own_place = place_tap<index_t>(
+            tap_of(std::min(first + unit.lane, taps - 1)), channels,
+            [&](auto... arguments) { own_weights = WeightsOf<S>(arguments...); });
+#pragma unroll
+        for (int lane = 0; lane < std::min(lanes, taps - first); ++lane) {
+          const auto place = own_place.from_lane(lane, lanes);
+          const auto weights = own_weights.from_lane(lane, lanes);
+          Pixels pixels[4];
+          place.load(image, pixels);
+          weights.add_sample(pixels, !place.is_none(), sum);
+        }
+      }
+      if (!has_channels) continue;
+      sum.template to<scalar_t>().store(
+          at_unit(output, layout.output, unit, channels, group_channels) + in_group);
+    }
+  });
+  sampler.check();
+}
+
+template <typename Sampler, typename scalar_t, typename point_t>
+void launch_forward(const Sampler& sampler, const scalar_t* value, const point_t* locations,
+                    const point_t* weights, scalar_t* output) {
+  const Layout layout = layout_of(sampler);
+  OPS_DCNV4_LAUNCH(forward<Sampler>, layout.grid(), block_threads, sampler, layout, value,
+                   locations, weights, output);
+}
+
+}  // namespace ops_dcnv4

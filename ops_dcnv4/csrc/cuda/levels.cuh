@@ -1,0 +1,168 @@
+// Where multi-scale deformable attention samples: the points of every query in each level of value.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "attention.h"
+#include "cuda/place.cuh"
+#include "cuda/static.cuh"
+
+namespace ops_dcnv4 {
+
+// What spatial_shapes and level_start_index hold, on the GPU.
+struct LevelTensors {
+  const int64_t* shapes;
+  const int64_t* starts;
+};
+
+// The height of an image that no point lies in.
+constexpr int nowhere = -1;
+
+// The other of the two samplers that the kernels are made for. In the fused form locations and
+// weights lie in one tensor, and the weights are logits, to be normalised by a softmax.
+template <typename S, typename point>
+struct Levels {
+  using Compiled = S;
+  using acc_t = typename S::acc_t;
+  using point_t = point;
+  using grad_point_t = acc_t;  // not of 16 bits: the softmax's gradient is computed in place
+  using index_t = typename S::index_t;
+  static constexpr int tile_width = queries_in_a_row;
+
+  Attention a;
+  LevelTensors levels;
+  Divisor points;
+
+  Levels(const Attention& a, const LevelTensors& levels)
+      : a(a), levels(levels), points(a.points) {}
+
+  Levels<typename S::General, point> general() const { return {a, levels}; }
+
+  Extents output() const { return {a.batch, 1, a.queries, static_cast<int>(a.heads)}; }
+
+  __device__ __forceinline__ int taps() const { return S::taps ? S::taps : a.taps(); }
+  __device__ __forceinline__ int64_t channels() const { return a.channels(); }
+  OPS_DCNV4_INLINE int group_channels() const {
+    return S::group_channels ? S::group_channels : a.head_channels;
+  }
+  __device__ __forceinline__ int64_t pixels() const { return a.pixels; }
+
+  // Pairs (x, y), and weights or logits, of a unit.
+  template <typename T>
+  struct Points {
+    T* locations;
+    T* weights;
+  };
+
+  template <typename T>
+  __device__ __forceinline__ Points<T> at(T* locations, T* weights, const Extents& output,
+                                          const Unit& unit) const {
+    const int location_stride = (a.fused ? 3 : 2) * taps();
+    const int weight_stride = (a.fused ? 3 : 1) * taps();
+    const index_t heads = a.heads;
+    return {at_unit<index_t>(locations, output, unit, heads * location_stride, location_stride),
+            at_unit<index_t>(weights, output, unit, heads * weight_stride, weight_stride)};
+  }
+
+  // A function from k to tap k of a unit.
+  __device__ __forceinline__ auto taps_of(const Unit& unit, const Extents& output, int lanes,
+                                          const point_t* locations, const point_t* weights) const {
+    const Points<const point_t> at_k = at(locations, weights, output, unit);
+    acc_t largest = 0, factor = 1;
+    if (a.fused) {
+      largest = -std::numeric_limits<acc_t>::infinity();
+      for (int k = unit.lane; k < taps(); k += lanes) {
+        largest = std::max(largest, static_cast<acc_t>(at_k.weights[k]));
+      }
+      largest = over_lanes(largest, lanes, [](acc_t a, acc_t b) { return std::max(a, b); });
+      acc_t sum = 0;
+      for (int k = unit.lane; k < taps(); k += lanes) {
+        sum += std::exp(static_cast<acc_t>(at_k.weights[k]) - largest);
+      }
+      factor = 1 / over_lanes(sum, lanes, [](acc_t a, acc_t b) { return a + b; });
+    }
+    return [this, at_k, largest, factor](int k) -> Tap<acc_t> {
+      acc_t weight = static_cast<acc_t>(at_k.weights[k]);
+      if (a.fused) weight = factor * std::exp(weight - largest);
+      const Image image = image_of(points.divide(k));
+      const acc_t x = static_cast<acc_t>(at_k.locations[2 * k]) * image.width - acc_t(0.5);
+      const acc_t y = static_cast<acc_t>(at_k.locations[2 * k + 1]) * image.height - acc_t(0.5);
+      return {y, x, weight, image};
+    };
+  }
+
+  // A level, without pixels if it does not lie within value: the host does not wait for its size.
+  __device__ __forceinline__ Image image_of(int level) const {
+    const int64_t height = levels.shapes[2 * level], width = levels.shapes[2 * level + 1];
+    const int64_t start = levels.starts[level];
+    const bool is_small = (height | width | start) >> 32 == 0;  // and none is negative
+    const uint64_t end = uint64_t(unsigned(height)) * unsigned(width) + unsigned(start);
+    const bool fits = is_small && end > uint64_t(start) && end <= uint64_t(a.pixels);
+    return {fits ? static_cast<int>(height) : nowhere, static_cast<int>(width),
+            static_cast<int>(start)};
+  }
+
+  // Ends the program for such a level. The first block does it when all else is done: an assertion
+  // before a shuffle would make all threads gather there.
+  __device__ __forceinline__ void check() const {
+    if (blockIdx.x + blockIdx.y + blockIdx.z != 0) return;
+    for (int level = threadIdx.x; level < a.levels; level += block_threads) {
+      OPS_DCNV4_ASSERT(image_of(level).height != nowhere,
+                       "a level of spatial_shapes and level_start_index lies outside of value");
+    }
+  }
+
+  // Where a unit's gradients go.
+  struct Gradients {
+    const Levels& sampler;
+    const Unit& unit;
+    Points<acc_t> at;
+
+    // Of x and y in pixels, and of the weight, of tap k.
+    __device__ __forceinline__ void store(int k, acc_t x, acc_t y, acc_t weight) const {
+      const int64_t* shape = sampler.levels.shapes + 2 * sampler.points.divide(k);
+      at.locations[2 * k] = static_cast<int>(shape[1]) * x;
+      at.locations[2 * k + 1] = static_cast<int>(shape[0]) * y;
+      at.weights[k] = weight;
+    }
+
+    // In the fused form, from the gradients of the weights to those of the logits. Each thread
+    // reads what it stored itself.
+    template <typename TapOf>
+    __device__ __forceinline__ void finish(int lanes, const TapOf& tap_of) const {
+      if (!sampler.a.fused) return;
+      const int taps = unit.exists ? sampler.taps() : 0;
+      acc_t mean = 0;
+      for (int k = unit.lane; k < taps; k += lanes) mean += tap_of(k).weight * at.weights[k];
+      mean = over_lanes(mean, lanes, [](acc_t a, acc_t b) { return a + b; });
+      for (int k = unit.lane; k < taps; k += lanes) {
+        at.weights[k] = tap_of(k).weight * (at.weights[k] - mean);
+      }
+    }
+  };
+
+  __device__ __forceinline__ Gradients gradients_of(const Unit& unit, const Extents& output,
+                                                    acc_t* grad_locations,
+                                                    acc_t* grad_weights) const {
+    return {*this, unit, at(grad_locations, grad_weights, output, unit)};
+  }
+};
+
+// Calls body with the sampler of the kernels that fit; `bytes` of channels per thread.
+template <typename scalar_t, typename acc_t, typename point_t, int bytes, typename Body>
+void with_levels(const Attention& a, const LevelTensors& levels,
+                 std::initializer_list<const at::Tensor*> tensors, const Body& body) {
+  const int64_t of_query = a.heads * std::max<int64_t>(a.head_channels, 3 * a.taps());
+  const Sizes sizes{a.head_channels, a.taps(),
+                    std::max(a.pixels * a.channels(), a.queries * of_query)};
+  with_static<scalar_t, acc_t, bytes / sizeof(scalar_t), 16>(sizes, tensors, [&](auto compiled) {
+    body(Levels<decltype(compiled), point_t>(a, levels));
+  });
+}
+
+}  // namespace ops_dcnv4

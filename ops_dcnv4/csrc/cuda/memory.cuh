@@ -1,0 +1,99 @@
+// Loads, stores and additions of several numbers at once.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <type_traits>
+
+#include "cuda/launch.h"
+
+namespace ops_dcnv4 {
+
+// Keeps nvcc from adding the parts of a pointer (to global memory) anew for every load.
+template <typename T>
+__device__ __forceinline__ const T* computed(const T* pointer) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
+// n elements, which are loaded and stored together where they take 8 or 16 bytes.
+template <typename T, int n>
+struct Pack {
+  using Word = std::conditional_t<sizeof(T) * n == 16, uint4,
+                                  std::conditional_t<sizeof(T) * n == 8, uint2, T>>;
+  union {
+    T at[n];
+    Word word;
+  };
+
+  static __device__ __forceinline__ Pack load(const T* from) {
+    static_assert(sizeof(Word) == sizeof(T) * n, "not a size that is loaded at once");
+    Pack result;
+    result.word = *reinterpret_cast<const Word*>(from);
+    return result;
+  }
+  __device__ __forceinline__ void store(T* to) const {
+    static_assert(sizeof(Word) == sizeof(T) * n, "not a size that is stored at once");
+#if defined(__CUDA_ARCH__)
+    if constexpr (sizeof(Word) == 16) {  // which nvcc would otherwise cut into four
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                   "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w));
+      return;
+    }
+#endif
+    *reinterpret_cast<Word*>(to) = word;
+  }
+
+  template <typename To>
+  __device__ __forceinline__ Pack<To, n> to() const {
+    Pack<To, n> result;
+    if constexpr (std::is_same_v<T, c10::BFloat16> && std::is_same_v<To, float> && n % 2 == 0) {
+#pragma unroll
+      for (int i = 0; i < n; i += 2) {  // a bfloat16 is the upper half of a float
+        const unsigned pair = reinterpret_cast<const unsigned*>(&word)[i / 2];
+        result.at[i] = ops_dcnv4::bit_cast<float>(pair << 16);
+        result.at[i + 1] = ops_dcnv4::bit_cast<float>(pair & 0xffff0000u);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) result.at[i] = static_cast<To>(at[i]);
+    }
+    return result;
+  }
+};
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// Four numbers in one reduction.
+__device__ __forceinline__ void atomic_add(float* to, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "f"(a), "f"(b), "f"(c), "f"(d));
+}
+#else
+template <typename T>
+__device__ __forceinline__ void atomic_add(T* to, T a, T b, T c, T d) {
+  atomicAdd(to, a);
+  atomicAdd(to + 1, b);
+  atomicAdd(to + 2, c);
+  atomicAdd(to + 3, d);
+}
+#endif
+
+// *to += v, by many threads at once and in any order.
+template <typename T, int n>
+__device__ __forceinline__ void atomic_add(T* to, const Pack<T, n>& v) {
+  if constexpr (n % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < n; i += 4) {
+      atomic_add(to + i, v.at[i], v.at[i + 1], v.at[i + 2], v.at[i + 3]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) atomicAdd(to + i, v.at[i]);
+  }
+}
+
+}  // namespace ops_dcnv4
