@@ -1,4 +1,4 @@
-// Where DCNv4 samples. The CPU kernels share the geometry, and apply the rule of `locate`
+// Where the operators sample. The CPU kernels share the geometry, and apply the rule of `locate`
 // to several points at a time (cpu/plan.h).
 #pragma once
 
