@@ -1,0 +1,35 @@
+"""The Triton kernels of deformable attention on a GPU."""
+
+import pytest
+import torch
+
+from ops_dcnv4 import choose_backend
+from tests.gpu.test_triton import _triton  # noqa: F401  for this module too
+from tests.ops_dcnv4 import attention_cases, cases
+from tests.ops_dcnv4.test_attention import *  # noqa: F403  what every backend must pass
+from tests.ops_dcnv4.test_attention import both_forms
+
+# The public functions check for Triton, which is not called but by them.
+del test_kernels_refuse_what_would_lead_outside_their_tensors  # noqa: F821
+del test_backward_kernel_refuses_a_gradient_unlike_the_output  # noqa: F821
+
+
+@pytest.mark.parametrize("operator", [""])
+def test_the_compiled_kernels_are_under_test(operator, device):
+    """Triton's: the name is that of the shared test."""
+    assert choose_backend(device) == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@both_forms
+def test_sizes_of_a_detector(form, dtype, device):
+    levels = ((25, 38), (13, 19), (7, 10), (4, 5))
+    sizes = {"points": 4, "heads": 8, "head_channels": 32, "queries": 300, "steps": 1024}
+    inputs = attention_cases.random_inputs(levels, **sizes).to(dtype, points=torch.float32)
+    actual = attention_cases.run_operator(inputs, form, device)
+    exact = attention_cases.run_exactly(inputs, form)
+    cases.assert_rounded_once(actual.output, exact.output)
+    cases.assert_rounded_once(actual.grad_value, exact.grad_value)
+    for name in ("grad_locations", "grad_weights"):
+        difference = (getattr(actual, name).double() - getattr(exact, name)).abs().max()
+        assert difference < 1e-5 * getattr(exact, name).abs().max()
