@@ -244,7 +244,7 @@ def _cast(name: str, inputs: tuple, dtype: torch.dtype) -> list:
     """Inputs in the dtype of the surrounding linear layers; float64 stays as it is.
 
     Only the value of attention is cast to 16 bits: rounded locations would be fractions of a pixel
-    off, half a pixel in bfloat16.
+    off.
     """
     if inputs[0].dtype == torch.float64:
         return list(inputs)
