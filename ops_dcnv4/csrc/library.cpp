@@ -1,4 +1,5 @@
-// Binds the compiled kernels to the operators, whose schemas backends.py defines. A library per device.
+// Binds the compiled kernels to the operators, whose schemas backends.py defines.
+// A library per device.
 #include <Python.h>
 #include <torch/library.h>
 

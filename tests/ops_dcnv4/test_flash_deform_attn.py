@@ -110,7 +110,7 @@ def test_start_is_that_of_deformable_detr():
     for projection in (layer.value_proj, layer.output_proj):
         assert not projection.bias.any()
         assert projection.weight.abs().max() <= bound
-        assert projection.weight.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert projection.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
 def test_state_dict_has_the_published_keys():

@@ -17,8 +17,7 @@ template <bool inside, typename scalar_t, typename acc_t, typename Count, typena
 OPS_DCNV4_INLINE void sum_taps(const Plan<acc_t, Count> plan, const scalar_t* value,
                                scalar_t* output, Channels group_channels, int64_t right,
                                int64_t below, const scalar_t* zeros) {
-  constexpr int widest = widest_block<acc_t>;
-  for_channel_blocks<acc_t, widest>(group_channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
+  const auto sum_block = [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
     constexpr int parts = width.value > wide_block<acc_t> ? 2 : 1;
     constexpr int lanes = width.value / parts;
     using L = Lanes<acc_t, lanes>;
@@ -42,7 +41,8 @@ OPS_DCNV4_INLINE void sum_taps(const Plan<acc_t, Count> plan, const scalar_t* va
       L::store(output + c + part * lanes,
                (sums[0][part] + sums[1][part]) + (sums[2][part] + sums[3][part]));
     }
-  });
+  };
+  for_channel_blocks<acc_t, widest_block<acc_t>>(group_channels, sum_block);
 }
 
 // `width` is that of the image where units are inside.

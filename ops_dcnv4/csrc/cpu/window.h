@@ -9,7 +9,7 @@ namespace {
 // What all windows have in common, in copies: stores to plans cannot change them.
 template <typename acc_t>
 struct Frame {
-  int row_pixels;                     // of an image
+  int row_pixels;                        // of an image
   int reach;  // from a window's centre to the first row that it does not read, but for offsets
   acc_t width, height;                   // of an image
   int start_x, step_x, start_y, step_y;  // of the windows' centres
