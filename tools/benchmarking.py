@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 Input = TypeVar("Input")
-PACKAGES = ("torch", "torchvision", "timm", "ops-dcnv4", "DCNv4")
+PACKAGES = ("torch", "torchvision", "timm", "ops-dcnv4", "DCNv4", "onedl-mmcv", "mmcv")
 WARM_UP_CALLS, MIN_CALLS, MAX_CALLS = 3, 5, 1000
 
 
