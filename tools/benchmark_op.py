@@ -13,7 +13,7 @@ it is timed, output and gradients.
 import argparse
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -42,7 +42,7 @@ SHAPES = {
 }
 # fmt: on
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "float16", "bfloat16")}
-MIN_INPUT_SETS = 4
+MIN_INPUT_SETS, TURNS = 4, 5
 LEGEND = f"""
 Median times, ~ if the quartiles are more than 20 % apart; x: how many times as long as ours, the
 first; %: share of the memory floor, which is the time of a plain copy of as many bytes as the
@@ -113,23 +113,46 @@ def examine(name: str, inputs: Inputs, expected: dict[str, Tensor]) -> tuple[str
         return "failed", benchmarking.reason(error)
 
 
-def time_competitor(
-    name: str, inputs: list[Inputs], expected: dict[str, Tensor], min_time: float
-) -> Iterator[dict]:
-    """A result for each pass."""
-    shape, device = inputs[0].shape, inputs[0].value.device
-    status, note = examine(name, inputs[0], expected)
-    if name == shape.ours and status != "ok":
-        raise SystemExit(f"error: {name} is {note or status} at {shape}")
-    for pass_name, make_step in PASSES.items():
-        result = {"competitor": name, "pass": pass_name, "status": status, "note": note}
-        if status in ("ok", "wrong"):
-            prepare = functools.partial(make_step, shape.competitors[name])
+def time_pass(
+    make_step: Callable, names: Sequence[str], inputs: list[Inputs], min_time: float
+) -> dict[str, dict]:
+    """What is measured of each competitor. They take turns, so that a machine that changes its
+    speed changes it for all of them."""
+    competitors, device = inputs[0].shape.competitors, inputs[0].value.device
+    measurements, failures = {}, {}
+    for turn in range(TURNS + 1):
+        for name in (name for name in names if name not in failures):
             try:
-                result |= benchmarking.measure(prepare, inputs, device, min_time)._asdict()
+                if turn == 0:
+                    prepare = functools.partial(make_step, competitors[name])
+                    measurements[name] = benchmarking.Measurement(prepare, inputs, device, min_time)
+                measurements[name].advance(turn / TURNS)
             except RuntimeError as error:
-                result |= {"status": "failed", "note": benchmarking.reason(error)}
-        yield result
+                failures[name] = {"status": "failed", "note": benchmarking.reason(error)}
+    timed = {name: measurements[name].timing._asdict() for name in names if name not in failures}
+    return timed | failures
+
+
+def time_competitors(
+    names: Sequence[str], inputs: list[Inputs], expected: dict[str, Tensor], min_time: float
+) -> list[dict]:
+    """A result for each competitor and pass."""
+    shape = inputs[0].shape
+    statuses = {name: examine(name, inputs[0], expected) for name in names}
+    status, note = statuses[shape.ours]
+    if status != "ok":
+        raise SystemExit(f"error: {shape.ours} is {note or status} at {shape}")
+    able = [name for name, (status, _) in statuses.items() if status in ("ok", "wrong")]
+    measured = {
+        pass_name: time_pass(make_step, able, inputs, min_time)
+        for pass_name, make_step in PASSES.items()
+    }
+    return [
+        {"competitor": name, "pass": pass_name, "status": status, "note": note}
+        | measured[pass_name].get(name, {})
+        for name, (status, note) in statuses.items()
+        for pass_name in PASSES
+    ]
 
 
 def l1_floor(shape: Shape, dtype: torch.dtype, device: torch.device) -> float | None:
@@ -180,12 +203,11 @@ def benchmark(
     write_row(dtype_name, (f"memory floor {1e6 * floors[name]:.1f} us" for name in PASSES))
     if l1:
         write(f"floor of the forward in L1: {1e6 * l1:.1f} us")
-    results = []
-    for name in (name for name in shape.competitors if name not in args.skip):
-        passes = list(time_competitor(name, inputs, expected, args.min_time))
-        results += passes
-        compare(results, shape, floors)
-        write_row(name, map(cell, passes))
+    names = [name for name in shape.competitors if name not in args.skip]
+    results = time_competitors(names, inputs, expected, args.min_time)
+    compare(results, shape, floors)
+    for name in names:
+        write_row(name, (cell(result) for result in results if result["competitor"] == name))
     place = {"shape": str(shape), "dtype": dtype_name, "l1_floor_seconds": l1}
     return [place | result for result in results]
 

@@ -199,8 +199,42 @@ def test_failing_competitor_gets_a_cell_with_the_reason(monkeypatch):
 
     monkeypatch.setitem(COMPETITORS, "grid_sample", Competitor(run, LEAVES))
     inputs = TINY.random_inputs(torch.float32, CPU)
-    (result, *_) = benchmark_op.time_competitor("grid_sample", [inputs], {}, 1e-6)
-    assert benchmark_op.cell(result) == "(out of memory)"
+    expected = TINY.expected_results(inputs)
+    names = [OURS, "grid_sample"]
+    results = benchmark_op.time_competitors(names, [inputs], expected, 1e-6)
+    assert [benchmark_op.cell(r) for r in results[3:]] == ["(out of memory)"] * 3
+    assert all("seconds" in r for r in results[:3])
+
+
+@pytest.mark.parametrize("calls_before", [0, 5])
+def test_competitor_that_fails_while_it_is_timed_leaves_the_others_alone(calls_before, monkeypatch):
+    calls = iter(range(calls_before))
+
+    def run(inputs):
+        if next(calls, None) is None:
+            raise RuntimeError("CUDA out of memory")
+        return op_competitors.run_reference(inputs)
+
+    monkeypatch.setitem(COMPETITORS, "grid_sample", Competitor(run, LEAVES))
+    inputs, names = [TINY.random_inputs(torch.float32, CPU)], ["grid_sample", OURS]
+    results = benchmark_op.time_pass(benchmark_op.forward, names, inputs, 1e-6)
+    assert results["grid_sample"] == {"status": "failed", "note": "out of memory"}
+    assert results[OURS]["calls"] == benchmarking.MIN_CALLS
+
+
+def test_competitors_take_turns(monkeypatch):
+    log = []
+
+    def logging(name):
+        return Competitor(lambda inputs: log.append(name), LEAVES)
+
+    for name in (OURS, "reference"):
+        monkeypatch.setitem(COMPETITORS, name, logging(name))
+    inputs = [TINY.random_inputs(torch.float32, CPU)]
+    benchmark_op.time_pass(benchmark_op.forward, [OURS, "reference"], inputs, 1e-9)
+    warm_up = 2 * benchmarking.WARM_UP_CALLS
+    assert len(log) == warm_up + 2 * benchmarking.MIN_CALLS
+    assert log[warm_up:] == [OURS, "reference"] * benchmarking.MIN_CALLS
 
 
 def test_inputs_take_turns_and_preparation_precedes_each_round():
