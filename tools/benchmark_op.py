@@ -237,7 +237,7 @@ def draw(record: dict, file: Path) -> None:
     ours = " and ".join(dict.fromkeys(shape.ours for shape in shapes))
     figure.suptitle(
         f"Time relative to {ours} on {benchmarking.machine_name(record['machine'])}, "
-        f"{record['date'][:10]} (right of the line: slower; hollow: yardsticks; cross: wrong)"
+        f"{record['date'][:10]}\n(right of the line: slower; hollow: yardsticks; cross: wrong)"
     )
     drawn = {line.get_label(): line for axis in axes.flat for line in axis.lines[::-1]}
     handles = [drawn[name] for name in ("memory floor", *competitor_names(shapes)) if name in drawn]
