@@ -1,16 +1,19 @@
-"""Times DCNv4 against what else computes it, and beside other operators of like size.
+"""Times DCNv4 and deformable attention against what else computes them.
 
     python -m tools.benchmark_op
     python -m tools.benchmark_op --shapes 1x56x56x64 64x56x56x128/32 --dtypes float32 float16
+    python -m tools.benchmark_op --shapes dino-encoder 2xdino-decoder
 
-A shape is NxHxWxC/D with D channels per group, 16 if left out. Every competitor that computes DCNv4
-is checked before it is timed, output and gradients.
+DCNv4's shapes are NxHxWxC/D with D channels per group, 16 if left out; there are other operators of
+like size beside it. Shapes of multi-scale deformable attention are those of DINO's encoder and
+decoder, batch size first, 1 if left out. Every competitor that computes the same is checked before
+it is timed, output and gradients.
 """
 
 import argparse
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -18,125 +21,138 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ops_dcnv4 import reference
-from tools import benchmarking
+from tools import attention_competitors, benchmarking, op_competitors
 from tools.benchmarking import write
-from tools.op_competitors import (
-    COMPETITORS,
-    HEAD_CHANNELS,
-    OURS,
-    TAPS,
-    Inputs,
-    Shape,
-    parse_shape,
-    random_inputs,
-)
+from tools.competitors import TOLERANCES, Competitor, Inputs, Shape
+
+KINDS: tuple[type[Shape], ...] = (op_competitors.Shape, attention_competitors.Shape)
 
 # fmt: off
 SHAPES = {
-    "cpu": ("1x56x56x64", "1x56x56x128", "1x28x28x128", "1x14x14x256", "1x7x7x512"),
+    "cpu": (
+        "1x56x56x64", "1x56x56x128", "1x28x28x128", "1x14x14x256", "1x7x7x512",
+        "dino-encoder", "dino-decoder",
+    ),
     "cuda": (
         "64x56x56x64", "64x28x28x128", "64x14x14x256", "64x7x7x512",
         "64x56x56x128", "64x56x56x128/32", "64x28x28x256/32", "1x200x320x128", "1x200x320x128/32",
         "1x56x56x64", "1x28x28x128", "1x14x14x256", "1x7x7x512",
+        "dino-encoder", "2xdino-encoder", "dino-decoder",
     ),
 }
 # fmt: on
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "float16", "bfloat16")}
-# Of outputs and gradients, relative to the largest expected magnitude.
-TOLERANCES = {"float32": 1e-4, "float64": 1e-10, "float16": 1e-2, "bfloat16": 5e-2}
-MIN_INPUT_SETS = 4
+MIN_INPUT_SETS, TURNS = 4, 5
 LEGEND = f"""
-Median times, ~ if the quartiles are more than 20 % apart; x: how many times as long as {OURS};
-%: share of the memory floor, which is the time of a plain copy of as many bytes as DCNv4 must
-touch. wrong: output or gradients differ from the reference. In brackets: why there is no time.
-Yardsticks, which compute something else: the 7x7 depth-wise convolution, and attention in 7x7
-windows or global, {HEAD_CHANNELS} channels a head."""
+Median times, ~ if the quartiles are more than 20 % apart; x: how many times as long as ours, the
+first; %: share of the memory floor, which is the time of a plain copy of as many bytes as the
+operator must touch. wrong: output or gradients differ from the reference. In brackets: why there
+is no time. Yardsticks of DCNv4, which compute something else: the 7x7 depth-wise convolution, and
+attention in 7x7 windows or global, {op_competitors.HEAD_CHANNELS} channels a head."""
 
 
-def forward(run: Callable[[Inputs], Tensor], inputs: Inputs) -> Callable[[], Tensor]:
-    return torch.no_grad()(functools.partial(run, inputs))
+def parse_shape(text: str) -> Shape:
+    for kind in KINDS:
+        if shape := kind.parse(text):
+            return shape
+    forms = ", or ".join(kind.form for kind in KINDS)
+    raise argparse.ArgumentTypeError(f"{text!r} must be {forms}")
 
 
-def gradients(output: Tensor, inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """Of the four leaves, None for those that a competitor does not read."""
-    return torch.autograd.grad(output, inputs[:4], inputs.grad_output, allow_unused=True)
+def forward(competitor: Competitor, inputs: Inputs) -> Callable[[], Tensor]:
+    return torch.no_grad()(functools.partial(competitor.run, inputs))
 
 
-def backward(run: Callable[[Inputs], Tensor], inputs: Inputs) -> Callable[[], tuple]:
-    return functools.partial(gradients, run(inputs), inputs)
+def gradients(output: Tensor, competitor: Competitor, inputs: Inputs) -> tuple[Tensor, ...]:
+    leaves = [getattr(inputs, name) for name in competitor.leaves]
+    return torch.autograd.grad(output, leaves, inputs.grad_output)
 
 
-def forward_backward(run: Callable[[Inputs], Tensor], inputs: Inputs) -> Callable[[], tuple]:
-    return lambda: gradients(run(inputs), inputs)
+def backward(competitor: Competitor, inputs: Inputs) -> Callable[[], tuple]:
+    return functools.partial(gradients, competitor.run(inputs), competitor, inputs)
+
+
+def forward_backward(competitor: Competitor, inputs: Inputs) -> Callable[[], tuple]:
+    return lambda: gradients(competitor.run(inputs), competitor, inputs)
 
 
 # Each makes the step that is timed; what happens before that is not.
 PASSES = {"forward": forward, "backward": backward, "forward+backward": forward_backward}
 
 
-def expected_results(inputs: Inputs) -> list[Tensor]:
-    """The reference's output and gradients; one image at a time, which saves memory."""
-    tensors = (inputs.grad_output, inputs.value.detach(), inputs.offset_mask.detach())
-    images = []
-    for grad_output, *image in zip(*(tensor.split(1) for tensor in tensors), strict=True):
-        output = reference.dcnv4(*image, *inputs.parameters)
-        images.append((output, *reference.dcnv4_backward(grad_output, *image, *inputs.parameters)))
-    return [torch.cat(parts) for parts in zip(*images, strict=True)]
-
-
-def is_right(run: Callable[[Inputs], Tensor], inputs: Inputs, expected: list[Tensor]) -> bool:
-    """Whether output and gradients are as expected; the gradient of the padding may be anything."""
-    used = 3 * TAPS * inputs.shape.groups
-    tolerance = TOLERANCES[str(inputs.value.dtype).removeprefix("torch.")]
-    output = forward(run, inputs)()
-    grad_value, grad_offset_mask, *_ = forward_backward(run, inputs)()
-    pairs = [
-        (output, expected[0]),
-        (grad_value, expected[1]),
-        (grad_offset_mask[..., :used], expected[2][..., :used]),
-    ]
-    return all(
-        torch.allclose(actual, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
-        for actual, wanted in pairs
-    )
+def is_right(competitor: Competitor, inputs: Inputs, expected: dict[str, Tensor]) -> bool:
+    """Whether output and gradients are as expected; the gradient of padding may be anything."""
+    tolerance = competitor.tolerances[str(inputs.value.dtype).removeprefix("torch.")]
+    output = forward(competitor, inputs)()
+    grads = forward_backward(competitor, inputs)()
+    for name, actual in zip(("output", *competitor.leaves), (output, *grads), strict=True):
+        wanted = expected[name]
+        largest = wanted.abs().max().item()
+        actual = actual[..., : wanted.shape[-1]]
+        if not torch.allclose(actual, wanted, rtol=0, atol=tolerance * largest):
+            return False
+    return True
 
 
 def input_sets(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
     """So many that the caches do not hold them all."""
     cached = 2 * benchmarking.cache_bytes(device) / shape.bytes_touched(dtype)["forward"]
     count = max(MIN_INPUT_SETS, math.ceil(cached))
-    return [random_inputs(shape, dtype, device) for _ in range(count)]
+    return [shape.random_inputs(dtype, device) for _ in range(count)]
 
 
-def examine(name: str, inputs: Inputs, expected: list[Tensor]) -> tuple[str, str | None]:
+def examine(name: str, inputs: Inputs, expected: dict[str, Tensor]) -> tuple[str, str | None]:
     """Status of a competitor and, if it cannot be timed, the reason."""
-    run, why_not, yardstick = COMPETITORS[name]
-    if why_not(inputs):
-        return "skipped", why_not(inputs)
+    competitor = inputs.shape.competitors[name]
+    if why_not := competitor.why_not(inputs):
+        return "skipped", why_not
     try:
-        return "ok" if yardstick or is_right(run, inputs, expected) else "wrong", None
+        right = competitor.yardstick or is_right(competitor, inputs, expected)
+        return "ok" if right else "wrong", None
     except Exception as error:  # whatever a foreign package raises
         return "failed", benchmarking.reason(error)
 
 
-def time_competitor(
-    name: str, inputs: list[Inputs], expected: list[Tensor], min_time: float
-) -> Iterator[dict]:
-    """A result for each pass."""
-    status, note = examine(name, inputs[0], expected)
-    if name == OURS and status != "ok":
-        raise SystemExit(f"error: {OURS} is {note or status} at {inputs[0].shape}")
-    for pass_name, make_step in PASSES.items():
-        result = {"competitor": name, "pass": pass_name, "status": status, "note": note}
-        if status in ("ok", "wrong"):
-            prepare = functools.partial(make_step, COMPETITORS[name].run)
-            device = inputs[0].value.device
+def time_pass(
+    make_step: Callable, names: Sequence[str], inputs: list[Inputs], min_time: float
+) -> dict[str, dict]:
+    """What is measured of each competitor. They take turns, so that a machine that changes its
+    speed changes it for all of them."""
+    competitors, device = inputs[0].shape.competitors, inputs[0].value.device
+    measurements, failures = {}, {}
+    for turn in range(TURNS + 1):
+        for name in (name for name in names if name not in failures):
             try:
-                result |= benchmarking.measure(prepare, inputs, device, min_time)._asdict()
+                if turn == 0:
+                    prepare = functools.partial(make_step, competitors[name])
+                    measurements[name] = benchmarking.Measurement(prepare, inputs, device, min_time)
+                measurements[name].advance(turn / TURNS)
             except RuntimeError as error:
-                result |= {"status": "failed", "note": benchmarking.reason(error)}
-        yield result
+                failures[name] = {"status": "failed", "note": benchmarking.reason(error)}
+    timed = {name: measurements[name].timing._asdict() for name in names if name not in failures}
+    return timed | failures
+
+
+def time_competitors(
+    names: Sequence[str], inputs: list[Inputs], expected: dict[str, Tensor], min_time: float
+) -> list[dict]:
+    """A result for each competitor and pass."""
+    shape = inputs[0].shape
+    statuses = {name: examine(name, inputs[0], expected) for name in names}
+    status, note = statuses[shape.ours]
+    if status != "ok":
+        raise SystemExit(f"error: {shape.ours} is {note or status} at {shape}")
+    able = [name for name, (status, _) in statuses.items() if status in ("ok", "wrong")]
+    measured = {
+        pass_name: time_pass(make_step, able, inputs, min_time)
+        for pass_name, make_step in PASSES.items()
+    }
+    return [
+        {"competitor": name, "pass": pass_name, "status": status, "note": note}
+        | measured[pass_name].get(name, {})
+        for name, (status, note) in statuses.items()
+        for pass_name in PASSES
+    ]
 
 
 def l1_floor(shape: Shape, dtype: torch.dtype, device: torch.device) -> float | None:
@@ -147,14 +163,14 @@ def l1_floor(shape: Shape, dtype: torch.dtype, device: torch.device) -> float | 
     return shape.bytes_gathered(dtype) / (gpu.multi_processor_count * 128 * 1e3 * gpu.clock_rate)
 
 
-def compare(results: list[dict], floors: dict[str, float]) -> None:
+def compare(results: list[dict], shape: Shape, floors: dict[str, float]) -> None:
     """Adds each result's ratio to ours and share of the floor."""
     timed = [r for r in results if "seconds" in r]
-    ours = {r["pass"]: r["seconds"] for r in timed if r["competitor"] == OURS}
+    ours = {r["pass"]: r["seconds"] for r in timed if r["competitor"] == shape.ours}
     for result in timed:
         if result["pass"] in ours:
             result["ratio"] = result["seconds"] / ours[result["pass"]]
-        if not COMPETITORS[result["competitor"]].yardstick:
+        if not shape.competitors[result["competitor"]].yardstick:
             result["floor_seconds"] = floors[result["pass"]]
             result["share_of_floor"] = result["floor_seconds"] / result["seconds"]
 
@@ -179,7 +195,7 @@ def benchmark(
     """Times the competitors at one shape, one line of the table each."""
     dtype = getattr(torch, dtype_name)
     inputs = input_sets(shape, dtype, args.device)
-    expected = expected_results(inputs[0])
+    expected = shape.expected_results(inputs[0])
     floors = {name: n / bandwidth for name, n in shape.bytes_touched(dtype).items()}
     l1 = l1_floor(shape, dtype, args.device)
     write("")
@@ -187,14 +203,19 @@ def benchmark(
     write_row(dtype_name, (f"memory floor {1e6 * floors[name]:.1f} us" for name in PASSES))
     if l1:
         write(f"floor of the forward in L1: {1e6 * l1:.1f} us")
-    results = []
-    for name in (name for name in COMPETITORS if name not in args.skip):
-        passes = list(time_competitor(name, inputs, expected, args.min_time))
-        results += passes
-        compare(results, floors)
-        write_row(name, map(cell, passes))
+    names = [name for name in shape.competitors if name not in args.skip]
+    results = time_competitors(names, inputs, expected, args.min_time)
+    compare(results, shape, floors)
+    for name in names:
+        write_row(name, (cell(result) for result in results if result["competitor"] == name))
     place = {"shape": str(shape), "dtype": dtype_name, "l1_floor_seconds": l1}
     return [place | result for result in results]
+
+
+def competitor_names(shapes: Sequence[Shape]) -> list[str]:
+    """Of all shapes, without ours."""
+    names = dict.fromkeys(name for shape in shapes for name in shape.competitors)
+    return [name for name in names if name not in {shape.ours for shape in shapes}]
 
 
 def draw(record: dict, file: Path) -> None:
@@ -202,7 +223,8 @@ def draw(record: dict, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shapes, dtypes = record["settings"]["shapes"], record["settings"]["dtypes"]
+    shapes = [parse_shape(text) for text in record["settings"]["shapes"]]
+    dtypes = record["settings"]["dtypes"]
     size = 13, 1.6 + len(dtypes) * (0.8 + 0.32 * len(shapes))
     figure, axes = plt.subplots(
         len(dtypes), len(PASSES), figsize=size, squeeze=False, sharey=True, layout="constrained"
@@ -212,32 +234,34 @@ def draw(record: dict, file: Path) -> None:
             panel = [r for r in record["results"] if (r["dtype"], r["pass"]) == (dtype, pass_name)]
             draw_panel(axis, panel, shapes)
             axis.set_title(f"{pass_name}, {dtype}")
+    ours = " and ".join(dict.fromkeys(shape.ours for shape in shapes))
     figure.suptitle(
-        f"Time relative to {OURS} on {benchmarking.machine_name(record['machine'])}, "
-        f"{record['date'][:10]} (right of the line: slower; hollow: yardsticks; cross: wrong)"
+        f"Time relative to {ours} on {benchmarking.machine_name(record['machine'])}, "
+        f"{record['date'][:10]}\n(right of the line: slower; hollow: yardsticks; cross: wrong)"
     )
     drawn = {line.get_label(): line for axis in axes.flat for line in axis.lines[::-1]}
-    handles = [drawn[name] for name in ("memory floor", *COMPETITORS) if name in drawn]
+    handles = [drawn[name] for name in ("memory floor", *competitor_names(shapes)) if name in drawn]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
 
-def draw_panel(axis: Axes, results: list[dict], shapes: list[str]) -> None:
-    names = list(COMPETITORS)
+def draw_panel(axis: Axes, results: list[dict], shapes: list[Shape]) -> None:
+    tab20 = matplotlib.color_sequences["tab20"]
+    colors = dict(zip(competitor_names(shapes), tab20[::2] + tab20[1::2], strict=False))
+    rows = list(map(str, shapes))
     for result in (r for r in results if "ratio" in r):
-        name, row = result["competitor"], shapes.index(result["shape"])
-        if name == OURS:
+        name, row = result["competitor"], rows.index(result["shape"])
+        if name == shapes[row].ours:
             axis.plot(result["share_of_floor"], row, "|k", markersize=12, label="memory floor")
             continue
-        fill = "none" if COMPETITORS[name].yardstick else "full"
+        fill = "none" if shapes[row].competitors[name].yardstick else "full"
         marker = "X" if result["status"] == "wrong" else "o"
-        color = f"C{names.index(name)}"
-        axis.plot(result["ratio"], row, marker, color=color, fillstyle=fill, label=name)
+        axis.plot(result["ratio"], row, marker, color=colors[name], fillstyle=fill, label=name)
     axis.axvline(1, color="black", linewidth=1)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}x")
-    axis.set_yticks(range(len(shapes)), shapes)
+    axis.set_yticks(range(len(shapes)), rows)
     axis.set_ylim(len(shapes) - 0.5, -0.5)
     axis.grid(alpha=0.3)
 
@@ -250,8 +274,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--shapes",
         nargs="+",
         type=parse_shape,
-        metavar="NxHxWxC/D",
-        help="D channels per group, 16 if left out; default: five on the CPU, thirteen on a GPU",
+        metavar="SHAPE",
+        help="; or ".join(kind.form for kind in KINDS)
+        + f"; default: {len(SHAPES['cpu'])} on the CPU, {len(SHAPES['cuda'])} on a GPU",
     )
     parser.add_argument(
         "--dtypes",
@@ -259,7 +284,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=TOLERANCES,
         help="default: float32, on a GPU float16 and bfloat16 too",
     )
-    others = [name for name in COMPETITORS if name != OURS]
+    others = competitor_names([parse_shape(text) for text in SHAPES["cpu"]])
     parser.add_argument(
         "--skip", nargs="+", default=[], choices=others, metavar="NAME", help=", ".join(others)
     )

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
 Input = TypeVar("Input")
-PACKAGES = ("torch", "torchvision", "timm", "ops-dcnv4", "DCNv4")
+PACKAGES = ("torch", "torchvision", "timm", "ops-dcnv4", "DCNv4", "onedl-mmcv", "mmcv")
 WARM_UP_CALLS, MIN_CALLS, MAX_CALLS = 3, 5, 1000
 
 
@@ -54,24 +54,47 @@ def time_each(steps: Sequence[Callable[[], object]], device: torch.device) -> li
     return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
+class Measurement(Generic[Input]):
+    """Times the steps that `prepare` makes of inputs that take turns; `prepare` is not timed."""
+
+    def __init__(
+        self,
+        prepare: Callable[[Input], Callable[[], object]],
+        inputs: Sequence[Input],
+        device: torch.device,
+        min_time: float,
+    ) -> None:
+        self.prepare, self.device, self.round = prepare, device, len(inputs)
+        self.inputs = itertools.cycle(inputs)
+        warm_up = [prepare(next(self.inputs)) for _ in range(WARM_UP_CALLS)]
+        estimate = max(time_each(warm_up, device)[-1], 1e-7)
+        self.calls = min(max(MIN_CALLS, math.ceil(min_time / estimate)), MAX_CALLS)
+        self.times: list[float] = []
+
+    def advance(self, share: float) -> None:
+        """Times as many calls as are missing to `share` of all, in whole rounds."""
+        while len(self.times) < share * self.calls:
+            # All of a round is prepared first, so that no step finds its input in a cache.
+            count = min(self.round, self.calls - len(self.times))
+            steps = [self.prepare(next(self.inputs)) for _ in range(count)]
+            self.times += time_each(steps, self.device)
+
+    @property
+    def timing(self) -> Timing:
+        low, median, high = statistics.quantiles(self.times, n=4)
+        return Timing(median, low, high, len(self.times))
+
+
 def measure(
     prepare: Callable[[Input], Callable[[], object]],
     inputs: Sequence[Input],
     device: torch.device,
     min_time: float,
 ) -> Timing:
-    """Times the steps that `prepare` makes of inputs that take turns; `prepare` is not timed."""
-    turns = itertools.cycle(inputs)
-    warm_up = [prepare(next(turns)) for _ in range(WARM_UP_CALLS)]
-    estimate = max(time_each(warm_up, device)[-1], 1e-7)
-    calls = min(max(MIN_CALLS, math.ceil(min_time / estimate)), MAX_CALLS)
-    times = []
-    while len(times) < calls:
-        # All of a round is prepared first, so that no step finds its input in a cache.
-        steps = [prepare(next(turns)) for _ in range(min(len(inputs), calls - len(times)))]
-        times += time_each(steps, device)
-    low, median, high = statistics.quantiles(times, n=4)
-    return Timing(median, low, high, len(times))
+    """A measurement in one go."""
+    measurement = Measurement(prepare, inputs, device, min_time)
+    measurement.advance(1)
+    return measurement.timing
 
 
 def cache_bytes(device: torch.device) -> int:

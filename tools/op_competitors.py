@@ -1,12 +1,11 @@
-"""What the operator benchmark compares: DCNv4 in several implementations, and yardsticks."""
+"""DCNv4 for the operator benchmark: in several implementations, and beside yardsticks."""
 
 import argparse
 import functools
 import importlib
 import math
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,9 @@ from torch import Tensor
 from torchvision.ops import deform_conv2d
 
 from ops_dcnv4 import dcnv4, reference
+from tools.competitors import Competitor, away_from_integers, by_image
 
+OURS = "ops_dcnv4"
 TAPS, WINDOW, HEAD_CHANNELS = 9, 7, 32
 CPU_TOKENS = 4096  # more are too slow there for global attention
 
@@ -26,8 +27,27 @@ class Shape(NamedTuple):
     channels: int
     group_channels: int = 16
 
+    form = "NxHxWxC or NxHxWxC/D, such as 64x56x56x128/32"
+    ours = OURS
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}(/[1-9]\d*)?", text):
+            return None
+        shape = cls(*map(int, re.split("[x/]", text)))
+        if shape.channels % shape.group_channels:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must have a D that divides C, got D = {shape.group_channels} "
+                f"and C = {shape.channels}"
+            )
+        return shape
+
     def __str__(self) -> str:
         return "x".join(map(str, self[:4])) + f"/{self.group_channels}"
+
+    @property
+    def competitors(self) -> dict[str, Competitor]:
+        return COMPETITORS
 
     @property
     def groups(self) -> int:
@@ -39,7 +59,6 @@ class Shape(NamedTuple):
         return math.ceil(3 * TAPS * self.groups / 8) * 8
 
     def bytes_touched(self, dtype: torch.dtype) -> dict[str, int]:
-        """By each pass, if it touches every tensor and gradient once."""
         pixel, packed = self.channels, self.offset_mask_channels
         elements = {"forward": 2 * pixel + packed, "backward": 3 * pixel + 2 * packed}
         elements["forward+backward"] = sum(elements.values())
@@ -47,22 +66,34 @@ class Shape(NamedTuple):
         return {name: scale * count for name, count in elements.items()}
 
     def bytes_gathered(self, dtype: torch.dtype) -> int:
-        """By the forward: four pixels for each tap."""
         return self.n * self.height * self.width * self.channels * 4 * TAPS * dtype.itemsize
 
+    def random_inputs(self, dtype: torch.dtype, device: torch.device) -> "Inputs":
+        size, channels = self[:3], self.channels
+        options = {"dtype": dtype, "device": device}
+        packed = torch.randn(*size, self.groups, 3 * TAPS, device=device)
+        packed[..., : 2 * TAPS] = away_from_integers(0.5 * packed[..., : 2 * TAPS])
+        packed = packed.flatten(3).to(dtype)
+        leaves = (
+            torch.randn(*size, channels, **options),
+            F.pad(packed, (0, self.offset_mask_channels - packed.shape[3])),
+            torch.randn(*size, 3 * channels, **options),
+            torch.randn(channels, 1, WINDOW, WINDOW, **options) / WINDOW,
+        )
+        grad_output = torch.randn(*size, channels, **options)
+        return Inputs(*(leaf.requires_grad_() for leaf in leaves), grad_output, self)
 
-def parse_shape(text: str) -> Shape:
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}(/[1-9]\d*)?", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be NxHxWxC or NxHxWxC/D, such as 64x56x56x128/32"
-        )
-    shape = Shape(*map(int, re.split("[x/]", text)))
-    if shape.channels % shape.group_channels:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must have a D that divides C, got D = {shape.group_channels} "
-            f"and C = {shape.channels}"
-        )
-    return shape
+    def expected_results(self, inputs: "Inputs") -> dict[str, Tensor]:
+        def of_image(grad_output: Tensor, *image: Tensor) -> dict[str, Tensor]:
+            grads = reference.dcnv4_backward(grad_output, *image, *inputs.parameters)
+            return {
+                "output": reference.dcnv4(*image, *inputs.parameters),
+                "value": grads[0],
+                "offset_mask": grads[1][..., : 3 * TAPS * self.groups],
+            }
+
+        leaves = inputs.value.detach(), inputs.offset_mask.detach()
+        return by_image(of_image, inputs.grad_output, *leaves)
 
 
 class Inputs(NamedTuple):
@@ -83,24 +114,6 @@ class Inputs(NamedTuple):
         """The offsets and scalars of each group, (N, H, W, groups, 3 * TAPS)."""
         used = self.offset_mask[..., : 3 * TAPS * self.shape.groups]
         return used.unflatten(3, (self.shape.groups, -1))
-
-
-def random_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    size, channels = shape[:3], shape.channels
-    options = {"dtype": dtype, "device": device}
-    packed = torch.randn(*size, shape.groups, 3 * TAPS, device=device)
-    offsets = 0.5 * packed[..., : 2 * TAPS]
-    # Away from integer positions, where the gradient jumps and rounding decides its side.
-    packed[..., : 2 * TAPS] = offsets.floor() + 0.1 + 0.8 * (offsets - offsets.floor())
-    packed = packed.flatten(3).to(dtype)
-    leaves = (
-        torch.randn(*size, channels, **options),
-        F.pad(packed, (0, shape.offset_mask_channels - packed.shape[3])),
-        torch.randn(*size, 3 * channels, **options),
-        torch.randn(channels, 1, WINDOW, WINDOW, **options) / WINDOW,
-    )
-    grad_output = torch.randn(*size, channels, **options)
-    return Inputs(*(leaf.requires_grad_() for leaf in leaves), grad_output, shape)
 
 
 def run_ops_dcnv4(inputs: Inputs) -> Tensor:
@@ -245,21 +258,15 @@ def why_not_global(inputs: Inputs) -> str | None:
     return why_not_attention(inputs)
 
 
-class Competitor(NamedTuple):
-    run: Callable[[Inputs], Tensor]
-    why_not: Callable[[Inputs], str | None] = lambda inputs: None
-    yardstick: bool = False  # computes something else
-
-
-OURS = "ops_dcnv4"
+LEAVES = ("value", "offset_mask")
 COMPETITORS = {
-    OURS: Competitor(run_ops_dcnv4),
-    "reference": Competitor(run_reference),
-    "grid_sample": Competitor(run_grid_sample),
-    "tuned grid_sample": Competitor(run_tuned_grid_sample),
-    "deform_conv2d": Competitor(run_deform_conv2d),
-    "published DCNv4": Competitor(run_published, why_not_published),
-    "depth-wise 7x7": Competitor(run_depthwise, yardstick=True),
-    "window attention": Competitor(run_window_attention, why_not_window, yardstick=True),
-    "global attention": Competitor(run_global_attention, why_not_global, yardstick=True),
+    OURS: Competitor(run_ops_dcnv4, LEAVES),
+    "reference": Competitor(run_reference, LEAVES),
+    "grid_sample": Competitor(run_grid_sample, LEAVES),
+    "tuned grid_sample": Competitor(run_tuned_grid_sample, LEAVES),
+    "deform_conv2d": Competitor(run_deform_conv2d, LEAVES),
+    "published DCNv4": Competitor(run_published, LEAVES, why_not_published),
+    "depth-wise 7x7": Competitor(run_depthwise, ("value", "weight"), yardstick=True),
+    "window attention": Competitor(run_window_attention, ("qkv",), why_not_window, yardstick=True),
+    "global attention": Competitor(run_global_attention, ("qkv",), why_not_global, yardstick=True),
 }

@@ -10,11 +10,14 @@ import torch
 
 from ops_dcnv4 import is_compiled, reference
 from tools import benchmark_op, benchmarking, op_competitors
-from tools.op_competitors import COMPETITORS, OURS, Competitor, Shape, parse_shape, random_inputs
+from tools.benchmark_op import parse_shape
+from tools.competitors import Competitor
+from tools.op_competitors import COMPETITORS, LEAVES, OURS, Shape
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 7, 14, 64, 16)
 SAME = [name for name, competitor in COMPETITORS.items() if not competitor.yardstick]
+COMMITTED = list((Path(__file__).parents[2] / "benchmarks").glob("op_*.json"))
 TINY_RUN = ("--device", "cpu", "--min-time", "1e-6")
 
 # shared/facts/performance.md, fp16: microseconds of forward, its gather in L1, and backward.
@@ -109,7 +112,7 @@ def test_floors_are_those_derived_for_the_h200(text, monkeypatch):
 
 
 def test_bytes_touched_are_those_of_the_tensors():
-    inputs = random_inputs(TINY, torch.float32, CPU)
+    inputs = TINY.random_inputs(torch.float32, CPU)
     value, offset_mask, output = inputs.value, inputs.offset_mask, inputs.grad_output
     touched = TINY.bytes_touched(torch.float32)
     assert touched["forward"] == value.nbytes + offset_mask.nbytes + output.nbytes
@@ -120,16 +123,16 @@ def test_bytes_touched_are_those_of_the_tensors():
 @pytest.mark.parametrize("name", SAME)
 def test_competitor_computes_dcnv4(name, shape, publish):
     publish(factor=1)
-    inputs = random_inputs(shape, torch.float32, CPU)
-    expected = benchmark_op.expected_results(inputs)
+    inputs = shape.random_inputs(torch.float32, CPU)
+    expected = inputs.shape.expected_results(inputs)
     assert benchmark_op.examine(name, inputs, expected) == ("ok", None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [OURS, "reference", "grid_sample", "tuned grid_sample"])
 def test_competitor_computes_dcnv4_in_other_dtypes(name, dtype):
-    inputs = random_inputs(TINY, dtype, CPU)
-    expected = benchmark_op.expected_results(inputs)
+    inputs = TINY.random_inputs(dtype, CPU)
+    expected = inputs.shape.expected_results(inputs)
     assert benchmark_op.examine(name, inputs, expected) == ("ok", None)
 
 
@@ -142,24 +145,25 @@ def test_wrong_competitor_is_caught(what, monkeypatch):
             inputs = inputs._replace(**{changed: tensor.detach() + 0 * tensor})
         return op_competitors.run_reference(inputs) * (1.01 if what == "output" else 1)
 
-    monkeypatch.setitem(COMPETITORS, "grid_sample", Competitor(run))
-    inputs = random_inputs(TINY, torch.float32, CPU)
-    expected = benchmark_op.expected_results(inputs)
+    monkeypatch.setitem(COMPETITORS, "grid_sample", Competitor(run, LEAVES))
+    inputs = TINY.random_inputs(torch.float32, CPU)
+    expected = inputs.shape.expected_results(inputs)
     assert benchmark_op.examine("grid_sample", inputs, expected) == ("wrong", None)
 
 
 def test_gradient_of_the_padding_may_be_anything():
-    inputs = random_inputs(Shape(1, 5, 5, 16, 16), torch.float32, CPU)
+    inputs = Shape(1, 5, 5, 16, 16).random_inputs(torch.float32, CPU)
 
     def run(inputs):
         return op_competitors.run_reference(inputs) + inputs.offset_mask[..., 27:].sum()
 
-    assert benchmark_op.is_right(run, inputs, benchmark_op.expected_results(inputs))
+    expected = inputs.shape.expected_results(inputs)
+    assert benchmark_op.is_right(Competitor(run, LEAVES), inputs, expected)
 
 
 @pytest.mark.parametrize("name", ["window attention", "global attention"])
 def test_attention_is_that_of_its_definition(name):
-    inputs = random_inputs(TINY, torch.float64, CPU)
+    inputs = TINY.random_inputs(torch.float64, CPU)
     n, height, width, channels, _ = TINY
     row, column = (torch.arange(size) // 7 for size in (height, width))
     window = (row[:, None] * width + column).flatten()
@@ -185,18 +189,52 @@ def test_attention_is_that_of_its_definition(name):
 def test_competitor_that_does_not_apply_is_skipped_with_the_reason(name, shape, note, monkeypatch):
     monkeypatch.setitem(sys.modules, "DCNv4", None)  # makes its import fail
     monkeypatch.setitem(sys.modules, "DCNv4.functions", None)
-    inputs = random_inputs(shape, torch.float32, CPU)
-    assert benchmark_op.examine(name, inputs, []) == ("skipped", note)
+    inputs = shape.random_inputs(torch.float32, CPU)
+    assert benchmark_op.examine(name, inputs, {}) == ("skipped", note)
 
 
 def test_failing_competitor_gets_a_cell_with_the_reason(monkeypatch):
     def run(inputs):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB at /home/someone")
 
-    monkeypatch.setitem(COMPETITORS, "grid_sample", Competitor(run))
-    inputs = random_inputs(TINY, torch.float32, CPU)
-    (result, *_) = benchmark_op.time_competitor("grid_sample", [inputs], [], 1e-6)
-    assert benchmark_op.cell(result) == "(out of memory)"
+    monkeypatch.setitem(COMPETITORS, "grid_sample", Competitor(run, LEAVES))
+    inputs = TINY.random_inputs(torch.float32, CPU)
+    expected = TINY.expected_results(inputs)
+    names = [OURS, "grid_sample"]
+    results = benchmark_op.time_competitors(names, [inputs], expected, 1e-6)
+    assert [benchmark_op.cell(r) for r in results[3:]] == ["(out of memory)"] * 3
+    assert all("seconds" in r for r in results[:3])
+
+
+@pytest.mark.parametrize("calls_before", [0, 5])
+def test_competitor_that_fails_while_it_is_timed_leaves_the_others_alone(calls_before, monkeypatch):
+    calls = iter(range(calls_before))
+
+    def run(inputs):
+        if next(calls, None) is None:
+            raise RuntimeError("CUDA out of memory")
+        return op_competitors.run_reference(inputs)
+
+    monkeypatch.setitem(COMPETITORS, "grid_sample", Competitor(run, LEAVES))
+    inputs, names = [TINY.random_inputs(torch.float32, CPU)], ["grid_sample", OURS]
+    results = benchmark_op.time_pass(benchmark_op.forward, names, inputs, 1e-6)
+    assert results["grid_sample"] == {"status": "failed", "note": "out of memory"}
+    assert results[OURS]["calls"] == benchmarking.MIN_CALLS
+
+
+def test_competitors_take_turns(monkeypatch):
+    log = []
+
+    def logging(name):
+        return Competitor(lambda inputs: log.append(name), LEAVES)
+
+    for name in (OURS, "reference"):
+        monkeypatch.setitem(COMPETITORS, name, logging(name))
+    inputs = [TINY.random_inputs(torch.float32, CPU)]
+    benchmark_op.time_pass(benchmark_op.forward, [OURS, "reference"], inputs, 1e-9)
+    warm_up = 2 * benchmarking.WARM_UP_CALLS
+    assert len(log) == warm_up + 2 * benchmarking.MIN_CALLS
+    assert log[warm_up:] == [OURS, "reference"] * benchmarking.MIN_CALLS
 
 
 def test_inputs_take_turns_and_preparation_precedes_each_round():
@@ -284,7 +322,7 @@ def test_skipped_competitors_are_left_out(quick, tmp_path, capsys):
 
 
 def test_run_ends_where_our_own_operator_is_wrong(quick, monkeypatch, tmp_path):
-    wrong = Competitor(lambda inputs: 2 * op_competitors.run_ops_dcnv4(inputs))
+    wrong = Competitor(lambda inputs: 2 * op_competitors.run_ops_dcnv4(inputs), LEAVES)
     monkeypatch.setitem(COMPETITORS, OURS, wrong)
     with pytest.raises(SystemExit, match="ops_dcnv4 is wrong at 1x7x7x32/16"):
         benchmark_op.main([*TINY_RUN, "--shapes", "1x7x7x32", "--output", str(tmp_path)])
@@ -297,3 +335,9 @@ def test_file_names_carry_the_machine_without_trademarks():
     assert json_file == Path("b/op_intel-xeon-2-50ghz-2-threads.json")
     assert chart == json_file.with_suffix(".png")
     assert benchmarking.machine_name({**machine, "gpu": "NVIDIA H200"}) == "NVIDIA H200"
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)
+def test_chart_of_committed_results_can_be_drawn(file, tmp_path):
+    benchmark_op.draw(json.loads(file.read_text()), tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
