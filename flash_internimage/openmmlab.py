@@ -3,18 +3,15 @@
 custom_imports = dict(imports=['flash_internimage.openmmlab'])
 """
 
-import logging
-
 from mmcv.ops import MultiScaleDeformableAttention
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner
+from mmengine.utils import deprecated_api_warning
 from torch import Tensor, nn
 
 from ops_dcnv4 import ms_deform_attn
 from ops_dcnv4.modules import sampling_locations
-
-_logger = logging.getLogger(__name__)
 
 
 @MODELS.register_module()
@@ -27,6 +24,7 @@ class FlashMultiScaleDeformableAttention(MultiScaleDeformableAttention):
     :class:`FlashAttentionHook` does what the `type` of a config cannot.
     """
 
+    @deprecated_api_warning({"residual": "identity"}, cls_name="MultiScaleDeformableAttention")
     def forward(
         self,
         query: Tensor,
@@ -114,4 +112,5 @@ class FlashAttentionHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         count = use_flash_attention(runner.model)
-        _logger.info("%d attention layers compute with ops_dcnv4", count)
+        log = runner.logger.info if count else runner.logger.warning
+        log(f"{count} layers of MultiScaleDeformableAttention now compute with ops_dcnv4")

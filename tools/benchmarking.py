@@ -19,6 +19,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
+from ops_dcnv4 import choose_backend
+
 Input = TypeVar("Input")
 PACKAGES = ("torch", "torchvision", "timm", "ops-dcnv4", "DCNv4", "onedl-mmcv", "mmcv")
 WARM_UP_CALLS, MIN_CALLS, MAX_CALLS = 3, 5, 1000
@@ -185,9 +187,8 @@ def describe_run(benchmark: str, device: torch.device, settings: dict) -> dict:
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Whether DCNv4 is compiled for the device; its reference runs otherwise."""
-    key = device.type.upper()
-    return torch._C._dispatch_has_kernel_for_dispatch_key("ops_dcnv4::dcnv4", key)
+    """Whether the compiled operators run on the device, and not Triton or the reference."""
+    return choose_backend(device) == "compiled"
 
 
 def reason(error: Exception) -> str:

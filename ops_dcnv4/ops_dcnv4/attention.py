@@ -45,7 +45,7 @@ def ms_deform_attn(
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape or device does not fit, or the levels do not fill `value`; the message
             names the argument. The contents of tensors on a GPU are not waited for: there, a level
-            outside of `value` fails an assertion on the device.
+            outside of `value` has no pixels, and compiled kernels fail an assertion on the device.
 
     Example:
         >>> value, locations = torch.randn(2, 8 * 8 + 4 * 4, 4, 16), torch.rand(2, 100, 4, 2, 3, 2)
@@ -123,6 +123,7 @@ def _levels(
 ) -> tuple[Tensor, Tensor]:
     """Both as tensors of int64 on value's device, checked where they can be read at once."""
     shapes = _integers("spatial_shapes", spatial_shapes)
+    readable = _is_readable(spatial_shapes) and _is_readable(level_start_index)
     if shapes.dim() != 2 or shapes.shape[1] != 2 or shapes.shape[0] == 0:
         raise ValueError(
             "spatial_shapes must be (L, 2), with (H, W) of each level, "
@@ -138,27 +139,37 @@ def _levels(
                 f"level_start_index must be ({shapes.shape[0]},), one number for each level of "
                 f"spatial_shapes, got shape {tuple(start.shape)}"
             )
-    if not torch.compiler.is_compiling() and shapes.device == start.device == _CPU:
-        _check_levels(shapes.tolist(), start.tolist(), value.shape[1])
+    if readable:
+        _check_levels(_as_list(spatial_shapes), _as_list(level_start_index), value.shape[1])
     # From the CPU's memory without waiting for what the GPU has to do before.
     return tuple(t.to(value.device, torch.int64, non_blocking=True) for t in (shapes, start))
 
 
-_CPU = torch.device("cpu")
+def _is_readable(numbers) -> bool:
+    """Whether the contents can be had without waiting, or ending a compiled graph."""
+    is_tensor = isinstance(numbers, Tensor)
+    return not is_tensor or (numbers.device.type == "cpu" and not torch.compiler.is_compiling())
+
+
+def _as_list(numbers) -> list | None:
+    return numbers.tolist() if isinstance(numbers, Tensor) else numbers
 
 
 def _integers(name: str, numbers) -> Tensor:
     if not isinstance(numbers, Tensor):
         try:
-            numbers = torch.tensor(numbers)
-        except (TypeError, ValueError) as error:
+            numbers = torch.tensor(numbers) if len(numbers) else torch.tensor([], dtype=torch.int64)
+        except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must hold integers, got {numbers!r}") from error
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {numbers.dtype}")
     return numbers
 
 
-def _check_levels(shapes: list[list[int]], start: list[int], length: int) -> None:
+def _check_levels(
+    shapes: Sequence[Sequence[int]], start: Sequence[int] | None, length: int
+) -> None:
+    shapes = [tuple(pair) for pair in shapes]
     if any(height < 1 or width < 1 for height, width in shapes):
         raise ValueError(f"spatial_shapes must hold positive sizes (H, W), got {shapes}")
     ends = list(itertools.accumulate(height * width for height, width in shapes))
@@ -167,10 +178,10 @@ def _check_levels(shapes: list[list[int]], start: list[int], length: int) -> Non
             f"spatial_shapes must have as many pixels as value, (N, S, M, D) with S = {length}, "
             f"got {ends[-1]} in {shapes}"
         )
-    if start != [0, *ends[:-1]]:
+    if start is not None and list(start) != [0, *ends[:-1]]:
         raise ValueError(
             f"level_start_index must be {[0, *ends[:-1]]}, the first pixel of each level of "
-            f"spatial_shapes, got {start}"
+            f"spatial_shapes, got {list(start)}"
         )
 
 
@@ -187,9 +198,10 @@ def _check_beside_value(value: Tensor, name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"value and {name} must be on one device, got {value.device} and {tensor.device}"
         )
-    if tensor.dtype == value.dtype or autocasts(value.device.type):
+    if tensor.dtype == value.dtype:
         return
-    if tensor.dtype != torch.float32 or value.dtype == torch.float64:
+    has_double = torch.float64 in (tensor.dtype, value.dtype)  # which autocast leaves alone
+    if has_double or (tensor.dtype != torch.float32 and not autocasts(value.device.type)):
         raise TypeError(
             f"{name} must have value's dtype, or float32 beside 16-bit values, got {tensor.dtype} "
             f"and {value.dtype}"

@@ -64,9 +64,9 @@ _forced: str | None = None
 _overrides: Library | None = None
 
 
-def is_compiled(device_type: str = "cpu") -> bool:
-    """Whether the compiled kernels for a device type ("cpu" or "cuda") were found."""
-    return _why_not_compiled.get(device_type, "") is None
+def is_compiled(device: str | torch.device = "cpu") -> bool:
+    """Whether the compiled kernels for a device were found; "cuda" stands for any of its GPUs."""
+    return _why_not_compiled.get(torch.device(device).type, "") is None
 
 
 @functools.cache
@@ -82,24 +82,23 @@ def has_triton() -> bool:
     return True
 
 
-def choose_backend(device_type: str) -> str:
-    """What computes on tensors of a device type: "compiled", "triton" or "reference".
+def choose_backend(device: str | torch.device) -> str:
+    """What computes on tensors of a device: "compiled", "triton" or "reference".
 
     The order is: what :func:`use_backend` or OPS_DCNV4_BACKEND names, the compiled kernels, Triton
     for CUDA, the PyTorch reference.
     """
     if _forced is not None:
         return _forced
-    if is_compiled(device_type):
+    if is_compiled(device):
         return "compiled"
-    if device_type == "cuda" and has_triton():
+    if torch.device(device).type == "cuda" and has_triton():
         return "triton"
     return "reference"
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Makes one backend compute all operators, for tests and comparisons.
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """Context in which one backend computes all operators, for tests and comparisons.
 
     Holds for every thread and device, gradients included, until the context is left. The variable
     OPS_DCNV4_BACKEND of the environment does the same from the import on. The Triton kernels run on
@@ -113,21 +112,30 @@ def use_backend(name: str) -> Iterator[None]:
         RuntimeError: the backend is not there: at the call of an operator for compiled kernels,
             which may be there for one device and not for another, at once for Triton.
     """
+    _check_backend(name, "name")
+    return _use_backend(name)
+
+
+@contextlib.contextmanager
+def _use_backend(name: str) -> Iterator[None]:
     before = _forced
-    _force(name, "name")
+    _force(name)
     try:
         yield
     finally:
-        _force(before, "name")
+        _force(before)
 
 
-def _force(name: str | None, argument: str) -> None:
-    """Puts `_compute` in the place of compiled kernels, or these back where `name` wants them."""
-    global _forced, _overrides
-    if name not in (None, *BACKENDS):
+def _check_backend(name: str, argument: str) -> None:
+    if name not in BACKENDS:
         raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "triton" and not has_triton():
         raise RuntimeError("the backend 'triton' needs the package triton and a C compiler")
+
+
+def _force(name: str | None) -> None:
+    """Puts `_compute` in the place of compiled kernels, or these back where `name` wants them."""
+    global _forced, _overrides
     if _overrides is not None:
         _overrides._destroy()
         _overrides = None
@@ -151,6 +159,11 @@ def _compute(operator: str, *arguments):
 def _module(backend: str, device_type: str) -> ModuleType:
     """Where a backend's functions are; one name and one signature for each operator."""
     if backend == "triton":
+        if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(
+                "the backend 'triton' computes on CUDA tensors, and elsewhere only in Triton's "
+                f"interpreter (TRITON_INTERPRET=1 in the environment), got device '{device_type}'"
+            )
         return importlib.import_module("ops_dcnv4.triton_kernels")
     if backend == "compiled":
         raise RuntimeError(f"the backend 'compiled' was asked for, but {_why_slow(device_type)}")
@@ -170,7 +183,7 @@ def _why_slow(device_type: str) -> str:
     why = _why_not_compiled.get(device_type)
     if why is None:
         return f"there are no kernels for device type '{device_type}'"
-    needed = "nvcc" if device_type == "cuda" else "a C++ compiler"
+    needed = "torch and " + ("nvcc" if device_type == "cuda" else "a C++ compiler")
     instead = " (or, to do without, triton and a C compiler)" if device_type == "cuda" else ""
     return (
         f"the compiled kernels are missing ({why}). Install {needed}{instead}, then run: "
@@ -281,4 +294,6 @@ def _register_autograd_and_autocast() -> None:
 if not is_compiled():  # csrc/autograd.cpp has the same, at less cost per call
     _register_autograd_and_autocast()
 
-_force(os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE)
+if _name := os.environ.get(ENVIRONMENT_VARIABLE):
+    _check_backend(_name, ENVIRONMENT_VARIABLE)
+    _force(_name)

@@ -367,12 +367,18 @@ class FlashDeformAttn(nn.Module):
                 raise ValueError(
                     f"{name} must be (N, length, {self.d_model}), got shape {tuple(tensor.shape)}"
                 )
+        if len(query) != len(input_flatten):
+            raise ValueError(
+                "query and input_flatten must have one batch size, "
+                f"got {len(query)} and {len(input_flatten)}"
+            )
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
-            if input_padding_mask.shape != value.shape[:2]:
+            shape, dtype = tuple(input_padding_mask.shape), input_padding_mask.dtype
+            if shape != tuple(value.shape[:2]) or dtype != torch.bool:
                 raise ValueError(
-                    f"input_padding_mask must be {tuple(value.shape[:2])} like input_flatten, "
-                    f"got shape {tuple(input_padding_mask.shape)}"
+                    f"input_padding_mask must be {tuple(value.shape[:2])} of torch.bool like "
+                    f"input_flatten, got shape {shape} of {dtype}"
                 )
             value = value.masked_fill(input_padding_mask[..., None], 0)
         heads = (self.n_heads, self.n_levels, self.n_points)

@@ -113,7 +113,8 @@ def _check_tensors(value: Tensor, offset_mask: Tensor) -> None:
             "value and offset_mask must be on one device, got "
             f"{value.device} and {offset_mask.device}"
         )
-    if value.dtype != offset_mask.dtype and not autocasts(value.device.type):
+    has_double = torch.float64 in (value.dtype, offset_mask.dtype)  # which autocast leaves alone
+    if value.dtype != offset_mask.dtype and (has_double or not autocasts(value.device.type)):
         raise TypeError(
             f"value and offset_mask must have one dtype, got {value.dtype} and {offset_mask.dtype}"
         )

@@ -1,6 +1,7 @@
 """What is registered with OpenMMLab, beside the originals."""
 
 import copy
+import logging
 import types
 
 import pytest
@@ -80,10 +81,12 @@ OPTIONAL = {
     "identity": lambda arguments: {"identity": torch.randn_like(arguments["query"])},
     "query_pos": lambda arguments: {"query_pos": torch.randn_like(arguments["query"])},
     "mask": lambda arguments: {"key_padding_mask": torch.rand(2, PIXELS) < 0.3},
+    "residual": lambda arguments: {"residual": torch.randn_like(arguments["query"])},
     "key and others": lambda arguments: {"key": arguments["query"], "attn_masks": None},
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*residual.*is deprecated")
 @pytest.mark.parametrize("optional", OPTIONAL.values(), ids=OPTIONAL)
 @pytest.mark.parametrize("reference_size", [2, 4])
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -149,7 +152,7 @@ def test_runs_under_autocast_without_rounding_locations(dtype, monkeypatch):
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
-def test_hook_switches_the_layers_of_a_detector(assert_near):
+def test_hook_switches_the_layers_of_a_detector(assert_near, caplog):
     config = {"self_attn_cfg": {"embed_dims": 32, "num_heads": 4, "num_levels": 2}}
     config["ffn_cfg"] = {"embed_dims": 32, "feedforward_channels": 64}
     torch.manual_seed(0)
@@ -164,7 +167,14 @@ def test_hook_switches_the_layers_of_a_detector(assert_near):
     }
     expected = encoder(**arguments).detach()
     parameters = list(encoder.parameters())
-    HOOKS.build({"type": "FlashAttentionHook"}).before_run(types.SimpleNamespace(model=encoder))
+    runner = types.SimpleNamespace(model=encoder, logger=logging.getLogger("mmengine"))
+    with caplog.at_level(logging.INFO):
+        HOOKS.build({"type": "FlashAttentionHook"}).before_run(runner)
+        HOOKS.build({"type": "FlashAttentionHook"}).before_run(runner)
+    assert [(r.levelname, r.message[:8]) for r in caplog.records] == [
+        ("INFO", "2 layers"),
+        ("WARNING", "0 layers"),
+    ]
     assert isinstance(encoder.layers[1].self_attn, FlashMultiScaleDeformableAttention)
     assert isinstance(encoder.layers[1].self_attn, MultiScaleDeformableAttention)
     assert all(a is b for a, b in zip(encoder.parameters(), parameters, strict=True))

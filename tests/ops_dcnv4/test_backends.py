@@ -21,6 +21,8 @@ P = cases.Parameters()
         ("cuda", False, True, "triton"),
         ("cuda", False, False, "reference"),
         ("mps", True, True, "reference"),
+        ("cuda:1", True, False, "compiled"),
+        ("cuda:1", False, True, "triton"),
     ],
 )
 def test_order_of_choice(device_type, compiled, triton, expected, monkeypatch):
@@ -87,14 +89,22 @@ def test_contexts_nest_and_are_left_by_exceptions(monkeypatch):
 
 def test_unknown_and_missing_backends_are_named(monkeypatch):
     with pytest.raises(ValueError, match=r"name must be one of compiled, triton, .*'cuda'"):
-        use_backend("cuda").__enter__()
+        use_backend("cuda")
     monkeypatch.setattr(backends, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="needs the package triton"):
-        use_backend("triton").__enter__()
+        use_backend("triton")
     assert choose_backend("cpu") == "compiled"
     value, offset_mask, _ = cases.random_tensors(P).to("meta")
     with use_backend("compiled"):
         assert dcnv4(value, offset_mask, *P).is_meta  # shapes need no kernel
+
+
+def test_triton_on_the_cpu_wants_its_interpreter(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    value, offset_mask, _ = cases.random_tensors(P)
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1.*'cpu'"):
+        dcnv4(value, offset_mask, *P)
 
 
 FORCED = """

@@ -62,6 +62,8 @@ LEVEL_ERRORS = [
     ({"spatial_shapes": SHAPES[:0]}, ValueError, r"spatial_shapes must be \(L, 2\)"),
     ({"spatial_shapes": SHAPES.float()}, TypeError, "spatial_shapes must hold integers"),
     ({"spatial_shapes": "2x3"}, TypeError, "spatial_shapes must hold integers"),
+    ({"spatial_shapes": None}, TypeError, "spatial_shapes must hold integers, got None"),
+    ({"spatial_shapes": []}, ValueError, r"spatial_shapes must be \(L, 2\)"),
     ({"spatial_shapes": [(2, 3), (2, 1)]}, ValueError, "spatial_shapes must have as many pixels"),
     ({"spatial_shapes": [(2, 3), (-2, -2)]}, ValueError, "spatial_shapes must hold positive"),
     ({"level_start_index": START[:1]}, ValueError, r"level_start_index must be \(2,\)"),
@@ -123,6 +125,28 @@ def test_wrong_argument_of_flash_deform_attn_is_named(change, error, message):
     assert flash_deform_attn(**arguments).shape == (2, 5, 8)
     with pytest.raises(error, match=message):
         flash_deform_attn(**arguments | change)
+
+
+def test_levels_in_lists_are_checked_in_compiled_graphs_too():
+    compiled = torch.compile(ms_deform_attn, fullgraph=True, backend="eager")
+    for change in ([(2, 3), (2, 1)], None), (LEVELS, [0, 5]):
+        with pytest.raises(Exception, match=r"spatial_shapes must have|level_start_index must be"):
+            compiled(PIXELS, change[0], LOCATIONS, WEIGHTS, change[1])
+
+
+@pytest.mark.parametrize("under_autocast", [False, True])
+def test_float64_beside_other_dtypes_is_refused(under_autocast):
+    doubles = PIXELS.double(), LOCATIONS.double(), WEIGHTS.double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+        for value, locations, weights in (
+            (doubles[0], LOCATIONS, WEIGHTS),
+            (PIXELS, doubles[1], doubles[2]),
+            (doubles[0], doubles[1], WEIGHTS),
+        ):
+            with pytest.raises(TypeError, match="must have value's dtype"):
+                ms_deform_attn(value, SHAPES, locations, weights)
+        with pytest.raises(TypeError, match="one dtype"):
+            dcnv4(VALUE.double(), OFFSET_MASK, groups=2)
 
 
 @pytest.mark.parametrize("shapes", [[[2, 3], [2, 3]], [[2**40, 2**40], [2, 2]], [[0, 3], [2, 2]]])

@@ -175,6 +175,11 @@ def test_wrong_option_is_named(options, message):
         ({"input_spatial_shapes": [(6, 8), (3, 4), (2, 3)]}, "spatial_shapes must have as many"),
         ({"input_level_start_index": [0, 1, 2]}, "level_start_index must be"),
         ({"input_padding_mask": torch.zeros(2, 5).bool()}, "input_padding_mask must be"),
+        (
+            {"input_padding_mask": torch.zeros(2, PIXELS)},
+            "must be .* of torch.bool",
+        ),
+        ({"query": torch.zeros(1, 7, 32)}, "query and input_flatten must have one batch size"),
     ],
 )
 def test_wrong_argument_is_named(change, message):
