@@ -86,7 +86,7 @@ void forward(const Geometry& g, const Dcnv4Tensors<scalar_t>& t, const Scratch<a
 }
 
 // Head by head, as many queries: what they read of one head the second-level cache can hold.
-constexpr int64_t block_queries = 512;
+constexpr int64_t block_queries = 1024;
 
 // Queries [begin, end), counted over the batch.
 template <typename scalar_t, typename acc_t, typename Count>
