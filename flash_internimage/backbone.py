@@ -392,59 +392,64 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, model_args: dict, kwargs: dict) -> FlashInternImage:
-    return build_model_with_cfg(
-        FlashInternImage,
-        variant,
-        pretrained,
-        pretrained_filter_fn=lambda state_dict, model: clean_state_dict(state_dict),
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{**model_args, **kwargs},
-    )
-
-
 # What the released S, B and L share.
 _POST_NORM = {"layer_scale": 1e-5, "post_norm": True, "dw_kernel_size": 3}
 
-
-@register_model
-def flash_internimage_nano(pretrained: bool = False, **kwargs) -> FlashInternImage:
-    """1.7 M parameters with 10 classes, for demos and tests; there are no released weights."""
-    model_args = {"channels": 32, "depths": (1, 1, 2, 1), "groups": (2, 4, 8, 16)}
-    return _create("flash_internimage_nano", pretrained, model_args, kwargs)
-
-
-@register_model
-def flash_internimage_tiny(pretrained: bool = False, **kwargs) -> FlashInternImage:
-    model_args = {"channels": 64, "depths": (4, 4, 18, 4), "groups": (4, 8, 16, 32)}
-    return _create("flash_internimage_tiny", pretrained, model_args, kwargs)
-
-
-@register_model
-def flash_internimage_small(pretrained: bool = False, **kwargs) -> FlashInternImage:
-    model_args = {"channels": 80, "depths": (4, 4, 21, 4), "groups": (5, 10, 20, 40)}
-    return _create("flash_internimage_small", pretrained, model_args | _POST_NORM, kwargs)
-
-
-@register_model
-def flash_internimage_base(pretrained: bool = False, **kwargs) -> FlashInternImage:
-    model_args = {
+ARCHITECTURES = {
+    "nano": {"channels": 32, "depths": (1, 1, 2, 1), "groups": (2, 4, 8, 16)},
+    "tiny": {"channels": 64, "depths": (4, 4, 18, 4), "groups": (4, 8, 16, 32)},
+    "small": {"channels": 80, "depths": (4, 4, 21, 4), "groups": (5, 10, 20, 40), **_POST_NORM},
+    "base": {
         "channels": 112,
         "depths": (4, 4, 21, 4),
         "groups": (7, 14, 28, 56),
         "offset_scale": 0.5,
-    }
-    return _create("flash_internimage_base", pretrained, model_args | _POST_NORM, kwargs)
-
-
-@register_model
-def flash_internimage_large(pretrained: bool = False, **kwargs) -> FlashInternImage:
-    model_args = {
+        **_POST_NORM,
+    },
+    "large": {
         "channels": 160,
         "depths": (5, 5, 22, 5),
         "groups": (10, 20, 40, 80),
         "offset_scale": 2.0,
         "dcn_output_bias": True,
         "mlp_fc2_bias": True,
-    }
-    return _create("flash_internimage_large", pretrained, model_args | _POST_NORM, kwargs)
+        **_POST_NORM,
+    },
+}
+
+
+def _create(arch: str, pretrained: bool, kwargs: dict) -> FlashInternImage:
+    return build_model_with_cfg(
+        FlashInternImage,
+        f"flash_internimage_{arch}",
+        pretrained,
+        pretrained_filter_fn=lambda state_dict, model: clean_state_dict(state_dict),
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **{**ARCHITECTURES[arch], **kwargs},
+    )
+
+
+@register_model
+def flash_internimage_nano(pretrained: bool = False, **kwargs) -> FlashInternImage:
+    """1.7 M parameters with 10 classes, for demos and tests; there are no released weights."""
+    return _create("nano", pretrained, kwargs)
+
+
+@register_model
+def flash_internimage_tiny(pretrained: bool = False, **kwargs) -> FlashInternImage:
+    return _create("tiny", pretrained, kwargs)
+
+
+@register_model
+def flash_internimage_small(pretrained: bool = False, **kwargs) -> FlashInternImage:
+    return _create("small", pretrained, kwargs)
+
+
+@register_model
+def flash_internimage_base(pretrained: bool = False, **kwargs) -> FlashInternImage:
+    return _create("base", pretrained, kwargs)
+
+
+@register_model
+def flash_internimage_large(pretrained: bool = False, **kwargs) -> FlashInternImage:
+    return _create("large", pretrained, kwargs)

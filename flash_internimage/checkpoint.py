@@ -7,6 +7,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -62,6 +63,36 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
     return checkpoint
 
 
+def fetch_checkpoint(source: str | os.PathLike) -> Path:
+    """The local file of a checkpoint, downloaded on first use into torch.hub's cache.
+
+    Args:
+        source: a path, an address (http, https), or the name and tag of pretrained weights
+            ('flash_internimage_tiny.in1k').
+
+    Raises:
+        FileNotFoundError: it is neither a file nor a name with released weights.
+        OSError: the download failed.
+    """
+    source = str(source)
+    if Path(source).is_file():
+        return Path(source)
+    released = timm.list_pretrained("flash_internimage*")
+    if source in released:
+        source = timm.get_pretrained_cfg(source).url
+    elif not source.startswith(("http://", "https://")):
+        raise FileNotFoundError(
+            f"checkpoint not found: {source} is neither a file, an address, nor one of "
+            f"{', '.join(released)}"
+        )
+    path = Path(torch.hub.get_dir()) / "checkpoints" / source.rsplit("/", 1)[-1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _logger.info("downloading %s to %s", source, path)
+        torch.hub.download_url_to_file(source, str(path), progress=False)
+    return path
+
+
 def save_atomically(checkpoint: dict, path: str | os.PathLike) -> None:
     """Writes `path` so that at any moment it is the old file or the new one, whole."""
     path = Path(path)
@@ -113,16 +144,24 @@ def load_weights(
             )
         else:
             state_dict[name] = state_dict[name][class_map]
+    require_fit(own, state_dict)
+    model.load_state_dict(state_dict)
+
+
+def require_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        ValueError: a name is missing, unexpected or of another shape; the message lists them.
+    """
     problems = [
-        *(f"missing: {name}" for name in own if name not in state_dict),
-        *(f"unexpected: {name}" for name in state_dict if name not in own),
+        *(f"missing: {name}" for name in expected if name not in state_dict),
+        *(f"unexpected: {name}" for name in state_dict if name not in expected),
         *(
-            f"shape of {name}: {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+            f"shape of {name}: {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
             for name, tensor in state_dict.items()
-            if name in own and tensor.shape != own[name].shape
+            if name in expected and tensor.shape != expected[name].shape
         ),
     ]
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems[:10])}{more}")
-    model.load_state_dict(state_dict)

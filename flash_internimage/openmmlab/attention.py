@@ -1,7 +1,4 @@
-"""What OpenMMLab's projects need of this package, registered with the engine's root registries.
-
-custom_imports = dict(imports=['flash_internimage.openmmlab'])
-"""
+"""mmcv's multi-scale deformable attention on the operators of ops_dcnv4."""
 
 from mmcv.ops import MultiScaleDeformableAttention
 from mmengine.hooks import Hook

@@ -1,0 +1,117 @@
+"""FlashInternImage as a backbone of OpenMMLab's detectors and segmentors."""
+
+import copy
+import logging
+import re
+from collections.abc import Sequence
+
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..backbone import ARCHITECTURES, FlashInternImage
+from ..checkpoint import clean_state_dict, fetch_checkpoint, load_checkpoint, require_fit
+
+
+@MODELS.register_module("FlashInternImage")
+class FlashInternImageBackbone(FlashInternImage, BaseModule):
+    """FlashInternImage without its classifier: an image to a tuple of feature maps.
+
+    Args:
+        arch: 'nano', 'tiny', 'small', 'base' or 'large'; further arguments override it.
+        out_indices: stages whose feature maps are returned, ascending; what lies behind the last of
+            them is left out.
+        frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages. What is
+            frozen has no gradients and no stochastic depth.
+        with_cp: recompute each block in the backward pass instead of keeping its activations.
+        layer_scale: initial value of the residual branches' scales. The published detectors and
+            segmentors of all sizes train with 1.0; a checkpoint without scales leaves it there.
+        init_cfg: dict(type='Pretrained', checkpoint=...), a path, an address or the name of
+            released weights, see :func:`flash_internimage.checkpoint.fetch_checkpoint`.
+        kwargs: of :class:`flash_internimage.backbone.FlashInternImage`.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        arch: str | None = None,
+        *,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        layer_scale: float | None = 1.0,
+        init_cfg: dict | None = None,
+        **kwargs,
+    ):
+        if arch is not None and arch not in ARCHITECTURES:
+            raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+        architecture = ARCHITECTURES[arch] if arch else {}
+        super().__init__(**{**architecture, "layer_scale": layer_scale, **kwargs, "num_classes": 0})
+        stages = len(self.levels)
+        if list(out_indices) != sorted(set(out_indices) & set(range(stages))) or not out_indices:
+            raise ValueError(
+                f"out_indices must be ascending stages from 0 to {stages - 1}, got {out_indices}"
+            )
+        if frozen_stages not in range(-1, stages + 1):
+            raise ValueError(
+                f"frozen_stages must be an integer from -1 to {stages}, got {frozen_stages}"
+            )
+        if init_cfg is not None and (
+            init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg
+        ):
+            raise ValueError(
+                f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {init_cfg}"
+            )
+        self.init_cfg = copy.deepcopy(init_cfg)
+        self.layer_scale = layer_scale
+        self.out_indices = tuple(out_indices)
+        self.prune_intermediate_layers(self.out_indices)
+        self.set_grad_checkpointing(with_cp)
+        self.frozen_stages = frozen_stages
+        for module in self._frozen():
+            module.requires_grad_(False)
+
+    def _frozen(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        return [self.patch_embed, *self.levels[: self.frozen_stages]]
+
+    def train(self, mode: bool = True) -> "FlashInternImageBackbone":
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Loads the weights that `init_cfg` names; without it the initial ones stay.
+
+        Raises:
+            ValueError: a name is missing in the checkpoint, unexpected or of another shape.
+        """
+        if self.init_cfg is None or self.is_init:
+            return
+        source = self.init_cfg["checkpoint"]
+        own = self.state_dict()
+        weights = clean_state_dict(load_checkpoint(fetch_checkpoint(source)))
+        weights = {name: weight for name, weight in weights.items() if not self._left_out(name)}
+        if self.layer_scale == 1.0 and not any("gamma" in name for name in weights):
+            weights |= {name: weight for name, weight in own.items() if "gamma" in name}
+        require_fit(own, weights)
+        self.load_state_dict(weights)
+        print_log(f"backbone initialised from {source}", logger="current", level=logging.INFO)
+        self.is_init = True
+
+    def _left_out(self, name: str) -> bool:
+        """Whether a parameter of the classifier belongs to what this backbone does without."""
+        stages = len(self.levels)
+        level = re.match(r"levels\.(\d+)\.", name)
+        return name.startswith(("conv_head.", "head.", f"levels.{stages - 1}.downsample.")) or (
+            level is not None and int(level[1]) >= stages
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(N, 3, H, W) to one (N, C * 2**i, H / 2**(i+2), W / 2**(i+2)) for each out_index i."""
+        return tuple(self.forward_intermediates(x, self.out_indices, intermediates_only=True))
