@@ -1,0 +1,40 @@
+"""What the detectors need beside flash_internimage.openmmlab, which is imported with it.
+
+custom_imports = dict(imports=['flash_internimage.openmmlab.detection'])
+"""
+
+from collections.abc import Sequence
+
+import torch
+from mmdet.models.dense_heads import DINOHead
+from mmdet.models.layers import inverse_sigmoid
+from mmengine.registry import MODELS
+from torch import Tensor
+
+
+@MODELS.register_module()
+class ClampedDINOHead(DINOHead):
+    """DINOHead that keeps the boxes' references away from the image's border as the published one.
+
+    Before a layer's correction is added, the reference goes through the inverse sigmoid, which is
+    clamped at 1e-3. mmdet 3 clamps at 1e-5, where corrections of boxes near the border, or of next
+    to no size, have hardly an effect.
+    """
+
+    def forward(self, hidden_states: Tensor, references: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            hidden_states: (layers, N, queries, C), of the decoder.
+            references: of each layer, (N, queries, 4), (cx, cy, w, h) from 0 to 1; what follows,
+                such as the last layer's result, is not used.
+
+        Returns:
+            Class scores before the sigmoid, (layers, N, queries, classes), and boxes,
+            (layers, N, queries, 4), (cx, cy, w, h) from 0 to 1.
+        """
+        scores, boxes = [], []
+        for i, hidden in enumerate(hidden_states):
+            reference = inverse_sigmoid(references[i], eps=1e-3)
+            scores.append(self.cls_branches[i](hidden))
+            boxes.append((self.reg_branches[i](hidden) + reference).sigmoid())
+        return torch.stack(scores), torch.stack(boxes)
