@@ -1,14 +1,28 @@
 """COCO annotations that are checked before the training begins."""
 
-import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmdet.datasets import CocoDataset
+from mmdet.datasets.api_wrappers import COCO
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
+
+
+class _OrderedCategories(COCO):
+    """The annotations of a file whose categories are the data set's classes, in the same order."""
+
+    def get_cat_ids(self, cat_names: Sequence[str], *args, **kwargs) -> list[int]:
+        ids = super().get_cat_ids(cat_names, *args, **kwargs)
+        if [self.cats[i]["name"] for i in ids] != list(cat_names):
+            raise ValueError(
+                f"metainfo['classes'] must be categories of the file in their order there, "
+                f"{[category['name'] for category in self.cats.values()]}, got {list(cat_names)}"
+            )
+        return ids
 
 
 @DATASETS.register_module()
@@ -23,6 +37,8 @@ class CheckedCocoDataset(CocoDataset):
         ValueError: the annotation file is damaged, or its categories are not `metainfo['classes']`.
     """
 
+    COCOAPI = _OrderedCategories
+
     def load_data_list(self) -> list[dict]:
         if not Path(self.ann_file).is_file():
             raise FileNotFoundError(f"ann_file not found: {self.ann_file}")
@@ -30,22 +46,9 @@ class CheckedCocoDataset(CocoDataset):
         try:
             data_list = super().load_data_list()
         except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise ValueError(
-                f"ann_file {self.ann_file} is not a COCO annotation file: {error!r}"
-            ) from error
-        self._check_categories()
+            reason = error if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"ann_file {self.ann_file} cannot be used: {reason}") from error
         return self._with_images(data_list)
-
-    def _check_categories(self) -> None:
-        with open(self.ann_file) as file:
-            names = {c["id"]: c["name"] for c in json.load(file)["categories"]}
-        classes = list(self.metainfo["classes"])
-        found = [names[i] for i in self.cat_ids]
-        if found != classes:
-            raise ValueError(
-                f"metainfo['classes'] must be categories of {self.ann_file} in their order there: "
-                f"{list(names.values())}, got {classes}"
-            )
 
     def parse_data_info(self, raw_data_info: dict) -> dict:
         info = super().parse_data_info(raw_data_info)

@@ -1,4 +1,4 @@
-"""The engine's runner, checkpoint hook and optimizer wrapper as detection and segmentation use them."""
+"""mmengine's runner, hooks and optimizer wrapper as detection and segmentation use them."""
 
 import logging
 import os
@@ -126,8 +126,8 @@ register_backend("atomic", _AtomicBackend)
 class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook, safe against being killed at any moment.
 
-    A file is the old one or the new one, whole, and a checkpoint is removed only after its successor
-    has been written. Arguments are those of CheckpointHook, for local files.
+    A file is the old one or the new one, whole, and a checkpoint is removed only after its
+    successor has been written. Arguments are those of CheckpointHook, for local files.
     """
 
     def __init__(self, *args, **kwargs):
