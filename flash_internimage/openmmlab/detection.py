@@ -11,6 +11,10 @@ from mmdet.models.layers import inverse_sigmoid
 from mmengine.registry import MODELS
 from torch import Tensor
 
+from .coco import CheckedCocoDataset
+
+__all__ = ["CheckedCocoDataset", "ClampedDINOHead"]
+
 
 @MODELS.register_module()
 class ClampedDINOHead(DINOHead):
