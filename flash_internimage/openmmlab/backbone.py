@@ -114,4 +114,6 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(N, 3, H, W) to one (N, C * 2**i, H / 2**(i+2), W / 2**(i+2)) for each out_index i."""
-        return tuple(self.forward_intermediates(x, self.out_indices, intermediates_only=True))
+        maps = self.forward_intermediates(x, self.out_indices, intermediates_only=True)
+        # mmcv's RoIAlign takes any strides for those of (N, C, H, W), and convolutions keep them
+        return tuple(x.contiguous() for x in maps)

@@ -7,13 +7,38 @@ from collections.abc import Sequence
 
 import torch
 from mmdet.models.dense_heads import DINOHead
-from mmdet.models.layers import inverse_sigmoid
+from mmdet.models.detectors import DINO
+from mmdet.models.layers import MLP, inverse_sigmoid
 from mmengine.registry import MODELS
 from torch import Tensor
 
 from .coco import CheckedCocoDataset
 
 __all__ = ["CheckedCocoDataset", "ClampedDINOHead"]
+
+
+class _EveryOtherFrequency(MLP):
+    """MLP on the sine features of four coordinates, of which it takes half the frequencies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = x.unflatten(
+            -1, (4, -1, 2, 2)
+        )  # coordinate, even frequency, even or odd, sin or cos
+        return super().forward(pairs[..., 0, :].flatten(-3))
+
+
+@MODELS.register_module()
+class PublishedDINO(DINO):
+    """DINO whose queries are encoded as in its published weights, by C / 2 features per coordinate.
+
+    onedl-mmdetection has C of them since 3.5.1, and so no weights from before fit its decoder. The
+    frequencies of C / 2 features are every other one of those of C.
+    """
+
+    def _init_layers(self) -> None:
+        super()._init_layers()
+        channels = self.embed_dims
+        self.decoder.ref_point_head = _EveryOtherFrequency(2 * channels, channels, channels, 2)
 
 
 @MODELS.register_module()

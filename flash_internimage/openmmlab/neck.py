@@ -61,4 +61,5 @@ class LayerNormFPN(BaseModule):
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, maps, strict=True)]
         for _ in range(self.num_extra):
             outputs.append(outputs[-1][..., ::2, ::2])
-        return tuple(outputs)
+        # mmcv's RoIAlign takes any strides for those of (N, C, H, W)
+        return tuple(x.contiguous() for x in outputs)
