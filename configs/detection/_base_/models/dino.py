@@ -2,7 +2,7 @@
 # base because it brings its data and schedule along. A config adds the backbone's arch,
 # drop_path_rate and init_cfg, and the neck's in_channels.
 model = dict(
-    type="DINO",
+    type="PublishedDINO",  # mmdet's DINO, its queries encoded as the published weights want it
     num_queries=900,
     with_box_refine=True,
     as_two_stage=True,
