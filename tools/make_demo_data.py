@@ -1,50 +1,103 @@
-"""Writes scikit-learn's handwritten digits as an ImageFolder: real images that need no download.
+"""Writes demo data sets of real images that need no download: they come with scikit-learn.
 
-    python -m tools.make_demo_data [--root data/digits]
+    python -m tools.make_demo_data [digits | digits-scenes] [--root data/...]
 
-root/{train,val}/{0..9}/NNNN.png, 1,437 and 360 images, a fixed stratified split.
+digits         an ImageFolder of handwritten digits: root/{train,val}/{0..9}/NNNN.png, 1,437 and 360
+               images, a fixed stratified split
+digits-scenes  these digits on photographs, for detection and instance segmentation as in COCO:
+               root/annotations/instances_{train,val}.json, root/{train,val}/*.jpg, 400 and 60
+               images
 """
 
 import argparse
+import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
+
+from tools.scenes import Material, make_scenes, to_coco
 
 _logger = logging.getLogger(__name__)
 
+_PHOTO_SPLIT = 440  # training sees what is left of this column, validation the rest
+
 
 def write_digits(root: Path, size: int = 32) -> None:
-    """Writes the data set, scaled from 8 x 8 to `size` pixels; complete or not at all."""
+    """Writes the digits, scaled from 8 x 8 to `size` pixels; complete or not at all."""
     digits = load_digits()
-    indices = np.arange(len(digits.target))
-    train, val = train_test_split(indices, test_size=0.2, random_state=0, stratify=digits.target)
+    with _complete_or_not_at_all(root) as partial:
+        for split, chosen in _split(digits.target).items():
+            for i in chosen:
+                folder = partial / split / str(digits.target[i])
+                folder.mkdir(parents=True, exist_ok=True)
+                pixels = np.rint(digits.images[i] * (255 / 16)).astype(np.uint8)
+                image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+                image.save(folder / f"{i:04d}.png")
+
+
+def write_digits_scenes(root: Path, train: int = 400, val: int = 60) -> None:
+    """Writes that many scenes and their COCO annotations; complete or not at all.
+
+    The splits share neither digits nor parts of the photographs.
+    """
+    digits, photos = load_digits(), load_sample_images().images
+    chosen = _split(digits.target)
+    views = {
+        "train": [photo[:, :_PHOTO_SPLIT] for photo in photos],
+        "val": [photo[:, _PHOTO_SPLIT:] for photo in photos],
+    }
+    with _complete_or_not_at_all(root) as partial:
+        (partial / "annotations").mkdir(parents=True)
+        for seed, (split, count) in enumerate({"train": train, "val": val}.items()):
+            (partial / split).mkdir()
+            i = chosen[split]
+            material = Material(digits.images[i], digits.target[i], i, views[split])
+            scenes = [
+                (f"{number:06d}.jpg", scene)
+                for number, scene in enumerate(make_scenes(material, count, seed), start=1)
+            ]
+            for file_name, scene in scenes:
+                Image.fromarray(scene.image).save(partial / split / file_name, quality=95)
+            annotations = partial / "annotations" / f"instances_{split}.json"
+            annotations.write_text(json.dumps(to_coco(scenes)))
+
+
+def _split(labels: np.ndarray) -> dict[str, np.ndarray]:
+    train, val = train_test_split(
+        np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels
+    )
+    return {"train": train, "val": val}
+
+
+@contextmanager
+def _complete_or_not_at_all(root: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `root` when all is written."""
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for split, chosen in (("train", train), ("val", val)):
-        for i in chosen:
-            folder = partial / split / str(digits.target[i])
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = np.rint(digits.images[i] * (255 / 16)).astype(np.uint8)
-            image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
-            image.save(folder / f"{i:04d}.png")
+    yield partial
     partial.rename(root)
 
 
 def main() -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    parser = argparse.ArgumentParser(description="Write the digits as an ImageFolder.")
-    parser.add_argument("--root", type=Path, default=Path("data/digits"))
-    root = parser.parse_args().root
+    writers = {"digits": write_digits, "digits-scenes": write_digits_scenes}
+    parser = argparse.ArgumentParser(description="Write a demo data set.")
+    parser.add_argument("name", nargs="?", choices=writers, default="digits")
+    parser.add_argument("--root", type=Path, help="default: data/ and the name")
+    arguments = parser.parse_args()
+    root = arguments.root or Path("data") / arguments.name
     if root.exists():
         _logger.info("%s exists already", root)
         return
-    write_digits(root)
-    _logger.info("wrote 1,797 images to %s", root)
+    writers[arguments.name](root)
+    _logger.info("wrote %s to %s", arguments.name, root)
 
 
 if __name__ == "__main__":
