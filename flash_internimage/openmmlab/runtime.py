@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import cv2
 import numpy as np
@@ -22,8 +23,20 @@ from torch import nn
 from ..checkpoint import fetch_checkpoint, load_checkpoint, require_fit, write_atomically
 from ..conversion import convert_checkpoint
 
+
+def _statistic(owner: type, name: str) -> Callable:
+    """Stands for getattr in checkpoints, which would reach all there is from any object.
+
+    The engine's name with it how a HistoryBuffer is summarised.
+    """
+    if owner is not HistoryBuffer or name not in HistoryBuffer()._statistics_methods:
+        raise UnpicklingError(f"{name} of {owner} is no statistic of a HistoryBuffer")
+    return getattr(HistoryBuffer, name)
+
+
 # What the engine's own checkpoints hold beside tensors and plain containers.
 _ENGINE_TYPES = [
+    (_statistic, "builtins.getattr"),
     HistoryBuffer,
     np.ndarray,
     np.dtype,

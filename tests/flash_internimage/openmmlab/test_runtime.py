@@ -1,0 +1,255 @@
+"""Checkpoints, hooks and optimizer wrapper in runs of a small model."""
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.model import BaseModel
+from torch import nn
+
+from flash_internimage.checkpoint import load_checkpoint
+from flash_internimage.openmmlab import curves, runtime
+from flash_internimage.openmmlab.programs import latest_checkpoint
+from flash_internimage.openmmlab.runtime import FlashRunner
+
+
+class Model(BaseModel):
+    def __init__(self, classes: int = 2):
+        super().__init__()
+        self.backbone = nn.Linear(3, 4)
+        self.head = nn.Linear(4, classes)
+        self.dtypes = set()
+
+    def forward(self, inputs, mode="tensor"):
+        out = self.head(self.backbone(torch.stack(inputs)))
+        self.dtypes.add(out.dtype)
+        return {"loss": out.square().mean()} if mode == "loss" else list(out)
+
+
+class Score(BaseMetric):
+    """Metrics that are given beforehand, one per validation."""
+
+    def __init__(self, scores: list[float]):
+        super().__init__()
+        self.scores = list(scores)
+
+    def process(self, data_batch, data_samples) -> None:
+        self.results.append(0)
+
+    def compute_metrics(self, results: list) -> dict:
+        return {"score": self.scores.pop(0)}
+
+
+@pytest.fixture
+def runner(tmp_path, request):
+    """Builds runners of three epochs with two batches each."""
+    number = 0
+
+    def build(model: nn.Module | None = None, scores=(0.1, 0.2, 0.3), max_keep=1, **kwargs):
+        nonlocal number
+        number += 1
+        data = {
+            "dataset": [{"inputs": torch.full((3,), float(i))} for i in range(4)],
+            "batch_size": 2,
+            "sampler": {"type": "DefaultSampler", "shuffle": False},
+            "num_workers": 0,
+        }
+        hook = {
+            "type": "AtomicCheckpointHook",
+            "interval": 1,
+            "max_keep_ckpts": max_keep,
+            "save_best": "score",
+            "rule": "greater",
+        }
+        arguments = {
+            "work_dir": str(tmp_path / "run"),
+            "train_dataloader": data,
+            "val_dataloader": data,
+            "train_cfg": {"by_epoch": True, "max_epochs": 3},
+            "val_cfg": {},
+            "val_evaluator": Evaluator(Score(scores)),
+            "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.01, "momentum": 0.9}},
+            "default_hooks": {"checkpoint": hook},
+            "custom_hooks": [{"type": "CurvesHook"}],
+            "experiment_name": f"{request.node.name}_{number}",
+            "log_level": "WARNING",
+        }
+        return FlashRunner(model or Model(), **{**arguments, **kwargs})
+
+    return build
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.pth*")}
+
+
+class TestCheckpoints:
+    def test_the_last_and_the_best_are_kept(self, runner, tmp_path):
+        runner(scores=(0.1, 0.3, 0.2)).train()
+        assert files(tmp_path / "run") == {"epoch_3.pth", "best_score_epoch_2.pth"}
+
+    def test_at_no_moment_there_is_none(self, runner, tmp_path, monkeypatch):
+        folder = tmp_path / "run"
+        seen = []
+        replace = os.replace
+
+        def recorded(source, target):
+            seen.append(files(folder) - {Path(source).name})
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", recorded)
+        runner().train()
+        epochs = [{name for name in names if name.startswith("epoch")} for names in seen]
+        bests = [{name for name in names if name.startswith("best")} for names in seen]
+        # per epoch: the checkpoint, the best one, and the checkpoint again, which names the best
+        assert len(seen) == 9
+        assert all(epochs[3:])
+        assert all(bests[3:])
+
+    def test_a_file_that_could_not_be_written_leaves_the_old_one(
+        self, runner, tmp_path, monkeypatch
+    ):
+        r = runner(train_cfg={"by_epoch": True, "max_epochs": 1})
+        r.train()
+        path = tmp_path / "run" / "epoch_1.pth"
+        before = path.read_bytes()
+        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            runner(train_cfg={"by_epoch": True, "max_epochs": 1}).train()
+        assert path.read_bytes() == before
+
+    def test_a_resumed_run_ends_as_an_uninterrupted_one(self, runner, tmp_path):
+        torch.manual_seed(0)
+        initial = Model().state_dict()
+        ends = []
+        for name, stops in (("whole", (3,)), ("resumed", (1, 3))):
+            for epochs in stops:
+                model = Model()
+                model.load_state_dict(initial)
+                folder = tmp_path / name
+                last = latest_checkpoint(folder)
+                runner(
+                    model,
+                    work_dir=str(folder),
+                    train_cfg={"by_epoch": True, "max_epochs": epochs},
+                    **({"resume": True, "load_from": str(last)} if last else {}),
+                ).train()
+            ends.append(load_state(folder / "epoch_3.pth"))
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in initial)
+        assert set(curves.read_scalars(tmp_path / "resumed")["score"]) == {1, 2, 3}
+        assert (tmp_path / "resumed" / "curves.png").stat().st_size > 1000
+
+    def test_the_latest_is_that_of_the_highest_number(self, tmp_path):
+        assert latest_checkpoint(tmp_path) is None
+        for name in ("epoch_9.pth", "epoch_10.pth", "epoch_11.pth.partial", "best_epoch_12.pth"):
+            (tmp_path / name).touch()
+        assert latest_checkpoint(tmp_path).name == "epoch_10.pth"
+
+
+def load_state(path: Path) -> dict:
+    with torch.serialization.safe_globals(runtime._ENGINE_TYPES):
+        return load_checkpoint(path)["state_dict"]
+
+
+class TestLoading:
+    """A published container, and others, into a runner."""
+
+    @pytest.fixture
+    def save(self, tmp_path):
+        def save(state_dict: dict, **kwargs) -> str:
+            torch.save({"state_dict": state_dict, **kwargs}, tmp_path / "c.pth")
+            return str(tmp_path / "c.pth")
+
+        return save
+
+    @pytest.fixture
+    def tester(self, runner):
+        def build(**kwargs):
+            nothing = dict.fromkeys(("train_dataloader", "train_cfg", "optim_wrapper"))
+            return runner(**nothing, **kwargs)
+
+        return build
+
+    def test_a_published_container(self, tester, save):
+        expected = Model().state_dict()
+        averaged = {
+            "ema_" + name.replace(".", "_"): tensor + 1 for name, tensor in expected.items()
+        }
+        meta = {"CLASSES": ("a", "b"), "epoch": 12}
+        path = save(OrderedDict(expected | averaged), meta=meta, optimizer={"state": {}})
+        r = tester()
+        checkpoint = r.load_checkpoint(path)
+        assert all(torch.equal(r.model.state_dict()[name], expected[name]) for name in expected)
+        assert checkpoint["meta"]["dataset_meta"] == {"classes": ("a", "b")}
+
+    @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+    def test_a_test_takes_no_other_models_weights(self, tester, save, change):
+        state = Model(classes=3 if change == "shape" else 2).state_dict()
+        if change == "missing":
+            del state["head.bias"]
+        elif change == "unexpected":
+            state["other"] = torch.zeros(1)
+        with pytest.raises(ValueError, match=rf"does not fit the model: {change}"):
+            tester().load_checkpoint(save(state))
+
+    def test_another_head_starts_anew_in_training(self, runner, save, caplog):
+        source = Model(classes=3)
+        r = runner(load_from=save(source.state_dict()))
+        r.logger.addHandler(caplog.handler)
+        head = r.model.head.weight.clone()
+        r.load_or_resume()
+        assert torch.equal(r.model.backbone.weight, source.backbone.weight)
+        assert torch.equal(r.model.head.weight, head)
+        assert "2 tensors start anew: head.bias, head.weight" in caplog.text
+        assert "2 tensors of the checkpoint are not used: head.bias, head.weight" in caplog.text
+
+    def test_nothing_is_executed(self, tester, tmp_path):
+        class Hostile:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "executed"),)
+
+        path = tmp_path / "hostile.pth"
+        torch.save({"state_dict": Model().state_dict(), "meta": {"x": Hostile()}}, path)
+        with pytest.raises(ValueError, match="refused"):
+            tester().load_checkpoint(str(path))
+        assert not (tmp_path / "executed").exists()
+
+    def test_attributes_are_not_reached(self, tester, tmp_path):
+        class Hostile:
+            def __reduce__(self):
+                return getattr, (np.ndarray, "tofile")
+
+        path = tmp_path / "hostile.pth"
+        torch.save({"state_dict": Model().state_dict(), "meta": {"x": Hostile()}}, path)
+        with pytest.raises(ValueError, match="refused"):
+            tester().load_checkpoint(str(path))
+
+    def test_a_checkpoint_that_is_not_there(self, tester):
+        with pytest.raises(FileNotFoundError, match=r"checkpoint not found: none\.pth"):
+            tester().load_checkpoint("none.pth")
+
+
+def test_bfloat16_autocasts_the_loss_and_keeps_weights_in_float32(runner):
+    wrapper = {"type": "BFloat16OptimWrapper", "optimizer": {"type": "SGD", "lr": 0.01}}
+    model = Model()
+    before = model.head.weight.clone()
+    runner(model, optim_wrapper=wrapper).train()
+    assert model.dtypes == {torch.bfloat16, torch.float32}  # in training, in validation
+    assert model.head.weight.dtype == torch.float32
+    assert not torch.equal(model.head.weight, before)
+
+
+def test_the_backbone_alone_is_compiled(runner, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **kwargs: compiled.append((self, kwargs))
+    )
+    r = runner(custom_hooks=[{"type": "CompileBackboneHook", "dynamic": True}])
+    names = list(r.model.state_dict())
+    r.call_hook("before_run")
+    assert compiled == [(r.model.backbone, {"dynamic": True})]
+    assert list(r.model.state_dict()) == names
