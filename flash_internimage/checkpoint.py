@@ -2,10 +2,10 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
 import timm
 import torch
@@ -93,15 +93,20 @@ def fetch_checkpoint(source: str | os.PathLike) -> Path:
     return path
 
 
-def save_atomically(checkpoint: dict, path: str | os.PathLike) -> None:
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
     """Writes `path` so that at any moment it is the old file or the new one, whole."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
-        torch.save(checkpoint, file)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def save_atomically(checkpoint: dict, path: str | os.PathLike) -> None:
+    """torch.save by :func:`write_atomically`."""
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
 def load_weights(

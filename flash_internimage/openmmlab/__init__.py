@@ -9,12 +9,26 @@ from .attention import (
     use_flash_attention,
 )
 from .backbone import FlashInternImageBackbone
+from .curves import CurvesHook
 from .neck import LayerNormFPN
+from .runtime import (
+    AtomicCheckpointHook,
+    BFloat16OptimWrapper,
+    CompileBackboneHook,
+    FlashRunner,
+    LoadReadableImage,
+)
 
 __all__ = [
+    "AtomicCheckpointHook",
+    "BFloat16OptimWrapper",
+    "CompileBackboneHook",
+    "CurvesHook",
     "FlashAttentionHook",
     "FlashInternImageBackbone",
     "FlashMultiScaleDeformableAttention",
+    "FlashRunner",
     "LayerNormFPN",
+    "LoadReadableImage",
     "use_flash_attention",
 ]

@@ -69,6 +69,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         self.layer_scale = layer_scale
         self.out_indices = tuple(out_indices)
         self.prune_intermediate_layers(self.out_indices)
+        del self.num_classes  # mmdet compares every module's with the classes of the data
         self.set_grad_checkpointing(with_cp)
         self.frozen_stages = frozen_stages
         for module in self._frozen():

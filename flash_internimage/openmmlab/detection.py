@@ -12,6 +12,10 @@ from mmdet.models.layers import MLP, inverse_sigmoid
 from mmengine.registry import MODELS
 from torch import Tensor
 
+from .coco import CheckedCocoDataset
+
+__all__ = ["CheckedCocoDataset", "ClampedDINOHead"]
+
 
 class _EveryOtherFrequency(MLP):
     """MLP on the sine features of four coordinates, of which it takes half the frequencies."""

@@ -1,0 +1,7 @@
+# Mask R-CNN with the heads of mmdet's R50-FPN. A config adds the backbone's arch, drop_path_rate
+# and init_cfg, and the neck's in_channels.
+_base_ = "mmdet::_base_/models/mask-rcnn_r50_fpn.py"
+model = dict(
+    backbone=dict(_delete_=True, type="FlashInternImage", with_cp=True),
+    neck=dict(_delete_=True, type="LayerNormFPN", out_channels=256, num_outs=5),
+)

@@ -1,0 +1,20 @@
+"""Evaluates a detector.
+
+python -m detection.test CONFIG CHECKPOINT
+"""
+
+from mmdet.evaluation import DumpDetResults
+
+from flash_internimage.openmmlab.programs import testing_parser, testing_runner
+
+
+def main() -> None:
+    args = testing_parser("Evaluate a detector.").parse_args()
+    runner = testing_runner(args)
+    if args.out:
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))
+    runner.test()
+
+
+if __name__ == "__main__":
+    main()

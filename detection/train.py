@@ -1,0 +1,16 @@
+"""Trains a detector.
+
+python -m detection.train CONFIG
+torchrun --nproc-per-node 8 -m detection.train CONFIG
+"""
+
+from flash_internimage.openmmlab.programs import training_parser, training_runner
+
+
+def main() -> None:
+    args = training_parser("Train a detector.").parse_args()
+    training_runner(args).train()
+
+
+if __name__ == "__main__":
+    main()

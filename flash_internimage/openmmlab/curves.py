@@ -1,0 +1,65 @@
+"""The curves of a run, drawn from what mmengine's LocalVisBackend writes."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+
+@HOOKS.register_module()
+class CurvesHook(Hook):
+    """Draws curves.png in the work folder after every validation and at the end."""
+
+    priority = "LOWEST"
+
+    @master_only
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        save_curves(Path(runner.work_dir))
+
+    @master_only
+    def after_train(self, runner: Runner) -> None:
+        save_curves(Path(runner.work_dir))
+
+
+def read_scalars(work_dir: Path) -> dict[str, dict[int, float]]:
+    """All scalars of a run, {name: {step: value}}, over all its attempts; the latest counts."""
+    scalars = defaultdict(dict)
+    for path in sorted(work_dir.glob("*/vis_data/scalars.json")):
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the last line of an attempt that was killed
+                continue
+            step = row.pop("step")
+            for name, value in row.items():
+                scalars[name][step] = value
+    return dict(scalars)
+
+
+def save_curves(work_dir: Path) -> None:
+    """Draws losses, learning rate and metrics of a run as work_dir/curves.png."""
+    scalars = read_scalars(work_dir)
+    panels = {
+        "losses": [name for name in scalars if name.split(".")[-1].startswith("loss")],
+        "learning rate": [name for name in scalars if name == "lr"],
+        "metrics": [name for name in scalars if "/" in name or name in ("mIoU", "mAcc", "aAcc")],
+    }
+    panels = {title: names for title, names in panels.items() if names}
+    if not panels:
+        return
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    for axis, (title, names) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for name in names:
+            steps, values = zip(*sorted(scalars[name].items()), strict=True)
+            axis.plot(steps, values, label=name, linewidth=2 if name == "loss" else 1)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="x-small")
+    figure.savefig(work_dir / "curves.png", dpi=120)

@@ -1,0 +1,142 @@
+"""The command lines of the training and test programs of detection and segmentation."""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config, DictAction
+from mmengine.logging import print_log
+
+from .runtime import FlashRunner
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", type=Path, help="a file of configs/")
+    parser.add_argument(
+        "--work-dir", type=Path, help="for logs and checkpoints, default output/<config's name>"
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help='override settings, such as optim_wrapper.optimizer.lr=1e-4 or "key=[a,b]"',
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=("none", "pytorch", "slurm", "mpi"),
+        help="who starts the processes; by default pytorch under torchrun, none otherwise",
+    )
+    return parser
+
+
+def training_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of a training program."""
+    parser = _parser(description)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint; without a value from the work folder's last one, if any",
+    )
+    parser.add_argument(
+        "--amp",
+        nargs="?",
+        const="fp16",
+        choices=("fp16", "bf16"),
+        help="mixed precision, fp16 unless given (GPUs only)",
+    )
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate with the number of images per update",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the backbone with torch.compile"
+    )
+    return parser
+
+
+def testing_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of a test program."""
+    parser = _parser(description)
+    parser.add_argument("checkpoint", help="a path or an address, of this or the published code")
+    parser.add_argument("--out", type=Path, help="write the predictions to this file, *.pkl")
+    parser.add_argument("--show-dir", help="draw the predictions, <work dir>/<time>/<this folder>")
+    return parser
+
+
+def build_runner(cfg: Config) -> FlashRunner:
+    """The runner of a configuration; processes without GPUs talk by gloo."""
+    if cfg.launcher == "pytorch" and not torch.cuda.is_available() and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return FlashRunner.from_cfg(cfg)
+
+
+def _load_config(args: argparse.Namespace) -> Config:
+    if not args.config.is_file():
+        raise FileNotFoundError(f"config not found: {args.config}")
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    cfg.launcher = args.launcher or ("pytorch" if dist.is_torchelastic_launched() else "none")
+    cfg.work_dir = str(args.work_dir or cfg.get("work_dir") or Path("output", args.config.stem))
+    return cfg
+
+
+def training_runner(args: argparse.Namespace) -> FlashRunner:
+    """The runner for the arguments of :func:`training_parser`.
+
+    Raises:
+        FileNotFoundError: there is no such configuration or checkpoint.
+        ValueError: the configuration does not say what the learning rate is made for.
+    """
+    cfg = _load_config(args)
+    if args.amp == "fp16":
+        cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic", dtype="float16")
+    elif args.amp == "bf16":
+        cfg.optim_wrapper.type = "BFloat16OptimWrapper"
+    if args.auto_scale_lr:
+        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+            raise ValueError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
+        cfg.auto_scale_lr.enable = True
+    if args.compile:
+        cfg.custom_hooks = [*cfg.get("custom_hooks", []), {"type": "CompileBackboneHook"}]
+    if args.resume:
+        last = latest_checkpoint(Path(cfg.work_dir)) if args.resume == "auto" else args.resume
+        if last is None:
+            print_log(f"no checkpoint in {cfg.work_dir}: training starts anew", level=logging.INFO)
+        else:
+            cfg.resume, cfg.load_from = True, str(last)
+    return build_runner(cfg)
+
+
+def latest_checkpoint(work_dir: Path) -> Path | None:
+    """The checkpoint of the highest epoch or iteration in a work folder.
+
+    The engine's own note of it, last_checkpoint, may be behind or empty after a kill.
+    """
+    found = [*work_dir.glob("epoch_*.pth"), *work_dir.glob("iter_*.pth")]
+    return max(found, key=lambda path: int(path.stem.split("_")[1]), default=None)
+
+
+def testing_runner(args: argparse.Namespace) -> FlashRunner:
+    """The runner for the arguments of :func:`testing_parser`, nothing of the training in it.
+
+    Raises:
+        FileNotFoundError: there is no such configuration.
+        ValueError: an argument does not fit.
+    """
+    if args.out and args.out.suffix not in (".pkl", ".pickle"):
+        raise ValueError(f"--out must end in .pkl or .pickle, got {args.out}")
+    cfg = _load_config(args)
+    unused = "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr"
+    for name in (*unused, "val_dataloader", "val_cfg", "val_evaluator"):
+        cfg[name] = None
+    cfg.load_from = args.checkpoint
+    if args.show_dir:
+        cfg.default_hooks.visualization.update(draw=True, test_out_dir=args.show_dir)
+    return build_runner(cfg)

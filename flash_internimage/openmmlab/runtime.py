@@ -1,0 +1,200 @@
+"""mmengine's runner, hooks and optimizer wrapper as detection and segmentation use them."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from mmcv.transforms import LoadImageFromFile
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS, RUNNERS, TRANSFORMS
+from mmengine.runner import Runner
+from torch import nn
+
+from ..checkpoint import fetch_checkpoint, load_checkpoint, require_fit, write_atomically
+from ..conversion import convert_checkpoint
+
+# What the engine's own checkpoints hold beside tensors and plain containers.
+_ENGINE_TYPES = [
+    HistoryBuffer,
+    np.ndarray,
+    np.dtype,
+    np._core.multiarray._reconstruct,
+    np._core.multiarray.scalar,
+    *(type(np.dtype(kind)) for kind in (np.int64, np.float64, np.uint32)),
+]
+
+
+@RUNNERS.register_module()
+class FlashRunner(Runner):
+    """mmengine's Runner with checkpoints that are read safely, converted, and that fit.
+
+    Nothing from a file is executed; the names of the published checkpoints become current ones. To
+    resume and to test, all names and shapes must agree. A model that is about to be trained keeps
+    its initial values where the checkpoint has none, and the log names them.
+    """
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        map_location: str | torch.device | Callable = "cpu",
+        strict: bool = False,
+        revise_keys: list | None = None,
+    ) -> dict:
+        """
+        Args:
+            filename: a path, an address or the name of released weights.
+            map_location: of :func:`torch.load`.
+            strict: require all names and shapes to agree in training as well.
+            revise_keys: not used; published names are recognised.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it is damaged or does not fit the model.
+        """
+        with torch.serialization.safe_globals(_ENGINE_TYPES):
+            checkpoint = load_checkpoint(fetch_checkpoint(filename), map_location)
+        if "message_hub" not in checkpoint:  # not one of the engine's
+            checkpoint = convert_checkpoint(checkpoint)
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        if not (strict or self._resume or self._train_loop is None):
+            checkpoint["state_dict"] = self._fill_in(checkpoint["state_dict"], model.state_dict())
+        require_fit(model.state_dict(), checkpoint["state_dict"])
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        self._has_loaded = True
+        self.logger.info("loaded %s", filename)
+        return checkpoint
+
+    def _fill_in(self, state_dict: dict, own: dict) -> dict:
+        """`own` with the values of `state_dict` where a name is known and its shape agrees."""
+        fitting = {
+            name: tensor
+            for name, tensor in state_dict.items()
+            if name in own and own[name].shape == tensor.shape
+        }
+        for what, names in (
+            ("start anew", own.keys() - fitting.keys()),
+            ("of the checkpoint are not used", state_dict.keys() - fitting.keys()),
+        ):
+            if names:
+                self.logger.warning("%d tensors %s: %s", len(names), what, ", ".join(sorted(names)))
+        return own | fitting
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """As the engine does; the CPU has no synchronised batch norm and no device number."""
+        if self.distributed and not torch.cuda.is_available() and not model_wrapper_cfg:
+            find_unused = self.cfg.get("find_unused_parameters", False)
+            return MMDistributedDataParallel(
+                revert_sync_batchnorm(model),
+                broadcast_buffers=False,
+                find_unused_parameters=find_unused,
+            )
+        return super().wrap_model(model_wrapper_cfg, model)
+
+
+class _AtomicBackend(LocalBackend):
+    """Local files that appear whole or not at all; what is to be removed stays until `flush`."""
+
+    def __init__(self) -> None:
+        self._unwanted: set[str] = set()
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        write_atomically(filepath, lambda file: file.write(obj))
+
+    def remove(self, filepath: str | Path) -> None:
+        self._unwanted.add(str(filepath))
+
+    def flush(self, keep: set[str | None]) -> None:
+        for path in self._unwanted - keep:
+            super().remove(path)
+        self._unwanted.clear()
+
+
+register_backend("atomic", _AtomicBackend)
+
+
+@HOOKS.register_module()
+class AtomicCheckpointHook(CheckpointHook):
+    """mmengine's CheckpointHook, safe against being killed at any moment.
+
+    A file is the old one or the new one, whole, and a checkpoint is removed only after its
+    successor has been written. Arguments are those of CheckpointHook, for local files.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, backend_args={"backend": "atomic"})
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        super()._save_checkpoint_with_step(runner, step, meta)
+        self._remove_unwanted()
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        super()._save_best_checkpoint(runner, metrics)
+        self._remove_unwanted()
+
+    def _remove_unwanted(self) -> None:
+        self.file_backend.flush(keep={self.last_ckpt, getattr(self, "best_ckpt_path", None)})
+
+
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """Training with autocast to bfloat16, on any device; gradients need no scaling."""
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        device = next(model.parameters()).device.type
+        with super().optim_context(model), torch.autocast(device, torch.bfloat16):
+            yield
+
+
+@HOOKS.register_module()
+class CompileBackboneHook(Hook):
+    """Compiles the backbone of the model with torch.compile; heads depend on the images' contents.
+
+    Args:
+        kwargs: of torch.compile.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(self, **kwargs):
+        self.kwargs = kwargs
+
+    def before_run(self, runner: Runner) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model.backbone.compile(**self.kwargs)
+
+
+@TRANSFORMS.register_module()
+class LoadReadableImage(LoadImageFromFile):
+    """mmcv's LoadImageFromFile for training: an image that cannot be read is left out, with a
+    warning, and the data set draws another one.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.unreadable: set[str] = set()
+
+    def transform(self, results: dict) -> dict | None:
+        path = results["img_path"]
+        try:
+            return super().transform(results)
+        except (OSError, AssertionError, cv2.error) as error:
+            if path not in self.unreadable:
+                self.unreadable.add(path)
+                print_log(
+                    f"image {path} cannot be read and is left out ({error}); "
+                    f"{len(self.unreadable)} so far in process {os.getpid()}",
+                    logger="current",
+                    level=logging.WARNING,
+                )
+            return None
