@@ -10,6 +10,7 @@ from .attention import (
 )
 from .backbone import FlashInternImageBackbone
 from .curves import CurvesHook
+from .layer_decay import LayerDecayOptimWrapperConstructor
 from .neck import LayerNormFPN
 from .runtime import (
     AtomicCheckpointHook,
@@ -28,6 +29,7 @@ __all__ = [
     "FlashInternImageBackbone",
     "FlashMultiScaleDeformableAttention",
     "FlashRunner",
+    "LayerDecayOptimWrapperConstructor",
     "LayerNormFPN",
     "LoadReadableImage",
     "use_flash_attention",

@@ -1,0 +1,161 @@
+"""Learning rates that fall from layer to layer of the backbone, as the published detectors and
+segmentors were trained with."""
+
+import logging
+import re
+from collections.abc import Sequence
+
+from mmengine.logging import print_log
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from torch import nn
+
+from ..backbone import FlashInternImage
+
+# A detector's embedding of the levels (Deformable DETR, DINO) has the rate of the image's.
+_FIRST_LAYER = ("backbone.patch_embed", "level_embed")
+# The published segmentors did not count their heads' offsets, but none scales offsets at all.
+_OFFSETS = re.compile(r"\boffset_mask\b|sampling_offsets|reference_points|offset$")
+_NO_WEIGHT_DECAY = re.compile(r"\.bias$|norm|relative_position|sampling_offsets")
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Optimizers with layer-wise learning rates for models with a FlashInternImage backbone.
+
+    optim_wrapper = dict(
+        type='OptimWrapper', constructor='LayerDecayOptimWrapperConstructor',
+        optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
+        paramwise_cfg=dict(layer_decay_rate=0.9))
+
+    With n blocks, what follows the backbone has the full lr, the last block layer_decay_rate times
+    as much, the first layer_decay_rate**n, patch_embed layer_decay_rate**(n + 1), like a detector's
+    own `level_embed`. Between the blocks, norms and downsampling go with the next block; the last
+    norm goes with the first block of its stage. Vectors, biases, norms and deformable attention's
+    sampling_offsets have no weight decay. There is one group for each learning rate and weight
+    decay. The engine's schedules multiply the lr of all groups alike.
+
+    Args:
+        optim_wrapper_cfg: of the optimizer wrapper; its `optimizer` has `lr` and `weight_decay`.
+        paramwise_cfg: with the entries
+
+            layer_decay_rate: over 0, at most 1.
+
+            num_layers: blocks of the backbone, may be left out; to be sure of the size.
+
+            offset_lr_scale: factor on the lr of what predicts where to sample: `offset_mask` of
+            DCNv4, `sampling_offsets` and `reference_points` of deformable attention. Default 1.
+
+            first_layer: names of parameters or modules that have the lr of patch_embed as well,
+            such as 'decode_head.query_embed'. Default none.
+
+    Raises:
+        ValueError: an option is unknown, missing or out of range or does not fit the model; the
+            message names it.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        for key in ("lr", "weight_decay"):
+            if self.optimizer_cfg.get(key) is None:
+                raise ValueError(f"optimizer must have {key}, got {self.optimizer_cfg}")
+        accepted = ("layer_decay_rate", "num_layers", "offset_lr_scale", "first_layer")
+        unknown = [key for key in self.paramwise_cfg if key not in accepted]
+        if unknown:
+            raise ValueError(
+                f"paramwise_cfg accepts {', '.join(accepted)}, got {', '.join(unknown)}"
+            )
+        self.layer_decay_rate = self.paramwise_cfg.get("layer_decay_rate")
+        self.num_layers = self.paramwise_cfg.get("num_layers")
+        self.offset_lr_scale = self.paramwise_cfg.get("offset_lr_scale", 1.0)
+        self.first_layer = self.paramwise_cfg.get("first_layer", ())
+        if not isinstance(self.layer_decay_rate, int | float) or not 0 < self.layer_decay_rate <= 1:
+            raise ValueError(
+                "paramwise_cfg must have a layer_decay_rate over 0 and at most 1, "
+                f"got {self.layer_decay_rate!r}"
+            )
+        if not isinstance(self.offset_lr_scale, int | float) or not self.offset_lr_scale >= 0:
+            raise ValueError(f"offset_lr_scale must be at least 0, got {self.offset_lr_scale!r}")
+        if not isinstance(self.first_layer, list | tuple):
+            raise ValueError(f"first_layer must be a list of names, got {self.first_layer!r}")
+
+    def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
+        """Appends the groups of the model's trainable parameters to `params`."""
+        backbone = getattr(module, "backbone", None)
+        if not isinstance(backbone, FlashInternImage):
+            raise ValueError(
+                "the model's attribute backbone must be a FlashInternImage, "
+                f"got {type(backbone).__name__} in {type(module).__name__}"
+            )
+        num_layers = sum(backbone.depths)
+        if self.num_layers not in (None, num_layers):
+            raise ValueError(
+                f"num_layers must be the backbone's number of blocks, {num_layers} "
+                f"{backbone.depths}, or be left out, got {self.num_layers!r}"
+            )
+        self._require_names(module)
+
+        groups = {}
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            layer = self._layer(name, backbone.depths)
+            scale = self.layer_decay_rate ** (num_layers + 1 - layer)
+            if _OFFSETS.search(name):
+                scale *= self.offset_lr_scale
+            exempt = parameter.ndim < 2 or _NO_WEIGHT_DECAY.search(name)
+            weight_decay = 0.0 if exempt else self.base_wd
+            group = groups.setdefault(
+                (scale, weight_decay),
+                {
+                    "params": [],
+                    "lr": self.base_lr * scale,
+                    "weight_decay": weight_decay,
+                    "lr_scale": scale,
+                    "group_name": f"lr x {scale:.4g}, weight decay {weight_decay:g}",
+                },
+            )
+            group["params"].append(parameter)
+        params.extend(groups.values())
+        _log(list(groups.values()), self.layer_decay_rate, num_layers)
+
+    def _layer(self, name: str, depths: Sequence[int]) -> int:
+        """From 0 for patch_embed over 1 for the first block to sum(depths) + 1 for the heads."""
+        if any(_is_in(name, first) for first in (*_FIRST_LAYER, *self.first_layer)):
+            return 0
+        found = re.match(r"backbone\.levels\.(\d+)\.(?:blocks\.(\d+)\.)?", name)
+        if found is None:
+            return sum(depths) + 1
+        stage, block = int(found[1]), int(found[2] or 0)
+        if found[2] is None:
+            stage = min(stage + 1, len(depths) - 1)
+        return 1 + sum(depths[:stage]) + block
+
+    def _require_names(self, model: nn.Module) -> None:
+        names = [name for name, _ in model.named_parameters()]
+        for first in self.first_layer:
+            if not any(_is_in(name, first) for name in names):
+                raise ValueError(
+                    "first_layer must consist of names of parameters or modules with parameters "
+                    f"of {type(model).__name__}, got {first!r}"
+                )
+
+
+def _is_in(parameter: str, name: str) -> bool:
+    """Whether a parameter has this name or belongs to the module of this name."""
+    return f"{parameter}.".startswith(f"{name}.")
+
+
+def _log(groups: list[dict], layer_decay_rate: float, num_layers: int) -> None:
+    print_log(
+        f"{len(groups)} parameter groups with layer-wise lr decay of {layer_decay_rate} "
+        f"over {num_layers} blocks",
+        logger="current",
+        level=logging.INFO,
+    )
+    for group in groups:
+        print_log(
+            f"{group['group_name']}: lr {group['lr']:.4g}, {len(group['params'])} tensors",
+            logger="current",
+            level=logging.DEBUG,
+        )
