@@ -170,16 +170,36 @@ def test_optimizer(recipe, config):
     assert plain(config.optim_wrapper) == expected
 
 
-def test_the_large_dino_decays_all_weights_and_trains_its_backbone_ten_times_slower():
+def learning_rates(config: Config, model: nn.Module) -> dict[str, float]:
+    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    return {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name]["layer_decay_rate"]])
+def test_learning_rates_fall_from_the_neck_to_the_stem(name):
+    recipe = RECIPES[name]
+    lr, rate = float(recipe["lr"]), float(recipe["layer_decay_rate"])
+    deepest = f"backbone.levels.3.blocks.{4 if '_l_' in name else 3}."
+    rates = learning_rates(load_config(name), build_model(name))
+    neck = [rates[name] for name in rates if name.startswith("neck.")]
+    assert neck == pytest.approx([lr] * len(neck))
+    assert rates[deepest + "mlp.fc1.weight"] == pytest.approx(lr * rate)
+    assert rates[deepest + "dcn.offset_mask.weight"] == pytest.approx(
+        lr * rate * float(recipe["offset_lr_scale"])
+    )
+    stem = lr * rate ** (int(recipe["layers"]) + 1)
+    assert rates["backbone.patch_embed.conv1.weight"] == pytest.approx(stem)
+
+
+def test_the_large_dino_trains_its_backbone_ten_times_slower_and_decays_all_weights():
     name = "dino-4scale_flash_internimage_l_1x_coco"
     model = build_model(name)
     optimizer = build_optim_wrapper(model, load_config(name).optim_wrapper).optimizer
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.05}
-    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
-    for parameter_name, parameter in model.named_parameters():
-        expected = 1e-5 if parameter_name.startswith("backbone.") else 1e-4
-        assert rates[id(parameter)] == pytest.approx(expected), parameter_name
+    for parameter, rate in learning_rates(load_config(name), model).items():
+        assert rate == pytest.approx(1e-5 if parameter.startswith("backbone.") else 1e-4), parameter
 
 
 def test_schedule(recipe, config):
