@@ -1,0 +1,73 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.make_demo_data import write_digits_scenes
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "detection"
+DEMOS = {
+    "mask_rcnn": "mask_rcnn_flash_internimage_nano_fpn_digits_scenes.py",
+    "dino": "dino-4scale_flash_internimage_nano_digits_scenes.py",
+}
+BACKBONE = (
+    "dict(_delete_=True, type='FlashInternImage', channels=16, depths=(1, 1, 1, 1), "
+    "groups=(1, 2, 4, 8), drop_path_rate=0.1, out_indices={})"
+)
+SMALL = {
+    "mask_rcnn": f"""
+model = dict(
+    backbone={BACKBONE.format((0, 1, 2, 3))},
+    neck=dict(in_channels=[16, 32, 64, 128]),
+    test_cfg=dict(rcnn=dict(score_thr=0.0, max_per_img=20)),
+)
+""",
+    "dino": f"""
+model = dict(
+    backbone={BACKBONE.format((1, 2, 3))},
+    neck=dict(in_channels=[32, 64, 128]),
+    num_queries=20,
+    test_cfg=dict(max_per_img=20),
+)
+""",
+}
+RUN = """
+train_cfg = dict(max_epochs=2, val_interval=1)
+default_hooks = dict(logger=dict(interval=1))
+train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(data_root="{root}"))
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root="{root}"))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file="{root}/annotations/instances_val.json")
+test_evaluator = val_evaluator
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Tiny tensors gain nothing from threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """Twelve scenes for training, one of them without objects, and four for evaluation."""
+    root = tmp_path_factory.mktemp("data") / "scenes"
+    write_digits_scenes(root, train=12, val=4)
+    return root
+
+
+@pytest.fixture(scope="session")
+def write_config(scenes) -> Callable[..., Path]:
+    """Writes the config of a demo, made small, and with further settings."""
+
+    def write(path: Path, family: str = "mask_rcnn", settings: str = "", root=scenes) -> Path:
+        base = f"_base_ = {str(CONFIGS / DEMOS[family])!r}\n"
+        path.write_text(base + SMALL[family] + RUN.replace("{root}", str(root)) + settings)
+        return path
+
+    return write

@@ -1,0 +1,234 @@
+"""Training and evaluation on real images, by the programs."""
+
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.runner import Runner
+
+from detection import test as test_program
+from flash_internimage.openmmlab import curves
+from flash_internimage.openmmlab.programs import (
+    latest_checkpoint,
+    testing_parser,
+    testing_runner,
+    training_parser,
+    training_runner,
+)
+
+
+def train(*arguments) -> Runner:
+    runner = training_runner(training_parser("").parse_args([str(a) for a in arguments]))
+    runner.train()
+    return runner
+
+
+def evaluate(*arguments) -> dict[str, float]:
+    args = testing_parser("").parse_args([str(argument) for argument in arguments])
+    return testing_runner(args).test()
+
+
+def figures(folder: Path) -> dict[str, float]:
+    """The metrics of the last validation of a run."""
+    scalars = curves.read_scalars(folder)
+    return {name: values[max(values)] for name, values in scalars.items() if "coco/" in name}
+
+
+def log(folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(folder.glob("*/*.log")))
+
+
+@pytest.fixture(scope="module", params=["mask_rcnn", "dino"])
+def trained(request, write_config, tmp_path_factory) -> tuple[Path, Path]:
+    """The config and the work folder of a run of two epochs."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = write_config(folder / f"trained_{request.param}.py", request.param)
+    train(config, "--work-dir", folder / "run")
+    return config, folder / "run"
+
+
+def test_a_run_leaves_checkpoints_scalars_and_curves(trained):
+    config, folder = trained
+    names = {path.name for path in folder.iterdir()}
+    assert {"epoch_2.pth", "curves.png", config.name, "last_checkpoint"} <= names
+    assert len([name for name in names if name.startswith("best_coco_bbox_mAP_epoch_")]) == 1
+    assert "epoch_1.pth" not in names
+    assert not list(folder.rglob("*.partial"))
+    scalars = curves.read_scalars(folder)
+    assert list(scalars["loss"]) == [1, 2, 3, 4, 5, 6]
+    assert np.isfinite(list(scalars["loss"].values())).all()
+    assert list(scalars["coco/bbox_mAP"]) == [1, 2]
+    assert "11 images" in log(folder)
+    assert "1 that have no objects" in log(folder)
+
+
+def test_the_test_program_gives_the_figures_of_the_validation(trained, tmp_path):
+    config, folder = trained
+    arguments = (config, folder / "epoch_2.pth", "--work-dir", tmp_path)
+    assert evaluate(*arguments) == pytest.approx(figures(folder), abs=1e-6)
+
+
+def test_predictions_are_written_and_drawn(trained, tmp_path, monkeypatch):
+    config, folder = trained
+    arguments = ["test", config, folder / "epoch_2.pth", "--work-dir", tmp_path]
+    arguments += ["--out", tmp_path / "predictions.pkl", "--show-dir", "pictures"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    test_program.main()
+    predictions = pickle.loads((tmp_path / "predictions.pkl").read_bytes())
+    assert [p["img_id"] for p in predictions] == [1, 2, 3, 4]
+    assert all(len(p["pred_instances"]["bboxes"]) for p in predictions)
+    assert len(list(tmp_path.glob("*/pictures/*.jpg"))) == 4
+
+
+def test_a_published_container_gives_the_same_figures(trained, tmp_path):
+    config, folder = trained
+    if "dino" in config.name:
+        pytest.skip("its published names are tested with the goldens")
+    with torch.serialization.safe_globals([getattr]):
+        state_dict = torch.load(folder / "epoch_2.pth", weights_only=False)["state_dict"]
+    averaged = {f"ema_{name.replace('.', '_')}": t for name, t in state_dict.items()}
+    published = {"state_dict": state_dict | averaged, "meta": {"CLASSES": list("0123456789")}}
+    torch.save(published, tmp_path / "published.pth")
+    arguments = (config, tmp_path / "published.pth", "--work-dir", tmp_path)
+    assert evaluate(*arguments) == pytest.approx(figures(folder), abs=1e-6)
+
+
+def test_mixed_precision_and_accumulation(write_config, tmp_path, trained):
+    config, _ = trained
+    runner = train(
+        config, "--amp", "bf16", "--work-dir", tmp_path, "--cfg-options",
+        "train_cfg.max_epochs=1", "optim_wrapper.accumulative_counts=2",
+    )  # fmt: skip
+    assert type(runner.optim_wrapper).__name__ == "BFloat16OptimWrapper"
+    assert np.isfinite(list(curves.read_scalars(tmp_path)["loss"].values())).all()
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(write_config, tmp_path):
+    settings = "train_cfg = dict(max_epochs=4, val_interval=4)\n"
+    config = write_config(tmp_path / "killed.py", settings=settings)
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "detection.train", config, "--work-dir", folder, "--resume"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while latest_checkpoint(folder) is None:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    (folder / "last_checkpoint").write_text("")  # what a kill can leave of the engine's note
+    done = int(latest_checkpoint(folder).stem.split("_")[1])
+    train(config, "--work-dir", folder, "--resume")
+    assert f"resumed epoch: {done}, iter: {3 * done}" in log(folder)
+    assert latest_checkpoint(folder).name == "epoch_4.pth"
+    assert list(curves.read_scalars(folder)["loss"]) == list(range(1, 13))
+
+
+def test_two_processes_train_and_evaluate(write_config, tmp_path):
+    settings = """
+train_cfg = dict(max_epochs=1, val_interval=1)
+train_dataloader = dict(batch_size=2)
+model = dict(roi_head=dict(bbox_head=dict(
+    type="ConvFCBBoxHead", num_shared_convs=1, num_shared_fcs=1, conv_out_channels=64,
+    norm_cfg=dict(type="SyncBN"))))
+"""
+    config = write_config(tmp_path / "two.py", settings=settings)
+    folder = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "-m", "detection.train", config]
+    subprocess.run([*command, "--work-dir", folder], check=True, capture_output=True)
+    assert "GPU number: 2" in log(folder)
+    assert list(curves.read_scalars(folder)["loss"]) == [1, 2, 3]
+    together = figures(folder)
+    assert together == pytest.approx(evaluate(config, folder / "epoch_1.pth"), abs=1e-3)
+
+
+def test_learning_rate_follows_the_number_of_images(write_config, tmp_path):
+    settings = "train_cfg = dict(max_epochs=1)\nparam_scheduler = []\n"
+    config = write_config(tmp_path / "scaled.py", settings=settings)
+    args = [str(config), "--auto-scale-lr", "--work-dir", str(tmp_path / "run")]
+    runner = training_runner(training_parser("").parse_args(args))
+    runner.train()
+    assert set(runner.optim_wrapper.get_lr()["base_lr"]) == {1e-3 * 4 / 16}
+
+
+def test_fine_tuning_takes_what_fits(write_config, tmp_path, trained):
+    source, folder = trained
+    if "dino" in source.name:
+        pytest.skip("one family shows it")
+    settings = """
+train_cfg = dict(max_epochs=1)
+classes = ("0", "1", "2")
+train_dataloader = dict(dataset=dict(metainfo=dict(classes=classes)))
+val_dataloader = dict(dataset=dict(metainfo=dict(classes=classes)))
+test_dataloader = val_dataloader
+model = dict(roi_head=dict(bbox_head=dict(num_classes=3), mask_head=dict(num_classes=3)))
+"""
+    config = write_config(tmp_path / "tuned.py", settings=settings)
+    run = tmp_path / "run"
+    train(config, "--work-dir", run, "--cfg-options", f"load_from={folder / 'epoch_2.pth'}")
+    names = "roi_head.bbox_head.fc_cls.bias, roi_head.bbox_head.fc_cls.weight, "
+    assert f"6 tensors start anew: {names}" in log(run)
+
+
+def test_damaged_images_do_not_stop_the_training(write_config, scenes, tmp_path):
+    root = tmp_path / "scenes"
+    shutil.copytree(scenes, root)
+    (root / "train" / "000001.jpg").write_bytes(b"no image")
+    (root / "train" / "000002.jpg").unlink()
+    settings = "train_cfg = dict(max_epochs=1)\n"
+    config = write_config(tmp_path / "damaged.py", settings=settings, root=root)
+    train(config, "--work-dir", tmp_path / "run")
+    text = log(tmp_path / "run")
+    assert "left out: 1 images that are missing" in text
+    assert "000001.jpg cannot be read and is left out" in text
+
+
+class TestErrors:
+    """At the start, before any training."""
+
+    @pytest.fixture
+    def fails(self, write_config, scenes, tmp_path, monkeypatch):
+        def fails(error: type[Exception], message: str, settings: str = "", **kwargs) -> None:
+            config = write_config(tmp_path / "wrong.py", settings=settings, **kwargs)
+            monkeypatch.setattr(Runner, "save_checkpoint", pytest.fail)
+            with pytest.raises(error, match=message):
+                train(config, "--work-dir", tmp_path / "run")
+            assert not list((tmp_path / "run").glob("*/vis_data/scalars.json"))
+
+        return fails
+
+    def test_annotation_files(self, fails):
+        settings = '{}_dataloader = dict(dataset=dict(ann_file="none.json"))\n'
+        for split in ("train", "val"):
+            fails(FileNotFoundError, "ann_file not found: .*/none.json", settings.format(split))
+
+    def test_classes(self, fails):
+        settings = 'train_dataloader = dict(dataset=dict(metainfo=dict(classes=("cat",))))\n'
+        fails(ValueError, r"metainfo\['classes'\] must be .*, got \['cat'\]", settings)
+
+    def test_number_of_classes(self, fails):
+        settings = "model = dict(roi_head=dict(mask_head=dict(num_classes=7)))\n"
+        fails(AssertionError, r"`num_classes` \(7\) in FCNMaskHead .* 10\)", settings)
+
+    def test_validation_images(self, fails, scenes, tmp_path):
+        root = tmp_path / "scenes"
+        shutil.copytree(scenes, root)
+        (root / "val" / "000003.jpg").unlink()
+        fails(FileNotFoundError, r"1 of the 4 images .*val/000003\.jpg", root=root)
+
+    def test_configs_and_checkpoints(self, write_config, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"config not found: none\.py"):
+            train("none.py")
+        config = write_config(tmp_path / "c.py")
+        with pytest.raises(FileNotFoundError, match=r"checkpoint not found: none\.pth"):
+            train(config, "--resume", "none.pth", "--work-dir", tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"checkpoint not found: none\.pth"):
+            evaluate(config, "none.pth", "--work-dir", tmp_path)
+        with pytest.raises(ValueError, match=r"--out must end in \.pkl or \.pickle, got x\.json"):
+            evaluate(config, "none.pth", "--out", "x.json")
