@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,6 +32,21 @@ _ENGINE_TYPES = [
     np._core.multiarray.scalar,
     *(type(np.dtype(kind)) for kind in (np.int64, np.float64, np.uint32)),
 ]
+
+
+def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dict:
+    """The contents of a checkpoint, of the engine or not; nothing from the file is executed.
+
+    Args:
+        source: see :func:`flash_internimage.checkpoint.fetch_checkpoint`.
+        map_location: of :func:`torch.load`.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is damaged or holds other objects.
+    """
+    with torch.serialization.safe_globals(_ENGINE_TYPES):
+        return load_checkpoint(fetch_checkpoint(source), map_location)
 
 
 @RUNNERS.register_module()
@@ -60,8 +76,7 @@ class FlashRunner(Runner):
             FileNotFoundError: there is no such checkpoint.
             ValueError: it is damaged or does not fit the model.
         """
-        with torch.serialization.safe_globals(_ENGINE_TYPES):
-            checkpoint = load_checkpoint(fetch_checkpoint(filename), map_location)
+        checkpoint = read_checkpoint(filename, map_location)
         if "message_hub" not in checkpoint:  # not one of the engine's
             checkpoint = convert_checkpoint(checkpoint)
         model = self.model.module if is_model_wrapper(self.model) else self.model
