@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
+from urllib.parse import urlparse
 
 import timm
 import torch
@@ -15,26 +16,26 @@ from torch import Tensor, nn
 _logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("state_dict", "model_ema", "model")
-_PREFIXES = ("module.", "backbone.")
 
 
 def clean_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of a checkpoint under the names of the model.
 
     Takes the entry `state_dict`, else `model_ema`, else `model`, as the published code does, and
-    strips the prefixes of wrappers.
+    strips the prefix `module.` of wrappers. Of a detector or segmentor, whose names begin with the
+    parts, it takes `backbone.` alone.
     """
     for key in _WEIGHTS:
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
             break
-    return {_strip(name): tensor for name, tensor in checkpoint.items()}
-
-
-def _strip(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+    weights = {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
+    backbone = {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in weights.items()
+        if name.startswith("backbone.")
+    }
+    return backbone or weights
 
 
 def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> dict:
@@ -66,6 +67,8 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
 def fetch_checkpoint(source: str | os.PathLike) -> Path:
     """The local file of a checkpoint, downloaded on first use into torch.hub's cache.
 
+    There, as torch.hub has it, addresses that end in the same file name are the same file.
+
     Args:
         source: a path, an address (http, https), or the name and tag of pretrained weights
             ('flash_internimage_tiny.in1k').
@@ -85,11 +88,14 @@ def fetch_checkpoint(source: str | os.PathLike) -> Path:
             f"checkpoint not found: {source} is neither a file, an address, nor one of "
             f"{', '.join(released)}"
         )
-    path = Path(torch.hub.get_dir()) / "checkpoints" / source.rsplit("/", 1)[-1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(source).path).name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         _logger.info("downloading %s to %s", source, path)
-        torch.hub.download_url_to_file(source, str(path), progress=False)
+        try:
+            torch.hub.download_url_to_file(source, str(path), progress=False)
+        except OSError as error:
+            raise OSError(f"download of {source} failed: {error}") from error
     return path
 
 

@@ -11,7 +11,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..backbone import ARCHITECTURES, FlashInternImage
-from ..checkpoint import clean_state_dict, fetch_checkpoint, load_checkpoint, require_fit
+from ..checkpoint import clean_state_dict, require_fit
+from .runtime import read_checkpoint
 
 
 @MODELS.register_module("FlashInternImage")
@@ -60,7 +61,9 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
                 f"frozen_stages must be an integer from -1 to {stages}, got {frozen_stages}"
             )
         if init_cfg is not None and (
-            init_cfg.get("type") != "Pretrained" or "checkpoint" not in init_cfg
+            not isinstance(init_cfg, dict)
+            or init_cfg.keys() != {"type", "checkpoint"}
+            or init_cfg["type"] != "Pretrained"
         ):
             raise ValueError(
                 f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {init_cfg}"
@@ -96,7 +99,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
             return
         source = self.init_cfg["checkpoint"]
         own = self.state_dict()
-        weights = clean_state_dict(load_checkpoint(fetch_checkpoint(source)))
+        weights = clean_state_dict(read_checkpoint(source))
         weights = {name: weight for name, weight in weights.items() if not self._left_out(name)}
         if self.layer_scale == 1.0 and not any("gamma" in name for name in weights):
             weights |= {name: weight for name, weight in own.items() if "gamma" in name}

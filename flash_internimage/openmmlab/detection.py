@@ -14,17 +14,15 @@ from torch import Tensor
 
 from .coco import CheckedCocoDataset
 
-__all__ = ["CheckedCocoDataset", "ClampedDINOHead"]
+__all__ = ["CheckedCocoDataset", "ClampedDINOHead", "PublishedDINO"]
 
 
 class _EveryOtherFrequency(MLP):
     """MLP on the sine features of four coordinates, of which it takes half the frequencies."""
 
     def forward(self, x: Tensor) -> Tensor:
-        pairs = x.unflatten(
-            -1, (4, -1, 2, 2)
-        )  # coordinate, even frequency, even or odd, sin or cos
-        return super().forward(pairs[..., 0, :].flatten(-3))
+        # (..., coordinate, pair of frequencies, frequency, sine and cosine)
+        return super().forward(x.unflatten(-1, (4, -1, 2, 2))[..., 0, :].flatten(-3))
 
 
 @MODELS.register_module()

@@ -8,11 +8,11 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 
-class _ConvNorm(BaseModule):
+class _ConvNorm(nn.Module):
     """Convolution without bias, then LayerNorm over the channels of each pixel."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
-        super().__init__(init_cfg={"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"})
+        super().__init__()
         padding = kernel_size // 2
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
         self.ln = nn.LayerNorm(out_channels)
@@ -35,7 +35,7 @@ class LayerNormFPN(BaseModule):
     """
 
     def __init__(self, in_channels: Sequence[int], out_channels: int, num_outs: int):
-        super().__init__()
+        super().__init__(init_cfg={"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"})
         if num_outs < len(in_channels):
             raise ValueError(
                 f"num_outs must be at least the number of in_channels ({len(in_channels)}), "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import cv2
 import numpy as np
@@ -46,6 +47,21 @@ _ENGINE_TYPES = [
 ]
 
 
+def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dict:
+    """The contents of a checkpoint, of the engine or not; nothing from the file is executed.
+
+    Args:
+        source: see :func:`flash_internimage.checkpoint.fetch_checkpoint`.
+        map_location: of :func:`torch.load`.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is damaged or holds other objects.
+    """
+    with torch.serialization.safe_globals(_ENGINE_TYPES):
+        return load_checkpoint(fetch_checkpoint(source), map_location)
+
+
 @RUNNERS.register_module()
 class FlashRunner(Runner):
     """mmengine's Runner with checkpoints that are read safely, converted, and that fit.
@@ -73,8 +89,7 @@ class FlashRunner(Runner):
             FileNotFoundError: there is no such checkpoint.
             ValueError: it is damaged or does not fit the model.
         """
-        with torch.serialization.safe_globals(_ENGINE_TYPES):
-            checkpoint = load_checkpoint(fetch_checkpoint(filename), map_location)
+        checkpoint = read_checkpoint(filename, map_location)
         if "message_hub" not in checkpoint:  # not one of the engine's
             checkpoint = convert_checkpoint(checkpoint)
         model = self.model.module if is_model_wrapper(self.model) else self.model

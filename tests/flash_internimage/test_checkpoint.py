@@ -4,6 +4,11 @@ import logging
 import os
 import pickle
 import random
+import threading
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,6 +19,7 @@ from torch import Tensor, nn
 from flash_internimage import FlashInternImage
 from flash_internimage.checkpoint import (
     clean_state_dict,
+    fetch_checkpoint,
     load_checkpoint,
     load_weights,
     save_atomically,
@@ -60,6 +66,12 @@ def test_prefixes_of_wrappers_are_stripped(prefix):
 def test_prefixes_are_stripped_at_the_start_only():
     names = {"neck.backbone.weight": torch.zeros(1), "backbone_norm.weight": torch.zeros(1)}
     assert_equal(clean_state_dict(names), names)
+
+
+def test_of_a_detector_the_backbone_alone_is_taken():
+    names = {"module.neck.weight": torch.zeros(1), "ema_backbone_head_bias": torch.zeros(1)}
+    names |= {"module.backbone." + name: tensor for name, tensor in WEIGHTS.items()}
+    assert_equal(clean_state_dict({"state_dict": names}), WEIGHTS)
 
 
 # load_checkpoint
@@ -183,6 +195,73 @@ def test_missing_file_is_named(tmp_path):
     for path in (tmp_path / "none.pth", tmp_path):
         with pytest.raises(FileNotFoundError, match=str(path)):
             load_checkpoint(path)
+
+
+# fetch_checkpoint
+
+
+@pytest.fixture
+def server(tmp_path_factory, monkeypatch):
+    """The address of a folder with checkpoints; what is downloaded from it goes to a cache."""
+    folder = tmp_path_factory.mktemp("server")
+    torch.save(WEIGHTS, folder / "model.pth")
+    save_file(WEIGHTS, folder / "model.safetensors")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.delenv("http_proxy", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def cached_files() -> list[str]:
+    return [path.name for path in Path(torch.hub.get_dir()).rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_file_at_hand_is_taken_as_it_is(tmp_path, kind):
+    torch.save(WEIGHTS, tmp_path / "model.pth")
+    assert fetch_checkpoint(kind(tmp_path / "model.pth")) == tmp_path / "model.pth"
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+@pytest.mark.parametrize("query", ["", "?download=true", "#part"])
+def test_address_is_downloaded_once(server, name, query):
+    path = fetch_checkpoint(f"{server}/{name}{query}")
+    assert path == Path(torch.hub.get_dir()) / "checkpoints" / name
+    loaded = load_checkpoint(path)
+    assert_equal({key: loaded[key] for key in WEIGHTS}, WEIGHTS)
+    assert cached_files() == [name]
+    before = path.stat()
+    assert fetch_checkpoint(f"{server}/{name}{query}") == path
+    assert path.stat() == before
+
+
+def test_failed_download_leaves_nothing_and_names_the_address(server):
+    with pytest.raises(OSError, match=f"download of {server}/none.pth failed: .*404"):
+        fetch_checkpoint(f"{server}/none.pth")
+    assert cached_files() == []
+
+
+def test_released_weights_are_found_by_name(server, monkeypatch):
+    released = replace(timm.get_pretrained_cfg("flash_internimage_tiny.in1k"))
+    released.url = f"{server}/model.pth"
+    monkeypatch.setattr(timm, "get_pretrained_cfg", {"flash_internimage_tiny.in1k": released}.get)
+    assert_equal(load_checkpoint(fetch_checkpoint("flash_internimage_tiny.in1k")), WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["flash_internimage_nano.untrained", "flash_internimage_tiny", "resnet50.a1_in1k", "none.pth"],
+)
+def test_what_is_neither_file_address_nor_released_is_refused(source, server):
+    message = f"not found: {source} is neither a file, .* flash_internimage_tiny.in1k"
+    with pytest.raises(FileNotFoundError, match=message):
+        fetch_checkpoint(source)
 
 
 # save_atomically
