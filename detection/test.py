@@ -5,12 +5,12 @@ python -m detection.test CONFIG CHECKPOINT
 
 from mmdet.evaluation import DumpDetResults
 
-from flash_internimage.openmmlab.programs import testing_parser, testing_runner
+from flash_internimage.openmmlab.programs import evaluation_parser, evaluation_runner
 
 
 def main() -> None:
-    args = testing_parser("Evaluate a detector.").parse_args()
-    runner = testing_runner(args)
+    args = evaluation_parser("Evaluate a detector.").parse_args()
+    runner = evaluation_runner(args)
     if args.out:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))
     runner.test()

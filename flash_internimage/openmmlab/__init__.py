@@ -17,6 +17,7 @@ from .runtime import (
     BFloat16OptimWrapper,
     CompileBackboneHook,
     FlashRunner,
+    Float32OutputsHook,
     LoadReadableImage,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "FlashInternImageBackbone",
     "FlashMultiScaleDeformableAttention",
     "FlashRunner",
+    "Float32OutputsHook",
     "LayerDecayOptimWrapperConstructor",
     "LayerNormFPN",
     "LoadReadableImage",

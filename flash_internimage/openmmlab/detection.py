@@ -10,7 +10,7 @@ from mmdet.models.dense_heads import DINOHead
 from mmdet.models.detectors import DINO
 from mmdet.models.layers import MLP, inverse_sigmoid
 from mmengine.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from .coco import CheckedCocoDataset
 
@@ -37,6 +37,10 @@ class PublishedDINO(DINO):
         super()._init_layers()
         channels = self.embed_dims
         self.decoder.ref_point_head = _EveryOtherFrequency(2 * channels, channels, channels, 2)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        nn.init.normal_(self.query_embedding.weight)  # mmdet 3: Xavier's, a tenth of it
 
 
 @MODELS.register_module()

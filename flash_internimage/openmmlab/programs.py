@@ -61,7 +61,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def testing_parser(description: str) -> argparse.ArgumentParser:
+def evaluation_parser(description: str) -> argparse.ArgumentParser:
     """The arguments of a test program."""
     parser = _parser(description)
     parser.add_argument("checkpoint", help="a path or an address, of this or the published code")
@@ -99,12 +99,14 @@ def training_runner(args: argparse.Namespace) -> FlashRunner:
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic", dtype="float16")
     elif args.amp == "bf16":
         cfg.optim_wrapper.type = "BFloat16OptimWrapper"
+    if args.amp:
+        _add_hook(cfg, "Float32OutputsHook")
     if args.auto_scale_lr:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise ValueError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
         cfg.auto_scale_lr.enable = True
     if args.compile:
-        cfg.custom_hooks = [*cfg.get("custom_hooks", []), {"type": "CompileBackboneHook"}]
+        _add_hook(cfg, "CompileBackboneHook")
     if args.resume:
         last = latest_checkpoint(Path(cfg.work_dir)) if args.resume == "auto" else args.resume
         if last is None:
@@ -112,6 +114,10 @@ def training_runner(args: argparse.Namespace) -> FlashRunner:
         else:
             cfg.resume, cfg.load_from = True, str(last)
     return build_runner(cfg)
+
+
+def _add_hook(cfg: Config, name: str) -> None:
+    cfg.custom_hooks = [*cfg.get("custom_hooks", []), {"type": name}]
 
 
 def latest_checkpoint(work_dir: Path) -> Path | None:
@@ -123,8 +129,8 @@ def latest_checkpoint(work_dir: Path) -> Path | None:
     return max(found, key=lambda path: int(path.stem.split("_")[1]), default=None)
 
 
-def testing_runner(args: argparse.Namespace) -> FlashRunner:
-    """The runner for the arguments of :func:`testing_parser`, nothing of the training in it.
+def evaluation_runner(args: argparse.Namespace) -> FlashRunner:
+    """The runner for the arguments of :func:`evaluation_parser`, nothing of the training in it.
 
     Raises:
         FileNotFoundError: there is no such configuration.

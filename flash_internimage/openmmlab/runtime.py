@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_s
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS, RUNNERS, TRANSFORMS
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..checkpoint import fetch_checkpoint, load_checkpoint, require_fit, write_atomically
 from ..conversion import convert_checkpoint
@@ -182,6 +184,24 @@ class BFloat16OptimWrapper(OptimWrapper):
         device = next(model.parameters()).device.type
         with super().optim_context(model), torch.autocast(device, torch.bfloat16):
             yield
+
+
+@HOOKS.register_module()
+class Float32OutputsHook(Hook):
+    """Gives what necks and heads return in float32, however autocast computed it.
+
+    Boxes of bfloat16 are up to 4 pixels off at the border of an image of 1333, and mmcv's RoIAlign
+    and NMS do not take them.
+    """
+
+    def before_run(self, runner: Runner) -> None:
+        for name, module in runner.model.named_modules():
+            if re.search(r"(neck|head)(\.\d+)?$", name):
+                module.register_forward_hook(self._to_float32)
+
+    @staticmethod
+    def _to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, outputs)
 
 
 @HOOKS.register_module()

@@ -35,9 +35,10 @@ model = dict(
 RUN = """
 train_cfg = dict(max_epochs=2, val_interval=1)
 default_hooks = dict(logger=dict(interval=1))
-train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(data_root="{root}"))
-val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root="{root}"))
-test_dataloader = val_dataloader
+loader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root="{root}"))
+train_dataloader = dict(batch_size=4, **loader)
+val_dataloader = loader
+test_dataloader = loader
 val_evaluator = dict(ann_file="{root}/annotations/instances_val.json")
 test_evaluator = val_evaluator
 """
@@ -66,8 +67,10 @@ def write_config(scenes) -> Callable[..., Path]:
     """Writes the config of a demo, made small, and with further settings."""
 
     def write(path: Path, family: str = "mask_rcnn", settings: str = "", root=scenes) -> Path:
+        small = path.with_name(f"small_{path.name}")
         base = f"_base_ = {str(CONFIGS / DEMOS[family])!r}\n"
-        path.write_text(base + SMALL[family] + RUN.replace("{root}", str(root)) + settings)
+        small.write_text(base + SMALL[family] + RUN.replace("{root}", str(root)))
+        path.write_text(f"_base_ = {small.name!r}\n{settings}")
         return path
 
     return write

@@ -11,28 +11,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.runner import Runner
 
 from detection import test as test_program
 from flash_internimage.openmmlab import curves
 from flash_internimage.openmmlab.programs import (
+    evaluation_parser,
+    evaluation_runner,
     latest_checkpoint,
-    testing_parser,
-    testing_runner,
     training_parser,
     training_runner,
 )
 
 
 def train(*arguments) -> Runner:
+    DetLocalVisualizer._instance_dict.clear()  # else it writes to the folder of the process's first run
     runner = training_runner(training_parser("").parse_args([str(a) for a in arguments]))
     runner.train()
     return runner
 
 
 def evaluate(*arguments) -> dict[str, float]:
-    args = testing_parser("").parse_args([str(argument) for argument in arguments])
-    return testing_runner(args).test()
+    DetLocalVisualizer._instance_dict.clear()
+    args = evaluation_parser("").parse_args([str(argument) for argument in arguments])
+    return evaluation_runner(args).test()
 
 
 def figures(folder: Path) -> dict[str, float]:
