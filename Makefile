@@ -1,10 +1,11 @@
-# demo · test · lint · bench, each with the set-up that it needs. PYTHON names the interpreter to use.
+# demo · demo-detection · test · lint · bench, each with the set-up that it needs. PYTHON names the interpreter to use.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet
 
 DIGITS := configs/classification/flash_internimage_nano_digits.yaml
+SCENES := configs/detection/mask_rcnn_flash_internimage_nano_fpn_digits_scenes.py
 OPS_SOURCES := $(shell find ops_dcnv4/csrc ops_dcnv4/ops_dcnv4 -name '*.cpp' -o -name '*.cu*' -o -name '*.h' -o -name '*.py') \
 	ops_dcnv4/setup.py ops_dcnv4/pyproject.toml
 
@@ -13,11 +14,15 @@ OPS_SOURCES := $(shell find ops_dcnv4/csrc ops_dcnv4/ops_dcnv4 -name '*.cpp' -o 
 GPU_ARCHITECTURES := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$$' | sort -u | paste -sd ';')
 export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo demo-detection test lint bench sanitize clean
 
 demo: $(VENV)/.package data/digits
 	$(RUN) -m classification.train $(DIGITS) --resume auto
 	$(RUN) -m classification.validate $(DIGITS) --checkpoint output/digits/best.pth --json output/digits/result.json
+
+demo-detection: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes
+	$(RUN) -m detection.train $(SCENES) --work-dir output/digits-scenes --resume
+	$(RUN) -m detection.test $(SCENES) output/digits-scenes/epoch_16.pth --work-dir output/digits-scenes --show-dir predictions
 
 test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev
 	$(RUN) -m pytest
@@ -38,8 +43,8 @@ sanitize: $(VENV)/.package $(VENV)/.dev
 clean:
 	rm -rf $(VENV) ops_dcnv4/build ops_dcnv4/*.egg-info *.egg-info
 
-data/digits: | $(VENV)/.package
-	$(RUN) -m tools.make_demo_data --root $@
+data/%: | $(VENV)/.package
+	$(RUN) -m tools.make_demo_data $* --root $@
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python >= 3.11 is needed, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12 ...")'

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# sbatch tools/train_slurm.sh CONFIG.yaml [key=value ...]
-# Two machines with four GPUs each. Two minutes before the time limit the run saves and stops; the same
-# command, or SLURM's requeue, continues it.
+# sbatch tools/train_slurm.sh {classification|detection} CONFIG [more arguments of its train.py]
+# Two machines with four GPUs each. The same command, or SLURM's requeue, continues a run that was
+# stopped. Two minutes before the time limit classification saves and stops by itself.
 #SBATCH --job-name=flash_internimage
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -14,4 +14,4 @@ set -euo pipefail
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun .venv/bin/torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 4 \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:29500" \
-    -m classification.train "$@" --resume auto
+    -m "$1.train" "${@:2}" --resume auto

@@ -288,7 +288,8 @@ def test_images_are_normalised_and_padded_to_multiples_of_32(config):
 
 
 def test_hooks(recipe, config):
-    hooks = [{"type": "NumClassCheckHook"}, {"type": "CurvesHook"}]
+    names = "NumClassCheckHook", "CheckInvalidLossHook", "CurvesHook"
+    hooks = [{"type": name} for name in names]
     if recipe["ema"] == "yes":
         average = {"ema_type": "ExpMomentumEMA", "momentum": 1e-4, "gamma": 2000}
         hooks.append({"type": "EMAHook", **average, "update_buffers": True})

@@ -26,7 +26,7 @@ from flash_internimage.openmmlab.programs import (
 
 
 def train(*arguments) -> Runner:
-    DetLocalVisualizer._instance_dict.clear()  # else it writes to the folder of the process's first run
+    DetLocalVisualizer._instance_dict.clear()  # or it writes to the folder of the first run
     runner = training_runner(training_parser("").parse_args([str(a) for a in arguments]))
     runner.train()
     return runner
