@@ -23,9 +23,10 @@ struct Attention {
   OPS_DCNV4_INLINE int taps() const { return levels * points; }
 
   // The form with two tensors and the fused one, which passes for both, are read alike: numbers
-  // from one (query, head) to the next, and the first of its weights.
-  OPS_DCNV4_INLINE int location_stride() const { return (fused ? 3 : 2) * taps(); }
-  OPS_DCNV4_INLINE int weight_stride() const { return (fused ? 3 : 1) * taps(); }
+  // from one (query, head) to the next, and the first of its weights. Kernels that are compiled for
+  // a number of taps pass it as a constant.
+  OPS_DCNV4_INLINE int location_stride(int taps) const { return (fused ? 3 : 2) * taps; }
+  OPS_DCNV4_INLINE int weight_stride(int taps) const { return (fused ? 3 : 1) * taps; }
   OPS_DCNV4_INLINE int first_weight() const { return fused ? 2 * taps() : 0; }
 };
 

@@ -22,43 +22,6 @@ auto find(const char* name, const char* suffix = "") {
   return c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), "").typed<Signature>();
 }
 
-// Each operator: its name and, below the gradients, how it runs forward and backward.
-struct Dcnv4Function : torch::autograd::Function<Dcnv4Function> {
-  using Signature = Dcnv4;
-  using BackwardSignature = Dcnv4Backward;
-  static constexpr const char* name = "dcnv4";
-
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& value,
-                            const at::Tensor& offset_mask, at::IntArrayRef kernel_size,
-                            at::IntArrayRef stride, at::IntArrayRef padding,
-                            at::IntArrayRef dilation, int64_t groups, double offset_scale,
-                            bool remove_center);
-  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs);
-};
-
-struct MsDeformAttnFunction : torch::autograd::Function<MsDeformAttnFunction> {
-  using Signature = MsDeformAttn;
-  using BackwardSignature = MsDeformAttnBackward;
-  static constexpr const char* name = "ms_deform_attn";
-
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& value,
-                            const at::Tensor& spatial_shapes, const at::Tensor& level_start_index,
-                            const at::Tensor& sampling_locations,
-                            const at::Tensor& attention_weights);
-  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs);
-};
-
-struct FlashDeformAttnFunction : torch::autograd::Function<FlashDeformAttnFunction> {
-  using Signature = FlashDeformAttn;
-  using BackwardSignature = FlashDeformAttnBackward;
-  static constexpr const char* name = "flash_deform_attn";
-
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& value,
-                            const at::Tensor& spatial_shapes, const at::Tensor& level_start_index,
-                            const at::Tensor& sampling_loc_attn, int64_t n_points);
-  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs);
-};
-
 template <typename Function>
 const auto& operator_of() {
   static const auto handle = find<typename Function::Signature>(Function::name);
@@ -79,74 +42,89 @@ auto call_kernel(const Operator& handle, const Arguments&... arguments) {
   return handle.call(arguments...);
 }
 
-at::Tensor Dcnv4Function::forward(AutogradContext* context, const at::Tensor& value,
-                                  const at::Tensor& offset_mask, at::IntArrayRef kernel_size,
-                                  at::IntArrayRef stride, at::IntArrayRef padding,
-                                  at::IntArrayRef dilation, int64_t groups, double offset_scale,
-                                  bool remove_center) {
-  context->save_for_backward({value, offset_mask});
-  context->saved_data["kernel_size"] = kernel_size;
-  context->saved_data["stride"] = stride;
-  context->saved_data["padding"] = padding;
-  context->saved_data["dilation"] = dilation;
-  context->saved_data["groups"] = groups;
-  context->saved_data["offset_scale"] = offset_scale;
-  context->saved_data["remove_center"] = remove_center;
-  return call_kernel(operator_of<Dcnv4Function>(), value, offset_mask, kernel_size, stride, padding,
-                     dilation, groups, offset_scale, remove_center);
-}
+// Each operator: its name and, below the gradients, how it runs forward and backward.
+struct Dcnv4Function : torch::autograd::Function<Dcnv4Function> {
+  using Signature = Dcnv4;
+  using BackwardSignature = Dcnv4Backward;
+  static constexpr const char* name = "dcnv4";
 
-variable_list Dcnv4Function::backward(AutogradContext* context, const variable_list& grad_outputs) {
-  const variable_list saved = context->get_saved_variables();
-  auto& data = context->saved_data;
-  auto [grad_value, grad_offset_mask] = backward_of<Dcnv4Function>().call(
-      grad_outputs[0], saved[0], saved[1], data["kernel_size"].toIntVector(),
-      data["stride"].toIntVector(), data["padding"].toIntVector(), data["dilation"].toIntVector(),
-      data["groups"].toInt(), data["offset_scale"].toDouble(), data["remove_center"].toBool());
-  variable_list grads(9);  // undefined for the parameters
-  grads[0] = grad_value;
-  grads[1] = grad_offset_mask;
-  return grads;
-}
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& value,
+                            const at::Tensor& offset_mask, at::IntArrayRef kernel_size,
+                            at::IntArrayRef stride, at::IntArrayRef padding,
+                            at::IntArrayRef dilation, int64_t groups, double offset_scale,
+                            bool remove_center) {
+    context->save_for_backward({value, offset_mask});
+    auto& data = context->saved_data;
+    data["kernel_size"] = kernel_size;
+    data["stride"] = stride;
+    data["padding"] = padding;
+    data["dilation"] = dilation;
+    data["groups"] = groups;
+    data["offset_scale"] = offset_scale;
+    data["remove_center"] = remove_center;
+    return call_kernel(operator_of<Dcnv4Function>(), value, offset_mask, kernel_size, stride,
+                       padding, dilation, groups, offset_scale, remove_center);
+  }
 
-at::Tensor MsDeformAttnFunction::forward(AutogradContext* context, const at::Tensor& value,
-                                         const at::Tensor& spatial_shapes,
-                                         const at::Tensor& level_start_index,
-                                         const at::Tensor& sampling_locations,
-                                         const at::Tensor& attention_weights) {
-  context->save_for_backward(
-      {value, spatial_shapes, level_start_index, sampling_locations, attention_weights});
-  return call_kernel(operator_of<MsDeformAttnFunction>(), value, spatial_shapes, level_start_index,
-                     sampling_locations, attention_weights);
-}
+  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
+    const variable_list saved = context->get_saved_variables();
+    auto& data = context->saved_data;
+    auto [grad_value, grad_offset_mask] = backward_of<Dcnv4Function>().call(
+        grad_outputs[0], saved[0], saved[1], data["kernel_size"].toIntVector(),
+        data["stride"].toIntVector(), data["padding"].toIntVector(), data["dilation"].toIntVector(),
+        data["groups"].toInt(), data["offset_scale"].toDouble(), data["remove_center"].toBool());
+    variable_list grads(9);  // undefined for the parameters
+    grads[0] = grad_value;
+    grads[1] = grad_offset_mask;
+    return grads;
+  }
+};
 
-variable_list MsDeformAttnFunction::backward(AutogradContext* context,
-                                             const variable_list& grad_outputs) {
-  const variable_list saved = context->get_saved_variables();
-  auto [grad_value, grad_locations, grad_weights] = backward_of<MsDeformAttnFunction>().call(
-      grad_outputs[0], saved[0], saved[1], saved[2], saved[3], saved[4]);
-  return {grad_value, at::Tensor(), at::Tensor(), grad_locations, grad_weights};
-}
+struct MsDeformAttnFunction : torch::autograd::Function<MsDeformAttnFunction> {
+  using Signature = MsDeformAttn;
+  using BackwardSignature = MsDeformAttnBackward;
+  static constexpr const char* name = "ms_deform_attn";
 
-at::Tensor FlashDeformAttnFunction::forward(AutogradContext* context, const at::Tensor& value,
-                                            const at::Tensor& spatial_shapes,
-                                            const at::Tensor& level_start_index,
-                                            const at::Tensor& sampling_loc_attn,
-                                            int64_t n_points) {
-  context->save_for_backward({value, spatial_shapes, level_start_index, sampling_loc_attn});
-  context->saved_data["n_points"] = n_points;
-  return call_kernel(operator_of<FlashDeformAttnFunction>(), value, spatial_shapes,
-                     level_start_index, sampling_loc_attn, n_points);
-}
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& value,
+                            const at::Tensor& spatial_shapes, const at::Tensor& level_start_index,
+                            const at::Tensor& sampling_locations,
+                            const at::Tensor& attention_weights) {
+    context->save_for_backward(
+        {value, spatial_shapes, level_start_index, sampling_locations, attention_weights});
+    return call_kernel(operator_of<MsDeformAttnFunction>(), value, spatial_shapes,
+                       level_start_index, sampling_locations, attention_weights);
+  }
 
-variable_list FlashDeformAttnFunction::backward(AutogradContext* context,
-                                                const variable_list& grad_outputs) {
-  const variable_list saved = context->get_saved_variables();
-  auto [grad_value, grad_loc_attn] = backward_of<FlashDeformAttnFunction>().call(
-      grad_outputs[0], saved[0], saved[1], saved[2], saved[3],
-      context->saved_data["n_points"].toInt());
-  return {grad_value, at::Tensor(), at::Tensor(), grad_loc_attn, at::Tensor()};
-}
+  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
+    const variable_list saved = context->get_saved_variables();
+    auto [grad_value, grad_locations, grad_weights] = backward_of<MsDeformAttnFunction>().call(
+        grad_outputs[0], saved[0], saved[1], saved[2], saved[3], saved[4]);
+    return {grad_value, at::Tensor(), at::Tensor(), grad_locations, grad_weights};
+  }
+};
+
+struct FlashDeformAttnFunction : torch::autograd::Function<FlashDeformAttnFunction> {
+  using Signature = FlashDeformAttn;
+  using BackwardSignature = FlashDeformAttnBackward;
+  static constexpr const char* name = "flash_deform_attn";
+
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& value,
+                            const at::Tensor& spatial_shapes, const at::Tensor& level_start_index,
+                            const at::Tensor& sampling_loc_attn, int64_t n_points) {
+    context->save_for_backward({value, spatial_shapes, level_start_index, sampling_loc_attn});
+    context->saved_data["n_points"] = n_points;
+    return call_kernel(operator_of<FlashDeformAttnFunction>(), value, spatial_shapes,
+                       level_start_index, sampling_loc_attn, n_points);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
+    const variable_list saved = context->get_saved_variables();
+    auto [grad_value, grad_loc_attn] = backward_of<FlashDeformAttnFunction>().call(
+        grad_outputs[0], saved[0], saved[1], saved[2], saved[3],
+        context->saved_data["n_points"].toInt());
+    return {grad_value, at::Tensor(), at::Tensor(), grad_loc_attn, at::Tensor()};
+  }
+};
 
 // The gradients of an operator, which are not differentiated again.
 template <typename Function>

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.gpu.test_ops import (
     GIB,
     assert_same_halves,
     poison_free_memory,
+    replay,
     skip_without_memory,
 )
 from tests.ops_dcnv4.attention_cases import Inputs, Result, call, random_inputs, run_reference
@@ -162,20 +164,9 @@ def test_the_cpu_does_not_wait_for_the_gpu(form, levels):
 @both_forms
 def test_a_cuda_graph_computes_anew_from_changed_inputs(form, run):
     example, *others = (encoder_inputs(torch.float16, seed=seed) for seed in range(3))
-    warm_up = torch.cuda.Stream()
-    warm_up.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warm_up):
-        for _ in range(3):
-            compute(example, form)
-    torch.cuda.current_stream().wait_stream(warm_up)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = compute(example, form)
-    for other in others:
-        for to, tensor in zip(example, other, strict=True):
-            to.copy_(tensor)
-        graph.replay()
-        assert_equal(Result(*(t.cpu() for t in result)), run(other, form))
+    results = replay(lambda inputs: compute(inputs, form), example, others)
+    for result, other in zip(results, others, strict=True):
+        assert_equal(result, run(other, form))
 
 
 OUTSIDE = """
@@ -190,7 +181,12 @@ torch.cuda.synchronize()
 
 def test_a_level_outside_of_value_fails_an_assertion():
     """In a process of its own: afterwards it cannot use the GPU."""
-    process = subprocess.run([sys.executable, "-c", OUTSIDE], capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-c", OUTSIDE],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
     assert process.returncode != 0
     assert "device-side assert" in process.stderr
     assert "lies outside of value" in process.stderr + process.stdout

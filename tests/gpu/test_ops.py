@@ -1,7 +1,7 @@
 """The CUDA kernels on a GPU: what every backend must pass, real sizes, and what CUDA adds."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -196,6 +196,28 @@ def test_the_cpu_does_not_wait_for_the_gpu(dtype, device):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def replay(
+    compute: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    others: Sequence[tuple[Tensor, ...]],
+) -> Iterator[tuple[Tensor, ...]]:
+    """Captures compute(inputs) in a CUDA graph; its results, on the CPU, with others as inputs."""
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        for _ in range(3):
+            compute(inputs)
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = compute(inputs)
+    for other in others:
+        for to, tensor in zip(inputs, other, strict=True):
+            to.copy_(tensor)
+        graph.replay()
+        yield tuple(result.cpu() for result in results)
+
+
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", FAST_DTYPES)
 def test_a_cuda_graph_computes_anew_from_changed_inputs(dtype, run, device):
@@ -203,21 +225,9 @@ def test_a_cuda_graph_computes_anew_from_changed_inputs(dtype, run, device):
     example, *others = (
         random_tensors(p, group_channels=16, seed=seed).to(dtype) for seed in range(3)
     )
-    inputs = example.to(device)
-    warm_up = torch.cuda.Stream()
-    warm_up.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warm_up):
-        for _ in range(3):
-            compute(inputs, p)
-    torch.cuda.current_stream().wait_stream(warm_up)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = compute(inputs, p)
-    for other in others:
-        for to, tensor in zip(inputs, other, strict=True):
-            to.copy_(tensor)
-        graph.replay()
-        assert_equal(on_the_cpu(result), run(other, p))
+    results = replay(lambda tensors: compute(tensors, p), example.to(device), others)
+    for result, other in zip(results, others, strict=True):
+        assert_equal(result, run(other, p))
 
 
 def gpu_activities(function: Callable[[], object]) -> list[str]:

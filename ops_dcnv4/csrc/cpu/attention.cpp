@@ -32,14 +32,12 @@ void check_levels(const Attention& a, const at::Tensor& shapes, const at::Tensor
 // accumulator's type.
 struct Inputs {
   at::Tensor value, spatial_shapes, level_start_index, locations, weights;
-  int64_t location_stride;
 
   Inputs(const Attention& a, const at::Tensor& value, const at::Tensor& spatial_shapes,
          const at::Tensor& level_start_index, const at::Tensor& points, const at::Tensor& weights)
       : value(value.contiguous()),
         spatial_shapes(spatial_shapes.contiguous()),
-        level_start_index(level_start_index.contiguous()),
-        location_stride(a.location_stride()) {
+        level_start_index(level_start_index.contiguous()) {
     check_levels(a, this->spatial_shapes, this->level_start_index);
     const at::ScalarType dtype = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     locations = points.contiguous().to(dtype);
@@ -54,8 +52,7 @@ struct Inputs {
             level_start_index.const_data_ptr<int64_t>(),
             value.const_data_ptr<scalar_t>(),
             locations.const_data_ptr<acc_t>(),
-            weights.const_data_ptr<acc_t>(),
-            location_stride};
+            weights.const_data_ptr<acc_t>()};
   }
 };
 

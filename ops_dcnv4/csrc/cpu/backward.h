@@ -183,11 +183,10 @@ void backward(const Geometry& g, const Dcnv4Tensors<scalar_t>& t, const Scratch<
 
 template <typename acc_t, typename Count>
 OPS_DCNV4_NOINLINE void differentiate_queries(Plan<acc_t, Count> plan, const Levels<acc_t> levels,
-                                              acc_t* grad_locations, int64_t location_stride,
-                                              acc_t* grad_weights, int64_t unit, int64_t heads,
-                                              int64_t count) {
-  for (int64_t i = 0; i < count; ++i, unit += heads, plan = plan.template next<true>()) {
-    differentiate(plan, levels, false, grad_locations + unit * location_stride,
+                                              const Attention& a, acc_t* grad_locations,
+                                              acc_t* grad_weights, int64_t unit, int64_t count) {
+  for (int64_t i = 0; i < count; ++i, unit += a.heads, plan = plan.template next<true>()) {
+    differentiate(plan, levels, false, grad_locations + unit * a.location_stride(plan.taps),
                   grad_weights + unit * plan.taps);
   }
 }
@@ -210,8 +209,7 @@ void backward(const Attention& a, const AttentionTensors<scalar_t>& t,
       const int64_t first_unit = (image * a.queries + i) * a.heads + head;
       plan_queries<true>(first, levels, a, t, units, first_unit, count);
       spread_strip(first, 0, channels, a.head_channels, t.grad_output, scratch, units, count);
-      differentiate_queries(first, levels, t.grad_locations, t.location_stride, t.grad_weights,
-                            first_unit, a.heads, count);
+      differentiate_queries(first, levels, a, t.grad_locations, t.grad_weights, first_unit, count);
     }
     copy_slice(t.grad_value + first_value, channels, scratch.grad_value, a.head_channels, a.pixels,
                a.head_channels);

@@ -30,20 +30,18 @@ struct Dcnv4Tensors {
   scalar_t* grad_offset_mask;   // backward
 };
 
-// Locations and weights are in the accumulator's type, and normalised.
+// Locations and weights are in the accumulator's type, and normalised. Weights have no gaps between
+// them; locations lie Attention::location_stride apart from one (query, head) to the next.
 template <typename scalar_t>
 struct AttentionTensors {
   using acc_t = Accumulated<scalar_t>;
   const int64_t *spatial_shapes, *level_start_index;
   const scalar_t* value;
-  const acc_t* locations;   // `location_stride` apart for each (query, head)
-  const acc_t* weights;
-  int64_t location_stride;
-  scalar_t* output;             // forward
-  const scalar_t* grad_output;  // backward
-  scalar_t* grad_value;         // backward
-  acc_t* grad_locations;        // backward; as far apart as the locations
-  acc_t* grad_weights;          // backward
+  const acc_t *locations, *weights;
+  scalar_t* output;                      // forward
+  const scalar_t* grad_output;           // backward
+  scalar_t* grad_value;                  // backward
+  acc_t *grad_locations, *grad_weights;  // backward
 };
 
 // A worker's memory, aligned to whole vectors.

@@ -66,7 +66,8 @@ OPS_DCNV4_NOINLINE void plan_queries(Plan<acc_t, Count> plan, const Levels<acc_t
   for (int64_t i = 0; i < count; ++i, unit += a.heads, plan = plan.template next<backward>()) {
     const int64_t query = unit / a.heads;
     units[i] = {query / a.queries, query, head, false};
-    const Query<acc_t, Count> points{levels, plan.taps, t.locations + unit * t.location_stride,
+    const Query<acc_t, Count> points{levels, plan.taps,
+                                     t.locations + unit * a.location_stride(plan.taps),
                                      t.weights + unit * plan.taps};
     plan_border<backward>(plan, levels, points);
   }

@@ -62,8 +62,8 @@ struct Levels {
   template <typename T>
   __device__ __forceinline__ Points<T> at(T* locations, T* weights, const Extents& output,
                                           const Unit& unit) const {
-    const int location_stride = (a.fused ? 3 : 2) * taps();
-    const int weight_stride = (a.fused ? 3 : 1) * taps();
+    const int location_stride = a.location_stride(taps());
+    const int weight_stride = a.weight_stride(taps());
     const index_t heads = a.heads;
     return {at_unit<index_t>(locations, output, unit, heads * location_stride, location_stride),
             at_unit<index_t>(weights, output, unit, heads * weight_stride, weight_stride)};
