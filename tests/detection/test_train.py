@@ -23,6 +23,7 @@ from flash_internimage.openmmlab.programs import (
     training_parser,
     training_runner,
 )
+from flash_internimage.openmmlab.runtime import read_checkpoint
 
 
 def train(*arguments) -> Runner:
@@ -90,12 +91,10 @@ def test_predictions_are_written_and_drawn(trained, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*/pictures/*.jpg"))) == 4
 
 
+@pytest.mark.parametrize("trained", ["mask_rcnn"], indirect=True)  # the goldens have DINO's names
 def test_a_published_container_gives_the_same_figures(trained, tmp_path):
     config, folder = trained
-    if "dino" in config.name:
-        pytest.skip("its published names are tested with the goldens")
-    with torch.serialization.safe_globals([getattr]):
-        state_dict = torch.load(folder / "epoch_2.pth", weights_only=False)["state_dict"]
+    state_dict = read_checkpoint(folder / "epoch_2.pth")["state_dict"]
     averaged = {f"ema_{name.replace('.', '_')}": t for name, t in state_dict.items()}
     published = {"state_dict": state_dict | averaged, "meta": {"CLASSES": list("0123456789")}}
     torch.save(published, tmp_path / "published.pth")
@@ -103,7 +102,7 @@ def test_a_published_container_gives_the_same_figures(trained, tmp_path):
     assert evaluate(*arguments) == pytest.approx(figures(folder), abs=1e-6)
 
 
-def test_mixed_precision_and_accumulation(write_config, tmp_path, trained):
+def test_mixed_precision_and_accumulation(tmp_path, trained):
     config, _ = trained
     runner = train(
         config, "--amp", "bf16", "--work-dir", tmp_path, "--cfg-options",
@@ -160,10 +159,9 @@ def test_learning_rate_follows_the_number_of_images(write_config, tmp_path):
     assert set(runner.optim_wrapper.get_lr()["base_lr"]) == {1e-3 * 4 / 16}
 
 
+@pytest.mark.parametrize("trained", ["mask_rcnn"], indirect=True)
 def test_fine_tuning_takes_what_fits(write_config, tmp_path, trained):
-    source, folder = trained
-    if "dino" in source.name:
-        pytest.skip("one family shows it")
+    _, folder = trained
     settings = """
 train_cfg = dict(max_epochs=1)
 classes = ("0", "1", "2")

@@ -122,7 +122,8 @@ class TestCheckpoints:
             runner(train_cfg={"by_epoch": True, "max_epochs": 1}).train()
         assert path.read_bytes() == before
 
-    def test_a_resumed_run_ends_as_an_uninterrupted_one(self, runner, tmp_path):
+    @pytest.mark.parametrize("averages", [[], [{"type": "EMAHook", "momentum": 0.3}]])
+    def test_a_resumed_run_ends_as_an_uninterrupted_one(self, averages, runner, tmp_path):
         torch.manual_seed(0)
         initial = Model().state_dict()
         ends = []
@@ -136,6 +137,7 @@ class TestCheckpoints:
                     model,
                     work_dir=str(folder),
                     train_cfg={"by_epoch": True, "max_epochs": epochs},
+                    custom_hooks=[*averages, {"type": "CurvesHook"}],
                     **({"resume": True, "load_from": str(last)} if last else {}),
                 ).train()
             ends.append(load_state(folder / "epoch_3.pth"))
