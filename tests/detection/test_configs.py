@@ -147,6 +147,13 @@ def test_every_config_has_a_recipe():
     assert {file.stem for file in files} == set(RECIPES)
 
 
+def test_the_readme_has_every_config_with_its_published_figures(recipe):
+    name = f"{recipe['config']}.py"
+    figures = f"| {recipe['box_ap']} | {recipe['mask_ap'] or '–'} "
+    row = f"{figures}| [{name}](configs/detection/{name}) |"
+    assert row in (ROOT / "README.md").read_text()
+
+
 def test_optimizer(recipe, config):
     expected = {
         "type": "OptimWrapper",

@@ -156,7 +156,7 @@ def test_learning_rate_follows_the_number_of_images(write_config, tmp_path):
     args = [str(config), "--auto-scale-lr", "--work-dir", str(tmp_path / "run")]
     runner = training_runner(training_parser("").parse_args(args))
     runner.train()
-    assert set(runner.optim_wrapper.get_lr()["base_lr"]) == {1e-3 * 4 / 16}
+    assert {group["lr"] for group in runner.optim_wrapper.optimizer.param_groups} == {1e-3 * 4 / 16}
 
 
 @pytest.mark.parametrize("trained", ["mask_rcnn"], indirect=True)
