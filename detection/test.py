@@ -9,7 +9,7 @@ from flash_internimage.openmmlab.programs import evaluation_parser, evaluation_r
 
 
 def main() -> None:
-    args = evaluation_parser("Evaluate a detector.").parse_args()
+    args = evaluation_parser("detection.test", "Evaluate a detector.").parse_args()
     runner = evaluation_runner(args)
     if args.out:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))

@@ -8,7 +8,7 @@ from flash_internimage.openmmlab.programs import training_parser, training_runne
 
 
 def main() -> None:
-    args = training_parser("Train a detector.").parse_args()
+    args = training_parser("detection.train", "Train a detector.").parse_args()
     training_runner(args).train()
 
 

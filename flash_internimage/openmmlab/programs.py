@@ -12,8 +12,8 @@ from mmengine.logging import print_log
 from .runtime import FlashRunner
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
+def _parser(program: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"python -m {program}", description=description)
     parser.add_argument("config", type=Path, help="a file of configs/")
     parser.add_argument(
         "--work-dir", type=Path, help="for logs and checkpoints, default output/<config's name>"
@@ -33,9 +33,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def training_parser(description: str) -> argparse.ArgumentParser:
+def training_parser(program: str, description: str) -> argparse.ArgumentParser:
     """The arguments of a training program."""
-    parser = _parser(description)
+    parser = _parser(program, description)
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -61,9 +61,9 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def evaluation_parser(description: str) -> argparse.ArgumentParser:
+def evaluation_parser(program: str, description: str) -> argparse.ArgumentParser:
     """The arguments of a test program."""
-    parser = _parser(description)
+    parser = _parser(program, description)
     parser.add_argument("checkpoint", help="a path or an address, of this or the published code")
     parser.add_argument("--out", type=Path, help="write the predictions to this file, *.pkl")
     parser.add_argument("--show-dir", help="draw the predictions, <work dir>/<time>/<this folder>")
@@ -92,7 +92,8 @@ def training_runner(args: argparse.Namespace) -> FlashRunner:
 
     Raises:
         FileNotFoundError: there is no such configuration or checkpoint.
-        ValueError: the configuration does not say what the learning rate is made for.
+        ValueError: the work folder holds another run, or the configuration does not say what the
+            learning rate is made for.
     """
     cfg = _load_config(args)
     if args.amp == "fp16":
@@ -107,8 +108,11 @@ def training_runner(args: argparse.Namespace) -> FlashRunner:
         cfg.auto_scale_lr.enable = True
     if args.compile:
         _add_hook(cfg, "CompileBackboneHook")
+    last = latest_checkpoint(Path(cfg.work_dir))
+    if last and not args.resume:
+        raise ValueError(f"{last} exists: pass --resume to go on, or another --work-dir")
     if args.resume:
-        last = latest_checkpoint(Path(cfg.work_dir)) if args.resume == "auto" else args.resume
+        last = last if args.resume == "auto" else args.resume
         if last is None:
             print_log(f"no checkpoint in {cfg.work_dir}: training starts anew", level=logging.INFO)
         else:

@@ -149,7 +149,7 @@ def test_every_config_has_a_recipe():
 
 def test_the_readme_has_every_config_with_its_published_figures(recipe):
     name = f"{recipe['config']}.py"
-    figures = f"| {recipe['box_ap']} | {recipe['mask_ap'] or '–'} "
+    figures = f"| {recipe['box_ap']} | {recipe['mask_ap'] or chr(0x2013)} "
     row = f"{figures}| [{name}](configs/detection/{name}) |"
     assert row in (ROOT / "README.md").read_text()
 

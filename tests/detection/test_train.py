@@ -28,14 +28,14 @@ from flash_internimage.openmmlab.runtime import read_checkpoint
 
 def train(*arguments) -> Runner:
     DetLocalVisualizer._instance_dict.clear()  # or it writes to the folder of the first run
-    runner = training_runner(training_parser("").parse_args([str(a) for a in arguments]))
+    runner = training_runner(training_parser("train", "").parse_args([str(a) for a in arguments]))
     runner.train()
     return runner
 
 
 def evaluate(*arguments) -> dict[str, float]:
     DetLocalVisualizer._instance_dict.clear()
-    args = evaluation_parser("").parse_args([str(argument) for argument in arguments])
+    args = evaluation_parser("test", "").parse_args([str(argument) for argument in arguments])
     return evaluation_runner(args).test()
 
 
@@ -154,7 +154,7 @@ def test_learning_rate_follows_the_number_of_images(write_config, tmp_path):
     settings = "train_cfg = dict(max_epochs=1)\nparam_scheduler = []\n"
     config = write_config(tmp_path / "scaled.py", settings=settings)
     args = [str(config), "--auto-scale-lr", "--work-dir", str(tmp_path / "run")]
-    runner = training_runner(training_parser("").parse_args(args))
+    runner = training_runner(training_parser("train", "").parse_args(args))
     runner.train()
     assert {group["lr"] for group in runner.optim_wrapper.optimizer.param_groups} == {1e-3 * 4 / 16}
 
@@ -222,6 +222,11 @@ class TestErrors:
         shutil.copytree(scenes, root)
         (root / "val" / "000003.jpg").unlink()
         fails(FileNotFoundError, r"1 of the 4 images .*val/000003\.jpg", root=root)
+
+    def test_another_run_is_not_overwritten(self, write_config, tmp_path):
+        (tmp_path / "epoch_3.pth").touch()
+        with pytest.raises(ValueError, match=r"epoch_3\.pth exists: pass --resume to go on, or"):
+            train(write_config(tmp_path / "c.py"), "--work-dir", tmp_path)
 
     def test_configs_and_checkpoints(self, write_config, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"config not found: none\.py"):
