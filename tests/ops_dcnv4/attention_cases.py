@@ -69,7 +69,7 @@ def random_inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    spatial_shapes = torch.tensor(shapes)
+    spatial_shapes = torch.tensor(shapes, dtype=torch.int64).view(-1, 2)
     pixels = spatial_shapes.prod(1)
     locations = 0.5 + 0.4 * spread * normal(batch, queries, heads, len(shapes), points, 2)
     if steps is not None:

@@ -108,10 +108,11 @@ def run_operator(tensors: Tensors, p: Parameters, device: str = "cpu") -> Result
     return Result(*(tensor.detach().cpu() for tensor in (output, *grads)))
 
 
-def run_reference(tensors: Tensors, p: Parameters) -> Result:
+def run_reference(tensors: Tensors, p: Parameters, module=reference) -> Result:
+    """The same by the functions of a module with the reference's names."""
     value, offset_mask, grad_output = tensors
-    output = reference.dcnv4(value, offset_mask, *p)
-    return Result(output, *reference.dcnv4_backward(grad_output, value, offset_mask, *p))
+    output = module.dcnv4(value, offset_mask, *p)
+    return Result(output, *module.dcnv4_backward(grad_output, value, offset_mask, *p))
 
 
 def run_exactly(tensors: Tensors, p: Parameters) -> Result:

@@ -13,8 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from ops_dcnv4 import is_compiled
+from tests.ops_dcnv4 import attention_cases
 from tests.ops_dcnv4.attention_cases import (
     FORMS,
     Inputs,
@@ -186,22 +188,23 @@ def test_image_in_a_batch_equals_the_image_alone(form, head_channels, dtype, run
         assert_equal(Result(*(t[i : i + 1] for t in together)), alone)
 
 
+def scatter(tensor: Tensor) -> Tensor:
+    """The same numbers, not side by side."""
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+
 @pytest.mark.usefixtures("deterministic")
 @both_forms
-def test_memory_layout_changes_nothing(form, run, device):
+def test_memory_layout_changes_nothing(form, run, device, monkeypatch):
     inputs = random_inputs().on(device)
-    scattered = Inputs(
-        *(t.transpose(0, -1).contiguous().transpose(0, -1) for t in inputs[:-1]), None
-    )
-    scattered = scattered._replace(
-        grad_output=inputs.grad_output.transpose(0, 1).contiguous().transpose(0, 1),
-        level_start_index=inputs.level_start_index.repeat_interleave(2)[::2],
-    )
-    assert not any(t.is_contiguous() for t in scattered)
-    assert_equal(run(scattered, form), run(inputs, form))
+    expected = run(inputs, form)
+    scattered = Inputs(*(scatter(t) for t in inputs))
+    assert not any(t.is_contiguous() for t in (*scattered, scatter(pack(inputs))))
+    monkeypatch.setattr(attention_cases, "pack", lambda inputs: scatter(pack(inputs)))
+    assert_equal(run(scattered, form), expected)
 
 
-@pytest.mark.parametrize("sizes", [{"batch": 0}, {"queries": 0}])
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"queries": 0}, {"head_channels": 0}])
 @both_forms
 def test_nothing_to_do(form, sizes, run):
     inputs = random_inputs(**sizes)
@@ -259,9 +262,12 @@ def test_a_point_nowhere_in_the_image_contributes_nothing(
 
 
 @dtypes_and_widths
-def test_a_point_nowhere_takes_its_share_of_the_softmax(dtype, head_channels, run, assert_near):
+@pytest.mark.parametrize("location", [1e30, -math.inf, math.nan])
+def test_a_point_nowhere_takes_its_share_of_the_softmax(
+    location, dtype, head_channels, run, assert_near
+):
     inputs = random_inputs(head_channels=head_channels).to(dtype)
-    inputs.locations[POINT] = math.nan
+    inputs.locations[POINT] = location
     result, expected = run(inputs, "fused"), run_exactly(inputs, "fused")
     tolerance = {torch.float64: 1e-11, torch.float32: 1e-5}.get(dtype, 2e-2)
     for actual, wanted in zip(result, expected, strict=True):

@@ -4,6 +4,8 @@ The interpreter is chosen when triton is imported, and would affect other tests 
 module runs itself once more in a process of its own, where TRITON_INTERPRET is set.
 """
 
+import functools
+import itertools
 import math
 import os
 import re
@@ -11,15 +13,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
 
-from ops_dcnv4 import reference
+from tests.ops_dcnv4 import attention_cases, test_attention
+from tests.ops_dcnv4.attention_cases import FORMS, random_inputs
 from tests.ops_dcnv4.cases import (
     DTYPES,
     Parameters,
@@ -35,9 +35,9 @@ from tests.ops_dcnv4.cases import (
 from tests.ops_dcnv4.test_ops import MODULATION, X, Y, assert_tap_contributes_nothing, problems
 
 triton = pytest.importorskip("triton")
-triton_kernels = pytest.importorskip("ops_dcnv4.triton_kernels")
+from ops_dcnv4 import triton_kernels  # noqa: E402  it imports triton
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GOLDENS = sorted((Path(__file__).parents[1] / "data" / "msda").glob("*.npz"))
 
 if INTERPRETED:
     from tests.ops_dcnv4.test_ops import TestSumsIn32Bits as SharedSums
@@ -51,75 +51,12 @@ if INTERPRETED:
     )
 
 
-# Inputs
-
-
-class Attention(NamedTuple):
-    """Arguments of both forms of multi-scale deformable attention."""
-
-    value: Tensor
-    spatial_shapes: Tensor
-    level_start_index: Tensor
-    sampling_locations: Tensor
-    attention_weights: Tensor
-    sampling_loc_attn: Tensor
-    grad_output: Tensor
-
-    def to(self, dtype: torch.dtype, points_dtype: torch.dtype | None = None) -> "Attention":
-        value, shapes, start, *points, grad_output = self
-        points = (t.to(points_dtype or dtype) for t in points)
-        return Attention(value.to(dtype), shapes, start, *points, grad_output.to(dtype))
-
-    def image(self, i: int) -> "Attention":
-        images = (t if t.dtype == torch.int64 else t[i : i + 1] for t in self)
-        return Attention(*images)
-
-
-def random_attention(
-    sizes=((4, 5), (2, 3)), points=1, heads=2, channels=5, batch=2, queries=3, seed=0
-) -> Attention:
-    """In float64, a third of the points outside."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    shapes = torch.tensor(sizes, dtype=torch.int64).view(-1, 2)
-    pixels = shapes.prod(1)
-    locations = 0.5 + 0.5 * normal(batch, queries, heads, len(sizes), points, 2)
-    logits = normal(batch, queries, heads, len(sizes), points)
-    return Attention(
-        normal(batch, int(pixels.sum()), heads, channels),
-        shapes,
-        pixels.cumsum(0) - pixels,
-        locations,
-        normal(batch, queries, heads, len(sizes), points),
-        torch.cat((locations.flatten(3), logits.flatten(3)), dim=-1),
-        normal(batch, queries, heads * channels),
-    )
-
-
-def run_attention(kernels, tensors: Attention) -> dict[str, Tensor]:
-    """All that the four functions of a module return."""
-    value, shapes, start, locations, weights, packed, grad_output = tensors
-    separate, fused = (locations, weights), (packed, locations.shape[4])
-    names = "value", "sampling_locations", "attention_weights"
-    levels = value, shapes, start
-    grads = kernels.ms_deform_attn_backward(grad_output, *levels, *separate)
-    flash_grads = kernels.flash_deform_attn_backward(grad_output, *levels, *fused)
-    return {
-        "output": kernels.ms_deform_attn(*levels, *separate),
-        **{f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)},
-        "flash_output": kernels.flash_deform_attn(*levels, *fused),
-        "flash_grad_value": flash_grads[0],
-        "flash_grad_sampling_loc_attn": flash_grads[1],
-    }
-
-
-def run_dcnv4(tensors: Tensors, p: Parameters) -> Result:
-    value, offset_mask, grad_output = tensors
-    output = triton_kernels.dcnv4(value, offset_mask, *p)
-    return Result(output, *triton_kernels.dcnv4_backward(grad_output, value, offset_mask, *p))
+run_dcnv4 = functools.partial(run_reference, module=triton_kernels)
+run_attention = functools.partial(attention_cases.run_reference, module=triton_kernels)
+both_forms = pytest.mark.parametrize("form", FORMS)
+ONE_LEVEL = {"shapes": ((3, 4),), "points": 1, "heads": 1, "head_channels": 3}
+TWO_LEVELS = {"shapes": ((4, 5), (1, 1)), "points": 2, "heads": 3, "head_channels": 40}
+WIDE = {"points": 1, "head_channels": 512, "batch": 1, "queries": 2}
 
 
 # Compiled
@@ -172,7 +109,8 @@ class TestCompiled:
         ("dtype", "points_dtype"), [(torch.float16, torch.float32), (torch.float64, torch.float64)]
     )
     def test_attention_is_accepted(self, dtype, points_dtype, compiled):
-        run_attention(triton_kernels, random_attention().to(dtype, points_dtype))
+        for form in FORMS:
+            run_attention(random_inputs().to(dtype, points_dtype), form)
         assert all(kernel.asm["ptx"] for kernel in compiled)
         assert len(compiled) == 4
 
@@ -216,13 +154,21 @@ def deterministic() -> None:
 
 @pytest.fixture(scope="module", autouse=INTERPRETED)
 def quick_interpreter():
-    """No checks for overflow, nothing set up again in every function, few programs."""
+    """No checks for overflow, nothing set up or looked up again every time, few programs."""
     from triton.runtime import interpreter
+
+    look_up, numpy_dtypes = interpreter._get_np_dtype, {}
+
+    def numpy_dtype(dtype):
+        if dtype.name not in numpy_dtypes:
+            numpy_dtypes[dtype.name] = look_up(dtype)
+        return numpy_dtypes[dtype.name]
 
     with pytest.MonkeyPatch.context() as patch:
         for function in (triton_kernels._cell, triton.language.zeros):
             interpreter._patch_lang(function.fn)
         patch.setattr(interpreter, "_patch_lang", lambda _: interpreter._LangPatchScope())
+        patch.setattr(interpreter, "_get_np_dtype", numpy_dtype)
         options = interpreter.InterpreterOptions(sanitize_overflow=False)
         patch.setattr(interpreter.interpreter_builder, "options", options)
         patch.setattr(triton_kernels, "PROGRAM_BYTES", 2**14)
@@ -318,102 +264,84 @@ def in_order() -> Iterator[None]:
 class TestAttention:
     __test__ = INTERPRETED
 
-    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-    @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
-    def test_published_operator(self, path, dtype, tolerance, assert_near):
-        golden = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
-        tensors = Attention(*(golden[name] for name in Attention._fields)).to(dtype)
-        for name, actual in run_attention(triton_kernels, tensors).items():
-            if name != "flash_grad_value":
-                assert_near(actual, golden[name.removeprefix("flash_")], tolerance)
+    @pytest.fixture
+    def run(self) -> attention_cases.Run:
+        return run_attention
+
+    test_published_operator = staticmethod(test_attention.test_published_operator)
+    test_16_bits = staticmethod(test_attention.test_16_bit_results_are_rounded_only_once)
+    test_memory_layout = staticmethod(test_attention.test_memory_layout_changes_nothing)
+    test_nothing_to_do = staticmethod(test_attention.test_nothing_to_do)
+    test_edges = staticmethod(
+        test_attention.test_edges_are_exclusive_and_slopes_at_pixels_look_forward
+    )
 
     @pytest.mark.parametrize(
-        "shapes",
+        ("sizes", "dtype"),
         [
-            {"sizes": [(3, 4)], "points": 1, "heads": 1, "channels": 3},
-            {"sizes": [(4, 5), (1, 1)], "points": 2, "heads": 3, "channels": 40},
-            {"channels": 512, "batch": 1, "queries": 2},
+            *itertools.product((ONE_LEVEL, TWO_LEVELS), (torch.float64, torch.float32)),
+            *itertools.product((WIDE,), DTYPES),
         ],
-        ids=["small", "two_levels", "wide"],
     )
-    @pytest.mark.parametrize(
-        ("dtype", "points_dtype"),
-        [*zip(DTYPES, DTYPES, strict=True), (torch.float16, torch.float32)],
-    )
-    def test_equals_reference(self, shapes, dtype, points_dtype, assert_near):
-        tensors = random_attention(**shapes).to(dtype, points_dtype)
-        expected = run_attention(reference, tensors)
-        exact = run_attention(reference, tensors.to(torch.float64))
-        for name, actual in run_attention(triton_kernels, tensors).items():
-            assert actual.dtype == expected[name].dtype
-            if actual.dtype.itemsize == 2:
-                assert_rounded_once(actual, exact[name])
+    @both_forms
+    def test_equals_reference(self, form, sizes, dtype, assert_near):
+        inputs = random_inputs(**sizes).to(dtype)
+        exact = attention_cases.run_exactly(inputs, form)
+        for actual, expected in zip(run_attention(inputs, form), exact, strict=True):
+            assert actual.dtype == dtype
+            if dtype.itemsize == 2:
+                assert_rounded_once(actual, expected)
             else:
-                assert_near(actual, exact[name], 1e-12 if dtype == torch.float64 else 1e-5)
+                assert_near(actual, expected, 1e-12 if dtype == torch.float64 else 1e-5)
 
     @pytest.mark.parametrize("nowhere", [1e30, -math.inf, math.nan])
-    def test_a_point_nowhere_contributes_nothing(self, nowhere, assert_near):
-        tensors = random_attention()
-        tensors.sampling_locations[..., 1, 0, 0] = nowhere
-        tensors.sampling_loc_attn[..., 2] = nowhere  # level 1, point 0: x
-        expected = run_attention(reference, tensors)
-        tensors.attention_weights[..., 1, 0] = math.nan
-        for name, actual in run_attention(triton_kernels, tensors).items():
-            assert_near(actual, expected[name], 1e-12)
+    def test_a_point_nowhere(self, nowhere, run, assert_near):
+        in_float64 = torch.float64, 5, run, assert_near
+        test_attention.test_a_point_nowhere_in_the_image_contributes_nothing(
+            math.nan, 0, nowhere, *in_float64
+        )
+        test_attention.test_a_point_nowhere_takes_its_share_of_the_softmax(nowhere, *in_float64)
 
-    def test_a_query_nowhere_hides_its_gradient(self, assert_near):
-        tensors = random_attention()
-        tensors.sampling_locations[:, 1] = -9
-        tensors.sampling_loc_attn[:, 1, :, :4] = 9
-        expected = run_attention(reference, tensors)
-        tensors.grad_output[:, 1] = math.nan
-        for name, actual in run_attention(triton_kernels, tensors).items():
-            assert_near(actual, expected[name], 1e-12)
+    @both_forms
+    def test_a_query_outside_hides_its_output_gradient(self, form, run, assert_near):
+        test_attention.test_a_query_outside_the_images_hides_its_output_gradient(
+            form, math.nan, run, assert_near
+        )
+
+    @pytest.mark.parametrize("sizes", [{"shapes": ()}, {"points": 0}])
+    @both_forms
+    def test_what_the_public_functions_refuse(self, form, sizes, run):
+        test_attention.test_nothing_to_do(form, sizes, run)
 
     @pytest.mark.parametrize(
         ("shape", "start"),
-        [((4, 5), 7), ((4, 5), -1), ((2**40, 2**40), 0), ((-1, -5), 0), ((0, 3), 0), ((27, 1), 0)],
+        [((4, 5), 28), ((4, 5), -1), ((2**40, 2**40), 0), ((-1, -5), 0), ((0, 3), 0), ((48, 1), 0)],
     )
-    def test_a_level_outside_of_value_has_no_pixels(self, shape, start, assert_near):
-        tensors = random_attention()  # of 26 pixels
-        tensors.spatial_shapes[0], tensors.level_start_index[0] = torch.zeros(2), 0
-        expected = run_attention(reference, tensors)
-        tensors.spatial_shapes[0], tensors.level_start_index[0] = torch.tensor(shape), start
-        for name, actual in run_attention(triton_kernels, tensors).items():
-            assert_near(actual, expected[name], 1e-12)
-
-    @pytest.mark.parametrize(
-        "empty", [{"batch": 0}, {"queries": 0}, {"points": 0}, {"sizes": ()}, {"channels": 0}]
-    )
-    def test_empty(self, empty):
-        tensors = random_attention(**empty)
-        expected = run_attention(reference, tensors)
-        for name, actual in run_attention(triton_kernels, tensors).items():
-            torch.testing.assert_close(actual, expected[name], rtol=0, atol=0)
+    @both_forms
+    def test_a_level_outside_of_value_has_no_pixels(self, form, shape, start, assert_near):
+        inputs = random_inputs(points=1)  # of 47 pixels
+        inputs.spatial_shapes[0], inputs.level_start_index[0] = torch.zeros(2), 0
+        expected = attention_cases.run_reference(inputs, form)
+        inputs.spatial_shapes[0], inputs.level_start_index[0] = torch.tensor(shape), start
+        for actual, wanted in zip(run_attention(inputs, form), expected, strict=True):
+            assert_near(actual, wanted, 1e-12)
 
     @pytest.mark.usefixtures("in_order")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_image_in_a_batch_equals_the_image_alone(self, dtype):
-        tensors = random_attention().to(dtype)
-        together = run_attention(triton_kernels, tensors)
-        expected = run_attention(reference, tensors)
-        for name, alone in run_attention(triton_kernels, tensors.image(1)).items():
-            torch.testing.assert_close(together[name][1:], alone, rtol=0, atol=0)
-            torch.testing.assert_close(together[name], expected[name])
+    @both_forms
+    def test_image_in_a_batch_equals_the_image_alone(self, form, dtype):
+        inputs = random_inputs(points=1, queries=3).to(dtype)
+        together = run_attention(inputs, form)
+        torch.testing.assert_close(together, attention_cases.run_reference(inputs, form))
+        alone = run_attention(inputs.of_image(1), form)
+        assert_equal(attention_cases.Result(*(t[1:] for t in together)), alone)
 
     @pytest.mark.parametrize("name", ["PROGRAM_BYTES", "MAX_CHANNELS", "MAX_INT32"])
-    def test_division_of_the_work_changes_nothing(self, name, monkeypatch, assert_near):
-        tensors = random_attention()
-        expected = run_attention(triton_kernels, tensors)
+    @both_forms
+    def test_division_of_the_work_changes_nothing(self, form, name, monkeypatch, assert_near):
+        inputs = random_inputs(points=1)
+        expected = run_attention(inputs, form)
         changed = {"PROGRAM_BYTES": 8 * 8 * 4, "MAX_CHANNELS": 4, "MAX_INT32": 0}
         monkeypatch.setattr(triton_kernels, name, changed[name])
-        for key, actual in run_attention(triton_kernels, tensors).items():
-            assert_near(actual, expected[key], 1e-14)
-
-    def test_memory_layout_changes_nothing(self):
-        tensors = random_attention()
-        scattered = Attention(*(torch.stack((t, t), dim=-1)[..., 0] for t in tensors))
-        assert not any(t.is_contiguous() for t in scattered)
-        expected = run_attention(triton_kernels, tensors)
-        for name, actual in run_attention(triton_kernels, scattered).items():
-            torch.testing.assert_close(actual, expected[name], rtol=0, atol=0)
+        for actual, wanted in zip(run_attention(inputs, form), expected, strict=True):
+            assert_near(actual, wanted, 1e-14)
