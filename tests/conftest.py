@@ -35,6 +35,16 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread(monkeypatch) -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and equal bits need an equal number of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield

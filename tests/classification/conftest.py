@@ -2,7 +2,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from classification.config import Config
 from tools.make_demo_data import write_digits
@@ -16,13 +15,8 @@ SMALL_MODEL = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Tiny tensors gain nothing from threads, and equal bits need an equal number of them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(threads)
+def always_one_thread(one_thread):
+    """In all tests of this folder."""
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from tools.make_demo_data import write_digits_scenes
 
@@ -45,13 +44,8 @@ test_evaluator = val_evaluator
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Tiny tensors gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(threads)
+def always_one_thread(one_thread):
+    """In all tests of this folder."""
 
 
 @pytest.fixture(scope="session")

@@ -46,13 +46,7 @@ POST_NORM = {
 STYLES = pytest.mark.parametrize("style", [{}, POST_NORM], ids=["pre_norm", "post_norm"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models as small as these run faster on one thread than on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_model(**kwargs) -> FlashInternImage:

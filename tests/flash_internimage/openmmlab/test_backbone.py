@@ -24,13 +24,7 @@ ARCHITECTURES = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
 SMALL = {"channels": 16, "depths": (1, 1, 2, 1), "groups": (1, 2, 4, 8)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models as small as these run faster on one thread than on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sampling(model: nn.Module) -> nn.Module:
