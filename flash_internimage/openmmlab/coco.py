@@ -10,6 +10,7 @@ from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
+from PIL import Image
 
 
 class _OrderedCategories(COCO):
@@ -25,12 +26,22 @@ class _OrderedCategories(COCO):
         return ids
 
 
+def _is_damaged(path: str) -> bool:
+    """Whether a file does not begin as an image does."""
+    try:
+        with Image.open(path):
+            return False
+    except OSError:
+        return True
+
+
 @DATASETS.register_module()
 class CheckedCocoDataset(CocoDataset):
     """mmdet's CocoDataset, which says at the start what it leaves out and what it cannot use.
 
     In training, images that are not there and annotations that cannot be trained on are left out
-    and counted; in a test all images must be there, as a figure from a part of them is none.
+    and counted; in a test all images must be there and
+    begin as images do, as a figure from a part of them is none.
 
     Raises:
         FileNotFoundError: there is no annotation file, or images are missing.
@@ -60,7 +71,7 @@ class CheckedCocoDataset(CocoDataset):
         return info
 
     def _with_images(self, data_list: list[dict]) -> list[dict]:
-        """The images whose files are there."""
+        """The images whose files are there; in a test, all of them."""
         folders = {}
         missing = []
         present = []
@@ -68,11 +79,15 @@ class CheckedCocoDataset(CocoDataset):
             folder, name = os.path.split(info["img_path"])
             if folder not in folders:
                 folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-            (present if name in folders[folder] else missing).append(info)
+            usable = name in folders[folder] and not (
+                # after an epoch's training would be late to find out
+                self.test_mode and _is_damaged(info["img_path"])
+            )
+            (present if usable else missing).append(info)
         if missing and (self.test_mode or not present):
             raise FileNotFoundError(
-                f"{len(missing)} of the {len(data_list)} images of {self.ann_file} are not there, "
-                f"the first is {missing[0]['img_path']}"
+                f"{len(missing)} of the {len(data_list)} images of {self.ann_file} are missing or "
+                f"damaged, the first is {missing[0]['img_path']}"
             )
         self.counts["missing"] = len(missing)
         return present

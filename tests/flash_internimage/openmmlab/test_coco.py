@@ -94,9 +94,12 @@ def test_missing_images_are_left_out_of_training(write, tmp_path, log):
     assert log.records[-1].levelno == logging.WARNING
 
 
-def test_a_test_needs_all_images(write, tmp_path):
+@pytest.mark.parametrize("content", [None, b"", b"no image"])
+def test_a_test_needs_all_images(content, write, tmp_path):
     arguments = write([box(i, [2, 2, 5, 5]) for i in (1, 2, 3)])
     (tmp_path / "2.png").unlink()
+    if content is not None:
+        (tmp_path / "2.png").write_bytes(content)
     with pytest.raises(FileNotFoundError, match=r"1 of the 3 images .*first is .*2\.png"):
         CheckedCocoDataset(**arguments, test_mode=True)
 
