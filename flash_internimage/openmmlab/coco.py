@@ -40,8 +40,8 @@ class CheckedCocoDataset(CocoDataset):
     """mmdet's CocoDataset, which says at the start what it leaves out and what it cannot use.
 
     In training, images that are not there and annotations that cannot be trained on are left out
-    and counted; in a test all images must be there and
-    begin as images do, as a figure from a part of them is none.
+    and counted. In a test all images must be there and begin as images do: a figure from a part of
+    them is none.
 
     Raises:
         FileNotFoundError: there is no annotation file, or images are missing.
