@@ -5,12 +5,12 @@ classes = tuple("0123456789")
 train_pipeline = [
     dict(type="LoadReadableImage"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="RandomResize", scale=(160, 160), ratio_range=(0.8, 1.25), keep_ratio=True),
+    dict(type="RandomResize", scale=(128, 128), ratio_range=(0.8, 1.25), keep_ratio=True),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(160, 160), keep_ratio=True),
+    dict(type="Resize", scale=(128, 128), keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(
         type="PackDetInputs",
@@ -19,7 +19,8 @@ test_pipeline = [
 ]
 train_dataloader = dict(
     batch_size=8,
-    num_workers=1,
+    num_workers=0,  # two cores are busy with the model
+    persistent_workers=False,
     dataset=dict(
         data_root=data_root,
         ann_file="annotations/instances_train.json",
@@ -30,7 +31,8 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    num_workers=1,
+    num_workers=0,  # two cores are busy with the model
+    persistent_workers=False,
     dataset=dict(
         data_root=data_root,
         ann_file="annotations/instances_val.json",
