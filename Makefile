@@ -14,6 +14,9 @@ OPS_SOURCES := $(shell find ops_dcnv4/csrc ops_dcnv4/ops_dcnv4 -name '*.cpp' -o 
 GPU_ARCHITECTURES := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$$' | sort -u | paste -sd ';')
 export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
 
+# Two processes test, in which most tests have one thread; a GPU is one process's alone.
+TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
+
 .PHONY: demo demo-detection test lint bench sanitize clean
 
 demo: $(VENV)/.package data/digits
@@ -25,7 +28,7 @@ demo-detection: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes
 	$(RUN) -m detection.test $(SCENES) output/digits-scenes/epoch_14.pth --work-dir output/digits-scenes --show-dir predictions
 
 test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -76,13 +77,14 @@ def _cached(name: str, command: Sequence[str], inputs: Iterable[Path]) -> Path:
     for path in sorted(inputs):
         key.update(str(path).encode() + path.read_bytes())
     output = CACHE / f"{key.hexdigest()[:16]}-{name}"
-    if not output.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        # Renamed when complete: several processes may build at once.
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            partial = Path(folder) / name
-            _run([*command, "-o", str(partial)])
-            partial.rename(output)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    # One of several processes makes it, the others wait.
+    with FileLock(output.with_suffix(".lock")):
+        if not output.exists():
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                partial = Path(folder) / name
+                _run([*command, "-o", str(partial)])
+                partial.rename(output)
     return output
 
 
