@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
@@ -12,6 +11,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from . import unpickling
 
 _logger = logging.getLogger(__name__)
 
@@ -38,12 +39,25 @@ def clean_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return backbone or weights
 
 
-def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = "cpu") -> dict:
-    """The contents of a checkpoint file: safetensors, or a pickle of tensors and plain containers.
+def load_checkpoint(
+    path: str | os.PathLike,
+    map_location: str | torch.device = "cpu",
+    types: Mapping[str, Callable] | None = None,
+) -> dict:
+    """The contents of a checkpoint file: safetensors, or what torch.save wrote.
+
+    Nothing from the file is executed or imported. Objects that are no tensors, numbers, text or
+    containers of these become :class:`~.unpickling.Placeholder`, and the log names their types.
+
+    Args:
+        path: of the file.
+        map_location: of :func:`torch.load`.
+        types: what to restore as well: functions and classes by the names under which files have
+            them. They are called with what the file says.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds objects that only executing it could restore.
+        ValueError: the file is damaged or no checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -51,16 +65,16 @@ def load_checkpoint(path: str | os.PathLike, map_location: str | torch.device = 
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device=str(map_location))
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{path} is refused: it is damaged or holds more than tensors and plain containers, "
-            "and nothing from a checkpoint is executed"
-        ) from error
+        checkpoint, replaced = unpickling.load(path, map_location, types or {})
     except Exception as error:  # the readers let many kinds through where a file is damaged
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+        raise ValueError(f"{path} is damaged or no checkpoint: {error!r}") from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dict")
+        kind = type(checkpoint).__name__
+        if isinstance(checkpoint, unpickling.Placeholder):
+            kind = checkpoint.name
+        raise ValueError(f"{path} holds a {kind}, expected a dict")
+    if replaced:
+        _logger.info("not restored from %s: %s", path, ", ".join(replaced))
     return checkpoint
 
 

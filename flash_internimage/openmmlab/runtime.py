@@ -6,11 +6,9 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.fileio import LocalBackend, register_backend
@@ -26,27 +24,8 @@ from torch.utils._pytree import tree_map_only
 from ..checkpoint import fetch_checkpoint, load_checkpoint, require_fit, write_atomically
 from ..conversion import convert_checkpoint
 
-
-def _statistic(owner: type, name: str) -> Callable:
-    """Stands for getattr in checkpoints, which would reach all there is from any object.
-
-    The engine's name with it how a HistoryBuffer is summarised.
-    """
-    if owner is not HistoryBuffer or name not in HistoryBuffer()._statistics_methods:
-        raise UnpicklingError(f"{name} of {owner} is no statistic of a HistoryBuffer")
-    return getattr(HistoryBuffer, name)
-
-
 # What the engine's own checkpoints hold beside tensors and plain containers.
-_ENGINE_TYPES = [
-    (_statistic, "builtins.getattr"),
-    HistoryBuffer,
-    np.ndarray,
-    np.dtype,
-    np._core.multiarray._reconstruct,
-    np._core.multiarray.scalar,
-    *(type(np.dtype(kind)) for kind in (np.int64, np.float64, np.uint32)),
-]
+_ENGINE_TYPES = {"mmengine.logging.history_buffer.HistoryBuffer": HistoryBuffer}
 
 
 def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dict:
@@ -58,10 +37,9 @@ def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dic
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is damaged or holds other objects.
+        ValueError: it is damaged or no checkpoint.
     """
-    with torch.serialization.safe_globals(_ENGINE_TYPES):
-        return load_checkpoint(fetch_checkpoint(source), map_location)
+    return load_checkpoint(fetch_checkpoint(source), map_location, _ENGINE_TYPES)
 
 
 @RUNNERS.register_module()

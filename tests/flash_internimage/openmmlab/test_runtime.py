@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from torch import nn
 
-from flash_internimage.checkpoint import load_checkpoint
 from flash_internimage.openmmlab import curves, runtime
 from flash_internimage.openmmlab.programs import latest_checkpoint
 from flash_internimage.openmmlab.runtime import FlashRunner
+from flash_internimage.unpickling import Placeholder
 
 
 class Model(BaseModel):
@@ -153,8 +154,7 @@ class TestCheckpoints:
 
 
 def load_state(path: Path) -> dict:
-    with torch.serialization.safe_globals(runtime._ENGINE_TYPES):
-        return load_checkpoint(path)["state_dict"]
+    return runtime.read_checkpoint(path)["state_dict"]
 
 
 class TestLoading:
@@ -209,26 +209,34 @@ class TestLoading:
         assert "2 tensors start anew: head.bias, head.weight" in caplog.text
         assert "2 tensors of the checkpoint are not used: head.bias, head.weight" in caplog.text
 
-    def test_nothing_is_executed(self, tester, tmp_path):
+    @pytest.mark.parametrize(
+        "calls",
+        [
+            lambda marker: (os.mkdir, (marker,)),
+            lambda marker: (getattr, (np.ndarray, "tofile")),
+            lambda marker: (getattr, (HistoryBuffer, "__init__")),
+        ],
+    )
+    def test_nothing_is_executed(self, tester, save, tmp_path, calls):
         class Hostile:
             def __reduce__(self):
-                return os.mkdir, (str(tmp_path / "executed"),)
+                return calls(str(tmp_path / "executed"))
 
-        path = tmp_path / "hostile.pth"
-        torch.save({"state_dict": Model().state_dict(), "meta": {"x": Hostile()}}, path)
-        with pytest.raises(ValueError, match="refused"):
-            tester().load_checkpoint(str(path))
+        state_dict = Model().state_dict()
+        path = save(state_dict, meta={"x": Hostile()}, message_hub={})
+        checkpoint = tester().load_checkpoint(path)
+        assert isinstance(checkpoint["meta"]["x"], Placeholder)
         assert not (tmp_path / "executed").exists()
 
-    def test_attributes_are_not_reached(self, tester, tmp_path):
-        class Hostile:
-            def __reduce__(self):
-                return getattr, (np.ndarray, "tofile")
-
-        path = tmp_path / "hostile.pth"
-        torch.save({"state_dict": Model().state_dict(), "meta": {"x": Hostile()}}, path)
-        with pytest.raises(ValueError, match="refused"):
-            tester().load_checkpoint(str(path))
+    def test_a_history_of_the_file_changes_no_other(self, save, monkeypatch):
+        history = HistoryBuffer([1.0, 3.0], [1, 1])
+        with monkeypatch.context() as patch:
+            patch.setitem(HistoryBuffer._statistics_methods, "mean", HistoryBuffer.max)
+            path = save({}, history=history)
+        loaded = runtime.read_checkpoint(path)["history"]
+        loaded.update(5.0)
+        assert loaded.statistics("mean") == 3
+        assert HistoryBuffer._statistics_methods["mean"] is HistoryBuffer.mean
 
     def test_a_checkpoint_that_is_not_there(self, tester):
         with pytest.raises(FileNotFoundError, match=r"checkpoint not found: none\.pth"):
