@@ -5,6 +5,7 @@ custom_imports = dict(imports=['flash_internimage.openmmlab.detection'])
 
 from collections.abc import Sequence
 
+import faster_coco_eval  # noqa: F401  mmdet's metric would miss it only after the first epoch
 import torch
 from mmdet.models.dense_heads import DINOHead
 from mmdet.models.detectors import DINO
