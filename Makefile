@@ -25,7 +25,7 @@ demo: $(VENV)/.package data/digits
 
 demo-detection: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes
 	$(RUN) -m detection.train $(SCENES) --work-dir output/digits-scenes --resume
-	$(RUN) -m detection.test $(SCENES) output/digits-scenes/epoch_14.pth --work-dir output/digits-scenes --show-dir predictions
+	$(RUN) -m detection.test $(SCENES) output/digits-scenes/epoch_20.pth --work-dir output/digits-scenes --show-dir predictions
 
 test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev
 	$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile

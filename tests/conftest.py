@@ -45,6 +45,17 @@ def one_thread(monkeypatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def restore_scope() -> Iterator[None]:
+    """mmengine's runners set the current scope of registries for the whole process."""
+    from mmengine.registry import DefaultScope
+
+    before = dict(DefaultScope._instance_dict)
+    yield
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(before)
+
+
+@pytest.fixture
 def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield

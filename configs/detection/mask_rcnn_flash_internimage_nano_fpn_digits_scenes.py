@@ -21,14 +21,14 @@ model = dict(
     ),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
 )
-train_cfg = dict(max_epochs=14, val_interval=7)
+train_cfg = dict(max_epochs=20, val_interval=5)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(
         type="CosineAnnealingLR",
         by_epoch=True,
         begin=0,
-        end=14,
+        end=20,
         eta_min=1e-6,
         convert_to_iter_based=True,
     ),

@@ -44,7 +44,7 @@ test_evaluator = val_evaluator
 
 
 @pytest.fixture(autouse=True)
-def always_one_thread(one_thread):
+def always_clean(one_thread, restore_scope):
     """In all tests of this folder."""
 
 
