@@ -28,7 +28,7 @@ demo-detection: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes
 	$(RUN) -m detection.test $(SCENES) output/digits-scenes/epoch_20.pth --work-dir output/digits-scenes --show-dir predictions
 
 test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev
-	$(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check
