@@ -187,13 +187,18 @@ class CompileBackboneHook(Hook):
     """Compiles the backbone of the model with torch.compile; heads depend on the images' contents.
 
     Args:
-        kwargs: of torch.compile.
+        kwargs: of torch.compile. Unless given, one graph serves images of all sizes, and tensors
+            keep the layout that they have without compilation.
     """
 
     priority = "VERY_LOW"
 
     def __init__(self, **kwargs):
-        self.kwargs = kwargs
+        if not kwargs.keys() & {"backend", "mode", "options"}:
+            # On the CPU inductor prefers channels-last for convolutions. Where sizes vary, torch
+            # 2.12 then compiles the backward pass anew for each, or fails (pytorch#185510).
+            kwargs["options"] = {"layout_optimization": False}
+        self.kwargs = {"dynamic": True, **kwargs}
 
     def before_run(self, runner: Runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model

@@ -253,13 +253,22 @@ def test_bfloat16_autocasts_the_loss_and_keeps_weights_in_float32(runner):
     assert not torch.equal(model.head.weight, before)
 
 
-def test_the_backbone_alone_is_compiled(runner, monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"dynamic": True, "options": {"layout_optimization": False}}),
+        ({"dynamic": False}, {"dynamic": False, "options": {"layout_optimization": False}}),
+        ({"mode": "max-autotune"}, {"dynamic": True, "mode": "max-autotune"}),
+        ({"backend": "eager"}, {"dynamic": True, "backend": "eager"}),
+    ],
+)
+def test_the_backbone_alone_is_compiled(runner, monkeypatch, given, expected):
     compiled = []
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **kwargs: compiled.append((self, kwargs))
     )
-    r = runner(custom_hooks=[{"type": "CompileBackboneHook", "dynamic": True}])
+    r = runner(custom_hooks=[{"type": "CompileBackboneHook", **given}])
     names = list(r.model.state_dict())
     r.call_hook("before_run")
-    assert compiled == [(r.model.backbone, {"dynamic": True})]
+    assert compiled == [(r.model.backbone, expected)]
     assert list(r.model.state_dict()) == names
