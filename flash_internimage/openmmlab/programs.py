@@ -1,6 +1,8 @@
 """The command lines of the training and test programs of detection and segmentation."""
 
 import argparse
+import difflib
+import inspect
 import logging
 from pathlib import Path
 
@@ -81,6 +83,13 @@ def _load_config(args: argparse.Namespace) -> Config:
     if not args.config.is_file():
         raise FileNotFoundError(f"config not found: {args.config}")
     cfg = Config.fromfile(args.config)
+    known = {*cfg.keys(), *inspect.signature(FlashRunner).parameters, "find_unused_parameters"}
+    for key in args.cfg_options or {}:
+        name = key.split(".")[0]
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"--cfg-options {key}: there is no {name} in {args.config}{hint}")
     cfg.merge_from_dict(args.cfg_options or {})
     cfg.launcher = args.launcher or ("pytorch" if dist.is_torchelastic_launched() else "none")
     cfg.work_dir = str(args.work_dir or cfg.get("work_dir") or Path("output", args.config.stem))
@@ -117,6 +126,8 @@ def training_runner(args: argparse.Namespace) -> FlashRunner:
             print_log(f"no checkpoint in {cfg.work_dir}: training starts anew", level=logging.INFO)
         else:
             cfg.resume, cfg.load_from = True, str(last)
+    if cfg.get("load_from"):
+        cfg.model.backbone.init_cfg = None  # else downloaded, and overwritten
     return build_runner(cfg)
 
 
