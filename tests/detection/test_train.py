@@ -17,8 +17,6 @@ from mmengine.runner import Runner
 from detection import test as test_program
 from flash_internimage.openmmlab import curves
 from flash_internimage.openmmlab.programs import (
-    evaluation_parser,
-    evaluation_runner,
     latest_checkpoint,
     training_parser,
     training_runner,
@@ -35,8 +33,8 @@ def train(*arguments) -> Runner:
 
 def evaluate(*arguments) -> dict[str, float]:
     DetLocalVisualizer._instance_dict.clear()
-    args = evaluation_parser("test", "").parse_args([str(argument) for argument in arguments])
-    return evaluation_runner(args).test()
+    args = test_program.get_parser().parse_args([str(argument) for argument in arguments])
+    return test_program.get_runner(args).test()
 
 
 def figures(folder: Path) -> dict[str, float]:

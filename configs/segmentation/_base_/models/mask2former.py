@@ -1,6 +1,5 @@
-# Mask2Former as mmseg has it in mask2former_r50_8xb2-160k_ade20k-512x512.py, a file that cannot be
-# a base because it brings its data and schedule along. A config adds the backbone's arch,
-# drop_path_rate and init_cfg, and the head's in_channels.
+# Mask2Former as mmseg has it in mask2former_r50_8xb2-160k_ade20k-512x512.py. A config adds the size
+# of the crops, the backbone's arch, drop_path_rate and init_cfg, and the head's in_channels.
 model = dict(
     type="EncoderDecoder",
     data_preprocessor=dict(

@@ -1,5 +1,5 @@
-# UPerNet with an auxiliary FCN head, as mmseg has it in upernet_r50.py. A config adds the
-# backbone's arch, drop_path_rate and init_cfg, and the heads' in_channels.
+# UPerNet with an auxiliary FCN head, as mmseg has it in upernet_r50.py. A config adds the size of
+# the crops, the backbone's arch, drop_path_rate and init_cfg, and the heads' in_channels.
 model = dict(
     type="EncoderDecoder",
     data_preprocessor=dict(
