@@ -28,6 +28,6 @@ default_hooks = dict(
     visualization=dict(type="SegVisualizationHook"),
 )
 custom_hooks = [
-    dict(type="CheckInvalidLossHook"),
+    dict(type="mmdet.CheckInvalidLossHook"),
     dict(type="CurvesHook"),
 ]
