@@ -18,6 +18,7 @@ from mmengine.hooks import ParamSchedulerHook
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
+from mmseg.datasets import ADE20KDataset
 from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS, PARAM_SCHEDULERS, VISUALIZERS
 from mmseg.structures import SegDataSample
 from sklearn.datasets import load_sample_image
@@ -40,8 +41,8 @@ DEPTHS = {"t": (4, 4, 18, 4), "s": (4, 4, 21, 4), "b": (4, 4, 21, 4), "l": (5, 5
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 # Transforms of the published training and testing, as the current engine names them.
-DATASET = "ADE20KDataset"
-ANNOTATIONS = {"type": "LoadAnnotations", "reduce_zero_label": True}
+DATASET = "CheckedADE20KDataset"
+ANNOTATIONS = {"type": "LoadCheckedAnnotations"}
 LOAD = {"type": "LoadImageFromFile"}
 TO_MULTIPLES_OF_32 = {"type": "ResizeToMultiple", "size_divisor": 32}
 PACK = {"type": "PackSegInputs"}
@@ -52,7 +53,7 @@ def resize(scale: list[int]) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def as_in_a_run(one_thread, restore_scope) -> Iterator[None]:
+def mmseg_scope() -> Iterator[None]:
     """The scope in which a runner builds everything."""
     with DefaultScope.overwrite_default_scope("mmseg"):
         yield
@@ -250,7 +251,8 @@ def test_images_per_update(recipe, config):
 
 
 def test_hooks(recipe, config):
-    hooks = [{"type": "mmdet.CheckInvalidLossHook"}, {"type": "CurvesHook"}]
+    names = "mmdet.NumClassCheckHook", "mmdet.CheckInvalidLossHook", "CurvesHook"
+    hooks = [{"type": name} for name in names]
     if is_mask2former(recipe):
         hooks.append({"type": "FlashAttentionHook"})
     assert plain(config.custom_hooks) == hooks
@@ -262,6 +264,12 @@ def test_hooks(recipe, config):
         "save_best": "mIoU",
         "save_last": True,
     }
+
+
+def test_number_of_classes_is_that_of_the_data(config, model):
+    hook = HOOKS.build(config.custom_hooks[0])
+    loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=ADE20KDataset.METAINFO))
+    hook.before_train_epoch(SimpleNamespace(model=model, train_dataloader=loader))
 
 
 def test_names_of_the_runtime_are_known(config):
