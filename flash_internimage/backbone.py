@@ -3,17 +3,27 @@
 Parameter names and shapes are those of the released checkpoints.
 """
 
+import logging
+from dataclasses import replace
+
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP, checkpoint
 from torch import Tensor, nn
 
 from ops_dcnv4 import DCNv4
 
-from .checkpoint import clean_state_dict
+from .checkpoint import clean_state_dict, fetch_checkpoint, load_checkpoint, require_fit
+
+_logger = logging.getLogger(__name__)
 
 
 class Permute(nn.Module):
@@ -419,11 +429,42 @@ ARCHITECTURES = {
 
 
 def _create(arch: str, pretrained: bool, kwargs: dict) -> FlashInternImage:
+    name = f"flash_internimage_{arch}"
+    cfg = resolve_pretrained_cfg(
+        name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+    )
+    features_only = kwargs.get("features_only", False)
+    source = (cfg.file or cfg.url) if not (cfg.source or cfg.state_dict) else None
+    if pretrained and source:
+        # timm's loader refuses the published files, which hold more than weights: what it is given
+        # for them only says where they are
+        cfg = replace(cfg, state_dict={"source": source})
+
+    def to_keep(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        # timm sees to the others
+        others = ("head.", "patch_embed.conv1.weight", *(["conv_head."] if features_only else []))
+        return {name: t for name, t in state_dict.items() if not name.startswith(others)}
+
+    def read_weights(state_dict: dict, model: FlashInternImage) -> dict[str, Tensor]:
+        model.pretrained_cfg.pop("state_dict", None)
+        if state_dict.keys() == {"source"}:
+            state_dict = load_checkpoint(fetch_checkpoint(state_dict["source"]))
+        weights = clean_state_dict(state_dict)
+        require_fit(to_keep(model.state_dict()), to_keep(weights))
+        classes = len(weights.get("head.weight", ()))
+        if classes and not features_only and model.num_classes not in (0, classes):
+            _logger.warning(
+                "head starts anew: the checkpoint has %d classes, the model %d",
+                classes, model.num_classes,
+            )  # fmt: skip
+        return weights
+
     return build_model_with_cfg(
         FlashInternImage,
-        f"flash_internimage_{arch}",
+        name,
         pretrained,
-        pretrained_filter_fn=lambda state_dict, model: clean_state_dict(state_dict),
+        pretrained_cfg=cfg.to_dict(),
+        pretrained_filter_fn=read_weights,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         **{**ARCHITECTURES[arch], **kwargs},
     )

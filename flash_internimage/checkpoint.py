@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlparse
 
 import timm
 import torch
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import unpickling
+from .downloads import download
 
 _logger = logging.getLogger(__name__)
 
@@ -78,18 +78,21 @@ def load_checkpoint(
     return checkpoint
 
 
-def fetch_checkpoint(source: str | os.PathLike) -> Path:
-    """The local file of a checkpoint, downloaded on first use into torch.hub's cache.
-
-    There, as torch.hub has it, addresses that end in the same file name are the same file.
+def fetch_checkpoint(
+    source: str | os.PathLike, offline: bool = False, sha256: str | None = None
+) -> Path:
+    """The local file of a checkpoint, downloaded on first use.
 
     Args:
         source: a path, an address (http, https), or the name and tag of pretrained weights
             ('flash_internimage_tiny.in1k').
+        offline: see :func:`~.downloads.download`, as all that follows.
+        sha256: of an address's contents, if known.
 
     Raises:
-        FileNotFoundError: it is neither a file nor a name with released weights.
+        FileNotFoundError: it is neither a file nor a name with released weights, or not there.
         OSError: the download failed.
+        ValueError: the contents are others than expected.
     """
     source = str(source)
     if Path(source).is_file():
@@ -102,15 +105,7 @@ def fetch_checkpoint(source: str | os.PathLike) -> Path:
             f"checkpoint not found: {source} is neither a file, an address, nor one of "
             f"{', '.join(released)}"
         )
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(source).path).name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _logger.info("downloading %s to %s", source, path)
-        try:
-            torch.hub.download_url_to_file(source, str(path), progress=False)
-        except OSError as error:
-            raise OSError(f"download of {source} failed: {error}") from error
-    return path
+    return download(source, offline, sha256)
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
@@ -173,12 +168,14 @@ def load_weights(
     model.load_state_dict(state_dict)
 
 
-def require_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> list[str]:
+    """What keeps weights from a model: each name that is missing, unexpected or of another shape.
+
+    Args:
+        expected: the model's own entries.
+        state_dict: the weights.
     """
-    Raises:
-        ValueError: a name is missing, unexpected or of another shape; the message lists them.
-    """
-    problems = [
+    return [
         *(f"missing: {name}" for name in expected if name not in state_dict),
         *(f"unexpected: {name}" for name in state_dict if name not in expected),
         *(
@@ -187,6 +184,14 @@ def require_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
             if name in expected and tensor.shape != expected[name].shape
         ),
     ]
+
+
+def require_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        ValueError: :func:`find_misfits` finds some; the message lists them.
+    """
+    problems = find_misfits(expected, state_dict)
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems[:10])}{more}")

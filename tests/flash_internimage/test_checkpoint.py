@@ -4,11 +4,10 @@ import logging
 import os
 import pickle
 import random
-import threading
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -24,6 +23,7 @@ from flash_internimage.checkpoint import (
     load_weights,
     save_atomically,
 )
+from tests.servers import serve, use_own_caches
 
 WEIGHTS = {"head.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.ones(2)}
 
@@ -191,65 +191,29 @@ def test_missing_file_is_named(tmp_path):
 # fetch_checkpoint
 
 
-@pytest.fixture
-def server(tmp_path_factory, monkeypatch):
-    """The address of a folder with checkpoints; what is downloaded from it goes to a cache."""
-    folder = tmp_path_factory.mktemp("server")
-    torch.save(WEIGHTS, folder / "model.pth")
-    save_file(WEIGHTS, folder / "model.safetensors")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.delenv("http_proxy", raising=False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    handler = partial(SimpleHTTPRequestHandler, directory=folder)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def cached_files() -> list[str]:
-    return [path.name for path in Path(torch.hub.get_dir()).rglob("*") if path.is_file()]
-
-
 @pytest.mark.parametrize("kind", [str, Path])
 def test_file_at_hand_is_taken_as_it_is(tmp_path, kind):
     torch.save(WEIGHTS, tmp_path / "model.pth")
     assert fetch_checkpoint(kind(tmp_path / "model.pth")) == tmp_path / "model.pth"
 
 
-@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
-@pytest.mark.parametrize("query", ["", "?download=true", "#part"])
-def test_address_is_downloaded_once(server, name, query):
-    path = fetch_checkpoint(f"{server}/{name}{query}")
-    assert path == Path(torch.hub.get_dir()) / "checkpoints" / name
-    loaded = load_checkpoint(path)
-    assert_equal({key: loaded[key] for key in WEIGHTS}, WEIGHTS)
-    assert cached_files() == [name]
-    before = path.stat()
-    assert fetch_checkpoint(f"{server}/{name}{query}") == path
-    assert path.stat() == before
-
-
-def test_failed_download_leaves_nothing_and_names_the_address(server):
-    with pytest.raises(OSError, match=f"download of {server}/none.pth failed: .*404"):
-        fetch_checkpoint(f"{server}/none.pth")
-    assert cached_files() == []
-
-
-def test_released_weights_are_found_by_name(server, monkeypatch):
-    released = replace(timm.get_pretrained_cfg("flash_internimage_tiny.in1k"))
-    released.url = f"{server}/model.pth"
-    monkeypatch.setattr(timm, "get_pretrained_cfg", {"flash_internimage_tiny.in1k": released}.get)
-    assert_equal(load_checkpoint(fetch_checkpoint("flash_internimage_tiny.in1k")), WEIGHTS)
+def test_released_weights_are_found_by_name(tmp_path, monkeypatch):
+    torch.save(WEIGHTS, tmp_path / "model.pth")
+    use_own_caches(monkeypatch, tmp_path / "caches")
+    with serve({"/model.pth": (tmp_path / "model.pth").read_bytes()}) as server:
+        released = replace(timm.get_pretrained_cfg("flash_internimage_tiny.in1k"))
+        released.url = f"{server.address}/model.pth"
+        released = {"flash_internimage_tiny.in1k": released}
+        monkeypatch.setattr(timm, "get_pretrained_cfg", released.get)
+        path = fetch_checkpoint("flash_internimage_tiny.in1k")
+    assert_equal(load_checkpoint(path), WEIGHTS)
 
 
 @pytest.mark.parametrize(
     "source",
     ["flash_internimage_nano.untrained", "flash_internimage_tiny", "resnet50.a1_in1k", "none.pth"],
 )
-def test_what_is_neither_file_address_nor_released_is_refused(source, server):
+def test_what_is_neither_file_address_nor_released_is_refused(source):
     message = f"not found: {source} is neither a file, .* flash_internimage_tiny.in1k"
     with pytest.raises(FileNotFoundError, match=message):
         fetch_checkpoint(source)
@@ -394,3 +358,48 @@ def test_timm_loads_feature_maps_from_a_detector(source, tmp_path):
     model = nano(1, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay).model
     own = model.state_dict()
     assert_equal(own, {name: source.state_dict()[name] for name in own})
+
+
+@pytest.fixture
+def address(source, tmp_path, monkeypatch) -> Iterator[str]:
+    """That of the weights of `source` beside an object that timm's own loader refuses."""
+    path = tmp_path / "model.pth"
+    torch.save({"model": source.state_dict(), "config": SimpleNamespace(epochs=300)}, path)
+    use_own_caches(monkeypatch, tmp_path / "caches")
+    with serve({"/model.pth": path.read_bytes()}) as server:
+        yield f"{server.address}/model.pth"
+
+
+def test_timm_downloads_a_published_checkpoint(source, address):
+    model = nano(1, pretrained=True, pretrained_cfg_overlay={"url": address})
+    assert_equal(model.state_dict(), source.state_dict())
+    assert "state_dict" not in model.pretrained_cfg
+    assert model.pretrained_cfg["url"] == address
+
+
+def test_timm_reads_published_objects_with_other_classes_channels_and_maps(source, address, caplog):
+    downloaded = {"pretrained": True, "pretrained_cfg_overlay": {"url": address}}
+    model = nano(1, num_classes=10, in_chans=1, **downloaded)
+    assert "head starts anew: the checkpoint has 1000 classes, the model 10" in caplog.text
+    name = "levels.0.blocks.0.dcn.value_proj.weight"
+    assert model.get_parameter(name).equal(source.get_parameter(name))
+    assert model.patch_embed.conv1.weight.shape[1] == 1
+    features = nano(1, features_only=True, out_indices=(1, 2), **downloaded).model.state_dict()
+    assert_equal(features, {name: source.state_dict()[name] for name in features})
+
+
+@pytest.mark.parametrize("adapted", [{"num_classes": 10}, {"features_only": True}, {"in_chans": 1}])
+def test_timm_loads_no_part_of_a_checkpoint(source, tmp_path, adapted):
+    weights = source.state_dict()
+    weights["levels.0.blocks.0.mlp.fc3.weight"] = weights.pop("levels.0.blocks.0.mlp.fc1.weight")
+    torch.save(weights, tmp_path / "part.pth")
+    part = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "part.pth")}}
+    with pytest.raises(ValueError, match=r"missing: .*fc1\.weight; unexpected: .*fc3\.weight"):
+        nano(1, **adapted, **part)
+
+
+def test_timm_takes_a_state_dict_that_it_is_given(source):
+    overlay = {"state_dict": dict(source.state_dict())}
+    model = nano(1, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert_equal(model.state_dict(), source.state_dict())
+    assert "state_dict" not in model.pretrained_cfg
