@@ -3,8 +3,8 @@
 Parameter names and shapes are those of the released checkpoints.
 """
 
-import logging
 from dataclasses import replace
+from functools import partial
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -21,9 +21,7 @@ from torch import Tensor, nn
 
 from ops_dcnv4 import DCNv4
 
-from .checkpoint import clean_state_dict, fetch_checkpoint, load_checkpoint, require_fit
-
-_logger = logging.getLogger(__name__)
+from .checkpoint import SOURCE, read_pretrained
 
 
 class Permute(nn.Module):
@@ -436,35 +434,13 @@ def _create(arch: str, pretrained: bool, kwargs: dict) -> FlashInternImage:
     features_only = kwargs.get("features_only", False)
     source = (cfg.file or cfg.url) if not (cfg.source or cfg.state_dict) else None
     if pretrained and source:
-        # timm's loader refuses the published files, which hold more than weights: what it is given
-        # for them only says where they are
-        cfg = replace(cfg, state_dict={"source": source})
-
-    def to_keep(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        # timm sees to the others
-        others = ("head.", "patch_embed.conv1.weight", *(["conv_head."] if features_only else []))
-        return {name: t for name, t in state_dict.items() if not name.startswith(others)}
-
-    def read_weights(state_dict: dict, model: FlashInternImage) -> dict[str, Tensor]:
-        model.pretrained_cfg.pop("state_dict", None)
-        if state_dict.keys() == {"source"}:
-            state_dict = load_checkpoint(fetch_checkpoint(state_dict["source"]))
-        weights = clean_state_dict(state_dict)
-        require_fit(to_keep(model.state_dict()), to_keep(weights))
-        classes = len(weights.get("head.weight", ()))
-        if classes and not features_only and model.num_classes not in (0, classes):
-            _logger.warning(
-                "head starts anew: the checkpoint has %d classes, the model %d",
-                classes, model.num_classes,
-            )  # fmt: skip
-        return weights
-
+        cfg = replace(cfg, state_dict={SOURCE: source})
     return build_model_with_cfg(
         FlashInternImage,
         name,
         pretrained,
         pretrained_cfg=cfg.to_dict(),
-        pretrained_filter_fn=read_weights,
+        pretrained_filter_fn=partial(read_pretrained, features_only=features_only),
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         **{**ARCHITECTURES[arch], **kwargs},
     )

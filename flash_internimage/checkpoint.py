@@ -16,6 +16,10 @@ from .downloads import download
 
 _logger = logging.getLogger(__name__)
 
+# timm's loader refuses the published files, which hold more than weights. What it passes on in the
+# place of the weights says under this name where they are.
+SOURCE = "source of the weights"
+
 _WEIGHTS = ("state_dict", "model_ema", "model")
 
 
@@ -166,6 +170,38 @@ def load_weights(
             state_dict[name] = state_dict[name][class_map]
     require_fit(own, state_dict)
     model.load_state_dict(state_dict)
+
+
+def read_pretrained(
+    state_dict: Mapping[str, Any], model: nn.Module, features_only: bool
+) -> dict[str, Tensor]:
+    """timm's filter of pretrained weights; timm then adapts stem and classifier, if need be.
+
+    Args:
+        state_dict: weights, or where they are: an argument of :func:`fetch_checkpoint` as `SOURCE`.
+        model: that is about to have them.
+        features_only: whether its classifier will be dropped.
+
+    Raises:
+        ValueError: what timm does not adapt is missing, unexpected or of another shape.
+    """
+    model.pretrained_cfg.pop("state_dict", None)  # it would stay as long as the model
+    if SOURCE in state_dict:
+        state_dict = load_checkpoint(fetch_checkpoint(state_dict[SOURCE]))
+    weights = clean_state_dict(state_dict)
+    adapted = ("head.", "patch_embed.conv1.weight", *(["conv_head."] if features_only else []))
+    own, given = (
+        {name: tensor for name, tensor in entries.items() if not name.startswith(adapted)}
+        for entries in (model.state_dict(), weights)
+    )
+    require_fit(own, given)
+    classes = len(weights.get("head.weight", ()))
+    if classes and not features_only and model.num_classes not in (0, classes):
+        _logger.warning(
+            "head starts anew: the checkpoint has %d classes, the model %d",
+            classes, model.num_classes,
+        )  # fmt: skip
+    return weights
 
 
 def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> list[str]:
