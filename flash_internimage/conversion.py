@@ -5,43 +5,70 @@ from the head to the detector or were named anew, do not.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-# In both tables the first pattern that matches decides.
+_HEAD, _PIXELS = "bbox_head.transformer", "decode_head.pixel_decoder.encoder.layers.#"
+_QUERIES = "decode_head.transformer_decoder.layers.#"
+
+# Published and current beginnings of names, # a number. In both tables the first that fits decides.
 _DINO = (
-    (r"^bbox_head\.transformer\.level_embeds$", "level_embed"),
-    (r"^bbox_head\.transformer\.enc_output_norm\.", "memory_trans_norm."),
-    (r"^bbox_head\.transformer\.enc_output\.", "memory_trans_fc."),
-    (r"^bbox_head\.transformer\.query_embed\.", "query_embedding."),
-    (r"^bbox_head\.label_embedding\.", "dn_query_generator.label_embedding."),
-    (
-        r"^bbox_head\.transformer\.((?:en|de)coder\.layers\.\d+)\.attentions\.0\.",
-        r"\1.self_attn.",
-    ),
-    (r"^bbox_head\.transformer\.(decoder\.layers\.\d+)\.attentions\.1\.", r"\1.cross_attn."),
-    (r"^bbox_head\.transformer\.((?:en|de)coder\.layers\.\d+)\.ffns\.0\.", r"\1.ffn."),
-    (r"^bbox_head\.transformer\.((?:en|de)coder\.layers\.\d+\.norms\.\d+)\.", r"\1."),
-    (r"^bbox_head\.transformer\.decoder\.norm\.", "decoder.norm."),
-    (r"^bbox_head\.transformer\.decoder\.ref_point_head\.0\.", "decoder.ref_point_head.layers.0."),
+    (f"{_HEAD}.level_embeds", "level_embed"),
+    (f"{_HEAD}.enc_output_norm", "memory_trans_norm"),
+    (f"{_HEAD}.enc_output", "memory_trans_fc"),
+    (f"{_HEAD}.query_embed", "query_embedding"),
+    ("bbox_head.label_embedding", "dn_query_generator.label_embedding"),
+    (f"{_HEAD}.encoder.layers.#.attentions.0", "encoder.layers.#.self_attn"),
+    (f"{_HEAD}.encoder.layers.#.ffns.0", "encoder.layers.#.ffn"),
+    (f"{_HEAD}.encoder.layers.#.norms.#", "encoder.layers.#.norms.#"),
+    (f"{_HEAD}.decoder.layers.#.attentions.0", "decoder.layers.#.self_attn"),
+    (f"{_HEAD}.decoder.layers.#.attentions.1", "decoder.layers.#.cross_attn"),
+    (f"{_HEAD}.decoder.layers.#.ffns.0", "decoder.layers.#.ffn"),
+    (f"{_HEAD}.decoder.layers.#.norms.#", "decoder.layers.#.norms.#"),
+    (f"{_HEAD}.decoder.norm", "decoder.norm"),
+    (f"{_HEAD}.decoder.ref_point_head.0", "decoder.ref_point_head.layers.0"),
     # a ReLU, counted then and not now, lies between the two layers
-    (r"^bbox_head\.transformer\.decoder\.ref_point_head\.2\.", "decoder.ref_point_head.layers.1."),
+    (f"{_HEAD}.decoder.ref_point_head.2", "decoder.ref_point_head.layers.1"),
 )
 # Layers of the decoder attend to the image first, those of DINO to the queries first: the numbers
 # mean the opposite, and all shapes agree.
 _MASK2FORMER = (
-    (r"^(decode_head\.pixel_decoder\.encoder\.layers\.\d+)\.attentions\.0\.", r"\1.self_attn."),
-    (r"^(decode_head\.pixel_decoder\.encoder\.layers\.\d+)\.ffns\.0\.", r"\1.ffn."),
-    (r"^(decode_head\.transformer_decoder\.layers\.\d+)\.attentions\.0\.", r"\1.cross_attn."),
-    (r"^(decode_head\.transformer_decoder\.layers\.\d+)\.attentions\.1\.", r"\1.self_attn."),
-    (r"^(decode_head\.transformer_decoder\.layers\.\d+)\.ffns\.0\.", r"\1.ffn."),
+    (f"{_PIXELS}.attentions.0", f"{_PIXELS}.self_attn"),
+    (f"{_PIXELS}.ffns.0", f"{_PIXELS}.ffn"),
+    (f"{_QUERIES}.attentions.0", f"{_QUERIES}.cross_attn"),
+    (f"{_QUERIES}.attentions.1", f"{_QUERIES}.self_attn"),
+    (f"{_QUERIES}.ffns.0", f"{_QUERIES}.ffn"),
 )
-# What begins the names of a family, its table, and what none of its current names contains.
+
+
+class _Names(NamedTuple):
+    """The names of a family that one of the two sides has."""
+
+    beginning: str  # of some, by which the family is known
+    others: str  # a pattern of the other side's names
+
+
+class _Family(NamedTuple):
+    table: tuple[tuple[str, str], ...]
+    published: _Names
+    current: _Names
+
+
 _FAMILIES = (
-    ("bbox_head.transformer.", _DINO, r"^bbox_head\.transformer\."),
-    ("decode_head.transformer_decoder.", _MASK2FORMER, r"^decode_head\..*\.(attentions|ffns)\."),
+    _Family(
+        _DINO,
+        _Names("bbox_head.transformer.", r"^(?!backbone\.|neck\.|bbox_head\.)"),
+        _Names("memory_trans_fc.", r"^bbox_head\.transformer\."),
+    ),
+    _Family(
+        _MASK2FORMER,
+        _Names(
+            "decode_head.transformer_decoder.", r"^decode_head\..*\.(self_attn|cross_attn|ffn)\."
+        ),
+        _Names("decode_head.transformer_decoder.", r"^decode_head\..*\.(attentions|ffns)\."),
+    ),
 )
 
 
@@ -59,15 +86,10 @@ def convert_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
     """
     names = {name: name.removeprefix("module.") for name in state_dict}
     names = {name: new for name, new in names.items() if not new.startswith("ema_")}
-    for beginning, table, outdated in _FAMILIES:
-        if any(new.startswith(beginning) for new in names.values()):
-            names = {name: _rename(new, table) for name, new in names.items()}
-            unknown = [name for name, new in names.items() if re.search(outdated, new)]
-            if unknown:
-                raise ValueError(
-                    f"state_dict has names unknown to the published {beginning}*: "
-                    f"{', '.join(unknown[:10])}"
-                )
+    for family in _FAMILIES:
+        if _is_any_of(family.published, names.values()):
+            names = {name: _rename(new, family.table) for name, new in names.items()}
+            _require_all_renamed(names, family.published, family.current)
     sources: dict[str, str] = {}
     for name, new in names.items():
         if new in sources:
@@ -76,11 +98,46 @@ def convert_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
     return {new: state_dict[name] for new, name in sources.items()}
 
 
+def restore_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
+    """The entries of a model of this project under the published names.
+
+    The inverse of :func:`convert_state_dict`, but for the `ema_*` buffers.
+
+    Args:
+        state_dict: entries of any kind, tensors or their shapes.
+
+    Raises:
+        ValueError: a name of DINO or Mask2Former is not known.
+    """
+    names = {name: name for name in state_dict}
+    for family in _FAMILIES:
+        if _is_any_of(family.current, names):
+            table = tuple((current, published) for published, current in family.table)
+            names = {name: _rename(new, table) for name, new in names.items()}
+            _require_all_renamed(names, family.current, family.published)
+    return {new: state_dict[name] for name, new in names.items()}
+
+
+def _is_any_of(side: _Names, names: Iterable[str]) -> bool:
+    return any(name.startswith(side.beginning) for name in names)
+
+
+def _require_all_renamed(names: Mapping[str, str], old: _Names, new: _Names) -> None:
+    unknown = [name for name, renamed in names.items() if re.search(new.others, renamed)]
+    if unknown:
+        raise ValueError(
+            f"state_dict has {old.beginning}* and names unknown to such models: "
+            f"{', '.join(unknown[:10])}"
+        )
+
+
 def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in table:
-        new, count = re.subn(pattern, replacement, name)
-        if count:
-            return new
+    for old, new in table:
+        pattern = re.escape(old).replace(r"\#", r"(\d+)")
+        if match := re.match(rf"{pattern}(?=\.|$)", name):
+            for number in match.groups():
+                new = new.replace("#", number, 1)
+            return new + name[match.end() :]
     return name
 
 
@@ -111,6 +168,23 @@ def convert_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any
     if dataset_meta:
         meta["dataset_meta"] = dataset_meta
     return {"state_dict": convert_state_dict(state_dict), "meta": meta}
+
+
+def restore_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A checkpoint of this project as the published code reads it: the inverse of the above.
+
+    Args:
+        checkpoint: of the engine or from :func:`convert_checkpoint`.
+
+    Raises:
+        ValueError: it holds no state dict, or one that cannot be converted.
+    """
+    checkpoint = convert_checkpoint(checkpoint)
+    meta = checkpoint["meta"]
+    dataset_meta = meta.pop("dataset_meta", {})
+    names = {"CLASSES": "classes", "PALETTE": "palette"}
+    meta |= {old: dataset_meta[new] for old, new in names.items() if new in dataset_meta}
+    return {"state_dict": restore_state_dict(checkpoint["state_dict"]), "meta": meta}
 
 
 def _is_plain(value: Any) -> bool:

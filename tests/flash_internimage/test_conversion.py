@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from flash_internimage.checkpoint import load_checkpoint
-from flash_internimage.conversion import convert_checkpoint, convert_state_dict
+from flash_internimage.conversion import (
+    convert_checkpoint,
+    convert_state_dict,
+    restore_checkpoint,
+    restore_state_dict,
+)
 
 SCHEMAS = sorted((Path(__file__).parents[1] / "data" / "openmmlab_schemas").glob("*.json"))
 RENAMED = {"cascade": 0, "dino": 241, "mask2former": 180, "mask": 0, "upernet": 0}
@@ -55,6 +60,19 @@ def test_current_names_stay(path):
 def test_prefix_of_parallel_training_is_stripped(path):
     wrapped = {"module." + name: shape for name, shape in schema(path).items()}
     assert convert_state_dict(wrapped) == convert_state_dict(schema(path))
+
+
+@ALL
+def test_published_names_are_restored(path):
+    published = {name: name for name in plain(path)}
+    restored = restore_state_dict(convert_state_dict(published))
+    assert restored == published
+    assert list(restored) == list(published)
+
+
+@ALL
+def test_published_names_stay_when_restored(path):
+    assert restore_state_dict(plain(path)) == plain(path)
 
 
 def test_buffers_of_averaged_weights_are_dropped():
@@ -142,7 +160,19 @@ def test_names_that_cannot_be_told_apart_or_known_are_errors(state_dict, message
         convert_state_dict(state_dict)
 
 
-# convert_checkpoint
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("memory_trans_fc.weight", "reference_points_fc.weight"),
+        (f"{QUERIES}.query.weight", f"{LAYER}.ffn2.weight", f"{LAYER}.middle.ffn.x"),
+    ],
+)
+def test_names_that_were_never_published_are_errors(names):
+    with pytest.raises(ValueError, match=f"names unknown to such models: {names[-1]}"):
+        restore_state_dict(dict.fromkeys(names, 0))
+
+
+# convert_checkpoint, restore_checkpoint
 
 WEIGHTS = {f"{HEAD}.level_embeds": torch.ones(4, 256), "ema_backbone_weight": torch.zeros(1)}
 META = {"epoch": 12, "mmdet_version": "2.28.1", "hook_msgs": {"best": ["bbox_mAP", 0.5, None]}}
@@ -165,6 +195,7 @@ def test_classes_and_colours_go_where_the_engine_looks_for_them(keys):
 
 @pytest.mark.parametrize("meta", [{}, {"meta": None}, {"meta": {}}, {"meta": {"CLASSES": None}}])
 def test_checkpoint_may_lack_a_description(meta):
+    assert restore_checkpoint({"state_dict": WEIGHTS, **meta})["meta"] == {}
     assert convert_checkpoint({"state_dict": WEIGHTS, **meta})["meta"] == {}
 
 
@@ -199,3 +230,11 @@ def test_converted_checkpoint_stays():
 def test_checkpoint_without_a_state_dict_is_an_error(checkpoint):
     with pytest.raises(ValueError, match=f"got the entries {', '.join(checkpoint)}"):
         convert_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("dataset", [{}, {"CLASSES": ("a",)}, {"CLASSES": ("a",), "PALETTE": [0]}])
+def test_a_published_container_is_restored(dataset):
+    weights = {f"{HEAD}.level_embeds": 1, f"{HEAD}.enc_output.bias": 2, "neck.convs.0.gn.bias": 3}
+    published = {"state_dict": weights, "meta": META | dataset}
+    assert restore_checkpoint(convert_checkpoint(published)) == published
+    assert restore_checkpoint(published) == published
