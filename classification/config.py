@@ -151,7 +151,7 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> 
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {_explain(e)}" for e in error.errors())) from error
+        raise ConfigError(explain(error, Config, path)) from error
 
 
 def _apply(content: dict, override: str) -> None:
@@ -166,13 +166,17 @@ def _apply(content: dict, override: str) -> None:
     content[leaf] = yaml.safe_load(value)
 
 
-def _explain(error: dict) -> str:
+def explain(error: ValidationError, section: type[Section], where: str | os.PathLike) -> str:
+    """What a section does not accept, and what was perhaps meant, a line for each."""
+    return "\n".join(f"{where}: {_explain(one, section)}" for one in error.errors())
+
+
+def _explain(error: dict, section: type[Section]) -> str:
     location = [str(part) for part in error["loc"]]
     if error["type"] != "extra_forbidden":
         given = "" if error["type"] == "missing" else f", got {error['input']!r}"
         message = error["msg"].removeprefix("Value error, ")
         return f"{'.'.join(location)}: {message}{given}" if location else message
-    section = Config
     for part in location[:-1]:
         section = section.model_fields[part].annotation
     known = list(section.model_fields)

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,11 +80,17 @@ class SkippingImageDataset(ImageDataset):
             )
 
 
+def spread(length: int, limit: int | None) -> list[int]:
+    """At most `limit` indices, evenly spaced, for data sets that are sorted by class."""
+    limit = length if limit is None else min(limit, length)
+    return [i * length // limit for i in range(limit)]
+
+
 class EveryNth(Sampler[int]):
     """The part of a data set that one of several processes evaluates: nothing twice."""
 
-    def __init__(self, length: int, rank: int, world_size: int):
-        self.indices = range(rank, length, world_size)
+    def __init__(self, indices: Sequence[int], rank: int, world_size: int):
+        self.indices = indices[rank::world_size]
 
     def __iter__(self):
         return iter(self.indices)
@@ -272,10 +278,17 @@ def val_loader(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
+    limit: int | None = None,
 ) -> DataLoader | PrefetchLoader:
-    """Every image once, resized and centre-cropped."""
+    """Every image, or `limit` of them, once, resized and centre-cropped.
+
+    Raises:
+        ConfigError: a data set that is read as a stream has no limit.
+    """
+    if limit is not None and isinstance(dataset, IterableImageDataset):
+        raise ConfigError(f"data.kind={data.kind} is read as a stream and takes no limit")
     dataset.transform = eval_transform(data, _uses_prefetcher(device))
-    sampler = EveryNth(len(dataset), rank, world_size)
+    sampler = EveryNth(spread(len(dataset), limit), rank, world_size)
     return _loader(dataset, data, batch_size, device, sampler, drop_last=False)
 
 

@@ -120,6 +120,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="weights to load; the released ones if left out")
     parser.add_argument("--data", help="root of the data set (default: the config's)")
     parser.add_argument("--split", help="folder under --data (default: val)")
+    parser.add_argument("--limit", type=int, help="images to take, evenly spaced (default: all)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
@@ -175,6 +176,8 @@ def _load_model(options: Model, checkpoint: str | None, weights: str) -> nn.Modu
 
 
 def run(arguments: argparse.Namespace) -> dict:
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ConfigError(f"--limit must be at least 1, got {arguments.limit}")
     cfg = _config(arguments.model)
     device = pick_device(arguments.device)
     if arguments.throughput:
@@ -196,7 +199,7 @@ def run(arguments: argparse.Namespace) -> dict:
     )
     class_names(dataset, cfg.model.num_classes)
     model = _load_model(cfg.model, arguments.checkpoint, arguments.weights).to(device)
-    loader = val_loader(dataset, data, arguments.batch_size, device)
+    loader = val_loader(dataset, data, arguments.batch_size, device, limit=arguments.limit)
     result = asdict(evaluate(model, loader, device, arguments.amp))
     return {
         "model": cfg.model.name,

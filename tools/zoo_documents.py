@@ -1,0 +1,108 @@
+"""What is generated from the zoo's entries: the tables of README.md and OpenMMLab's metafiles."""
+
+from pathlib import Path
+
+import yaml
+
+from tools.zoo_entries import ROOT, Entry
+
+# Per task the columns of its table in README.md.
+_COLUMNS = {
+    "classification": (
+        "model",
+        "timm name",
+        "pretraining",
+        "resolution",
+        "parameters",
+        "MACs",
+        "top-1 (published)",
+    ),
+    "detection": ("detector", "backbone", "schedule", "box AP", "mask AP", "config"),
+    "segmentation": ("segmentor", "backbone", "crop", "mIoU", "several scales", "config"),
+}
+# Per figure what OpenMMLab calls task, data set and metric.
+_RESULTS = {
+    "top1": ("Image Classification", "ImageNet-1K", "Top 1 Accuracy"),
+    "box_ap": ("Object Detection", "COCO", "box AP"),
+    "mask_ap": ("Instance Segmentation", "COCO", "mask AP"),
+    "miou": ("Semantic Segmentation", "ADE20K", "mIoU"),
+    "miou_several_scales": ("Semantic Segmentation", "ADE20K", "mIoU(ms+flip)"),
+}
+_EMPTY = "\N{EN DASH}"
+_NOTICE = "# Written by `python -m tools.zoo generate` from configs/zoo.yaml.\n"
+
+
+def _row(cells: tuple) -> str:
+    return f"| {' | '.join(_EMPTY if cell is None else str(cell) for cell in cells)} |\n"
+
+
+def _cells(name: str, entry: Entry) -> tuple:
+    figures = entry.published
+    if entry.task == "classification":
+        size = f"{entry.parameters / 1e6:.1f} M", f"{entry.gmacs:.1f} G"
+        model = f"{entry.architecture}-{entry.backbone}", f"`{name}`"
+        return *model, entry.pretraining, entry.resolution, *size, figures.top1
+    model = entry.architecture, entry.backbone
+    config = f"[{Path(entry.config).name}]({entry.config})"
+    if entry.task == "detection":
+        return *model, entry.schedule, figures.box_ap, figures.mask_ap, config
+    return *model, entry.resolution, figures.miou, figures.miou_several_scales, config
+
+
+def _with_tables(text: str, zoo: dict[str, Entry]) -> str:
+    for task, columns in _COLUMNS.items():
+        head = _row(columns) + "|" + "---|" * len(columns) + "\n"
+        before, found, after = text.partition(head)
+        if not found:
+            raise ValueError(f"README.md must have a table that begins with {_row(columns)}")
+        lines = after.splitlines(keepends=True)
+        rest = next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))
+        rows = [_row(_cells(name, entry)) for name, entry in zoo.items() if entry.task == task]
+        text = "".join([before, head, *rows, *lines[rest:]])
+    return text
+
+
+def _metafile(task: str, zoo: dict[str, Entry]) -> dict:
+    paper = {
+        "Title": "Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for "
+        "Vision Applications",
+        "URL": "https://arxiv.org/abs/2401.06197",
+    }
+    collection = f"FlashInternImage-{task}"
+    models = []
+    for name, entry in zoo.items():
+        if entry.task != task:
+            continue
+        model = {
+            "Name": name,
+            "In Collection": collection,
+            "Metadata": {"Parameters": entry.parameters},
+            "Results": [
+                {"Task": work, "Dataset": data, "Metrics": {metric: value}}
+                for figure, value in entry.published.known().items()
+                for work, data, metric in [_RESULTS[figure]]
+            ],
+            "Weights": entry.addresses[0],
+        }
+        if entry.gmacs:
+            model["Metadata"]["FLOPs"] = round(entry.gmacs * 1e9)
+        if entry.config:
+            model["Config"] = entry.config
+        models.append(model)
+    readme = f"{task}/README.md"
+    return {
+        "Collections": [{"Name": collection, "Paper": paper, "README": readme}],
+        "Models": models,
+    }
+
+
+def documents(zoo: dict[str, Entry]) -> dict[Path, str]:
+    """The contents of all generated files, and of README.md with its tables."""
+    metafiles = {f"configs/{task}/metafile.yml": _metafile(task, zoo) for task in _COLUMNS}
+    metafiles["model-index.yml"] = {"Import": list(metafiles)}
+    written = {
+        ROOT / path: _NOTICE + yaml.safe_dump(contents, sort_keys=False)
+        for path, contents in metafiles.items()
+    }
+    readme = ROOT / "README.md"
+    return written | {readme: _with_tables(readme.read_text(), zoo)}

@@ -1,0 +1,79 @@
+"""configs/zoo.yaml, strictly read."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+
+from classification.config import ConfigError, Section, explain
+from flash_internimage.checkpoint import fetch_checkpoint
+
+ROOT = Path(__file__).parents[1]
+ZOO = ROOT / "configs" / "zoo.yaml"
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class Figures(Section):
+    """In percent: accuracy on ImageNet-1K val, COCO's AP on val2017, mIoU on ADE20K val."""
+
+    top1: Percent | None = None
+    box_ap: Percent | None = None
+    mask_ap: Percent | None = None
+    miou: Percent | None = None
+    miou_several_scales: Percent | None = None
+
+    def known(self) -> dict[str, float]:
+        return self.model_dump(exclude_none=True)
+
+
+class Entry(Section):
+    """A released checkpoint; configs/zoo.yaml explains the keys."""
+
+    task: Literal["classification", "detection", "segmentation"]
+    architecture: str
+    backbone: Literal["T", "S", "B", "L"]
+    pretraining: str
+    schedule: str | None = None
+    config: str | None = None
+    addresses: list[Annotated[str, Field(pattern=r"^https?://.*/[^/]+$")]] = Field(min_length=1)
+    resolution: PositiveInt
+    parameters: PositiveInt
+    gmacs: PositiveFloat | None = None
+    published: Figures = Figures()
+    source: str | None = None
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+
+    def fetch(self, offline: bool = False) -> Path:
+        """The local file, see :func:`flash_internimage.checkpoint.fetch_checkpoint`."""
+        return fetch_checkpoint(self.addresses[0], offline, self.sha256)
+
+
+def read_zoo(path: Path = ZOO) -> dict[str, Entry]:
+    """The entries by their names.
+
+    Raises:
+        ConfigError: a key or a value is not accepted; the message says where and why.
+    """
+    contents = yaml.safe_load(path.read_text())
+    zoo = {}
+    for name, values in contents.items():
+        try:
+            zoo[name] = Entry.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, Entry, f"{path}: {name}")) from error
+    return zoo
+
+
+def find(zoo: dict[str, Entry], name: str) -> Entry:
+    """
+    Raises:
+        ConfigError: there is no such entry.
+    """
+    if name not in zoo:
+        close = difflib.get_close_matches(name, zoo, n=1, cutoff=0.5)
+        hint = f"did you mean '{close[0]}'?" if close else "`python -m tools.zoo list` has them"
+        raise ConfigError(f"the zoo has no '{name}', {hint}")
+    return zoo[name]
