@@ -3,10 +3,15 @@
 import json
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from flash_internimage.checkpoint import load_checkpoint
+from tools import zoo
 
 DATA = Path(__file__).parents[2] / "data" / "openmmlab"
 
@@ -15,6 +20,17 @@ DATA = Path(__file__).parents[2] / "data" / "openmmlab"
 def arrays(name: str) -> dict[str, Tensor]:
     with np.load(DATA / f"{name}.npz") as file:
         return {key: torch.from_numpy(file[key]) for key in file}
+
+
+@cache
+def converted(folder: str) -> dict[str, Tensor]:
+    """The weights of a published container as the zoo's command converts it."""
+    with TemporaryDirectory() as out:
+        published, current = Path(out, "published.pth"), Path(out, "current.pth")
+        meta = {"CLASSES": ("a", "b"), "config": SimpleNamespace(), "epoch": 12}
+        torch.save({"meta": meta, "state_dict": arrays(f"{folder}/state_dict")}, published)
+        assert zoo.main(["convert", str(published), "-o", str(current)]) == 0
+        return load_checkpoint(current)["state_dict"]
 
 
 def published_config(folder: str) -> dict:

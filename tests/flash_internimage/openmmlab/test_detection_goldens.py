@@ -12,13 +12,13 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from flash_internimage.conversion import convert_state_dict
 from flash_internimage.openmmlab import use_flash_attention
 from flash_internimage.openmmlab.detection import ClampedDINOHead, PublishedDINO
 from tests.flash_internimage.openmmlab.goldens import (
     arrays,
     assert_published,
     backbone_config,
+    converted,
     published_config,
 )
 
@@ -94,7 +94,7 @@ def dino_config() -> dict:
 
 def load(folder: str, config: dict) -> nn.Module:
     model = MODELS.build(ConfigDict(config))
-    weights = convert_state_dict(arrays(f"{folder}/state_dict"))
+    weights = converted(folder)
     model.load_state_dict(weights, strict=True)
     return model.eval()
 

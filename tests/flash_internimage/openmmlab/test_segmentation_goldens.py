@@ -10,13 +10,13 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from flash_internimage.conversion import convert_state_dict
 from flash_internimage.openmmlab import use_flash_attention
 from flash_internimage.openmmlab.segmentation import PublishedMask2FormerHead
 from tests.flash_internimage.openmmlab.goldens import (
     arrays,
     assert_published,
     backbone_config,
+    converted,
     published_config,
 )
 
@@ -97,7 +97,7 @@ def positional_encoding(part: dict) -> dict:
 
 def load(folder: str, config: dict, weights: dict[str, Tensor] | None = None) -> nn.Module:
     model = MODELS.build(ConfigDict(config))
-    weights = weights or convert_state_dict(arrays(f"{folder}/state_dict"))
+    weights = weights or converted(folder)
     model.load_state_dict(weights, strict=True)
     return model.eval()
 
@@ -210,7 +210,7 @@ def test_weights_at_the_wrong_place_show_in_the_scores(swapped):
             return name
         return name.replace(*swapped) if one in name else name.replace(other, one)
 
-    weights = convert_state_dict(arrays("mask2former/state_dict"))
+    weights = converted("mask2former")
     model = load("mask2former", mask2former_config(), {swap(k): v for k, v in weights.items()})
     classes, _ = model.decode_head(
         model.backbone(arrays("mask2former/input")["img"]), [SegDataSample()]
