@@ -111,9 +111,8 @@ def convert(
         checkpoint = {"state_dict": clean_state_dict(checkpoint), "meta": {}}
     weights = checkpoint["state_dict"]
     if not weights or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        raise ValueError(
-            f"{source} holds no weights: its entries are {', '.join(map(str, weights))}"
-        )
+        entries = ", ".join(map(str, weights)) or "none"
+        raise ValueError(f"{source} must hold weights and nothing else, its entries are {entries}")
     misfits = []
     if model is not None:
         own = model.state_dict()
@@ -175,7 +174,7 @@ def evaluate(
     parsed.cfg_options = settings(config, arguments.data, arguments.limit, work_dir)
     measured = program.get_runner(parsed).test()
     figures = {
-        figure: measured[metric] * factor
+        figure: float(measured[metric]) * factor
         for figure, (metric, factor) in _METRICS.items()
         if metric in measured
     }

@@ -1,0 +1,89 @@
+"""A segmentor through the command that evaluates the zoo's."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmseg.registry import MODELS
+from PIL import Image
+
+from tools import zoo as tool
+from tools.zoo_entries import Entry
+
+NAME = "upernet_small"
+
+
+@pytest.fixture
+def config(write_config, tmp_path, monkeypatch) -> Path:
+    """Of a row whose data are elsewhere, and are named on the command line."""
+    config = write_config(tmp_path / "small.py", root="nowhere")
+    entry = Entry(
+        task="segmentation",
+        architecture="UPerNet",
+        backbone="T",
+        pretraining="ImageNet-1K",
+        config=str(config),
+        addresses=["https://example.org/never-asked.pth"],
+        resolution=128,
+        parameters=1,
+        published={"miou": 50.0, "miou_several_scales": 60.0},
+    )
+    monkeypatch.setattr(tool, "read_zoo", lambda: {NAME: entry})
+    return config
+
+
+@pytest.fixture
+def checkpoint(config, tmp_path) -> Path:
+    """Of a model for which everything is background, in the published container."""
+    cfg = Config.fromfile(config)
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        weights = MODELS.build(cfg.model).state_dict()
+    weights["decode_head.conv_seg.weight"].zero_()
+    weights["decode_head.conv_seg.bias"].zero_()[0] = 9.0
+    contents = {"state_dict": weights, "meta": {"CLASSES": ("background", *"0123456789")}}
+    torch.save(contents, tmp_path / "background.pth")
+    return tmp_path / "background.pth"
+
+
+def miou_of_background(root: Path, pictures: slice) -> float:
+    """In percent, from the label maps: of the classes that are there, all but one are missed."""
+    maps = sorted((root / "annotations" / "validation").glob("*.png"))[pictures]
+    values = np.concatenate([np.asarray(Image.open(path)).ravel() for path in maps])
+    values = values[values > 0]  # 0 is to be ignored, 1 the background
+    return 100 * (values == 1).mean() / len(np.unique(values))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pictures", "figure", "published"),
+    [
+        ([], slice(None), "miou", 50.0),
+        (["--limit", "2"], slice(0, None, 2), "miou", 50.0),
+        (["--tta"], slice(None), "miou_several_scales", 60.0),
+    ],
+    ids=["whole", "limit", "several scales"],
+)
+def test_the_figure_is_measured(
+    checkpoint, scenes, tmp_path, capsys, arguments, pictures, figure, published
+):
+    arguments = ["--device", "cpu", "--work-dir", str(tmp_path / "run"), *arguments]
+    data = ["--data", str(scenes), "--checkpoint", str(checkpoint)]
+    assert tool.main(["evaluate", NAME, *data, *arguments]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    [(name, row)] = result["figures"].items()
+    assert (name, row["published"]) == (figure, published)
+    assert row["measured"] == pytest.approx(miou_of_background(scenes, pictures), abs=0.01)
+    assert row["difference"] == pytest.approx(row["measured"] - published)
+    assert row["reproduced"] == (None if "--limit" in arguments else False)
+
+
+def test_data_that_are_not_there_are_one_error(checkpoint, tmp_path, caplog):
+    (tmp_path / "empty").mkdir()
+    data = ["--data", str(tmp_path / "empty"), "--checkpoint", str(checkpoint)]
+    for limit in ([], ["--limit", "2"]):
+        arguments = [*data, "--work-dir", str(tmp_path / "run"), *limit]
+        assert tool.main(["evaluate", NAME, *arguments]) == 2
+        assert f"{tmp_path}/empty/images/validation" in caplog.records[-1].getMessage()

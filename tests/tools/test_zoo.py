@@ -1,0 +1,315 @@
+"""The commands of the zoo on files in the published format, from a server that plays the hub."""
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors
+import timm
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from flash_internimage.checkpoint import find_misfits, load_checkpoint
+from flash_internimage.conversion import convert_state_dict
+from tests.flash_internimage.openmmlab.goldens import arrays
+from tests.recipes import DATA, read_recipes
+from tests.servers import FileServer, serve, use_as_hub, use_own_caches
+from tools import zoo as tool
+from tools.zoo_entries import Entry, read_zoo
+
+NANO = "flash_internimage_nano.untrained"
+HUB = "https://huggingface.co/OpenGVLab/DCNv4/resolve/main"
+GOLDENS = ("cascade", "dino", "mask2former", "mask_rcnn", "upernet")
+CLASSES = ("cup", "bowl")
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch, one_thread) -> None:
+    use_own_caches(monkeypatch, tmp_path / "caches")
+
+
+@pytest.fixture
+def weights() -> dict[str, Tensor]:
+    """Of a classifier that takes every image for one of class 3."""
+    torch.manual_seed(0)
+    weights = timm.create_model("flash_internimage_nano").state_dict()
+    weights["head.weight"].zero_()
+    weights["head.bias"][3] = 1.0
+    return weights
+
+
+@pytest.fixture
+def server(weights, tmp_path, monkeypatch, digits_config) -> FileServer:
+    """The hub with that classifier in a published container, and a zoo of it alone."""
+    published = tmp_path / "published.pth"
+    config = SimpleNamespace(MODEL="nano")
+    averaged = {"model": {}, "model_ema": weights, "config": config, "epoch": 299}
+    torch.save(averaged, published)
+    entry = Entry(
+        task="classification",
+        architecture="FlashInternImage",
+        backbone="T",
+        pretraining="ImageNet-1K",
+        config=str(digits_config),
+        addresses=[f"{HUB}/nano.pth"],
+        resolution=32,
+        parameters=1,
+        published={"top1": 9.9},
+    )
+    monkeypatch.setattr(tool, "read_zoo", lambda: {NANO: entry})
+    with serve({"/OpenGVLab/DCNv4/resolve/main/nano.pth": published.read_bytes()}) as server:
+        use_as_hub(monkeypatch, server.address)
+        yield server
+
+
+@pytest.fixture
+def digits_config(tmp_path) -> Path:
+    path = tmp_path / "nano.yaml"
+    settings = {"model": {"name": "flash_internimage_nano"}, "data": {"image_size": 32}}
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Two images of each of ten classes."""
+    for label in range(10):
+        folder = tmp_path / "data" / "val" / str(label)
+        folder.mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (32, 32), (20 * label, 100 * i, 0)).save(folder / f"{i}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run(capsys, caplog) -> Callable[..., str]:
+    """What a command says on standard output."""
+
+    def run(*arguments) -> str:
+        assert tool.main([str(argument) for argument in arguments]) == 0, caplog.text
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(caplog) -> Callable[..., str]:
+    """What a command that fails logs."""
+
+    def refused(*arguments) -> str:
+        assert tool.main([str(argument) for argument in arguments]) == 2
+        return caplog.records[-1].getMessage()
+
+    return refused
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(actual[name].equal(expected[name]) for name in expected)
+
+
+# list, info, download
+
+
+def test_every_entry_is_listed_with_its_figures(run):
+    lines = run("list").splitlines()
+    assert [line.split()[0] for line in lines] == list(read_zoo())
+    [line] = (line for line in lines if line.startswith("mask_rcnn_flash_internimage_b_fpn_3x"))
+    assert line.split(maxsplit=1)[1] == "115.2 M  box_ap 50.6, mask_ap 45.4"
+
+
+@pytest.mark.usefixtures("server")
+def test_a_file_is_downloaded_and_found(run):
+    assert yaml.safe_load(run("info", NANO))[NANO]["file"] == "not downloaded"
+    path = run("download", NANO).strip()
+    assert load_checkpoint(path)["epoch"] == 299
+    info = yaml.safe_load(run("info", NANO))[NANO]
+    assert (info["file"], info["published"]) == (path, {"top1": 9.9})
+    assert run("download", NANO, "--offline").strip() == path
+
+
+def test_what_is_not_there_is_one_error(server, refused):
+    assert "failed: Cannot find the requested files in the disk cache" in refused(
+        "download", NANO, "--offline"
+    )
+    server.files.clear()
+    assert f"download of {HUB}/nano.pth failed: 404" in refused("download", NANO)
+
+
+# convert
+
+
+def published_container(folder: str, path: Path) -> dict[str, Tensor]:
+    """A golden in the format of mmdet 2 and mmseg 0, with averaged weights beside; its weights."""
+    published = arrays(f"{folder}/state_dict")
+    buffers = {f"ema_{name.replace('.', '_')}": tensor + 1 for name, tensor in published.items()}
+    meta = {"CLASSES": CLASSES, "PALETTE": [[0, 0, 0]], "env": SimpleNamespace(), "epoch": 12}
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]}
+    state_dict = OrderedDict(published | buffers)
+    torch.save({"meta": meta, "state_dict": state_dict, "optimizer": optimizer}, path)
+    return published
+
+
+@pytest.mark.parametrize("folder", GOLDENS)
+def test_a_published_container_becomes_a_current_one_and_back(folder, run, tmp_path):
+    old, new, back = (tmp_path / f"{name}.pth" for name in ("old", "new", "back"))
+    published = published_container(folder, old)
+    assert run("convert", old, "-o", new) == f"{new}\n"
+    converted = load_checkpoint(new)
+    assert converted.keys() == {"state_dict", "meta"}
+    dataset = {"classes": CLASSES, "palette": [[0, 0, 0]]}
+    assert converted["meta"] == {"epoch": 12, "dataset_meta": dataset}
+    renamed = {"dino": 241, "mask2former": 180}
+    moved = published.keys() - converted["state_dict"].keys()
+    assert bool(moved) == (folder in renamed)
+    run("convert", new, "-o", back, "--published")
+    restored = load_checkpoint(back)
+    assert_equal(restored["state_dict"], published)
+    assert restored["meta"] == {"epoch": 12, "CLASSES": CLASSES, "PALETTE": [[0, 0, 0]]}
+
+
+@pytest.mark.parametrize("folder", GOLDENS)
+def test_safetensors_have_the_same_weights_and_the_classes(folder, run, tmp_path):
+    old, new, tensors = tmp_path / "old.pth", tmp_path / "new.pth", tmp_path / "new.safetensors"
+    published = published_container(folder, old)
+    run("convert", old, "-o", new)
+    run("convert", old, "-o", tensors)
+    assert_equal(load_checkpoint(tensors), load_checkpoint(new)["state_dict"])
+    with safetensors.safe_open(tensors, "pt") as file:
+        assert json.loads(file.metadata()["dataset_meta"])["classes"] == list(CLASSES)
+    run("convert", tensors, "-o", new, "--published")
+    assert_equal(load_checkpoint(new)["state_dict"], published)
+
+
+RELEASED = [
+    "mask_rcnn_flash_internimage_s_fpn_3x_coco",
+    "cascade_mask_rcnn_flash_internimage_l_fpn_3x_coco",
+    "dino-4scale_flash_internimage_t_1x_coco",
+    "upernet_flash_internimage_b_512_160k_ade20k",
+    "mask2former_flash_internimage_l_640_160k_ade20k",
+]
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_converted_schemas_fit_the_models_of_their_rows(name):
+    recipes = read_recipes("detection_recipes.csv") | read_recipes("segmentation_recipes.csv")
+    schema = DATA / "openmmlab_schemas" / f"{recipes[name]['schema']}.json"
+    shapes = convert_state_dict(json.loads(schema.read_text()))
+    converted = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    own = tool.build_model(name, read_zoo()[name]).state_dict()
+    assert find_misfits(own, converted) == []
+
+
+@pytest.mark.usefixtures("server")
+def test_a_released_classifier_is_converted_by_its_name(weights, run, tmp_path):
+    out, tensors = tmp_path / "out.pth", tmp_path / "out.safetensors"
+    run("convert", NANO, "-o", out)
+    assert_equal(load_checkpoint(out)["state_dict"], weights)
+    run("convert", out, "--model", NANO, "-o", tensors)
+    assert_equal(load_checkpoint(tensors), weights)
+
+
+@pytest.mark.usefixtures("server")
+def test_every_name_that_does_not_fit_is_reported(weights, refused, run, tmp_path, caplog):
+    source, out = tmp_path / "source.pth", tmp_path / "out.pth"
+    missing = [name for name in weights if ".mlp." in name]
+    assert len(missing) > 10
+    state_dict = {name: weight for name, weight in weights.items() if name not in missing}
+    state_dict |= {"neck.weight": torch.zeros(1), "patch_embed.conv1.bias": torch.zeros(3)}
+    torch.save({"model": state_dict}, source)
+    arguments = ("convert", source, "--model", NANO, "-o", out)
+    lines = [
+        *(f"missing: {name}" for name in missing),
+        "unexpected: neck.weight",
+        "shape of patch_embed.conv1.bias: (3,), expected (16,)",
+    ]
+    first, *report = refused(*arguments).splitlines()
+    assert first == f"{source} does not fit; --partial writes what does"
+    assert report == lines
+    assert not out.exists()
+    caplog.clear()
+    run(*arguments, "--partial")
+    assert [record.getMessage() for record in caplog.records] == lines
+    gone = {*missing, "patch_embed.conv1.bias"}
+    assert load_checkpoint(out)["state_dict"].keys() == weights.keys() - gone
+
+
+def test_without_a_model_the_conversion_says_that_nothing_was_compared(run, tmp_path, caplog):
+    torch.save({"neck.weight": torch.zeros(1)}, tmp_path / "a.pth")
+    run("convert", tmp_path / "a.pth", "-o", tmp_path / "b.pth")
+    assert "a.pth is compared with no model: --model names one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("contents", "out", "message"),
+    [
+        ({"w": torch.ones(1)}, "out.onnx", "--output must end in .safetensors or .pth, got"),
+        (
+            {"epoch": 3, "w": torch.ones(1)},
+            "out.pth",
+            "must hold weights and .* epoch, w",
+        ),
+        ({"model": {}, "epoch": 3}, "out.pth", "must hold weights and .* none"),
+        ({"bbox_head.transformer.x": torch.ones(1)}, "out.pth", "unknown to such models"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_error(contents, out, message, refused, tmp_path):
+    torch.save(contents, tmp_path / "source.pth")
+    text = refused("convert", tmp_path / "source.pth", "-o", tmp_path / out)
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(text)
+    assert not (tmp_path / out).exists()
+
+
+# evaluate
+
+
+@pytest.mark.usefixtures("server")
+def test_a_classifier_is_measured_beside_its_published_figure(run, data, tmp_path):
+    out = tmp_path / "result.json"
+    text = run("evaluate", NANO, "--data", data, "--device", "cpu", "--json", out)
+    result = json.loads(out.read_text())
+    assert json.loads(text.splitlines()[-1]) == result
+    row = {"measured": 10.0, "published": 9.9, "difference": 0.1, "reproduced": True}
+    assert result["figures"] == {"top1": row}  # two of twenty images are of class 3
+    assert text.splitlines()[-2].split() == ["top1", "10.00", "9.9", "0.1"]
+
+
+@pytest.mark.usefixtures("server")
+def test_a_quick_look_takes_images_of_all_kinds_and_reproduces_nothing(run, data):
+    text = run("evaluate", NANO, "--data", data, "--limit", "10")
+    row = json.loads(text.splitlines()[-1])["figures"]["top1"]
+    assert (row["measured"], row["reproduced"]) == (10.0, None)  # one of each class
+
+
+@pytest.mark.parametrize(
+    ("measured", "reproduced"), [(83.6, True), (83.41, True), (83.8, True), (83.39, False)]
+)
+def test_a_figure_is_reproduced_within_the_tolerance(measured, reproduced):
+    entry = read_zoo()["flash_internimage_tiny.in1k"]
+    row = tool.compare(entry, {"top1": measured}, whole=True)["top1"]
+    assert (row["published"], row["reproduced"]) == (83.6, reproduced)
+
+
+def test_what_nobody_published_is_not_compared():
+    entry = read_zoo()["flash_internimage_large.in22k_384"]
+    assert tool.compare(entry, {"top1": 50.0}, whole=True) == {"top1": {"measured": 50.0}}
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "--data not found: nowhere"),
+        (["--data", ".", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--data", ".", "--tta"], "--tta is for segmentation"),
+        (["--data", ".", "--checkpoint", "none.pth"], "checkpoint not found: none.pth"),
+    ],
+)
+def test_wrong_arguments_are_one_error(refused, arguments, message):
+    assert message in refused("evaluate", NANO, *arguments)
