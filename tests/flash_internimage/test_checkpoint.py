@@ -403,3 +403,11 @@ def test_timm_takes_a_state_dict_that_it_is_given(source):
     model = nano(1, pretrained=True, pretrained_cfg_overlay=overlay)
     assert_equal(model.state_dict(), source.state_dict())
     assert "state_dict" not in model.pretrained_cfg
+
+
+def test_timm_executes_nothing(source, tmp_path):
+    marker, path = tmp_path / "marker", tmp_path / "evil.pth"
+    torch.save({"model": source.state_dict(), "config": RunsCommand(f"touch {marker}")}, path)
+    model = nano(1, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    assert_equal(model.state_dict(), source.state_dict())
+    assert not marker.exists()
