@@ -7,10 +7,11 @@ numbers and plain containers are made of, and all other names give a :class:`Pla
 import os
 import pickle
 import re
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -147,6 +148,16 @@ class _Unpickler(pickle._Unpickler):
     }
 
 
+def _require_honest_sizes(file: BinaryIO) -> None:
+    """torch.save compresses nothing: records of more than the file's size would be a zip bomb."""
+    with zipfile.ZipFile(file) as archive:
+        declared = sum(record.file_size for record in archive.infolist())
+    size = os.fstat(file.fileno()).st_size
+    if declared > size:
+        raise pickle.UnpicklingError(f"records of {declared:,} bytes in a file of {size:,}")
+    file.seek(0)
+
+
 def load(
     path: str | os.PathLike, map_location: Any, types: Mapping[str, Callable]
 ) -> tuple[Any, list[str]]:
@@ -172,6 +183,7 @@ def load(
         archive = file.read(4) == b"PK\3\4"
         file.seek(0)
         if archive:
+            _require_honest_sizes(file)
             reader, source = torch.serialization._load, torch._C.PyTorchFileReader(file)
         else:  # without a descriptor it is not taken for a tar archive, and unpacked
             methods = ("read", "readinto", "readline", "seek", "tell")

@@ -1,14 +1,17 @@
 """What checkpoints hold beside weights, and that nothing in them is executed or imported."""
 
 import codecs
+import copy
 import copyreg
 import importlib
 import os
 import pickle
 import random
 import re
+import subprocess
 import sys
 import tarfile
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -563,4 +566,91 @@ def test_tar_archives_are_not_unpacked(path, tmp_path, monkeypatch):
         for name in ("storages", "tensors", "pickle"):
             archive.addfile(tarfile.TarInfo(name))
     monkeypatch.setattr(tarfile.TarFile, "extract", lambda *_, **__: pytest.fail("unpacked"))
+    assert_refused(path, "")
+
+
+def rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes, int]]) -> None:
+    """Writes an archive anew with other names, contents and compression of its records."""
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, contents in records.items():
+            archive.writestr(*change(name, contents))
+
+
+@pytest.mark.parametrize("record", ["data/0", "data.pkl", ".format_version"])
+def test_zip_bombs_are_not_unpacked(path, record):
+    write({"x": torch.zeros(4)}, path)
+    megabytes = 200
+    bomb = bytes(megabytes << 20)
+    if record == "data.pkl":
+        bomb = b"\x80\x02X" + len(bomb).to_bytes(4, "little") + bomb + b"."
+    rewrite(
+        path,
+        lambda name, contents: (
+            (name, bomb, zipfile.ZIP_DEFLATED)
+            if name.endswith(record)
+            else (name, contents, zipfile.ZIP_STORED)
+        ),
+    )
+    assert path.stat().st_size < 1 << 20
+    with_it = subprocess.run(
+        [sys.executable, "-c", MEMORY_OF_LOADING, path], capture_output=True, text=True, check=True
+    )
+    assert int(with_it.stdout) < megabytes // 2
+
+
+# What the process grows by, in megabytes
+MEMORY_OF_LOADING = """
+import resource, sys
+from flash_internimage.checkpoint import load_checkpoint
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+try:
+    load_checkpoint(sys.argv[1])
+except ValueError:
+    print(peak() - before)
+"""
+
+
+def test_records_that_overlap_are_refused(path):
+    write({"x": torch.zeros(1 << 18)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for i in range(100):
+            twin = copy.copy(archive.getinfo("model/data/0"))
+            twin.filename = f"model/data/{i + 1}"
+            archive.filelist.append(twin)
+        archive.writestr("model/more", b"")  # or the list is not written anew
+    assert path.stat().st_size < 2 << 20
+    assert_refused(path, "records of 105,9.* bytes in a file of 1,0")
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "model/../../evil"])
+def test_records_go_nowhere(path, tmp_path, name):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    write({"x": torch.zeros(4)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"evil")
+    path.rename(folder / "model.pth")
+    assert load_checkpoint(folder / "model.pth")["x"].equal(torch.zeros(4))
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [folder / "model.pth"]
+    assert not Path("/tmp/evil").exists()
+
+
+def test_a_legacy_file_that_promises_too_much_is_refused(path):
+    write({"x": torch.zeros(7)}, path, archive=False)
+    contents = path.read_bytes()
+    path.write_bytes(contents.replace(literal(7), literal(1 << 40)))
+    assert_refused(path, "")
+
+
+@FORMATS
+def test_a_tensor_beyond_its_storage_is_refused(path, archive):
+    write({"x": torch.zeros(4)}, path, archive)
+    contents = path.read_bytes()
+    size = literal(4) + pickle.TUPLE1
+    assert contents.count(size) == 1
+    path.write_bytes(contents.replace(size, literal(9) + pickle.TUPLE1))
     assert_refused(path, "")
