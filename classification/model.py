@@ -8,7 +8,12 @@ import torch
 from torch import nn
 
 import flash_internimage  # noqa: F401  (registers the models)
-from flash_internimage.checkpoint import clean_state_dict, load_checkpoint, load_weights
+from flash_internimage.checkpoint import (
+    clean_state_dict,
+    fetch_checkpoint,
+    load_checkpoint,
+    load_weights,
+)
 
 from .config import ConfigError, Model
 
@@ -49,7 +54,7 @@ def _load_initial(model: nn.Module, options: Model) -> None:
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.class_map {options.class_map}: {error}") from error
     try:
-        weights = clean_state_dict(load_checkpoint(options.initial_checkpoint))
+        weights = clean_state_dict(load_checkpoint(fetch_checkpoint(options.initial_checkpoint)))
         load_weights(model, weights, class_map)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.initial_checkpoint: {error}") from error

@@ -19,7 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from flash_internimage.checkpoint import clean_state_dict, load_checkpoint, load_weights
+from flash_internimage.checkpoint import (
+    clean_state_dict,
+    fetch_checkpoint,
+    load_checkpoint,
+    load_weights,
+)
 
 from .config import Config, ConfigError, Data, Model, load_config
 from .data import build_dataset, class_names, start, val_loader
@@ -117,7 +122,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m classification.validate", description="Evaluate a classifier."
     )
     parser.add_argument("model", metavar="MODEL|CONFIG", help="a timm model or a training YAML")
-    parser.add_argument("--checkpoint", help="weights to load; the released ones if left out")
+    parser.add_argument("--checkpoint", help="a path or an address (default: released weights)")
     parser.add_argument("--data", help="root of the data set (default: the config's)")
     parser.add_argument("--split", help="folder under --data (default: val)")
     parser.add_argument("--limit", type=int, help="images to take, evenly spaced (default: all)")
@@ -161,7 +166,7 @@ def _load_model(options: Model, checkpoint: str | None, weights: str) -> nn.Modu
             options.name, pretrained=True, num_classes=options.num_classes, **options.args
         )
     model = build_model(options)
-    contents = load_checkpoint(checkpoint)
+    contents = load_checkpoint(fetch_checkpoint(checkpoint))
     if weights == "model" and "model" in contents:
         contents = contents["model"]
     state_dict = clean_state_dict(contents)

@@ -1,6 +1,8 @@
 """The commands of the zoo on files in the published format, from a server that plays the hub."""
 
 import json
+import re
+import shlex
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,9 @@ from torch import Tensor
 
 from flash_internimage.checkpoint import find_misfits, load_checkpoint
 from flash_internimage.conversion import convert_state_dict
+from flash_internimage.openmmlab import FlashInternImageBackbone
 from tests.flash_internimage.openmmlab.goldens import arrays
-from tests.recipes import DATA, read_recipes
+from tests.recipes import DATA, ROOT, read_recipes
 from tests.servers import FileServer, serve, use_as_hub, use_own_caches
 from tools import zoo as tool
 from tools.zoo_entries import Entry, read_zoo
@@ -139,6 +142,21 @@ def test_what_is_not_there_is_one_error(server, refused):
     )
     server.files.clear()
     assert f"download of {HUB}/nano.pth failed: 404" in refused("download", NANO)
+
+
+def test_timm_and_openmmlab_take_the_same_file(server, weights, run):
+    run("download", NANO)
+    address = f"{HUB}/nano.pth"
+    model = timm.create_model(
+        "flash_internimage_nano", pretrained=True, pretrained_cfg_overlay={"url": address}
+    )
+    assert_equal(model.state_dict(), weights)
+    init_cfg = {"type": "Pretrained", "checkpoint": address}
+    backbone = FlashInternImageBackbone("nano", layer_scale=None, init_cfg=init_cfg)
+    backbone.init_weights()
+    own = backbone.state_dict()
+    assert_equal(own, {name: weights[name] for name in own})
+    assert [method for method, *_ in server.requests].count("GET") == 1
 
 
 # convert
@@ -313,3 +331,17 @@ def test_what_nobody_published_is_not_compared():
 )
 def test_wrong_arguments_are_one_error(refused, arguments, message):
     assert message in refused("evaluate", NANO, *arguments)
+
+
+# README.md
+
+
+def test_the_commands_of_the_guide_are_accepted():
+    guide = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^\.venv/bin/python -m tools\.zoo (.*)$", guide, re.MULTILINE)
+    assert len(commands) == 8
+    known = read_zoo()
+    for command in commands:
+        arguments = vars(tool.parse_arguments(shlex.split(command)))
+        names = {*arguments.get("names", []), arguments.get("name"), arguments.get("model")}
+        assert names - {None} <= known.keys(), command
