@@ -3,17 +3,41 @@
 python -m detection.test CONFIG CHECKPOINT
 """
 
+import argparse
+from pathlib import Path
+
 from mmdet.evaluation import DumpDetResults
 
-from flash_internimage.openmmlab.programs import evaluation_parser, evaluation_runner
+from flash_internimage.openmmlab.programs import build_runner, evaluation_config, evaluation_parser
+from flash_internimage.openmmlab.runtime import FlashRunner
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = evaluation_parser("detection.test", "Evaluate a detector.")
+    parser.add_argument("--out", type=Path, help="write the predictions to this file, *.pkl")
+    parser.add_argument("--show-dir", help="draw the predictions, <work dir>/<time>/<this folder>")
+    return parser
+
+
+def get_runner(args: argparse.Namespace) -> FlashRunner:
+    """
+    Raises:
+        FileNotFoundError: there is no such configuration.
+        ValueError: an argument does not fit.
+    """
+    if args.out and args.out.suffix not in (".pkl", ".pickle"):
+        raise ValueError(f"--out must end in .pkl or .pickle, got {args.out}")
+    cfg = evaluation_config(args)
+    if args.show_dir:
+        cfg.default_hooks.visualization.update(draw=True, test_out_dir=args.show_dir)
+    runner = build_runner(cfg)
+    if args.out:
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))
+    return runner
 
 
 def main() -> None:
-    args = evaluation_parser("detection.test", "Evaluate a detector.").parse_args()
-    runner = evaluation_runner(args)
-    if args.out:
-        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))
-    runner.test()
+    get_runner(get_parser().parse_args()).test()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """Writes demo data sets of real images that need no download: they come with scikit-learn.
 
-    python -m tools.make_demo_data [digits | digits-scenes] [--root data/...]
+    python -m tools.make_demo_data [digits | digits-scenes | digits-scenes-ade20k] [--root data/...]
 
-digits         an ImageFolder of handwritten digits: root/{train,val}/{0..9}/NNNN.png, 1,437 and 360
-               images, a fixed stratified split
-digits-scenes  these digits on photographs, for detection and instance segmentation as in COCO:
-               root/annotations/instances_{train,val}.json, root/{train,val}/*.jpg, 400 and 60
-               images
+digits                an ImageFolder of handwritten digits: root/{train,val}/{0..9}/NNNN.png, 1,437
+                      and 360 images, a fixed stratified split
+digits-scenes         these digits on photographs, for detection and instance segmentation as in
+                      COCO: root/annotations/instances_{train,val}.json, root/{train,val}/*.jpg, 400
+                      and 60 images
+digits-scenes-ade20k  the same scenes for semantic segmentation as in ADE20K:
+                      root/images/{training,validation}/*.jpg and
+                      root/annotations/{training,validation}/*.png, of values 0: to be ignored
+                      (crowds), 1: background, 2 to 11: the digits 0 to 9
 """
 
 import argparse
@@ -22,7 +26,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 
-from tools.scenes import Material, make_scenes, to_coco
+from tools.scenes import Material, Scene, make_scenes, to_coco
 
 _logger = logging.getLogger(__name__)
 
@@ -47,26 +51,48 @@ def write_digits_scenes(root: Path, train: int = 400, val: int = 60) -> None:
 
     The splits share neither digits nor parts of the photographs.
     """
+    with _complete_or_not_at_all(root) as partial:
+        (partial / "annotations").mkdir(parents=True)
+        for split, scenes in _split_scenes(train, val).items():
+            _write_images(partial / split, scenes)
+            annotations = partial / "annotations" / f"instances_{split}.json"
+            annotations.write_text(json.dumps(to_coco(scenes)))
+
+
+def write_digits_scenes_ade20k(root: Path, train: int = 400, val: int = 60) -> None:
+    """Writes the scenes of :func:`write_digits_scenes` and their label maps in ADE20K's layout."""
+    names = {"train": "training", "val": "validation"}
+    with _complete_or_not_at_all(root) as partial:
+        for split, scenes in _split_scenes(train, val).items():
+            _write_images(partial / "images" / names[split], scenes)
+            folder = partial / "annotations" / names[split]
+            folder.mkdir(parents=True)
+            for file_name, scene in scenes:
+                path = (folder / file_name).with_suffix(".png")
+                Image.fromarray(scene.label_map()).save(path)
+
+
+def _split_scenes(train: int, val: int) -> dict[str, list[tuple[str, Scene]]]:
+    """The scenes of each split and the names of their images."""
     digits, photos = load_digits(), load_sample_images().images
     chosen = _split(digits.target)
     views = {
         "train": [photo[:, :_PHOTO_SPLIT] for photo in photos],
         "val": [photo[:, _PHOTO_SPLIT:] for photo in photos],
     }
-    with _complete_or_not_at_all(root) as partial:
-        (partial / "annotations").mkdir(parents=True)
-        for seed, (split, count) in enumerate({"train": train, "val": val}.items()):
-            (partial / split).mkdir()
-            i = chosen[split]
-            material = Material(digits.images[i], digits.target[i], i, views[split])
-            scenes = [
-                (f"{number:06d}.jpg", scene)
-                for number, scene in enumerate(make_scenes(material, count, seed), start=1)
-            ]
-            for file_name, scene in scenes:
-                Image.fromarray(scene.image).save(partial / split / file_name, quality=95)
-            annotations = partial / "annotations" / f"instances_{split}.json"
-            annotations.write_text(json.dumps(to_coco(scenes)))
+    splits = {}
+    for seed, (split, count) in enumerate({"train": train, "val": val}.items()):
+        i = chosen[split]
+        material = Material(digits.images[i], digits.target[i], i, views[split])
+        scenes = enumerate(make_scenes(material, count, seed), start=1)
+        splits[split] = [(f"{number:06d}.jpg", scene) for number, scene in scenes]
+    return splits
+
+
+def _write_images(folder: Path, scenes: list[tuple[str, Scene]]) -> None:
+    folder.mkdir(parents=True)
+    for file_name, scene in scenes:
+        Image.fromarray(scene.image).save(folder / file_name, quality=95)
 
 
 def _split(labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -87,7 +113,11 @@ def _complete_or_not_at_all(root: Path) -> Iterator[Path]:
 
 def main() -> None:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    writers = {"digits": write_digits, "digits-scenes": write_digits_scenes}
+    writers = {
+        "digits": write_digits,
+        "digits-scenes": write_digits_scenes,
+        "digits-scenes-ade20k": write_digits_scenes_ade20k,
+    }
     parser = argparse.ArgumentParser(description="Write a demo data set.")
     parser.add_argument("name", nargs="?", choices=writers, default="digits")
     parser.add_argument("--root", type=Path, help="default: data/ and the name")

@@ -1,4 +1,4 @@
-"""Scenes of real handwritten digits on real photographs, and their COCO annotations.
+"""Scenes of real handwritten digits on real photographs, their COCO annotations and label maps.
 
 The digits (8 x 8 pixels, 0 to 16) are scaled, rotated and painted one over another, so that every
 instance has an exact mask: its ink, as far as later digits leave it visible.
@@ -50,10 +50,13 @@ class Scene:
     instances: list[Instance]
 
     def label_map(self) -> np.ndarray:
-        """The semantic segmentation, (H, W) uint8: 0 is background, 1 to 10 the digits 0 to 9."""
-        labels = np.zeros(self.image.shape[:2], np.uint8)
+        """The semantic segmentation as in ADE20K, (H, W) uint8, where 0 is what to ignore: crowds.
+
+        1 is background, 2 to 11 are the digits 0 to 9.
+        """
+        labels = np.ones(self.image.shape[:2], np.uint8)
         for instance in self.instances:  # their masks are disjoint
-            labels[instance.mask] = instance.label + 1
+            labels[instance.mask] = 0 if instance.crowd else instance.label + 2
         return labels
 
 

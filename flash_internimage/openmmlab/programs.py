@@ -64,11 +64,9 @@ def training_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def evaluation_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """The arguments of a test program."""
+    """The arguments of a test program that all tasks have."""
     parser = _parser(program, description)
     parser.add_argument("checkpoint", help="a path or an address, of this or the published code")
-    parser.add_argument("--out", type=Path, help="write the predictions to this file, *.pkl")
-    parser.add_argument("--show-dir", help="draw the predictions, <work dir>/<time>/<this folder>")
     return parser
 
 
@@ -144,20 +142,16 @@ def latest_checkpoint(work_dir: Path) -> Path | None:
     return max(found, key=lambda path: int(path.stem.split("_")[1]), default=None)
 
 
-def evaluation_runner(args: argparse.Namespace) -> FlashRunner:
-    """The runner for the arguments of :func:`evaluation_parser`, nothing of the training in it.
+def evaluation_config(args: argparse.Namespace) -> Config:
+    """The configuration for the arguments of :func:`evaluation_parser`, without the training's.
 
     Raises:
         FileNotFoundError: there is no such configuration.
-        ValueError: an argument does not fit.
+        ValueError: an option is not known.
     """
-    if args.out and args.out.suffix not in (".pkl", ".pickle"):
-        raise ValueError(f"--out must end in .pkl or .pickle, got {args.out}")
     cfg = _load_config(args)
     unused = "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr"
     for name in (*unused, "val_dataloader", "val_cfg", "val_evaluator"):
         cfg[name] = None
     cfg.load_from = args.checkpoint
-    if args.show_dir:
-        cfg.default_hooks.visualization.update(draw=True, test_out_dir=args.show_dir)
-    return build_runner(cfg)
+    return cfg

@@ -14,7 +14,12 @@ from mmcv.transforms import LoadImageFromFile
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.model import (
+    BaseTTAModel,
+    MMDistributedDataParallel,
+    is_model_wrapper,
+    revert_sync_batchnorm,
+)
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS, RUNNERS, TRANSFORMS
 from mmengine.runner import Runner
@@ -72,7 +77,9 @@ class FlashRunner(Runner):
         checkpoint = read_checkpoint(filename, map_location)
         if "message_hub" not in checkpoint:  # not one of the engine's
             checkpoint = convert_checkpoint(checkpoint)
-        model = self.model.module if is_model_wrapper(self.model) else self.model
+        model = self.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
         if not (strict or self._resume or self._train_loop is None):
             checkpoint["state_dict"] = self._fill_in(checkpoint["state_dict"], model.state_dict())
         require_fit(model.state_dict(), checkpoint["state_dict"])

@@ -2,51 +2,33 @@
 
 import pickle
 import shutil
-import signal
-import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mmdet.visualization import DetLocalVisualizer
 from mmengine.runner import Runner
 
 from detection import test as test_program
 from flash_internimage.openmmlab import curves
 from flash_internimage.openmmlab.programs import (
-    evaluation_parser,
-    evaluation_runner,
     latest_checkpoint,
     training_parser,
     training_runner,
 )
 from flash_internimage.openmmlab.runtime import read_checkpoint
+from tests import runs
+from tests.runs import log, train, train_until_killed, train_with_two_processes
 
-
-def train(*arguments) -> Runner:
-    DetLocalVisualizer._instance_dict.clear()  # or it writes to the folder of the first run
-    runner = training_runner(training_parser("train", "").parse_args([str(a) for a in arguments]))
-    runner.train()
-    return runner
-
-
-def evaluate(*arguments) -> dict[str, float]:
-    DetLocalVisualizer._instance_dict.clear()
-    args = evaluation_parser("test", "").parse_args([str(argument) for argument in arguments])
-    return evaluation_runner(args).test()
+evaluate = partial(runs.evaluate, test_program)
 
 
 def figures(folder: Path) -> dict[str, float]:
     """The metrics of the last validation of a run."""
     scalars = curves.read_scalars(folder)
     return {name: values[max(values)] for name, values in scalars.items() if "coco/" in name}
-
-
-def log(folder: Path) -> str:
-    return "".join(path.read_text() for path in sorted(folder.glob("*/*.log")))
 
 
 @pytest.fixture(scope="module", params=["mask_rcnn", "dino"])
@@ -116,13 +98,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(write_config, tmp_path):
     settings = "train_cfg = dict(max_epochs=4, val_interval=4)\n"
     config = write_config(tmp_path / "killed.py", settings=settings)
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "detection.train", config, "--work-dir", folder, "--resume"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while latest_checkpoint(folder) is None:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    train_until_killed("detection", config, folder)
     (folder / "last_checkpoint").write_text("")  # what a kill can leave of the engine's note
     done = int(latest_checkpoint(folder).stem.split("_")[1])
     train(config, "--work-dir", folder, "--resume")
@@ -141,9 +117,7 @@ model = dict(roi_head=dict(bbox_head=dict(
 """
     config = write_config(tmp_path / "two.py", settings=settings)
     folder = tmp_path / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", "-m", "detection.train", config]
-    subprocess.run([*command, "--work-dir", folder], check=True, capture_output=True)
+    train_with_two_processes("detection", config, folder)
     assert "GPU number: 2" in log(folder)
     assert list(curves.read_scalars(folder)["loss"]) == [1, 2, 3]
     alone = evaluate(config, folder / "epoch_1.pth", "--work-dir", tmp_path / "alone")

@@ -9,7 +9,12 @@ from PIL import Image
 from pycocotools.coco import COCO
 from sklearn.datasets import load_digits, load_sample_images
 
-from tools.make_demo_data import main, write_digits, write_digits_scenes
+from tools.make_demo_data import (
+    main,
+    write_digits,
+    write_digits_scenes,
+    write_digits_scenes_ade20k,
+)
 from tools.scenes import Instance, Scene
 
 # of pycocotools, whose decoder predates NumPy 2
@@ -209,19 +214,72 @@ def test_writing_scenes_twice_gives_the_same_bytes_and_more_scenes_begin_alike(t
     assert first == annotations(tmp_path / "c", "train")["annotations"][: len(first)]
 
 
-def test_label_map_has_zero_for_background_and_the_digit_plus_one_for_ink():
-    left, right = np.zeros((2, 3, 4), bool)
-    left[1, 0] = right[:, 3] = True
+def test_label_map_has_zero_for_crowds_one_for_background_and_the_digit_plus_two_for_ink():
+    left, middle, right = np.zeros((3, 3, 4), bool)
+    left[1, 0] = middle[:, 1] = right[:, 3] = True
     scene = Scene(
         np.zeros((3, 4, 3), np.uint8),
-        [Instance(0, left, sources=(5,)), Instance(9, right, sources=(6, 7), crowd=True)],
+        [
+            Instance(0, left, sources=(5,)),
+            Instance(9, middle, sources=(6,)),
+            Instance(9, right, sources=(7, 8), crowd=True),
+        ],
     )
-    expected = [[0, 0, 0, 10], [1, 0, 0, 10], [0, 0, 0, 10]]
+    expected = [[1, 11, 1, 0], [2, 11, 1, 0], [1, 11, 1, 0]]
     np.testing.assert_array_equal(scene.label_map(), np.array(expected, np.uint8), strict=True)
 
 
+@pytest.fixture(scope="module")
+def ade20k(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ade20k") / "ade20k"
+    write_digits_scenes_ade20k(root, train=40, val=20)
+    return root
+
+
+@pytest.mark.parametrize(("split", "folder"), [("train", "training"), ("val", "validation")])
+def test_images_in_the_layout_of_ade20k_are_those_of_the_scenes(split, folder, scenes, ade20k):
+    images = contents(ade20k / "images" / folder)
+    assert images == contents(scenes / split)
+    maps = contents(ade20k / "annotations" / folder)
+    assert {path.with_suffix(".jpg") for path in maps} == set(images)
+    assert {path.suffix for path in maps} == {".png"}
+
+
+@pytest.mark.parametrize(("split", "folder"), [("train", "training"), ("val", "validation")])
+def test_label_maps_agree_with_the_masks_of_coco(split, folder, scenes, ade20k):
+    coco = COCO(scenes / "annotations" / f"instances_{split}.json")
+    found = set()
+    for i, image in coco.imgs.items():
+        name = image["file_name"].replace(".jpg", ".png")
+        with Image.open(ade20k / "annotations" / folder / name) as file:
+            assert file.mode == "L"
+            labels = np.asarray(file)
+        annotations = coco.imgToAnns[i]
+        crowds = [a for a in annotations if a["iscrowd"]]
+        classes = {0: crowds} | {
+            digit + 2: [a for a in annotations if a["category_id"] - 1 == digit and a not in crowds]
+            for digit in range(10)
+        }
+        covered = np.zeros(labels.shape, bool)
+        for value, members in classes.items():
+            union = np.zeros(labels.shape, bool)
+            for annotation in members:
+                union |= coco.annToMask(annotation) == 1
+            np.testing.assert_array_equal(labels == value, union)
+            covered |= union
+        np.testing.assert_array_equal(labels == 1, ~covered)
+        found |= set(np.unique(labels))
+    assert found == set(range(12))
+
+
 @pytest.mark.parametrize(
-    "write", [write_digits, partial(write_digits_scenes, train=2, val=2)], ids=["digits", "scenes"]
+    "write",
+    [
+        write_digits,
+        partial(write_digits_scenes, train=2, val=2),
+        partial(write_digits_scenes_ade20k, train=2, val=2),
+    ],
+    ids=["digits", "scenes", "ade20k"],
 )
 def test_an_interrupted_write_leaves_no_root_and_does_not_disturb_the_next(
     write, tmp_path, monkeypatch
@@ -252,6 +310,7 @@ def test_an_interrupted_write_leaves_no_root_and_does_not_disturb_the_next(
         (["--root", "elsewhere"], "digits", "elsewhere"),
         (["digits"], "digits", "data/digits"),
         (["digits-scenes"], "digits-scenes", "data/digits-scenes"),
+        (["digits-scenes-ade20k"], "digits-scenes-ade20k", "data/digits-scenes-ade20k"),
     ],
 )
 def test_command_writes_the_named_data_set_once(arguments, name, root, tmp_path, monkeypatch):
@@ -264,8 +323,9 @@ def test_command_writes_the_named_data_set_once(arguments, name, root, tmp_path,
 
         return write
 
-    monkeypatch.setattr("tools.make_demo_data.write_digits", writer("digits"))
-    monkeypatch.setattr("tools.make_demo_data.write_digits_scenes", writer("digits-scenes"))
+    for each in ("digits", "digits-scenes", "digits-scenes-ade20k"):
+        function = f"write_{each.replace('-', '_')}"
+        monkeypatch.setattr(f"tools.make_demo_data.{function}", writer(each))
     monkeypatch.setattr(sys, "argv", ["make_demo_data", *arguments])
     monkeypatch.chdir(tmp_path)
     main()

@@ -1,0 +1,60 @@
+"""Runs of the training and test programs of detection and segmentation."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+from mmdet.visualization import DetLocalVisualizer
+from mmengine.runner import Runner
+from mmseg.visualization import SegLocalVisualizer
+
+from flash_internimage.openmmlab.programs import (
+    latest_checkpoint,
+    training_parser,
+    training_runner,
+)
+
+
+def _strings(arguments: tuple) -> list[str]:
+    # or pictures and scalars go to the folder of the first run in this process
+    DetLocalVisualizer._instance_dict.clear()
+    SegLocalVisualizer._instance_dict.clear()
+    return [str(argument) for argument in arguments]
+
+
+def train(*arguments) -> Runner:
+    """Trains as the programs do with these arguments."""
+    runner = training_runner(training_parser("train", "").parse_args(_strings(arguments)))
+    runner.train()
+    return runner
+
+
+def evaluate(program: ModuleType, *arguments) -> dict[str, float]:
+    """The figures of detection.test or segmentation.test with these arguments."""
+    args = program.get_parser().parse_args(_strings(arguments))
+    return program.get_runner(args).test()
+
+
+def log(folder: Path) -> str:
+    """The logs of all attempts in a work folder."""
+    return "".join(path.read_text() for path in sorted(folder.glob("*/*.log")))
+
+
+def train_until_killed(task: str, config: Path, folder: Path) -> None:
+    """Kills a training in a process of its own as soon as there is a checkpoint."""
+    command = [sys.executable, "-m", f"{task}.train", config, "--work-dir", folder, "--resume"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while latest_checkpoint(folder) is None:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def train_with_two_processes(task: str, config: Path, folder: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "-m", f"{task}.train", config]
+    subprocess.run([*command, "--work-dir", folder], check=True, capture_output=True)

@@ -1,0 +1,133 @@
+"""Training and evaluation on real images, by the programs."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flash_internimage.openmmlab import curves
+from flash_internimage.openmmlab.programs import latest_checkpoint
+from flash_internimage.openmmlab.runtime import read_checkpoint
+from segmentation import test as test_program
+from tests import runs
+from tests.runs import log, train, train_until_killed, train_with_two_processes
+
+FIGURES = ("aAcc", "mIoU", "mAcc")
+evaluate = partial(runs.evaluate, test_program)
+
+
+def figures(folder: Path) -> dict[str, float]:
+    """The metrics of the last validation of a run."""
+    scalars = curves.read_scalars(folder)
+    return {name: scalars[name][max(scalars[name])] for name in FIGURES}
+
+
+@pytest.fixture(scope="module", params=["upernet", "mask2former"])
+def trained(request, write_config, tmp_path_factory) -> tuple[Path, Path]:
+    """The config and the work folder of a run of four iterations."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = write_config(folder / f"trained_{request.param}.py", request.param)
+    train(config, "--work-dir", folder / "run")
+    return config, folder / "run"
+
+
+def test_a_run_leaves_checkpoints_scalars_and_curves(trained):
+    config, folder = trained
+    names = {path.name for path in folder.iterdir()}
+    assert {"iter_4.pth", "curves.png", config.name, "last_checkpoint"} <= names
+    assert len([name for name in names if name.startswith("best_mIoU_iter_")]) == 1
+    assert "iter_2.pth" not in names
+    assert not list(folder.rglob("*.partial"))
+    scalars = curves.read_scalars(folder)
+    assert list(scalars["loss"]) == [1, 2, 3, 4]
+    assert np.isfinite(list(scalars["loss"].values())).all()
+    assert list(scalars["mIoU"]) == [2, 4]
+
+
+def test_the_test_program_gives_the_figures_of_the_validation(trained, tmp_path):
+    config, folder = trained
+    found = evaluate(config, folder / "iter_4.pth", "--work-dir", tmp_path)
+    assert found == pytest.approx(figures(folder), abs=0.01)
+
+
+def test_label_maps_are_written_and_drawn(trained, scenes, tmp_path):
+    config, folder = trained
+    arguments = ["--work-dir", tmp_path, "--out", tmp_path / "maps", "--show-dir", "pictures"]
+    found = evaluate(config, folder / "iter_4.pth", *arguments)
+    right, valid = 0, 0
+    for path in sorted((tmp_path / "maps").iterdir()):
+        predicted = np.array(Image.open(path))
+        truth = np.array(Image.open(scenes / "annotations" / "validation" / path.name))
+        assert predicted.shape == truth.shape
+        assert predicted.min() >= 1  # numbered as the files are, 0 is what is ignored
+        right += (predicted == truth).sum()
+        valid += (truth != 0).sum()
+    assert found["aAcc"] == pytest.approx(100 * right / valid, abs=0.01)
+    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 4
+
+
+def test_several_scales(trained, tmp_path):
+    config, folder = trained
+    arguments = (config, folder / "iter_4.pth", "--work-dir", tmp_path, "--tta")
+    found = evaluate(*arguments, "--out", tmp_path / "maps")
+    assert set(found) == set(FIGURES)
+    assert len(list((tmp_path / "maps").iterdir())) == 4
+
+
+def test_a_published_container_gives_the_same_figures(trained, tmp_path):
+    config, folder = trained
+    state_dict = read_checkpoint(folder / "iter_4.pth")["state_dict"]
+    published = {"state_dict": state_dict, "meta": {"CLASSES": ["background", *"0123456789"]}}
+    torch.save(published, tmp_path / "published.pth")
+    found = evaluate(config, tmp_path / "published.pth", "--work-dir", tmp_path)
+    assert found == pytest.approx(figures(folder), abs=0.01)
+
+
+def test_mixed_precision_and_accumulation(trained, tmp_path):
+    config, _ = trained
+    runner = train(
+        config, "--amp", "bf16", "--work-dir", tmp_path, "--cfg-options",
+        "train_cfg.max_iters=2", "optim_wrapper.accumulative_counts=2",
+    )  # fmt: skip
+    assert type(runner.optim_wrapper).__name__ == "BFloat16OptimWrapper"
+    assert np.isfinite(list(curves.read_scalars(tmp_path)["loss"].values())).all()
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(write_config, tmp_path):
+    settings = """
+train_cfg = dict(max_iters=12, val_interval=12)
+default_hooks = dict(checkpoint=dict(interval=3))
+"""
+    config = write_config(tmp_path / "killed.py", settings=settings)
+    folder = tmp_path / "run"
+    train_until_killed("segmentation", config, folder)
+    done = int(latest_checkpoint(folder).stem.split("_")[1])
+    assert done < 12
+    train(config, "--work-dir", folder, "--resume")
+    assert f"resumed epoch: 0, iter: {done}" in log(folder)
+    assert latest_checkpoint(folder).name == "iter_12.pth"
+    assert list(curves.read_scalars(folder)["loss"]) == list(range(1, 13))
+
+
+# Without SyncBN, which CPUs do not have: there each process has running averages of its own.
+GROUP_NORM = "dict(norm_cfg=dict(_delete_=True, type='GN', num_groups=4))"
+HEADS = {
+    "upernet": f"model = dict(decode_head={GROUP_NORM}, auxiliary_head={GROUP_NORM})\n",
+    "mask2former": "",
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_two_processes_train_and_evaluate(family, write_config, tmp_path):
+    settings = "train_cfg = dict(max_iters=2)\ntrain_dataloader = dict(batch_size=2)\n"
+    settings += HEADS[family]
+    config = write_config(tmp_path / "two.py", family, settings)
+    folder = tmp_path / "run"
+    train_with_two_processes("segmentation", config, folder)
+    assert "GPU number: 2" in log(folder)
+    assert list(curves.read_scalars(folder)["loss"]) == [1, 2]
+    together = figures(folder)
+    assert together == pytest.approx(evaluate(config, folder / "iter_2.pth"), abs=0.1)
