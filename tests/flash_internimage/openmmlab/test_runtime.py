@@ -243,6 +243,31 @@ class TestLoading:
             tester().load_checkpoint("none.pth")
 
 
+class TestCurves:
+    def test_the_latest_attempt_counts_and_a_kill_may_cut_its_last_line(self, tmp_path):
+        for attempt, lines in (
+            ("1", '{"loss": 4.0, "step": 1}\n{"loss": 3.0, "step": 2}\n{"loss": 9.0, "st'),
+            ("2", '{"loss": 2.0, "step": 2}\n{"loss": 1.0, "lr": 0.1, "step": 3}\n'),
+        ):
+            folder = tmp_path / attempt / "vis_data"
+            folder.mkdir(parents=True)
+            (folder / "scalars.json").write_text(lines)
+        expected = {"loss": {1: 4.0, 2: 2.0, 3: 1.0}, "lr": {3: 0.1}}
+        assert curves.read_scalars(tmp_path) == expected
+
+    def test_they_are_drawn_after_every_validation_and_at_the_end(
+        self, runner, tmp_path, monkeypatch
+    ):
+        drawn = []
+        monkeypatch.setattr(curves, "save_curves", drawn.append)
+        runner().train()
+        assert drawn == [tmp_path / "run"] * 4
+
+    def test_a_run_without_scalars_has_none(self, tmp_path):
+        curves.save_curves(tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
 def test_bfloat16_autocasts_the_loss_and_keeps_weights_in_float32(runner):
     wrapper = {"type": "BFloat16OptimWrapper", "optimizer": {"type": "SGD", "lr": 0.01}}
     model = Model()
