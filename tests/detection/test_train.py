@@ -200,12 +200,6 @@ class TestErrors:
         (root / "val" / "000003.jpg").unlink()
         fails(FileNotFoundError, r"1 of the 4 images .*val/000003\.jpg", root=root)
 
-    def test_misspelt_options(self, write_config, tmp_path):
-        config = write_config(tmp_path / "c.py")
-        message = r"optim_wraper.lr: there is no optim_wraper in .*; did you mean optim_wrapper\?"
-        with pytest.raises(ValueError, match=message):
-            train(config, "--work-dir", tmp_path, "--cfg-options", "optim_wraper.lr=1")
-
     def test_another_run_is_not_overwritten(self, write_config, tmp_path):
         (tmp_path / "epoch_3.pth").touch()
         with pytest.raises(ValueError, match=r"epoch_3\.pth exists: pass --resume to go on, or"):

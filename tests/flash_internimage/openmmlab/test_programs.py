@@ -103,3 +103,25 @@ def test_launcher(config, monkeypatch):
     assert to_evaluate(config, "--launcher", "slurm").launcher == "slurm"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # as torchrun does
     assert to_evaluate(config).launcher == "pytorch"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "optim_wraper.lr",
+            r"there is no optim_wraper in .*; did you mean optim_wrapper\?",
+        ),
+        ("zzz", r"there is no zzz in .*small\.py$"),
+        ("weights", r"weights is a variable within .*small\.py that has done its work"),
+    ],
+)
+def test_options_without_effect_are_errors(config, option, message):
+    with pytest.raises(ValueError, match=rf"--cfg-options {option}: {message}"):
+        to_evaluate(config, "--cfg-options", f"{option}=1")
+
+
+def test_options(config):
+    options = ["test_dataloader.batch_size=3", "find_unused_parameters=True"]
+    cfg = to_evaluate(config, "--cfg-options", *options)
+    assert (cfg.test_dataloader.batch_size, cfg.find_unused_parameters) == (3, True)
