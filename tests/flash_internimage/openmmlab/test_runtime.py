@@ -209,6 +209,11 @@ class TestLoading:
         assert "2 tensors start anew: head.bias, head.weight" in caplog.text
         assert "2 tensors of the checkpoint are not used: head.bias, head.weight" in caplog.text
 
+    def test_a_resumed_training_takes_no_other_models_weights(self, runner, save):
+        r = runner(load_from=save(Model(classes=3).state_dict()), resume=True)
+        with pytest.raises(ValueError, match=r"does not fit the model: shape of head\.weight"):
+            r.load_or_resume()
+
     @pytest.mark.parametrize(
         "calls",
         [
