@@ -1,4 +1,4 @@
-# demo · demo-detection · test · lint · bench, each with the set-up that it needs. PYTHON names the interpreter to use.
+# demo · demo-detection · demo-segmentation · test · lint · bench, each with the set-up that it needs. PYTHON names the interpreter to use.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -6,6 +6,7 @@ PIP := $(RUN) -m pip install --quiet
 
 DIGITS := configs/classification/flash_internimage_nano_digits.yaml
 SCENES := configs/detection/mask_rcnn_flash_internimage_nano_fpn_digits_scenes.py
+SCENE_MAPS := configs/segmentation/upernet_flash_internimage_nano_digits_scenes.py
 OPS_SOURCES := $(shell find ops_dcnv4/csrc ops_dcnv4/ops_dcnv4 -name '*.cpp' -o -name '*.cu*' -o -name '*.h' -o -name '*.py') \
 	ops_dcnv4/setup.py ops_dcnv4/pyproject.toml
 
@@ -17,7 +18,7 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
 # Two processes test, in which most tests have one thread; a GPU is one process's alone.
 TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 
-.PHONY: demo demo-detection test lint bench sanitize clean
+.PHONY: demo demo-detection demo-segmentation test lint bench sanitize clean
 
 demo: $(VENV)/.package data/digits
 	$(RUN) -m classification.train $(DIGITS) --resume auto
@@ -26,6 +27,10 @@ demo: $(VENV)/.package data/digits
 demo-detection: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes
 	$(RUN) -m detection.train $(SCENES) --work-dir output/digits-scenes --resume
 	$(RUN) -m detection.test $(SCENES) output/digits-scenes/epoch_20.pth --work-dir output/digits-scenes --show-dir predictions
+
+demo-segmentation: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes-ade20k
+	$(RUN) -m segmentation.train $(SCENE_MAPS) --work-dir output/digits-scenes-ade20k --resume
+	$(RUN) -m segmentation.test $(SCENE_MAPS) output/digits-scenes-ade20k/iter_1500.pth --work-dir output/digits-scenes-ade20k --show-dir predictions
 
 test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# sbatch tools/train_slurm.sh {classification|detection} CONFIG [more arguments of its train.py]
+# sbatch tools/train_slurm.sh {classification|detection|segmentation} CONFIG [more arguments of its train.py]
 # Two machines with four GPUs each. The same command, or SLURM's requeue, continues a run that was
 # stopped. Two minutes before the time limit classification saves and stops by itself.
 #SBATCH --job-name=flash_internimage

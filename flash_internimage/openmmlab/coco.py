@@ -1,7 +1,6 @@
 """COCO annotations that are checked before the training begins."""
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from mmdet.datasets.api_wrappers import COCO
 from mmdet.datasets.transforms import LoadAnnotations
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
-from PIL import Image
+
+from .files import find_missing, read_size
 
 
 class _OrderedCategories(COCO):
@@ -25,15 +25,6 @@ class _OrderedCategories(COCO):
                 f"{tuple(category['name'] for category in self.cats.values())}, got {cat_names!r}"
             )
         return ids
-
-
-def _is_damaged(path: str) -> bool:
-    """Whether a file does not begin as an image does."""
-    try:
-        with Image.open(path):
-            return False
-    except OSError:
-        return True
 
 
 @DATASETS.register_module()
@@ -81,18 +72,14 @@ class CheckedCocoDataset(CocoDataset):
 
     def _with_images(self, data_list: list[dict]) -> list[dict]:
         """The images whose files are there; in a test, all of them."""
-        folders = {}
+        not_there = find_missing(info["img_path"] for info in data_list)
         missing = []
         present = []
         for info in data_list:
-            folder, name = os.path.split(info["img_path"])
-            if folder not in folders:
-                folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-            usable = name in folders[folder] and not (
-                # after an epoch's training would be late to find out
-                self.test_mode and _is_damaged(info["img_path"])
-            )
-            (present if usable else missing).append(info)
+            path = info["img_path"]
+            # after an epoch's training would be late to find out
+            damaged = self.test_mode and read_size(path) is None
+            (missing if path in not_there or damaged else present).append(info)
         if missing and (self.test_mode or not present):
             raise FileNotFoundError(
                 f"{len(missing)} of the {len(data_list)} images of {self.ann_file} are missing or "

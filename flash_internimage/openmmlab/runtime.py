@@ -1,6 +1,5 @@
 """mmengine's runner, hooks and optimizer wrapper as detection and segmentation use them."""
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import HistoryBuffer
 from mmengine.model import (
     BaseTTAModel,
     MMDistributedDataParallel,
@@ -28,6 +27,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..checkpoint import fetch_checkpoint, load_checkpoint, require_fit, write_atomically
 from ..conversion import convert_checkpoint
+from .files import LeftOutFiles
 
 # What the engine's own checkpoints hold beside tensors and plain containers.
 _ENGINE_TYPES = {"mmengine.logging.history_buffer.HistoryBuffer": HistoryBuffer}
@@ -220,19 +220,12 @@ class LoadReadableImage(LoadImageFromFile):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.unreadable: set[str] = set()
+        self.left_out = LeftOutFiles()
 
     def transform(self, results: dict) -> dict | None:
         path = results["img_path"]
         try:
             return super().transform(results)
         except (OSError, AssertionError, cv2.error) as error:
-            if path not in self.unreadable:
-                self.unreadable.add(path)
-                print_log(
-                    f"image {path} cannot be read and is left out ({error}); "
-                    f"{len(self.unreadable)} so far in process {os.getpid()}",
-                    logger="current",
-                    level=logging.WARNING,
-                )
+            self.left_out.add(path, f"image {path} cannot be read ({error})")
             return None

@@ -12,7 +12,14 @@ from mmseg.models.utils import resize
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-__all__ = ["PublishedMask2FormerHead"]
+from .label_maps import CheckedADE20KDataset, CheckedSegDataset, LoadCheckedAnnotations
+
+__all__ = [
+    "CheckedADE20KDataset",
+    "CheckedSegDataset",
+    "LoadCheckedAnnotations",
+    "PublishedMask2FormerHead",
+]
 
 
 @MODELS.register_module()

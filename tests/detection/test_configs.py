@@ -1,14 +1,12 @@
 """The configs beside the published recipes, and the detectors that they build."""
 
 import copy
-import csv
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import exp
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import cv2
@@ -27,11 +25,9 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from flash_internimage.conversion import convert_state_dict
+from tests.recipes import DATA, ROOT, an_eighth, plain, read_recipes, without
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT / "tests" / "data"
-with open(DATA / "openmmlab" / "detection_recipes.csv", newline="") as table:
-    RECIPES = {row["config"]: row for row in csv.DictReader(table)}
+RECIPES = read_recipes("detection_recipes.csv")
 FOLDERS = {"mask_rcnn": "mask_rcnn", "cascade_mask_rcnn": "cascade", "dino-4scale": "dino"}
 
 # Transforms of the published training and testing, as the current engine names them.
@@ -71,24 +67,6 @@ AUGMENTATIONS = {
     "B": [*LOAD, ANNOTATIONS[True], FLIP, half_of_them_cropped(1333, True), PACK],
     "C": [*LOAD, ANNOTATIONS[False], FLIP, half_of_them_cropped(4200, False), PACK],
 }
-
-
-def plain(value: Any) -> Any:
-    """A part of a config as dicts and lists, without the name of the project it comes from."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items() if key != "_scope_"}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
-
-
-def without(value: Any, names: set[str]) -> Any:
-    """A part of a config without some of its keys, however deep they lie."""
-    if isinstance(value, dict):
-        return {key: without(item, names) for key, item in value.items() if key not in names}
-    if isinstance(value, list):
-        return [without(item, names) for item in value]
-    return value
 
 
 @pytest.fixture(autouse=True)
@@ -525,15 +503,6 @@ def test_a_test_image_is_resized_and_padded(name, tiny_coco):
     assert sample["inputs"].shape == (3, 800, 1067)
     batch = MODELS.build(config.model.data_preprocessor)(pseudo_collate([sample]))
     assert batch["inputs"].shape == (1, 3, 800, 1088)
-
-
-def an_eighth(value: Any, key: str = "") -> Any:
-    """A pipeline whose images are so much smaller."""
-    if isinstance(value, Mapping):
-        return {key: an_eighth(item, key) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(an_eighth(item, key) for item in value)
-    return value // 8 if key in ("scale", "scales", "crop_size") else value
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)

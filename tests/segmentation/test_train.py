@@ -2,10 +2,12 @@
 
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
 import torch
+from mmengine.runner import Runner
 from PIL import Image
 
 from flash_internimage.openmmlab import curves
@@ -131,3 +133,103 @@ def test_two_processes_train_and_evaluate(family, write_config, tmp_path):
     assert list(curves.read_scalars(folder)["loss"]) == [1, 2]
     together = figures(folder)
     assert together == pytest.approx(evaluate(config, folder / "iter_2.pth"), abs=0.1)
+
+
+def test_fine_tuning_takes_what_fits(write_config, scenes, trained, tmp_path):
+    _, folder = trained
+    family = folder.parent.name.rstrip("0123456789")
+    settings = {
+        "upernet": "model = dict(decode_head=dict(num_classes=12), "
+        "auxiliary_head=dict(num_classes=12))\n",
+        "mask2former": "model = dict(decode_head=dict("
+        "num_classes=12, loss_cls=dict(class_weight=[1.0] * 12 + [0.1])))\n",
+    }[family]
+    settings += """
+data = dict(metainfo=dict(classes=(*"0123456789", "background", "more")))
+train_dataloader = dict(dataset=data)
+val_dataloader = dict(dataset=data)
+test_dataloader = val_dataloader
+train_cfg = dict(max_iters=1)
+"""
+    config = write_config(tmp_path / "tuned.py", family, settings)
+    run = tmp_path / "run"
+    train(config, "--work-dir", run, "--cfg-options", f"load_from={folder / 'iter_4.pth'}")
+    anew = {
+        "upernet": "4 tensors start anew: auxiliary_head.conv_seg.bias, "
+        "auxiliary_head.conv_seg.weight, decode_head.conv_seg.bias, decode_head.conv_seg.weight",
+        "mask2former": "2 tensors start anew: decode_head.cls_embed.bias, "
+        "decode_head.cls_embed.weight",
+    }
+    assert anew[family] in log(run).replace("decode_head.loss_cls.class_weight, ", "")
+
+
+@pytest.mark.parametrize("family", ["upernet", "mask2former"])
+def test_label_maps_that_ignore_everything(family, write_config, scenes, tmp_path):
+    root = tmp_path / "scenes"
+    copytree(scenes, root)
+    for path in (root / "annotations" / "training").iterdir():
+        Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
+    config = write_config(tmp_path / "ignored.py", family, "train_cfg = dict(max_iters=2)", root)
+    train(config, "--work-dir", tmp_path / "run")
+    scalars = curves.read_scalars(tmp_path / "run")
+    assert np.isfinite(list(scalars["loss"].values())).all()
+    masks = [name for name in scalars if "loss" in name and "cls" not in name and name != "loss"]
+    assert masks
+    assert all(value == 0 for name in masks for value in scalars[name].values())
+
+
+def test_damaged_files_do_not_stop_the_training(write_config, scenes, tmp_path):
+    root = tmp_path / "scenes"
+    copytree(scenes, root)
+    (root / "images" / "training" / "000001.jpg").write_bytes(b"no image")
+    (root / "annotations" / "training" / "000002.png").write_bytes(b"no image")
+    (root / "annotations" / "training" / "000003.png").unlink()
+    small = Image.fromarray(np.ones((64, 64), np.uint8))
+    small.save(root / "annotations" / "training" / "000004.png")
+    config = write_config(tmp_path / "damaged.py", root=root)
+    train(config, "--work-dir", tmp_path / "run")
+    text = log(tmp_path / "run")
+    assert "11 images; left out: 1 that are missing or have no label map" in text
+    assert "left out: image " in text
+    assert "000001.jpg cannot be read" in text
+    assert "000002.png cannot be read" in text
+    assert "000004.png is of (height, width) (64, 64), its image of (1" in text
+
+
+class TestErrors:
+    """At the start, before any training."""
+
+    @pytest.fixture
+    def fails(self, write_config, scenes, tmp_path, monkeypatch):
+        def fails(error: type[Exception], message: str, settings: str = "", **kwargs) -> None:
+            config = write_config(tmp_path / "wrong.py", settings=settings, **kwargs)
+            monkeypatch.setattr(Runner, "save_checkpoint", pytest.fail)
+            with pytest.raises(error, match=message):
+                train(config, "--work-dir", tmp_path / "run")
+            assert not list((tmp_path / "run").glob("*/vis_data/scalars.json"))
+
+        return fails
+
+    def test_folders(self, fails):
+        settings = '{}_dataloader = dict(dataset=dict(data_prefix=dict(img_path="none")))\n'
+        for split in ("train", "val"):
+            message = r"folder not found: data_prefix\['img_path'\] is '.*none'"
+            fails(FileNotFoundError, message, settings.format(split))
+
+    def test_number_of_classes(self, fails):
+        settings = "model = dict(auxiliary_head=dict(num_classes=7))\n"
+        fails(AssertionError, r"`num_classes` \(7\) in FCNHead .* 11\)", settings)
+
+    def test_validation_label_maps(self, fails, scenes, tmp_path):
+        root = tmp_path / "scenes"
+        copytree(scenes, root)
+        labels = root / "annotations" / "validation"
+        (labels / "000003.png").write_bytes(b"")
+        fails(ValueError, r"1 of the 4 images .*validation/000003\.png is damaged", root=root)
+        (labels / "000003.png").unlink()
+        fails(FileNotFoundError, r"1 of the 4 images .*validation/000003\.png", root=root)
+
+    def test_values_of_label_maps(self, fails):
+        settings = "train_dataloader = dict(dataset=dict(reduce_zero_label=False))\n"
+        message = r"has the values \[11\]; with 11 classes and reduce_zero_label=False, 0 to 10 are"
+        fails(ValueError, message, settings)

@@ -28,6 +28,7 @@ default_hooks = dict(
     visualization=dict(type="SegVisualizationHook"),
 )
 custom_hooks = [
+    dict(type="mmdet.NumClassCheckHook"),
     dict(type="mmdet.CheckInvalidLossHook"),
     dict(type="CurvesHook"),
 ]

@@ -1,11 +1,7 @@
 """The detectors, loaded with published names, beside outputs of the published code."""
 
 import copy
-import json
-from functools import cache
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from mmdet.models.dense_heads import DINOHead
@@ -19,25 +15,12 @@ from torch import Tensor, nn
 from flash_internimage.conversion import convert_state_dict
 from flash_internimage.openmmlab import use_flash_attention
 from flash_internimage.openmmlab.detection import ClampedDINOHead, PublishedDINO
-
-DATA = Path(__file__).parents[2] / "data" / "openmmlab"
-
-
-@cache
-def arrays(name: str) -> dict[str, Tensor]:
-    with np.load(DATA / f"{name}.npz") as file:
-        return {key: torch.from_numpy(file[key]) for key in file}
-
-
-def published_config(folder: str) -> dict:
-    return json.loads((DATA / folder / "config.json").read_text())["model"]
-
-
-def backbone_config(published: dict) -> dict:
-    """The published one without what is the same for all models."""
-    assert published["core_op"] == "DCNv4"
-    assert published["norm_layer"] == "LN"
-    return {key: value for key, value in published.items() if key not in ("core_op", "norm_layer")}
+from tests.flash_internimage.openmmlab.goldens import (
+    arrays,
+    assert_published,
+    backbone_config,
+    published_config,
+)
 
 
 def rcnn_config(folder: str) -> dict:
@@ -140,19 +123,6 @@ def detections(model: nn.Module, image: Tensor, *description: Tensor) -> tuple[T
     """Boxes with their scores, (n, 5), and labels."""
     [result] = model.predict(image, [sample(image, *description)], rescale=False)
     return with_scores(result.pred_instances), result.pred_instances.labels
-
-
-def assert_published(actual: dict[str, Tensor], folder: str) -> None:
-    """Every array that the published code gave, no more and no less, within its tolerance."""
-    expected = arrays(f"{folder}/outputs")
-    figures = json.loads((DATA / folder / "meta.json").read_text())["outputs"]
-    assert sorted(actual) == sorted(expected)
-    for name, tensor in actual.items():
-        tolerance = figures[name].get("suggested_atol", 0)
-        assert tolerance > 0 or expected[name].dtype == torch.int64, name
-        torch.testing.assert_close(
-            tensor, expected[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
-        )
 
 
 def convolutional_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
 # ADE20K, crops of 512 x 512, whole images in the test. The data preprocessor normalises and pads.
 data_root = "data/ade/ADEChallengeData2016"
-dataset_type = "ADE20KDataset"
+dataset_type = "CheckedADE20KDataset"
 crop_size = (512, 512)
 train_pipeline = [
     dict(type="LoadReadableImage"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadCheckedAnnotations"),
     dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
     dict(type="RandomFlip", prob=0.5),
@@ -15,7 +15,7 @@ test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
     dict(type="ResizeToMultiple", size_divisor=32),
-    dict(type="LoadAnnotations", reduce_zero_label=True),  # the truth keeps its size
+    dict(type="LoadCheckedAnnotations"),  # the truth keeps its size
     dict(type="PackSegInputs"),
 ]
 # mmseg 1 resizes the original image by these ratios; published is the scale above times the ratio.
@@ -30,7 +30,7 @@ tta_pipeline = [
             ],
             [dict(type="ResizeToMultiple", size_divisor=32)],
             [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)],
-            [dict(type="LoadAnnotations", reduce_zero_label=True)],
+            [dict(type="LoadCheckedAnnotations")],
             [dict(type="PackSegInputs")],
         ],
     ),

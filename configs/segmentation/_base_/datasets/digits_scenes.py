@@ -1,12 +1,12 @@
 # tools/make_demo_data.py digits-scenes-ade20k: 400 and 60 photographs with handwritten digits on
 # them, laid out and labelled as ADE20K is.
 data_root = "data/digits-scenes-ade20k/"
-dataset_type = "BaseSegDataset"
+dataset_type = "CheckedSegDataset"
 metainfo = dict(classes=("background", *"0123456789"))
 crop_size = (128, 128)
 train_pipeline = [
     dict(type="LoadReadableImage"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadCheckedAnnotations"),
     dict(type="RandomResize", scale=(160, 160), ratio_range=(0.8, 1.25), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.95),
     dict(type="PhotoMetricDistortion"),
@@ -16,7 +16,7 @@ test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(160, 160), keep_ratio=True),
     dict(type="ResizeToMultiple", size_divisor=32),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadCheckedAnnotations"),
     dict(type="PackSegInputs"),
 ]
 tta_pipeline = [
@@ -29,7 +29,7 @@ tta_pipeline = [
                 for ratio in (0.75, 1.0, 1.25)
             ],
             [dict(type="ResizeToMultiple", size_divisor=32)],
-            [dict(type="LoadAnnotations", reduce_zero_label=True)],
+            [dict(type="LoadCheckedAnnotations")],
             [dict(type="PackSegInputs")],
         ],
     ),

@@ -1,0 +1,41 @@
+"""Outputs of the published detectors and segmentors, and how to build the same models."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DATA = Path(__file__).parents[2] / "data" / "openmmlab"
+
+
+@cache
+def arrays(name: str) -> dict[str, Tensor]:
+    with np.load(DATA / f"{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file}
+
+
+def published_config(folder: str) -> dict:
+    return json.loads((DATA / folder / "config.json").read_text())["model"]
+
+
+def backbone_config(published: dict) -> dict:
+    """The published one without what is the same for all models."""
+    assert published["core_op"] == "DCNv4"
+    assert published["norm_layer"] == "LN"
+    return {key: value for key, value in published.items() if key not in ("core_op", "norm_layer")}
+
+
+def assert_published(actual: dict[str, Tensor], folder: str) -> None:
+    """Every array that the published code gave, no more and no less, within its tolerance."""
+    expected = arrays(f"{folder}/outputs")
+    figures = json.loads((DATA / folder / "meta.json").read_text())["outputs"]
+    assert sorted(actual) == sorted(expected)
+    for name, tensor in actual.items():
+        tolerance = figures[name].get("suggested_atol", 0)
+        assert (tolerance > 0) == expected[name].is_floating_point(), name
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )

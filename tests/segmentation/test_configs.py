@@ -1,0 +1,641 @@
+"""The configs beside the published recipes, and the segmentors that they build."""
+
+import copy
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import timm
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.hooks import ParamSchedulerHook
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.registry import DefaultScope
+from mmengine.structures import PixelData
+from mmseg.datasets import ADE20KDataset
+from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS, PARAM_SCHEDULERS, VISUALIZERS
+from mmseg.structures import SegDataSample
+from sklearn.datasets import load_sample_image
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from flash_internimage.conversion import convert_state_dict
+from tests.recipes import DATA, ROOT, an_eighth, plain, read_recipes, without
+
+RECIPES = read_recipes("segmentation_recipes.csv")
+UPERNET = [name for name in RECIPES if name.startswith("upernet")]
+MASK2FORMER = [name for name in RECIPES if name.startswith("mask2former")]
+UPERNET_T = "upernet_flash_internimage_t_512_160k_ade20k"
+MASK2FORMER_L = "mask2former_flash_internimage_l_640_160k_ade20k"
+EMBEDDINGS = [
+    f"decode_head.{name}"
+    for name in ("mask_embed", "cls_embed", "level_embed", "query_embed", "query_feat")
+]
+DEPTHS = {"t": (4, 4, 18, 4), "s": (4, 4, 21, 4), "b": (4, 4, 21, 4), "l": (5, 5, 22, 5)}
+RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+# Transforms of the published training and testing, as the current engine names them.
+DATASET = "CheckedADE20KDataset"
+ANNOTATIONS = {"type": "LoadCheckedAnnotations"}
+LOAD = {"type": "LoadImageFromFile"}
+TO_MULTIPLES_OF_32 = {"type": "ResizeToMultiple", "size_divisor": 32}
+PACK = {"type": "PackSegInputs"}
+
+
+def resize(scale: list[int]) -> dict:
+    return {"type": "Resize", "scale": scale, "keep_ratio": True}
+
+
+@pytest.fixture(autouse=True)
+def mmseg_scope() -> Iterator[None]:
+    """The scope in which a runner builds everything."""
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        yield
+
+
+@functools.cache
+def load_config(name: str) -> Config:
+    return Config.fromfile(ROOT / "configs" / "segmentation" / f"{name}.py")
+
+
+@functools.cache
+def build_model(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return MODELS.build(copy.deepcopy(load_config(name).model))  # building changes a config
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request) -> dict[str, str]:
+    return RECIPES[request.param]
+
+
+@pytest.fixture
+def config(recipe) -> Config:
+    return load_config(recipe["config"])
+
+
+@pytest.fixture
+def model(recipe) -> nn.Module:
+    return build_model(recipe["config"])
+
+
+def is_mask2former(recipe: dict[str, str]) -> bool:
+    return recipe["config"].startswith("mask2former")
+
+
+def published(family: str) -> dict:
+    """The published config of a small model of the same family."""
+    return json.loads((DATA / "openmmlab" / family / "config.json").read_text())["model"]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split()]
+
+
+def test_every_config_has_a_recipe():
+    files = (ROOT / "configs" / "segmentation").glob("*_ade20k.py")
+    assert {file.stem for file in files} == set(RECIPES)
+
+
+def test_the_readme_has_every_config_with_its_published_figures(recipe):
+    name = f"{recipe['config']}.py"
+    figures = f"| {recipe['miou_ss']} | {recipe['miou_ms'] or chr(0x2013)} "
+    row = f"{figures}| [{name}](configs/segmentation/{name}) |"
+    assert row in (ROOT / "README.md").read_text()
+
+
+# training
+
+
+def test_optimizer(recipe, config):
+    expected = {
+        "type": "OptimWrapper",
+        "constructor": "LayerDecayOptimWrapperConstructor",
+        "optimizer": {
+            "type": "AdamW",
+            "lr": float(recipe["lr"]),
+            "weight_decay": float(recipe["weight_decay"]),
+        },
+        "paramwise_cfg": {
+            "layer_decay_rate": float(recipe["layer_decay_rate"]),
+            "offset_lr_scale": 1.0,
+        },
+    }
+    if is_mask2former(recipe):
+        expected["paramwise_cfg"]["first_layer"] = EMBEDDINGS
+    if recipe["clip_norm"]:
+        expected["clip_grad"] = {"max_norm": float(recipe["clip_norm"]), "norm_type": 2}
+    assert plain(config.optim_wrapper) == expected
+
+
+def settings(config: Config, model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of every parameter."""
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
+    assert {group["betas"] for group in groups} == {(0.9, 0.999)}
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups
+             for p in group["params"]}  # fmt: skip
+    return {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def published_settings(name: str, ndim: int, recipe: dict[str, str]) -> tuple[float, float]:
+    """Learning rate and weight decay of one parameter."""
+    size = recipe["config"].split("_flash_internimage_")[1][0]
+    depths, layers = DEPTHS[size], int(recipe["layers"])
+    _, part, *place = name.split(".")
+    layer = layers + 1
+    if name.startswith("backbone.patch_embed.") or name.startswith(tuple(EMBEDDINGS)):
+        layer = 0
+    elif part == "levels":
+        stage, *block = place
+        # a norm and a downsampling belong to the next stage, those of the last one to its beginning
+        if block[0] == "blocks":
+            layer = 1 + sum(depths[: int(stage)]) + int(block[1])
+        else:
+            layer = 1 + sum(depths[: min(int(stage) + 1, 3)])
+    lr = float(recipe["lr"]) * float(recipe["layer_decay_rate"]) ** (layers + 1 - layer)
+    exempt = ndim == 1 or name.endswith(".bias") or "norm" in name or "sampling_offsets" in name
+    return lr, 0.0 if exempt else float(recipe["weight_decay"])
+
+
+def test_learning_rates_and_weight_decay_of_all_parameters(recipe, config, model):
+    assert settings(config, model) == {
+        name: (pytest.approx(lr, rel=1e-9), decay)
+        for name, parameter in model.named_parameters()
+        for lr, decay in [published_settings(name, parameter.ndim, recipe)]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        (
+            "upernet_flash_internimage_l_640_160k_ade20k",
+            {
+                "backbone.patch_embed.conv1.weight": 2e-5 * 0.94**38,
+                "backbone.levels.3.blocks.4.mlp.fc1.weight": 2e-5 * 0.94,
+                "decode_head.conv_seg.weight": 2e-5,
+                "auxiliary_head.convs.0.conv.weight": 2e-5,
+            },
+        ),
+        (
+            "mask2former_flash_internimage_t_512_160k_ade20k",
+            {
+                "backbone.patch_embed.conv1.weight": 1e-4 * 0.9**31,
+                "backbone.levels.3.blocks.3.mlp.fc1.weight": 1e-4 * 0.9,
+                "decode_head.query_feat.weight": 1e-4 * 0.9**31,
+                "decode_head.mask_embed.0.weight": 1e-4 * 0.9**31,
+                "decode_head.pixel_decoder.level_encoding.weight": 1e-4,
+                "decode_head.transformer_decoder.post_norm.weight": 1e-4,
+            },
+        ),
+        (
+            MASK2FORMER_L,
+            {
+                "decode_head.cls_embed.weight": 1e-4 * 0.94**38,
+                "decode_head.pixel_decoder.mask_feature.weight": 1e-4,
+            },
+        ),
+    ],
+)
+def test_learning_rates_fall_from_the_heads_to_the_stem(name, rates):
+    found = settings(load_config(name), build_model(name))
+    assert {parameter: found[parameter][0] for parameter in rates} == pytest.approx(rates)
+
+
+@functools.cache
+def factors(schedulers: str) -> list[float]:
+    """What the engine's schedulers multiply the learning rate by, in each of 160,000 iterations."""
+    optimizer = OptimWrapper(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    optimizer.step()
+    schedules = json.loads(schedulers)
+    schedules = [PARAM_SCHEDULERS.build({**cfg, "optimizer": optimizer}) for cfg in schedules]
+    runner, hook, found = SimpleNamespace(param_schedulers=schedules), ParamSchedulerHook(), []
+    for iteration in range(160_000):
+        found.append(optimizer.param_groups[0]["lr"])
+        hook.after_train_iter(runner, iteration)
+    return found
+
+
+def published_factor(iteration: int) -> float:
+    falling = 1 - iteration / 160_000
+    if iteration < 1500:
+        return falling * (1 - (1 - iteration / 1500) * (1 - 1e-6))
+    return falling
+
+
+def test_learning_rate_in_every_iteration(config):
+    found = factors(json.dumps(plain(config.param_scheduler)))
+    np.testing.assert_allclose(found, [published_factor(i) for i in range(160_000)], rtol=1e-9)
+
+
+def test_length_and_validation(recipe, config):
+    assert plain(config.train_cfg) == {
+        "type": "IterBasedTrainLoop",
+        "max_iters": int(recipe["iterations"]),
+        "val_interval": int(recipe["val_interval"]),
+    }
+
+
+def test_images_per_update(recipe, config):
+    images, total = int(recipe["images_per_gpu"]), int(recipe["images_per_update"])
+    assert config.train_dataloader.batch_size == images
+    assert plain(config.auto_scale_lr) == {"enable": False, "base_batch_size": total}
+    first_line = Path(config.filename).read_text().splitlines()[0]
+    assert first_line == f"# {total // images} GPUs x {images} images"
+
+
+def test_hooks(recipe, config):
+    names = "mmdet.NumClassCheckHook", "mmdet.CheckInvalidLossHook", "CurvesHook"
+    hooks = [{"type": name} for name in names]
+    if is_mask2former(recipe):
+        hooks.append({"type": "FlashAttentionHook"})
+    assert plain(config.custom_hooks) == hooks
+    assert plain(config.default_hooks.checkpoint) == {
+        "type": "AtomicCheckpointHook",
+        "by_epoch": False,
+        "interval": 1000,
+        "max_keep_ckpts": 1,
+        "save_best": "mIoU",
+        "save_last": True,
+    }
+
+
+def test_number_of_classes_is_that_of_the_data(config, model):
+    hook = HOOKS.build(config.custom_hooks[0])
+    loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=ADE20KDataset.METAINFO))
+    hook.before_train_epoch(SimpleNamespace(model=model, train_dataloader=loader))
+
+
+def test_names_of_the_runtime_are_known(config):
+    for hook in (*config.default_hooks.values(), *config.custom_hooks):
+        assert HOOKS.get(hook.type), hook.type
+    assert HOOKS.build(config.default_hooks.checkpoint).rules == ["greater"]
+    assert METRICS.build(config.val_evaluator).metrics == ["mIoU"]
+    assert VISUALIZERS.get(config.visualizer.type)
+
+
+# data
+
+
+def dataset(part: str, pipeline: list[dict], **others) -> dict:
+    prefix = {"img_path": f"images/{part}", "seg_map_path": f"annotations/{part}"}
+    root = "data/ade/ADEChallengeData2016"
+    return {
+        "type": DATASET,
+        "data_root": root,
+        "data_prefix": prefix,
+        "pipeline": pipeline,
+    } | others
+
+
+def test_training_data(recipe, config):
+    crop = [int(recipe["crop"])] * 2
+    pipeline = [
+        {"type": "LoadReadableImage"},
+        ANNOTATIONS,
+        {
+            "type": "RandomResize",
+            "scale": numbers(recipe["train_scale"]),
+            "ratio_range": [0.5, 2.0],
+            "keep_ratio": True,
+        },
+        {"type": "RandomCrop", "crop_size": crop, "cat_max_ratio": 0.75},
+        {"type": "RandomFlip", "prob": 0.5},
+        {"type": "PhotoMetricDistortion"},
+        PACK,
+    ]
+    assert plain(config.train_dataloader) == {
+        "batch_size": int(recipe["images_per_gpu"]),
+        "num_workers": int(recipe["workers_per_gpu"]),
+        "persistent_workers": True,
+        "sampler": {"type": "InfiniteSampler", "shuffle": True},
+        "dataset": dataset("training", pipeline),
+    }
+
+
+def test_test_data(recipe, config):
+    to_multiples = [TO_MULTIPLES_OF_32] * (recipe["resize_to_multiple"] == "yes")
+    pipeline = [LOAD, resize(numbers(recipe["test_scale"])), *to_multiples, ANNOTATIONS, PACK]
+    assert plain(config.test_dataloader) == {
+        "batch_size": 1,
+        "num_workers": int(recipe["workers_per_gpu"]),
+        "persistent_workers": True,
+        "sampler": {"type": "DefaultSampler", "shuffle": False},
+        "dataset": dataset("validation", pipeline, test_mode=True),
+    }
+    assert plain(config.test_evaluator) == {"type": "IoUMetric", "iou_metrics": ["mIoU"]}
+    assert config.val_dataloader == config.test_dataloader
+    assert config.val_evaluator == config.test_evaluator
+
+
+def test_multi_scale_data(recipe, config):
+    scale = numbers(recipe["test_scale"])
+    to_multiples = [[TO_MULTIPLES_OF_32]] * (recipe["resize_to_multiple"] == "yes")
+    transforms = [
+        [resize([int(side * ratio) for side in scale]) for ratio in RATIOS],
+        *to_multiples,
+        [{"type": "RandomFlip", "prob": 0.0}, {"type": "RandomFlip", "prob": 1.0}],
+        [ANNOTATIONS],
+        [PACK],
+    ]
+    assert plain(config.tta_pipeline) == [LOAD, {"type": "TestTimeAug", "transforms": transforms}]
+    assert plain(config.tta_model) == {"type": "SegTTAModel"}
+
+
+def test_resizing_to_multiples_is_left_out_for_one_config_alone():
+    assert [name for name in RECIPES if RECIPES[name]["resize_to_multiple"] == "no"] == [UPERNET_T]
+
+
+def test_images_are_normalised_and_padded_to_the_crop(recipe, config):
+    preprocessor = MODELS.build(config.model.data_preprocessor)
+    crop = int(recipe["crop"])
+    image = torch.randint(256, (3, crop - 100, crop - 7), dtype=torch.uint8)
+    labels = PixelData(data=torch.ones(1, crop - 100, crop - 7, dtype=torch.int64))
+    data = {"inputs": [image], "data_samples": [SegDataSample(gt_sem_seg=labels)]}
+    batch = preprocessor(data, training=True)
+    inputs, truth = batch["inputs"], batch["data_samples"][0].gt_sem_seg.data
+    mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
+    expected = torch.zeros(1, 3, crop, crop)
+    expected[0, :, : crop - 100, : crop - 7] = (image.flip(0) - mean) / std
+    torch.testing.assert_close(inputs, expected)
+    assert truth.shape == (1, crop, crop)
+    assert (truth == 1).sum() == (crop - 100) * (crop - 7)
+    assert (truth[:, crop - 100 :] == 255).all()
+    assert (truth[..., crop - 7 :] == 255).all()
+
+
+# models
+
+
+def test_backbone(recipe, config, model):
+    backbone = model.backbone
+    blocks = [block for level in backbone.levels for block in level.blocks]
+    assert len(blocks) == int(recipe["layers"])
+    assert blocks[-1].drop_path.drop_prob == pytest.approx(float(recipe["drop_path_rate"]))
+    for level in backbone.levels:
+        assert level.grad_checkpointing == (recipe["with_cp"] == "yes")
+    assert backbone.layer_scale == 1.0
+    assert backbone.out_indices == (0, 1, 2, 3)
+    assert backbone.init_cfg["type"] == "Pretrained"
+    released = timm.get_pretrained_cfg(backbone.init_cfg["checkpoint"])
+    assert Path(released.url).stem == recipe["pretrained"]
+
+
+def test_state_dict_is_the_published_one(recipe, model):
+    file = DATA / "openmmlab_schemas" / f"{recipe['schema']}.json"
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == convert_state_dict(json.loads(file.read_text()))
+    assert len(shapes) == int(recipe["entries"])
+
+
+def test_number_of_parameters(recipe, model):
+    for module, millions in (
+        (model, recipe["million_parameters"]),
+        (model.backbone, recipe["million_of_backbone"]),
+    ):
+        assert f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}" == millions
+
+
+def test_whole_images_are_segmented(config):
+    assert plain(config.model.test_cfg) == {"mode": "whole"}
+
+
+WIDTHS = {"in_channels", "channels", "num_classes"}
+
+
+@pytest.mark.parametrize("name", UPERNET)
+@pytest.mark.parametrize("head", ["decode_head", "auxiliary_head"])
+def test_heads_of_upernet_are_the_published_ones(name, head):
+    config = plain(load_config(name).model)
+    expected = published("upernet")
+    assert without(config[head], WIDTHS) == without(expected[head], WIDTHS)
+    assert config["train_cfg"] == expected["train_cfg"]
+
+
+@pytest.fixture(params=MASK2FORMER)
+def mask2former(request) -> dict[str, str]:
+    return RECIPES[request.param]
+
+
+def test_losses_and_matching_of_mask2former_are_the_published_ones(mask2former):
+    head, expected = (
+        plain(load_config(mask2former["config"]).model.decode_head),
+        published("mask2former"),
+    )
+
+    def current(part: dict) -> dict:
+        return {**part, "type": f"mmdet.{part['type']}"}
+
+    for loss in ("loss_mask", "loss_dice"):
+        assert head[loss] == current(expected["decode_head"][loss])
+    classes = current(expected["decode_head"]["loss_cls"])
+    *weights, of_no_object = classes.pop("class_weight")
+    assert head["loss_cls"].pop("class_weight") == [weights[0]] * 150 + [of_no_object]
+    assert head["loss_cls"] == classes
+    training, assigner = expected["train_cfg"], expected["train_cfg"]["assigner"]
+    assert head["train_cfg"] == {
+        **{key: training[key] for key in ("num_points", "oversample_ratio")},
+        "importance_sample_ratio": training["importance_sample_ratio"],
+        "assigner": {
+            "type": "mmdet.HungarianAssigner",
+            "match_costs": [current(assigner[f"{kind}_cost"]) for kind in ("cls", "mask", "dice")],
+        },
+        "sampler": current(training["sampler"]),
+    }
+
+
+def test_mask2former(mask2former):
+    head = build_model(mask2former["config"]).decode_head
+    assert type(head).__name__ == "PublishedMask2FormerHead"
+    assert head.combine_first
+    assert (head.num_classes, head.ignore_index) == (150, 255)
+    assert head.num_queries == int(mask2former["queries"])
+    assert head.num_transformer_feat_level == 3
+    assert not head.align_corners
+    for encoding in (head.decoder_positional_encoding, head.pixel_decoder.postional_encoding):
+        assert (encoding.num_feats, encoding.normalize) == (128, True)
+        assert (encoding.temperature, encoding.offset) == (10000, 0)
+
+
+def test_transformers_of_mask2former(mask2former):
+    head = build_model(mask2former["config"]).decode_head
+    pixels, queries = head.pixel_decoder.encoder.layers, head.transformer_decoder.layers
+    assert (len(pixels), len(queries)) == (6, 9)
+    for layer in pixels:
+        attention = layer.self_attn
+        assert (attention.num_levels, attention.num_points, attention.num_heads) == (3, 4, 8)
+        assert layer.ffn.feedforward_channels == int(mask2former["pixel_decoder_ffn"])
+    for layer in queries:
+        assert layer.self_attn.num_heads == layer.cross_attn.num_heads == 8
+        assert layer.ffn.feedforward_channels == 2048
+    modules = list(head.modules())
+    dropout = [m.p for m in modules if isinstance(m, nn.Dropout)]
+    dropout += [m.dropout for m in modules if isinstance(m, nn.MultiheadAttention)]
+    assert dropout
+    assert set(dropout) == {0.0}
+    assert all(isinstance(layer.ffn.layers[0][1], nn.ReLU) for layer in (*pixels, *queries))
+
+
+# small copies
+
+SIZES = {"1": (512, 683), "2": (50, 300)}  # height and width
+
+
+@pytest.fixture(scope="module")
+def ade(tmp_path_factory) -> Path:
+    """ADE20K's folders with a part of a photograph, and with noise of two sizes."""
+    root = tmp_path_factory.mktemp("ade")
+    rng = np.random.default_rng(0)
+    images = {name: rng.integers(0, 256, (*size, 3), np.uint8) for name, size in SIZES.items()}
+    images["0"] = load_sample_image("china.jpg")[120:180, 200:281, ::-1]
+    for part in ("training", "validation"):
+        for folder in ("images", "annotations"):
+            (root / folder / part).mkdir(parents=True)
+        for name, image in images.items():
+            rows = (np.arange(image.shape[0]) % 151).astype(np.uint8)  # 0 is what has no class
+            truth = np.broadcast_to(rows[:, None], image.shape[:2])
+            cv2.imwrite(str(root / "images" / part / f"{name}.jpg"), image)
+            cv2.imwrite(str(root / "annotations" / part / f"{name}.png"), truth)
+    return root
+
+
+def rescaled(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:
+    """As large as the scale's long and short side allow, to whole pixels."""
+    factor = min(max(scale) / max(size), min(scale) / min(size))
+    return tuple(int(side * factor + 0.5) for side in size)
+
+
+def to_multiples(size: tuple[int, int]) -> tuple[int, int]:
+    return tuple(-(-side // 32) * 32 for side in size)
+
+
+@pytest.mark.parametrize(
+    ("name", "image"), [*((name, "1") for name in RECIPES), (UPERNET_T, "2"), (MASK2FORMER_L, "2")]
+)
+def test_sizes_of_the_views(name, image, ade):
+    recipe, config = RECIPES[name], load_config(name)
+    scale = numbers(recipe["test_scale"])
+    expected = [rescaled(SIZES[image], (int(scale[0] * r), int(scale[1] * r))) for r in RATIOS]
+    if recipe["resize_to_multiple"] == "yes":
+        expected = [to_multiples(size) for size in expected]
+    data = {**config.test_dataloader.dataset, "data_root": ade}
+    sample = DATASETS.build(data)[int(image)]
+    views = DATASETS.build({**data, "pipeline": config.tta_pipeline})[int(image)]
+    assert tuple(sample["inputs"].shape) == (3, *expected[2])
+    assert [tuple(view.shape[1:]) for view in views["inputs"]] == [
+        s for s in expected for _ in "lr"
+    ]
+    truth = torch.arange(SIZES[image][0])[:, None].expand(SIZES[image]) % 151 - 1
+    truth = truth.where(truth >= 0, 255)
+    for view in (sample["data_samples"], *views["data_samples"]):
+        assert torch.equal(view.gt_sem_seg.data[0], truth)
+        assert view.ori_shape == SIZES[image]
+
+
+SMALL = {
+    UPERNET_T: {
+        "model.decode_head.in_channels": [32, 64, 128, 256],
+        "model.decode_head.channels": 16,
+        "model.auxiliary_head.in_channels": 128,
+        "model.auxiliary_head.channels": 16,
+    },
+    MASK2FORMER_L: {
+        "model.decode_head.in_channels": [32, 64, 128, 256],
+        "model.decode_head.num_queries": 10,
+        "model.decode_head.pixel_decoder.encoder.num_layers": 1,
+        "model.decode_head.transformer_decoder.num_layers": 2,
+    },
+}
+
+
+def small_copy(name: str) -> tuple[Config, nn.Module]:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    config = copy.deepcopy(load_config(name))
+    config.merge_from_dict(SMALL[name])
+    config.model.backbone.update(arch="nano", drop_path_rate=0.0, init_cfg=None)
+    config.model.data_preprocessor.size = an_eighth(config.crop_size, "crop_size")
+    model = MODELS.build(copy.deepcopy(config.model))
+    model.init_weights()
+    return config, model
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_parameter_of_a_small_copy_gets_a_gradient(name, ade):
+    # one without a gradient would stop training on several GPUs
+    config, model = small_copy(name)
+    data = config.train_dataloader.dataset
+    pipeline = an_eighth(data.pipeline)
+    images = DATASETS.build({**data, "data_root": ade, "pipeline": pipeline})
+    batch = model.data_preprocessor(pseudo_collate([images[0], images[1]]), training=True)
+    assert batch["inputs"].shape[-2:] == config.model.data_preprocessor.size
+    loss, _ = model.parse_losses(model.loss(batch["inputs"], batch["data_samples"]))
+    loss.backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+
+
+def scores_before_resizing(model: nn.Module, image: Tensor) -> Tensor:
+    maps = model.extract_feat(image)
+    if type(model.decode_head).__name__ == "UPerHead":
+        return model.decode_head(maps)
+    classes, masks = model.decode_head(maps, [SegDataSample()])
+    probabilities = classes[-1].softmax(2)[:, :, :150]
+    return torch.einsum("nqc,nqhw->nchw", probabilities, masks[-1].sigmoid())
+
+
+def of_one_view(model: nn.Module, image: np.ndarray, size: tuple[int, int], flip: bool) -> Tensor:
+    """Probabilities of the classes in a resized image, of the size that it had before."""
+    mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
+    view = image[:, ::-1] if flip else image
+    rgb = torch.from_numpy(view[..., ::-1].transpose(2, 0, 1).copy())
+    scores = scores_before_resizing(model, ((rgb - mean) / std)[None])
+    scores = interpolate(scores, image.shape[:2], mode="bilinear", align_corners=False)
+    scores = scores.flip(3) if flip else scores
+    return interpolate(scores, size, mode="bilinear", align_corners=False)[0].softmax(0)
+
+
+def smoothly(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+@pytest.mark.parametrize(
+    ("name", "last_layers"),
+    [(UPERNET_T, ["conv_seg"]), (MASK2FORMER_L, ["cls_embed", "mask_embed.4"])],
+)
+@torch.no_grad()
+def test_probabilities_of_all_views_are_averaged(name, last_layers, ade):
+    config, model = small_copy(name)
+    for layer in last_layers:  # so that the scores of pixels and classes differ
+        nn.init.normal_(model.decode_head.get_submodule(layer).weight, std=0.2)
+    model.eval()
+    pipeline = an_eighth(config.tta_pipeline)
+    data = {**config.test_dataloader.dataset, "data_root": ade, "pipeline": pipeline}
+    averaging = MODELS.build({**config.tta_model, "module": model})
+    sample = DATASETS.build(data)[0]
+    [result] = averaging.test_step(pseudo_collate([sample]))
+
+    image = cv2.imread(str(ade / "images" / "validation" / "0.jpg"))
+    size, scale = image.shape[:2], numbers(RECIPES[name]["test_scale"])
+    views = []
+    for ratio in RATIOS:
+        view = smoothly(image, rescaled(size, [int(side * ratio) // 8 for side in scale]))
+        if RECIPES[name]["resize_to_multiple"] == "yes":
+            view = smoothly(view, to_multiples(view.shape[:2]))
+        views += [of_one_view(model, view, size, flip) for flip in (False, True)]
+    mean = torch.stack(views).mean(0)
+    best, second = mean.topk(2, dim=0).values
+    clear = best - second > 1e-6
+    found, expected = result.pred_sem_seg.data[0], mean.argmax(0)
+    assert clear.float().mean() > 0.99
+    assert torch.equal(found[clear], expected[clear])
+    for view in views:  # none of them decides alone
+        assert (view.argmax(0) != expected).float().mean() > 0.01
+    assert torch.equal(result.gt_sem_seg.data, sample["data_samples"][0].gt_sem_seg.data)
