@@ -1,16 +1,10 @@
 # 8 GPUs x 4 images
-_base_ = [
-    "_base_/models/dino.py",
-    "_base_/datasets/coco_detection_crop.py",
-    "_base_/schedules/dino_1x.py",
-    "_base_/runtime_dino.py",
-]
+_base_ = "dino-4scale_flash_internimage_t_1x_coco.py"
 model = dict(
     backbone=dict(
         arch="base",
         drop_path_rate=0.3,
-        init_cfg=dict(type="Pretrained", checkpoint="flash_internimage_base.in1k"),
+        init_cfg=dict(checkpoint="flash_internimage_base.in1k"),
     ),
     neck=dict(in_channels=[224, 448, 896]),
 )
-train_dataloader = dict(batch_size=4)

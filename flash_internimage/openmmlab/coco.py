@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
+from mmdet.datasets.transforms import LoadAnnotations
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
@@ -20,8 +21,8 @@ class _OrderedCategories(COCO):
         ids = super().get_cat_ids(cat_names, *args, **kwargs)
         if [self.cats[i]["name"] for i in ids] != list(cat_names):
             raise ValueError(
-                f"metainfo['classes'] must be categories of the file in their order there, "
-                f"{[category['name'] for category in self.cats.values()]}, got {list(cat_names)}"
+                "metainfo['classes'] must list categories of the file in their order there, "
+                f"{tuple(category['name'] for category in self.cats.values())}, got {cat_names!r}"
             )
         return ids
 
@@ -36,7 +37,8 @@ class CheckedCocoDataset(CocoDataset):
 
     Raises:
         FileNotFoundError: there is no annotation file, or images are missing.
-        ValueError: the annotation file is damaged, or its categories are not `metainfo['classes']`.
+        ValueError: the annotation file is damaged, its categories are not `metainfo['classes']`, or
+            an object has no mask where the pipeline loads masks.
     """
 
     COCOAPI = _OrderedCategories
@@ -45,6 +47,9 @@ class CheckedCocoDataset(CocoDataset):
         if not Path(self.ann_file).is_file():
             raise FileNotFoundError(f"ann_file not found: {self.ann_file}")
         self.counts = Counter()
+        self._loads_masks = any(
+            isinstance(t, LoadAnnotations) and t.with_mask for t in self.pipeline.transforms
+        )
         try:
             data_list = super().load_data_list()
         except (ValueError, KeyError, TypeError, AssertionError) as error:
@@ -55,6 +60,10 @@ class CheckedCocoDataset(CocoDataset):
     def parse_data_info(self, raw_data_info: dict) -> dict:
         info = super().parse_data_info(raw_data_info)
         used = info["instances"]
+        if self._loads_masks and not all("mask" in instance for instance in used):
+            raise ValueError(
+                f"an object of {info['img_path']} has no segmentation, and the pipeline loads masks"
+            )
         crowds = sum(instance["ignore_flag"] for instance in used)
         self.counts["objects"] += len(used) - crowds
         self.counts["crowds"] += crowds

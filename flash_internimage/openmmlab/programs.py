@@ -13,6 +13,18 @@ from mmengine.logging import print_log
 
 from .runtime import FlashRunner
 
+# What the engine and the programs read of a configuration beside the runner's arguments.
+_READ = (
+    "activation_checkpointing",
+    "compile",
+    "efficient_conv_bn_eval",
+    "find_unused_parameters",
+    "model_wrapper_cfg",
+    "sync_bn",
+    "tta_model",
+    "tta_pipeline",
+)
+
 
 def _parser(program: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"python -m {program}", description=description)
@@ -81,9 +93,14 @@ def _load_config(args: argparse.Namespace) -> Config:
     if not args.config.is_file():
         raise FileNotFoundError(f"config not found: {args.config}")
     cfg = Config.fromfile(args.config)
-    known = {*cfg.keys(), *inspect.signature(FlashRunner).parameters, "find_unused_parameters"}
+    known = {*inspect.signature(FlashRunner).parameters, *_READ}
     for key in args.cfg_options or {}:
         name = key.split(".")[0]
+        if name in cfg and name not in known:
+            raise ValueError(
+                f"--cfg-options {key}: {name} is a variable within {args.config} that has done its "
+                "work; set what it is used in, as train_dataloader.dataset.data_root for data_root"
+            )
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""

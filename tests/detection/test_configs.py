@@ -132,6 +132,26 @@ def test_the_readme_has_every_config_with_its_published_figures(recipe):
     assert row in (ROOT / "README.md").read_text()
 
 
+def test_the_guides_config_for_own_data(tmp_path):
+    guide = (ROOT / "detection" / "README.md").read_text()
+    code = guide.split("```python\n")[1].split("```")[0]
+    path = tmp_path / "parts.py"
+    path.write_text(code.replace('"configs/', f'"{ROOT}/configs/'))
+    config = Config.fromfile(path)
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        assert loader.dataset.data_root == "data/parts/"
+        assert loader.dataset.data_prefix == {"img": "images/"}
+        assert loader.dataset.metainfo.classes == ("bolt", "nut")
+    assert config.train_dataloader.dataset.ann_file == "train.json"
+    assert config.test_dataloader.dataset.ann_file == "val.json"
+    assert config.val_evaluator.ann_file == "data/parts/val.json"
+    assert config.test_evaluator.ann_file == "data/parts/val.json"
+    heads = config.model.roi_head
+    assert (heads.bbox_head.num_classes, heads.mask_head.num_classes) == (2, 2)
+    released = RECIPES["mask_rcnn_flash_internimage_t_fpn_1x_coco"]["checkpoint"]
+    assert Path(config.load_from).name == released
+
+
 def test_optimizer(recipe, config):
     expected = {
         "type": "OptimWrapper",

@@ -1,4 +1,5 @@
-"""Published names and containers, converted, beside the schemas of all released models."""
+"""Published names and containers, converted, beside the schemas of all released models,
+of which Mask R-CNN and Cascade Mask R-CNN have the same ones for 1x and 3x."""
 
 import json
 from pathlib import Path
@@ -31,7 +32,7 @@ def plain(path: Path) -> dict[str, list[int]]:
 
 def test_every_family_has_schemas():
     assert {path.stem.split("_")[0] for path in SCHEMAS} == set(RENAMED)
-    assert len(SCHEMAS) == 22
+    assert len(SCHEMAS) == 18
 
 
 @ALL

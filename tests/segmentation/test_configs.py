@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,42 @@ def test_the_readme_has_every_config_with_its_published_figures(recipe):
 
 
 # training
+
+
+def guide(language: str) -> str:
+    """The first block of segmentation/README.md in a language."""
+    text = (ROOT / "segmentation" / "README.md").read_text()
+    return text.split(f"```{language}\n")[1].split("```")[0]
+
+
+def test_the_guides_config_for_own_data(tmp_path):
+    path = tmp_path / "leaves.py"
+    path.write_text(guide("python").replace('"configs/', f'"{ROOT}/configs/'))
+    config = Config.fromfile(path)
+    loaders = config.train_dataloader, config.val_dataloader, config.test_dataloader
+    for loader, split in zip(loaders, ("train", "val", "val"), strict=True):
+        assert loader.dataset.type == "CheckedSegDataset"
+        assert loader.dataset.data_root == "data/leaves/"
+        assert loader.dataset.data_prefix.img_path == f"{split}/images"
+        assert loader.dataset.data_prefix.seg_map_path == f"{split}/labels"
+        assert loader.dataset.metainfo.classes == ("background", "leaf", "stem")
+    assert config.model.decode_head.num_classes == 3
+    assert config.model.auxiliary_head.num_classes == 3
+    assert [schedule["end"] for schedule in config.param_scheduler] == [501, 20001]
+    assert Path(config.load_from).stem == RECIPES[UPERNET_T]["schema"]
+
+
+def test_the_guides_options_accumulate_without_changing_the_schedule():
+    text = (ROOT / "segmentation" / "README.md").read_text()
+    options = re.search(r"--cfg-options (optim_wrapper.accumulative_counts=[^`]*)```", text)[1]
+    config = copy.deepcopy(load_config(UPERNET_T))
+    config.merge_from_dict(dict(option.split("=") for option in options.split()))
+    counts = int(config.optim_wrapper.accumulative_counts)
+    assert int(config.train_cfg.max_iters) == 160000 * counts
+    assert int(config.train_cfg.val_interval) == 16000 * counts
+    warm_up, poly = config.param_scheduler
+    assert int(warm_up["end"]) == 1500 * counts + 1
+    assert int(poly["end"]) == 160000 * counts + 1
 
 
 def test_optimizer(recipe, config):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -120,10 +121,32 @@ def test_an_annotation_without_a_box(write):
         CheckedCocoDataset(**arguments)
 
 
-@pytest.mark.parametrize("classes", [("cat", "horse"), ("dog", "cat"), ("cat", "dog", "owl")])
+MASK = {"segmentation": [[2, 2, 7, 2, 7, 7, 2, 7]]}
+WITH_MASKS = {"pipeline": [*PIPELINE, {"type": "mmdet.LoadAnnotations", "with_mask": True}]}
+
+
+@pytest.mark.parametrize("second", [{}, {"segmentation": []}])
+def test_an_object_without_a_mask_where_masks_are_loaded(second, write):
+    arguments = write([box(1, [2, 2, 5, 5], **MASK), box(2, [2, 2, 5, 5], **second)])
+    assert len(CheckedCocoDataset(**arguments)) == 2
+    message = r"annotations.json cannot be used: .*2\.png has no segmentation"
+    with pytest.raises(ValueError, match=message):
+        CheckedCocoDataset(**arguments | WITH_MASKS)
+
+
+def test_masks_are_loaded(write):
+    arguments = write([box(1, [2, 2, 5, 5], **MASK), box(1, [2, 2, 0, 5])])  # one is left out
+    assert len(CheckedCocoDataset(**arguments | WITH_MASKS)[0]["gt_masks"]) == 1
+
+
+@pytest.mark.parametrize(
+    "classes", [("cat", "horse"), ("dog", "cat"), ("cat", "dog", "owl"), ("cat")]
+)
 def test_classes_that_are_not_those_of_the_file(classes, write):
     arguments = write([box(1, [2, 2, 5, 5])]) | {"metainfo": {"classes": classes}}
-    message = r"metainfo\['classes'\] must be .* \['cow', 'cat', 'dog'\], got \['"
+    message = r"metainfo\['classes'\] must list .* \('cow', 'cat', 'dog'\), got " + re.escape(
+        repr(classes)
+    )
     with pytest.raises(ValueError, match=message):
         CheckedCocoDataset(**arguments)
 

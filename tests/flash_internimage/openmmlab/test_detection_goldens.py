@@ -288,6 +288,13 @@ def test_stock_dino_takes_no_published_weights():
         load("dino", {**dino_config(), "type": "DINO"})
 
 
+def test_queries_of_dino_start_as_published():
+    torch.manual_seed(0)
+    model = MODELS.build(ConfigDict(dino_config()))
+    model.init_weights()
+    assert model.query_embedding.weight.std().item() == pytest.approx(1, rel=0.1)  # mmdet: 0.085
+
+
 @pytest.mark.parametrize("registry", [MODELS, ROOT_MODELS], ids=["mmdet", "root"])
 def test_configs_name_the_parts_of_dino(registry):
     assert registry.get("PublishedDINO") is PublishedDINO

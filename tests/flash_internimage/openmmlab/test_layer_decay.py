@@ -51,22 +51,22 @@ class Recipe(NamedTuple):
         return EMBEDDINGS if "mask2former" in self.schema else ()
 
 
-MASK_RCNN = "mask_rcnn_flash_intern_image_{}_fpn_{}x_coco"
-CASCADE = "cascade_flash_intern_image_l_fpn_{}x_coco"
+# 1x and 3x have the same names and shapes.
+MASK_RCNN = "mask_rcnn_flash_intern_image_{}_fpn_1x_coco"
+CASCADE = "cascade_flash_intern_image_l_fpn_1x_coco"
 DINO = "dino_4scale_flash_internimage_{}_1x_coco"
 UPERNET = "upernet_flash_internimage_{}_{}_160k_ade20k"
 MASK2FORMER = "mask2former_flash_internimage_{}_{}_160k_ade20k_ss"
 DINO_T = Recipe(DINO.format("t"), "tiny", 2e-4, 1e-4, 0.9, 30)
 MASK2FORMER_T = Recipe(MASK2FORMER.format("t", 512), "tiny", 1e-4, 0.05, 0.9, 30)
 RECIPES = [
-    Recipe(MASK_RCNN.format("t", 1), "tiny", 1e-4, 0.05, 1.0, 30),
-    Recipe(MASK_RCNN.format("t", 3), "tiny", 1e-4, 0.05, 1.0, 30),
-    Recipe(MASK_RCNN.format("s", 1), "small", 1e-4, 0.05, 1.0, 33),
-    Recipe(MASK_RCNN.format("s", 3), "small", 2e-4, 0.05, 1.0, 33),
-    Recipe(MASK_RCNN.format("b", 1), "base", 1e-4, 0.05, 1.0, 33),
-    Recipe(MASK_RCNN.format("b", 3), "base", 2e-4, 0.05, 0.9, 33, offset_lr_scale=0.01),
-    Recipe(CASCADE.format(1), "large", 1e-4, 0.05, 0.94, 37),
-    Recipe(CASCADE.format(3), "large", 2e-4, 0.05, 0.9, 37, offset_lr_scale=0.01),
+    Recipe(MASK_RCNN.format("t"), "tiny", 1e-4, 0.05, 1.0, 30),
+    Recipe(MASK_RCNN.format("s"), "small", 1e-4, 0.05, 1.0, 33),
+    Recipe(MASK_RCNN.format("s"), "small", 2e-4, 0.05, 1.0, 33),
+    Recipe(MASK_RCNN.format("b"), "base", 1e-4, 0.05, 1.0, 33),
+    Recipe(MASK_RCNN.format("b"), "base", 2e-4, 0.05, 0.9, 33, offset_lr_scale=0.01),
+    Recipe(CASCADE, "large", 1e-4, 0.05, 0.94, 37),
+    Recipe(CASCADE, "large", 2e-4, 0.05, 0.9, 37, offset_lr_scale=0.01),
     DINO_T,
     Recipe(DINO.format("s"), "small", 2e-4, 1e-4, 0.9, 33),
     Recipe(DINO.format("b"), "base", 2e-4, 1e-4, 0.9, 33),
@@ -184,7 +184,7 @@ def approx(expected: dict[str, tuple[float, float]]) -> dict:
     return {name: (pytest.approx(lr, rel=1e-12), decay) for name, (lr, decay) in expected.items()}
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.schema)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.schema}-{r.lr:g}")
 def test_recipes_train_with_the_published_rates(recipe):
     model = model_of(convert_state_dict(schema(recipe)), recipe.arch)
     wrapper = optim_wrapper_of(recipe, model, num_layers=recipe.num_layers)

@@ -209,6 +209,11 @@ class TestLoading:
         assert "2 tensors start anew: head.bias, head.weight" in caplog.text
         assert "2 tensors of the checkpoint are not used: head.bias, head.weight" in caplog.text
 
+    def test_a_resumed_training_takes_no_other_models_weights(self, runner, save):
+        r = runner(load_from=save(Model(classes=3).state_dict()), resume=True)
+        with pytest.raises(ValueError, match=r"does not fit the model: shape of head\.weight"):
+            r.load_or_resume()
+
     @pytest.mark.parametrize(
         "calls",
         [
@@ -241,6 +246,31 @@ class TestLoading:
     def test_a_checkpoint_that_is_not_there(self, tester):
         with pytest.raises(FileNotFoundError, match=r"checkpoint not found: none\.pth"):
             tester().load_checkpoint("none.pth")
+
+
+class TestCurves:
+    def test_the_latest_attempt_counts_and_a_kill_may_cut_its_last_line(self, tmp_path):
+        for attempt, lines in (
+            ("1", '{"loss": 4.0, "step": 1}\n{"loss": 3.0, "step": 2}\n{"loss": 9.0, "st'),
+            ("2", '{"loss": 2.0, "step": 2}\n{"loss": 1.0, "lr": 0.1, "step": 3}\n'),
+        ):
+            folder = tmp_path / attempt / "vis_data"
+            folder.mkdir(parents=True)
+            (folder / "scalars.json").write_text(lines)
+        expected = {"loss": {1: 4.0, 2: 2.0, 3: 1.0}, "lr": {3: 0.1}}
+        assert curves.read_scalars(tmp_path) == expected
+
+    def test_they_are_drawn_after_every_validation_and_at_the_end(
+        self, runner, tmp_path, monkeypatch
+    ):
+        drawn = []
+        monkeypatch.setattr(curves, "save_curves", drawn.append)
+        runner().train()
+        assert drawn == [tmp_path / "run"] * 4
+
+    def test_a_run_without_scalars_has_none(self, tmp_path):
+        curves.save_curves(tmp_path)
+        assert not list(tmp_path.iterdir())
 
 
 def test_bfloat16_autocasts_the_loss_and_keeps_weights_in_float32(runner):

@@ -1,9 +1,8 @@
 # COCO 2017 without masks; images at several scales, half of them cropped, as DETR does it. Unlike
 # mmdet's DINO, images without objects are left out (the base's filter_empty_gt) and no crop is
 # without objects.
-_base_ = "mmdet::_base_/datasets/coco_detection.py"
+_base_ = ["mmdet::_base_/datasets/coco_detection.py", "crop.py"]
 dataset_type = "CheckedCocoDataset"
-train_scales = [(short, 1333) for short in range(480, 801, 32)]
 train_pipeline = [
     dict(type="LoadReadableImage"),
     dict(type="LoadAnnotations", with_bbox=True),
@@ -11,20 +10,11 @@ train_pipeline = [
     dict(
         type="RandomChoice",
         transforms=[
-            [dict(type="RandomChoiceResize", scales=train_scales, keep_ratio=True)],
+            [_base_.resize],
             [
-                dict(
-                    type="RandomChoiceResize",
-                    scales=[(400, 4200), (500, 4200), (600, 4200)],
-                    keep_ratio=True,
-                ),
-                dict(
-                    type="RandomCrop",
-                    crop_type="absolute_range",
-                    crop_size=(384, 600),
-                    allow_negative_crop=False,
-                ),
-                dict(type="RandomChoiceResize", scales=train_scales, keep_ratio=True),
+                dict(_base_.resize, scales=[(400, 4200), (500, 4200), (600, 4200)]),
+                dict(_base_.crop, allow_negative_crop=False),
+                _base_.resize,
             ],
         ],
     ),

@@ -1,6 +1,5 @@
 # COCO 2017 with masks; images at several scales, half of them cropped, as DETR does it.
-_base_ = "coco_instance.py"
-train_scales = [(short, 1333) for short in range(480, 801, 32)]
+_base_ = ["coco_instance.py", "crop.py"]
 train_pipeline = [
     dict(type="LoadReadableImage"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
@@ -8,20 +7,11 @@ train_pipeline = [
     dict(
         type="RandomChoice",
         transforms=[
-            [dict(type="RandomChoiceResize", scales=train_scales, keep_ratio=True)],
+            [_base_.resize],
             [
-                dict(
-                    type="RandomChoiceResize",
-                    scales=[(400, 1333), (500, 1333), (600, 1333)],
-                    keep_ratio=True,
-                ),
-                dict(
-                    type="RandomCrop",
-                    crop_type="absolute_range",
-                    crop_size=(384, 600),
-                    allow_negative_crop=True,
-                ),
-                dict(type="RandomChoiceResize", scales=train_scales, keep_ratio=True),
+                dict(_base_.resize, scales=[(400, 1333), (500, 1333), (600, 1333)]),
+                dict(_base_.crop, allow_negative_crop=True),
+                _base_.resize,
             ],
         ],
     ),

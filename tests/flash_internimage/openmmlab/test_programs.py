@@ -1,0 +1,127 @@
+"""What the programs' arguments make of a config, before anything is built."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from flash_internimage.openmmlab import programs
+
+CONFIG = """
+weights = "flash_internimage_tiny.in1k"
+model = dict(backbone=dict(init_cfg=dict(type="Pretrained", checkpoint=weights)))
+optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.1))
+custom_hooks = [dict(type="CurvesHook")]
+train_dataloader = val_dataloader = test_dataloader = dict(batch_size=2)
+train_cfg = dict(max_epochs=1)
+val_cfg = test_cfg = dict()
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / "small.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def to_train(config, tmp_path, monkeypatch) -> Callable[..., Config]:
+    monkeypatch.setattr(programs, "build_runner", lambda cfg: cfg)
+
+    def to_train(*options: str, settings: str = "") -> Config:
+        config.write_text(CONFIG + settings)
+        arguments = [str(config), "--work-dir", str(tmp_path / "run"), *options]
+        args = programs.training_parser("train", "").parse_args(arguments)
+        return programs.training_runner(args)
+
+    return to_train
+
+
+def hooks(cfg: Config) -> list[str]:
+    return [hook["type"] for hook in cfg.custom_hooks]
+
+
+def test_without_options_the_config_stays(to_train):
+    cfg = to_train()
+    assert hooks(cfg) == ["CurvesHook"]
+    assert cfg.optim_wrapper.type == "OptimWrapper"
+    assert cfg.model.backbone.init_cfg.checkpoint == "flash_internimage_tiny.in1k"
+
+
+@pytest.mark.parametrize("option", [["--amp"], ["--amp", "fp16"]])
+def test_float16_scales_the_loss(option, to_train):
+    cfg = to_train(*option)
+    scaled = {"type": "AmpOptimWrapper", "loss_scale": "dynamic", "dtype": "float16"}
+    assert cfg.optim_wrapper == {**scaled, "optimizer": {"type": "SGD", "lr": 0.1}}
+    assert hooks(cfg) == ["CurvesHook", "Float32OutputsHook"]
+
+
+def test_compile(to_train):
+    assert hooks(to_train("--compile")) == ["CurvesHook", "CompileBackboneHook"]
+
+
+def test_weights_that_others_will_overwrite_are_not_loaded(to_train, tmp_path):
+    assert to_train(settings='load_from = "other.pth"').model.backbone.init_cfg is None
+    (tmp_path / "run").mkdir()
+    assert to_train("--resume").model.backbone.init_cfg is not None
+    (tmp_path / "run" / "epoch_1.pth").touch()
+    assert to_train("--resume").model.backbone.init_cfg is None
+
+
+def test_scaling_needs_the_number_of_images_that_the_rate_is_made_for(to_train):
+    for settings in ("", "auto_scale_lr = dict(enable=False)"):
+        with pytest.raises(ValueError, match=r"needs auto_scale_lr\.base_batch_size"):
+            to_train("--auto-scale-lr", settings=settings)
+    cfg = to_train("--auto-scale-lr", settings="auto_scale_lr = dict(base_batch_size=16)")
+    assert cfg.auto_scale_lr == {"base_batch_size": 16, "enable": True}
+
+
+def to_evaluate(config: Path, *options: str) -> Config:
+    parser = programs.evaluation_parser("test", "")
+    return programs.evaluation_config(parser.parse_args([str(config), "c.pth", *options]))
+
+
+def test_an_evaluation_has_nothing_of_the_training(config):
+    cfg = to_evaluate(config)
+    given = {name for name, value in cfg.items() if value is not None}
+    assert {name for name in given if name.startswith(("train_", "val_", "optim"))} == set()
+    assert cfg.test_dataloader == {"batch_size": 2}
+    assert cfg.load_from == "c.pth"
+
+
+def test_work_folder(config):
+    assert to_evaluate(config).work_dir == "output/small"
+    config.write_text(f"{CONFIG}work_dir = 'elsewhere'")
+    assert to_evaluate(config).work_dir == "elsewhere"
+    assert to_evaluate(config, "--work-dir", "here").work_dir == "here"
+
+
+def test_launcher(config, monkeypatch):
+    assert to_evaluate(config).launcher == "none"
+    assert to_evaluate(config, "--launcher", "slurm").launcher == "slurm"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # as torchrun does
+    assert to_evaluate(config).launcher == "pytorch"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "optim_wraper.lr",
+            r"there is no optim_wraper in .*; did you mean optim_wrapper\?",
+        ),
+        ("zzz", r"there is no zzz in .*small\.py$"),
+        ("weights", r"weights is a variable within .*small\.py that has done its work"),
+    ],
+)
+def test_options_without_effect_are_errors(config, option, message):
+    with pytest.raises(ValueError, match=rf"--cfg-options {option}: {message}"):
+        to_evaluate(config, "--cfg-options", f"{option}=1")
+
+
+def test_options(config):
+    options = ["test_dataloader.batch_size=3", "find_unused_parameters=True"]
+    cfg = to_evaluate(config, "--cfg-options", *options)
+    assert (cfg.test_dataloader.batch_size, cfg.find_unused_parameters) == (3, True)
