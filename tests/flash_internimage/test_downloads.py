@@ -20,8 +20,8 @@ from tests.servers import COMMIT, FileServer, serve, use_as_hub, use_own_caches
 
 CONTENTS = bytes(range(256)) * 20_000  # some pieces of those in which it is read
 SHA256 = hashlib.sha256(CONTENTS).hexdigest()
-HUB = "https://huggingface.co/OpenGVLab/DCNv4/resolve/main"
 ON_HUB = "/OpenGVLab/DCNv4/resolve/main"
+HUB = f"https://huggingface.co{ON_HUB}"
 FILE = "flash_internimage_l_22kto1k_384.pth"
 OTHER = "flash_intern_image_l_22kto1k_384.pth"
 
