@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 import torch
 from filelock import FileLock
 from huggingface_hub import hf_hub_download, is_offline_mode
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from tqdm import tqdm
 
 _logger = logging.getLogger(__name__)
@@ -46,18 +46,21 @@ def download(address: str, offline: bool = False, sha256: str | None = None) -> 
         OSError: the download failed; where the server permits, the next one goes on from there.
         ValueError: the contents are others than expected.
     """
+    offline = offline or is_offline_mode()
     missing: list[str] = []
     for spelling in _spellings(address):
         try:
-            path = _locate(spelling, offline or is_offline_mode())
+            path = _locate(spelling, offline)
         except _NotFound as error:
             missing.append(f"download of {spelling} failed: {error}")
+            # without a network, only the cache can have the other spelling
+            offline = offline or isinstance(error.__cause__, LocalEntryNotFoundError)
             continue
         except Exception as error:  # the hub's client lets many kinds through
             raise OSError(f"download of {spelling} failed: {error}") from error
         _compare(address, path, sha256)
         return path
-    raise FileNotFoundError("; ".join(missing))
+    raise FileNotFoundError(missing[0] if offline else "; ".join(missing))
 
 
 def _spellings(address: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ from classification.data import (
     build_dataset,
     class_names,
     set_epoch,
+    spread,
     train_loader,
     val_loader,
 )
@@ -132,3 +133,18 @@ def test_a_data_set_smaller_than_one_update_is_an_error(config):
     dataset = build_dataset(cfg.data, "train", True, cfg.batch_size)
     with pytest.raises(ConfigError, match="60 images, fewer than the 64 of one update"):
         train_loader(dataset, cfg, CPU, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "indices"),
+    [(4, None, [0, 1, 2, 3]), (4, 9, [0, 1, 2, 3]), (20, 4, [0, 5, 10, 15]), (7, 3, [0, 2, 4])],
+)
+def test_a_part_of_the_images_is_spread_over_all(length, limit, indices):
+    assert spread(length, limit) == indices
+
+
+def test_a_part_of_the_images_has_all_classes(digits):
+    data = Data(root=str(digits), image_size=32, workers=0)
+    dataset = build_dataset(data, "val", False, 8)
+    loader = val_loader(dataset, data, 8, CPU, limit=10)
+    assert torch.cat([targets for _, targets in loader]).tolist() == list(range(10))

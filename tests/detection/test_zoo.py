@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -41,7 +42,9 @@ def checkpoint(config, tmp_path) -> Path:
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope("mmdet"):
         weights = MODELS.build(Config.fromfile(config).model).state_dict()
-    torch.save({"state_dict": weights, "meta": {"CLASSES": "0123456789"}}, tmp_path / "model.pth")
+    torch.save(
+        {"state_dict": weights, "meta": {"CLASSES": tuple("0123456789")}}, tmp_path / "model.pth"
+    )
     return tmp_path / "model.pth"
 
 
@@ -77,6 +80,17 @@ def test_a_quick_look_counts_its_images_alone(measured, scenes, tmp_path):
     assert [image["id"] for image in truth["images"]] == [1, 3]  # of four
     assert truth["annotations"] == [a for a in whole["annotations"] if a["image_id"] in (1, 3)]
     assert truth["categories"] == whole["categories"]
+
+
+def test_mmdet_loads_what_was_converted(config, checkpoint, scenes, tmp_path):
+    converted = tmp_path / "converted.pth"
+    assert tool.main(["convert", str(checkpoint), "-o", str(converted)]) == 0
+    model = init_detector(str(config), str(converted), device="cpu")
+    assert model.dataset_meta["classes"] == tuple("0123456789")
+    weights = torch.load(checkpoint)["state_dict"]
+    assert all(tensor.equal(weights[name]) for name, tensor in model.state_dict().items())
+    found = inference_detector(model, str(scenes / "val" / "000001.jpg"))
+    assert len(found.pred_instances) == 20
 
 
 def test_data_that_are_not_there_are_one_error(checkpoint, tmp_path, caplog):

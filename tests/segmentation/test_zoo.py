@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 from PIL import Image
 
@@ -78,6 +79,15 @@ def test_the_figure_is_measured(
     assert row["measured"] == pytest.approx(miou_of_background(scenes, pictures), abs=0.01)
     assert row["difference"] == pytest.approx(row["measured"] - published)
     assert row["reproduced"] == (None if "--limit" in arguments else False)
+
+
+def test_mmseg_loads_what_was_converted(config, checkpoint, scenes, tmp_path):
+    converted = tmp_path / "converted.pth"
+    assert tool.main(["convert", str(checkpoint), "-o", str(converted)]) == 0
+    model = init_model(str(config), str(converted), device="cpu")
+    assert model.dataset_meta["classes"] == ("background", *"0123456789")
+    image = next((scenes / "images" / "validation").glob("*.jpg"))
+    assert inference_model(model, str(image)).pred_sem_seg.data.eq(0).all()
 
 
 def test_data_that_are_not_there_are_one_error(checkpoint, tmp_path, caplog):
