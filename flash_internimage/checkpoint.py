@@ -29,11 +29,21 @@ def clean_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     Takes the entry `state_dict`, else `model_ema`, else `model`, as the published code does, and
     strips the prefix `module.` of wrappers. Of a detector or segmentor, whose names begin with the
     parts, it takes `backbone.` alone.
+
+    Raises:
+        ValueError: there is more than tensors and their names.
     """
     for key in _WEIGHTS:
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
             break
+    others = [
+        str(name)
+        for name, value in checkpoint.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
+    if others:
+        raise ValueError(f"checkpoint must hold tensors by name, got also {', '.join(others[:10])}")
     weights = {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
     backbone = {
         name.removeprefix("backbone."): tensor
@@ -211,13 +221,19 @@ def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
         expected: the model's own entries.
         state_dict: the weights.
     """
+    common = {name: value for name, value in state_dict.items() if name in expected}
     return [
         *(f"missing: {name}" for name in expected if name not in state_dict),
         *(f"unexpected: {name}" for name in state_dict if name not in expected),
         *(
-            f"shape of {name}: {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-            for name, tensor in state_dict.items()
-            if name in expected and tensor.shape != expected[name].shape
+            f"no tensor: {name} is a {type(value).__name__}"
+            for name, value in common.items()
+            if not isinstance(value, Tensor)
+        ),
+        *(
+            f"shape of {name}: {tuple(value.shape)}, expected {tuple(expected[name].shape)}"
+            for name, value in common.items()
+            if isinstance(value, Tensor) and value.shape != expected[name].shape
         ),
     ]
 

@@ -35,10 +35,7 @@ from flash_internimage.checkpoint import (
     save_atomically,
     write_atomically,
 )
-from flash_internimage.conversion import (
-    convert_checkpoint,
-    restore_checkpoint,
-)
+from flash_internimage.conversion import convert_checkpoint, restore_checkpoint
 from tools.zoo_documents import documents
 from tools.zoo_entries import ROOT, Entry, find, read_zoo
 
@@ -54,7 +51,6 @@ _METRICS = {
     "mask_ap": ("coco/segm_mAP", 100),
     "miou": ("mIoU", 1),
 }
-
 
 # What the names of a detector or a segmentor begin with, beside the backbone's.
 _HEADS = ("neck.", "roi_head.", "bbox_head.", "decode_head.", "memory_trans_fc.")
@@ -111,8 +107,7 @@ def convert(
         checkpoint = {"state_dict": clean_state_dict(checkpoint), "meta": {}}
     weights = checkpoint["state_dict"]
     if not weights or not all(isinstance(weight, Tensor) for weight in weights.values()):
-        entries = ", ".join(map(str, weights)) or "none"
-        raise ValueError(f"{source} must hold weights and nothing else, its entries are {entries}")
+        raise ValueError(f"{source} must hold weights and nothing else")
     misfits = []
     if model is not None:
         own = model.state_dict()

@@ -74,6 +74,13 @@ def test_of_a_detector_the_backbone_alone_is_taken():
     assert_equal(clean_state_dict({"state_dict": names}), WEIGHTS)
 
 
+@pytest.mark.parametrize("other", [{"epoch": 3}, {"head": {}}, {1: torch.zeros(1)}, {"text": "x"}])
+def test_more_than_tensors_is_an_error(other):
+    for checkpoint in (WEIGHTS | other, {"model": WEIGHTS | other}):
+        with pytest.raises(ValueError, match=f"tensors by name, got also {next(iter(other))}"):
+            clean_state_dict(checkpoint)
+
+
 # load_checkpoint
 
 
@@ -310,9 +317,13 @@ def test_class_map_that_does_not_fit_is_an_error(class_map):
             lambda weights: weights.update({"patch_embed.conv1.bias": torch.zeros(2)}),
             r"shape of patch_embed\.conv1\.bias: \(2,\), expected \(16,\)",
         ),
+        (
+            lambda weights: weights.update({"conv_head.1.0.num_batches_tracked": 3}),
+            r"no tensor: conv_head\.1\.0\.num_batches_tracked is a int",
+        ),
         (lambda weights: weights.clear(), r"missing: .* and \d+ more"),
     ],
-    ids=["missing", "unexpected", "shape", "empty"],
+    ids=["missing", "unexpected", "shape", "no tensor", "empty"],
 )
 def test_weights_that_do_not_fit_change_nothing(change, problem):
     model, weights = nano(1, num_classes=5), dict(nano(0, num_classes=5).state_dict())

@@ -269,20 +269,16 @@ def test_without_a_model_the_conversion_says_that_nothing_was_compared(run, tmp_
     ("contents", "out", "message"),
     [
         ({"w": torch.ones(1)}, "out.onnx", "--output must end in .safetensors or .pth, got"),
-        (
-            {"epoch": 3, "w": torch.ones(1)},
-            "out.pth",
-            "must hold weights and .* epoch, w",
-        ),
-        ({"model": {}, "epoch": 3}, "out.pth", "must hold weights and .* none"),
+        ({"epoch": 3, "w": torch.ones(1)}, "out.pth", "tensors by name, got also epoch"),
+        ({1: torch.ones(1)}, "out.pth", "tensors by name, got also 1"),
+        ({"model": {}, "epoch": 3}, "out.pth", "must hold weights and nothing else"),
+        ({"neck.w": torch.ones(1), "neck.x": 1}, "out.pth", "must hold weights and nothing else"),
         ({"bbox_head.transformer.x": torch.ones(1)}, "out.pth", "unknown to such models"),
     ],
 )
 def test_what_cannot_be_converted_is_one_error(contents, out, message, refused, tmp_path):
     torch.save(contents, tmp_path / "source.pth")
-    text = refused("convert", tmp_path / "source.pth", "-o", tmp_path / out)
-    with pytest.raises(ValueError, match=message):
-        raise ValueError(text)
+    assert message in refused("convert", tmp_path / "source.pth", "-o", tmp_path / out)
     assert not (tmp_path / out).exists()
 
 
