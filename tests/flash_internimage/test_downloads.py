@@ -126,6 +126,16 @@ def test_a_broken_download_goes_on_where_it_ended(server):
     assert parts() == []
 
 
+@pytest.mark.usefixtures("no_waiting")
+def test_the_hubs_client_goes_on_where_the_connection_broke(server, monkeypatch):
+    third = len(CONTENTS) // 3
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", third)
+    server.cut = third + 10  # it drops parts of chunks
+    assert download(f"{HUB}/model.pth").read_bytes() == CONTENTS
+    asked = [wanted for method, path, wanted in server.requests if path.endswith("model.pth")]
+    assert asked[-2:] == [f"bytes={third}-", f"bytes={2 * third}-"]
+
+
 def test_a_file_that_changed_meanwhile_begins_anew(server):
     address = f"{server.address}/model.pth"
     server.cut = 1000
