@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import mmengine.device.utils
 import pytest
 import torch
 from mmdet.apis import inference_detector, init_detector
@@ -34,6 +35,7 @@ def config(write_config, tmp_path, monkeypatch) -> Path:
         published={"box_ap": 48.0, "mask_ap": 43.1},
     )
     monkeypatch.setattr(tool, "read_zoo", lambda: {NAME: entry})
+    monkeypatch.setattr(mmengine.device.utils, "DEVICE", mmengine.device.utils.DEVICE)
     return config
 
 
