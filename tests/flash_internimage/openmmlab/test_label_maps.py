@@ -513,6 +513,7 @@ def test_labels_stay_with_their_pixels(tmp_path):
             pipeline=pipeline,
         )
     )
+    np.random.seed(0)  # mmcv's and mmseg's transforms draw from it
     for _ in range(5):
         item = dataset[0]
         shown = item["inputs"][0].float() / 20  # the value in the file, blurred at edges
@@ -520,7 +521,7 @@ def test_labels_stay_with_their_pixels(tmp_path):
         plain = (shown - shown.round()).abs() < 0.01
         agreeing = (item["data_samples"].gt_sem_seg.data[0] == expected)[plain]
         assert agreeing.numel() > 1000
-        assert agreeing.float().mean() > 0.97
+        assert agreeing.float().mean() > 0.95  # a shift by one pixel: 0.88
 
 
 def test_a_test_takes_labels_of_the_images_own_size(scenes):
