@@ -46,13 +46,15 @@ def one_thread(monkeypatch) -> Iterator[None]:
 
 @pytest.fixture
 def restore_scope() -> Iterator[None]:
-    """mmengine's runners set the current scope of registries for the whole process."""
+    """mmengine's runners set the current scope of registries for the whole process.
+
+    A module's fixtures, which run before this one, do so too; in the beginning there is none.
+    """
     from mmengine.registry import DefaultScope
 
-    before = dict(DefaultScope._instance_dict)
+    DefaultScope._instance_dict.clear()
     yield
     DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(before)
 
 
 @pytest.fixture
