@@ -30,7 +30,7 @@ demo-detection: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes
 
 demo-segmentation: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes-ade20k
 	$(RUN) -m segmentation.train $(SCENE_MAPS) --work-dir output/digits-scenes-ade20k --resume
-	$(RUN) -m segmentation.test $(SCENE_MAPS) output/digits-scenes-ade20k/iter_1500.pth --work-dir output/digits-scenes-ade20k --show-dir predictions
+	$(RUN) -m segmentation.test $(SCENE_MAPS) output/digits-scenes-ade20k/iter_800.pth --work-dir output/digits-scenes-ade20k --show-dir predictions
 
 test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile

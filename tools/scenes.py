@@ -32,6 +32,7 @@ class Material:
     labels: np.ndarray  # (K,), 0 to 9
     indices: np.ndarray  # (K,), in scikit-learn's load_digits
     photos: list[np.ndarray]
+    inks: np.ndarray | None = None  # (10, 3), 0 to 255: a colour for each digit, else any
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _make_scene(material: Material, objects: int, crowd: bool, rng: np.random.Ge
         below = [replace(instance, mask=instance.mask & ~mask) for instance in instances]
         if any(it.mask.sum() < MIN_VISIBLE * ink for it, ink in zip(below, inks, strict=True)):
             continue
-        _paint(image[box], opacity, rng)
+        _paint(image[box], opacity, rng, _ink(material, material.labels[k]))
         index = int(material.indices[k])
         instances = [*below, Instance(int(material.labels[k]), mask, sources=(index,))]
         inks.append(mask.sum())
@@ -96,7 +97,7 @@ def _paint_crowd(image: np.ndarray, material: Material, rng: np.random.Generator
     for k in members:
         opacity = _opacity(material.digits[k], _uniform(rng, CROWD_DIGIT_SIZES), rng)
         box = _place(opacity.shape, (CROWD_SIZE, CROWD_SIZE), rng)
-        _paint(image[region][box], opacity, rng)
+        _paint(image[region][box], opacity, rng, _ink(material, label))
         mask[region][box] |= opacity >= 0.5
     sources = tuple(int(i) for i in material.indices[members])
     return Instance(int(label), mask, sources, crowd=True)
@@ -133,11 +134,20 @@ def _place(
     return np.s_[top : top + height, left : left + width]
 
 
-def _paint(image: np.ndarray, opacity: np.ndarray, rng: np.random.Generator) -> None:
-    """Paints in place, in that of a few random colours which differs most from what is there."""
+def _ink(material: Material, label: int) -> np.ndarray | None:
+    return None if material.inks is None else material.inks[label]
+
+
+def _paint(
+    image: np.ndarray, opacity: np.ndarray, rng: np.random.Generator, ink: np.ndarray | None
+) -> None:
+    """Paints in place, with an ink that varies a little, or else with that of a few random colours
+    which differs most from what is there."""
     there = np.tensordot(opacity, image) / opacity.sum()
     colors = rng.uniform(0, 255, (8, 3))
     color = colors[np.argmax(np.linalg.norm(colors - there, axis=1))]
+    if ink is not None:
+        color = np.clip(ink + (colors[0] - 127.5) / 5, 0, 255)
     image += rng.uniform(0.9, 1) * opacity[..., None] * (color - image)
 
 

@@ -8,13 +8,14 @@ from tools.make_demo_data import write_digits_scenes_ade20k
 CONFIGS = Path(__file__).parents[2] / "configs" / "segmentation"
 SMALL = {
     "upernet": """
+head = dict(channels=16, dropout_ratio=0.0, loss_decode=dict(class_weight=None))
 backbone = dict(
     _delete_=True, type="FlashInternImage", channels=16, depths=(1, 1, 1, 1), groups=(1, 2, 4, 8)
 )
 model = dict(
     backbone=backbone,
-    decode_head=dict(in_channels=[16, 32, 64, 128], channels=16, dropout_ratio=0.0),
-    auxiliary_head=dict(in_channels=64, channels=16, dropout_ratio=0.0),
+    decode_head=dict(in_channels=[16, 32, 64, 128], **head),
+    auxiliary_head=dict(in_channels=64, **head),
 )
 """,
     "mask2former": """

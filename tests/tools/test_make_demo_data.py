@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
+from scipy.ndimage import binary_dilation, binary_erosion
 from sklearn.datasets import load_digits, load_sample_images
 
 from tools.make_demo_data import (
@@ -237,9 +238,27 @@ def ade20k(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("split", "folder"), [("train", "training"), ("val", "validation")])
-def test_images_in_the_layout_of_ade20k_are_those_of_the_scenes(split, folder, scenes, ade20k):
+def test_images_in_the_layout_of_ade20k_are_the_scenes_in_other_inks(split, folder, scenes, ade20k):
     images = contents(ade20k / "images" / folder)
-    assert images == contents(scenes / split)
+    assert set(images) == set(contents(scenes / split))
+    colors = {}
+    for path in images:
+        one, other = (
+            np.array(Image.open(root / path), np.float32)
+            for root in (ade20k / "images" / folder, scenes / split)
+        )
+        with Image.open((ade20k / "annotations" / folder / path).with_suffix(".png")) as file:
+            labels = np.asarray(file)
+        far_from_ink = ~binary_dilation(labels != 1, iterations=8)  # JPEG blurs
+        assert np.abs(one - other)[far_from_ink].mean() < 1
+        inside = binary_erosion(labels > 1, iterations=2)
+        for label in np.unique(labels[inside]):
+            colors.setdefault(label, []).append(one[inside & (labels == label)].mean(0))
+    assert set(colors) == set(range(2, 12))
+    centers = np.array([np.median(colors[label], axis=0) for label in range(2, 12)])
+    for i, label in enumerate(range(2, 12)):
+        nearest = [np.linalg.norm(centers - color, axis=1).argmin() for color in colors[label]]
+        assert np.mean(np.array(nearest) == i) > 0.8
     maps = contents(ade20k / "annotations" / folder)
     assert {path.with_suffix(".jpg") for path in maps} == set(images)
     assert {path.suffix for path in maps} == {".png"}
