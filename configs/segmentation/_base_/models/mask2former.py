@@ -1,16 +1,6 @@
-# Mask2Former as mmseg has it in mask2former_r50_8xb2-160k_ade20k-512x512.py. A config adds the size
-# of the crops, the backbone's arch, drop_path_rate and init_cfg, and the head's in_channels.
+# Mask2Former as mmseg has it in mask2former_r50_8xb2-160k_ade20k-512x512.py.
+_base_ = "encoder_decoder.py"
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-    ),
-    backbone=dict(type="FlashInternImage"),
     decode_head=dict(
         type="PublishedMask2FormerHead",  # mmseg's combines the masks after their resizing
         strides=[4, 8, 16, 32],
@@ -102,6 +92,4 @@ model = dict(
             sampler=dict(type="mmdet.MaskPseudoSampler"),
         ),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode="whole"),
 )

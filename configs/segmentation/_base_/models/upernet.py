@@ -1,16 +1,6 @@
-# UPerNet with an auxiliary FCN head, as mmseg has it in upernet_r50.py. A config adds the size of
-# the crops, the backbone's arch, drop_path_rate and init_cfg, and the heads' in_channels.
+# UPerNet with an auxiliary FCN head, as mmseg has it in upernet_r50.py.
+_base_ = "encoder_decoder.py"
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor=dict(
-        type="SegDataPreProcessor",
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-    ),
-    backbone=dict(type="FlashInternImage"),
     decode_head=dict(
         type="UPerHead",
         in_index=[0, 1, 2, 3],
@@ -34,6 +24,4 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode="whole"),
 )

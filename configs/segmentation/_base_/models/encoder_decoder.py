@@ -1,0 +1,16 @@
+# What all segmentors share. A config adds the size of the crops, the backbone's arch,
+# drop_path_rate and init_cfg, and the heads' in_channels.
+model = dict(
+    type="EncoderDecoder",
+    data_preprocessor=dict(
+        type="SegDataPreProcessor",
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        pad_val=0,
+        seg_pad_val=255,
+    ),
+    backbone=dict(type="FlashInternImage"),
+    train_cfg=dict(),
+    test_cfg=dict(mode="whole"),
+)
