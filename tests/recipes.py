@@ -1,9 +1,21 @@
 """What the tests of the detectors' and the segmentors' configs share."""
 
+import copy
 import csv
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
+import timm
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import nn
+
+from flash_internimage.conversion import convert_state_dict
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -40,3 +52,41 @@ def an_eighth(value: Any, key: str = "") -> Any:
     if isinstance(value, list | tuple):
         return type(value)(an_eighth(item, key) for item in value)
     return value // 8 if key in ("scale", "scales", "crop_size") else value
+
+
+@functools.cache
+def load_config(task: str, name: str) -> Config:
+    return Config.fromfile(ROOT / "configs" / task / f"{name}.py")
+
+
+@functools.cache
+def build_model(task: str, name: str) -> nn.Module:
+    """The model of a config on the meta device, in the current scope."""
+    with torch.device("meta"):
+        # building changes a config
+        return MODELS.build(copy.deepcopy(load_config(task, name).model))
+
+
+def assert_published_backbone(backbone: nn.Module, recipe: dict[str, str]) -> None:
+    blocks = [block for level in backbone.levels for block in level.blocks]
+    assert len(blocks) == int(recipe["layers"])
+    assert blocks[-1].drop_path.drop_prob == pytest.approx(float(recipe["drop_path_rate"]))
+    for level in backbone.levels:
+        assert level.grad_checkpointing == (recipe["with_cp"] == "yes")
+    assert backbone.layer_scale == 1.0
+    assert backbone.init_cfg["type"] == "Pretrained"
+    released = timm.get_pretrained_cfg(backbone.init_cfg["checkpoint"])
+    assert Path(released.url).stem == recipe["pretrained"]
+
+
+def assert_published_parameters(model: nn.Module, recipe: dict[str, str]) -> None:
+    """Names, shapes and numbers."""
+    file = DATA / "openmmlab_schemas" / f"{recipe['schema']}.json"
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == convert_state_dict(json.loads(file.read_text()))
+    assert len(shapes) == int(recipe["entries"])
+    for module, millions in (
+        (model, recipe["million_parameters"]),
+        (model.backbone, recipe["million_of_backbone"]),
+    ):
+        assert f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}" == millions

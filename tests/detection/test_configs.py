@@ -13,7 +13,6 @@ import cv2
 import mmengine.config.utils
 import numpy as np
 import pytest
-import timm
 import torch
 from mmdet.datasets import CocoDataset
 from mmdet.engine.hooks import NumClassCheckHook
@@ -24,7 +23,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from flash_internimage.conversion import convert_state_dict
+from tests import recipes
 from tests.recipes import DATA, ROOT, an_eighth, plain, read_recipes, without
 
 RECIPES = read_recipes("detection_recipes.csv")
@@ -76,15 +75,8 @@ def mmdet_scope() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def load_config(name: str) -> Config:
-    return Config.fromfile(ROOT / "configs" / "detection" / f"{name}.py")
-
-
-@functools.cache
-def build_model(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return MODELS.build(copy.deepcopy(load_config(name).model))  # building changes a config
+load_config = functools.partial(recipes.load_config, "detection")
+build_model = functools.partial(recipes.build_model, "detection")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -309,33 +301,15 @@ def test_number_of_classes_is_that_of_the_data(model):
     NumClassCheckHook().before_train_epoch(SimpleNamespace(model=model, train_dataloader=loader))
 
 
-def test_backbone(recipe, config, model):
-    backbone = model.backbone
-    blocks = [block for level in backbone.levels for block in level.blocks]
-    assert len(blocks) == int(recipe["layers"])
-    assert blocks[-1].drop_path.drop_prob == pytest.approx(float(recipe["drop_path_rate"]))
-    for level in backbone.levels:
-        assert level.grad_checkpointing == (recipe["with_cp"] == "yes")
-    assert backbone.layer_scale == 1.0
-    assert backbone.out_indices == ((1, 2, 3) if family(recipe) == "dino-4scale" else (0, 1, 2, 3))
-    assert backbone.init_cfg["type"] == "Pretrained"
-    released = timm.get_pretrained_cfg(backbone.init_cfg["checkpoint"])
-    assert Path(released.url).stem == recipe["pretrained"]
+def test_backbone(recipe, model):
+    recipes.assert_published_backbone(model.backbone, recipe)
+    assert model.backbone.out_indices == (
+        (1, 2, 3) if family(recipe) == "dino-4scale" else (0, 1, 2, 3)
+    )
 
 
-def test_state_dict_is_the_published_one(recipe, model):
-    file = DATA / "openmmlab_schemas" / f"{recipe['schema']}.json"
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert shapes == convert_state_dict(json.loads(file.read_text()))
-    assert len(shapes) == int(recipe["entries"])
-
-
-def test_number_of_parameters(recipe, model):
-    for module, millions in (
-        (model, recipe["million_parameters"]),
-        (model.backbone, recipe["million_of_backbone"]),
-    ):
-        assert f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}" == millions
+def test_parameters(recipe, model):
+    recipes.assert_published_parameters(model, recipe)
 
 
 @pytest.fixture(params=[name for name in RECIPES if "mask_rcnn" in name])

@@ -1,7 +1,8 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mmengine.registry import DefaultScope
 
 from tools.make_demo_data import write_digits_scenes_ade20k
 
@@ -40,6 +41,13 @@ test_dataloader = val_dataloader
 @pytest.fixture(autouse=True)
 def always_clean(one_thread, restore_scope):
     """In all tests of this folder."""
+
+
+@pytest.fixture
+def mmseg_scope() -> Iterator[None]:
+    """The scope in which a runner builds everything."""
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        yield
 
 
 @pytest.fixture(scope="session")
