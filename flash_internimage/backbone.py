@@ -18,23 +18,16 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP, checkpoint
 from torch import Tensor, nn
+from torchvision.ops import Permute
 
 from ops_dcnv4 import DCNv4
 
 from .checkpoint import SOURCE, read_pretrained
-
-
-class Permute(nn.Module):
-    def __init__(self, *dims: int):
-        super().__init__()
-        self.dims = dims
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.permute(self.dims)
+from .pretrained import RELEASED
 
 
 def to_channels_last() -> Permute:
-    return Permute(0, 2, 3, 1)
+    return Permute([0, 2, 3, 1])
 
 
 def layer_norm(channels: int) -> nn.LayerNorm:
@@ -52,7 +45,7 @@ class Stem(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, channels // 2, kernel_size=3, stride=2, padding=1)
         self.norm1 = nn.Sequential(
-            to_channels_last(), layer_norm(channels // 2), Permute(0, 3, 1, 2)
+            to_channels_last(), layer_norm(channels // 2), Permute([0, 3, 1, 2])
         )
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1)
@@ -260,11 +253,7 @@ class FlashInternImage(nn.Module):
         """
         head = rf"^levels\.{len(self.depths) - 1}\.norm|^conv_head|^head"
         if coarse:
-            return {
-                "stem": r"^patch_embed",
-                "blocks": r"^levels\.(\d+)",
-                "head": r"^conv_head|^head",
-            }
+            return {"stem": r"^patch_embed", "blocks": r"^levels\.(\d+)", "head": "^(?:conv_)?head"}
         between = [
             (rf"^levels\.{i}\.(?:norm|downsample)", (i + 1, 0)) for i in range(len(self.depths) - 1)
         ]
@@ -363,12 +352,12 @@ class FlashInternImage(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _cfg(file: str = "", **kwargs) -> dict:
+def _cfg(url: str = "", resolution: int = 224, num_classes: int = 1000) -> dict:
     return {
-        "url": f"https://huggingface.co/OpenGVLab/DCNv4/resolve/main/{file}" if file else "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
+        "url": url,
+        "num_classes": num_classes,
+        "input_size": (3, resolution, resolution),
+        "pool_size": (resolution // 32, resolution // 32),
         "crop_pct": 1.0,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
@@ -378,25 +367,12 @@ def _cfg(file: str = "", **kwargs) -> dict:
         "license": "mit",
         "origin_url": "https://github.com/OpenGVLab/DCNv4",
         "paper_ids": "arXiv:2401.06197",
-        **kwargs,
     }
 
-
-_AT_384 = {"input_size": (3, 384, 384), "pool_size": (12, 12)}
 
 default_cfgs = generate_default_cfgs(
-    {
-        "flash_internimage_nano.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
-        "flash_internimage_tiny.in1k": _cfg("flash_intern_image_t_1k_224.pth"),
-        "flash_internimage_small.in1k": _cfg("flash_intern_image_s_1k_224.pth"),
-        "flash_internimage_base.in1k": _cfg("flash_intern_image_b_1k_224.pth"),
-        "flash_internimage_large.in22k_ft_in1k_384": _cfg(
-            "flash_internimage_l_22kto1k_384.pth", **_AT_384
-        ),
-        "flash_internimage_large.in22k_384": _cfg(
-            "flash_intern_image_l_22k_384.pth", num_classes=21841, **_AT_384
-        ),
-    }
+    {"flash_internimage_nano.untrained": _cfg(resolution=64)}
+    | {name: _cfg(*released) for name, released in RELEASED.items()}
 )
 
 

@@ -1,4 +1,4 @@
-"""What is generated from the zoo's entries: the tables of README.md and OpenMMLab's metafiles."""
+"""What is generated from the zoo's entries: README's tables, OpenMMLab's and timm's metadata."""
 
 from pathlib import Path
 
@@ -96,6 +96,17 @@ def _metafile(task: str, zoo: dict[str, Entry]) -> dict:
     }
 
 
+def _timm(zoo: dict[str, Entry]) -> str:
+    rows = [
+        f'    "{name}": (\n        "{entry.addresses[0]}",\n'
+        f"        {entry.resolution},\n        {entry.classes},\n    ),\n"
+        for name, entry in zoo.items()
+        if entry.task == "classification"
+    ]
+    head = '"""The released classifiers by their timm names: address, resolution, classes."""\n\n'
+    return f"{_NOTICE}{head}RELEASED = {{\n{''.join(rows)}}}\n"
+
+
 def documents(zoo: dict[str, Entry]) -> dict[Path, str]:
     """The contents of all generated files, and of README.md with its tables."""
     metafiles = {f"configs/{task}/metafile.yml": _metafile(task, zoo) for task in _COLUMNS}
@@ -104,5 +115,6 @@ def documents(zoo: dict[str, Entry]) -> dict[Path, str]:
         ROOT / path: _NOTICE + yaml.safe_dump(contents, sort_keys=False)
         for path, contents in metafiles.items()
     }
+    written[ROOT / "flash_internimage" / "pretrained.py"] = _timm(zoo)
     readme = ROOT / "README.md"
     return written | {readme: _with_tables(readme.read_text(), zoo)}

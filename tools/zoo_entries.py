@@ -40,6 +40,7 @@ class Entry(Section):
     config: str | None = None
     addresses: list[Annotated[str, Field(pattern=r"^https?://.*/[^/]+$")]] = Field(min_length=1)
     resolution: PositiveInt
+    classes: PositiveInt | None = None
     parameters: PositiveInt
     gmacs: PositiveFloat | None = None
     published: Figures = Figures()

@@ -89,7 +89,7 @@ def test_parameters_and_configs_are_timms(name):
     assert entry.parameters == sum(p.numel() for p in model.parameters())
     assert cfg.url == entry.addresses[0]
     assert cfg.input_size == (3, entry.resolution, entry.resolution)
-    assert cfg.num_classes == (21841 if name.endswith("in22k_384") else 1000)
+    assert cfg.num_classes == entry.classes == (21841 if name.endswith("in22k_384") else 1000)
 
 
 def test_timm_has_no_others():
