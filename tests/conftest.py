@@ -1,6 +1,7 @@
 """What the tests of several packages share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,3 +63,20 @@ def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fails(write_config: Callable[..., Path], tmp_path: Path, monkeypatch) -> Callable[..., None]:
+    """Asserts that a detector's or segmentor's training ends with an error before it begins."""
+    from mmengine.runner import Runner
+
+    from tests.runs import train
+
+    def check(error: type[Exception], message: str, settings: str = "", **kwargs) -> None:
+        config = write_config(tmp_path / "wrong.py", settings=settings, **kwargs)
+        monkeypatch.setattr(Runner, "save_checkpoint", pytest.fail)
+        with pytest.raises(error, match=message):
+            train(config, "--work-dir", tmp_path / "run")
+        assert not list((tmp_path / "run").glob("*/vis_data/scalars.json"))
+
+    return check

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.runner import Runner
 
 from detection import test as test_program
 from flash_internimage.openmmlab import curves
@@ -167,17 +166,6 @@ def test_damaged_images_do_not_stop_the_training(write_config, scenes, tmp_path)
 
 class TestErrors:
     """At the start, before any training."""
-
-    @pytest.fixture
-    def fails(self, write_config, scenes, tmp_path, monkeypatch):
-        def fails(error: type[Exception], message: str, settings: str = "", **kwargs) -> None:
-            config = write_config(tmp_path / "wrong.py", settings=settings, **kwargs)
-            monkeypatch.setattr(Runner, "save_checkpoint", pytest.fail)
-            with pytest.raises(error, match=message):
-                train(config, "--work-dir", tmp_path / "run")
-            assert not list((tmp_path / "run").glob("*/vis_data/scalars.json"))
-
-        return fails
 
     def test_annotation_files(self, fails):
         settings = '{}_dataloader = dict(dataset=dict(ann_file="none.json"))\n'

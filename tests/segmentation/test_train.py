@@ -7,7 +7,6 @@ from shutil import copytree
 import numpy as np
 import pytest
 import torch
-from mmengine.runner import Runner
 from PIL import Image
 
 from flash_internimage.openmmlab import curves
@@ -198,17 +197,6 @@ def test_damaged_files_do_not_stop_the_training(write_config, scenes, tmp_path):
 
 class TestErrors:
     """At the start, before any training."""
-
-    @pytest.fixture
-    def fails(self, write_config, scenes, tmp_path, monkeypatch):
-        def fails(error: type[Exception], message: str, settings: str = "", **kwargs) -> None:
-            config = write_config(tmp_path / "wrong.py", settings=settings, **kwargs)
-            monkeypatch.setattr(Runner, "save_checkpoint", pytest.fail)
-            with pytest.raises(error, match=message):
-                train(config, "--work-dir", tmp_path / "run")
-            assert not list((tmp_path / "run").glob("*/vis_data/scalars.json"))
-
-        return fails
 
     def test_folders(self, fails):
         settings = '{}_dataloader = dict(dataset=dict(data_prefix=dict(img_path="none")))\n'
