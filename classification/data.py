@@ -110,7 +110,7 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
         raise ConfigError(f"data.root not found: {root}")
     if not data.kind and root.is_dir() and not (root / split).exists():
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:10]) or "nothing"
-        raise ConfigError(f"the split '{split}' is not in data.root={root}, which holds: {found}")
+        raise ConfigError(f"data.root={root} must have a folder '{split}', it holds: {found}")
     source = root / split if not data.kind and root.is_dir() else root
     try:
         dataset = create_dataset(
@@ -141,7 +141,10 @@ def class_names(dataset: Dataset, num_classes: int) -> list[str]:
             f"{len(class_to_idx)} classes"
         )
     if class_to_idx and len(class_to_idx) < num_classes:
-        _logger.warning("the data set has %d classes, the model %d", len(class_to_idx), num_classes)
+        _logger.warning(
+            "the data set has %d classes, which count as the first of the model's %d",
+            len(class_to_idx), num_classes,
+        )  # fmt: skip
     names = {index: name for name, index in class_to_idx.items()}
     return [names.get(i, str(i)) for i in range(num_classes)]
 

@@ -174,7 +174,7 @@ def _load_model(options: Model, checkpoint: str | None, weights: str) -> nn.Modu
     if head is not None and head.shape[0] != options.num_classes:
         raise ConfigError(
             f"{checkpoint} has {head.shape[0]} classes, the model {options.num_classes}: "
-            "pass the training YAML instead of the model's name"
+            "a training of your own is evaluated with its YAML in the place of the model's name"
         )
     load_weights(model, state_dict)
     return model

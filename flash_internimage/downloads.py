@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 
 import torch
 from filelock import FileLock
-from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub import constants, hf_hub_download, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from tqdm import tqdm
 
@@ -73,6 +73,10 @@ def _spellings(address: str) -> Iterator[str]:
         yield folder + slash + name.replace(other, one)
 
 
+def _offline(cache: str | Path) -> str:
+    return f"not in the cache ({cache}), and --offline or HF_HUB_OFFLINE forbids downloads"
+
+
 def _locate(address: str, offline: bool) -> Path:
     """
     Raises:
@@ -85,6 +89,8 @@ def _locate(address: str, offline: bool) -> Path:
         try:
             path = hf_hub_download(repository, file, revision=revision, local_files_only=offline)
         except EntryNotFoundError as error:
+            if offline:
+                raise _NotFound(_offline(constants.HF_HUB_CACHE)) from error
             reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
             raise _NotFound(" ".join(reason.split())) from error
         return Path(path)
@@ -95,7 +101,7 @@ def _locate(address: str, offline: bool) -> Path:
     if path.exists():
         return path
     if offline:
-        raise _NotFound(f"not in the cache ({path.parent}), and downloads are off")
+        raise _NotFound(_offline(path.parent))
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.exists():

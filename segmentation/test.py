@@ -6,7 +6,12 @@ python -m segmentation.test CONFIG CHECKPOINT [--tta]
 import argparse
 from pathlib import Path
 
-from flash_internimage.openmmlab.programs import build_runner, evaluation_config, evaluation_parser
+from flash_internimage.openmmlab.programs import (
+    build_runner,
+    evaluation_config,
+    evaluation_parser,
+    one_line_errors,
+)
 from flash_internimage.openmmlab.runtime import FlashRunner
 
 
@@ -37,7 +42,10 @@ def get_runner(args: argparse.Namespace) -> FlashRunner:
 
 
 def main() -> None:
-    get_runner(get_parser().parse_args()).test()
+    args = get_parser().parse_args()
+    with one_line_errors():
+        runner = get_runner(args)
+    runner.test()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import safetensors.torch
 import timm
 import torch
@@ -44,6 +45,9 @@ _logger = logging.getLogger(__name__)
 # In percentage points, between a measured and a published figure. Published ones are rounded to
 # 0.1, and the kernel that they were measured with mixed up some pixels of the images in a batch.
 TOLERANCE = 0.2
+
+# Of the whole data sets.
+IMAGES = {"classification": 50_000, "detection": 5_000, "segmentation": 2_000}
 
 # What mmdet and mmseg call the figures, and what makes them percents.
 _METRICS = {
@@ -100,6 +104,8 @@ def convert(
     """
     if out.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"--output must end in .safetensors or .pth, got {out}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--output: there is no folder {out.parent}")
     checkpoint = load_checkpoint(source)
     if _is_of_openmmlab(checkpoint):
         checkpoint = convert_checkpoint(checkpoint)
@@ -113,9 +119,8 @@ def convert(
         own = model.state_dict()
         misfits = find_misfits(own, weights)
         if misfits and not partial:
-            raise ValueError(
-                "\n".join([f"{source} does not fit; --partial writes what does", *misfits])
-            )
+            last = f"{source} does not fit, as said above; --partial writes what does"
+            raise ValueError("\n".join(["what does not fit:", *misfits, last]))
         weights = {
             name: weight
             for name, weight in weights.items()
@@ -150,15 +155,18 @@ def _write(checkpoint: dict[str, dict], out: Path) -> None:
 
 def evaluate(
     name: str, entry: Entry, checkpoint: Path, arguments: argparse.Namespace
-) -> dict[str, float]:
-    """The figures of a checkpoint on a data set, in percent, named as in :class:`Figures`."""
+) -> tuple[dict[str, float], int]:
+    """The figures of a checkpoint on a data set, and on how many images.
+
+    Figures are in percent, named as in :class:`Figures`.
+    """
     if entry.task == "classification":
         model = str(ROOT / entry.config) if entry.config else name
         argv = [model, "--checkpoint", checkpoint, "--data", arguments.data]
         argv += ["--device", arguments.device]
         argv += ["--limit", arguments.limit] if arguments.limit else []
         result = validate.run(validate.parse_arguments([str(argument) for argument in argv]))
-        return {"top1": result["top1"]}
+        return {"top1": result["top1"]}, result["images"]
     _use_device(arguments.device)
     program = importlib.import_module(f"{entry.task}.test")
     config = ROOT / entry.config
@@ -167,13 +175,16 @@ def evaluate(
     parsed = program.get_parser().parse_args(argv + ["--tta"] * arguments.tta)
     settings = _detection_data if entry.task == "detection" else _segmentation_data
     parsed.cfg_options = settings(config, arguments.data, arguments.limit, work_dir)
-    measured = program.get_runner(parsed).test()
+    runner = program.get_runner(parsed)
+    measured = runner.test()
     figures = {
         figure: float(measured[metric]) * factor
         for figure, (metric, factor) in _METRICS.items()
         if metric in measured
     }
-    return {"miou_several_scales": figures["miou"]} if arguments.tta else figures
+    if arguments.tta:
+        figures = {"miou_several_scales": figures["miou"]}
+    return figures, len(runner.test_dataloader.dataset)
 
 
 def _use_device(name: str) -> None:
@@ -239,9 +250,10 @@ def compare(entry: Entry, measured: dict[str, float], whole: bool) -> dict[str, 
 
 def _list(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
     width = max(map(len, zoo))
+    _say(f"{'name':<{width}}  {'parameters':>10}  published, in percent")
     for name, entry in zoo.items():
         figures = ", ".join(f"{key} {value}" for key, value in entry.published.known().items())
-        _say(f"{name:<{width}}  {entry.parameters / 1e6:6.1f} M  {figures}".rstrip())
+        _say(f"{name:<{width}}  {entry.parameters / 1e6:8.1f} M  {figures}".rstrip())
 
 
 def _info(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
@@ -262,10 +274,11 @@ def _download(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
 def _convert(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
     name = arguments.model or (arguments.source if arguments.source in zoo else None)
     model = build_model(name, find(zoo, name)) if name else None
-    if arguments.source in zoo:
-        source = zoo[arguments.source].fetch(arguments.offline)
+    source = arguments.source
+    if Path(source).is_file() or source.startswith(("http://", "https://")):
+        source = fetch_checkpoint(source, arguments.offline)
     else:
-        source = fetch_checkpoint(arguments.source, arguments.offline)
+        source = find(zoo, source).fetch(arguments.offline)
     if model is None:
         _logger.warning("%s is compared with no model: --model names one", source)
     misfits = convert(source, arguments.output, model, arguments.published, arguments.partial)
@@ -287,13 +300,19 @@ def _evaluate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
         checkpoint = fetch_checkpoint(arguments.checkpoint, arguments.offline)
     else:
         checkpoint = entry.fetch(arguments.offline)
-    measured = evaluate(name, entry, checkpoint, arguments)
+    measured, images = evaluate(name, entry, checkpoint, arguments)
+    whole = images == IMAGES[entry.task]
+    if not whole:
+        _logger.warning(
+            "measured on %d images, published on %d: no figure counts as reproduced or not",
+            images, IMAGES[entry.task],
+        )  # fmt: skip
     result = {
         "name": name,
         "checkpoint": str(checkpoint),
         "data": str(arguments.data),
-        "limit": arguments.limit,
-        "figures": compare(entry, measured, whole=arguments.limit is None),
+        "images": images,
+        "figures": compare(entry, measured, whole),
     }
     _say(f"{'':<20}{'measured':>10}{'published':>11}{'difference':>12}")
     for figure, row in result["figures"].items():
@@ -357,6 +376,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    huggingface_hub.utils.logging.disable_propagation()  # it has a handler of its own
     arguments = parse_arguments(argv)
     try:
         arguments.run(read_zoo(), arguments)

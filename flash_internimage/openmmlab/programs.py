@@ -4,6 +4,8 @@ import argparse
 import difflib
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +28,14 @@ _READ = (
 )
 
 
+class _Settings(DictAction):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"{option_string} takes KEY=VALUE, got {value}; CONFIG comes before")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def _parser(program: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"python -m {program}", description=description)
     parser.add_argument("config", type=Path, help="a file of configs/")
@@ -35,7 +45,7 @@ def _parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=_Settings,
         metavar="KEY=VALUE",
         help='override settings, such as optim_wrapper.optimizer.lr=1e-4 or "key=[a,b]"',
     )
@@ -82,6 +92,15 @@ def evaluation_parser(program: str, description: str) -> argparse.ArgumentParser
     return parser
 
 
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with the message alone where arguments or a configuration are wrong."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 def build_runner(cfg: Config) -> FlashRunner:
     """The runner of a configuration; processes without GPUs talk by gloo."""
     if cfg.launcher == "pytorch" and not torch.cuda.is_available() and not dist.is_initialized():
@@ -94,6 +113,14 @@ def _load_config(args: argparse.Namespace) -> Config:
         raise FileNotFoundError(f"config not found: {args.config}")
     cfg = Config.fromfile(args.config)
     known = {*inspect.signature(FlashRunner).parameters, *_READ}
+    for name in cfg.keys() - known:
+        # all else may be a variable, and mmdet's and mmseg's are often called like test_pipeline
+        close = difflib.get_close_matches(name, known - {"tta_pipeline"}, n=1, cutoff=0.88)
+        if close:
+            raise ValueError(
+                f"{args.config}: nothing reads {name}; did you mean {close[0]}? If it is a "
+                "variable, it needs a name less like that"
+            )
     for key in args.cfg_options or {}:
         name = key.split(".")[0]
         if name in cfg and name not in known:

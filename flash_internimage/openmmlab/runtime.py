@@ -1,5 +1,6 @@
 """mmengine's runner, hooks and optimizer wrapper as detection and segmentation use them."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -76,7 +77,13 @@ class FlashRunner(Runner):
         """
         checkpoint = read_checkpoint(filename, map_location)
         if "message_hub" not in checkpoint:  # not one of the engine's
-            checkpoint = convert_checkpoint(checkpoint)
+            try:
+                checkpoint = convert_checkpoint(checkpoint)
+            except ValueError as error:
+                raise ValueError(
+                    f"{filename} is no checkpoint of a detector or segmentor: {error} (that of a "
+                    "classifier is for model.backbone.init_cfg)"
+                ) from error
         model = self.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
@@ -158,6 +165,39 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def _remove_unwanted(self) -> None:
         self.file_backend.flush(keep={self.last_ckpt, getattr(self, "best_ckpt_path", None)})
+
+
+@HOOKS.register_module()
+class CheckFiniteHook(Hook):
+    """Stops a training whose loss or weights are no longer finite, before they reach a checkpoint.
+
+    Raises:
+        FloatingPointError: they are not.
+    """
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: dict | None = None,
+    ) -> None:
+        losses = {name: value.item() for name, value in outputs.items() if "loss" in name}
+        if not all(map(math.isfinite, losses.values())):
+            values = ", ".join(f"{name} {value}" for name, value in losses.items())
+            raise FloatingPointError(
+                f"the loss is not finite in iteration {runner.iter + 1}: {values}. Go on from the "
+                "last checkpoint with a smaller learning rate, a longer warm-up or clip_grad"
+            )
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        weights = checkpoint["state_dict"].items()
+        wrong = [name for name, tensor in weights if not tensor.isfinite().all()]
+        if wrong:
+            raise FloatingPointError(
+                f"{len(wrong)} weights are not finite after iteration {runner.iter} and are not "
+                f"saved: {', '.join(wrong[:10])}"
+            )
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -278,7 +278,7 @@ def test_images_are_normalised_and_padded_to_multiples_of_32(config):
 
 
 def test_hooks(recipe, config):
-    names = "NumClassCheckHook", "CheckInvalidLossHook", "CurvesHook"
+    names = "NumClassCheckHook", "CheckFiniteHook", "CurvesHook"
     hooks = [{"type": name} for name in names]
     if recipe["ema"] == "yes":
         average = {"ema_type": "ExpMomentumEMA", "momentum": 1e-4, "gamma": 2000}

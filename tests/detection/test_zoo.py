@@ -35,6 +35,7 @@ def config(write_config, tmp_path, monkeypatch) -> Path:
         published={"box_ap": 48.0, "mask_ap": 43.1},
     )
     monkeypatch.setattr(tool, "read_zoo", lambda: {NAME: entry})
+    monkeypatch.setitem(tool.IMAGES, "detection", 4)
     monkeypatch.setattr(mmengine.device.utils, "DEVICE", mmengine.device.utils.DEVICE)
     return config
 

@@ -211,7 +211,9 @@ def test_offline_takes_what_is_there_and_asks_nobody(server, address, by, monkey
     if by == "environment":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     offline = by == "argument"
-    with pytest.raises(FileNotFoundError, match=f"download of {address} failed: .*cache"):
+    with pytest.raises(
+        FileNotFoundError, match=f"download of {address} failed: not in the cache .*--offline"
+    ):
         download(address, offline)
     assert server.requests == []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

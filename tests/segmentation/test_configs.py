@@ -261,7 +261,7 @@ def test_images_per_update(recipe, config):
 
 
 def test_hooks(recipe, config):
-    names = "mmdet.NumClassCheckHook", "mmdet.CheckInvalidLossHook", "CurvesHook"
+    names = "mmdet.NumClassCheckHook", "CheckFiniteHook", "CurvesHook"
     hooks = [{"type": name} for name in names]
     if is_mask2former(recipe):
         hooks.append({"type": "FlashAttentionHook"})

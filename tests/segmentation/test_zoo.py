@@ -35,6 +35,7 @@ def config(write_config, tmp_path, monkeypatch) -> Path:
         published={"miou": 50.0, "miou_several_scales": 60.0},
     )
     monkeypatch.setattr(tool, "read_zoo", lambda: {NAME: entry})
+    monkeypatch.setitem(tool.IMAGES, "segmentation", 4)
     monkeypatch.setattr(mmengine.device.utils, "DEVICE", mmengine.device.utils.DEVICE)
     return config
 

@@ -121,7 +121,8 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 
 
 def test_every_entry_is_listed_with_its_figures(run):
-    lines = run("list").splitlines()
+    head, *lines = run("list").splitlines()
+    assert head.split()[:2] == ["name", "parameters"]
     assert [line.split()[0] for line in lines] == list(read_zoo())
     [line] = (line for line in lines if line.startswith("mask_rcnn_flash_internimage_b_fpn_3x"))
     assert line.split(maxsplit=1)[1] == "115.2 M  box_ap 50.6, mask_ap 45.4"
@@ -138,9 +139,7 @@ def test_a_file_is_downloaded_and_found(run):
 
 
 def test_what_is_not_there_is_one_error(server, refused):
-    assert "failed: Cannot find the requested files in the disk cache" in refused(
-        "download", NANO, "--offline"
-    )
+    assert "nano.pth failed: not in the cache (" in refused("download", NANO, "--offline")
     server.files.clear()
     assert f"download of {HUB}/nano.pth failed: 404" in refused("download", NANO)
 
@@ -248,8 +247,8 @@ def test_every_name_that_does_not_fit_is_reported(weights, refused, run, tmp_pat
         "unexpected: neck.weight",
         "shape of patch_embed.conv1.bias: (3,), expected (16,)",
     ]
-    first, *report = refused(*arguments).splitlines()
-    assert first == f"{source} does not fit; --partial writes what does"
+    _, *report, last = refused(*arguments).splitlines()
+    assert last == f"{source} does not fit, as said above; --partial writes what does"
     assert report == lines
     assert not out.exists()
     caplog.clear()
@@ -263,6 +262,15 @@ def test_without_a_model_the_conversion_says_that_nothing_was_compared(run, tmp_
     torch.save({"neck.weight": torch.zeros(1)}, tmp_path / "a.pth")
     run("convert", tmp_path / "a.pth", "-o", tmp_path / "b.pth")
     assert "a.pth is compared with no model: --model names one" in caplog.text
+
+
+def test_a_folder_or_a_source_that_is_not_there_is_one_error(refused, tmp_path):
+    source, out = tmp_path / "a.pth", tmp_path / "none" / "b.pth"
+    torch.save({"neck.weight": torch.zeros(1)}, source)
+    assert f"there is no folder {out.parent}" in refused("convert", source, "-o", out)
+    name = "dino-4scale_flash_internimage_tt_1x_coco"
+    hint = "did you mean 'dino-4scale_flash_internimage_t_1x_coco'?"
+    assert hint in refused("convert", name, "-o", tmp_path / "b.pth")
 
 
 @pytest.mark.parametrize(
@@ -286,21 +294,29 @@ def test_what_cannot_be_converted_is_one_error(contents, out, message, refused, 
 
 
 @pytest.mark.usefixtures("server")
-def test_a_classifier_is_measured_beside_its_published_figure(run, data, tmp_path):
+def test_a_classifier_is_measured_beside_its_published_figure(run, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(tool.IMAGES, "classification", 20)
     out = tmp_path / "result.json"
     text = run("evaluate", NANO, "--data", data, "--device", "cpu", "--json", out)
     result = json.loads(out.read_text())
     assert json.loads(text.splitlines()[-1]) == result
     row = {"measured": 10.0, "published": 9.9, "difference": 0.1, "reproduced": True}
-    assert result["figures"] == {"top1": row}  # two of twenty images are of class 3
+    assert (result["images"], result["figures"]) == (
+        20,
+        {"top1": row},
+    )  # two of twenty images are of class 3
     assert text.splitlines()[-2].split() == ["top1", "10.00", "9.9", "0.1"]
 
 
 @pytest.mark.usefixtures("server")
-def test_a_quick_look_takes_images_of_all_kinds_and_reproduces_nothing(run, data):
-    text = run("evaluate", NANO, "--data", data, "--limit", "10")
-    row = json.loads(text.splitlines()[-1])["figures"]["top1"]
-    assert (row["measured"], row["reproduced"]) == (10.0, None)  # one of each class
+@pytest.mark.parametrize(("arguments", "images"), [(["--limit", "10"], 10), ([], 20)])
+def test_a_part_of_the_images_reproduces_nothing(run, data, caplog, arguments, images):
+    text = run("evaluate", NANO, "--data", data, *arguments)
+    result = json.loads(text.splitlines()[-1])
+    assert result["images"] == images  # as many of each class
+    row = {"measured": 10.0, "published": 9.9, "difference": 0.1, "reproduced": None}
+    assert result["figures"] == {"top1": row}
+    assert f"measured on {images} images, published on 50000" in caplog.text
 
 
 @pytest.mark.parametrize(

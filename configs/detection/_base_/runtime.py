@@ -8,6 +8,6 @@ default_hooks = dict(
 # mmdet 3 no longer has it in every config: a head for other classes than the data's is an error
 custom_hooks = [
     dict(type="NumClassCheckHook"),
-    dict(type="CheckInvalidLossHook"),
+    dict(type="CheckFiniteHook"),
     dict(type="CurvesHook"),
 ]

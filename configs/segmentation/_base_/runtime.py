@@ -29,6 +29,6 @@ default_hooks = dict(
 )
 custom_hooks = [
     dict(type="mmdet.NumClassCheckHook"),
-    dict(type="mmdet.CheckInvalidLossHook"),
+    dict(type="CheckFiniteHook"),
     dict(type="CurvesHook"),
 ]

@@ -121,6 +121,44 @@ def test_options_without_effect_are_errors(config, option, message):
         to_evaluate(config, "--cfg-options", f"{option}=1")
 
 
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [
+        ("trian_cfg = dict(max_epochs=2)", "trian_cfg; did you mean train_cfg"),
+        ("load_form = 'a.pth'", "load_form; did you mean load_from"),
+        ("default_hook = dict()", "default_hook; did you mean default_hooks"),
+    ],
+)
+def test_misspelt_settings_of_a_config_are_errors(config, settings, hint):
+    config.write_text(f"{CONFIG}{settings}\n")
+    with pytest.raises(ValueError, match=rf"small\.py: nothing reads {hint}\?"):
+        to_evaluate(config)
+
+
+def test_variables_of_a_config_are_none(config):
+    names = "train_pipeline", "test_pipeline", "val_pipeline", "data_root", "loader", "dataset"
+    config.write_text(CONFIG + "".join(f"{name} = 1\n" for name in names))
+    assert to_evaluate(config).loader == 1
+
+
+def test_options_before_the_config_are_an_error(config, capsys):
+    parser = programs.evaluation_parser("test", "")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--cfg-options", "a=1", str(config), "c.pth"])
+    assert f"takes KEY=VALUE, got {config}; CONFIG comes before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("x is y"), FileNotFoundError("x is y")])
+def test_expected_errors_end_the_program_with_one_line(error):
+    with pytest.raises(SystemExit, match=r"^error: x is y$"), programs.one_line_errors():
+        raise error
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(KeyError), programs.one_line_errors():
+        raise KeyError("x")
+
+
 def test_options(config):
     options = ["test_dataloader.batch_size=3", "find_unused_parameters=True"]
     cfg = to_evaluate(config, "--cfg-options", *options)

@@ -188,6 +188,13 @@ class TestLoading:
         assert all(torch.equal(r.model.state_dict()[name], expected[name]) for name in expected)
         assert checkpoint["meta"]["dataset_meta"] == {"classes": ("a", "b")}
 
+    def test_a_classifiers_container_is_named(self, tester, save):
+        path = save({})
+        torch.save({"model": Model().state_dict()}, path)
+        message = rf"{path} is no checkpoint of a detector .*got the entries model .*init_cfg"
+        with pytest.raises(ValueError, match=message):
+            tester().load_checkpoint(path)
+
     @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
     def test_a_test_takes_no_other_models_weights(self, tester, save, change):
         state = Model(classes=3 if change == "shape" else 2).state_dict()
@@ -271,6 +278,45 @@ class TestCurves:
     def test_a_run_without_scalars_has_none(self, tmp_path):
         curves.save_curves(tmp_path)
         assert not list(tmp_path.iterdir())
+
+
+class Breaks(Model):
+    """Its loss, or its gradient alone, is not finite in one iteration."""
+
+    def __init__(self, iteration: int, what: str):
+        super().__init__()
+        self.iteration, self.what = iteration, what
+
+    def forward(self, inputs, mode="tensor"):
+        outputs = super().forward(inputs, mode)
+        if mode == "loss":
+            self.iteration -= 1
+        if self.iteration == 0 and mode == "loss":
+            zero = (self.head.bias - self.head.bias.detach()).sum()
+            broken = zero.abs().sqrt() if self.what == "gradient" else zero / zero
+            outputs["loss_broken"] = broken
+        return outputs
+
+
+class TestWhatIsNotFinite:
+    HOOKS = ({"type": "CheckFiniteHook"},)
+
+    def test_a_loss_stops_the_training_at_once(self, runner, tmp_path):
+        message = r"loss is not finite in iteration 4: .*loss_broken nan"
+        with pytest.raises(FloatingPointError, match=message):
+            runner(Breaks(4, "loss"), custom_hooks=[*self.HOOKS]).train()
+        assert "epoch_1.pth" in files(tmp_path / "run")
+        assert "epoch_2.pth" not in files(tmp_path / "run")
+
+    def test_weights_do_not_reach_a_checkpoint(self, runner, tmp_path):
+        message = r"1 weights are not finite after iteration 4 .*not saved: head\.bias"
+        with pytest.raises(FloatingPointError, match=message):
+            runner(Breaks(4, "gradient"), custom_hooks=[*self.HOOKS]).train()
+        assert "epoch_2.pth" not in files(tmp_path / "run")
+
+    def test_else_nothing_happens(self, runner, tmp_path):
+        runner(custom_hooks=[*self.HOOKS]).train()
+        assert "epoch_3.pth" in files(tmp_path / "run")
 
 
 def test_bfloat16_autocasts_the_loss_and_keeps_weights_in_float32(runner):
