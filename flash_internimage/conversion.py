@@ -10,6 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
+# Configurations in the `meta` of a checkpoint, texts that OpenMMLab's programs execute as Python.
+EXECUTED = ("cfg", "config")
+
 _HEAD, _PIXELS = "bbox_head.transformer", "decode_head.pixel_decoder.encoder.layers.#"
 _QUERIES = "decode_head.transformer_decoder.layers.#"
 
@@ -149,7 +152,7 @@ def convert_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any
 
     Returns:
         `state_dict`, see :func:`convert_state_dict`, and `meta`: class names and colours under
-        `dataset_meta`, and all else that consists of text and numbers.
+        `dataset_meta`, and all else that consists of text and numbers, but for `EXECUTED`.
 
     Raises:
         ValueError: it holds no state dict, or one that cannot be converted.
@@ -163,7 +166,11 @@ def convert_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any
             f"{', '.join(list(checkpoint)[:10])}"
         )
     meta = {} if state_dict is checkpoint else checkpoint.get("meta") or {}
-    meta = {key: value for key, value in meta.items() if value is not None and _is_plain(value)}
+    meta = {
+        key: value
+        for key, value in meta.items()
+        if key not in EXECUTED and value is not None and _is_plain(value)
+    }
     dataset_meta = {key.lower(): meta.pop(key) for key in ("CLASSES", "PALETTE") if key in meta}
     if dataset_meta:
         meta["dataset_meta"] = dataset_meta

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..checkpoint import fetch_checkpoint, load_checkpoint, require_fit, write_atomically
-from ..conversion import convert_checkpoint
+from ..conversion import EXECUTED, convert_checkpoint
 from .files import LeftOutFiles
 
 # What the engine's own checkpoints hold beside tensors and plain containers.
@@ -76,6 +76,9 @@ class FlashRunner(Runner):
             ValueError: it is damaged or does not fit the model.
         """
         checkpoint = read_checkpoint(filename, map_location)
+        if isinstance(meta := checkpoint.get("meta"), dict):
+            for name in EXECUTED:
+                meta.pop(name, None)
         if "message_hub" not in checkpoint:  # not one of the engine's
             try:
                 checkpoint = convert_checkpoint(checkpoint)
@@ -154,6 +157,19 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs, backend_args={"backend": "atomic"})
+
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        # As soon as there is a better one, the engine removes what the checkpoint calls the best
+        # one, be it a file or a folder, and wherever.
+        if getattr(self, "best_ckpt_path", None):
+            self.best_ckpt_path = self._of_this_run(self.best_ckpt_path)
+        for name, path in getattr(self, "best_ckpt_path_dict", {}).items():
+            self.best_ckpt_path_dict[name] = path and self._of_this_run(path)
+
+    def _of_this_run(self, path: str) -> str | None:
+        name = Path(path).name
+        return str(Path(self.out_dir, name)) if re.fullmatch(r"best_.*\.pth", name) else None
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         super()._save_checkpoint_with_step(runner, step, meta)

@@ -211,6 +211,12 @@ def test_what_only_unpickling_restores_is_left_out(tmp_path):
     assert load_checkpoint(tmp_path / "converted.pth")["meta"] == META
 
 
+def test_texts_that_others_execute_are_left_out():
+    meta = {**META, "config": "import os", "cfg": "import os"}
+    for convert in (convert_checkpoint, restore_checkpoint):
+        assert convert({"state_dict": WEIGHTS, "meta": meta})["meta"] == META
+
+
 def test_bare_state_dict_is_accepted():
     converted = convert_checkpoint(WEIGHTS)
     assert (converted["state_dict"].keys(), converted["meta"]) == ({"level_embed"}, {})

@@ -153,6 +153,18 @@ class TestCheckpoints:
         assert latest_checkpoint(tmp_path).name == "epoch_10.pth"
 
 
+def trained(runner, folder: Path) -> Path:
+    """The checkpoint of a run of three epochs, the last of which was the best."""
+    runner().train()
+    return folder / "run" / "epoch_3.pth"
+
+
+def resume(runner, path: Path) -> None:
+    """A fourth epoch, which is better still."""
+    cfg = {"by_epoch": True, "max_epochs": 4}
+    runner(scores=[0.4], train_cfg=cfg, resume=True, load_from=str(path)).train()
+
+
 def load_state(path: Path) -> dict:
     return runtime.read_checkpoint(path)["state_dict"]
 
@@ -239,6 +251,35 @@ class TestLoading:
         checkpoint = tester().load_checkpoint(path)
         assert isinstance(checkpoint["meta"]["x"], Placeholder)
         assert not (tmp_path / "executed").exists()
+
+    @pytest.mark.parametrize("name", ["cfg", "config"])
+    def test_a_configuration_in_the_file_is_not_executed(self, runner, tmp_path, name):
+        path, marker = trained(runner, tmp_path), tmp_path / "executed"
+        checkpoint = torch.load(path, weights_only=False)
+        checkpoint["meta"][name] = f"import os\nos.mkdir({str(marker)!r})\n"
+        torch.save(checkpoint, path)
+        resume(runner, path)
+        assert not marker.exists()
+
+    @pytest.mark.parametrize("victim", ["elsewhere", "elsewhere/best_score.pth", "run/.."])
+    def test_what_the_file_calls_the_best_is_not_removed(self, runner, tmp_path, victim):
+        path = trained(runner, tmp_path)
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "best_score.pth").touch()
+        checkpoint = torch.load(path, weights_only=False)
+        checkpoint["message_hub"]["runtime_info"]["best_ckpt"] = str(tmp_path / victim)
+        torch.save(checkpoint, path)
+        resume(runner, path)
+        assert (tmp_path / "elsewhere" / "best_score.pth").is_file()
+        assert "best_score_epoch_4.pth" in files(tmp_path / "run")
+
+    def test_the_best_of_a_moved_run_is_replaced(self, runner, tmp_path):
+        path = trained(runner, tmp_path)
+        checkpoint = torch.load(path, weights_only=False)
+        checkpoint["message_hub"]["runtime_info"]["best_ckpt"] = "/before/best_score_epoch_3.pth"
+        torch.save(checkpoint, path)
+        resume(runner, path)
+        assert files(tmp_path / "run") == {"best_score_epoch_4.pth", "epoch_4.pth"}
 
     def test_a_history_of_the_file_changes_no_other(self, save, monkeypatch):
         history = HistoryBuffer([1.0, 3.0], [1, 1])
