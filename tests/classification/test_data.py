@@ -106,7 +106,7 @@ def test_the_published_policy_works_at_its_strongest(digits, name):
 def test_a_missing_folder_or_split_is_named(digits, tmp_path):
     with pytest.raises(ConfigError, match=r"data.root not found: .*nowhere"):
         build_dataset(Data(root=str(tmp_path / "nowhere")), "train", True, 8)
-    with pytest.raises(ConfigError, match=r"split 'test' is not in .*, which holds: train, val"):
+    with pytest.raises(ConfigError, match=r"must have a folder 'test', it holds: train, val"):
         build_dataset(Data(root=str(digits)), "test", False, 8)
     (tmp_path / "train").mkdir()
     with pytest.raises(ConfigError, match="cannot be read as a data set"):
