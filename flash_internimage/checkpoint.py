@@ -56,7 +56,7 @@ def clean_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 def load_checkpoint(
     path: str | os.PathLike,
     map_location: str | torch.device = "cpu",
-    types: Mapping[str, Callable] | None = None,
+    types: Mapping[str, type] | None = None,
 ) -> dict:
     """The contents of a checkpoint file: safetensors, or what torch.save wrote.
 
@@ -66,8 +66,7 @@ def load_checkpoint(
     Args:
         path: of the file.
         map_location: of :func:`torch.load`.
-        types: what to restore as well: functions and classes by the names under which files have
-            them. They are called with what the file says.
+        types: classes to restore as well, by the names under which files have them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -81,7 +80,7 @@ def load_checkpoint(
             return load_file(path, device=str(map_location))
         checkpoint, replaced = unpickling.load(path, map_location, types or {})
     except Exception as error:  # the readers let many kinds through where a file is damaged
-        raise ValueError(f"{path} is damaged or no checkpoint: {error!r}") from error
+        raise ValueError(f"{path} is damaged or no checkpoint: {error!r:.500}") from error
     if not isinstance(checkpoint, dict):
         kind = type(checkpoint).__name__
         if isinstance(checkpoint, unpickling.Placeholder):
