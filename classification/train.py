@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flash_internimage.checkpoint import load_checkpoint, save_atomically
+from flash_internimage.checkpoint import check_optimizer, load_checkpoint, save_atomically
 
 from .config import Config, ConfigError, load_config
 from .data import (
@@ -92,6 +92,9 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
+    _, keys, position, *_ = state["numpy"]
+    if len(keys) != 624 or not 0 <= position <= 624:  # numpy reads memory at any position
+        raise ValueError(f"numpy's random state has {len(keys)} keys and position {position}")
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"].cpu())
@@ -227,16 +230,23 @@ class Trainer:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            check_optimizer(self.optimizer)
             self.scaler.load_state_dict(state["scaler"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(state["model_ema"])
             self.epoch, self.update = state["epoch"], state["update"]
             self.totals, self.best_top1 = Totals(*state["totals"]), state["best_top1"]
             self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
-            updates, rng = state["updates_per_epoch"], state["rng"]
-            state["config"]
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"cannot resume from {path}: {error}") from error
+            updates, rng = state["updates_per_epoch"], list(state["rng"])
+            before = _flat(state["config"])
+            if not self.epoch >= 0 or not 0 <= self.update <= updates:
+                raise ValueError(
+                    f"it is from epoch {self.epoch}, update {self.update} of {updates}"
+                )
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"cannot resume from {path}: {type(error).__name__}: {error!s:.2000}"
+            ) from error
         if self.update and (updates, len(rng)) != (self.updates_per_epoch, self.world_size):
             raise ValueError(
                 f"cannot resume from {path}: it stopped within an epoch of {updates} updates on "
@@ -249,7 +259,7 @@ class Trainer:
         done = self.epoch * self.updates_per_epoch + self.update
         if done:
             self.scheduler.step_update(done - 1)
-        before, now = _flat(state["config"]), _flat(self.cfg.model_dump(mode="json"))
+        now = _flat(self.cfg.model_dump(mode="json"))
         for key in now:
             if before.get(key) != now[key]:
                 _logger.warning("%s was %s, is now %s", key, before.get(key), now[key])

@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from . import unpickling
 from .downloads import download
@@ -19,6 +20,9 @@ _logger = logging.getLogger(__name__)
 # timm's loader refuses the published files, which hold more than weights. What it passes on in the
 # place of the weights says under this name where they are.
 SOURCE = "source of the weights"
+
+# Of torch's optimizers, what chooses an implementation.
+_KERNELS = ("foreach", "fused", "capturable", "differentiable", "maximize")
 
 _WEIGHTS = ("state_dict", "model_ema", "model")
 
@@ -135,6 +139,25 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
 def save_atomically(checkpoint: dict, path: str | os.PathLike) -> None:
     """torch.save by :func:`write_atomically`."""
     write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Makes a state that was loaded fit for the next step.
+
+    Which kernels compute it is this run's choice, not the file's, and fused ones trust the shapes.
+
+    Raises:
+        ValueError: a tensor is not of its parameter's shape.
+    """
+    for group in optimizer.param_groups:
+        group |= {name: optimizer.defaults[name] for name in _KERNELS if name in optimizer.defaults}
+        for parameter in group["params"] if group.get("fused") else []:
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.shape not in ((), parameter.shape):
+                    raise ValueError(
+                        f"{name} of the optimizer is of shape {tuple(value.shape)}, its parameter "
+                        f"of {tuple(parameter.shape)}"
+                    )
 
 
 def load_weights(

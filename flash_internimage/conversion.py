@@ -163,9 +163,11 @@ def convert_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any
     ):
         raise ValueError(
             "checkpoint must have an entry state_dict or be a state dict, got the entries "
-            f"{', '.join(list(checkpoint)[:10])}"
+            f"{', '.join(map(str, list(checkpoint)[:10]))}"
         )
     meta = {} if state_dict is checkpoint else checkpoint.get("meta") or {}
+    if not isinstance(meta, Mapping) or not all(isinstance(name, str) for name in state_dict):
+        raise ValueError("state_dict must have text for names, and meta be a dict")
     meta = {
         key: value
         for key, value in meta.items()

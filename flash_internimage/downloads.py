@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from http.client import HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.parse import quote, unquote, urlparse
+from urllib.parse import unquote, urlparse
 from urllib.request import Request, urlopen
 
 import torch
@@ -159,7 +159,9 @@ def _compare(address: str, path: Path, sha256: str | None) -> None:
     """
     with open(path, "rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
-    note = Path(torch.hub.get_dir(), "sha256", quote(address, safe=""))
+    # an address may be longer than a file's name
+    mark = hashlib.sha256(address.encode()).hexdigest()[:16]
+    note = Path(torch.hub.get_dir(), "sha256", f"{path.name[:100]}.{mark}")
     noted = note.read_text().strip() if note.exists() else ""
     # the hub's cache calls large files by their sha256
     on_hub = path.resolve().name if re.fullmatch("[0-9a-f]{64}", path.resolve().name) else ""

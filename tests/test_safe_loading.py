@@ -14,6 +14,8 @@ SOURCES = sorted(path for folder in (*FOLDERS, "configs") for path in (ROOT / fo
 UNSAFE = re.compile(
     r"""
     torch\.(load|hub\.load\w*|jit\.load|package\..*|export\.load)
+    | eval | exec | __import__ | runpy\..* | yaml\.(full_|unsafe_)?load(_all)?
+    | mmengine\.(config\.)?Config\.fromstring | mmengine\.model\.(weight_init\.)?PretrainedInit
     | torch\.serialization\.(load|_load|_legacy_load)
     | torch\.utils\.model_zoo\.load_url
     | torch\.distributed\.checkpoint\..*load.*
@@ -21,21 +23,27 @@ UNSAFE = re.compile(
     | (joblib|numpy\.lib\.npyio|numpy\.lib\.format)\.(load|read_array)
     | (pandas|numpy)\.read_pickle | shelve\..*
     | mmengine\.(fileio\.)?load
-    | mm(engine|cv)\.runner\.(checkpoint\.)?_?(load_checkpoint|load_state_dict|load_from).*
+    | mm(engine|cv)\.runner\.(checkpoint\.)?
+      _?(safe_torch_load|load_checkpoint|load_state_dict|load_from).*
     | mmengine\.runner\.checkpoint\.CheckpointLoader.* | mmengine\.runner\.CheckpointLoader.*
     | (mmdet|mmseg|mmcls|mmpretrain)\.apis\.(init_\w+|inference_init|\w+Inferencer)
     | timm\.models\.(_helpers\.|_builder\.|_hub\.|helpers\.)?
-      (load_(checkpoint|state_dict|pretrained|custom_pretrained)\w*|resume_checkpoint)
+      (load_(checkpoint|state_dict|pretrained|custom_pretrained)\w*|resume_checkpoint|_torch_load)
+    | timm\.utils\.(model_ema\.)?ModelEma
     | (torch|pickle|_pickle|dill|mmengine|mmengine\.runner|timm\.models)\.\*
     """,
     re.VERBOSE,
 )
 ALLOWED = {
+    "flash_internimage/openmmlab/runtime.py": {  # which makes the engine read files safely, too
+        "mmengine.runner.CheckpointLoader",
+        "mmengine.runner.CheckpointLoader.register_scheme",
+    },
     "flash_internimage/unpickling.py": {
         "pickle._Unpickler",  # made harmless there
         "torch.serialization._load",
         "torch.serialization._legacy_load",
-    }
+    },
 }
 
 
@@ -56,14 +64,19 @@ def names_in(tree: ast.AST) -> Iterator[str]:
         while isinstance(node, ast.Attribute):
             attributes.append(node.attr)
             node = node.value
-        if isinstance(node, ast.Name) and node.id in imported:
+        if isinstance(node, ast.Name) and node.id not in imported and not attributes:
+            yield node.id
+        elif isinstance(node, ast.Name) and node.id in imported:
             yield ".".join([imported[node.id], *reversed(attributes)])
 
 
 def asks_for_objects(tree: ast.AST) -> bool:
     """Whether numpy is asked for arrays of objects, which are pickles."""
     keywords = (node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword))
-    return "allow_pickle" in keywords
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return "allow_pickle" in keywords or any(
+        len(call.args) > 2 and ast.unparse(call.func) in ("np.load", "numpy.load") for call in calls
+    )
 
 
 def unsafe_names(source: str) -> set[str]:
@@ -107,6 +120,13 @@ def test_files_are_read_by_the_safe_loader_alone(path):
         ("from timm.models import load_checkpoint", "timm.models.load_checkpoint"),
         ("import timm\ntimm.models.load_pretrained(model)", "timm.models.load_pretrained"),
         ("from torch import *", "torch.*"),
+        ("import numpy as np\nnp.load(path, None, True)", "allow_pickle"),
+        ("eval(text)", "eval"),
+        (
+            "from mmengine import Config\nConfig.fromstring(text, '.py')",
+            "mmengine.Config.fromstring",
+        ),
+        ("import yaml\nyaml.unsafe_load(text)", "yaml.unsafe_load"),
     ],
 )
 def test_unsafe_loading_is_recognised(source, name):
@@ -118,6 +138,8 @@ def test_unsafe_loading_is_recognised(source, name):
     [
         "import numpy as np\nnp.load(path)",
         "import json\njson.loads(text)",
+        "import yaml\nyaml.safe_load(text)",
+        "model.eval()",
         "from flash_internimage.checkpoint import load_checkpoint\nload_checkpoint(path)",
         "import torch\ntorch.save(x, path)\nmodel.load_state_dict(x)",
     ],

@@ -22,11 +22,17 @@ from mmengine.model import (
 )
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, OPTIM_WRAPPERS, RUNNERS, TRANSFORMS
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..checkpoint import fetch_checkpoint, load_checkpoint, require_fit, write_atomically
+from ..checkpoint import (
+    check_optimizer,
+    fetch_checkpoint,
+    load_checkpoint,
+    require_fit,
+    write_atomically,
+)
 from ..conversion import EXECUTED, convert_checkpoint
 from .files import LeftOutFiles
 
@@ -46,6 +52,11 @@ def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dic
         ValueError: it is damaged or no checkpoint.
     """
     return load_checkpoint(fetch_checkpoint(source), map_location, _ENGINE_TYPES)
+
+
+# For what the engine itself reads: the weights that any module's init_cfg names, a model of
+# mmdet's and mmseg's inference.
+CheckpointLoader.register_scheme(("", "http://", "https://"), read_checkpoint, force=True)
 
 
 @RUNNERS.register_module()
@@ -98,6 +109,30 @@ class FlashRunner(Runner):
         self._has_loaded = True
         self.logger.info("loaded %s", filename)
         return checkpoint
+
+    def resume(self, filename: str, *args, **kwargs) -> None:
+        """As the engine does.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it is damaged, or of another model or run.
+        """
+        try:
+            super().resume(filename, *args, **kwargs)
+            check_optimizer(self.optim_wrapper.optimizer)
+            done = {
+                "epoch": (self.epoch, self.max_epochs),
+                "iteration": (self.iter, self.max_iters),
+            }
+            for what, (number, last) in done.items():
+                if type(number) is not int or number < 0 or (last is not None and number > last):
+                    raise ValueError(f"it is from {what} {number!r:.20}, this run has {last}")
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"cannot resume from {filename}: {type(error).__name__}: {error!s:.2000}"
+            ) from error
+        if self.iter == self.max_iters:
+            self.logger.warning("%s is from the end of this run: nothing is trained", filename)
 
     def _fill_in(self, state_dict: dict, own: dict) -> dict:
         """`own` with the values of `state_dict` where a name is known and its shape agrees."""
@@ -159,6 +194,10 @@ class AtomicCheckpointHook(CheckpointHook):
         super().__init__(*args, **kwargs, backend_args={"backend": "atomic"})
 
     def before_train(self, runner: Runner) -> None:
+        info = runner.message_hub.runtime_info
+        numbers = [i for i in info.get("keep_ckpt_ids", ()) if type(i) is int]
+        if "keep_ckpt_ids" in info:  # of which the engine makes the names of what it removes
+            info["keep_ckpt_ids"] = numbers
         super().before_train(runner)
         # As soon as there is a better one, the engine removes what the checkpoint calls the best
         # one, be it a file or a folder, and wherever.
@@ -167,8 +206,8 @@ class AtomicCheckpointHook(CheckpointHook):
         for name, path in getattr(self, "best_ckpt_path_dict", {}).items():
             self.best_ckpt_path_dict[name] = path and self._of_this_run(path)
 
-    def _of_this_run(self, path: str) -> str | None:
-        name = Path(path).name
+    def _of_this_run(self, path: object) -> str | None:
+        name = Path(path).name if isinstance(path, str) else ""
         return str(Path(self.out_dir, name)) if re.fullmatch(r"best_.*\.pth", name) else None
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:

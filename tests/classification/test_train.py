@@ -17,7 +17,16 @@ from torch import nn
 from classification import train as train_module
 from classification.config import ConfigError
 from classification.data import TooManyCorruptImages
-from classification.train import Diverged, Interrupted, Trainer, build_criterion, main, train
+from classification.train import (
+    Diverged,
+    Interrupted,
+    Trainer,
+    build_criterion,
+    main,
+    rng_state,
+    set_rng_state,
+    train,
+)
 from flash_internimage.checkpoint import load_checkpoint
 
 CPU = torch.device("cpu")
@@ -169,6 +178,34 @@ def test_resuming_another_model_is_refused(config, tmp_path):
     other = config(output=str(tmp_path / "other"), model={"args": {}})
     with pytest.raises(ValueError, match=r"cannot resume from .*last.pth"):
         train(other, resume=str(tmp_path / "run" / "last.pth"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": [1]}, "TypeError: Expected state_dict"),
+        ({"epoch": "1"}, "TypeError"),
+        ({"epoch": -1}, "it is from epoch -1"),
+        ({"update": 10**12}, "update 1000000000000 of"),
+        ({"config": 5}, "AttributeError"),
+        ({"rng": None}, "TypeError"),
+    ],
+)
+def test_what_cannot_be_resumed_is_one_error(config, tmp_path, changes, message):
+    train(config())
+    last = tmp_path / "run" / "last.pth"
+    torch.save(load_checkpoint(last) | changes, last)
+    with pytest.raises(ValueError, match=rf"cannot resume from {last}: .*{message}"):
+        train(config(), resume="auto")
+
+
+@pytest.mark.parametrize("change", [{"position": 2_000_000_000}, {"position": -1}, {"keys": [1]}])
+def test_a_state_in_which_numpy_would_leave_its_memory_is_refused(change):
+    state = rng_state()
+    name, keys, position, *rest = state["numpy"]
+    keys, position = change.get("keys", keys), change.get("position", position)
+    with pytest.raises(ValueError, match="numpy's random state has"):
+        set_rng_state({**state, "numpy": (name, keys, position, *rest)})
 
 
 @pytest.mark.parametrize(

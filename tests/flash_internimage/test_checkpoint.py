@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flash_internimage import FlashInternImage
 from flash_internimage.checkpoint import (
+    check_optimizer,
     clean_state_dict,
     fetch_checkpoint,
     load_checkpoint,
@@ -273,6 +274,36 @@ def nano(seed: int, **kwargs) -> FlashInternImage:
 def split_head(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     head = {name: tensor for name, tensor in state_dict.items() if name.startswith("head.")}
     return head, {name: tensor for name, tensor in state_dict.items() if name not in head}
+
+
+def loaded_optimizer(shape: tuple[int, ...], **kwargs) -> torch.optim.Optimizer:
+    """With a state from a file that asks for other kernels, and has one tensor of this shape."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(3, 4))], **kwargs)
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3, 4)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["exp_avg"] = torch.zeros(shape)
+    state["param_groups"][0].update(fused=True, foreach=False, maximize=True, lr=0.5)
+    optimizer.load_state_dict(state)
+    return optimizer
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"foreach": True}, {"fused": True}])
+def test_a_file_does_not_choose_the_optimizers_kernels(kwargs):
+    optimizer = loaded_optimizer((3, 4), **kwargs)
+    check_optimizer(optimizer)
+    group = optimizer.param_groups[0]
+    expected = {"fused": None, "foreach": None, "maximize": False, "lr": 0.5, **kwargs}
+    assert {name: group[name] for name in expected} == expected
+
+
+def test_fused_kernels_have_states_of_the_right_shapes():
+    with pytest.raises(ValueError, match=r"exp_avg .* shape \(1,\), its parameter of \(3, 4\)"):
+        check_optimizer(loaded_optimizer((1,), fused=True))
+    optimizer = loaded_optimizer((1,))
+    check_optimizer(optimizer)
+    with pytest.raises(RuntimeError, match="shape"):
+        optimizer.step()
 
 
 def test_weights_are_loaded_whole():

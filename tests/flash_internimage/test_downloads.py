@@ -272,6 +272,12 @@ def test_another_file_than_expected_is_an_error(address):
         download(address, sha256="0" * 64)
 
 
+def test_an_address_may_be_longer_than_a_name(server):
+    server.files[f"/model.pth?{'signature=' * 100}"] = CONTENTS
+    address = f"{server.address}/model.pth?{'signature=' * 100}"
+    assert download(address) == download(address)
+
+
 def test_a_file_that_changed_since_its_first_use_is_an_error(address):
     path = download(address)
     damaged = bytearray(CONTENTS)

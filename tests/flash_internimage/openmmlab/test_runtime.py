@@ -261,6 +261,57 @@ class TestLoading:
         resume(runner, path)
         assert not marker.exists()
 
+    def test_no_part_of_a_model_is_initialised_by_what_would_be_executed(self, save, tmp_path):
+        class Hostile:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "executed"),)
+
+        source = Model(classes=3)
+        path = save(source.state_dict(), meta={"x": Hostile()})
+        model = Model(classes=3)
+        model.init_cfg = {"type": "Pretrained", "checkpoint": path}
+        model.init_weights()
+        assert torch.equal(model.head.weight, source.head.weight)
+        assert not (tmp_path / "executed").exists()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda c: c.pop("meta"), "KeyError: 'meta'"),
+            (lambda c: c.pop("state_dict"), "KeyError: 'state_dict'"),
+            (lambda c: c.update(optimizer=[]), "TypeError"),
+            (lambda c: c["meta"].update(iter=10**15), "from iteration 1000000000000000, this run"),
+            (lambda c: c["meta"].update(epoch=-1), "from epoch -1, this run has 4"),
+            (lambda c: c["meta"].update(epoch="1"), "from epoch '1', this run has 4"),
+        ],
+    )
+    def test_what_cannot_be_resumed_is_one_error(self, runner, tmp_path, change, message):
+        path = trained(runner, tmp_path)
+        checkpoint = torch.load(path, weights_only=False)
+        change(checkpoint)
+        torch.save(checkpoint, path)
+        with pytest.raises(ValueError, match=rf"cannot resume from {path}: .*{message}"):
+            resume(runner, path)
+
+    def test_a_finished_run_says_so(self, runner, tmp_path, caplog):
+        path = trained(runner, tmp_path)
+        r = runner(resume=True, load_from=str(path))
+        r.logger.addHandler(caplog.handler)
+        r.train()
+        assert f"{path} is from the end of this run: nothing is trained" in caplog.text
+
+    def test_the_numbers_of_checkpoints_are_numbers(self, runner, tmp_path):
+        path = trained(runner, tmp_path)
+        (tmp_path / "run" / "epoch_X").mkdir()
+        (tmp_path / "elsewhere.pth").mkdir()
+        checkpoint = torch.load(path, weights_only=False)
+        numbers = ["X/../../elsewhere", 3]
+        checkpoint["message_hub"]["runtime_info"]["keep_ckpt_ids"] = numbers
+        torch.save(checkpoint, path)
+        resume(runner, path)
+        assert (tmp_path / "elsewhere.pth").is_dir()
+        assert files(tmp_path / "run") == {"best_score_epoch_4.pth", "epoch_4.pth"}
+
     @pytest.mark.parametrize("victim", ["elsewhere", "elsewhere/best_score.pth", "run/.."])
     def test_what_the_file_calls_the_best_is_not_removed(self, runner, tmp_path, victim):
         path = trained(runner, tmp_path)
