@@ -37,27 +37,6 @@ class Placeholder:
         return f"<{self.name}, not restored>"
 
 
-class _Bytes:
-    """Makes the bytes of a file, no more than the file has: one text can be named many times."""
-
-    def __init__(self, size: int):
-        self.left = size
-
-    def encode(self, data: str | bytes = b"", _encoding: str = "latin1") -> bytes:
-        self.left -= len(data)
-        if self.left < 0:
-            raise pickle.UnpicklingError("more bytes than the file has")
-        # latin1 is what pickle writes; the codec of another name would be imported
-        return data if isinstance(data, bytes) else str.encode(data, "latin1")
-
-    def admitted(self) -> dict[str, Callable]:
-        return {
-            "_codecs.encode": self.encode,
-            "builtins.bytearray": lambda *args: bytearray(self.encode(*args)),
-            "builtins.bytes": self.encode,
-        }
-
-
 def _dtype(name: str, *_) -> np.dtype:
     if not re.fullmatch(r"[biufcSU]\d{1,6}", name):
         raise pickle.UnpicklingError(f"numpy's dtype {name} is not one of numbers or text")
@@ -69,6 +48,35 @@ def _array(data: bytes, dtype: np.dtype, shape: tuple = (), order: str = "C", *_
     if not isinstance(dtype, np.dtype):
         raise pickle.UnpicklingError(f"a numpy array of {type(dtype).__name__}")
     return np.frombuffer(data, dtype).reshape(shape, order=order)
+
+
+class _Copies:
+    """What is made of a file's bytes and text, which it can name many times."""
+
+    def __init__(self, size: int):
+        self.left = 2 * size  # an array's text becomes bytes, and these the array
+
+    def count(self, size: int) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise pickle.UnpicklingError("more bytes than the file has")
+
+    def encode(self, data: str | bytes = b"", _encoding: str = "latin1") -> bytes:
+        self.count(len(data))
+        # latin1 is what pickle writes; the codec of another name would be imported
+        return data if isinstance(data, bytes) else str.encode(data, "latin1")
+
+    def scalar(self, dtype: np.dtype, data: bytes) -> np.generic:
+        self.count(len(data))
+        return _array(data, dtype)[()]
+
+    def admitted(self) -> dict[str, Callable]:
+        return {
+            "_codecs.encode": self.encode,
+            "builtins.bytearray": lambda *args: bytearray(self.encode(*args)),
+            "builtins.bytes": self.encode,
+            "numpy._core.multiarray.scalar": self.scalar,
+        }
 
 
 def _within_storage(rebuild: Callable) -> Callable:
@@ -96,7 +104,8 @@ def _of_items(kind: type) -> Callable:
     def make(items: list | tuple | dict = ()) -> Any:
         if type(items) not in (list, tuple, dict):
             raise pickle.UnpicklingError(f"a {kind.__name__} of a {type(items).__name__}")
-        _require_keys(item[0] if kind is OrderedDict else item for item in items)
+        if type(items) is not dict:  # of which they are known
+            _require_keys(item[0] if kind is OrderedDict else item for item in items)
         return kind(items)
 
     return make
@@ -119,7 +128,6 @@ _ADMITTED |= {
     "collections.Counter": _of_items(Counter),
     "collections.OrderedDict": _of_items(OrderedDict),
     "numpy._core.multiarray._reconstruct": lambda *_: np.empty(0),  # the state fills it
-    "numpy._core.multiarray.scalar": lambda dtype, data: _array(data, dtype)[()],
     "numpy._core.numeric._frombuffer": _array,
     "numpy.dtype": _dtype,
     "numpy.ndarray": Placeholder("numpy.ndarray"),  # the kind for _reconstruct
@@ -145,6 +153,7 @@ class _Unpickler(pickle._Unpickler):
     """
 
     admitted: Mapping[str, Any]
+    copies: _Copies
     classes: tuple[type, ...]  # whose objects are made without arguments, and have state
     replaced: set[str]
     size: int  # of the file
@@ -189,6 +198,7 @@ class _Unpickler(pickle._Unpickler):
         if type(target) is np.ndarray:
             _, shape, dtype, fortran, data = state
             array = _array(data, dtype, shape, "F" if fortran else "C")
+            self.copies.count(array.nbytes)
             target.__setstate__(array.__reduce__()[2])
         elif isinstance(target, np.dtype):
             target.__setstate__(target.newbyteorder(state[1]).__reduce__()[2])
@@ -294,8 +304,10 @@ def load(
     # These are the two readers of torch.load, which has a third one, for TorchScript.
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
+        copies = _Copies(size)
         attributes = {
-            "admitted": _ADMITTED | _Bytes(size).admitted() | types,
+            "admitted": _ADMITTED | copies.admitted() | types,
+            "copies": copies,
             "classes": tuple(types.values()),
             "replaced": set(),
             "size": size,

@@ -692,6 +692,18 @@ BOMBS = {
     + pickle.MARK
     + (named("builtins", "bytearray") + b"h\x00\x85R") * 100
     + pickle.TUPLE,
+    "copies of numbers": pickle.BINBYTES
+    + (10_000).to_bytes(4, "little")
+    + bytes(10_000)
+    + b"q\x09"  # number 9
+    + pickle.POP
+    + pickle.MARK
+    + call(
+        named("numpy._core.multiarray", "scalar"),
+        call(named("numpy", "dtype"), literal("S10000")) + b"h\x09",
+    )
+    * 100
+    + pickle.TUPLE,
     "tuples as keys": b"}" + b")" + b"2\x86" * 60 + b"Ns",
     "depth as keys": b"}" + b")" + b"\x85" * 200_000 + b"Ns",
     "tuples in a set": call(named("builtins", "set"), b"]" + b")" + b"2\x86" * 60 + b"a"),
