@@ -1,0 +1,73 @@
+"""Files of torch.save, and such that it would not write."""
+
+import importlib
+import pickle
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from flash_internimage.checkpoint import load_checkpoint
+
+FORMATS = pytest.mark.parametrize("archive", [True, False], ids=["zip", "legacy"])
+PROTOCOLS = pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+
+
+def write(contents: object, path: Path, archive: bool = True, protocol: int = 2) -> None:
+    torch.save(contents, path, pickle_protocol=protocol, _use_new_zipfile_serialization=archive)
+
+
+def write_program(program: bytes, path: Path, archive: bool = True) -> None:
+    """A file of torch.save with another pickle for its contents."""
+    if archive:
+        writer = torch._C.PyTorchFileWriter(str(path))
+        writer.write_record("data.pkl", program, len(program))
+        writer.write_end_of_file()
+    else:
+        header = (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {})
+        parts = [*(pickle.dumps(part, 2) for part in header), program, pickle.dumps([], 2)]
+        path.write_bytes(b"".join(parts))
+
+
+class Counts:
+    def __init__(self):
+        self.counts = [1, 2]
+
+    def __setstate__(self, state):
+        pytest.fail("the file's state is given to a method")
+
+
+def forget(library: ModuleType) -> None:
+    Path(library.__file__).unlink()
+    del sys.modules["foreign_library"]
+    importlib.invalidate_caches()
+
+
+def literal(value: object) -> bytes:
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def named(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def dotted(module: str, name: str) -> bytes:
+    """As in protocol 4, where a name may lead to the attribute of an attribute."""
+    return literal(module) + literal(name) + pickle.STACK_GLOBAL
+
+
+def call(function: bytes, *args: bytes) -> bytes:
+    return function + pickle.MARK + b"".join(args) + pickle.TUPLE + pickle.REDUCE
+
+
+def program(item: bytes) -> bytes:
+    """The pickle of {"item": item}."""
+    return b"\x80\x04}" + literal("item") + item + pickle.SETITEM + pickle.STOP
+
+
+def assert_refused(path: Path, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged or no .*{message}"):
+        load_checkpoint(path)

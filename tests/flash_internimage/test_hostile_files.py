@@ -1,0 +1,431 @@
+"""Nothing in a checkpoint is executed or imported; what is damaged or grows is refused."""
+
+import codecs
+import copy
+import copyreg
+import os
+import pickle
+import random
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flash_internimage.checkpoint import load_checkpoint
+from flash_internimage.unpickling import Placeholder
+from tests.flash_internimage.checkpoints import (
+    FORMATS,
+    Counts,
+    assert_refused,
+    call,
+    dotted,
+    forget,
+    literal,
+    named,
+    program,
+    write,
+    write_program,
+)
+
+SYSTEM = call(named("builtins", "__import__"), literal("os"))
+MKDIR = named("posix", "mkdir")
+# Each makes a file or a folder of the name that it is given.
+HOSTILE: dict[str, Callable[[str], bytes]] = {
+    "system": lambda f: call(named("os", "system"), literal(f"touch {f}")),
+    "mkdir": lambda f: call(MKDIR, literal(f)),
+    "process": lambda f: call(named("subprocess", "check_call"), literal(["touch", f])),
+    "eval": lambda f: call(named("builtins", "eval"), literal(f"open({f!r}, 'w').close()")),
+    "exec": lambda f: call(named("builtins", "exec"), literal(f"open({f!r}, 'w').close()")),
+    "open": lambda f: call(named("io", "open"), literal(f), literal("w")),
+    "getattr": lambda f: call(
+        call(named("builtins", "getattr"), SYSTEM, literal("mkdir")), literal(f)
+    ),
+    "partial": lambda f: call(call(named("functools", "partial"), MKDIR, literal(f))),
+    "attrgetter": lambda f: call(
+        call(call(named("operator", "attrgetter"), literal("mkdir")), SYSTEM), literal(f)
+    ),
+    "methodcaller": lambda f: call(
+        call(named("operator", "methodcaller"), literal("mkdir")),
+        call(named("pathlib", "PosixPath"), literal(f)),
+    ),
+    "of torch": lambda f: call(named("torch", "save"), literal({}), literal(f)),
+    "of torch.hub": lambda f: call(dotted("torch.hub", "os.mkdir"), literal(f)),
+    "of numpy": lambda f: call(named("numpy", "save"), literal(f), literal(1)),
+    "method": lambda f: call(
+        dotted("pathlib", "Path.mkdir"), call(named("pathlib", "PosixPath"), literal(f))
+    ),
+    "in a set": lambda f: call(
+        named("builtins", "set"), call(named("builtins", "map"), MKDIR, literal([f]))
+    ),
+    "instance": lambda f: pickle.MARK + literal(f) + pickle.INST + b"posix\nmkdir\n",
+    "object": lambda f: pickle.MARK + MKDIR + literal(f) + pickle.OBJ,
+}
+
+
+@FORMATS
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_nothing_is_executed(path, tmp_path, kind, archive):
+    marker = tmp_path / "marker.npy"
+    hostile = program(HOSTILE[kind](str(marker)))
+    pickle.loads(hostile)  # which would do it
+    assert marker.exists()
+    marker.rename(tmp_path / "done")
+    write_program(hostile, path, archive)
+    with suppress(ValueError):  # iterating over a placeholder
+        assert isinstance(load_checkpoint(path)["item"], Placeholder)
+    assert not marker.exists()
+
+
+@FORMATS
+def test_a_rebuild_of_tensors_calls_nothing_else(path, tmp_path, archive):
+    rebuild = named("torch._tensor", "_rebuild_from_type_v2")
+    args = MKDIR, named("torch", "Tensor"), literal((str(tmp_path / "made"),)), literal({})
+    write_program(program(call(rebuild, *args)), path, archive)
+    assert isinstance(load_checkpoint(path)["item"], Placeholder)
+    assert not (tmp_path / "made").exists()
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    "item",
+    [
+        named("foreign_library", "CfgNode"),
+        dotted("foreign_library", "Slots.Nested"),
+        call(named("builtins", "__import__"), literal("foreign_library")),
+        pickle.MARK + pickle.INST + b"foreign_library\nSlots\n",
+    ],
+)
+def test_nothing_is_imported(path, library, item, archive):
+    del sys.modules["foreign_library"]
+    pickle.loads(program(item))
+    assert sys.modules.pop("foreign_library")
+    write_program(program(item), path, archive)
+    assert isinstance(load_checkpoint(path)["item"], Placeholder)
+    assert "foreign_library" not in sys.modules
+
+
+def test_a_codec_is_not_imported(path):
+    encoded = call(named("_codecs", "encode"), literal("text"), literal("rot13"))
+    write_program(program(encoded), path)
+    sys.modules.pop("encodings.rot_13", None)
+    assert load_checkpoint(path)["item"] == b"text"
+    assert "encodings.rot_13" not in sys.modules
+
+
+@pytest.mark.parametrize("opcode", [b"\x82\x7b", b"\x83\x7b\x00", b"\x84\x7b\x00\x00\x00"])
+def test_registered_extensions_are_not_reached(path, opcode):
+    copyreg.add_extension("os", "mkdir", 0x7B)
+    try:
+        assert pickle.loads(program(opcode)) == {"item": os.mkdir}  # and keeps it in its cache
+        write_program(program(opcode), path)
+        assert_refused(path, "extension 123")
+    finally:
+        copyreg.remove_extension("os", "mkdir", 0x7B)
+
+
+REBUILD = named("torch._utils", "_rebuild_tensor_v2")
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    ("target", "types"),
+    [
+        (REBUILD, {}),
+        (named("torch", "Size"), {}),
+        (named("torch", "FloatStorage"), {}),
+        (named("here", "Counts"), {"here.Counts": Counts}),
+    ],
+)
+def test_attributes_of_the_process_stay(path, target, types, archive):
+    state = literal((None, {"changed": True}))
+    write_program(program(target + state + pickle.BUILD), path, archive)
+    with pytest.raises(ValueError, match="state for a"):
+        load_checkpoint(path, types=types)
+    assert not hasattr(torch._utils._rebuild_tensor_v2, "changed")
+    assert not hasattr(Counts, "changed")
+
+
+@pytest.mark.parametrize(
+    "write_to", [literal(0) + literal(1) + pickle.SETITEM, literal(1) + pickle.APPEND]
+)
+def test_nothing_but_containers_takes_items(path, write_to):
+    array = literal(np.zeros(2))
+    write_program(program(array + write_to), path)
+    assert_refused(path, "items for a ndarray")
+
+
+@FORMATS
+def test_no_source_is_compared(path, tmp_path, monkeypatch, archive):
+    """Where a class has dump_patches, torch's legacy reader writes its changes to a file."""
+    monkeypatch.chdir(tmp_path)
+    cell = named("torch.nn", "Linear")
+    key = pickle.MARK + literal("module") + cell + literal("a") + literal("b") + pickle.TUPLE
+    write_program(program(key + pickle.BINPERSID), path, archive)
+    assert_refused(path, "persistent id")
+    assert os.listdir(tmp_path) == ["model.pth"]
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (literal(np.array([None])), "dtype O8"),
+        (literal(np.zeros(1, "i4,O")), "dtype V12"),
+        (call(named("numpy", "dtype"), literal("i4,O")), "dtype i4,O"),
+        (
+            call(named("numpy._core.multiarray", "scalar"), literal("O"), literal(b"8" * 8)),
+            "of str",
+        ),
+        (literal(np.zeros(3)).replace(b"K\x03\x85", b"K\x04\x85"), "reshape"),
+        (literal(np.float64(0.5)).replace(b"\x02\0\0\0f8", b"\x03\0\0\0c16"), "buffer"),
+    ],
+)
+def test_arrays_that_are_not_plain_are_refused(path, item, message):
+    write_program(program(item), path)
+    assert_refused(path, message)
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b"",
+        b"\xff.",
+        b"\x80\x63}.",
+        b"}",
+        b".",
+        b"(.",
+        b"}h\x07.",
+        b"}a.",
+        b"K\x01K\x02K\x03s.",
+        b"K\x01)R.",
+        b"]]R.",
+        b"\x96\x00\x00\x00\x00\x00\x00\x00\x40.",
+        b"c\xff\n\xff\n.",
+        b"Pid\n.",
+        b"\x97.",
+    ],
+)
+def test_pickles_that_are_none_are_refused(path, contents, archive):
+    write_program(contents, path, archive)
+    assert_refused(path, "")
+
+
+@FORMATS
+def test_storages_are_no_longer_than_their_data(path, archive):
+    write({"x": torch.zeros(7)}, path, archive)
+    contents = path.read_bytes()
+    assert contents.count(literal(7)) >= 2
+    path.write_bytes(contents.replace(literal(7), literal(9)))
+    assert_refused(path, "")
+
+
+@FORMATS
+def test_a_damaged_file_is_read_or_refused(path, library, archive):
+    contents = {"x": torch.zeros(4), "best": np.float64(1), "config": library.CfgNode({"a": 1})}
+    write(contents, path, archive)
+    forget(library)
+    load_checkpoint(path)
+    codecs.lookup("raw_unicode_escape")  # of an opcode for text
+    modules, whole, chance = set(sys.modules), path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert isinstance(load_checkpoint(path), dict)
+        except ValueError:
+            refused += 1
+    assert 0 < refused < 400
+    assert set(sys.modules) == modules
+
+
+def test_archives_of_torchscript_are_not_executed(path, monkeypatch):
+    torch.jit.save(torch.jit.script(nn.ReLU()), path)
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("executed"))
+    with pytest.raises(ValueError, match=r"holds a __torch__\..*ReLU, expected a dict"):
+        load_checkpoint(path)
+
+
+def test_tar_archives_are_not_unpacked(path, tmp_path, monkeypatch):
+    with tarfile.open(path, "w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            archive.addfile(tarfile.TarInfo(name))
+    monkeypatch.setattr(tarfile.TarFile, "extract", lambda *_, **__: pytest.fail("unpacked"))
+    assert_refused(path, "")
+
+
+def rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes, int]]) -> None:
+    """Writes an archive anew with other names, contents and compression of its records."""
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, contents in records.items():
+            archive.writestr(*change(name, contents))
+
+
+@pytest.mark.parametrize("record", ["data/0", "data.pkl", ".format_version"])
+def test_zip_bombs_are_not_unpacked(path, record):
+    write({"x": torch.zeros(4)}, path)
+    megabytes = 200
+    bomb = bytes(megabytes << 20)
+    if record == "data.pkl":
+        bomb = b"\x80\x02X" + len(bomb).to_bytes(4, "little") + bomb + b"."
+    rewrite(
+        path,
+        lambda name, contents: (
+            (name, bomb, zipfile.ZIP_DEFLATED)
+            if name.endswith(record)
+            else (name, contents, zipfile.ZIP_STORED)
+        ),
+    )
+    assert path.stat().st_size < 1 << 20
+    with_it = subprocess.run(
+        [sys.executable, "-c", MEMORY_OF_LOADING, path], capture_output=True, text=True, check=True
+    )
+    assert int(with_it.stdout) < megabytes // 2
+
+
+# What the process grows by, in megabytes
+MEMORY_OF_LOADING = """
+import resource, sys
+from flash_internimage.checkpoint import load_checkpoint
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+try:
+    load_checkpoint(sys.argv[1])
+except ValueError:
+    print(peak() - before)
+"""
+
+
+def test_records_that_overlap_are_refused(path):
+    write({"x": torch.zeros(1 << 18)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for i in range(100):
+            twin = copy.copy(archive.getinfo("model/data/0"))
+            twin.filename = f"model/data/{i + 1}"
+            archive.filelist.append(twin)
+        archive.writestr("model/more", b"")  # or the list is not written anew
+    assert path.stat().st_size < 2 << 20
+    assert_refused(path, "records of 105,9.* bytes in a file of 1,0")
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "model/../../evil"])
+def test_records_go_nowhere(path, tmp_path, name):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    write({"x": torch.zeros(4)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"evil")
+    path.rename(folder / "model.pth")
+    assert load_checkpoint(folder / "model.pth")["x"].equal(torch.zeros(4))
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [folder / "model.pth"]
+    assert not Path("/tmp/evil").exists()
+
+
+def test_a_legacy_file_that_promises_too_much_is_refused(path):
+    write({"x": torch.zeros(7)}, path, archive=False)
+    contents = path.read_bytes()
+    path.write_bytes(contents.replace(literal(7), literal(1 << 40)))
+    assert_refused(path, "")
+
+
+@FORMATS
+def test_a_tensor_beyond_its_storage_is_refused(path, archive):
+    write({"x": torch.zeros(4)}, path, archive)
+    contents = path.read_bytes()
+    size = literal(4) + pickle.TUPLE1
+    assert contents.count(size) == 1
+    path.write_bytes(contents.replace(size, literal(9) + pickle.TUPLE1))
+    assert_refused(path, "")
+
+
+def storage(elements: int, key: str = "0", view: bytes = b"") -> bytes:
+    parts = literal("storage"), named("torch", "FloatStorage"), literal(key), literal("cpu")
+    return pickle.MARK + b"".join(parts) + literal(elements) + view + pickle.TUPLE + b"Q"
+
+
+def tensor(storage: bytes, size: int, stride: int) -> bytes:
+    parts = literal(0), literal((size,)), literal((stride,)), literal(False), literal(None)
+    return call(REBUILD, storage, *parts)
+
+
+def test_storages_of_which_the_file_has_no_contents_are_refused(path):
+    write_program(program(tensor(storage(64, view=literal(None)), 64, 1)), path, archive=False)
+    assert_refused(path, "no contents")
+
+
+def test_one_record_is_not_named_in_many_ways(path):
+    write_program(program(tensor(storage(4, key="a"), 4, 1)), path)
+    assert_refused(path, "no number")
+
+
+def test_a_list_of_records_in_two_places_is_refused(path):
+    write({"x": torch.zeros(4)}, path)
+    contents = path.read_bytes()
+    path.write_bytes(b"")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", b"")
+    listed, end = path.read_bytes()[:-22], path.read_bytes()[-22:]
+    path.write_bytes(contents + listed + end)
+    assert_refused(path, "another place")
+
+
+# Of few bytes, that grow to any size or take any time.
+BOMBS = {
+    "bytes": b"\x96" + (1 << 31).to_bytes(8, "little"),
+    "copies of bytes": literal("8" * 10_000)  # as number 0
+    + pickle.POP
+    + pickle.MARK
+    + (named("builtins", "bytearray") + b"h\x00\x85R") * 100
+    + pickle.TUPLE,
+    "copies of numbers": pickle.BINBYTES
+    + (10_000).to_bytes(4, "little")
+    + bytes(10_000)
+    + b"q\x09"  # number 9
+    + pickle.POP
+    + pickle.MARK
+    + call(
+        named("numpy._core.multiarray", "scalar"),
+        call(named("numpy", "dtype"), literal("S10000")) + b"h\x09",
+    )
+    * 100
+    + pickle.TUPLE,
+    "tuples as keys": b"}" + b")" + b"2\x86" * 60 + b"Ns",
+    "depth as keys": b"}" + b")" + b"\x85" * 200_000 + b"Ns",
+    "tuples in a set": call(named("builtins", "set"), b"]" + b")" + b"2\x86" * 60 + b"a"),
+    "tuples in tuples": b")" + b"2\x86" * 60,
+    "depth": b")" + b"\x85" * 200_000,
+    "repeated elements": tensor(storage(1), 1 << 40, 0),
+    "repeated in a set": call(named("builtins", "set"), tensor(storage(1), 1 << 22, 0)),
+    "arguments": call(named("here", "Counts"), b")" + b"2\x86" * 60),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_what_grows_as_it_is_read_is_refused(path, kind):
+    writer = torch._C.PyTorchFileWriter(str(path))
+    for name, record in {"data.pkl": program(BOMBS[kind]), "data/0": bytes(4)}.items():
+        writer.write_record(name, record, len(record))
+    writer.write_end_of_file()
+    with pytest.raises(ValueError, match=f"{path} is damaged or no checkpoint: .{{,500}}$"):
+        load_checkpoint(path, types={"here.Counts": Counts})
+
+
+def test_what_is_used_many_times_is_restored(path):
+    once, text = [1, 2], "text" * 10
+    contents = {"lists": [once] * 20, "texts": [text] * 1000, "bytes": [b"x" * 100] * 10}
+    write({**contents, ("a", 1): torch.zeros(2, 3)[:, 1]}, path)
+    loaded = load_checkpoint(path)
+    assert loaded.pop(("a", 1)).equal(torch.zeros(2))
+    assert loaded == contents
