@@ -239,7 +239,7 @@ class Trainer:
             self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
             updates, rng = state["updates_per_epoch"], list(state["rng"])
             before = _flat(state["config"])
-            if not self.epoch >= 0 or not 0 <= self.update <= updates:
+            if self.epoch < 0 or not 0 <= self.update <= updates:
                 raise ValueError(
                     f"it is from epoch {self.epoch}, update {self.update} of {updates}"
                 )

@@ -199,6 +199,18 @@ def test_what_cannot_be_resumed_is_one_error(config, tmp_path, changes, message)
         train(config(), resume="auto")
 
 
+def test_the_kernels_of_the_optimizer_are_this_runs(config, tmp_path):
+    train(config())
+    last = tmp_path / "run" / "last.pth"
+    state = load_checkpoint(last)
+    for group in state["optimizer"]["param_groups"]:
+        group["maximize"] = True
+    torch.save(state, last)
+    trainer = Trainer(config(), CPU)
+    trainer.resume(last)
+    assert not any(group["maximize"] for group in trainer.optimizer.param_groups)
+
+
 @pytest.mark.parametrize("change", [{"position": 2_000_000_000}, {"position": -1}, {"keys": [1]}])
 def test_a_state_in_which_numpy_would_leave_its_memory_is_refused(change):
     state = rng_state()

@@ -1,8 +1,10 @@
 """Checkpoints, hooks and optimizer wrapper in runs of a small model."""
 
+import logging
 import os
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,6 +294,28 @@ class TestLoading:
         torch.save(checkpoint, path)
         with pytest.raises(ValueError, match=rf"cannot resume from {path}: .*{message}"):
             resume(runner, path)
+
+    def test_the_kernels_of_the_optimizer_are_this_runs(self, runner, tmp_path):
+        path = trained(runner, tmp_path)
+        checkpoint = torch.load(path, weights_only=False)
+        checkpoint["optimizer"]["param_groups"][0].update(fused=True, foreach=False)
+        torch.save(checkpoint, path)
+        r = runner(resume=True, load_from=str(path))
+        r.train()
+        group = r.optim_wrapper.optimizer.param_groups[0]
+        assert (group["fused"], group["foreach"]) == (None, None)
+
+    def test_the_bests_of_several_figures_are_of_this_run(self, tmp_path):
+        info = {"best_ckpt_a": "/before/best_a_epoch_1.pth", "best_ckpt_b": str(tmp_path)}
+        fake = SimpleNamespace(
+            message_hub=SimpleNamespace(runtime_info=info, get_info=info.get),
+            work_dir=str(tmp_path),
+            logger=logging.getLogger(__name__),
+        )
+        hook = runtime.AtomicCheckpointHook(save_best=["a", "b"], rule="greater")
+        hook.before_train(fake)
+        expected = {"a": str(tmp_path / "best_a_epoch_1.pth"), "b": None}
+        assert hook.best_ckpt_path_dict == expected
 
     def test_a_finished_run_says_so(self, runner, tmp_path, caplog):
         path = trained(runner, tmp_path)
