@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 # place of the weights says under this name where they are.
 SOURCE = "source of the weights"
 
-# Of torch's optimizers, what chooses an implementation.
+# Of torch's optimizers, what chooses the implementation and the direction.
 _KERNELS = ("foreach", "fused", "capturable", "differentiable", "maximize")
 
 _WEIGHTS = ("state_dict", "model_ema", "model")
