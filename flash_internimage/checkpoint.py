@@ -2,9 +2,9 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import timm
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from . import unpickling
 from .downloads import download
+from .files import write_atomically
 
 _logger = logging.getLogger(__name__)
 
@@ -123,17 +124,6 @@ def fetch_checkpoint(
             f"{', '.join(released)}"
         )
     return download(source, offline, sha256)
-
-
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes `path` so that at any moment it is the old file or the new one, whole."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def save_atomically(checkpoint: dict, path: str | os.PathLike) -> None:

@@ -34,9 +34,9 @@ from flash_internimage.checkpoint import (
     find_misfits,
     load_checkpoint,
     save_atomically,
-    write_atomically,
 )
 from flash_internimage.conversion import convert_checkpoint, restore_checkpoint
+from flash_internimage.files import write_atomically
 from tools.zoo_documents import documents
 from tools.zoo_entries import ROOT, Entry, find, read_zoo
 

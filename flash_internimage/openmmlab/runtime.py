@@ -31,9 +31,9 @@ from ..checkpoint import (
     fetch_checkpoint,
     load_checkpoint,
     require_fit,
-    write_atomically,
 )
 from ..conversion import EXECUTED, convert_checkpoint
+from ..files import write_atomically
 from .files import LeftOutFiles
 
 # What the engine's own checkpoints hold beside tensors and plain containers.

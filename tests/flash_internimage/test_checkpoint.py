@@ -258,7 +258,7 @@ def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch, existing):
 
 def test_save_after_a_failed_one_succeeds(tmp_path):
     path = tmp_path / "last.pth"
-    (tmp_path / "last.pth.partial").write_bytes(b"half of a much longer file" * 1000)
+    (tmp_path / ".last.pth.1234.partial").write_bytes(b"half of a file")
     save_atomically({"epoch": 1}, path)
     assert load_checkpoint(path) == {"epoch": 1}
 

@@ -1,0 +1,84 @@
+"""Image files that may be damaged, pathological or no images at all."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+# Resizing the shorter side of such an image to a network's input would take gigabytes, and keeping
+# the longer side within bounds would leave no pixel of the shorter one.
+MAX_ASPECT_RATIO = 200
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be used; the message names the file and the reason."""
+
+
+def read_image(source: str | os.PathLike | BinaryIO, name: str | None = None) -> Image.Image:
+    """Decode an image completely.
+
+    Args:
+        source: Path or binary stream.
+        name: How the error calls the image; default `source`.
+
+    Raises:
+        UnreadableImage: `source` is no regular file, is damaged, is no image in a format that
+            Pillow reads, exceeds Pillow's limit on pixels (`PIL.Image.MAX_IMAGE_PIXELS`), or has
+            sides that differ by more than `MAX_ASPECT_RATIO`. Decoders raise exceptions of any
+            kind for damaged files; all of them end here.
+    """
+    with _unreadable(source, name), Image.open(source) as image:
+        _check_aspect_ratio(image)
+        image.load()
+        return image
+
+
+def read_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Return (height, width) from the header of an image, without decoding it.
+
+    Raises:
+        UnreadableImage: As for :func:`read_image`, except that pixels are not looked at.
+    """
+    with _unreadable(path), Image.open(path) as image:
+        _check_aspect_ratio(image)
+        return image.height, image.width
+
+
+def check_image_file(path: str | os.PathLike) -> None:
+    """Check what must hold before another library decodes an image.
+
+    Formats that Pillow does not know pass: the other library may.
+
+    Raises:
+        UnreadableImage: As for :func:`read_size`, except for unknown formats.
+    """
+    try:
+        read_size(path)
+    except UnreadableImage as error:
+        if not isinstance(error.__cause__, UnidentifiedImageError):
+            raise
+
+
+@contextmanager
+def _unreadable(source: str | os.PathLike | BinaryIO, name: str | None = None) -> Iterator[None]:
+    name = str(source) if name is None else name
+    try:
+        # Opening a FIFO would wait for its writer, and a device may never end.
+        if isinstance(source, (str, os.PathLike)) and not stat.S_ISREG(os.stat(source).st_mode):
+            raise UnreadableImage("not a regular file")
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(f"cannot read image {name}: {reason:.500}") from error
+
+
+def _check_aspect_ratio(image: Image.Image) -> None:
+    shorter, longer = sorted(image.size)
+    if longer > MAX_ASPECT_RATIO * shorter:
+        raise UnreadableImage(
+            f"{image.width} x {image.height} pixels; one side must not be longer than "
+            f"{MAX_ASPECT_RATIO} times the other"
+        )

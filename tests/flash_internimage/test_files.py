@@ -1,0 +1,114 @@
+import errno
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash_internimage.checkpoint import save_atomically
+from flash_internimage.files import check_no_loops, own_folder, write_atomically
+
+
+def fill_disk(file) -> None:
+    file.write(b"half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class TestWriteAtomically:
+    def test_full_disk_leaves_the_old_file_alone_and_says_so(self, tmp_path):
+        path = tmp_path / "last.pth"
+        path.write_bytes(b"old")
+        with pytest.raises(OSError, match=rf"^\[Errno 28\] No space left .* writing {path}: free"):
+            write_atomically(path, fill_disk)
+        assert path.read_bytes() == b"old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_full_disk_is_recognised_behind_an_error_of_torch(self, tmp_path, monkeypatch):
+        class Full:
+            def write(self, data):
+                fill_disk(self.file)
+
+            def __init__(self, file):
+                self.file = file
+
+        save = torch.save
+        monkeypatch.setattr(torch, "save", lambda contents, file: save(contents, Full(file)))
+        with pytest.raises(OSError, match="No space left on device while writing .*last.pth"):
+            save_atomically({"weight": torch.zeros(100)}, tmp_path / "last.pth")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_writers_of_one_file_do_not_share_a_partial_file(self, tmp_path):
+        path = tmp_path / "last.pth"
+
+        def write_while_another_does(file) -> None:
+            file.write(b"out")
+            write_atomically(path, lambda other: other.write(b"inner"))
+            file.write(b"er")
+
+        write_atomically(path, write_while_another_does)
+        assert path.read_bytes() == b"outer"
+
+    def test_permissions_follow_the_umask(self, tmp_path):
+        before = os.umask(0o027)
+        try:
+            write_atomically(tmp_path / "file", lambda file: file.write(b""))
+        finally:
+            os.umask(before)
+        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def hold(folder: Path, held) -> None:
+    with own_folder(folder):
+        held.set()
+        signal.pause()
+
+
+class TestOwnFolder:
+    def test_a_second_owner_is_refused_until_the_first_is_killed(self, tmp_path):
+        context = multiprocessing.get_context("spawn")
+        held = context.Event()
+        owner = context.Process(target=hold, args=(tmp_path, held))
+        owner.start()
+        assert held.wait(60)
+        with pytest.raises(OSError, match=f"another run is writing to {tmp_path}"):
+            own_folder(tmp_path, timeout=0.1).__enter__()
+        owner.kill()
+        owner.join()
+        with own_folder(tmp_path):
+            pass
+
+    def test_partial_files_of_a_killed_owner_are_removed(self, tmp_path):
+        (tmp_path / ".last.pth.0123456789ab.partial").write_bytes(b"half")
+        (tmp_path / "notes.partial").write_bytes(b"of somebody else")
+        with own_folder(tmp_path):
+            assert not list(tmp_path.glob(".*.partial"))
+        assert (tmp_path / "notes.partial").exists()
+
+    def test_the_folder_is_created(self, tmp_path):
+        with own_folder(tmp_path / "a" / "b"):
+            assert (tmp_path / "a" / "b").is_dir()
+
+
+class TestCheckNoLoops:
+    @pytest.mark.parametrize(
+        ("link", "target"),
+        [("a/self", "../a"), ("a/b/up", ".."), ("a/b/root", "../.."), ("a/b/cross", "../../c")],
+    )
+    def test_links_that_lead_back(self, tmp_path, link, target):
+        (tmp_path / "a/b").mkdir(parents=True)
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c/back").symlink_to("../a")
+        (tmp_path / link).symlink_to(target)
+        with pytest.raises(OSError, match="symbolic link .* leads back to"):
+            check_no_loops(tmp_path)
+
+    def test_other_links(self, tmp_path):
+        (tmp_path / "data/a").mkdir(parents=True)
+        (tmp_path / "elsewhere/b").mkdir(parents=True)
+        (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere/b")
+        (tmp_path / "data/again").symlink_to("a")
+        (tmp_path / "data/nowhere").symlink_to("nothing")
+        (tmp_path / "data/a/itself.png").symlink_to("itself.png")
+        check_no_loops(tmp_path / "data")
