@@ -35,7 +35,7 @@ class TestWriteAtomically:
 
         save = torch.save
         monkeypatch.setattr(torch, "save", lambda contents, file: save(contents, Full(file)))
-        with pytest.raises(OSError, match="No space left on device while writing .*last.pth"):
+        with pytest.raises(OSError, match=r"No space left on device while writing .*last.pth"):
             save_atomically({"weight": torch.zeros(100)}, tmp_path / "last.pth")
         assert list(tmp_path.iterdir()) == []
 
@@ -101,7 +101,7 @@ class TestCheckNoLoops:
         (tmp_path / "c").mkdir()
         (tmp_path / "c/back").symlink_to("../a")
         (tmp_path / link).symlink_to(target)
-        with pytest.raises(OSError, match="symbolic link .* leads back to"):
+        with pytest.raises(OSError, match=r"symbolic link .* leads back to"):
             check_no_loops(tmp_path)
 
     def test_other_links(self, tmp_path):
