@@ -18,6 +18,9 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
 # Two processes test, in which most tests have one thread; a GPU is one process's alone.
 TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 
+# TEST_SEED=default shuffles the tests and seeds them by the time, TEST_SEED=123 by that number.
+TEST_SEED ?=
+
 .PHONY: demo demo-detection demo-segmentation test lint bench sanitize clean
 
 demo: $(VENV)/.package data/digits
@@ -33,7 +36,8 @@ demo-segmentation: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes-ade20k
 	$(RUN) -m segmentation.test $(SCENE_MAPS) output/digits-scenes-ade20k/iter_800.pth --work-dir output/digits-scenes-ade20k --show-dir predictions
 
 test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
+	  $(if $(TEST_SEED),--randomly-seed=$(TEST_SEED),-p no:randomly)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check

@@ -1,11 +1,23 @@
 """What the tests of several packages share."""
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+
+@pytest.fixture(autouse=True)
+def seed(request) -> int:
+    """Seed every test alike: by 0, or by the seed that shuffled the tests."""
+    seed = request.config.getoption("randomly_seed", 0)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return seed
 
 
 @pytest.fixture(scope="session")
