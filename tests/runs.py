@@ -1,9 +1,7 @@
 """Runs of the training and test programs of detection and segmentation."""
 
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -11,11 +9,8 @@ from mmdet.visualization import DetLocalVisualizer
 from mmengine.runner import Runner
 from mmseg.visualization import SegLocalVisualizer
 
-from flash_internimage.openmmlab.programs import (
-    latest_checkpoint,
-    training_parser,
-    training_runner,
-)
+from flash_internimage.openmmlab.programs import training_parser, training_runner
+from tests.kills import run_until_killed
 
 
 def _strings(arguments: tuple) -> list[str]:
@@ -44,14 +39,8 @@ def log(folder: Path) -> str:
 
 
 def train_until_killed(task: str, config: Path, folder: Path) -> None:
-    """Kills a training in a process of its own as soon as there is a checkpoint."""
-    command = [sys.executable, "-m", f"{task}.train", config, "--work-dir", folder, "--resume"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while latest_checkpoint(folder) is None:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    """Kill a training in a process of its own as soon as there is a checkpoint."""
+    run_until_killed(f"{task}.train", config, "--work-dir", folder, "--resume")
 
 
 def train_with_two_processes(task: str, config: Path, folder: Path) -> None:

@@ -1,0 +1,34 @@
+"""Kill a program at a moment that does not depend on the machine's speed."""
+
+import signal
+import subprocess
+import sys
+
+_PROGRAM = """
+import os, runpy, signal, sys
+
+_, writes, module, *arguments = sys.argv
+replace, left = os.replace, int(writes)
+
+def replace_and_die(source, target):
+    global left
+    replace(source, target)
+    left -= str(target).endswith(".pth")
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = replace_and_die
+sys.argv = [module, *arguments]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+def run_until_killed(module: str, *arguments: object, writes: int = 1) -> None:
+    """Run `python -m module arguments`, and kill -9 it as soon as its n-th checkpoint is whole.
+
+    Args:
+        writes: Number of checkpoints (`*.pth`) that are written before the kill.
+    """
+    command = [sys.executable, "-c", _PROGRAM, str(writes), module, *map(str, arguments)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
