@@ -275,7 +275,7 @@ def _convert(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
     name = arguments.model or (arguments.source if arguments.source in zoo else None)
     model = build_model(name, find(zoo, name)) if name else None
     source = arguments.source
-    if Path(source).is_file() or source.startswith(("http://", "https://")):
+    if os.path.isfile(source) or source.lower().startswith(("http://", "https://")):
         source = fetch_checkpoint(source, arguments.offline)
     else:
         source = find(zoo, source).fetch(arguments.offline)
