@@ -85,10 +85,10 @@ class _WrongContents(ValueError):
 
 
 def _spellings(address: str) -> list[str]:
-    folder, slash, name = address.rpartition("/")
+    folder, name, query = re.fullmatch(r"([^?#]*/)?([^?#]*)(.*)", address).groups("")
     one, other = "flash_internimage_", "flash_intern_image_"
     swapped = name.replace(one, other) if one in name else name.replace(other, one)
-    return list(dict.fromkeys([address, folder + slash + swapped]))
+    return list(dict.fromkeys([address, folder + swapped + query]))
 
 
 def _key(address: str, sha256: str | None) -> str:

@@ -166,6 +166,7 @@ def test_both_spellings_are_tried(server, base, there, asked_for):
     assert download(f"{base}/{asked_for}", offline=True) == path
     assert download(f"{base}/{asked_for}") == path
     assert server.requests == []
+    assert download(f"{base}/{asked_for}?from=a/b").name == there
 
 
 @pytest.mark.parametrize("by", ["argument", "environment"])
