@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import unpickling
-from .downloads import download
+from .downloads import download, hide_secrets
 from .files import write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -99,29 +99,31 @@ def load_checkpoint(
 def fetch_checkpoint(
     source: str | os.PathLike, offline: bool = False, sha256: str | None = None
 ) -> Path:
-    """The local file of a checkpoint, downloaded on first use.
+    """Return the local file of a checkpoint, downloading it on first use.
 
     Args:
-        source: a path, an address (http, https), or the name and tag of pretrained weights
-            ('flash_internimage_tiny.in1k').
-        offline: see :func:`~.downloads.download`, as all that follows.
-        sha256: of an address's contents, if known.
+        source: A path, an http or https address, or the name and tag of pretrained weights, such as
+            'flash_internimage_tiny.in1k'.
+        offline: Use the caches only, see :func:`~.downloads.download`.
+        sha256: Expected SHA-256 of a download.
 
     Raises:
-        FileNotFoundError: it is neither a file nor a name with released weights, or not there.
-        OSError: the download failed.
-        ValueError: the contents are others than expected.
+        FileNotFoundError: `source` is neither a file nor a name with released weights, or the
+            file does not exist there.
+        OSError: The download failed, or is not a checkpoint.
+        ValueError: The download does not have the expected SHA-256.
     """
     source = str(source)
-    if Path(source).is_file():
+    # Not Path.is_file, which raises an error for addresses longer than a file name may be.
+    if os.path.isfile(source):
         return Path(source)
     released = timm.list_pretrained("flash_internimage*")
     if source in released:
         source = timm.get_pretrained_cfg(source).url
-    elif not source.startswith(("http://", "https://")):
+    elif not source.lower().startswith(("http://", "https://")):
         raise FileNotFoundError(
-            f"checkpoint not found: {source} is neither a file, an address, nor one of "
-            f"{', '.join(released)}"
+            f"checkpoint not found: {hide_secrets(source)} is neither a file, an address, nor one "
+            f"of {', '.join(released)}"
         )
     return download(source, offline, sha256)
 

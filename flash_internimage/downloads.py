@@ -1,180 +1,214 @@
-"""Files of the internet in the user's cache: whole, resumed, and always the same ones."""
+"""Download checkpoints into the caches of huggingface_hub and torch.hub."""
 
 import hashlib
 import logging
-import os
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack
-from http.client import HTTPResponse
+import shutil
+import string
+import uuid
+import zipfile
+from contextlib import suppress
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.parse import unquote, urlparse
-from urllib.request import Request, urlopen
+from typing import BinaryIO
+from urllib.error import URLError
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
 from filelock import FileLock
-from huggingface_hub import constants, hf_hub_download, is_offline_mode
+from huggingface_hub import constants, hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import safe_open
 from tqdm import tqdm
+
+from .files import remove_partial_files, write_atomically
 
 _logger = logging.getLogger(__name__)
 
-_HUB = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
-
-
-class _NotFound(FileNotFoundError):
-    pass
+_HUB = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/resolve/([^/]+)/([^?#]+).*")
+_TIMEOUT = 60  # Seconds without an answer.
 
 
 def download(address: str, offline: bool = False, sha256: str | None = None) -> Path:
-    """The local copy of a file, downloaded on first use.
+    """Return the local copy of a checkpoint, downloading it on first use.
 
-    Files of huggingface.co are in the hub's cache (HF_HOME; HF_ENDPOINT names a mirror), others in
-    torch.hub's (TORCH_HOME), where addresses that end in the same name are the same file. What a
-    file's contents were when it was first used is noted beside torch.hub's cache, and every use
-    compares them.
+    Files on huggingface.co are kept in the hub's cache (`HF_HOME`; `HF_ENDPOINT` sets a mirror),
+    others in torch.hub's (`TORCH_HOME`), in one folder per address. Length, format and SHA-256 (if
+    given here or by the hub) are checked once, at the download. A cached file is used without a
+    request, without hashing and without writing, unless it is cut off or not a checkpoint: then it
+    is downloaded again.
 
     Args:
-        address: http or https. The authors' files are found in both of their spellings,
-            `flash_internimage_*` and `flash_intern_image_*`.
-        offline: use what was downloaded before; HF_HUB_OFFLINE=1 says so as well.
-        sha256: of the contents, if known.
+        address: An http or https address. The authors' files are found under both of their
+            spellings, `flash_internimage_*` and `flash_intern_image_*`.
+        offline: Use the caches only; `HF_HUB_OFFLINE=1` does the same.
+        sha256: Expected SHA-256 of the file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        OSError: the download failed; where the server permits, the next one goes on from there.
-        ValueError: the contents are others than expected.
+        FileNotFoundError: The file does not exist, or offline: not in the caches.
+        OSError: The download failed, or is not a checkpoint.
+        ValueError: The file does not have the expected SHA-256.
     """
+    address = quote(address, safe=string.punctuation)  # It may hold spaces, in secrets too.
     offline = offline or is_offline_mode()
-    missing: list[str] = []
-    for spelling in _spellings(address):
-        try:
-            path = _locate(spelling, offline)
-        except _NotFound as error:
-            missing.append(f"download of {spelling} failed: {error}")
-            # without a network, only the cache can have the other spelling
-            offline = offline or isinstance(error.__cause__, LocalEntryNotFoundError)
-            continue
-        except Exception as error:  # the hub's client lets many kinds through
-            raise OSError(f"download of {spelling} failed: {error}") from error
-        _compare(address, path, sha256)
-        return path
-    raise FileNotFoundError(missing[0] if offline else "; ".join(missing))
+    missing = []
+    for find in [_find] if offline else [_find, _fetch]:
+        for spelling in _spellings(address):
+            try:
+                if path := find(spelling, sha256):
+                    return path
+            except _WrongContents:
+                raise
+            except Exception as error:  # The hub's client raises exceptions of many kinds.
+                if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+                    error = error.__cause__  # The failed request.
+                reason = " ".join(str(error).split()) or type(error).__name__
+                missing.append(hide_secrets(f"download of {spelling} failed: {reason}"))
+                if getattr(error, "code", 0) != 404 and not isinstance(error, EntryNotFoundError):
+                    raise OSError(missing[-1]) from error
+    cache = constants.HF_HUB_CACHE if _HUB.fullmatch(address) else torch.hub.get_dir()
+    absent = (
+        f"download of {hide_secrets(address)} failed: not in the cache ({cache}) or damaged there, "
+        "and --offline or HF_HUB_OFFLINE forbids downloads"
+    )
+    raise FileNotFoundError("; ".join(missing) or absent)
 
 
-def _spellings(address: str) -> Iterator[str]:
-    yield address
-    folder, slash, name = address.rpartition("/")
+def hide_secrets(text: str) -> str:
+    """Replace user names, passwords and queries of the addresses in a text by '...'."""
+    text = re.sub(r"(?<=://)[^/\s]*@", "...@", text)
+    return re.sub(r"(://[^\s?#]*)[?#]\S*", r"\1?...", text)
+
+
+class _WrongContents(ValueError):
+    pass
+
+
+def _spellings(address: str) -> list[str]:
+    folder, name, query = re.fullmatch(r"([^?#]*/)?([^?#]*)(.*)", address).groups("")
     one, other = "flash_internimage_", "flash_intern_image_"
-    if one in name:
-        yield folder + slash + name.replace(one, other)
-    elif other in name:
-        yield folder + slash + name.replace(other, one)
+    swapped = name.replace(one, other) if one in name else name.replace(other, one)
+    return list(dict.fromkeys([address, folder + swapped + query]))
 
 
-def _offline(cache: str | Path) -> str:
-    return f"not in the cache ({cache}), and --offline or HF_HUB_OFFLINE forbids downloads"
+def _key(address: str, sha256: str | None) -> str:
+    # A file passes for one with this SHA-256 only if that was compared when it was downloaded.
+    return uuid.uuid5(uuid.NAMESPACE_URL, f"{address.partition('#')[0]} {sha256 or ''}").hex
 
 
-def _locate(address: str, offline: bool) -> Path:
-    """
-    Raises:
-        _NotFound: the server has no such file or, offline or without a network, the cache.
-        Exception: of any kind, the download failed.
-    """
-    parts = urlparse(address)
-    if on_hub := _HUB.fullmatch(f"{parts.scheme}://{parts.netloc}{parts.path}"):
+def _cache_path(address: str, sha256: str | None) -> Path | None:
+    """Return where the cache has a file, or would have it if that is known beforehand."""
+    if on_hub := _HUB.fullmatch(address):
         repository, revision, file = map(unquote, on_hub.groups())
-        try:
-            path = hf_hub_download(repository, file, revision=revision, local_files_only=offline)
-        except EntryNotFoundError as error:
-            if offline:
-                raise _NotFound(_offline(constants.HF_HUB_CACHE)) from error
-            reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
-            raise _NotFound(" ".join(reason.split())) from error
-        return Path(path)
+        path = try_to_load_from_cache(repository, file, revision=revision)
+        return Path(path) if isinstance(path, str) else None
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or "@" in parts.netloc:
+        raise ValueError("the address must be http(s)://HOST/PATH without a user name")
     name = Path(unquote(parts.path)).name
     if name in ("", ".."):
         raise ValueError("the address names no file")
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
-    if path.exists():
+    return Path(torch.hub.get_dir(), "checkpoints", _key(address, sha256), name)
+
+
+def _hub_sha256(path: Path) -> str | None:
+    """Return the SHA-256 of a large file in the hub's cache, which links to blobs of that name."""
+    name = path.readlink().name if path.is_symlink() else ""
+    return name if re.fullmatch("[0-9a-f]{64}", name) else None
+
+
+def _find(address: str, sha256: str | None) -> Path | None:
+    """Return the cached copy of a file if there is one, it is whole, and not known to be wrong."""
+    path = _cache_path(address, sha256)
+    if path and path.is_file() and _is_whole(path, path.name):
+        stated = _hub_sha256(path)
+        return path if stated == sha256 or None in (stated, sha256) else None
+    return None
+
+
+def _fetch(address: str, sha256: str | None) -> Path:
+    on_hub = _HUB.fullmatch(address)
+    path = _cache_path(address, sha256)
+    cache = Path(constants.HF_HUB_CACHE, ".locks") if on_hub else path.parents[1]
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{_key(address, sha256)}.lock"):
+        if found := _find(address, sha256):  # Another process has just downloaded it.
+            return found
+        _logger.info("downloading %s", hide_secrets(address))
+        if not on_hub:
+            return _fetch_from_server(address, path, sha256)
+        repository, revision, file = map(unquote, on_hub.groups())
+        path = Path(hf_hub_download(repository, file, revision=revision, force_download=bool(path)))
+        try:
+            for expected in {sha256, _hub_sha256(path)}:
+                _check(address, path, path.name, expected)
+        except BaseException:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise
         return path
-    if offline:
-        raise _NotFound(_offline(path.parent))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            _logger.info("downloading %s to %s", address, path)
-            try:
-                _download(address, path)
-            except HTTPError as error:
-                if error.code == 404:
-                    raise _NotFound(str(error)) from error
-                raise
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follow redirects to https, or from http to http; urllib also follows https to http or ftp."""
+
+    def redirect_request(self, request, response, code, message, headers, address):
+        scheme = urlsplit(address).scheme
+        if scheme not in ("https", request.type):
+            raise URLError(f"refused a redirect from {request.type} to {scheme}")
+        return super().redirect_request(request, response, code, message, headers, address)
+
+
+def _fetch_from_server(address: str, path: Path, sha256: str | None) -> Path:
+    # torch.hub.download_url_to_file would accept half a body, any redirect and endless waiting.
+    def write(file: BinaryIO) -> None:
+        with tqdm.wrapattr(
+            response, "read", response.length, desc=path.name, disable=None
+        ) as stream:
+            shutil.copyfileobj(stream, file, 1 << 20)
+        if response.length:
+            raise OSError(f"the connection ended {response.length:,} bytes too early")
+        file.flush()
+        _check(address, Path(file.name), path.name, sha256)
+
+    path.parent.mkdir(exist_ok=True)
+    remove_partial_files(path.parent)
+    request = Request(address, headers={"User-Agent": "torch.hub"})
+    try:
+        with build_opener(_Redirects).open(request, timeout=_TIMEOUT) as response:
+            write_atomically(path, write)
+    finally:
+        with suppress(OSError):
+            path.parent.rmdir()  # It is empty after a failure.
     return path
 
 
-def _open(address: str, **headers: str) -> HTTPResponse:
-    return urlopen(Request(address, headers={"User-Agent": "torch.hub", **headers}), timeout=60)
+def _is_whole(path: Path, name: str) -> bool:
+    """Check by the ends of a file that it can be a checkpoint and is not cut off."""
+    try:
+        if name.endswith(".safetensors"):
+            with safe_open(path, "pt"):  # The header states the length.
+                return True
+        with open(path, "rb") as file:
+            start = file.read(2)
+    except Exception:
+        return False
+    # A zip file ends with its directory. Old versions of torch wrote pickles.
+    return zipfile.is_zipfile(path) if start == b"PK" else b"\x80\x02" <= start <= b"\x80\x05"
 
 
-def _download(address: str, path: Path) -> None:
-    """Writes the whole file or leaves a part, from which the next attempt goes on.
+def _check(address: str, path: Path, name: str, sha256: str | None) -> None:
+    """Check a file that was just downloaded.
 
-    A part's name says of which version of the file it is.
-    """
-    with ExitStack() as stack:
-        response = stack.enter_context(_open(address))
-        version = response.headers["ETag"] or response.headers["Last-Modified"] or ""
-        size = int(response.headers["Content-Length"] or 0)
-        mark = hashlib.sha256(f"{address} {version}".encode()).hexdigest()[:8]
-        part = path.with_name(f"{path.name}.{mark}.part")
-        done = part.stat().st_size if version and part.exists() else 0
-        if 0 < done < size:
-            again = {"Range": f"bytes={done}-", "If-Range": version}
-            response = stack.enter_context(_open(address, **again))
-        if done != size and response.status != 206:
-            done = 0
-        file = stack.enter_context(open(part, "ab" if done else "wb"))
-        bar = stack.enter_context(
-            tqdm(desc=path.name, total=size or None, initial=done, unit="B", unit_scale=True,
-                 disable=None)
-        )  # fmt: skip
-        while (not size or done < size) and (chunk := response.read(1 << 20)):
-            file.write(chunk)
-            done += len(chunk)
-            bar.update(len(chunk))
-        file.flush()
-        os.fsync(file.fileno())
-    if size and done != size:
-        raise OSError(f"the connection ended after {done:,} of {size:,} bytes")
-    os.replace(part, path)
-
-
-def _compare(address: str, path: Path, sha256: str | None) -> None:
-    """
     Raises:
-        ValueError: the contents of the file are not those that its address had.
+        OSError: It is not a checkpoint, or cut off.
+        _WrongContents: It has another SHA-256.
     """
     with open(path, "rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    # an address may be longer than a file's name
-    mark = hashlib.sha256(address.encode()).hexdigest()[:16]
-    note = Path(torch.hub.get_dir(), "sha256", f"{path.name[:100]}.{mark}")
-    noted = note.read_text().strip() if note.exists() else ""
-    # the hub's cache calls large files by their sha256
-    on_hub = path.resolve().name if re.fullmatch("[0-9a-f]{64}", path.resolve().name) else ""
-    for expected, source in (
-        (sha256, "it is known to have"),
-        (on_hub, "the hub says"),
-        (noted, f"it had when first used, which {note} notes"),
-    ):
-        if expected and expected != actual:
-            raise ValueError(
-                f"{address} has another sha256 than {source}: {actual}, expected {expected}. "
-                f"Delete {path} to download it again"
-            )
-    if not noted:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(actual + "\n")
+        if not _is_whole(path, name):
+            raise OSError(f"not a whole checkpoint: it begins with {file.read(16)!r}")
+        actual = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
+    if actual != sha256:
+        raise _WrongContents(
+            f"SHA-256 mismatch for {hide_secrets(address)}: expected {sha256}, got {actual}"
+        )

@@ -1,4 +1,4 @@
-"""Servers on this machine for what is downloaded elsewhere."""
+"""HTTP servers on this machine that stand in for the ones that downloads come from."""
 
 import hashlib
 import re
@@ -16,24 +16,31 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FileServer(ThreadingHTTPServer):
-    """Serves `files`, contents by path, as the hub does: by parts, and in versions.
+    """Serve `files`, a dict from paths to contents, as the hub does.
 
     Attributes:
-        cut: answers end after so many bytes, though they promise all of them.
-        ranges: whether it honours requests for a part.
-        requests: method, path and wanted part of those it had.
+        status: Status of every answer; others than 200 come without a file.
+        redirects: Locations by path; they are answered with status 302.
+        headers: Sent in the place of the usual ones, or besides; None leaves one out.
+        cut: Number of bytes after which the connection ends early.
+        silent: Whether to leave requests unanswered.
+        requests: Method, path and range of each request so far.
     """
 
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files = files
+        self.status = 200
+        self.redirects: dict[str, str] = {}
+        self.headers: dict[str, str | None] = {}
         self.cut: int | None = None
-        self.ranges = True
+        self.silent = False
         self.requests: list[tuple[str, str, str | None]] = []
         self.address = f"http://127.0.0.1:{self.server_port}"
+        self.closing = threading.Event()
 
     def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # clients leave early in some tests
+        if not isinstance(sys.exception(), ConnectionError):  # Some clients leave early.
             super().handle_error(request, client_address)
 
 
@@ -47,36 +54,35 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_GET(self) -> None:
-        contents = self._answer()
-        self.wfile.write(contents[: self.server.cut])
+        self.wfile.write(self._answer()[: self.server.cut])
 
     def _answer(self) -> bytes:
         path, wanted = urlsplit(self.path).path, self.headers["Range"]
         self.server.requests.append((self.command, path, wanted))
+        if self.server.silent:
+            self.server.closing.wait()
+        if path in self.server.redirects:
+            return self._send(302, {"Location": self.server.redirects[path]})
+        if self.server.status != 200:
+            return self._send(self.server.status, {})
         contents = self.server.files.get(path)
         if contents is None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self._end({"Content-Length": "0"})
-            return b""
-        version = f'"{hashlib.sha256(contents).hexdigest()}"'
-        size = len(contents)
-        headers = {"ETag": version, "Accept-Ranges": "bytes"}
-        fresh = self.headers["If-Range"] in (None, version)
-        if wanted and self.server.ranges and fresh:
-            first = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
-            self.send_response(206)
-            headers["Content-Range"] = f"bytes {first}-{size - 1}/{size}"
-            contents = contents[first:]
-        else:
-            self.send_response(200)
-        self._end(headers | {"Content-Length": str(len(contents))})
-        return contents
+            return self._send(404, {"X-Error-Code": "EntryNotFound"})
+        headers = {"ETag": f'"{hashlib.sha256(contents).hexdigest()}"'}
+        if wanted is None:
+            return self._send(200, headers, contents)
+        first, size = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]), len(contents)
+        headers["Content-Range"] = f"bytes {first}-{size - 1}/{size}"
+        return self._send(206, headers, contents[first:])
 
-    def _end(self, headers: dict[str, str]) -> None:
-        for name, value in {"X-Repo-Commit": COMMIT, "Connection": "close", **headers}.items():
-            self.send_header(name, value)
+    def _send(self, status: int, headers: dict[str, str], contents: bytes = b"") -> bytes:
+        usual = {"X-Repo-Commit": COMMIT, "Connection": "close", "Content-Length": len(contents)}
+        self.send_response(status)
+        for name, value in {**usual, **headers, **self.server.headers}.items():
+            if value is not None:
+                self.send_header(name, str(value))
         self.end_headers()
+        return contents
 
 
 @contextmanager
@@ -85,12 +91,13 @@ def serve(files: dict[str, bytes]) -> Iterator[FileServer]:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
+        server.closing.set()
         server.shutdown()
         thread.join()
 
 
 def use_own_caches(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    """Downloads go to `folder`, and servers of this machine are reached without a proxy."""
+    """Download to `folder`, and reach servers on this machine without a proxy."""
     monkeypatch.setenv("TORCH_HOME", f"{folder}/torch")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", f"{folder}/hub")
     for name in ("http_proxy", "https_proxy", "all_proxy"):
@@ -100,7 +107,7 @@ def use_own_caches(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
 
 
 def use_as_hub(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    """What HF_ENDPOINT does where it is set before the hub's client is imported."""
+    """Do what HF_ENDPOINT does if it is set before huggingface_hub is imported."""
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -275,7 +275,7 @@ def _convert(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
     name = arguments.model or (arguments.source if arguments.source in zoo else None)
     model = build_model(name, find(zoo, name)) if name else None
     source = arguments.source
-    if Path(source).is_file() or source.startswith(("http://", "https://")):
+    if os.path.isfile(source) or source.lower().startswith(("http://", "https://")):
         source = fetch_checkpoint(source, arguments.offline)
     else:
         source = find(zoo, source).fetch(arguments.offline)
@@ -335,7 +335,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     cached = argparse.ArgumentParser(add_help=False)
-    cached.add_argument("--offline", action="store_true", help="take what was downloaded before")
+    cached.add_argument("--offline", action="store_true", help="use downloaded files only")
 
     listing = commands.add_parser("list", help="all names, sizes and published figures")
     listing.set_defaults(run=_list)
@@ -344,7 +344,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     info.add_argument("name", metavar="NAME")
     info.set_defaults(run=_info)
 
-    download = commands.add_parser("download", parents=[cached], help="into the user's cache")
+    download = commands.add_parser("download", parents=[cached], help="download to the cache")
     download.add_argument("names", nargs="+", metavar="NAME")
     download.set_defaults(run=_download)
 

@@ -48,7 +48,7 @@ class Entry(Section):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
     def fetch(self, offline: bool = False) -> Path:
-        """The local file, see :func:`flash_internimage.checkpoint.fetch_checkpoint`."""
+        """Return the local file, downloading it on first use."""
         return fetch_checkpoint(self.addresses[0], offline, self.sha256)
 
 

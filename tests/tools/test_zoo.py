@@ -144,6 +144,14 @@ def test_what_is_not_there_is_one_error(server, refused):
     assert f"download of {HUB}/nano.pth failed: 404" in refused("download", NANO)
 
 
+def test_a_login_page_is_not_kept(server, refused, run):
+    whole = dict(server.files)
+    server.files = dict.fromkeys(whole, b"<html>Log in</html>")
+    assert "not a whole checkpoint: it begins with b'<html>" in refused("download", NANO)
+    server.files = whole
+    assert load_checkpoint(run("download", NANO).strip())["epoch"] == 299
+
+
 def test_timm_and_openmmlab_take_the_same_file(server, weights, run):
     run("download", NANO)
     address = f"{HUB}/nano.pth"
