@@ -1,7 +1,6 @@
 """The model of a configuration, with its initial weights."""
 
 import difflib
-from functools import partial
 from pathlib import Path
 
 import timm
@@ -48,26 +47,20 @@ def create_model(options: Model, pretrained: bool = False) -> nn.Module:
         close = difflib.get_close_matches(options.name, timm.list_models(), n=1)
         hint = f", did you mean '{close[0]}'?" if close else ""
         raise ConfigError(f"model.name: timm knows no model '{options.name}'{hint}")
-    create = partial(
-        timm.create_model,
-        options.name,
-        pretrained=pretrained,
-        num_classes=options.num_classes,
-        **options.args,
-    )
+    arguments = {"pretrained": pretrained, "num_classes": options.num_classes}
     rate = options.drop_path_rate
     try:
         try:
-            return create(drop_path_rate=rate)
+            return timm.create_model(options.name, **arguments, drop_path_rate=rate, **options.args)
         except TypeError as error:
-            if "'drop_path_rate'" not in str(error):
+            if "unexpected" not in str(error) or "'drop_path_rate'" not in str(error):
                 raise
             if rate > 0:
                 raise ConfigError(
                     f"model.drop_path_rate must be 0 for {options.name}, which has no stochastic "
                     f"depth, got {rate}"
                 ) from error
-            return create()
+            return timm.create_model(options.name, **arguments, **options.args)
     except ConfigError:
         raise
     except Exception as error:  # models raise errors of any kind for arguments that do not fit
