@@ -45,13 +45,13 @@ def titles(monkeypatch) -> list[str]:
     ["$x^", "$a$ _ $\\frac$", "_", "^_^", "\\", "a\nb", "\udcff", "\x00", "x" * 300, "犬", "%", ""],
 )
 def test_class_names_are_drawn_as_they_are(tmp_path, titles, name):
-    names = [name, "other"]
-    save_predictions(Model(2), samples([0, 1]), Data(), names, tmp_path / "predictions.png")
+    (right, wrong) = samples([0, 0])
+    dataset = [right, (wrong[0], 1)]
+    save_predictions(Model(2), dataset, Data(), [name, name], tmp_path / "predictions.png")
     assert (tmp_path / "predictions.png").stat().st_size > 0
-    assert len(titles) == 2
     if name.isprintable() and len(name) < 24:
-        assert titles[0].startswith(f"{name} (")
-    assert len(titles[0]) < 40
+        assert titles == [f"{name} (73 %)", f"{name} (73 %)\nis {name}"]
+    assert all(len(line) < 40 for title in titles for line in title.splitlines())
 
 
 def test_unreadable_images_are_not_drawn(tmp_path, titles):
