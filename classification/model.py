@@ -65,8 +65,7 @@ def create_model(options: Model, pretrained: bool = False) -> nn.Module:
         raise
     except Exception as error:  # models raise errors of any kind for arguments that do not fit
         raise ConfigError(
-            f"model.name={options.name} with model.args={options.args} cannot be created: "
-            f"{one_line(error)}"
+            f"model.args {options.args} do not fit model.name={options.name}: {one_line(error)}"
         ) from error
 
 
