@@ -1,22 +1,47 @@
 """The configuration of a training run: YAML, strictly checked, with `key=value` overrides."""
 
 import difflib
+import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    PositiveInt,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+from timm.optim import get_optimizer_info, list_optimizers
 
-Probability = Annotated[float, Field(ge=0, le=1)]
+MAX_FILE_SIZE = 100_000  # bytes
+MAX_ALIASES = 100
+DATA_KINDS = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")  # of timm
+
+# Strict: true is no number here, and neither are NaN and infinity.
+Integer = Annotated[int, Field(strict=True, le=2**31 - 1)]
+NonNegativeInt = Annotated[Integer, Field(ge=0)]
+PositiveInt = Annotated[Integer, Field(gt=0)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+Probability = Annotated[Number, Field(ge=0, le=1)]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+
+
+def _in_order(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError("the first value must not exceed the second")
+    return limits
+
+
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_in_order)]
 
 
 class Section(BaseModel):
@@ -26,7 +51,7 @@ class Section(BaseModel):
 class Model(Section):
     name: str = "flash_internimage_tiny"
     num_classes: PositiveInt = 1000
-    drop_path_rate: float = Field(0.1, ge=0, lt=1)
+    drop_path_rate: Number = Field(0.1, ge=0, lt=1)
     args: dict[str, Any] = {}  # further arguments of the timm model
     initial_checkpoint: str | None = None
     # A text file with one class index of the initial checkpoint per class of this model: keeps
@@ -35,36 +60,66 @@ class Model(Section):
     grad_checkpointing: bool = False
     compile: bool = False
 
+    @field_validator("args")
+    @classmethod
+    def _plain(cls, args: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(args, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "must hold strings, finite numbers, booleans, lists and mappings"
+            ) from error
+        return args
+
 
 class Data(Section):
     root: str = "data/imagenet"
     kind: str = ""  # a timm dataset prefix such as 'hfds/' or 'wds/'; empty for folders and tars
-    train_split: str = "train"
-    val_split: str = "val"
+    train_split: str = Field("train", min_length=1)
+    val_split: str = Field("val", min_length=1)
     image_size: PositiveInt = 224
-    crop_pct: float = Field(1.0, gt=0, le=1)
+    crop_pct: Number = Field(1.0, ge=0.1, le=1)
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    workers: int = Field(8, ge=0)  # per process
-    max_corrupt: int = Field(100, ge=0)  # unreadable images, per process, that stop the run
+    mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    workers: NonNegativeInt = 8  # per process
+    max_corrupt: NonNegativeInt = 100  # more unreadable files in a split stop the run
+
+    @field_validator("kind")
+    @classmethod
+    def _known_to_timm(cls, kind: str) -> str:
+        if kind and not kind.lower().startswith(DATA_KINDS):
+            raise ValueError(f"must be empty or start with one of {', '.join(DATA_KINDS)}")
+        return kind
 
 
 class Augmentation(Section):
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: Range = (0.08, 1.0)
+    ratio: Range = (3 / 4, 4 / 3)
     hflip: Probability = 0.5
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    color_jitter: NonNegativeFloat = 0.4  # without effect beside auto_augment
+    color_jitter: NonNegative = 0.4  # without effect beside auto_augment
     random_erasing: Probability = 0.25
     random_erasing_mode: Literal["pixel", "const", "rand"] = "pixel"
     random_erasing_count: PositiveInt = 1
-    mixup: NonNegativeFloat = 0.8
-    cutmix: NonNegativeFloat = 1.0
+    mixup: NonNegative = 0.8
+    cutmix: NonNegative = 1.0
     mixup_prob: Probability = 1.0
     mixup_switch_prob: Probability = 0.5
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    label_smoothing: Number = Field(0.1, ge=0, lt=1)
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _known_policy(cls, policy: str | None) -> str | None:
+        # timm ignores the parts of a policy that it does not know.
+        known = r"(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z]+\d[\d.]*|-t[a-z]+)*"
+        if policy is not None and not re.fullmatch(known, policy):
+            raise ValueError(
+                "must be null or a policy of timm such as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', "
+                "'original', 'v0' or '3a'"
+            )
+        return policy
 
     @property
     def mixes(self) -> bool:
@@ -73,41 +128,62 @@ class Augmentation(Section):
 
 class Optimizer(Section):
     name: str = "adamw"
-    lr: NonNegativeFloat = 5e-4  # for lr_batch images per update
+    lr: NonNegative = 5e-4  # for lr_batch images per update
     # lr, warmup_lr and min_lr are scaled by the images per update over this; null: not scaled.
     lr_batch: PositiveInt | None = 512
-    weight_decay: NonNegativeFloat = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip_grad: float | None = Field(5.0, gt=0)  # norm
-    layer_decay: float | None = Field(None, gt=0, le=1)
-    dcn_lr_multiplier: NonNegativeFloat = 1.0  # of offset_mask and offset_mask_dw
+    weight_decay: NonNegative = 0.05
+    betas: tuple[Beta, ...] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    clip_grad: Positive | None = 5.0  # norm
+    layer_decay: Number | None = Field(None, gt=0, le=1)
+    dcn_lr_multiplier: NonNegative = 1.0  # of offset_mask and offset_mask_dw
+
+    @field_validator("name")
+    @classmethod
+    def _suitable(cls, name: str) -> str:
+        known = list_optimizers()
+        if name.lower() not in known:
+            close = difflib.get_close_matches(name.lower(), known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else "see timm.optim.list_optimizers()"
+            raise ValueError(f"must be an optimizer of timm, {hint}")
+        if get_optimizer_info(name).second_order:
+            raise ValueError("must be an optimizer that uses first derivatives alone")
+        return name
+
+    @field_validator("betas")
+    @classmethod
+    def _as_many_as_needed(cls, betas: tuple[float, ...], fields: ValidationInfo):
+        name = fields.data.get("name")  # absent if it is not valid
+        info = get_optimizer_info(name) if name else None
+        if info and info.has_betas and len(betas) != info.num_betas:
+            raise ValueError(f"must be {info.num_betas} values for {name}")
+        return betas
 
 
 class Schedule(Section):
     name: Literal["cosine", "linear", "step"] = "cosine"
     epochs: PositiveInt = 300
-    warmup_epochs: NonNegativeFloat = 20
-    warmup_lr: NonNegativeFloat = 5e-7
-    min_lr: NonNegativeFloat = 5e-6
-    decay_epochs: NonNegativeFloat = 30  # of 'step'
-    decay_rate: float = Field(0.1, gt=0, le=1)  # of 'step'
+    warmup_epochs: NonNegative = 20
+    warmup_lr: NonNegative = 5e-7
+    min_lr: NonNegative = 5e-6
+    decay_epochs: Positive = 30  # of 'step'
+    decay_rate: Number = Field(0.1, gt=0, le=1)  # of 'step'
 
 
 class Checkpoints(Section):
-    every_epochs: int = Field(0, ge=0)  # keep a copy every so many epochs; 0: none
-    every_updates: int = Field(0, ge=0)  # save `last` within an epoch too; 0: at its end alone
+    every_epochs: NonNegativeInt = 0  # keep a copy every so many epochs; 0: none
+    every_updates: NonNegativeInt = 0  # save `last` within an epoch too; 0: at its end alone
 
 
 class Config(Section):
-    output: str = "output"
-    seed: int = 0
+    output: str = Field("output", min_length=1)
+    seed: int = Field(0, strict=True, ge=0, lt=2**63)
     device: str = "auto"
     batch_size: PositiveInt = 128  # per process and accumulation step
     val_batch_size: PositiveInt = 128
     accumulation_steps: PositiveInt = 1
     amp: Literal["off", "bf16", "fp16"] = "fp16"
-    ema_decay: float | None = Field(0.9999, ge=0, lt=1)
+    ema_decay: Number | None = Field(0.9999, ge=0, lt=1)
     max_nonfinite: PositiveInt = 20  # updates in a row without a finite loss that stop the run
     model: Model = Model()
     data: Data = Data()
@@ -132,18 +208,104 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message says where and why."""
 
 
-def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file and applies `key=value` overrides, such as `optimizer.lr=1e-3`.
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one line, or its type if there is none."""
+    return f"{' '.join(str(error).split()) or type(error).__name__:.500}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without duplicate keys and without aliases that refer to aliases.
+
+    Of the scalars that YAML 1.1 knows, numbers and booleans are those of YAML 1.2: 1e-3 is a number
+    and off is a string.
+    """
+
+    _aliases = 0
+    _within_anchors = 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        is_alias = isinstance(event, yaml.AliasEvent)
+        self._aliases += is_alias
+        # Nested, a few aliases would stand for billions of values, or for themselves.
+        if is_alias and (self._within_anchors or self._aliases > MAX_ALIASES):
+            raise yaml.MarkedYAMLError(
+                problem=f"alias '*{event.anchor}' within an anchor, or after {MAX_ALIASES} others",
+                problem_mark=event.start_mark,
+            )
+        anchors = int(not is_alias and event.anchor is not None)
+        self._within_anchors += anchors
+        node = super().compose_node(parent, index)
+        self._within_anchors -= anchors
+        return node
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"duplicate key '{key.value}'", problem_mark=key.start_mark
+                    )
+                keys.add(key.value)
+        return node
+
+
+_CORE_SCALARS = {
+    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CORE_SCALARS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, (_pattern, _first) in _CORE_SCALARS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list(_first))
+
+
+def load_yaml(text: str | bytes, name: str | os.PathLike) -> Any:
+    """Read YAML strictly.
+
+    Args:
+        text: UTF-8 if bytes.
+        name: How an error calls it.
 
     Raises:
-        ConfigError: the file is missing or no YAML, or a key or value is not accepted.
+        ConfigError: It is not valid, has a key twice, or nests aliases.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{name} is not valid YAML: {error.problem}{line}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name} is not valid YAML: too deeply nested") from error
+    except Exception as error:  # constructors of values raise errors of any kind
+        raise ConfigError(f"{name} is not valid YAML: {one_line(error)}") from error
+
+
+def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file and apply `key=value` overrides, such as `optimizer.lr=1e-3`.
+
+    Raises:
+        ConfigError: The file is missing or no YAML, or a key or value is not accepted.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_FILE_SIZE + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the config {path}: {reason}") from error
+    if len(text) > MAX_FILE_SIZE:
+        raise ConfigError(f"{path} must be a YAML file of at most {MAX_FILE_SIZE} bytes")
+    content = load_yaml(text, path)
+    if content is None:
+        content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}")
     for override in overrides or []:
@@ -154,27 +316,41 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> 
         raise ConfigError(explain(error, Config, path)) from error
 
 
+def check_output(output: str) -> None:
+    """Check that a run can write to its `output`, which need not exist.
+
+    Raises:
+        ConfigError: It is a file, or it or the folder that it would be in cannot be written.
+    """
+    path = Path(output).absolute()
+    existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not existing.is_dir():
+        raise ConfigError(f"output must be a folder, got '{output}': {existing} is none")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"output must be writable, got '{output}': {existing} is not")
+
+
 def _apply(content: dict, override: str) -> None:
     key, equals, value = override.partition("=")
-    if not equals:
-        raise ConfigError(f"an override must be key=value, got {override!r}")
     *sections, leaf = key.split(".")
+    if not equals or not all([*sections, leaf]):
+        raise ConfigError(f"an override must be key=value, got {override!r}")
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
             raise ConfigError(f"{override}: {section} is not a section")
-    content[leaf] = yaml.safe_load(value)
+    content[leaf] = load_yaml(value, override)
 
 
 def explain(error: ValidationError, section: type[Section], where: str | os.PathLike) -> str:
-    """What a section does not accept, and what was perhaps meant, a line for each."""
+    """Say what a section does not accept, and what was perhaps meant, in a line for each."""
     return "\n".join(f"{where}: {_explain(one, section)}" for one in error.errors())
 
 
 def _explain(error: dict, section: type[Section]) -> str:
     location = [str(part) for part in error["loc"]]
     if error["type"] != "extra_forbidden":
-        given = "" if error["type"] == "missing" else f", got {error['input']!r}"
+        given = "" if error["type"] == "missing" else f", got {_shown(error['input'])}"
         message = error["msg"].removeprefix("Value error, ")
         return f"{'.'.join(location)}: {message}{given}" if location else message
     for part in location[:-1]:
@@ -187,3 +363,8 @@ def _explain(error: dict, section: type[Section]) -> str:
         else f"known are {', '.join(known)}"
     )
     return f"unknown key '{'.'.join(location)}', {hint}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

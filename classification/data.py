@@ -1,7 +1,6 @@
 """Data sets and loaders: timm's readers and transforms, unreadable images skipped and counted."""
 
 import logging
-import multiprocessing
 import os
 import signal
 import threading
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from timm.data import (
     ImageDataset,
@@ -19,10 +19,15 @@ from timm.data import (
     create_transform,
 )
 from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from .config import Augmentation, Config, ConfigError, Data
+from flash_internimage.files import check_no_loops
+from flash_internimage.images import MAX_ASPECT_RATIO, UnreadableImage, read_image
+
+from .config import Augmentation, Config, ConfigError, Data, one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -30,7 +35,11 @@ SKIPPED = -1  # the label of an image that could not be read, in evaluation
 
 
 class TooManyCorruptImages(RuntimeError):
-    """More images than `data.max_corrupt` could not be read."""
+    """Unreadable images stop the run: more files than `data.max_corrupt`, all, or a stream's."""
+
+    def __init__(self, message: str):
+        # A DataLoader raises the errors of its workers anew, with their traceback as the message.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class SkippingImageDataset(ImageDataset):
@@ -44,40 +53,117 @@ class SkippingImageDataset(ImageDataset):
         super().__init__(root=None, reader=reader)
         self.is_training = is_training
         self.max_corrupt = max_corrupt
-        # Shared with the loader's worker processes.
-        self._corrupt = multiprocessing.Value("l", 0)
+        # One flag per image, shared with the loader's worker processes.
+        self._unreadable = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
 
     @property
     def corrupt(self) -> int:
-        """Unreadable images met so far, an image counting each time that it is met."""
-        return self._corrupt.value
+        """Number of different images that could not be read so far."""
+        return int(self._unreadable.sum())
 
     def __getitem__(self, index: int):
-        while True:
+        for i in range(index, index + len(self)):
             try:
-                stream, target = self.reader[index]
-                with Image.open(stream) as image:
-                    image = image.convert("RGB")
+                image, target = self._read(i % len(self))
                 break
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                self._count(index, error)
+            except UnreadableImage as error:
+                self._count(i % len(self), error)
             if not self.is_training:
-                image, target = Image.new("RGB", (256, 256)), SKIPPED
+                image, target = _placeholder(), SKIPPED
                 break
-            index = (index + 1) % len(self)
+        else:
+            raise TooManyCorruptImages(f"none of the {len(self)} images of a split can be read")
         return self.transform(image), target
 
-    def _count(self, index: int, error: Exception) -> None:
-        with self._corrupt.get_lock():
-            self._corrupt.value += 1
-            corrupt = self._corrupt.value
-        path = self.reader.filename(index, absolute=True)
-        _logger.warning("skipped an unreadable image: %s (%s)", path, error)
-        if corrupt > self.max_corrupt:
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        name = self._name(index)
+        try:
+            if isinstance(self.reader, ReaderImageFolder):
+                # The reader would open the file, and wait for ever if it is a FIFO.
+                source, target = self.reader.samples[index]
+                return read_image(source, name).convert("RGB"), target
+            stream, target = self.reader[index]
+            with stream:
+                return read_image(stream, name).convert("RGB"), target
+        except UnreadableImage:
+            raise
+        except Exception as error:  # of a tar file or of the conversion
+            raise UnreadableImage(f"cannot read image {name}: {one_line(error)}") from error
+
+    def _name(self, index: int) -> str:
+        if isinstance(self.reader, ReaderImageInTar):
+            return printable(f"{self.reader.root}:{self.reader.filename(index)}")
+        try:
+            return printable(str(self.reader.filename(index, absolute=True) or f"number {index}"))
+        except Exception:
+            return f"number {index}"
+
+    def _count(self, index: int, error: UnreadableImage) -> None:
+        if self._unreadable[index]:
+            return
+        self._unreadable[index] = True
+        _logger.warning("skipped: %s", error)
+        self._check_count(f"; the last one: {error}")
+
+    def _check_count(self, detail: str = "") -> None:
+        if (corrupt := self.corrupt) > self.max_corrupt:
             raise TooManyCorruptImages(
-                f"{corrupt} unreadable images are more than data.max_corrupt={self.max_corrupt}; "
-                f"the last one was {path}"
+                f"{corrupt} unreadable images are more than data.max_corrupt={self.max_corrupt}"
+                f"{detail}"
             )
+
+    def share_unreadable(self, device: torch.device) -> None:
+        """Count what other processes could not read; every process must call this.
+
+        Raises:
+            TooManyCorruptImages: They are too many together, in every process.
+        """
+        flags = self._unreadable.to(device, torch.uint8)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        self._unreadable.copy_(flags)
+        self._check_count()
+
+
+class SkippingStream(IterableImageDataset):
+    """A timm IterableImageDataset, whose reader decodes images itself.
+
+    Images that could not be resized within bounded memory are skipped in training, and labelled
+    `SKIPPED` in evaluation.
+    """
+
+    def __init__(self, reader, is_training: bool, kind: str):
+        super().__init__(root=None, reader=reader)
+        self.is_training = is_training
+        self.kind = kind
+
+    def __iter__(self):
+        images = iter(self.reader)
+        while True:
+            try:
+                image, target = next(images)
+            except StopIteration:
+                return
+            except Exception as error:
+                # Readers skip what they can; after another error they cannot continue.
+                raise TooManyCorruptImages(
+                    f"data.kind={self.kind}: cannot read the stream: "
+                    f"{type(error).__name__}: {one_line(error)}"
+                ) from error
+            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                _logger.warning("skipped: an image of %d x %d pixels in a stream", *image.size)
+                if self.is_training:
+                    continue
+                image, target = _placeholder(), SKIPPED
+            yield self.transform(image), target
+
+
+def _placeholder() -> Image.Image:
+    return Image.new("RGB", (256, 256))
+
+
+def printable(text: str) -> str:
+    """Return text that any log or picture can show, for names of files that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def spread(length: int, limit: int | None) -> list[int]:
@@ -100,10 +186,10 @@ class EveryNth(Sampler[int]):
 
 
 def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) -> Dataset:
-    """The `split` of a data set, without its transform.
+    """Build the `split` of a data set, without its transform.
 
     Raises:
-        ConfigError: there is no such folder, or no images in it.
+        ConfigError: There is no such folder, no images in it, a loop of links or a damaged tar.
     """
     root = Path(data.root)
     if not data.kind and not root.exists():
@@ -113,6 +199,8 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
         raise ConfigError(f"data.root={root} must have a folder '{split}', it holds: {found}")
     source = root / split if not data.kind and root.is_dir() else root
     try:
+        if not data.kind and source.is_dir():
+            check_no_loops(source)
         dataset = create_dataset(
             data.kind,
             root=str(source),
@@ -121,20 +209,44 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
             batch_size=batch_size,
             search_split=False,
         )
-    except (RuntimeError, ValueError, OSError, AssertionError) as error:
-        raise ConfigError(f"data.root={source} cannot be read as a data set: {error}") from error
+        if isinstance(getattr(dataset, "reader", None), ReaderImageInTar):
+            _check_end_of_tar(source)
+    except Exception as error:  # timm, tarfile and packages of data sets raise any kind
+        raise ConfigError(
+            f"data.root={source} cannot be read as a data set"
+            f"{f' of data.kind={data.kind}' if data.kind else ''}: {one_line(error)}"
+        ) from error
+    if isinstance(dataset, IterableImageDataset):
+        return SkippingStream(dataset.reader, is_training, data.kind)
     if type(dataset) is not ImageDataset:
         return dataset
     return SkippingImageDataset(dataset.reader, is_training, data.max_corrupt)
 
 
+def _check_end_of_tar(path: Path) -> None:
+    # tarfile takes a file that ends between two members for a whole one.
+    with open(path, "rb") as file:
+        file.seek(-1024, os.SEEK_END)
+        if file.read().strip(b"\0"):
+            raise ValueError("the tar file is truncated, its end marker is missing")
+
+
+def class_to_index(dataset: Dataset) -> dict[str, int]:
+    """Return the indices of a data set's classes by their names; empty if it has no names."""
+    source = getattr(dataset, "reader", dataset)
+    for name in ("class_to_idx", "class_name_to_idx"):  # the latter is that of tar files
+        if getattr(source, name, None):
+            return getattr(source, name)
+    return {}
+
+
 def class_names(dataset: Dataset, num_classes: int) -> list[str]:
-    """Names of the classes, their numbers where the data set has none.
+    """Return the names of the classes, their numbers where the data set has none.
 
     Raises:
-        ConfigError: the data set has more classes than the model.
+        ConfigError: The data set has more classes than the model.
     """
-    class_to_idx = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
+    class_to_idx = class_to_index(dataset)
     if len(class_to_idx) > num_classes:
         raise ConfigError(
             f"model.num_classes={num_classes} is too small for the data set's "
@@ -158,20 +270,31 @@ def _erasing(augmentation: Augmentation) -> dict:
 
 
 def train_transform(data: Data, augmentation: Augmentation, for_prefetcher: bool):
-    return create_transform(
-        data.image_size,
-        is_training=True,
-        scale=augmentation.scale,
-        ratio=augmentation.ratio,
-        hflip=augmentation.hflip,
-        color_jitter=augmentation.color_jitter or None,
-        auto_augment=augmentation.auto_augment,
-        interpolation=data.interpolation,
-        mean=data.mean,
-        std=data.std,
-        use_prefetcher=for_prefetcher,
-        **_erasing(augmentation),
-    )
+    """Build the augmentation of training images.
+
+    Raises:
+        ConfigError: timm does not accept a setting.
+    """
+    try:
+        return create_transform(
+            data.image_size,
+            is_training=True,
+            scale=augmentation.scale,
+            ratio=augmentation.ratio,
+            hflip=augmentation.hflip,
+            color_jitter=augmentation.color_jitter or None,
+            auto_augment=augmentation.auto_augment,
+            interpolation=data.interpolation,
+            mean=data.mean,
+            std=data.std,
+            use_prefetcher=for_prefetcher,
+            **_erasing(augmentation),
+        )
+    except Exception as error:
+        raise ConfigError(
+            f"augmentation: timm cannot build it with auto_augment={augmentation.auto_augment}: "
+            f"{one_line(error)}"
+        ) from error
 
 
 def eval_transform(data: Data, for_prefetcher: bool = False):
@@ -267,7 +390,23 @@ def train_loader(
     return _loader(dataset, cfg.data, cfg.batch_size, device, sampler, drop_last=True, **erasing)
 
 
+def share_unreadable(loader: DataLoader | PrefetchLoader) -> None:
+    """Count the unreadable images of all processes together; every process must call this.
+
+    Raises:
+        TooManyCorruptImages: They are more than `data.max_corrupt`.
+    """
+    if dist.is_initialized() and isinstance(loader.dataset, SkippingImageDataset):
+        loader.dataset.share_unreadable(getattr(loader, "device", torch.device("cpu")))
+
+
 def set_epoch(loader: DataLoader | PrefetchLoader, epoch: int) -> None:
+    """Draw the order of an epoch's images; with several processes, all of them must call this.
+
+    Raises:
+        TooManyCorruptImages: The processes together have met too many.
+    """
+    share_unreadable(loader)
     if hasattr(loader.dataset, "set_epoch"):
         loader.dataset.set_epoch(epoch)
     if isinstance(loader.sampler, DistributedSampler):

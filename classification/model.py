@@ -15,35 +15,104 @@ from flash_internimage.checkpoint import (
     load_weights,
 )
 
-from .config import ConfigError, Model
+from .config import ConfigError, Model, one_line
 
 
 def build_model(options: Model) -> nn.Module:
-    """A timm model on the CPU.
+    """Build a timm model on the CPU.
 
     Raises:
-        ConfigError: the name or an argument is unknown, or the initial checkpoint does not fit.
+        ConfigError: The name or an argument is unknown, or the initial checkpoint does not fit.
+    """
+    model = create_model(options)
+    if options.initial_checkpoint is not None:
+        _load_initial(model, options)
+    if options.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except Exception as error:
+            raise ConfigError(
+                f"model.grad_checkpointing must be false for {options.name}: {one_line(error)}"
+            ) from error
+    return model
+
+
+def create_model(options: Model, pretrained: bool = False) -> nn.Module:
+    """Create a timm model, with its initial or its released weights.
+
+    Raises:
+        ConfigError: The name or an argument is unknown, or the released weights do not load.
     """
     if not timm.is_model(options.name):
         close = difflib.get_close_matches(options.name, timm.list_models(), n=1)
         hint = f", did you mean '{close[0]}'?" if close else ""
         raise ConfigError(f"model.name: timm knows no model '{options.name}'{hint}")
+    arguments = {"pretrained": pretrained, "num_classes": options.num_classes}
+    rate = options.drop_path_rate
     try:
-        model = timm.create_model(
-            options.name,
-            num_classes=options.num_classes,
-            drop_path_rate=options.drop_path_rate,
-            **options.args,
-        )
-    except TypeError as error:
+        try:
+            return timm.create_model(options.name, **arguments, drop_path_rate=rate, **options.args)
+        except TypeError as error:
+            if "unexpected" not in str(error) or "'drop_path_rate'" not in str(error):
+                raise
+            if rate > 0:
+                raise ConfigError(
+                    f"model.drop_path_rate must be 0 for {options.name}, which has no stochastic "
+                    f"depth, got {rate}"
+                ) from error
+            return timm.create_model(options.name, **arguments, **options.args)
+    except ConfigError:
+        raise
+    except Exception as error:  # models raise errors of any kind for arguments that do not fit
         raise ConfigError(
-            f"model.args {options.args} do not fit {options.name}: {error}"
+            f"model.args {options.args} do not fit model.name={options.name}: {one_line(error)}"
         ) from error
-    if options.initial_checkpoint is not None:
-        _load_initial(model, options)
-    if options.grad_checkpointing:
-        model.set_grad_checkpointing()
-    return model
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, image_size: int, num_classes: int) -> None:
+    """Check that a model classifies images, by trying one.
+
+    Args:
+        model: On the device where it will run; its mode is kept.
+        image_size: Height and width.
+        num_classes: Logits that it should return.
+
+    Raises:
+        ConfigError: It does not take the image, or returns something else.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        logits = model(torch.zeros(1, 3, image_size, image_size, device=device))
+        shape = tuple(logits.shape)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the model does not take images of data.image_size={image_size} with 3 channels: "
+            f"{one_line(error)}"
+        ) from error
+    finally:
+        model.train(was_training)
+    if shape != (1, num_classes):
+        raise ConfigError(
+            f"the model must return (N, {num_classes}) logits for model.num_classes={num_classes}, "
+            f"got {shape} for one image"
+        )
+
+
+def find_not_finite(model: nn.Module) -> str | None:
+    """Return the name of the first weight that is NaN or infinite, or buffer that is NaN."""
+
+    def broken(tensor: torch.Tensor, is_weight: bool) -> bool:
+        # An infinite buffer can be right, such as the mask of an attention.
+        bad = ~torch.isfinite(tensor) if is_weight else torch.isnan(tensor)
+        return bool(bad.any())
+
+    tensors = [(name, tensor, True) for name, tensor in model.named_parameters()]
+    tensors += [(name, tensor, False) for name, tensor in model.named_buffers()]
+    return next((name for name, tensor, weight in tensors if broken(tensor, weight)), None)
 
 
 def _load_initial(model: nn.Module, options: Model) -> None:
@@ -61,7 +130,17 @@ def _load_initial(model: nn.Module, options: Model) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; 'auto' takes an accelerator if there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """Return the device of a name; 'auto' takes an accelerator if there is one.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    found = ["cpu"]
+    if accelerator is not None:
+        found += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+    if name not in (*found, accelerator and accelerator.type):
+        raise ConfigError(f"device must be 'auto' or one of {', '.join(found)}, got '{name}'")
+    return torch.device(name)

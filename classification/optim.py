@@ -24,8 +24,10 @@ def parameter_groups(
     multiplier applies to what predicts DCNv4's offsets and modulation. Unlike timm's groups these
     carry their learning rate itself, for the published warm-up and floor are the same for all.
     """
-    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-    last = max(layers.values())
+    layers = {}
+    if layer_decay is not None:
+        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values(), default=0)
     groups = {}
     for name, parameter in model.named_parameters():
         scale = layer_decay ** (last - layers[name]) if layer_decay is not None else 1.0
@@ -48,7 +50,18 @@ def lr_scale(cfg: config.Config, world_size: int) -> float:
 
 
 def build_optimizer(model: nn.Module, cfg: config.Config, world_size: int) -> Optimizer:
+    """Build timm's optimizer of a configuration, with the groups of :func:`parameter_groups`.
+
+    Raises:
+        ConfigError: It is not installed or does not accept a setting, or `optimizer.layer_decay` is
+            set for a model whose layers timm does not know.
+    """
     options = cfg.optimizer
+    if options.layer_decay is not None and not hasattr(model, "group_matcher"):
+        raise config.ConfigError(
+            f"optimizer.layer_decay must be null for {cfg.model.name}, whose order of layers timm "
+            f"does not know, got {options.layer_decay}"
+        )
     groups = parameter_groups(
         model,
         options.lr * lr_scale(cfg, world_size),
@@ -59,7 +72,14 @@ def build_optimizer(model: nn.Module, cfg: config.Config, world_size: int) -> Op
     known = get_optimizer_info(options.name)
     extra = {"betas": options.betas} if known.has_betas else {}
     extra |= {"eps": options.eps} if known.has_eps else {}
-    return create_optimizer_v2(groups, opt=options.name, weight_decay=options.weight_decay, **extra)
+    try:
+        return create_optimizer_v2(
+            groups, opt=options.name, weight_decay=options.weight_decay, **extra
+        )
+    except Exception as error:  # optimizers raise any kind for settings and missing packages
+        raise config.ConfigError(
+            f"optimizer.name={options.name} cannot be used: {config.one_line(error)}"
+        ) from error
 
 
 def build_scheduler(
@@ -76,7 +96,7 @@ def build_scheduler(
     }
     total = schedule.epochs * updates_per_epoch
     if schedule.name == "step":
-        decay_t = round(schedule.decay_epochs * updates_per_epoch)
+        decay_t = max(1, round(schedule.decay_epochs * updates_per_epoch))
         return StepLRScheduler(optimizer, decay_t, decay_rate=schedule.decay_rate, **common)
     falling = CosineLRScheduler if schedule.name == "cosine" else PolyLRScheduler
     power = {} if schedule.name == "cosine" else {"power": 1.0}

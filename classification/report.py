@@ -1,17 +1,21 @@
 """What a run leaves to look at: metrics.csv, TensorBoard, curves.png and predictions.png."""
 
 import csv
+import itertools
+import logging
 import os
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from .config import Data
-from .data import SKIPPED, denormalize
+from .data import SKIPPED, denormalize, spread
+
+_logger = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -74,12 +78,20 @@ def save_curves(metrics_csv: Path, to: Path) -> None:
 def save_predictions(
     model: nn.Module, dataset: Dataset, data: Data, names: list[str], to: Path, count: int = 32
 ) -> None:
-    """Draws evenly spaced images of a data set with the model's predictions, mistakes in red."""
+    """Draw images of a data set with the model's predictions, mistakes in red.
+
+    The images are evenly spaced, those of a stream its first ones; unreadable ones are left out.
+    """
     model.eval()
     device = next(model.parameters()).device
-    step = max(1, len(dataset) // count)
-    samples = [dataset[i] for i in range(0, len(dataset), step)][:count]
+    if isinstance(dataset, IterableDataset):
+        samples = list(itertools.islice(dataset, count))
+    else:
+        samples = [dataset[i] for i in spread(len(dataset), count)]
     samples = [(torch.as_tensor(image), label) for image, label in samples if label != SKIPPED]
+    if not samples:
+        _logger.warning("%s is not drawn: no image could be read", to)
+        return
     images = torch.stack([image for image, _ in samples])
     confidence, predicted = model(images.to(device)).float().softmax(1).cpu().max(1)
     columns = 8
@@ -90,11 +102,18 @@ def save_predictions(
         axis.axis("off")
     for i, (axis, (image, label)) in enumerate(zip(axes.flat, samples, strict=False)):
         right = int(predicted[i]) == label
-        title = f"{names[predicted[i]]} ({100 * confidence[i]:.0f} %)"
+        title = f"{_short(names[predicted[i]])} ({100 * confidence[i]:.0f} %)"
         axis.imshow(denormalize(image, data))
         axis.set_title(
-            title if right else f"{title}\nis {names[label]}",
+            title if right else f"{title}\nis {_short(names[label])}",
             fontsize=8,
             color="green" if right else "red",
+            parse_math=False,  # a class may be called $x^
         )
     figure.savefig(to, dpi=120)
+
+
+def _short(name: str) -> str:
+    """Return a class name as a picture can show it."""
+    text = "".join(c if c.isprintable() else "?" for c in name)
+    return text if len(text) <= 24 else f"{text[:23]}…"

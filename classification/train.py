@@ -31,7 +31,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flash_internimage.checkpoint import check_optimizer, load_checkpoint, save_atomically
 
-from .config import Config, ConfigError, load_config
+from .config import Config, ConfigError, check_output, load_config
 from .data import (
     TooManyCorruptImages,
     build_dataset,
@@ -43,7 +43,7 @@ from .data import (
     train_loader,
     val_loader,
 )
-from .model import build_model, pick_device
+from .model import build_model, check_model, pick_device
 from .optim import build_optimizer, build_scheduler
 from .report import Metrics, save_curves, save_predictions
 from .validate import autocast, evaluate
@@ -167,6 +167,7 @@ class Trainer:
     def _build_model(self) -> None:
         cfg = self.cfg
         self.model = build_model(cfg.model).to(self.device)
+        check_model(self.model, cfg.data.image_size, cfg.model.num_classes)
         self.criterion = build_criterion(cfg)
         self.optimizer = build_optimizer(self.model, cfg, self.world_size)
         self.scheduler = build_scheduler(
@@ -528,6 +529,8 @@ def train(cfg: Config, resume: str | None = None) -> None:
     device, rank, world_size = torch.device(env["device"]), env["global_rank"], env["world_size"]
     if rank != 0:
         logging.getLogger().setLevel(logging.WARNING)
+    if rank == 0:
+        check_output(cfg.output)
     checkpoint = find_checkpoint(resume, Path(cfg.output) / "last.pth")
     trainer = Trainer(cfg, device, rank, world_size)
     if checkpoint is not None:

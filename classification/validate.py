@@ -7,6 +7,8 @@ import argparse
 import contextlib
 import json
 import logging
+import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -25,10 +27,18 @@ from flash_internimage.checkpoint import (
     load_checkpoint,
     load_weights,
 )
+from flash_internimage.files import write_atomically
 
 from .config import Config, ConfigError, Data, Model, load_config
-from .data import build_dataset, class_names, start, val_loader
-from .model import build_model, pick_device
+from .data import (
+    SKIPPED,
+    build_dataset,
+    class_names,
+    share_unreadable,
+    start,
+    val_loader,
+)
+from .model import build_model, check_model, create_model, find_not_finite, pick_device
 
 _logger = logging.getLogger(__name__)
 
@@ -37,13 +47,24 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Result:
-    """Of an evaluation; top1 and top5 in percent."""
+    """The figures of an evaluation.
+
+    Attributes:
+        top1: Percentage of `images` whose class has the highest logit.
+        top5: Percentage of `images` whose class is among the five highest.
+        loss: Mean cross-entropy.
+        images: Images that were read.
+        corrupt: Images that could not be read.
+        nonfinite: Of `images`, those with a logit that is not finite; they count as wrong.
+        images_per_second: Speed with data loading.
+    """
 
     top1: float
     top5: float
     loss: float
     images: int
     corrupt: int
+    nonfinite: int
     images_per_second: float
 
 
@@ -56,39 +77,57 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader, device: torch.device, amp: str = "off") -> Result:
-    """Accuracy and cross-entropy over a loader; over all processes where there are several."""
+    """Evaluate over a loader, and over all processes where there are several.
+
+    Raises:
+        ValueError: No image can be read, or a label is not a class of the model.
+        TooManyCorruptImages: More images than `data.max_corrupt` cannot be read.
+    """
     was_training = model.training
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64)  # loss, top-1 hits, top-5 hits, images
-    corrupt, began = 0, time.perf_counter()
+    # loss, top-1 hits, top-5 hits, images, unreadable images, images without finite logits
+    totals = torch.zeros(6, dtype=torch.float64)
+    began = time.perf_counter()
     bar = tqdm(start(loader), desc="validate", total=len(loader), leave=False, disable=None)
     for images, targets in bar:
         images, targets = images.to(device), targets.to(device)
-        readable = targets >= 0
-        corrupt += int((~readable).sum())
+        readable = targets != SKIPPED
         with autocast(device, amp):
             logits = model(images)[readable].float()
         targets = targets[readable]
+        wrong = (targets < 0) | (targets >= logits.shape[1])
+        if wrong.any():
+            raise ValueError(
+                f"labels must be from 0 to {logits.shape[1] - 1}, the classes of the model, "
+                f"got {int(targets[wrong][0])}"
+            )
+        finite = torch.isfinite(logits).all(1)
         ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        ranked &= finite[:, None]
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        totals += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), readable.sum()]).to(
-            "cpu", torch.float64
-        )
+        sums = [loss, ranked[:, 0].sum(), ranked.sum(), readable.sum()]
+        sums += [(~readable).sum(), (~finite).sum()]
+        totals += torch.stack(sums).to("cpu", torch.float64)
     seconds = time.perf_counter() - began
     model.train(was_training)
-    counts = torch.cat([totals, torch.tensor([corrupt], dtype=torch.float64)])
+    share_unreadable(loader)
     if dist.is_initialized():
-        counts = counts.to(device)
-        dist.all_reduce(counts)
-    loss, top1, top5, images, corrupt = counts.tolist()
+        totals = totals.to(device)
+        dist.all_reduce(totals)
+    loss, top1, top5, images, corrupt, nonfinite = totals.tolist()
     if not images:
         raise ValueError("no readable image to evaluate on")
+    if nonfinite:
+        _logger.warning(
+            "the logits of %d of %d images are not finite; they count as wrong", nonfinite, images
+        )
     return Result(
         top1=100 * top1 / images,
         top5=100 * top5 / images,
         loss=loss / images,
         images=int(images),
         corrupt=int(corrupt),
+        nonfinite=int(nonfinite),
         images_per_second=(images + corrupt) / seconds,
     )
 
@@ -148,6 +187,8 @@ def _config(name: str) -> Config:
     if not timm.is_model(name):
         raise ConfigError(f"'{name}' is neither a timm model nor a .yaml file")
     cfg = timm.get_pretrained_cfg(name)
+    if not cfg.num_classes:
+        raise ConfigError(f"MODEL must be a classifier, got '{name}'")
     model = Model(name=name, num_classes=cfg.num_classes, drop_path_rate=0)
     data = Data(
         image_size=cfg.input_size[-1],
@@ -162,9 +203,7 @@ def _config(name: str) -> Config:
 def _load_model(options: Model, checkpoint: str | None, weights: str) -> nn.Module:
     options = options.model_copy(update={"initial_checkpoint": None, "grad_checkpointing": False})
     if checkpoint is None:
-        return timm.create_model(
-            options.name, pretrained=True, num_classes=options.num_classes, **options.args
-        )
+        return create_model(options, pretrained=True)
     model = build_model(options)
     contents = load_checkpoint(fetch_checkpoint(checkpoint))
     if weights == "model" and "model" in contents:
@@ -180,13 +219,34 @@ def _load_model(options: Model, checkpoint: str | None, weights: str) -> nn.Modu
     return model
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} must be at least {least}, got {value}")
+    path = arguments.json
+    if path is not None:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"--json must be a file, got {path}")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ConfigError(f"--json must be in a folder that can be written, got {path}")
+
+
 def run(arguments: argparse.Namespace) -> dict:
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ConfigError(f"--limit must be at least 1, got {arguments.limit}")
+    """Evaluate or measure as the arguments say.
+
+    Raises:
+        ValueError: An argument, a model or a data set cannot be used, or a result is not finite.
+        OSError: A file cannot be read.
+        TooManyCorruptImages: More images than `data.max_corrupt` cannot be read.
+    """
+    _check(arguments)
     cfg = _config(arguments.model)
     device = pick_device(arguments.device)
     if arguments.throughput:
         model = build_model(cfg.model.model_copy(update={"initial_checkpoint": None})).to(device)
+        check_model(model, cfg.data.image_size, cfg.model.num_classes)
         speed = throughput(model, cfg.data.image_size, arguments.batch_size, device, arguments.amp)
         return {
             "model": cfg.model.name,
@@ -204,14 +264,24 @@ def run(arguments: argparse.Namespace) -> dict:
     )
     class_names(dataset, cfg.model.num_classes)
     model = _load_model(cfg.model, arguments.checkpoint, arguments.weights).to(device)
+    if name := find_not_finite(model):
+        raise ValueError(f"{name} of {arguments.checkpoint or cfg.model.name} is not finite")
+    check_model(model, data.image_size, cfg.model.num_classes)
     loader = val_loader(dataset, data, arguments.batch_size, device, limit=arguments.limit)
-    result = asdict(evaluate(model, loader, device, arguments.amp))
+    result = evaluate(model, loader, device, arguments.amp)
+    if result.nonfinite or not math.isfinite(result.loss):
+        raise ValueError(
+            f"{result.nonfinite} of {result.images} images have logits that are not finite, the "
+            f"loss is {result.loss} (--amp {arguments.amp})"
+        )
+    figures = asdict(result)
+    del figures["nonfinite"]
     return {
         "model": cfg.model.name,
         "checkpoint": arguments.checkpoint or "released",
         "data": str(data.root),
         "image_size": data.image_size,
-        **{key: round(value, 4) for key, value in result.items()},
+        **{key: round(value, 4) for key, value in figures.items()},
     }
 
 
@@ -220,14 +290,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         result = run(arguments)
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        if arguments.json:
+            write_atomically(arguments.json, lambda file: file.write(text.encode()))
     except (ValueError, OSError, RuntimeError) as error:
         _logger.error("%s", error)
         return 2
     width = max(map(len, result))
     sys.stdout.write("".join(f"{key:<{width}}  {value}\n" for key, value in result.items()))
     sys.stdout.write(json.dumps(result) + "\n")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 

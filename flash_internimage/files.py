@@ -108,8 +108,9 @@ def check_no_loops(folder: str | os.PathLike) -> None:
     while waiting:
         parent, above = waiting.pop()
         for entry in os.scandir(parent):
-            # Not entry.is_dir(), which raises an error for a link to itself.
-            if not os.path.isdir(entry.path):
+            # For a link to itself, entry.is_dir() raises an error; for all that are no links, it
+            # needs no access to the file system.
+            if not (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()):
                 continue
             real = os.path.realpath(entry.path)
             if real in above:

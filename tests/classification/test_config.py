@@ -1,8 +1,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from timm.optim import get_optimizer_info, list_optimizers
 
-from classification.config import ConfigError, load_config
+from classification.config import ConfigError, Optimizer, check_output, load_config
 
 RECIPES = Path("configs/classification")
 
@@ -76,11 +78,95 @@ def test_overrides_win_over_the_file(yaml_file):
         ("schedule: {epochs: 5}", "schedule.warmup_epochs must not exceed schedule.epochs=5"),
         ("[1, 2]", "must hold keys and values"),
         ("a: [", "not valid YAML"),
+        ("optimizer: {lr: true}", r"optimizer\.lr: .*number, got True"),
+        ("optimizer: {lr: .nan}", r"optimizer\.lr: .*finite number, got nan"),
+        ("optimizer: {lr: -.inf}", r"optimizer\.lr: .*finite number, got -inf"),
+        ("optimizer: {lr: '1'}", r"optimizer\.lr: .*number, got '1'"),
+        ("schedule: {epochs: .inf}", r"schedule\.epochs: .*integer, got inf"),
+        ("batch_size: true", "batch_size: .*integer, got True"),
+        ("seed: -1", "seed: .*greater than or equal to 0, got -1"),
+        ("model: {args: {a: .inf}}", r"model\.args: must hold .*finite"),
+        ("model: {args: {a: 2026-01-01}}", r"model\.args: must hold .*date"),
+        ("optimizer: {name: adamww}", r"optimizer\.name: must be .*'adamw'\?, got 'adamww'"),
+        ("optimizer: {name: lbfgs}", r"optimizer\.name: must be an optimizer of timm, .*'lbfgs'"),
+        ("optimizer: {name: adahessian}", r"optimizer\.name: must .*first derivatives"),
+        ("optimizer: {name: adan}", r"optimizer\.betas: must be 3 values for adan, got \(0.9"),
+        ("optimizer: {betas: [0.9, 1.0]}", r"optimizer\.betas\.1: .*less than 1, got 1.0"),
+        ("optimizer: {eps: -1e-8}", r"optimizer\.eps: .*greater than 0, got -1e-08"),
+        ("augmentation: {auto_augment: nonsense}", r"auto_augment: must be .*got 'nonsense'"),
+        ("augmentation: {auto_augment: rand-nonsense}", r"auto_augment: must be"),
+        ("augmentation: {ratio: [2, 1]}", r"augmentation\.ratio: the first .*got \[2, 1\]"),
+        ("augmentation: {scale: [-1, 1]}", r"augmentation\.scale\.0: .*got -1"),
+        ("augmentation: {random_erasing_mode: dots}", "random_erasing_mode: .*got 'dots'"),
+        ("augmentation: {random_erasing_count: 0}", "random_erasing_count: .*got 0"),
+        ("data: {std: [1, 1, 0]}", r"data\.std\.2: .*got 0"),
+        ("schedule: {decay_epochs: 0}", r"schedule\.decay_epochs: .*got 0"),
+        ("seed: 1\nseed: 2", "not valid YAML: duplicate key 'seed', line 2"),
+        ("model:\n  name: a\n  name: b", "duplicate key 'name', line 3"),
+        ("model: &m {args: *m}", r"alias '\*m' within an anchor.*line 1"),
+        ("a: &a [1]\nb: &b [*a, *a]\nc: [*b, *b]", r"alias '\*a' within an anchor.*line 2"),
+        ("a: &a 1\nb: [" + "*a, " * 101 + "]", "or after 100 others, line 2"),
+        ("[" * 1500, "too deeply nested"),
+        ("seed: " + "1" * 5000, "not valid YAML: .*digits"),
+        ("seed: !!timestamp x", "not valid YAML"),
+        ("seed: !!python/object/apply:os.getcwd []", "not valid YAML: .*python/object"),
+        ("output: '\x00'", "not valid YAML"),
+        ("0", "must hold keys and values, got int"),
+        ("# " + "x" * 100_000, "must be a YAML file of at most 100000 bytes"),
     ],
 )
 def test_a_wrong_config_is_one_clear_error(yaml_file, text, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as error:
         load_config(yaml_file(text))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_numbers_and_booleans_are_those_of_yaml_1_2(yaml_file):
+    cfg = load_config(yaml_file("amp: off\noptimizer: {lr: 1e-3, eps: 1.5E-8, lr_batch: 64}"))
+    assert (cfg.amp, cfg.optimizer.lr, cfg.optimizer.eps, cfg.optimizer.lr_batch) == (
+        "off", 1e-3, 1.5e-8, 64,
+    )  # fmt: skip
+    assert load_config(yaml_file("model: {compile: true}"), ["amp=bf16"]).model.compile
+
+
+def test_a_written_config_is_read_back(yaml_file):
+    cfg = load_config(RECIPES / "flash_internimage_nano_digits.yaml")
+    text = yaml.safe_dump(cfg.model_dump(mode="json"))
+    assert load_config(yaml_file(text)) == cfg
+
+
+def test_aliases_of_values_and_merged_keys_work(yaml_file):
+    text = "data: {mean: &half [0.5, 0.5, 0.5], std: *half}\noptimizer: {<<: {lr: 1.0}, eps: 1e-6}"
+    cfg = load_config(yaml_file(text))
+    assert cfg.data.mean == cfg.data.std == (0.5, 0.5, 0.5)
+    assert (cfg.optimizer.lr, cfg.optimizer.eps) == (1.0, 1e-6)
+
+
+def test_every_other_optimizer_of_timm_is_accepted_with_its_number_of_betas():
+    for name in set(list_optimizers()) - {"adahessian"}:
+        betas = (0.9, 0.9, 0.9)[: get_optimizer_info(name).num_betas]
+        assert Optimizer(name=name, betas=betas).name == name
+
+
+def test_a_file_that_is_no_text_is_one_line(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"output: \xe9")
+    with pytest.raises(ConfigError, match=r"not valid YAML: .*unexpected end of data"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"cannot read the config .*: Is a directory"):
+        load_config(tmp_path)
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    check_output(str(tmp_path / "new" / "run"))
+    (tmp_path / "file").write_text("")
+    for output in ("file", "file/run"):
+        with pytest.raises(ConfigError, match=rf"output must be a folder, got '.*{output}'"):
+            check_output(str(tmp_path / output))
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ConfigError, match=r"output must be writable, got '.*run'"):
+        check_output(str(tmp_path / "run"))
 
 
 def test_a_missing_file_is_named():
@@ -88,7 +174,23 @@ def test_a_missing_file_is_named():
         load_config("nowhere.yaml")
 
 
-@pytest.mark.parametrize("override", ["optimizer.lr", "batch_size.x=3"])
-def test_a_malformed_override_is_named(yaml_file, override):
-    with pytest.raises(ConfigError, match=override):
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr", "must be key=value, got 'optimizer.lr'"),
+        ("=3", "must be key=value, got '=3'"),
+        ("a..b=1", r"must be key=value, got 'a\.\.b=1'"),
+        ("batch_size.x=3", "batch_size.x=3: batch_size is not a section"),
+        ("optimizer=3", "optimizer: .*got 3"),
+        ("optimizer.lr=[", r"optimizer.lr=\[ is not valid YAML"),
+        ("optimizer.lr=", "optimizer.lr: .*got None"),
+        ("optimizer.lr=nan", "optimizer.lr: .*number, got 'nan'"),
+        ("optimizer.lr=.nan", "optimizer.lr: .*finite number, got nan"),
+        ("optimizer.lr=true", "optimizer.lr: .*number, got True"),
+        ("model.args={a: 1, a: 2}", "duplicate key 'a'"),
+        ("output=", "output: .*got None"),
+    ],
+)
+def test_a_malformed_override_is_named(yaml_file, override, message):
+    with pytest.raises(ConfigError, match=message):
         load_config(yaml_file("batch_size: 2"), [override])

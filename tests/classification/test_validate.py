@@ -9,6 +9,7 @@ import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from classification import validate
 from classification.config import Data
 from classification.data import build_dataset, val_loader
 from classification.model import build_model
@@ -43,6 +44,24 @@ def test_evaluation_counts_hits_and_averages_the_loss():
     assert result.top5 == pytest.approx(100 * (rank < 5).double().mean())
     assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
     assert (result.images, result.corrupt) == (49, 1)
+
+
+def test_images_without_finite_logits_are_counted_and_wrong(caplog):
+    logits = torch.eye(4).repeat(3, 1)
+    logits[0, 0] = torch.nan
+    logits[5, 1] = torch.inf
+    targets = torch.arange(4).repeat(3)
+    result = evaluate(nn.Identity(), DataLoader(TensorDataset(logits, targets), 5), CPU)
+    assert (result.nonfinite, result.images) == (2, 12)
+    assert result.top1 == result.top5 == pytest.approx(100 * 10 / 12)
+    assert "logits of 2 of 12 images are not finite" in caplog.text
+
+
+@pytest.mark.parametrize("label", [4, -2])
+def test_a_label_that_is_no_class_of_the_model_is_one_line(label):
+    data = TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, label]))
+    with pytest.raises(ValueError, match=rf"^labels must be from 0 to 3, .*, got {label}$"):
+        evaluate(nn.Identity(), DataLoader(data, 2), CPU)
 
 
 def test_evaluation_restores_training_mode(config, digits):
@@ -107,6 +126,58 @@ def test_errors_are_one_line_that_says_what_is_wrong(run, digits, tmp_path, capl
         caplog.clear()
         assert main(arguments) == 2
         assert message in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--device", "gpu"], "device must be 'auto' or one of cpu"),
+        (["--device", "cuda:99"], "got 'cuda:99'"),
+        (["--json", "nowhere/result.json"], "--json must be in a folder that can be written, got"),
+        (["--json", "."], "--json must be a file, got ."),
+        (["--split", "test"], "must have a folder 'test', it holds: train, val"),
+        (["--data", "README.md"], "data.root=README.md cannot be read as a data set: Found 0"),
+        (["--checkpoint", "tests"], "tests"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_before_any_work(run, monkeypatch, caplog, arguments, message):
+    monkeypatch.setattr(validate, "evaluate", None)
+    caplog.clear()
+    assert main([str(run / "config.yaml"), "--checkpoint", str(run / "last.pth"), *arguments]) == 2
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert message in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+def test_a_model_that_is_no_classifier_is_one_line(digits, caplog):
+    assert main(["vit_small_patch14_dinov2", "--data", str(digits)]) == 2
+    assert "MODEL must be a classifier, got 'vit_small_patch14_dinov2'" in caplog.text
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_checkpoint_with_weights_that_are_not_finite_is_one_line(run, tmp_path, caplog, value):
+    weights = load_checkpoint(run / "last.pth")["model"]
+    weights["head.weight"][0, 0] = value
+    torch.save(weights, tmp_path / "broken.pth")
+    arguments = [str(run / "config.yaml"), "--checkpoint", str(tmp_path / "broken.pth")]
+    assert main([*arguments, "--json", str(tmp_path / "result.json")]) == 2
+    assert f"head.weight of {tmp_path}/broken.pth is not finite" in caplog.text
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_logits_that_are_not_finite_are_one_line(run, tmp_path, capsys, caplog):
+    weights = load_checkpoint(run / "last.pth")["model"]
+    weights["head.weight"].fill_(3e38)
+    weights["head.bias"].fill_(3e38)
+    torch.save(weights, tmp_path / "large.pth")
+    arguments = [str(run / "config.yaml"), "--checkpoint", str(tmp_path / "large.pth")]
+    assert main([*arguments, "--json", str(tmp_path / "result.json")]) == 2
+    assert "of 20 images have logits that are not finite" in caplog.text
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_unreadable_images_are_left_out(run, digits, tmp_path, capsys):

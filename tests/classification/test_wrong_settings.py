@@ -1,0 +1,43 @@
+"""Settings that only a library or the machine can judge: one line before anything is written."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from classification.config import ConfigError
+from classification.train import Trainer, main, train
+
+VIT = {"name": "vit_tiny_patch16_224", "args": {"depth": 1}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "gpu"}, "device must be 'auto' or one of cpu.*, got 'gpu'"),
+        ({"device": "cuda:99"}, "device must be .*, got 'cuda:99'"),
+        ({"device": "meta"}, "device must be .*, got 'meta'"),
+        ({"model": VIT}, r"images of data\.image_size=32 with 3 channels: .*224"),
+        ({"model": {"args": {"in_chans": 1}}}, r"images of .* with 3 channels: .*channels"),
+        ({"model": {"name": "vgg11", "args": {}}}, r"model\.drop_path_rate must be 0 for vgg11"),
+        ({"augmentation": {"auto_augment": "rand-m1-q5"}}, r"auto_augment=rand-m1-q5: .*section"),
+        ({"augmentation": {"auto_augment": "rand-m1.5"}}, r"auto_augment=rand-m1\.5: .*'1\.5'"),
+        ({"augmentation": {"auto_augment": "v0-m5"}}, r"auto_augment=v0-m5: "),
+        ({"output": "README.md"}, r"output must be a folder, got 'README\.md'"),
+        ({"output": "README.md/run"}, r"output must be a folder, got 'README\.md/run'"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_one_line(config, monkeypatch, changes, message):
+    monkeypatch.setattr(Trainer, "fit", None)
+    cfg = config(**changes)
+    with pytest.raises(ConfigError, match=message) as error:
+        train(cfg)
+    assert "\n" not in str(error.value)
+    assert "output" in changes or not Path(cfg.output).exists()
+
+
+def test_the_command_ends_with_status_2(settings, tmp_path, caplog):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main([str(tmp_path / "config.yaml"), "device=gpu"]) == 2
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert record.getMessage().endswith("got 'gpu'")
