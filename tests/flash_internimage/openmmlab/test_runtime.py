@@ -17,7 +17,7 @@ from torch import nn
 from flash_internimage.openmmlab import curves, runtime
 from flash_internimage.openmmlab.programs import latest_checkpoint
 from flash_internimage.openmmlab.runtime import FlashRunner
-from flash_internimage.unpickling import Placeholder
+from flash_internimage.safe_load import Placeholder
 
 
 class Model(BaseModel):
@@ -360,8 +360,8 @@ class TestLoading:
         history = HistoryBuffer([1.0, 3.0], [1, 1])
         with monkeypatch.context() as patch:
             patch.setitem(HistoryBuffer._statistics_methods, "mean", HistoryBuffer.max)
-            path = save({}, history=history)
-        loaded = runtime.read_checkpoint(path)["history"]
+            path = save({}, message_hub={"log_scalars": {"loss": history}})
+        loaded = runtime.read_checkpoint(path)["message_hub"]["log_scalars"]["loss"]
         loaded.update(5.0)
         assert loaded.statistics("mean") == 3
         assert HistoryBuffer._statistics_methods["mean"] is HistoryBuffer.mean
