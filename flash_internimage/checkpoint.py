@@ -90,6 +90,7 @@ def load_checkpoint(
     except Exception as error:  # the readers raise many kinds for damaged files
         # torch advises to load the file unsafely before it says what is wrong, and after it.
         problem = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n\n")[0]
+        problem = " ".join(problem.split())  # some of torch's errors have several lines
         if type(error) is not ValueError:
             problem = f"{type(error).__name__}: {problem}"
         raise ValueError(f"{path} is damaged or no checkpoint: {problem:.500}") from error

@@ -374,6 +374,8 @@ def test_a_list_of_records_in_two_places_is_refused(path):
     assert_refused(path, "another place")
 
 
+SHARED = b")q\x01" + b"h\x01h\x01\x86q\x01" * 60
+LONG_LIST = b"](" + b"K\x01" * 10_000 + b"eq\x01"
 # Of few bytes, that grow to any size or take any time.
 BOMBS = {
     "bytes": b"\x96" + (1 << 31).to_bytes(8, "little"),
@@ -395,12 +397,54 @@ BOMBS = {
     * 100
     + pickle.TUPLE,
     "tuples as keys": b"}" + b")" + b"2\x86" * 60 + b"Ns",
-    "depth as keys": b"}" + b")" + b"\x85" * 200_000 + b"Ns",
+    "depth as keys": b"}" + b")" + b"\x85" * 20_000 + b"Ns",
     "tuples in a set": call(named("builtins", "set"), b"]" + b")" + b"2\x86" * 60 + b"a"),
     "tuples in tuples": b")" + b"2\x86" * 60,
-    "depth": b")" + b"\x85" * 200_000,
+    "depth": b")" + b"\x85" * 20_000,
     "repeated elements": tensor(storage(1), 1 << 40, 0),
     "repeated in a set": call(named("builtins", "set"), tensor(storage(1), 1 << 22, 0)),
+    "size of a tensor": call(named("torch", "FloatTensor"), literal(1 << 34)),
+    "size of bytes": call(named("builtins", "bytearray"), literal(1 << 34)),
+    "size of a storage": call(named("torch.storage", "UntypedStorage"), literal(1 << 34)),
+    "size of a meta tensor": call(
+        named("torch._utils", "_rebuild_meta_tensor_no_storage"),
+        named("torch", "float32"),
+        *map(literal, ((1 << 34,), (1,), False)),
+    ),
+    "size of an array": call(
+        named("numpy._core.multiarray", "_reconstruct"),
+        named("numpy", "ndarray"),
+        *map(literal, ((1 << 34,), b"b")),
+    ),
+    "storage grown": tensor(storage(1), 1 << 32, 1),
+    "storage claimed": tensor(storage(1 << 32), 1, 1),
+    "strides overflowing": tensor(storage(1), 1 << 62, 1 << 62),
+    "numpy's integers": call(
+        REBUILD,
+        storage(1),
+        literal(np.int8(0)),
+        *map(literal, ((127,), (1,), False, None)),
+    ),
+    "shared tuples": SHARED,
+    "shared tuples as keys": b"}" + SHARED + b"Ns",
+    "shared tuples in a set": call(named("builtins", "set"), b"]" + SHARED + b"a"),
+    "shared lists": b"]q\x01" + b"]q\x02(h\x01h\x01eq\x01" * 60,
+    "a list in itself": b"]q\x01h\x01a",
+    "sets in sets": call(
+        named("builtins", "set"), b"]" + call(named("builtins", "frozenset"), b"]") + b"a"
+    ),
+    "integers of one hash": b"}("
+    + b"".join(literal(i * ((1 << 61) - 1)) + b"N" for i in range(3, 20_000))
+    + b"u",
+    "complex numbers of one hash": b"}("
+    + b"".join(literal(complex(-1000003 * i, i)) + b"N" for i in range(5_000))
+    + b"u",
+    "copies of a list": LONG_LIST + b"](" + (named("builtins", "set") + b"h\x01\x85R") * 999 + b"e",
+    "copies of arguments": LONG_LIST.replace(b"](", b"(").replace(b"eq", b"tq")
+    + b"]("
+    + (named("foreign", "f") + b"h\x01R") * 999
+    + b"e",
+    "names": b"]" + b"".join(named("foreign", f"f{i}") + b"a" for i in range(2000)),
 }
 
 
@@ -421,3 +465,58 @@ def test_what_is_used_many_times_is_restored(path):
     loaded = load_checkpoint(path)
     assert loaded.pop("x").equal(torch.zeros(2))
     assert loaded == contents
+
+
+def test_hooks_of_the_file_are_dropped(path):
+    hooks = (
+        call(named("collections", "OrderedDict")) + literal(1) + named("builtins", "print") + b"s"
+    )
+    parts = storage(1), literal(0), literal((1,)), literal((1,)), literal(True), hooks
+    writer = torch._C.PyTorchFileWriter(str(path))
+    for name, record in {"data.pkl": program(call(REBUILD, *parts)), "data/0": bytes(4)}.items():
+        writer.write_record(name, record, len(record))
+    writer.write_end_of_file()
+    loaded = load_checkpoint(path)["item"]
+    assert loaded.requires_grad
+    assert not loaded._backward_hooks
+
+
+def test_attributes_of_dicts_are_dropped_unless_they_are_versions(path):
+    state_dict = nn.Linear(1, 1).state_dict()
+    state_dict.update = "not a method"
+    write({"model": state_dict}, path)
+    assert vars(load_checkpoint(path)["model"]) == {"_metadata": state_dict._metadata}
+    state_dict._metadata = {"": "not versions"}
+    write({"model": state_dict}, path)
+    assert vars(load_checkpoint(path)["model"]) == {}
+
+
+@pytest.mark.parametrize("size", [1 << 34, 100])
+def test_sizes_of_records_are_in_one_place(path, size):
+    """Sizes for files over 4 GiB have a second place, which readers do not treat alike."""
+    write({"x": torch.zeros(4)}, path)
+    rewrite(path, lambda name, contents: (name, contents, zipfile.ZIP_STORED))
+    contents = path.read_bytes()
+    start, end = contents.index(b"PK\1\2"), contents.rindex(b"PK\5\6")
+    name = start + 46 + int.from_bytes(contents[start + 28 : start + 30], "little")
+    extra = b"".join(n.to_bytes(k, "little") for n, k in ((1, 2), (16, 2), (size, 8), (size, 8)))
+    listed = contents[start : start + 20] + b"\xff" * 8 + contents[start + 28 : start + 30]
+    listed += b"\x14\0" + contents[start + 32 : name] + extra + contents[name:end]
+    length = len(listed).to_bytes(4, "little")
+    path.write_bytes(
+        contents[:start] + listed + contents[end : end + 12] + length + contents[end + 16 :]
+    )
+    assert_refused(path, "record 'model/data.pkl' is not plain")
+
+
+@pytest.mark.parametrize("alignment", [b"0", b"-1", b"9" * 5000])
+def test_alignments_by_which_torch_cannot_divide_are_refused(path, alignment):
+    write({"x": torch.zeros(4)}, path)
+    rewrite(
+        path,
+        lambda name, contents: (
+            name, alignment if name.endswith(".storage_alignment") else contents,
+            zipfile.ZIP_STORED,
+        ),
+    )  # fmt: skip
+    assert_refused(path, "storages without alignment")
