@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import unpickling
+from . import safe_load
 from .downloads import download, hide_secrets
 from .files import write_atomically
 
@@ -61,21 +61,24 @@ def clean_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 def load_checkpoint(
     path: str | os.PathLike,
     map_location: str | torch.device = "cpu",
-    types: Mapping[str, type] | None = None,
 ) -> dict:
-    """The contents of a checkpoint file: safetensors, or what torch.save wrote.
+    """Load a checkpoint file: safetensors, or a file of :func:`torch.save`.
 
-    Nothing from the file is executed or imported. Objects that are no tensors, numbers, text or
-    containers of these become :class:`~.unpickling.Placeholder`, and the log names their types.
+    Nothing from the file is executed or imported. Objects other than tensors, numbers, text, numpy
+    arrays and containers of these become :class:`~.safe_load.Placeholder`, and the log names their
+    types. Hooks and attributes of tensors are dropped.
+
+    Files must have been saved with pickle protocol 2, the default of :func:`torch.save`. Not read
+    are sparse, quantized and nested tensors, tensors that repeat elements of their storage
+    (:meth:`torch.Tensor.expand`), arrays of objects, and dicts and sets with tuples as keys.
 
     Args:
-        path: of the file.
-        map_location: of :func:`torch.load`.
-        types: classes to restore as well, by the names under which files have them.
+        path: File to read.
+        map_location: As for :func:`torch.load`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or no checkpoint.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -83,12 +86,17 @@ def load_checkpoint(
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device=str(map_location))
-        checkpoint, replaced = unpickling.load(path, map_location, types or {})
-    except Exception as error:  # the readers let many kinds through where a file is damaged
-        raise ValueError(f"{path} is damaged or no checkpoint: {error!r:.500}") from error
+        checkpoint, replaced = safe_load.load(path, map_location)
+    except Exception as error:  # the readers raise many kinds for damaged files
+        # torch advises to load the file unsafely before it says what is wrong, and after it.
+        problem = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n\n")[0]
+        problem = " ".join(problem.split())  # some of torch's errors have several lines
+        if type(error) is not ValueError:
+            problem = f"{type(error).__name__}: {problem}"
+        raise ValueError(f"{path} is damaged or no checkpoint: {problem:.500}") from error
     if not isinstance(checkpoint, dict):
         kind = type(checkpoint).__name__
-        if isinstance(checkpoint, unpickling.Placeholder):
+        if isinstance(checkpoint, safe_load.Placeholder):
             kind = checkpoint.name
         raise ValueError(f"{path} holds a {kind}, expected a dict")
     if replaced:

@@ -39,11 +39,7 @@ ALLOWED = {
         "mmengine.runner.CheckpointLoader",
         "mmengine.runner.CheckpointLoader.register_scheme",
     },
-    "flash_internimage/unpickling.py": {
-        "pickle._Unpickler",  # made harmless there
-        "torch.serialization._load",
-        "torch.serialization._legacy_load",
-    },
+    "flash_internimage/safe_load.py": {"torch.load"},  # with weights_only=True
 }
 
 

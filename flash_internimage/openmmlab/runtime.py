@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 from mmcv.transforms import LoadImageFromFile
 from mmengine.fileio import LocalBackend, register_backend
@@ -34,24 +35,45 @@ from ..checkpoint import (
 )
 from ..conversion import EXECUTED, convert_checkpoint
 from ..files import write_atomically
+from ..safe_load import Placeholder
 from .files import LeftOutFiles
 
-# What the engine's own checkpoints hold beside tensors and plain containers.
-_ENGINE_TYPES = {"mmengine.logging.history_buffer.HistoryBuffer": HistoryBuffer}
+_HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 
 
 def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dict:
-    """The contents of a checkpoint, of the engine or not; nothing from the file is executed.
+    """Load a checkpoint of mmengine or of another program, without executing anything from it.
 
     Args:
-        source: see :func:`flash_internimage.checkpoint.fetch_checkpoint`.
-        map_location: of :func:`torch.load`.
+        source: See :func:`flash_internimage.checkpoint.fetch_checkpoint`.
+        map_location: As for :func:`torch.load`.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: it is damaged or no checkpoint.
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it is damaged or not a checkpoint.
     """
-    return load_checkpoint(fetch_checkpoint(source), map_location, _ENGINE_TYPES)
+    checkpoint = load_checkpoint(fetch_checkpoint(source), map_location)
+    if isinstance(hub := checkpoint.get("message_hub"), dict):
+        scalars = hub.get("log_scalars")
+        for name, value in scalars.items() if isinstance(scalars, dict) else ():
+            if isinstance(value, Placeholder) and value.name == _HISTORY:
+                scalars[name] = _restore_history(value.state, f"{source}: log_scalars.{name}")
+    return checkpoint
+
+
+def _restore_history(state: Any, name: str) -> HistoryBuffer:
+    fields = ("_log_history", "_count_history", "max_length")
+    logs, counts, length = map(state.get if isinstance(state, dict) else {}.get, fields)
+    arrays = isinstance(logs, np.ndarray) and isinstance(counts, np.ndarray)
+    if not (
+        arrays
+        and (logs.ndim, counts.shape) == (1, logs.shape)
+        and {logs.dtype.kind, counts.dtype.kind} <= set("iuf")
+        and type(length) is int
+        and length >= max(1, len(logs))
+    ):
+        raise ValueError(f"{name} must be two arrays of numbers of one length, got {state!r:.200}")
+    return HistoryBuffer(logs, counts, length)
 
 
 # For what the engine itself reads: the weights that any module's init_cfg names, a model of

@@ -13,11 +13,10 @@ import torch
 from flash_internimage.checkpoint import load_checkpoint
 
 FORMATS = pytest.mark.parametrize("archive", [True, False], ids=["zip", "legacy"])
-PROTOCOLS = pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 
 
-def write(contents: object, path: Path, archive: bool = True, protocol: int = 2) -> None:
-    torch.save(contents, path, pickle_protocol=protocol, _use_new_zipfile_serialization=archive)
+def write(contents: object, path: Path, archive: bool = True) -> None:
+    torch.save(contents, path, _use_new_zipfile_serialization=archive)
 
 
 def write_program(program: bytes, path: Path, archive: bool = True) -> None:
@@ -30,14 +29,6 @@ def write_program(program: bytes, path: Path, archive: bool = True) -> None:
         header = (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {})
         parts = [*(pickle.dumps(part, 2) for part in header), program, pickle.dumps([], 2)]
         path.write_bytes(b"".join(parts))
-
-
-class Counts:
-    def __init__(self):
-        self.counts = [1, 2]
-
-    def __setstate__(self, state):
-        pytest.fail("the file's state is given to a method")
 
 
 def forget(library: ModuleType) -> None:

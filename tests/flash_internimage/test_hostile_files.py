@@ -20,10 +20,9 @@ import torch
 from torch import nn
 
 from flash_internimage.checkpoint import load_checkpoint
-from flash_internimage.unpickling import Placeholder
+from flash_internimage.safe_load import Placeholder
 from tests.flash_internimage.checkpoints import (
     FORMATS,
-    Counts,
     assert_refused,
     call,
     dotted,
@@ -79,7 +78,7 @@ def test_nothing_is_executed(path, tmp_path, kind, archive):
     assert marker.exists()
     marker.rename(tmp_path / "done")
     write_program(hostile, path, archive)
-    with suppress(ValueError):  # iterating over a placeholder
+    with suppress(ValueError):
         assert isinstance(load_checkpoint(path)["item"], Placeholder)
     assert not marker.exists()
 
@@ -89,7 +88,7 @@ def test_a_rebuild_of_tensors_calls_nothing_else(path, tmp_path, archive):
     rebuild = named("torch._tensor", "_rebuild_from_type_v2")
     args = MKDIR, named("torch", "Tensor"), literal((str(tmp_path / "made"),)), literal({})
     write_program(program(call(rebuild, *args)), path, archive)
-    assert isinstance(load_checkpoint(path)["item"], Placeholder)
+    assert_refused(path, "posix.mkdir is not plain data")
     assert not (tmp_path / "made").exists()
 
 
@@ -98,9 +97,7 @@ def test_a_rebuild_of_tensors_calls_nothing_else(path, tmp_path, archive):
     "item",
     [
         named("foreign_library", "CfgNode"),
-        dotted("foreign_library", "Slots.Nested"),
         call(named("builtins", "__import__"), literal("foreign_library")),
-        pickle.MARK + pickle.INST + b"foreign_library\nSlots\n",
     ],
 )
 def test_nothing_is_imported(path, library, item, archive):
@@ -116,7 +113,7 @@ def test_a_codec_is_not_imported(path):
     encoded = call(named("_codecs", "encode"), literal("text"), literal("rot13"))
     write_program(program(encoded), path)
     sys.modules.pop("encodings.rot_13", None)
-    assert load_checkpoint(path)["item"] == b"text"
+    assert_refused(path, "_codecs.encode is not called as by torch.save")
     assert "encodings.rot_13" not in sys.modules
 
 
@@ -126,7 +123,7 @@ def test_registered_extensions_are_not_reached(path, opcode):
     try:
         assert pickle.loads(program(opcode)) == {"item": os.mkdir}  # and keeps it in its cache
         write_program(program(opcode), path)
-        assert_refused(path, "extension 123")
+        assert_refused(path, "operation EXT")
     finally:
         copyreg.remove_extension("os", "mkdir", 0x7B)
 
@@ -136,21 +133,14 @@ REBUILD = named("torch._utils", "_rebuild_tensor_v2")
 
 @FORMATS
 @pytest.mark.parametrize(
-    ("target", "types"),
-    [
-        (REBUILD, {}),
-        (named("torch", "Size"), {}),
-        (named("torch", "FloatStorage"), {}),
-        (named("here", "Counts"), {"here.Counts": Counts}),
-    ],
+    "target", [REBUILD, named("torch", "Size"), named("torch", "FloatStorage"), named("here", "X")]
 )
-def test_attributes_of_the_process_stay(path, target, types, archive):
+def test_attributes_of_the_process_stay(path, target, archive):
     state = literal((None, {"changed": True}))
     write_program(program(target + state + pickle.BUILD), path, archive)
     with pytest.raises(ValueError, match="state for a"):
-        load_checkpoint(path, types=types)
+        load_checkpoint(path)
     assert not hasattr(torch._utils._rebuild_tensor_v2, "changed")
-    assert not hasattr(Counts, "changed")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +149,7 @@ def test_attributes_of_the_process_stay(path, target, types, archive):
 def test_nothing_but_containers_takes_items(path, write_to):
     array = literal(np.zeros(2))
     write_program(program(array + write_to), path)
-    assert_refused(path, "items for a ndarray")
+    assert_refused(path, "items for a numpy._core.multiarray._reconstruct")
 
 
 @FORMATS
@@ -169,22 +159,25 @@ def test_no_source_is_compared(path, tmp_path, monkeypatch, archive):
     cell = named("torch.nn", "Linear")
     key = pickle.MARK + literal("module") + cell + literal("a") + literal("b") + pickle.TUPLE
     write_program(program(key + pickle.BINPERSID), path, archive)
-    assert_refused(path, "persistent id")
+    assert_refused(path, "a storage that is not described|torch.nn.Linear is not plain data")
     assert os.listdir(tmp_path) == ["model.pth"]
 
 
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (literal(np.array([None])), "dtype O8"),
-        (literal(np.zeros(1, "i4,O")), "dtype V12"),
-        (call(named("numpy", "dtype"), literal("i4,O")), "dtype i4,O"),
+        (literal(np.array([None])), "numpy.dtype is not called"),
+        (literal(np.zeros(1, "i4,O")), "numpy.dtype is not called"),
+        (call(named("numpy", "dtype"), literal("i4,O")), "numpy.dtype is not called"),
         (
             call(named("numpy._core.multiarray", "scalar"), literal("O"), literal(b"8" * 8)),
-            "of str",
+            "scalar is not called",
         ),
-        (literal(np.zeros(3)).replace(b"K\x03\x85", b"K\x04\x85"), "reshape"),
-        (literal(np.float64(0.5)).replace(b"\x02\0\0\0f8", b"\x03\0\0\0c16"), "buffer"),
+        (literal(np.zeros(3)).replace(b"K\x03\x85", b"K\x04\x85"), "state for a numpy"),
+        (
+            literal(np.float64(0.5)).replace(b"\x02\0\0\0f8", b"\x03\0\0\0c16"),
+            "scalar is not called",
+        ),
     ],
 )
 def test_arrays_that_are_not_plain_are_refused(path, item, message):
@@ -251,8 +244,7 @@ def test_a_damaged_file_is_read_or_refused(path, library, archive):
 def test_archives_of_torchscript_are_not_executed(path, monkeypatch):
     torch.jit.save(torch.jit.script(nn.ReLU()), path)
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("executed"))
-    with pytest.raises(ValueError, match=r"holds a __torch__\..*ReLU, expected a dict"):
-        load_checkpoint(path)
+    assert_refused(path, "TorchScript is a program")
 
 
 def test_tar_archives_are_not_unpacked(path, tmp_path, monkeypatch):
@@ -328,7 +320,8 @@ def test_records_go_nowhere(path, tmp_path, name):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(name, b"evil")
     path.rename(folder / "model.pth")
-    assert load_checkpoint(folder / "model.pth")["x"].equal(torch.zeros(4))
+    with suppress(ValueError):
+        assert load_checkpoint(folder / "model.pth")["x"].equal(torch.zeros(4))
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [folder / "model.pth"]
     assert not Path("/tmp/evil").exists()
 
@@ -367,7 +360,7 @@ def test_storages_of_which_the_file_has_no_contents_are_refused(path):
 
 def test_one_record_is_not_named_in_many_ways(path):
     write_program(program(tensor(storage(4, key="a"), 4, 1)), path)
-    assert_refused(path, "no number")
+    assert_refused(path, "a storage that is not described")
 
 
 def test_a_list_of_records_in_two_places_is_refused(path):
@@ -381,6 +374,8 @@ def test_a_list_of_records_in_two_places_is_refused(path):
     assert_refused(path, "another place")
 
 
+SHARED = b")q\x01" + b"h\x01h\x01\x86q\x01" * 60
+LONG_LIST = b"](" + b"K\x01" * 10_000 + b"eq\x01"
 # Of few bytes, that grow to any size or take any time.
 BOMBS = {
     "bytes": b"\x96" + (1 << 31).to_bytes(8, "little"),
@@ -402,13 +397,54 @@ BOMBS = {
     * 100
     + pickle.TUPLE,
     "tuples as keys": b"}" + b")" + b"2\x86" * 60 + b"Ns",
-    "depth as keys": b"}" + b")" + b"\x85" * 200_000 + b"Ns",
+    "depth as keys": b"}" + b")" + b"\x85" * 20_000 + b"Ns",
     "tuples in a set": call(named("builtins", "set"), b"]" + b")" + b"2\x86" * 60 + b"a"),
     "tuples in tuples": b")" + b"2\x86" * 60,
-    "depth": b")" + b"\x85" * 200_000,
+    "depth": b")" + b"\x85" * 20_000,
     "repeated elements": tensor(storage(1), 1 << 40, 0),
     "repeated in a set": call(named("builtins", "set"), tensor(storage(1), 1 << 22, 0)),
-    "arguments": call(named("here", "Counts"), b")" + b"2\x86" * 60),
+    "size of a tensor": call(named("torch", "FloatTensor"), literal(1 << 34)),
+    "size of bytes": call(named("builtins", "bytearray"), literal(1 << 34)),
+    "size of a storage": call(named("torch.storage", "UntypedStorage"), literal(1 << 34)),
+    "size of a meta tensor": call(
+        named("torch._utils", "_rebuild_meta_tensor_no_storage"),
+        named("torch", "float32"),
+        *map(literal, ((1 << 34,), (1,), False)),
+    ),
+    "size of an array": call(
+        named("numpy._core.multiarray", "_reconstruct"),
+        named("numpy", "ndarray"),
+        *map(literal, ((1 << 34,), b"b")),
+    ),
+    "storage grown": tensor(storage(1), 1 << 32, 1),
+    "storage claimed": tensor(storage(1 << 32), 1, 1),
+    "strides overflowing": tensor(storage(1), 1 << 62, 1 << 62),
+    "numpy's integers": call(
+        REBUILD,
+        storage(1),
+        literal(np.int8(0)),
+        *map(literal, ((127,), (1,), False, None)),
+    ),
+    "shared tuples": SHARED,
+    "shared tuples as keys": b"}" + SHARED + b"Ns",
+    "shared tuples in a set": call(named("builtins", "set"), b"]" + SHARED + b"a"),
+    "shared lists": b"]q\x01" + b"]q\x02(h\x01h\x01eq\x01" * 60,
+    "a list in itself": b"]q\x01h\x01a",
+    "sets in sets": call(
+        named("builtins", "set"), b"]" + call(named("builtins", "frozenset"), b"]") + b"a"
+    ),
+    "integers of one hash": b"}("
+    + b"".join(literal(i * ((1 << 61) - 1)) + b"N" for i in range(3, 20_000))
+    + b"u",
+    "complex numbers of one hash": b"}("
+    + b"".join(literal(complex(-1000003 * i, i)) + b"N" for i in range(5_000))
+    + b"u",
+    "copies of a list": LONG_LIST + b"](" + (named("builtins", "set") + b"h\x01\x85R") * 999 + b"e",
+    "copies of arguments": LONG_LIST.replace(b"](", b"(").replace(b"eq", b"tq")
+    + b"]("
+    + (named("foreign", "f") + b"h\x01R") * 999
+    + b"e",
+    "names": b"]" + b"".join(named("foreign", f"f{i}") + b"a" for i in range(2000)),
 }
 
 
@@ -419,13 +455,68 @@ def test_what_grows_as_it_is_read_is_refused(path, kind):
         writer.write_record(name, record, len(record))
     writer.write_end_of_file()
     with pytest.raises(ValueError, match=f"{path} is damaged or no checkpoint: .{{,500}}$"):
-        load_checkpoint(path, types={"here.Counts": Counts})
+        load_checkpoint(path)
 
 
 def test_what_is_used_many_times_is_restored(path):
     once, text = [1, 2], "text" * 10
     contents = {"lists": [once] * 20, "texts": [text] * 1000, "bytes": [b"x" * 100] * 10}
-    write({**contents, ("a", 1): torch.zeros(2, 3)[:, 1]}, path)
+    write({**contents, "x": torch.zeros(2, 3)[:, 1]}, path)
     loaded = load_checkpoint(path)
-    assert loaded.pop(("a", 1)).equal(torch.zeros(2))
+    assert loaded.pop("x").equal(torch.zeros(2))
     assert loaded == contents
+
+
+def test_hooks_of_the_file_are_dropped(path):
+    hooks = (
+        call(named("collections", "OrderedDict")) + literal(1) + named("builtins", "print") + b"s"
+    )
+    parts = storage(1), literal(0), literal((1,)), literal((1,)), literal(True), hooks
+    writer = torch._C.PyTorchFileWriter(str(path))
+    for name, record in {"data.pkl": program(call(REBUILD, *parts)), "data/0": bytes(4)}.items():
+        writer.write_record(name, record, len(record))
+    writer.write_end_of_file()
+    loaded = load_checkpoint(path)["item"]
+    assert loaded.requires_grad
+    assert not loaded._backward_hooks
+
+
+def test_attributes_of_dicts_are_dropped_unless_they_are_versions(path):
+    state_dict = nn.Linear(1, 1).state_dict()
+    state_dict.update = "not a method"
+    write({"model": state_dict}, path)
+    assert vars(load_checkpoint(path)["model"]) == {"_metadata": state_dict._metadata}
+    state_dict._metadata = {"": "not versions"}
+    write({"model": state_dict}, path)
+    assert vars(load_checkpoint(path)["model"]) == {}
+
+
+@pytest.mark.parametrize("size", [1 << 34, 100])
+def test_sizes_of_records_are_in_one_place(path, size):
+    """Sizes for files over 4 GiB have a second place, which readers do not treat alike."""
+    write({"x": torch.zeros(4)}, path)
+    rewrite(path, lambda name, contents: (name, contents, zipfile.ZIP_STORED))
+    contents = path.read_bytes()
+    start, end = contents.index(b"PK\1\2"), contents.rindex(b"PK\5\6")
+    name = start + 46 + int.from_bytes(contents[start + 28 : start + 30], "little")
+    extra = b"".join(n.to_bytes(k, "little") for n, k in ((1, 2), (16, 2), (size, 8), (size, 8)))
+    listed = contents[start : start + 20] + b"\xff" * 8 + contents[start + 28 : start + 30]
+    listed += b"\x14\0" + contents[start + 32 : name] + extra + contents[name:end]
+    length = len(listed).to_bytes(4, "little")
+    path.write_bytes(
+        contents[:start] + listed + contents[end : end + 12] + length + contents[end + 16 :]
+    )
+    assert_refused(path, "record 'model/data.pkl' is not plain")
+
+
+@pytest.mark.parametrize("alignment", [b"0", b"-1", b"9" * 5000])
+def test_alignments_by_which_torch_cannot_divide_are_refused(path, alignment):
+    write({"x": torch.zeros(4)}, path)
+    rewrite(
+        path,
+        lambda name, contents: (
+            name, alignment if name.endswith(".storage_alignment") else contents,
+            zipfile.ZIP_STORED,
+        ),
+    )  # fmt: skip
+    assert_refused(path, "storages without alignment")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from torch import nn
 from flash_internimage.openmmlab import curves, runtime
 from flash_internimage.openmmlab.programs import latest_checkpoint
 from flash_internimage.openmmlab.runtime import FlashRunner
-from flash_internimage.unpickling import Placeholder
+from flash_internimage.safe_load import Placeholder
 
 
 class Model(BaseModel):
@@ -238,7 +239,7 @@ class TestLoading:
     @pytest.mark.parametrize(
         "calls",
         [
-            lambda marker: (os.mkdir, (marker,)),
+            lambda marker: (shutil.copytree, (".", marker)),
             lambda marker: (getattr, (np.ndarray, "tofile")),
             lambda marker: (getattr, (HistoryBuffer, "__init__")),
         ],
@@ -266,7 +267,7 @@ class TestLoading:
     def test_no_part_of_a_model_is_initialised_by_what_would_be_executed(self, save, tmp_path):
         class Hostile:
             def __reduce__(self):
-                return os.mkdir, (str(tmp_path / "executed"),)
+                return shutil.copytree, (".", str(tmp_path / "executed"))
 
         source = Model(classes=3)
         path = save(source.state_dict(), meta={"x": Hostile()})
@@ -360,11 +361,30 @@ class TestLoading:
         history = HistoryBuffer([1.0, 3.0], [1, 1])
         with monkeypatch.context() as patch:
             patch.setitem(HistoryBuffer._statistics_methods, "mean", HistoryBuffer.max)
-            path = save({}, history=history)
-        loaded = runtime.read_checkpoint(path)["history"]
+            path = save({}, message_hub={"log_scalars": {"loss": history}})
+        loaded = runtime.read_checkpoint(path)["message_hub"]["log_scalars"]["loss"]
         loaded.update(5.0)
         assert loaded.statistics("mean") == 3
         assert HistoryBuffer._statistics_methods["mean"] is HistoryBuffer.mean
+
+    @pytest.mark.parametrize(
+        "state",
+        [
+            {"_log_history": np.ones(2), "_count_history": np.ones(3), "max_length": 9},
+            {"_log_history": np.ones(2), "_count_history": np.ones(2), "max_length": 1},
+            {"_log_history": np.array(["a"]), "_count_history": np.ones(1), "max_length": 9},
+            {"_log_history": [1], "_count_history": [1], "max_length": 9},
+            None,
+        ],
+    )
+    def test_a_history_that_is_none_is_named(self, save, state):
+        history = HistoryBuffer()
+        history.__dict__ = state or {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(HistoryBuffer, "__getstate__", lambda self: state, raising=False)
+            path = save({}, message_hub={"log_scalars": {"loss": history}})
+        with pytest.raises(ValueError, match=r"c\.pth: log_scalars\.loss must be two arrays"):
+            runtime.read_checkpoint(path)
 
     def test_a_checkpoint_that_is_not_there(self, tester):
         with pytest.raises(FileNotFoundError, match=r"checkpoint not found: none\.pth"):
