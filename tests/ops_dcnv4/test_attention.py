@@ -335,15 +335,6 @@ CHANGES = [
         ValueError,
         "must be .N, Lq, M|too large",
     ),
-    (
-        {
-            "value": SPLIT.value[:0].int(),
-            "locations": SPLIT.locations[:0].int(),
-            "weights": SPLIT.weights[:0].int(),
-        },
-        TypeError,
-        "floating-point",
-    ),
 ]
 
 
