@@ -68,8 +68,8 @@ class Call:
 def _describe(argument) -> str:
     if not isinstance(argument, Tensor):
         return repr(argument)
-    if not argument.is_floating_point() and argument.device.type == "cpu" and argument.dim() < 3:
-        return f"{argument.dtype} {argument.tolist()}"
+    if argument.dtype == torch.int64 and argument.device.type == "cpu" and argument.numel() < 32:
+        return f"{argument.dtype} {argument.to_dense().tolist()}"
     dtype, shape = str(argument.dtype).removeprefix("torch."), tuple(argument.shape)
     strides = argument.stride() if argument.layout == torch.strided else argument.layout
     return f"{dtype}{shape} {strides} {argument.device}"
