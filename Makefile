@@ -21,7 +21,7 @@ TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 # TEST_SEED=default shuffles the tests and seeds them by the time, TEST_SEED=123 by that number.
 TEST_SEED ?=
 
-.PHONY: demo demo-detection demo-segmentation test lint bench sanitize clean
+.PHONY: demo demo-detection demo-segmentation test lint bench sanitize sanitize-cpu clean
 
 demo: $(VENV)/.package data/digits
 	$(RUN) -m classification.train $(DIGITS) --resume auto
@@ -52,8 +52,30 @@ sanitize: $(VENV)/.package $(VENV)/.dev
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) -m tests.gpu.sanitize || exit 1; done
 
+# The CPU kernels under GCC's sanitizers, in every instruction set that the processor has: random
+# calls, most of them hostile, must be computed as in float64 or refused.
+SANITIZED := build/sanitize
+SANITIZE_CASES ?= 3000
+SANITIZE_SEED ?= 0
+# PyTorch runs what ATEN_CPU_CAPABILITY names, whether the processor has it or not.
+PRINT_INSTRUCTION_SETS := import torch; print(dict(AVX2="avx2", AVX512="avx2 avx512").get(torch.backends.cpu.get_cpu_capability(), ""))
+
+sanitize-cpu: $(SANITIZED)/.built $(VENV)/.dev
+	for highest in default $$($(RUN) -c '$(PRINT_INSTRUCTION_SETS)'); do \
+	  LD_PRELOAD="$$(for l in asan ubsan stdc++; do g++ -print-file-name=lib$$l.so; done | paste -sd ' ')" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  ATEN_CPU_CAPABILITY=$$highest OMP_NUM_THREADS=2 PYTHONPATH=$(SANITIZED)/lib \
+	  $(RUN) -m tests.ops_dcnv4.fuzz --cases $(SANITIZE_CASES) --seed $(SANITIZE_SEED) || exit 1; done
+
+$(SANITIZED)/.built: $(OPS_SOURCES) $(VENV)/.package
+	rm -rf $(SANITIZED)
+	cd ops_dcnv4 && FORCE_CPU=1 OPS_DCNV4_REQUIRE_COMPILED=1 OPS_DCNV4_SANITIZE=1 $(abspath $(RUN)) \
+	  setup.py --quiet build --build-base $(abspath $(SANITIZED)) --build-lib $(abspath $(SANITIZED))/lib
+	touch $@
+
 clean:
-	rm -rf $(VENV) ops_dcnv4/build ops_dcnv4/*.egg-info *.egg-info
+	rm -rf $(VENV) build ops_dcnv4/build ops_dcnv4/*.egg-info *.egg-info
 
 data/%: | $(VENV)/.package
 	$(RUN) -m tools.make_demo_data $* --root $@

@@ -7,6 +7,8 @@ PyTorch reference there. Environment variables:
     TORCH_CUDA_ARCH_LIST          GPU architectures, as for torch, instead of DEFAULT_ARCHITECTURES
     FORCE_CPU=1                   no CUDA
     OPS_DCNV4_REQUIRE_COMPILED=1  a failing compiler is an error (a missing nvcc is not)
+    OPS_DCNV4_SANITIZE=1          GCC's checks of memory accesses and undefined behaviour, for
+                                  `make sanitize-cpu`: the library needs libasan in LD_PRELOAD
 """
 
 import os
@@ -55,6 +57,12 @@ def compiler_flags() -> tuple[list[str], list[str]]:
     """Flags for the compiler and the linker, OpenMP included where torch uses it."""
     if sys.platform == "win32":
         return ["/O2", "/openmp"], []
+    if os.environ.get("OPS_DCNV4_SANITIZE") == "1":
+        # -O1 keeps the kernels inlined as they are used, and compiles in a fraction of the time.
+        # -fno-wrapv: Python passes -fwrapv, which would hide overflows of signed numbers.
+        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        flags = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", "-Wno-psabi", *sanitize]
+        return [*flags, "-fopenmp", "-Wno-unknown-pragmas"], ["-fopenmp", *sanitize]
     # -Wno-psabi: vectors wider than the baseline's registers only pass between inlined functions.
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-g0", "-Wall", "-Wno-psabi"]
     if sys.platform == "darwin":

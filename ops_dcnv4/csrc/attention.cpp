@@ -29,11 +29,12 @@ Attention make(const at::Tensor& value, const at::Tensor& spatial_shapes,
       level_start_index.dim() == 1 && level_start_index.size(0) == spatial_shapes.size(0),
       "level_start_index must have a number for each level");
   TORCH_CHECK_VALUE(points > 0, "there must be at least one point");
+  TORCH_CHECK_VALUE(value.size(1) > 0, "value must have at least one pixel");
   const Attention a{value.size(0),
                     to_int(value.size(1), "the length of value"),
                     to_int(queries, "the number of queries"),
-                    value.size(2),
-                    value.size(3),
+                    to_int(value.size(2), "the number of heads"),
+                    to_int(value.size(3), "the number of channels of a head"),
                     to_int(spatial_shapes.size(0), "the number of levels"),
                     to_int(points, "the number of points"),
                     fused};
@@ -57,6 +58,7 @@ Attention make_attention(const at::Tensor& value, const at::Tensor& spatial_shap
                     "attention_weights must be (N, Lq, M, L, K)");
   check_points(sampling_locations, "sampling_locations", value);
   check_points(attention_weights, "attention_weights", value);
+  check_dtype(value);
   TORCH_CHECK_TYPE(sampling_locations.scalar_type() == attention_weights.scalar_type(),
                    "dtypes of sampling_locations and attention_weights differ");
   return a;
@@ -72,6 +74,7 @@ Attention make_fused_attention(const at::Tensor& value, const at::Tensor& spatia
   TORCH_CHECK_VALUE(sampling_loc_attn.sizes() == at::IntArrayRef(shape),
                     "sampling_loc_attn must be (N, Lq, M, 3 * L * n_points)");
   check_points(sampling_loc_attn, "sampling_loc_attn", value);
+  check_dtype(value);
   return a;
 }
 

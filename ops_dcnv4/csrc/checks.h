@@ -3,9 +3,16 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <limits>
 
 namespace ops_dcnv4 {
+
+// Rows and columns of an image. float32, in which coordinates are computed, holds all whole numbers
+// up to here: a larger size could be rounded up, and a pixel beyond the border be read.
+constexpr int64_t largest_side = 1 << 24;
+
+inline bool is_side(int64_t number) { return number > 0 && number <= largest_side; }
 
 inline int to_int(int64_t number, const char* what) {
   TORCH_CHECK_VALUE(number <= std::numeric_limits<int>::max() / 4 &&
@@ -14,12 +21,26 @@ inline int to_int(int64_t number, const char* what) {
   return static_cast<int>(number);
 }
 
+inline void check_dtype(const at::Tensor& value) {
+  const at::ScalarType dtype = value.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
+                       dtype == at::kBFloat16,
+                   "value must be a floating-point tensor of 16, 32 or 64 bits, got ", dtype);
+}
+
 inline void check_grad_output(at::IntArrayRef shape, const at::Tensor& grad_output,
                               const at::Tensor& value) {
   TORCH_CHECK_VALUE(grad_output.sizes() == shape &&
                         grad_output.scalar_type() == value.scalar_type() &&
                         grad_output.device() == value.device(),
                     "grad_output must have the shape, dtype and device of the output");
+}
+
+// The numbers one after the other, aligned to their type, which memory from elsewhere need not be.
+inline at::Tensor dense(const at::Tensor& tensor) {
+  const at::Tensor contiguous = tensor.contiguous();
+  const auto address = reinterpret_cast<std::uintptr_t>(contiguous.const_data_ptr());
+  return address % contiguous.element_size() == 0 ? contiguous : contiguous.clone();
 }
 
 }  // namespace ops_dcnv4

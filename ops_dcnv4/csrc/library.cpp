@@ -5,16 +5,23 @@
 
 #include "operators.h"
 
-// Importing the module only runs the registration.
-#define OPS_DCNV4_MODULE(name)                                                           \
-  extern "C" PyObject* PyInit_##name() {                                                 \
-    static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, #name, nullptr, -1, nullptr}; \
-    return PyModule_Create(&module);                                                     \
-  }
+#if !defined(OPS_DCNV4_CUDA)
+#include "cpu/kernels.h"
+#endif
+
+namespace {
+
+// Importing a module only runs the registration.
+PyObject* make_module(const char* name) {
+  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, name, nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}
+
+}  // namespace
 
 #if defined(OPS_DCNV4_CUDA)
 
-OPS_DCNV4_MODULE(_C_cuda)
+extern "C" PyObject* PyInit__C_cuda() { return make_module("_C_cuda"); }
 
 TORCH_LIBRARY_IMPL(ops_dcnv4, CUDA, m) {
   m.impl("dcnv4", ops_dcnv4::dcnv4_cuda);
@@ -27,7 +34,12 @@ TORCH_LIBRARY_IMPL(ops_dcnv4, CUDA, m) {
 
 #else
 
-OPS_DCNV4_MODULE(_C)
+extern "C" PyObject* PyInit__C() {
+  PyObject* module = make_module("_C");
+  if (module == nullptr) return nullptr;
+  PyModule_AddStringConstant(module, "INSTRUCTION_SET", ops_dcnv4::instruction_set().name);
+  return module;
+}
 
 TORCH_LIBRARY_IMPL(ops_dcnv4, CPU, m) {
   m.impl("dcnv4", ops_dcnv4::dcnv4_cpu);

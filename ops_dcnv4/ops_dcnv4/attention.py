@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops import autocasts, check_tensor
+from .ops import MAX_SIDE, autocasts, check_size, check_tensor
 
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
 
@@ -43,9 +43,10 @@ def ms_deform_attn(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape or device does not fit, or the levels do not fill `value`; the message
-            names the argument. The contents of tensors on a GPU are not waited for: there, a level
-            outside of `value` has no pixels, and compiled kernels fail an assertion on the device.
+        ValueError: a shape or device does not fit, a level has no pixels, or the levels do not fill
+            `value`; the message names the argument. The contents of tensors on a GPU are not waited
+            for: there, a level outside of `value` has no pixels, and compiled kernels fail an
+            assertion on the device.
 
     Example:
         >>> value, locations = torch.randn(2, 8 * 8 + 4 * 4, 4, 16), torch.rand(2, 100, 4, 2, 3, 2)
@@ -53,19 +54,9 @@ def ms_deform_attn(
         >>> ms_deform_attn(value, [(8, 8), (4, 4)], locations, weights).shape
         torch.Size([2, 100, 64])
     """
-    check_tensor("value", value, ("N", "S", "M", "D"))
-    check_tensor("sampling_locations", sampling_locations, ("N", "Lq", "M", "L", "K", "2"))
-    check_tensor("attention_weights", attention_weights, ("N", "Lq", "M", "L", "K"))
+    _check_value(value)
     levels = _levels(value, spatial_shapes, level_start_index)
-    n, _, heads, _ = value.shape
-    _, queries, _, _, points, _ = sampling_locations.shape
-    if points < 1:
-        raise ValueError("sampling_locations must have at least one point per level, got K = 0")
-    shape = (n, queries, heads, levels[0].shape[0], points)
-    _check_shape("sampling_locations", sampling_locations, (*shape, 2), "(N, Lq, M, L, K, 2)")
-    _check_shape("attention_weights", attention_weights, shape, "(N, Lq, M, L, K)")
-    _check_beside_value(value, "sampling_locations", sampling_locations)
-    _check_beside_value(value, "attention_weights", attention_weights)
+    _check_split(value, levels[0].shape[0], sampling_locations, attention_weights)
     if sampling_locations.dtype != attention_weights.dtype:
         sampling_locations, attention_weights = (
             sampling_locations.float(),
@@ -103,18 +94,11 @@ def flash_deform_attn(
         >>> flash_deform_attn(value, [(8, 8), (4, 4)], [0, 64], packed, n_points=8).shape
         torch.Size([2, 100, 64])
     """
-    check_tensor("value", value, ("N", "S", "M", "D"))
-    check_tensor("sampling_loc_attn", sampling_loc_attn, ("N", "Lq", "M", "3 * L * K"))
+    _check_value(value)
     levels = _levels(value, spatial_shapes, level_start_index)
     if not isinstance(n_points, int) or isinstance(n_points, bool):
         raise TypeError(f"n_points must be an int, got {n_points!r}")
-    if n_points < 1:
-        raise ValueError(f"n_points must be at least 1, got {n_points}")
-    n, _, heads, _ = value.shape
-    packed = 3 * levels[0].shape[0] * n_points
-    expected = (n, sampling_loc_attn.shape[1], heads, packed)
-    _check_shape("sampling_loc_attn", sampling_loc_attn, expected, "(N, Lq, M, 3 * L * K)")
-    _check_beside_value(value, "sampling_loc_attn", sampling_loc_attn)
+    _check_fused(value, levels[0].shape[0], sampling_loc_attn, n_points)
     return torch.ops.ops_dcnv4.flash_deform_attn(value, *levels, sampling_loc_attn, n_points)
 
 
@@ -139,6 +123,9 @@ def _levels(
                 f"level_start_index must be ({shapes.shape[0]},), one number for each level of "
                 f"spatial_shapes, got shape {tuple(start.shape)}"
             )
+    for name, tensor in (("spatial_shapes", shapes), ("level_start_index", start)):
+        if tensor.is_meta and not value.is_meta:
+            raise ValueError(f"{name} must have numbers like value, got a meta tensor")
     if readable:
         _check_levels(_as_list(spatial_shapes), _as_list(level_start_index), value.shape[1])
     # From the CPU's memory without waiting for what the GPU has to do before.
@@ -161,6 +148,8 @@ def _integers(name: str, numbers) -> Tensor:
             numbers = torch.tensor(numbers) if len(numbers) else torch.tensor([], dtype=torch.int64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must hold integers, got {numbers!r}") from error
+    if numbers.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {numbers.layout}")
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {numbers.dtype}")
     return numbers
@@ -183,6 +172,126 @@ def _check_levels(
             f"level_start_index must be {[0, *ends[:-1]]}, the first pixel of each level of "
             f"spatial_shapes, got {list(start)}"
         )
+
+
+def check_raw_ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> tuple[int, ...]:
+    """Check the arguments of the operator in torch.ops, and return the shape of its output.
+
+    Like the compiled kernels, but for the contents of `spatial_shapes` and `level_start_index`.
+    """
+    levels = _check_raw_levels(value, spatial_shapes, level_start_index)
+    _check_split(value, levels, sampling_locations, attention_weights)
+    if sampling_locations.dtype != attention_weights.dtype:
+        raise TypeError(
+            "sampling_locations and attention_weights must have one dtype, got "
+            f"{sampling_locations.dtype} and {attention_weights.dtype}"
+        )
+    _check_sizes(value, levels, sampling_locations.shape[1], sampling_locations.shape[4])
+    return *sampling_locations.shape[:2], value.shape[2] * value.shape[3]
+
+
+def check_raw_flash_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc_attn: Tensor,
+    n_points: int,
+) -> tuple[int, ...]:
+    """The same for the fused form."""
+    levels = _check_raw_levels(value, spatial_shapes, level_start_index)
+    _check_fused(value, levels, sampling_loc_attn, n_points)
+    _check_sizes(value, levels, sampling_loc_attn.shape[1], n_points)
+    return *sampling_loc_attn.shape[:2], value.shape[2] * value.shape[3]
+
+
+def check_levels_lie_in_value(
+    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor
+) -> None:
+    """Raise an error for levels outside of value, if they are in the CPU's memory."""
+    if spatial_shapes.device.type != "cpu":
+        return
+    length, starts = value.shape[1], level_start_index.tolist()
+    for level, ((height, width), start) in enumerate(
+        zip(spatial_shapes.tolist(), starts, strict=True)
+    ):
+        is_image = 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE
+        if not is_image or start < 0 or start + height * width > length:
+            raise ValueError(
+                f"level {level} of spatial_shapes and level_start_index must lie within the "
+                f"{length} pixels of value, got {height} x {width} from {start} on"
+            )
+
+
+def _check_raw_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> int:
+    _check_value(value)
+    for name, tensor in (
+        ("spatial_shapes", spatial_shapes),
+        ("level_start_index", level_start_index),
+    ):
+        if tensor.dtype != torch.int64 or tensor.layout != torch.strided:
+            raise TypeError(
+                f"{name} must be a dense tensor of int64, got {tensor.dtype} of {tensor.layout}"
+            )
+        if tensor.device != value.device:
+            raise ValueError(
+                f"{name} must be on the device of value, {value.device}, got {tensor.device}"
+            )
+    if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2 or spatial_shapes.shape[0] == 0:
+        raise ValueError(f"spatial_shapes must be (L, 2), got shape {tuple(spatial_shapes.shape)}")
+    levels = spatial_shapes.shape[0]
+    if tuple(level_start_index.shape) != (levels,):
+        raise ValueError(
+            f"level_start_index must be ({levels},), got shape {tuple(level_start_index.shape)}"
+        )
+    return levels
+
+
+def _check_value(value: Tensor) -> None:
+    check_tensor("value", value, ("N", "S", "M", "D"))
+    if value.shape[1] < 1:
+        raise ValueError(
+            f"value must have at least one pixel, got (N, S, M, D) = {tuple(value.shape)}"
+        )
+
+
+def _check_split(
+    value: Tensor, levels: int, sampling_locations: Tensor, attention_weights: Tensor
+) -> None:
+    check_tensor("sampling_locations", sampling_locations, ("N", "Lq", "M", "L", "K", "2"))
+    check_tensor("attention_weights", attention_weights, ("N", "Lq", "M", "L", "K"))
+    queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
+    if points < 1:
+        raise ValueError("sampling_locations must have at least one point per level, got K = 0")
+    shape = (value.shape[0], queries, value.shape[2], levels, points)
+    _check_shape("sampling_locations", sampling_locations, (*shape, 2), "(N, Lq, M, L, K, 2)")
+    _check_shape("attention_weights", attention_weights, shape, "(N, Lq, M, L, K)")
+    _check_beside_value(value, "sampling_locations", sampling_locations)
+    _check_beside_value(value, "attention_weights", attention_weights)
+
+
+def _check_fused(value: Tensor, levels: int, sampling_loc_attn: Tensor, n_points: int) -> None:
+    check_tensor("sampling_loc_attn", sampling_loc_attn, ("N", "Lq", "M", "3 * L * K"))
+    if n_points < 1:
+        raise ValueError(f"n_points must be at least 1, got {n_points}")
+    shape = (value.shape[0], sampling_loc_attn.shape[1], value.shape[2], 3 * levels * n_points)
+    _check_shape("sampling_loc_attn", sampling_loc_attn, shape, "(N, Lq, M, 3 * L * K)")
+    _check_beside_value(value, "sampling_loc_attn", sampling_loc_attn)
+
+
+def _check_sizes(value: Tensor, levels: int, queries: int, points: int) -> None:
+    _, pixels, heads, channels = value.shape
+    check_size("the length of value", pixels)
+    check_size("the number of queries", queries)
+    check_size("the number of heads", heads)
+    check_size("the number of channels of a head", channels)
+    check_size("the number of channels of value", heads * channels)
+    check_size("the number of points of all levels", 3 * levels * points)
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:

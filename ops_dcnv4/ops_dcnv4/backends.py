@@ -19,6 +19,12 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from . import reference
+from .attention import (
+    check_levels_lie_in_value,
+    check_raw_flash_deform_attn,
+    check_raw_ms_deform_attn,
+)
+from .ops import check_raw_dcnv4, check_raw_grad_output
 
 BACKENDS = ("compiled", "triton", "reference")
 ENVIRONMENT_VARIABLE = "OPS_DCNV4_BACKEND"
@@ -152,8 +158,32 @@ def _force(name: str | None) -> None:
 
 def _compute(operator: str, *arguments):
     """An operator on tensors of a device that no compiled kernel is registered for, or forced."""
+    _check(operator, arguments)
+    if "deform_attn" in operator:
+        check_levels_lie_in_value(*_inputs(operator, arguments)[:3])
     device_type = arguments[0].device.type
     return getattr(_module(choose_backend(device_type), device_type), operator)(*arguments)
+
+
+_CHECKS = {
+    "dcnv4": check_raw_dcnv4,
+    "ms_deform_attn": check_raw_ms_deform_attn,
+    "flash_deform_attn": check_raw_flash_deform_attn,
+}
+
+
+def _check(operator: str, arguments: tuple) -> tuple[int, ...]:
+    """Check the arguments as the compiled kernels do, and return the shape of the output."""
+    inputs = _inputs(operator, arguments)
+    shape = _CHECKS[operator.removesuffix("_backward")](*inputs)
+    if operator.endswith("_backward"):
+        check_raw_grad_output(arguments[0], inputs[0], shape)
+    return shape
+
+
+def _inputs(operator: str, arguments: tuple) -> tuple:
+    """Return the arguments of the forward operator, which those of its backward end with."""
+    return arguments[1:] if operator.endswith("_backward") else arguments
 
 
 def _module(backend: str, device_type: str) -> ModuleType:
@@ -199,18 +229,13 @@ for _name in _SCHEMAS:
 # Shapes of results
 
 
-def _fake_dcnv4(value: Tensor, offset_mask: Tensor, *parameters) -> Tensor:
-    return value.new_empty(*offset_mask.shape[:3], value.shape[3])
+def _fake(operator: str, *arguments) -> Tensor:
+    return arguments[0].new_empty(_check(operator, arguments))
 
 
-def _fake_attention(
-    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor, points: Tensor, *others
-) -> Tensor:
-    return value.new_empty(*points.shape[:2], value.shape[2] * value.shape[3])
-
-
-def _fake_backward(grad_output: Tensor, *inputs) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in inputs if _is_differentiable(t))
+def _fake_backward(operator: str, *arguments) -> tuple[Tensor, ...]:
+    _check(operator, arguments)
+    return tuple(t.new_empty(t.shape) for t in arguments[1:] if _is_differentiable(t))
 
 
 def _is_differentiable(argument) -> bool:
@@ -218,9 +243,11 @@ def _is_differentiable(argument) -> bool:
 
 
 for _name in DIFFERENTIABLE:
-    _fake = _fake_dcnv4 if _name == "dcnv4" else _fake_attention
-    register_fake(f"ops_dcnv4::{_name}", _fake, lib=_library)
-    register_fake(f"ops_dcnv4::{_name}_backward", _fake_backward, lib=_library)
+    _backward = f"{_name}_backward"
+    register_fake(f"ops_dcnv4::{_name}", functools.partial(_fake, _name), lib=_library)
+    register_fake(
+        f"ops_dcnv4::{_backward}", functools.partial(_fake_backward, _backward), lib=_library
+    )
 
 
 # Gradients and autocast

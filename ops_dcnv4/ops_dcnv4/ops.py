@@ -3,6 +3,12 @@
 import torch
 from torch import Tensor
 
+# Limits of csrc/checks.h and csrc/geometry.cpp: float32, in which coordinates are computed, holds
+# all whole numbers up to MAX_SIDE, and 32 bits count the rest.
+MAX_SIDE = 2**24
+MAX_PARAMETER = 2**27
+MAX_COUNT = (2**31 - 1) // 4
+
 
 def dcnv4(
     value: Tensor,
@@ -42,7 +48,8 @@ def dcnv4(
 
     Raises:
         TypeError: an argument has the wrong type or dtype, or the dtypes differ.
-        ValueError: a shape, device or parameter does not fit; the message names it.
+        ValueError: a shape, device or parameter does not fit, or an image has no pixels; the
+            message names it.
 
     Example:
         >>> value = torch.randn(2, 14, 14, 32)
@@ -58,8 +65,7 @@ def dcnv4(
     )
     if not isinstance(offset_scale, (int, float, torch.SymFloat)):
         raise TypeError(f"offset_scale must be a number, got {offset_scale!r}")
-    _check_tensors(value, offset_mask)
-    _check_shapes(value, offset_mask, *pairs, groups, remove_center)
+    _check_operands(value, offset_mask, *pairs, groups, remove_center)
     return torch.ops.ops_dcnv4.dcnv4(
         value, offset_mask, *pairs, groups, float(offset_scale), bool(remove_center)
     )
@@ -72,6 +78,8 @@ def to_pair(number: int | tuple[int, int], name: str, minimum: int) -> tuple[int
         raise TypeError(f"{name} must be an int or a pair of ints, got {number!r}")
     if min(pair) < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number!r}")
+    if max(pair) > MAX_PARAMETER:
+        raise ValueError(f"{name} must be at most {MAX_PARAMETER}, got {number!r}")
     return pair
 
 
@@ -97,12 +105,88 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[str, ...]) -> None:
     """Raises an error that names the argument unless it is a floating-point tensor of `shape`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got a {kind}")
     if tensor.dim() != len(shape):
         expected = ", ".join(shape)
         raise ValueError(f"{name} must be ({expected}), got shape {tuple(tensor.shape)}")
     if tensor.dtype not in _DTYPES:
         accepted = ", ".join(str(dtype) for dtype in _DTYPES)
         raise TypeError(f"{name} must be floating point ({accepted}), got {tensor.dtype}")
+
+
+def check_raw_dcnv4(
+    value: Tensor,
+    offset_mask: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    offset_scale: float,
+    remove_center: bool,
+) -> tuple[int, ...]:
+    """Check the arguments of the operator in torch.ops, and return the shape of its output.
+
+    The compiled kernels do the same. Symbolic sizes may have any value within the limits: they are
+    bounded when the operator runs.
+    """
+    pairs = {"kernel_size": (kernel_size, 1), "stride": (stride, 1), "padding": (padding, 0)}
+    pairs["dilation"] = dilation, 1
+    for name, (pair, minimum) in pairs.items():
+        if len(pair) != 2:
+            raise ValueError(f"{name} must be a pair of ints, got {list(pair)}")
+        to_pair(tuple(pair), name, minimum)
+    _check_operands(
+        value, offset_mask, kernel_size, stride, padding, dilation, groups, remove_center
+    )
+    _, height, width, channels = value.shape
+    _, height_out, width_out, offset_channels = offset_mask.shape
+    check_size("the height of value", height, MAX_SIDE)
+    check_size("the width of value", width, MAX_SIDE)
+    check_size("the number of pixels of an image", height * width)
+    check_size("the number of pixels of an output image", height_out * width_out)
+    check_size("the number of channels of value", channels)
+    check_size("the number of channels of offset_mask", offset_channels)
+    check_size("the product of kernel_size", kernel_size[0] * kernel_size[1])
+    check_size("groups", groups)
+    return *offset_mask.shape[:3], channels
+
+
+def check_size(name: str, size: int, limit: int = MAX_COUNT) -> None:
+    """Raise an error that names a size above the limit; symbolic sizes pass."""
+    if isinstance(size, int) and size > limit:
+        raise ValueError(f"{name} must be at most {limit}, got {size}")
+
+
+def check_raw_grad_output(grad_output: Tensor, value: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise an error unless a gradient is like the output, which has `shape`."""
+    is_dense = grad_output.layout == torch.strided and not grad_output.is_nested
+    if not is_dense or (grad_output.dtype, grad_output.device) != (value.dtype, value.device):
+        raise ValueError(
+            f"grad_output must be a dense {value.dtype} tensor on {value.device} like the output, "
+            f"got {grad_output.dtype} on {grad_output.device} of layout {grad_output.layout}"
+        )
+    if tuple(grad_output.shape) != tuple(shape):
+        raise ValueError(
+            f"grad_output must be {tuple(shape)} like the output, "
+            f"got shape {tuple(grad_output.shape)}"
+        )
+
+
+def _check_operands(
+    value: Tensor,
+    offset_mask: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    remove_center: bool,
+) -> None:
+    _check_tensors(value, offset_mask)
+    _check_shapes(value, offset_mask, kernel_size, stride, padding, dilation, groups, remove_center)
 
 
 def _check_tensors(value: Tensor, offset_mask: Tensor) -> None:
@@ -142,6 +226,11 @@ def _check_shapes(
         raise ValueError(
             f"groups must be positive and divide the channels of value ({channels}), got {groups}; "
             f"value is (N, H, W, C) = {tuple(value.shape)}"
+        )
+    if height < 1 or width < 1:
+        raise ValueError(
+            "value must have at least one row and one column, got (N, H, W, C) = "
+            f"{tuple(value.shape)}"
         )
     height_out, width_out = output_size((height, width), kernel_size, stride, padding, dilation)
     if height_out < 1 or width_out < 1:

@@ -207,6 +207,23 @@ def test_empty_batch(run):
     assert [tuple(t.shape) for t in result] == [(0, 7, 6, 10), (0, 7, 6, 10), (0, 7, 6, 57)]
 
 
+@pytest.mark.parametrize(
+    ("p", "sizes"),
+    [
+        (Parameters(), {"group_channels": 0}),
+        (Parameters(kernel_size=(1, 1), remove_center=True), {"padding_channels": 0}),
+        (Parameters(kernel_size=(1, 1), remove_center=True), {}),
+    ],
+    ids=["no channels", "no taps and channels of offsets", "no taps"],
+)
+def test_nothing_to_do(p, sizes, run):
+    tensors = random_tensors(p, **sizes)
+    result = run(tensors, p)
+    expected = (tensors.grad_output, tensors.value, tensors.offset_mask)
+    assert [t.shape for t in result] == [t.shape for t in expected]
+    assert not any(t.any() for t in result)
+
+
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("which", [0, 1])
 def test_only_the_gradient_asked_for_is_returned(which, run, device):
@@ -301,27 +318,70 @@ VALUE, OFFSET_MASK = torch.zeros(2, 5, 6, 8), torch.zeros(2, 5, 6, 56)
 SCHEMA_ORDER = ("value", "offset_mask", *Parameters._fields)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"value": VALUE[0]}, ValueError, "4 dimensions"),
-        ({"offset_mask": OFFSET_MASK[:1]}, ValueError, "batch sizes"),
-        ({"offset_mask": OFFSET_MASK.double()}, TypeError, "dtypes"),
-        ({"value": VALUE.int(), "offset_mask": OFFSET_MASK.int()}, TypeError, "floating-point"),
-        ({"groups": 3}, ValueError, "groups"),
-        ({"offset_mask": OFFSET_MASK[..., :53]}, ValueError, "too few channels"),
-        ({"kernel_size": (0, 3)}, ValueError, "kernel_size must be positive"),
-        ({"stride": (2**40, 1)}, ValueError, "stride is too large"),
-    ],
-)
+ONE = torch.zeros(1, 1, 1, 1)  # in all pixels and channels: no memory is needed for many
+REFUSED = [
+    ({"value": VALUE[0]}, ValueError, "4 dimensions"),
+    ({"offset_mask": OFFSET_MASK[:1]}, ValueError, "batch sizes"),
+    ({"offset_mask": OFFSET_MASK.double()}, TypeError, "dtypes"),
+    ({"value": VALUE.int(), "offset_mask": OFFSET_MASK.int()}, TypeError, "floating-point"),
+    ({"value": VALUE[:0].int(), "offset_mask": OFFSET_MASK[:0].int()}, TypeError, "floating-point"),
+    ({"groups": 3}, ValueError, "groups"),
+    ({"groups": -2}, ValueError, "groups"),
+    ({"value": VALUE[..., :0], "groups": 2**62}, ValueError, "groups is too large"),
+    ({"offset_mask": OFFSET_MASK[..., :53]}, ValueError, "too few channels"),
+    ({"kernel_size": (0, 3)}, ValueError, "kernel_size must be positive"),
+    ({"kernel_size": (2**20, 2**20), "padding": (2**20, 2**20)}, ValueError, "height of offset_m"),
+    ({"stride": (2**40, 1)}, ValueError, "stride is too large"),
+    ({"stride": (0, 1)}, ValueError, "stride must be positive"),
+    ({"stride": (1, 2**29)}, ValueError, "stride is too large"),
+    ({"padding": (1, -1)}, ValueError, "padding must be positive or zero"),
+    ({"padding": (2**29, 1)}, ValueError, "padding is too large"),
+    ({"dilation": (1, 0)}, ValueError, "dilation must be positive"),
+    ({"dilation": (2**27, 1)}, ValueError, "the output would be empty"),
+    ({"kernel_size": (9, 3)}, ValueError, "the output would be empty"),
+    # Images without pixels, though the padding leaves an output.
+    (
+        {"value": VALUE[:, :0], "offset_mask": OFFSET_MASK[:, :2], "padding": (2, 1)},
+        ValueError,
+        "height of value must be from 1 to 16777216, got 0",
+    ),
+    (
+        {"value": VALUE[:, :, :0], "offset_mask": OFFSET_MASK[:, :, :2], "padding": (1, 2)},
+        ValueError,
+        "width of value must be from 1 to 16777216, got 0",
+    ),
+    # Offsets for another output than the window's, or none.
+    ({"offset_mask": OFFSET_MASK[:, :4]}, ValueError, "height of offset_mask must be 5"),
+    ({"offset_mask": OFFSET_MASK[:, :, :0]}, ValueError, "width of offset_mask must be 6"),
+    ({"stride": (2, 2)}, ValueError, "height of offset_mask must be 3"),
+    # Sides that float32 rounds, and sizes that 32 bits cannot count.
+    (
+        {
+            "value": ONE.expand(1, 1, 2**24 + 3, 2),
+            "offset_mask": ONE.expand(1, 1, 2**24 + 3, 54),
+        },
+        ValueError,
+        "width of value must be from 1 to 16777216",
+    ),
+    (
+        {"value": ONE.expand(1, 2**15, 2**15, 2), "offset_mask": ONE.expand(1, 2**15, 2**15, 54)},
+        ValueError,
+        "number of pixels of an image is too large",
+    ),
+    ({"value": ONE.expand(2, 5, 6, 2**31)}, ValueError, "number of channels of value is too large"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), REFUSED)
 def test_kernels_refuse_what_would_lead_outside_their_tensors(change, error, message, device):
     arguments = Parameters()._asdict() | {"value": VALUE, "offset_mask": OFFSET_MASK} | change
     value, offset_mask, *parameters = (arguments[name] for name in SCHEMA_ORDER)
     tensors = value.to(device), offset_mask.to(device)
     with pytest.raises(error, match=message):
         torch.ops.ops_dcnv4.dcnv4(*tensors, *parameters)
+    grad_output = torch.zeros_like(VALUE, dtype=value.dtype, device=device)
     with pytest.raises(error, match=message):
-        torch.ops.ops_dcnv4.dcnv4_backward(VALUE.to(tensors[0]), *tensors, *parameters)
+        torch.ops.ops_dcnv4.dcnv4_backward(grad_output, *tensors, *parameters)
 
 
 @pytest.mark.parametrize("grad_output", [VALUE[:, 1:], VALUE.double()])

@@ -4,6 +4,7 @@
 #include <ATen/ops/_softmax.h>
 #include <ATen/ops/_softmax_backward_data.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -20,7 +21,7 @@ void check_levels(const Attention& a, const at::Tensor& shapes, const at::Tensor
     const int64_t height = shapes.const_data_ptr<int64_t>()[2 * level];
     const int64_t width = shapes.const_data_ptr<int64_t>()[2 * level + 1];
     const int64_t first = start.const_data_ptr<int64_t>()[level];
-    TORCH_CHECK_VALUE(height > 0 && width > 0 && first >= 0 && first <= a.pixels &&
+    TORCH_CHECK_VALUE(is_side(height) && is_side(width) && first >= 0 && first <= a.pixels &&
                           height <= (a.pixels - first) / width,
                       "level ", level, " of spatial_shapes and level_start_index, ", height, " x ",
                       width, " from ", first, " on, does not lie within value of length ",
@@ -35,15 +36,17 @@ struct Inputs {
 
   Inputs(const Attention& a, const at::Tensor& value, const at::Tensor& spatial_shapes,
          const at::Tensor& level_start_index, const at::Tensor& points, const at::Tensor& weights)
-      : value(value.contiguous()),
-        spatial_shapes(spatial_shapes.contiguous()),
-        level_start_index(level_start_index.contiguous()) {
+      : value(dense(value)),
+        spatial_shapes(dense(spatial_shapes)),
+        level_start_index(dense(level_start_index)) {
     check_levels(a, this->spatial_shapes, this->level_start_index);
     const at::ScalarType dtype = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    locations = points.contiguous().to(dtype);
+    locations = dense(points).to(dtype);
     this->weights = a.fused ? at::_softmax(locations.slice(3, a.first_weight()), -1, false)
-                            : weights.contiguous().to(dtype);
+                            : dense(weights).to(dtype);
   }
+
+  bool is_empty() const { return value.numel() == 0 || locations.numel() == 0; }
 
   template <typename scalar_t>
   AttentionTensors<scalar_t> tensors() const {
@@ -57,6 +60,7 @@ struct Inputs {
 };
 
 at::Tensor forward(const Attention& a, const Inputs& in) {
+  if (in.is_empty()) return at::zeros(a.output_shape(), in.value.options());
   at::Tensor output = at::empty(a.output_shape(), in.value.options());
   const int64_t work = std::max<int64_t>(4 * a.channels() * a.taps(), 1);
   dispatch(in.value.scalar_type(), [&](auto scalar, auto acc) {
@@ -77,7 +81,12 @@ struct Gradients {
 
 Gradients backward(const Attention& a, const Inputs& in, const at::Tensor& grad_output) {
   check_grad_output(a.output_shape(), grad_output, in.value);
-  const at::Tensor grad = grad_output.contiguous();
+  if (in.is_empty()) {
+    return {at::zeros(in.value.sizes(), in.value.options()),
+            at::zeros(in.locations.sizes(), in.locations.options()),
+            at::zeros(in.weights.sizes(), in.weights.options())};
+  }
+  const at::Tensor grad = dense(grad_output);
   const Gradients grads{at::empty(in.value.sizes(), in.value.options()),
                         at::empty(in.locations.sizes(), in.locations.options()),
                         at::empty(in.weights.sizes(), in.weights.options())};

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -11,13 +12,17 @@
 #include "geometry.h"
 
 namespace ops_dcnv4 {
+
 at::Tensor dcnv4_cpu(const at::Tensor& value, const at::Tensor& offset_mask,
                      at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
                      at::IntArrayRef dilation, int64_t groups, double offset_scale,
                      bool remove_center) {
   const Geometry g = make_geometry(value, offset_mask, kernel_size, stride, padding, dilation,
                                    groups, offset_scale, remove_center);
-  const at::Tensor v = value.contiguous(), o = offset_mask.contiguous();
+  if (value.numel() == 0 || offset_mask.numel() == 0) {
+    return at::zeros(g.output_shape(), value.options());
+  }
+  const at::Tensor v = dense(value), o = dense(offset_mask);
   at::Tensor output = at::empty(g.output_shape(), v.options());
   const int64_t pixels = g.batch * g.out_height * g.out_width;
   const int64_t work = std::max<int64_t>(4 * g.channels() * g.taps(), 1);
@@ -45,11 +50,14 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cpu(
   const Geometry g = make_geometry(value, offset_mask, kernel_size, stride, padding, dilation,
                                    groups, offset_scale, remove_center);
   check_grad_output(g.output_shape(), grad_output, value);
-  const at::Tensor go = grad_output.contiguous(), v = value.contiguous(),
-                   o = offset_mask.contiguous();
+  if (value.numel() == 0 || offset_mask.numel() == 0) {
+    return {at::zeros(value.sizes(), value.options()),
+            at::zeros(offset_mask.sizes(), offset_mask.options())};
+  }
+  const at::Tensor go = dense(grad_output), v = dense(value), o = dense(offset_mask);
   const at::Tensor grad_value = at::empty(v.sizes(), v.options());
   const at::Tensor grad_offset_mask = at::empty(o.sizes(), o.options());
-  const int64_t slice_numbers = g.height * g.width * g.group_channels;
+  const int64_t slice_numbers = int64_t(g.height) * g.width * g.group_channels;
   dispatch(v.scalar_type(), [&](auto scalar, auto acc) {
     using scalar_t = decltype(scalar);
     using acc_t = decltype(acc);

@@ -41,8 +41,9 @@ constexpr Kernels<scalar_t> kernels() {
           run_backward<Attention, AttentionTensors<scalar_t>, acc_t>};
 }
 
-constexpr InstructionSet instruction_set() {
-  return {kernels<float>(), kernels<double>(), kernels<at::BFloat16>(), kernels<at::Half>()};
+constexpr InstructionSet instruction_set_of_file(const char* name) {
+  return {name, kernels<float>(), kernels<double>(), kernels<at::BFloat16>(),
+          kernels<at::Half>()};
 }
 
 }  // namespace

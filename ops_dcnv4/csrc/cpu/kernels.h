@@ -83,6 +83,7 @@ struct Kernels {
 };
 
 struct InstructionSet {
+  const char* name;
   Kernels<float> for_float;
   Kernels<double> for_double;
   Kernels<at::BFloat16> for_bfloat16;
@@ -95,5 +96,8 @@ struct InstructionSet {
 };
 
 extern const InstructionSet baseline, avx2, avx512;
+
+// The best that the processor has, or that ATEN_CPU_CAPABILITY allows, as for PyTorch's kernels.
+const InstructionSet& instruction_set();
 
 }  // namespace ops_dcnv4

@@ -17,7 +17,7 @@
 #include "cpu/instantiate.h"
 
 namespace ops_dcnv4 {
-constexpr InstructionSet avx2 = instruction_set();
+constexpr InstructionSet avx2 = instruction_set_of_file("avx2");
 }
 
 #if defined(__clang__)

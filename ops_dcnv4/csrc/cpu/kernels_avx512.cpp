@@ -21,7 +21,7 @@
 #include "cpu/instantiate.h"
 
 namespace ops_dcnv4 {
-constexpr InstructionSet avx512 = instruction_set();
+constexpr InstructionSet avx512 = instruction_set_of_file("avx512");
 }
 
 #if defined(__clang__)

@@ -5,5 +5,5 @@
 #include "cpu/instantiate.h"
 
 namespace ops_dcnv4 {
-constexpr InstructionSet baseline = instruction_set();
+constexpr InstructionSet baseline = instruction_set_of_file("baseline");
 }

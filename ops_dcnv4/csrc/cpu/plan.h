@@ -162,9 +162,9 @@ OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count> plan, const Images& i
 }
 
 // Asks for the cache lines of `count` numbers, `distance` from an address; beyond the ends of a
-// tensor this does no harm.
+// tensor this does no harm. Distances are unsigned, and wrap around.
 template <typename T>
-OPS_DCNV4_INLINE void prefetch(const T* from, int64_t distance, int64_t count) {
+OPS_DCNV4_INLINE void prefetch(const T* from, uintptr_t distance, int64_t count) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(from) + distance * sizeof(T);
   for (uintptr_t i = 0; i < count * sizeof(T); i += 64) {
     OPS_DCNV4_PREFETCH(reinterpret_cast<const char*>(first + i));

@@ -147,9 +147,9 @@ OPS_DCNV4_NOINLINE void plan_strip(Plan<acc_t, Count> plan, const Frame<acc_t> f
         t.offset_mask + w.at.pixel * offset_channels + w.at.group * 3 * plan.taps;
     prefetch(offsets, ahead, 3 * plan.taps);
     if (!backward) {  // the pixel that the windows of the next row will be the first to read
-      const int64_t row = frame.start_y + w.row * frame.step_y + frame.reach;
-      const int64_t col = frame.start_x + w.col * frame.step_x;
-      const int64_t pixel = row * frame.row_pixels + col;
+      const uintptr_t row = frame.start_y + w.row * frame.step_y + frame.reach;
+      const uintptr_t col = frame.start_x + w.col * frame.step_x;
+      const uintptr_t pixel = row * frame.row_pixels + col;
       prefetch(t.value, w.at.image * image + pixel * channels + w.at.group * g.group_channels,
                g.group_channels);
     }

@@ -10,23 +10,6 @@
 
 namespace ops_dcnv4 {
 
-inline const InstructionSet& instruction_set() {
-#if defined(OPS_DCNV4_X86)
-  static const InstructionSet& best = [&]() -> const InstructionSet& {
-    __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 = __builtin_cpu_supports("avx512f") &&
-                            __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vl");
-    return has_avx512 ? avx512 : has_avx2 ? avx2 : baseline;
-  }();
-  return best;
-#else
-  return baseline;
-#endif
-}
-
 // Memory of one worker; the backward pass has slices in it.
 template <typename acc_t>
 class Memory {

@@ -20,8 +20,7 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(
                                    groups, offset_scale, remove_center);
   check_grad_output(g.output_shape(), grad_output, value);
   const c10::DeviceGuard guard(value.device());
-  const at::Tensor go = grad_output.contiguous(), v = value.contiguous(),
-                   o = offset_mask.contiguous();
+  const at::Tensor go = dense(grad_output), v = dense(value), o = dense(offset_mask);
   if (v.numel() == 0 || o.numel() == 0)
     return {at::zeros(v.sizes(), v.options()), at::zeros(o.sizes(), o.options())};
   at::Tensor grad_value;

@@ -2,6 +2,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "checks.h"
 #include "cuda/forward.cuh"
 #include "cuda/windows.cuh"
 #include "dispatch.h"
@@ -17,7 +18,7 @@ at::Tensor dcnv4_cuda(const at::Tensor& value, const at::Tensor& offset_mask,
   const Geometry g = make_geometry(value, offset_mask, kernel_size, stride, padding, dilation,
                                    groups, offset_scale, remove_center);
   const c10::DeviceGuard guard(value.device());
-  const at::Tensor v = value.contiguous(), o = offset_mask.contiguous();
+  const at::Tensor v = dense(value), o = dense(offset_mask);
   if (v.numel() == 0 || o.numel() == 0) return at::zeros(g.output_shape(), v.options());
   at::Tensor output = at::empty(g.output_shape(), v.options());
   dispatch(v.scalar_type(), [&](auto scalar, auto acc) {

@@ -19,9 +19,9 @@ at::Tensor differentiate(const Attention& a, const at::Tensor& grad_output, cons
                          const at::Tensor& spatial_shapes, const at::Tensor& level_start_index,
                          const at::Tensor& locations, const at::Tensor& weights,
                          const at::Tensor& grad_locations, const at::Tensor& grad_weights) {
-  const at::Tensor go = grad_output.contiguous(), v = value.contiguous(),
-                   l = locations.contiguous(), w = weights.contiguous(),
-                   shapes = spatial_shapes.contiguous(), starts = level_start_index.contiguous();
+  const at::Tensor go = dense(grad_output), v = dense(value), l = dense(locations),
+                   w = dense(weights), shapes = dense(spatial_shapes),
+                   starts = dense(level_start_index);
   const at::Tensor grad_value =
       at::zeros(v.sizes(), v.options().dtype(grad_locations.scalar_type()));
   if (v.numel() == 0 || l.numel() == 0) {
@@ -80,7 +80,7 @@ std::tuple<at::Tensor, at::Tensor> flash_deform_attn_backward_cuda(
                                            sampling_loc_attn, n_points);
   check_grad_output(a.output_shape(), grad_output, value);
   const c10::DeviceGuard guard(value.device());
-  const at::Tensor packed = sampling_loc_attn.contiguous(), grad = empty_gradient(packed);
+  const at::Tensor packed = dense(sampling_loc_attn), grad = empty_gradient(packed);
   const at::Tensor grad_value = differentiate(a, grad_output, value, spatial_shapes,
                                               level_start_index, packed, packed, grad, grad);
   return {grad_value.to(value.scalar_type()), grad.to(packed.scalar_type())};

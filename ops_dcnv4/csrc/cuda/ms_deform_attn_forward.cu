@@ -3,6 +3,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "attention.h"
+#include "checks.h"
 #include "cuda/forward.cuh"
 #include "cuda/levels.cuh"
 #include "dispatch.h"
@@ -15,8 +16,8 @@ at::Tensor attend(const Attention& a, const at::Tensor& value, const at::Tensor&
                   const at::Tensor& level_start_index, const at::Tensor& locations,
                   const at::Tensor& weights) {
   const c10::DeviceGuard guard(value.device());
-  const at::Tensor v = value.contiguous(), l = locations.contiguous(), w = weights.contiguous(),
-                   shapes = spatial_shapes.contiguous(), starts = level_start_index.contiguous();
+  const at::Tensor v = dense(value), l = dense(locations), w = dense(weights),
+                   shapes = dense(spatial_shapes), starts = dense(level_start_index);
   if (v.numel() == 0 || l.numel() == 0) return at::zeros(a.output_shape(), v.options());
   at::Tensor output = at::empty(a.output_shape(), v.options());
   const LevelTensors levels{shapes.const_data_ptr<int64_t>(), starts.const_data_ptr<int64_t>()};
@@ -48,7 +49,7 @@ at::Tensor flash_deform_attn_cuda(const at::Tensor& value, const at::Tensor& spa
                                   const at::Tensor& sampling_loc_attn, int64_t n_points) {
   const Attention a = make_fused_attention(value, spatial_shapes, level_start_index,
                                            sampling_loc_attn, n_points);
-  const at::Tensor packed = sampling_loc_attn.contiguous();
+  const at::Tensor packed = dense(sampling_loc_attn);
   return attend(a, value, spatial_shapes, level_start_index, packed, packed);
 }
 
