@@ -1,4 +1,7 @@
-"""What OpenMMLab's projects need of this package, registered with the engine's root registries.
+"""Backbones, hooks and runners for OpenMMLab projects, registered in mmengine's root registries.
+
+Importing this module adds names to the registries and changes nothing else; see
+:func:`use_safe_checkpoint_reader` for the checkpoints that mmengine reads itself.
 
 custom_imports = dict(imports=['flash_internimage.openmmlab'])
 """
@@ -19,6 +22,7 @@ from .runtime import (
     FlashRunner,
     Float32OutputsHook,
     LoadReadableImage,
+    use_safe_checkpoint_reader,
 )
 
 __all__ = [
@@ -35,4 +39,5 @@ __all__ = [
     "LayerNormFPN",
     "LoadReadableImage",
     "use_flash_attention",
+    "use_safe_checkpoint_reader",
 ]

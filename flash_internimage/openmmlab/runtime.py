@@ -35,6 +35,13 @@ from ..checkpoint import (
 from ..conversion import EXECUTED, convert_checkpoint
 from ..files import write_atomically
 from .files import LeftOutFiles
+from .resume import (
+    adapt_checkpoint,
+    compare_classes,
+    describe_run,
+    replay_schedules,
+    set_sampler_seed,
+)
 
 # What the engine's own checkpoints hold beside tensors and plain containers.
 _ENGINE_TYPES = {"mmengine.logging.history_buffer.HistoryBuffer": HistoryBuffer}
@@ -54,9 +61,23 @@ def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dic
     return load_checkpoint(fetch_checkpoint(source), map_location, _ENGINE_TYPES)
 
 
-# For what the engine itself reads: the weights that any module's init_cfg names, a model of
-# mmdet's and mmseg's inference.
-CheckpointLoader.register_scheme(("", "http://", "https://"), read_checkpoint, force=True)
+def use_safe_checkpoint_reader() -> None:
+    """Let mmengine read every checkpoint with :func:`read_checkpoint`, in the whole process.
+
+    This covers what mmengine reads itself: the weights in a module's `init_cfg`, and the models of
+    mmdet's and mmseg's inference. :class:`FlashRunner` does so while it works, and only then.
+    """
+    CheckpointLoader.register_scheme(("", "http://", "https://"), read_checkpoint, force=True)
+
+
+@contextmanager
+def _safe_checkpoint_reader() -> Iterator[None]:
+    before = dict(CheckpointLoader._schemes)
+    use_safe_checkpoint_reader()
+    try:
+        yield
+    finally:
+        CheckpointLoader._schemes = before
 
 
 @RUNNERS.register_module()
@@ -65,8 +86,31 @@ class FlashRunner(Runner):
 
     Nothing from a file is executed; the names of the published checkpoints become current ones. To
     resume and to test, all names and shapes must agree. A model that is about to be trained keeps
-    its initial values where the checkpoint has none, and the log names them.
+    its initial values where the checkpoint has none, and the log names them. A resumed run uses
+    its own settings with the state of its checkpoint, see :mod:`.resume`.
     """
+
+    @_safe_checkpoint_reader()
+    def __init__(self, *args, **kwargs):
+        self._resuming = False
+        super().__init__(*args, **kwargs)
+        # mmengine changes it at a resume, and it may be the default of all runs of the process.
+        self._randomness_cfg = dict(self._randomness_cfg)
+
+    @_safe_checkpoint_reader()
+    def train(self) -> nn.Module:
+        """Train as mmengine does."""
+        return super().train()
+
+    @_safe_checkpoint_reader()
+    def val(self) -> dict:
+        """Validate as mmengine does."""
+        return super().val()
+
+    @_safe_checkpoint_reader()
+    def test(self) -> dict:
+        """Test as mmengine does."""
+        return super().test()
 
     def load_checkpoint(
         self,
@@ -75,16 +119,18 @@ class FlashRunner(Runner):
         strict: bool = False,
         revise_keys: list | None = None,
     ) -> dict:
-        """
+        """Load weights into the model.
+
         Args:
-            filename: a path, an address or the name of released weights.
-            map_location: of :func:`torch.load`.
-            strict: require all names and shapes to agree in training as well.
-            revise_keys: not used; published names are recognised.
+            filename: Path, address or name of released weights.
+            map_location: See :func:`torch.load`.
+            strict: Require all names and shapes to agree in training as well.
+            revise_keys: Not used; published names are recognised.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint.
-            ValueError: it is damaged or does not fit the model.
+            FileNotFoundError: There is no such checkpoint.
+            ValueError: It is damaged, does not fit the model, holds weights that are not finite, or
+                has the classes of the data at other positions.
         """
         checkpoint = read_checkpoint(filename, map_location)
         if isinstance(meta := checkpoint.get("meta"), dict):
@@ -101,9 +147,14 @@ class FlashRunner(Runner):
         model = self.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        if not (strict or self._resume or self._train_loop is None):
+        if not (strict or self._resuming or self._train_loop is None):
             checkpoint["state_dict"] = self._fill_in(checkpoint["state_dict"], model.state_dict())
         require_fit(model.state_dict(), checkpoint["state_dict"])
+        if self._resuming:
+            self._other_schedule = adapt_checkpoint(self, checkpoint)
+        elif self._train_loop is None:
+            self._check_classes(filename, checkpoint)
+        _require_finite(filename, checkpoint["state_dict"])
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         self._has_loaded = True
@@ -111,28 +162,43 @@ class FlashRunner(Runner):
         return checkpoint
 
     def resume(self, filename: str, *args, **kwargs) -> None:
-        """As the engine does.
+        """Resume a run with the settings of this one.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint.
-            ValueError: it is damaged, or of another model or run.
+            FileNotFoundError: There is no such checkpoint.
+            ValueError: It is damaged, or of another model, optimizer, data set or run.
         """
+        self._resume = self._resuming = True
         try:
             super().resume(filename, *args, **kwargs)
             check_optimizer(self.optim_wrapper.optimizer)
-            done = {
-                "epoch": (self.epoch, self.max_epochs),
-                "iteration": (self.iter, self.max_iters),
-            }
-            for what, (number, last) in done.items():
-                if type(number) is not int or number < 0 or (last is not None and number > last):
-                    raise ValueError(f"it is from {what} {number!r:.20}, this run has {last}")
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except ValueError as error:
+            raise ValueError(f"cannot resume from {filename}: {error!s:.2000}") from error
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"cannot resume from {filename}: {type(error).__name__}: {error!s:.2000}"
             ) from error
+        finally:
+            self._resuming = False
+        set_sampler_seed(self)
+        if self._other_schedule:
+            replay_schedules(self)
         if self.iter == self.max_iters:
             self.logger.warning("%s is from the end of this run: nothing is trained", filename)
+
+    def save_checkpoint(self, *args, meta: dict | None = None, **kwargs) -> None:
+        """Save a checkpoint that records what a resumed run needs to know."""
+        super().save_checkpoint(*args, meta={**(meta or {}), **describe_run(self)}, **kwargs)
+
+    def _check_classes(self, filename: str, checkpoint: dict) -> None:
+        """Compare the classes of the checkpoint with those of the data that are evaluated."""
+        loop = self._test_loop or self._val_loop
+        dataset = getattr(getattr(loop, "dataloader", None), "dataset", None)
+        difference, shifted = compare_classes(checkpoint, dataset)
+        if shifted:
+            raise ValueError(f"{filename} has other classes than the data: {difference}")
+        if difference:
+            self.logger.warning("%s has other classes than the data: %s", filename, difference)
 
     def _fill_in(self, state_dict: dict, own: dict) -> dict:
         """`own` with the values of `state_dict` where a name is known and its shape agrees."""
@@ -159,6 +225,14 @@ class FlashRunner(Runner):
                 find_unused_parameters=find_unused,
             )
         return super().wrap_model(model_wrapper_cfg, model)
+
+
+def _require_finite(source: str, state_dict: dict) -> None:
+    wrong = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} weights of {source} are not finite: {', '.join(wrong[:10])}"
+        )
 
 
 class _AtomicBackend(LocalBackend):
