@@ -1,19 +1,21 @@
 """mmengine's runner, hooks and optimizer wrapper as detection and segmentation use them."""
 
+import logging
 import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import cv2
 import torch
 from mmcv.transforms import LoadImageFromFile
+from mmengine.dist import all_reduce, is_distributed, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import CheckpointHook, Hook
-from mmengine.logging import HistoryBuffer
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import (
     BaseTTAModel,
     MMDistributedDataParallel,
@@ -21,8 +23,8 @@ from mmengine.model import (
     revert_sync_batchnorm,
 )
 from mmengine.optim import OptimWrapper
-from mmengine.registry import HOOKS, OPTIM_WRAPPERS, RUNNERS, TRANSFORMS
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS, OPTIMIZERS, RUNNERS, TRANSFORMS
+from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -33,7 +35,8 @@ from ..checkpoint import (
     require_fit,
 )
 from ..conversion import EXECUTED, convert_checkpoint
-from ..files import write_atomically
+from ..files import disk_full_error, write_atomically
+from .errors import describe, is_users
 from .files import LeftOutFiles
 from .resume import (
     adapt_checkpoint,
@@ -42,6 +45,8 @@ from .resume import (
     replay_schedules,
     set_sampler_seed,
 )
+
+CHECKPOINT_NAME = re.compile(r"(?:epoch|iter)_(\d+)\.pth")
 
 # What the engine's own checkpoints hold beside tensors and plain containers.
 _ENGINE_TYPES = {"mmengine.logging.history_buffer.HistoryBuffer": HistoryBuffer}
@@ -80,6 +85,12 @@ def _safe_checkpoint_reader() -> Iterator[None]:
         CheckpointLoader._schemes = before
 
 
+def _raise_file_errors(record: logging.LogRecord) -> None:
+    """Let a log that cannot be written end the run, instead of a traceback for every line."""
+    # Handlers call this while they handle the error.
+    raise
+
+
 @RUNNERS.register_module()
 class FlashRunner(Runner):
     """mmengine's Runner with checkpoints that are read safely, converted, and that fit.
@@ -90,27 +101,83 @@ class FlashRunner(Runner):
     its own settings with the state of its checkpoint, see :mod:`.resume`.
     """
 
-    @_safe_checkpoint_reader()
     def __init__(self, *args, **kwargs):
         self._resuming = False
-        super().__init__(*args, **kwargs)
+        with self._working():
+            super().__init__(*args, **kwargs)
         # mmengine changes it at a resume, and it may be the default of all runs of the process.
         self._randomness_cfg = dict(self._randomness_cfg)
 
-    @_safe_checkpoint_reader()
     def train(self) -> nn.Module:
         """Train as mmengine does."""
-        return super().train()
+        with self._working():
+            return super().train()
 
-    @_safe_checkpoint_reader()
     def val(self) -> dict:
         """Validate as mmengine does."""
-        return super().val()
+        with self._working():
+            return super().val()
 
-    @_safe_checkpoint_reader()
     def test(self) -> dict:
         """Test as mmengine does."""
-        return super().test()
+        with self._working():
+            return super().test()
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Read checkpoints safely, explain a full disk, and log what ends the run.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        try:
+            with _safe_checkpoint_reader():
+                yield
+        except Exception as error:
+            full = disk_full_error(error, getattr(self, "_work_dir", "a log"))
+            if full and not (isinstance(error, OSError) and "while writing" in str(error)):
+                error = full
+            if is_users(error) and hasattr(self, "logger"):
+                with suppress(OSError):  # The log may be on the full disk.
+                    self.logger.error(describe(error))
+            raise error
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        """Build a logger that raises an error if its file cannot be written."""
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handleError = _raise_file_errors
+        return logger
+
+    def dump_config(self) -> None:
+        """Write the configuration into the work folder, that of an evaluation to its log."""
+        folder = self.log_dir if self._train_loop is None else self.work_dir
+        name = Path(self.cfg.filename or f"{self.timestamp}.py").name
+        if is_main_process():
+            text = self.cfg.pretty_text.encode()
+            write_atomically(Path(folder, name), lambda file: file.write(text))
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
+        """Build the optimizer.
+
+        Raises:
+            ValueError: It is unknown, or needs a closure or sparse gradients.
+        """
+        settings = optim_wrapper.get("optimizer") if isinstance(optim_wrapper, dict) else None
+        name = settings.get("type") if isinstance(settings, dict) else None
+        if isinstance(name, str) and OPTIMIZERS.get(name) is None:
+            raise ValueError(
+                f"optim_wrapper.optimizer.type must be a registered optimizer, got {name!r}"
+            )
+        built = super().build_optim_wrapper(optim_wrapper)
+        optimizer = getattr(built, "optimizer", None)
+        if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
+            raise ValueError(
+                "optim_wrapper.optimizer must take dense gradients and no closure, "
+                f"got {type(optimizer).__name__}"
+            )
+        return built
 
     def load_checkpoint(
         self,
@@ -239,18 +306,18 @@ class _AtomicBackend(LocalBackend):
     """Local files that appear whole or not at all; what is to be removed stays until `flush`."""
 
     def __init__(self) -> None:
-        self._unwanted: set[str] = set()
+        self.unwanted: set[str] = set()
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         write_atomically(filepath, lambda file: file.write(obj))
 
     def remove(self, filepath: str | Path) -> None:
-        self._unwanted.add(str(filepath))
+        self.unwanted.add(str(filepath))
 
     def flush(self, keep: set[str | None]) -> None:
-        for path in self._unwanted - keep:
+        for path in self.unwanted - keep:
             super().remove(path)
-        self._unwanted.clear()
+        self.unwanted.clear()
 
 
 register_backend("atomic", _AtomicBackend)
@@ -261,11 +328,17 @@ class AtomicCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook, safe against being killed at any moment.
 
     A file is the old one or the new one, whole, and a checkpoint is removed only after its
-    successor has been written. Arguments are those of CheckpointHook, for local files.
+    successor has been written. A resumed run first validates its checkpoint if the run before was
+    killed before or during that validation, so that the best checkpoint is the one that an
+    uninterrupted run would keep. With several processes, the running statistics of batch norm are
+    averaged before they are validated or saved.
+
+    Arguments are those of CheckpointHook, for local files.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs, backend_args={"backend": "atomic"})
+        self._left_over: list[str] = []
 
     def before_train(self, runner: Runner) -> None:
         info = runner.message_hub.runtime_info
@@ -279,13 +352,78 @@ class AtomicCheckpointHook(CheckpointHook):
             self.best_ckpt_path = self._of_this_run(self.best_ckpt_path)
         for name, path in getattr(self, "best_ckpt_path_dict", {}).items():
             self.best_ckpt_path_dict[name] = path and self._of_this_run(path)
+        if not runner._resume:
+            return
+        if is_main_process():
+            for path in map(self._of_this_run, self._left_over):
+                if path and Path(path).is_file():
+                    self.file_backend.remove(path)
+        self.last_ckpt = self._path(self._step(runner))
+        self._remove_unwanted()
+        if self._is_due(runner) and info.get("validated_step") != self._step(runner):
+            runner.logger.info("validating the checkpoint, which the run before did not")
+            runner.val_loop.run()
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        names = checkpoint.get("replaced_files")
+        self._left_over = names if isinstance(names, list) else []
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        # Their removal follows. A run that is killed before leaves it to the resumed one.
+        unwanted = self.file_backend.unwanted if hasattr(self, "file_backend") else ()
+        checkpoint["replaced_files"] = [Path(path).name for path in unwanted]
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        _average_running_statistics(runner)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        step = self._step(runner)
+        runner.message_hub.update_info("validated_step", step)
+        self._forget_other_best(runner, metrics)
+        self._recorded = self.last_ckpt != self._path(step)
+        super().after_val_epoch(runner, metrics)
+        if not self._recorded:  # no better one, with which the engine saves the last one again
+            meta = {"epoch": runner.epoch, "iter": runner.iter}
+            self._save_checkpoint_with_step(runner, step, meta)
+
+    def _forget_other_best(self, runner: Runner, metrics: dict) -> None:
+        """Drop a best score of another metric, which `save_best` named before the run resumed."""
+        if not self.save_best:
+            return
+        names = [next(iter(metrics), "")] if "auto" in self.key_indicators else self.key_indicators
+        saved = runner.message_hub.get_info("save_best")
+        if saved not in (None, names):
+            runner.logger.warning("the best checkpoint is now that of %s", ", ".join(names))
+            for name in [n for n in runner.message_hub.runtime_info if n.startswith("best_score")]:
+                runner.message_hub.pop_info(name)
+        runner.message_hub.update_info("save_best", [*names])
+
+    def _step(self, runner: Runner) -> int:
+        return runner.epoch if self.by_epoch else runner.iter
+
+    def _path(self, step: int) -> str:
+        return self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
+
+    def _is_due(self, runner: Runner) -> bool:
+        """Whether an uninterrupted run would have validated at this point."""
+        loop = runner.train_loop
+        step, last = loop.epoch, loop.max_epochs
+        if not isinstance(loop, EpochBasedTrainLoop):
+            step, last = loop.iter, loop.max_iters
+        if runner.val_loop is None or step < max(loop.val_begin, 1):
+            return False
+        loop._decide_current_val_interval()
+        return step % loop.val_interval == 0 or step == last
 
     def _of_this_run(self, path: object) -> str | None:
         name = Path(path).name if isinstance(path, str) else ""
-        return str(Path(self.out_dir, name)) if re.fullmatch(r"best_.*\.pth", name) else None
+        known = rf"best_.*\.pth|{CHECKPOINT_NAME.pattern}"
+        return str(Path(self.out_dir, name)) if re.fullmatch(known, name) else None
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        _average_running_statistics(runner)
         super()._save_checkpoint_with_step(runner, step, meta)
+        self._recorded = True
         self._remove_unwanted()
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
@@ -293,16 +431,51 @@ class AtomicCheckpointHook(CheckpointHook):
         self._remove_unwanted()
 
     def _remove_unwanted(self) -> None:
-        self.file_backend.flush(keep={self.last_ckpt, getattr(self, "best_ckpt_path", None)})
+        best = [*getattr(self, "best_ckpt_path_dict", {}).values()]
+        self.file_backend.flush(keep={self.last_ckpt, getattr(self, "best_ckpt_path", None), *best})
+
+
+def _average_running_statistics(runner: Runner) -> None:
+    """Average what batch norm has gathered in each process, also in an averaged model."""
+    averaged = [hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)]
+    statistics = [
+        tensor
+        for model in (runner.model, *averaged)
+        for name, tensor in model.named_buffers()
+        if name.endswith(("running_mean", "running_var"))
+    ]
+    if not is_distributed() or not statistics:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in statistics])
+    all_reduce(flat, "mean")
+    parts = flat.split([tensor.numel() for tensor in statistics])
+    for tensor, part in zip(statistics, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 @HOOKS.register_module()
 class CheckFiniteHook(Hook):
-    """Stops a training whose loss or weights are no longer finite, before they reach a checkpoint.
+    """Stop a training whose loss or weights are no longer finite, before they reach a checkpoint.
+
+    Metrics that are not finite are named in the log.
 
     Raises:
-        FloatingPointError: they are not.
+        FloatingPointError: The loss or weights are not finite.
     """
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        wrong = [
+            name
+            for name, value in (metrics or {}).items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
+        if wrong:
+            runner.logger.warning(
+                "not finite: %s; the data may have no such objects", ", ".join(wrong)
+            )
+
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        self.after_val_epoch(runner, metrics)
 
     def after_train_iter(
         self,

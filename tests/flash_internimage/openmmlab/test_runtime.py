@@ -86,8 +86,10 @@ class TestCheckpoints:
 
     def test_the_latest_is_that_of_the_highest_number(self, tmp_path):
         assert latest_checkpoint(tmp_path) is None
-        for name in ("epoch_9.pth", "epoch_10.pth", "epoch_11.pth.partial", "best_epoch_12.pth"):
+        foreign = ["epoch_11.pth.partial", "best_epoch_12.pth", "epoch_12-1a2b3c4d.pth"]
+        for name in ("epoch_9.pth", "epoch_10.pth", *foreign, "epoch_best.pth", "epoch_.pth"):
             (tmp_path / name).touch()
+        (tmp_path / "epoch_13.pth").mkdir()
         assert latest_checkpoint(tmp_path).name == "epoch_10.pth"
 
 
