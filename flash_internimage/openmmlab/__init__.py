@@ -13,17 +13,15 @@ from .attention import (
 )
 from .backbone import FlashInternImageBackbone
 from .curves import CurvesHook
-from .layer_decay import LayerDecayOptimWrapperConstructor
-from .neck import LayerNormFPN
-from .runtime import (
+from .hooks import (
     AtomicCheckpointHook,
     BFloat16OptimWrapper,
     CompileBackboneHook,
-    FlashRunner,
     Float32OutputsHook,
-    LoadReadableImage,
-    use_safe_checkpoint_reader,
 )
+from .layer_decay import LayerDecayOptimWrapperConstructor
+from .neck import LayerNormFPN
+from .runtime import FlashRunner, LoadReadableImage, use_safe_checkpoint_reader
 
 __all__ = [
     "AtomicCheckpointHook",

@@ -22,7 +22,8 @@ from mmengine.utils.dl_utils import set_multi_processing
 
 from ..files import own_folder
 from .errors import describe, is_from_this_package
-from .runtime import CHECKPOINT_NAME, FlashRunner
+from .hooks import CHECKPOINT_NAME
+from .runtime import FlashRunner
 
 # What the engine and the programs read of a configuration beside the runner's arguments.
 _READ = (
