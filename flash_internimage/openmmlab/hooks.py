@@ -81,7 +81,7 @@ class AtomicCheckpointHook(CheckpointHook):
                     self.file_backend.remove(path)
         self.last_ckpt = self._path(self._step(runner))
         self._remove_unwanted()
-        if self._is_due(runner) and info.get("validated_step") != self._step(runner):
+        if self._is_due(runner) and info.get("step_validated") != self._step(runner):
             runner.logger.info("validating the checkpoint, which the run before did not")
             runner.val_loop.run()
 
@@ -99,7 +99,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
         step = self._step(runner)
-        runner.message_hub.update_info("validated_step", step)
+        runner.message_hub.update_info("step_validated", step)
         self._forget_other_best(runner, metrics)
         self._recorded = self.last_ckpt != self._path(step)
         super().after_val_epoch(runner, metrics)
