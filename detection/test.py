@@ -1,20 +1,31 @@
-"""Evaluates a detector.
+"""Evaluate a detector.
 
 python -m detection.test CONFIG CHECKPOINT
 """
 
 import argparse
+import pickle
 from pathlib import Path
 
 from mmdet.evaluation import DumpDetResults
 
+from flash_internimage.files import write_atomically
+from flash_internimage.openmmlab.errors import one_line_errors
 from flash_internimage.openmmlab.programs import (
     build_runner,
     evaluation_config,
     evaluation_parser,
-    one_line_errors,
+    require_writable,
 )
 from flash_internimage.openmmlab.runtime import FlashRunner
+
+
+class _AtomicDump(DumpDetResults):
+    """DumpDetResults whose file appears whole or not at all."""
+
+    def compute_metrics(self, results: list) -> dict:
+        write_atomically(self.out_file_path, lambda file: pickle.dump(results, file))
+        return {}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -25,27 +36,30 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def get_runner(args: argparse.Namespace) -> FlashRunner:
-    """
+    """Build the runner of an evaluation.
+
     Raises:
-        FileNotFoundError: there is no such configuration.
-        ValueError: an argument does not fit.
+        FileNotFoundError: There is no such configuration.
+        OSError: A folder cannot be written.
+        ValueError: An argument does not fit.
     """
     if args.out and args.out.suffix not in (".pkl", ".pickle"):
         raise ValueError(f"--out must end in .pkl or .pickle, got {args.out}")
+    if args.out:
+        require_writable(args.out.parent, "--out")
     cfg = evaluation_config(args)
     if args.show_dir:
         cfg.default_hooks.visualization.update(draw=True, test_out_dir=args.show_dir)
     runner = build_runner(cfg)
     if args.out:
-        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=str(args.out)))
+        runner.test_evaluator.metrics.append(_AtomicDump(out_file_path=str(args.out)))
     return runner
 
 
 def main() -> None:
     args = get_parser().parse_args()
     with one_line_errors():
-        runner = get_runner(args)
-    runner.test()
+        get_runner(args).test()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Trains a detector.
+"""Train a detector.
 
 python -m detection.train CONFIG
 torchrun --nproc-per-node 8 -m detection.train CONFIG
 """
 
-from flash_internimage.openmmlab.programs import one_line_errors, training_parser, training_runner
+from flash_internimage.openmmlab.errors import one_line_errors
+from flash_internimage.openmmlab.programs import run_training, training_parser
 
 
 def main() -> None:
     args = training_parser("detection.train", "Train a detector.").parse_args()
     with one_line_errors():
-        runner = training_runner(args)
-    runner.train()
+        run_training(args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Evaluates a segmentor.
+"""Evaluate a segmentor.
 
 python -m segmentation.test CONFIG CHECKPOINT [--tta]
 """
@@ -6,11 +6,12 @@ python -m segmentation.test CONFIG CHECKPOINT [--tta]
 import argparse
 from pathlib import Path
 
+from flash_internimage.openmmlab.errors import one_line_errors
 from flash_internimage.openmmlab.programs import (
     build_runner,
     evaluation_config,
     evaluation_parser,
-    one_line_errors,
+    require_writable,
 )
 from flash_internimage.openmmlab.runtime import FlashRunner
 
@@ -24,11 +25,15 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def get_runner(args: argparse.Namespace) -> FlashRunner:
-    """
+    """Build the runner of an evaluation.
+
     Raises:
-        FileNotFoundError: there is no such configuration.
-        ValueError: an option is not known.
+        FileNotFoundError: There is no such configuration.
+        OSError: A folder cannot be written.
+        ValueError: An argument does not fit.
     """
+    if args.out:
+        require_writable(args.out, "--out")
     cfg = evaluation_config(args)
     if args.tta:
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
@@ -44,8 +49,7 @@ def get_runner(args: argparse.Namespace) -> FlashRunner:
 def main() -> None:
     args = get_parser().parse_args()
     with one_line_errors():
-        runner = get_runner(args)
-    runner.test()
+        get_runner(args).test()
 
 
 if __name__ == "__main__":

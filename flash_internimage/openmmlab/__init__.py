@@ -1,4 +1,7 @@
-"""What OpenMMLab's projects need of this package, registered with the engine's root registries.
+"""Backbones, hooks and runners for OpenMMLab projects, registered in mmengine's root registries.
+
+Importing this module adds names to the registries and changes nothing else; see
+:func:`use_safe_checkpoint_reader` for the checkpoints that mmengine reads itself.
 
 custom_imports = dict(imports=['flash_internimage.openmmlab'])
 """
@@ -10,16 +13,15 @@ from .attention import (
 )
 from .backbone import FlashInternImageBackbone
 from .curves import CurvesHook
-from .layer_decay import LayerDecayOptimWrapperConstructor
-from .neck import LayerNormFPN
-from .runtime import (
+from .hooks import (
     AtomicCheckpointHook,
     BFloat16OptimWrapper,
     CompileBackboneHook,
-    FlashRunner,
     Float32OutputsHook,
-    LoadReadableImage,
 )
+from .layer_decay import LayerDecayOptimWrapperConstructor
+from .neck import LayerNormFPN
+from .runtime import FlashRunner, LoadReadableImage, use_safe_checkpoint_reader
 
 __all__ = [
     "AtomicCheckpointHook",
@@ -35,4 +37,5 @@ __all__ = [
     "LayerNormFPN",
     "LoadReadableImage",
     "use_flash_attention",
+    "use_safe_checkpoint_reader",
 ]

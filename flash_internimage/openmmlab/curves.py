@@ -10,6 +10,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from ..files import write_atomically
+
 
 @HOOKS.register_module()
 class CurvesHook(Hook):
@@ -27,17 +29,20 @@ class CurvesHook(Hook):
 
 
 def read_scalars(work_dir: Path) -> dict[str, dict[int, float]]:
-    """All scalars of a run, {name: {step: value}}, over all its attempts; the latest counts."""
+    """Return {name: {step: value}} over all attempts of a run; the latest counts."""
     scalars = defaultdict(dict)
     for path in sorted(work_dir.glob("*/vis_data/scalars.json")):
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:  # the last line of an attempt that was killed
                 continue
-            step = row.pop("step")
+            step = row.pop("step", None) if isinstance(row, dict) else None
+            if not isinstance(step, int):
+                continue
             for name, value in row.items():
-                scalars[name][step] = value
+                if isinstance(value, int | float):
+                    scalars[name][step] = value
     return dict(scalars)
 
 
@@ -58,8 +63,11 @@ def save_curves(work_dir: Path) -> None:
     ):
         for name in names:
             steps, values = zip(*sorted(scalars[name].items()), strict=True)
-            axis.plot(steps, values, label=name, linewidth=2 if name == "loss" else 1)
+            label = name.replace("$", r"\$")  # else matplotlib reads mathematics
+            axis.plot(steps, values, label=label, linewidth=2 if name == "loss" else 1)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="x-small")
-    figure.savefig(work_dir / "curves.png", dpi=120)
+    write_atomically(
+        work_dir / "curves.png", lambda file: figure.savefig(file, dpi=120, format="png")
+    )

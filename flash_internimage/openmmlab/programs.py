@@ -4,15 +4,25 @@ import argparse
 import difflib
 import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
+from mmengine.dist import broadcast_object_list, init_dist, is_main_process
 from mmengine.logging import print_log
+from mmengine.runner import Runner
+from mmengine.utils.dl_utils import set_multi_processing
 
+from ..files import own_folder
+from .errors import describe, is_from_this_package
+from .hooks import CHECKPOINT_NAME
 from .runtime import FlashRunner
 
 # What the engine and the programs read of a configuration beside the runner's arguments.
@@ -27,13 +37,31 @@ _READ = (
     "tta_pipeline",
 )
 
+# Parts of a configuration whose numbers are checked, and the names of these.
+_CHECKED = ("train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr", "default_hooks")
+_CHECKED += ("train_dataloader", "val_dataloader", "test_dataloader")
+_COUNTS = {"max_epochs", "max_iters", "val_interval", "batch_size", "accumulative_counts"}
+_COUNTS |= {"base_batch_size"}
+_NUMBERS = {"lr", "weight_decay", "momentum", "eps", "interval", "num_workers", "begin", "end"}
+_NUMBERS |= {"start_factor", "end_factor", "factor", "gamma", "eta_min", "power"}
+
+# What starts the processes of a launcher, and the variables that it sets.
+_LAUNCHERS = {
+    "pytorch": ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")),
+    "slurm": ("srun", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NODELIST")),
+    "mpi": ("mpirun", ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MASTER_ADDR")),
+}
+
 
 class _Settings(DictAction):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         for value in values:
             if "=" not in value:
                 parser.error(f"{option_string} takes KEY=VALUE, got {value}; CONFIG comes before")
-        super().__call__(parser, namespace, values, option_string)
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except AssertionError as error:
+            parser.error(f"{option_string}: {error}")
 
 
 def _parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -92,27 +120,85 @@ def evaluation_parser(program: str, description: str) -> argparse.ArgumentParser
     return parser
 
 
+def run_training(args: argparse.Namespace) -> None:
+    """Train with the arguments of :func:`training_parser`, as the only run in the work folder.
+
+    Raises:
+        OSError: The work folder belongs to another run, or cannot be written.
+        ValueError: See :func:`training_runner`.
+    """
+    cfg = _load_config(args)
+    _start_processes(cfg)
+    with _own_work_dir(Path(cfg.work_dir)):
+        _training_runner(args, cfg).train()
+
+
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the program with the message alone where arguments or a configuration are wrong."""
-    try:
+def _own_work_dir(work_dir: Path) -> Iterator[None]:
+    """Own the work folder in the first process; without it, all processes end."""
+    problem = [None]
+    with ExitStack() as stack:
+        if is_main_process():
+            try:
+                stack.enter_context(own_folder(work_dir))
+            except OSError as error:
+                problem = [f"--work-dir {work_dir} cannot be written: {error.strerror}"]
+                if error.filename is None:
+                    problem = [describe(error)]
+        broadcast_object_list(problem)
+        if problem[0]:
+            raise OSError(problem[0]) if is_main_process() else SystemExit(2)
         yield
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Create a folder if need be.
+
+    Raises:
+        OSError: Nothing can be written there; the message names the option.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{option} {folder} cannot be written: {error.strerror}") from error
 
 
 def build_runner(cfg: Config) -> FlashRunner:
-    """The runner of a configuration; processes without GPUs talk by gloo."""
-    if cfg.launcher == "pytorch" and not torch.cuda.is_available() and not dist.is_initialized():
-        dist.init_process_group("gloo")
+    """Build the runner of a configuration; processes without GPUs communicate by gloo."""
+    _start_processes(cfg)
     return FlashRunner.from_cfg(cfg)
+
+
+def _start_processes(cfg: Config) -> None:
+    if cfg.launcher == "none" or dist.is_initialized():
+        return
+    program, names = _LAUNCHERS[cfg.launcher]
+    if missing := [name for name in names if name not in os.environ]:
+        raise ValueError(
+            f"--launcher {cfg.launcher} needs processes that {program} has started: "
+            f"{', '.join(missing)} is not set"
+        )
+    if cfg.launcher == "pytorch" and not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return
+    env_cfg = cfg.get("env_cfg", {})
+    set_multi_processing(**env_cfg.get("mp_cfg", {}), distributed=True)
+    init_dist(cfg.launcher, **env_cfg.get("dist_cfg", {}))
 
 
 def _load_config(args: argparse.Namespace) -> Config:
     if not args.config.is_file():
         raise FileNotFoundError(f"config not found: {args.config}")
-    cfg = Config.fromfile(args.config)
-    known = {*inspect.signature(FlashRunner).parameters, *_READ}
+    try:
+        cfg = Config.fromfile(args.config)
+    except Exception as error:  # a config is a program, in which anything can go wrong
+        if is_from_this_package(error):
+            raise
+        reason = f"{type(error).__name__}: {describe(error.__cause__ or error)}"
+        raise ValueError(f"config {args.config} cannot be read: {reason}") from error
+    known = {*inspect.signature(Runner).parameters, *_READ}
     for name in cfg.keys() - known:
         # all else may be a variable, and mmdet's and mmseg's are often called like test_pipeline
         close = difflib.get_close_matches(name, known - {"tta_pipeline"}, n=1, cutoff=0.88)
@@ -133,20 +219,46 @@ def _load_config(args: argparse.Namespace) -> Config:
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"--cfg-options {key}: there is no {name} in {args.config}{hint}")
     cfg.merge_from_dict(args.cfg_options or {})
+    for section in _CHECKED:
+        _check_numbers(section, cfg.get(section))
     cfg.launcher = args.launcher or ("pytorch" if dist.is_torchelastic_launched() else "none")
     cfg.work_dir = str(args.work_dir or cfg.get("work_dir") or Path("output", args.config.stem))
     return cfg
 
 
+def _check_numbers(key: str, value: Any) -> None:
+    """Check the numbers in a part of a configuration whose meaning is known by their names."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if name not in ("dataset", "clip_grad"):  # its norms may be infinite
+                _check_numbers(f"{key}.{name}", item)
+        return
+    if isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _check_numbers(f"{key}.{i}", item)
+        return
+    name = key.rsplit(".", 1)[-1]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and not math.isfinite(value):
+        raise ValueError(f"{key} must be finite, got {value}")
+    if name in _COUNTS and value is not None and not (number and value > 0 and value % 1 == 0):
+        raise ValueError(f"{key} must be a positive integer, got {value!r}")
+    if name in _NUMBERS and value is not None and not number:
+        raise ValueError(f"{key} must be a number, got {value!r}")
+
+
 def training_runner(args: argparse.Namespace) -> FlashRunner:
-    """The runner for the arguments of :func:`training_parser`.
+    """Build the runner for the arguments of :func:`training_parser`.
 
     Raises:
-        FileNotFoundError: there is no such configuration or checkpoint.
-        ValueError: the work folder holds another run, or the configuration does not say what the
-            learning rate is made for.
+        FileNotFoundError: There is no such configuration or checkpoint.
+        ValueError: The work folder holds another run, the configuration cannot be read, a number in
+            it is none, or it does not say what the learning rate is made for.
     """
-    cfg = _load_config(args)
+    return _training_runner(args, _load_config(args))
+
+
+def _training_runner(args: argparse.Namespace, cfg: Config) -> FlashRunner:
     if args.amp == "fp16":
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic", dtype="float16")
     elif args.amp == "bf16":
@@ -163,12 +275,17 @@ def training_runner(args: argparse.Namespace) -> FlashRunner:
     if last and not args.resume:
         raise ValueError(f"{last} exists: pass --resume to go on, or another --work-dir")
     if args.resume:
+        if Path(args.resume).is_dir() and args.resume != "auto":
+            raise ValueError(
+                f"--resume must be a checkpoint, got the folder {args.resume}; to go on in a work "
+                f"folder, pass --work-dir {args.resume} --resume"
+            )
         last = last if args.resume == "auto" else args.resume
         if last is None:
             print_log(f"no checkpoint in {cfg.work_dir}: training starts anew", level=logging.INFO)
         else:
             cfg.resume, cfg.load_from = True, str(last)
-    if cfg.get("load_from"):
+    if cfg.get("load_from") and "backbone" in cfg.model:
         cfg.model.backbone.init_cfg = None  # else downloaded, and overwritten
     return build_runner(cfg)
 
@@ -182,8 +299,12 @@ def latest_checkpoint(work_dir: Path) -> Path | None:
 
     The engine's own note of it, last_checkpoint, may be behind or empty after a kill.
     """
-    found = [*work_dir.glob("epoch_*.pth"), *work_dir.glob("iter_*.pth")]
-    return max(found, key=lambda path: int(path.stem.split("_")[1]), default=None)
+    found = {
+        int(name[1]): path
+        for path in work_dir.glob("*.pth")
+        if (name := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_file()
+    }
+    return found[max(found)] if found else None
 
 
 def evaluation_config(args: argparse.Namespace) -> Config:
@@ -194,6 +315,7 @@ def evaluation_config(args: argparse.Namespace) -> Config:
         ValueError: an option is not known.
     """
     cfg = _load_config(args)
+    require_writable(Path(cfg.work_dir), "--work-dir")
     unused = "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr"
     for name in (*unused, "val_dataloader", "val_cfg", "val_evaluator"):
         cfg[name] = None

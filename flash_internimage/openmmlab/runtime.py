@@ -1,10 +1,9 @@
-"""mmengine's runner, hooks and optimizer wrapper as detection and segmentation use them."""
+"""mmengine's runner for detection and segmentation, and how it reads checkpoints."""
 
-import math
+import logging
 import os
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import cv2
 import numpy as np
 import torch
 from mmcv.transforms import LoadImageFromFile
-from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import CheckpointHook, Hook
-from mmengine.logging import HistoryBuffer
+from mmengine.dist import is_main_process
+from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import (
     BaseTTAModel,
     MMDistributedDataParallel,
@@ -22,10 +20,9 @@ from mmengine.model import (
     revert_sync_batchnorm,
 )
 from mmengine.optim import OptimWrapper
-from mmengine.registry import HOOKS, OPTIM_WRAPPERS, RUNNERS, TRANSFORMS
+from mmengine.registry import OPTIMIZERS, RUNNERS, TRANSFORMS
 from mmengine.runner import CheckpointLoader, Runner
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from ..checkpoint import (
     check_optimizer,
@@ -34,9 +31,17 @@ from ..checkpoint import (
     require_fit,
 )
 from ..conversion import EXECUTED, convert_checkpoint
-from ..files import write_atomically
+from ..files import disk_full_error, write_atomically
 from ..safe_load import Placeholder
+from .errors import describe, is_users
 from .files import LeftOutFiles
+from .resume import (
+    adapt_checkpoint,
+    compare_classes,
+    describe_run,
+    replay_schedules,
+    set_sampler_seed,
+)
 
 _HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 
@@ -76,9 +81,29 @@ def _restore_history(state: Any, name: str) -> HistoryBuffer:
     return HistoryBuffer(logs, counts, length)
 
 
-# For what the engine itself reads: the weights that any module's init_cfg names, a model of
-# mmdet's and mmseg's inference.
-CheckpointLoader.register_scheme(("", "http://", "https://"), read_checkpoint, force=True)
+def use_safe_checkpoint_reader() -> None:
+    """Let mmengine read every checkpoint with :func:`read_checkpoint`, in the whole process.
+
+    This covers what mmengine reads itself: the weights in a module's `init_cfg`, and the models of
+    mmdet's and mmseg's inference. :class:`FlashRunner` does so while it works, and only then.
+    """
+    CheckpointLoader.register_scheme(("", "http://", "https://"), read_checkpoint, force=True)
+
+
+@contextmanager
+def _safe_checkpoint_reader() -> Iterator[None]:
+    before = dict(CheckpointLoader._schemes)
+    use_safe_checkpoint_reader()
+    try:
+        yield
+    finally:
+        CheckpointLoader._schemes = before
+
+
+def _raise_file_errors(record: logging.LogRecord) -> None:
+    """Let a log that cannot be written end the run, instead of a traceback for every line."""
+    # Handlers call this while they handle the error.
+    raise
 
 
 @RUNNERS.register_module()
@@ -87,8 +112,87 @@ class FlashRunner(Runner):
 
     Nothing from a file is executed; the names of the published checkpoints become current ones. To
     resume and to test, all names and shapes must agree. A model that is about to be trained keeps
-    its initial values where the checkpoint has none, and the log names them.
+    its initial values where the checkpoint has none, and the log names them. A resumed run uses
+    its own settings with the state of its checkpoint, see :mod:`.resume`.
     """
+
+    def __init__(self, *args, **kwargs):
+        self._resuming = False
+        with self._working():
+            super().__init__(*args, **kwargs)
+        # mmengine changes it at a resume, and it may be the default of all runs of the process.
+        self._randomness_cfg = dict(self._randomness_cfg)
+
+    def train(self) -> nn.Module:
+        """Train as mmengine does."""
+        with self._working():
+            return super().train()
+
+    def val(self) -> dict:
+        """Validate as mmengine does."""
+        with self._working():
+            return super().val()
+
+    def test(self) -> dict:
+        """Test as mmengine does."""
+        with self._working():
+            return super().test()
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Read checkpoints safely, explain a full disk, and log what ends the run.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        try:
+            with _safe_checkpoint_reader():
+                yield
+        except Exception as error:
+            full = disk_full_error(error, getattr(self, "_work_dir", "a log"))
+            if full and not (isinstance(error, OSError) and "while writing" in str(error)):
+                error = full
+            if is_users(error) and hasattr(self, "logger"):
+                with suppress(OSError):  # The log may be on the full disk.
+                    self.logger.error(describe(error))
+            raise error
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        """Build a logger that raises an error if its file cannot be written."""
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handleError = _raise_file_errors
+        return logger
+
+    def dump_config(self) -> None:
+        """Write the configuration into the work folder, that of an evaluation to its log."""
+        folder = self.log_dir if self._train_loop is None else self.work_dir
+        name = Path(self.cfg.filename or f"{self.timestamp}.py").name
+        if is_main_process():
+            text = self.cfg.pretty_text.encode()
+            write_atomically(Path(folder, name), lambda file: file.write(text))
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
+        """Build the optimizer.
+
+        Raises:
+            ValueError: It is unknown, or needs a closure or sparse gradients.
+        """
+        settings = optim_wrapper.get("optimizer") if isinstance(optim_wrapper, dict) else None
+        name = settings.get("type") if isinstance(settings, dict) else None
+        if isinstance(name, str) and OPTIMIZERS.get(name) is None:
+            raise ValueError(
+                f"optim_wrapper.optimizer.type must be a registered optimizer, got {name!r}"
+            )
+        built = super().build_optim_wrapper(optim_wrapper)
+        optimizer = getattr(built, "optimizer", None)
+        if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
+            raise ValueError(
+                "optim_wrapper.optimizer must take dense gradients and no closure, "
+                f"got {type(optimizer).__name__}"
+            )
+        return built
 
     def load_checkpoint(
         self,
@@ -97,16 +201,18 @@ class FlashRunner(Runner):
         strict: bool = False,
         revise_keys: list | None = None,
     ) -> dict:
-        """
+        """Load weights into the model.
+
         Args:
-            filename: a path, an address or the name of released weights.
-            map_location: of :func:`torch.load`.
-            strict: require all names and shapes to agree in training as well.
-            revise_keys: not used; published names are recognised.
+            filename: Path, address or name of released weights.
+            map_location: See :func:`torch.load`.
+            strict: Require all names and shapes to agree in training as well.
+            revise_keys: Not used; published names are recognised.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint.
-            ValueError: it is damaged or does not fit the model.
+            FileNotFoundError: There is no such checkpoint.
+            ValueError: It is damaged, does not fit the model, holds weights that are not finite, or
+                has the classes of the data at other positions.
         """
         checkpoint = read_checkpoint(filename, map_location)
         if isinstance(meta := checkpoint.get("meta"), dict):
@@ -123,9 +229,14 @@ class FlashRunner(Runner):
         model = self.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        if not (strict or self._resume or self._train_loop is None):
+        if not (strict or self._resuming or self._train_loop is None):
             checkpoint["state_dict"] = self._fill_in(checkpoint["state_dict"], model.state_dict())
         require_fit(model.state_dict(), checkpoint["state_dict"])
+        if self._resuming:
+            self._other_schedule = adapt_checkpoint(self, checkpoint)
+        elif self._train_loop is None:
+            self._check_classes(filename, checkpoint)
+        _require_finite(filename, checkpoint["state_dict"])
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         self._has_loaded = True
@@ -133,28 +244,43 @@ class FlashRunner(Runner):
         return checkpoint
 
     def resume(self, filename: str, *args, **kwargs) -> None:
-        """As the engine does.
+        """Resume a run with the settings of this one.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint.
-            ValueError: it is damaged, or of another model or run.
+            FileNotFoundError: There is no such checkpoint.
+            ValueError: It is damaged, or of another model, optimizer, data set or run.
         """
+        self._resume = self._resuming = True
         try:
             super().resume(filename, *args, **kwargs)
             check_optimizer(self.optim_wrapper.optimizer)
-            done = {
-                "epoch": (self.epoch, self.max_epochs),
-                "iteration": (self.iter, self.max_iters),
-            }
-            for what, (number, last) in done.items():
-                if type(number) is not int or number < 0 or (last is not None and number > last):
-                    raise ValueError(f"it is from {what} {number!r:.20}, this run has {last}")
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except ValueError as error:
+            raise ValueError(f"cannot resume from {filename}: {error!s:.2000}") from error
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"cannot resume from {filename}: {type(error).__name__}: {error!s:.2000}"
             ) from error
+        finally:
+            self._resuming = False
+        set_sampler_seed(self)
+        if self._other_schedule:
+            replay_schedules(self)
         if self.iter == self.max_iters:
             self.logger.warning("%s is from the end of this run: nothing is trained", filename)
+
+    def save_checkpoint(self, *args, meta: dict | None = None, **kwargs) -> None:
+        """Save a checkpoint that records what a resumed run needs to know."""
+        super().save_checkpoint(*args, meta={**(meta or {}), **describe_run(self)}, **kwargs)
+
+    def _check_classes(self, filename: str, checkpoint: dict) -> None:
+        """Compare the classes of the checkpoint with those of the data that are evaluated."""
+        loop = self._test_loop or self._val_loop
+        dataset = getattr(getattr(loop, "dataloader", None), "dataset", None)
+        difference, shifted = compare_classes(checkpoint, dataset)
+        if shifted:
+            raise ValueError(f"{filename} has other classes than the data: {difference}")
+        if difference:
+            self.logger.warning("%s has other classes than the data: %s", filename, difference)
 
     def _fill_in(self, state_dict: dict, own: dict) -> dict:
         """`own` with the values of `state_dict` where a name is known and its shape agrees."""
@@ -183,150 +309,12 @@ class FlashRunner(Runner):
         return super().wrap_model(model_wrapper_cfg, model)
 
 
-class _AtomicBackend(LocalBackend):
-    """Local files that appear whole or not at all; what is to be removed stays until `flush`."""
-
-    def __init__(self) -> None:
-        self._unwanted: set[str] = set()
-
-    def put(self, obj: bytes, filepath: str | Path) -> None:
-        write_atomically(filepath, lambda file: file.write(obj))
-
-    def remove(self, filepath: str | Path) -> None:
-        self._unwanted.add(str(filepath))
-
-    def flush(self, keep: set[str | None]) -> None:
-        for path in self._unwanted - keep:
-            super().remove(path)
-        self._unwanted.clear()
-
-
-register_backend("atomic", _AtomicBackend)
-
-
-@HOOKS.register_module()
-class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook, safe against being killed at any moment.
-
-    A file is the old one or the new one, whole, and a checkpoint is removed only after its
-    successor has been written. Arguments are those of CheckpointHook, for local files.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs, backend_args={"backend": "atomic"})
-
-    def before_train(self, runner: Runner) -> None:
-        info = runner.message_hub.runtime_info
-        numbers = [i for i in info.get("keep_ckpt_ids", ()) if type(i) is int]
-        if "keep_ckpt_ids" in info:  # of which the engine makes the names of what it removes
-            info["keep_ckpt_ids"] = numbers
-        super().before_train(runner)
-        # As soon as there is a better one, the engine removes what the checkpoint calls the best
-        # one, be it a file or a folder, and wherever.
-        if getattr(self, "best_ckpt_path", None):
-            self.best_ckpt_path = self._of_this_run(self.best_ckpt_path)
-        for name, path in getattr(self, "best_ckpt_path_dict", {}).items():
-            self.best_ckpt_path_dict[name] = path and self._of_this_run(path)
-
-    def _of_this_run(self, path: object) -> str | None:
-        name = Path(path).name if isinstance(path, str) else ""
-        return str(Path(self.out_dir, name)) if re.fullmatch(r"best_.*\.pth", name) else None
-
-    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        super()._save_checkpoint_with_step(runner, step, meta)
-        self._remove_unwanted()
-
-    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
-        super()._save_best_checkpoint(runner, metrics)
-        self._remove_unwanted()
-
-    def _remove_unwanted(self) -> None:
-        self.file_backend.flush(keep={self.last_ckpt, getattr(self, "best_ckpt_path", None)})
-
-
-@HOOKS.register_module()
-class CheckFiniteHook(Hook):
-    """Stops a training whose loss or weights are no longer finite, before they reach a checkpoint.
-
-    Raises:
-        FloatingPointError: they are not.
-    """
-
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: dict | None = None,
-        outputs: dict | None = None,
-    ) -> None:
-        losses = {name: value.item() for name, value in outputs.items() if "loss" in name}
-        if not all(map(math.isfinite, losses.values())):
-            values = ", ".join(f"{name} {value}" for name, value in losses.items())
-            raise FloatingPointError(
-                f"the loss is not finite in iteration {runner.iter + 1}: {values}. Go on from the "
-                "last checkpoint with a smaller learning rate, a longer warm-up or clip_grad"
-            )
-
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        weights = checkpoint["state_dict"].items()
-        wrong = [name for name, tensor in weights if not tensor.isfinite().all()]
-        if wrong:
-            raise FloatingPointError(
-                f"{len(wrong)} weights are not finite after iteration {runner.iter} and are not "
-                f"saved: {', '.join(wrong[:10])}"
-            )
-
-
-@OPTIM_WRAPPERS.register_module()
-class BFloat16OptimWrapper(OptimWrapper):
-    """Training with autocast to bfloat16, on any device; gradients need no scaling."""
-
-    @contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        device = next(model.parameters()).device.type
-        with super().optim_context(model), torch.autocast(device, torch.bfloat16):
-            yield
-
-
-@HOOKS.register_module()
-class Float32OutputsHook(Hook):
-    """Gives what necks and heads return in float32, however autocast computed it.
-
-    Boxes of bfloat16 are up to 4 pixels off at the border of an image of 1333, and mmcv's RoIAlign
-    and NMS do not take them.
-    """
-
-    def before_run(self, runner: Runner) -> None:
-        for name, module in runner.model.named_modules():
-            if re.search(r"(neck|head)(\.\d+)?$", name):
-                module.register_forward_hook(self._to_float32)
-
-    @staticmethod
-    def _to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-        return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, outputs)
-
-
-@HOOKS.register_module()
-class CompileBackboneHook(Hook):
-    """Compiles the backbone of the model with torch.compile; heads depend on the images' contents.
-
-    Args:
-        kwargs: of torch.compile. Unless given, one graph serves images of all sizes, and tensors
-            keep the layout that they have without compilation.
-    """
-
-    priority = "VERY_LOW"
-
-    def __init__(self, **kwargs):
-        if not kwargs.keys() & {"backend", "mode", "options"}:
-            # On the CPU inductor prefers channels-last for convolutions. Where sizes vary, torch
-            # 2.12 then compiles the backward pass anew for each, or fails (pytorch#185510).
-            kwargs["options"] = {"layout_optimization": False}
-        self.kwargs = {"dynamic": True, **kwargs}
-
-    def before_run(self, runner: Runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        model.backbone.compile(**self.kwargs)
+def _require_finite(source: str, state_dict: dict) -> None:
+    wrong = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} weights of {source} are not finite: {', '.join(wrong[:10])}"
+        )
 
 
 @TRANSFORMS.register_module()

@@ -1,7 +1,5 @@
 """What the programs' arguments make of a config, before anything is built."""
 
-import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,26 +146,6 @@ def test_options_before_the_config_are_an_error(config, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--cfg-options", "a=1", str(config), "c.pth"])
     assert f"takes KEY=VALUE, got {config}; CONFIG comes before" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("program", ["train", "test"])
-@pytest.mark.parametrize("task", ["detection", "segmentation"])
-def test_wrong_arguments_end_the_programs_with_one_line(task, program, monkeypatch):
-    arguments = ["none.py", *(["none.pth"] if program == "test" else [])]
-    monkeypatch.setattr(sys, "argv", [program, *arguments])
-    with pytest.raises(SystemExit, match=r"^error: config not found: none\.py$"):
-        importlib.import_module(f"{task}.{program}").main()
-
-
-@pytest.mark.parametrize("error", [ValueError("x is y"), FileNotFoundError("x is y")])
-def test_expected_errors_end_the_program_with_one_line(error):
-    with pytest.raises(SystemExit, match=r"^error: x is y$"), programs.one_line_errors():
-        raise error
-
-
-def test_other_errors_keep_their_traceback():
-    with pytest.raises(KeyError), programs.one_line_errors():
-        raise KeyError("x")
 
 
 def test_options(config):

@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,81 +12,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.logging import HistoryBuffer
-from mmengine.model import BaseModel
+from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from flash_internimage.openmmlab import curves, runtime
+from flash_internimage.openmmlab import curves, hooks, runtime
 from flash_internimage.openmmlab.programs import latest_checkpoint
-from flash_internimage.openmmlab.runtime import FlashRunner
+from flash_internimage.openmmlab.runtime import use_safe_checkpoint_reader
 from flash_internimage.safe_load import Placeholder
-
-
-class Model(BaseModel):
-    def __init__(self, classes: int = 2):
-        super().__init__()
-        self.backbone = nn.Linear(3, 4)
-        self.head = nn.Linear(4, classes)
-        self.dtypes = set()
-
-    def forward(self, inputs, mode="tensor"):
-        out = self.head(self.backbone(torch.stack(inputs)))
-        self.dtypes.add(out.dtype)
-        return {"loss": out.square().mean()} if mode == "loss" else list(out)
-
-
-class Score(BaseMetric):
-    """Metrics that are given beforehand, one per validation."""
-
-    def __init__(self, scores: list[float]):
-        super().__init__()
-        self.scores = list(scores)
-
-    def process(self, data_batch, data_samples) -> None:
-        self.results.append(0)
-
-    def compute_metrics(self, results: list) -> dict:
-        return {"score": self.scores.pop(0)}
-
-
-@pytest.fixture
-def runner(tmp_path, request):
-    """Builds runners of three epochs with two batches each."""
-    number = 0
-
-    def build(model: nn.Module | None = None, scores=(0.1, 0.2, 0.3), max_keep=1, **kwargs):
-        nonlocal number
-        number += 1
-        data = {
-            "dataset": [{"inputs": torch.full((3,), float(i))} for i in range(4)],
-            "batch_size": 2,
-            "sampler": {"type": "DefaultSampler", "shuffle": False},
-            "num_workers": 0,
-        }
-        hook = {
-            "type": "AtomicCheckpointHook",
-            "interval": 1,
-            "max_keep_ckpts": max_keep,
-            "save_best": "score",
-            "rule": "greater",
-        }
-        arguments = {
-            "work_dir": str(tmp_path / "run"),
-            "train_dataloader": data,
-            "val_dataloader": data,
-            "train_cfg": {"by_epoch": True, "max_epochs": 3},
-            "val_cfg": {},
-            "val_evaluator": Evaluator(Score(scores)),
-            "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.01, "momentum": 0.9}},
-            "default_hooks": {"checkpoint": hook},
-            "custom_hooks": [{"type": "CurvesHook"}],
-            "experiment_name": f"{request.node.name}_{number}",
-            "log_level": "WARNING",
-        }
-        return FlashRunner(model or Model(), **{**arguments, **kwargs})
-
-    return build
+from tests.flash_internimage.openmmlab.small import Model
 
 
 def files(folder: Path) -> set[str]:
@@ -102,7 +38,8 @@ class TestCheckpoints:
         replace = os.replace
 
         def recorded(source, target):
-            seen.append(files(folder) - {Path(source).name})
+            if str(target).endswith(".pth"):
+                seen.append(files(folder) - {Path(source).name})
             replace(source, target)
 
         monkeypatch.setattr(os, "replace", recorded)
@@ -151,8 +88,10 @@ class TestCheckpoints:
 
     def test_the_latest_is_that_of_the_highest_number(self, tmp_path):
         assert latest_checkpoint(tmp_path) is None
-        for name in ("epoch_9.pth", "epoch_10.pth", "epoch_11.pth.partial", "best_epoch_12.pth"):
+        foreign = ["epoch_11.pth.partial", "best_epoch_12.pth", "epoch_12-1a2b3c4d.pth"]
+        for name in ("epoch_9.pth", "epoch_10.pth", *foreign, "epoch_best.pth", "epoch_.pth"):
             (tmp_path / name).touch()
+        (tmp_path / "epoch_13.pth").mkdir()
         assert latest_checkpoint(tmp_path).name == "epoch_10.pth"
 
 
@@ -264,7 +203,12 @@ class TestLoading:
         resume(runner, path)
         assert not marker.exists()
 
-    def test_no_part_of_a_model_is_initialised_by_what_would_be_executed(self, save, tmp_path):
+    @pytest.mark.parametrize("who", ["function", "runner"])
+    def test_no_part_of_a_model_is_initialised_by_what_would_be_executed(
+        self, who, runner, save, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(CheckpointLoader, "_schemes", dict(CheckpointLoader._schemes))
+
         class Hostile:
             def __reduce__(self):
                 return shutil.copytree, (".", str(tmp_path / "executed"))
@@ -273,7 +217,11 @@ class TestLoading:
         path = save(source.state_dict(), meta={"x": Hostile()})
         model = Model(classes=3)
         model.init_cfg = {"type": "Pretrained", "checkpoint": path}
-        model.init_weights()
+        if who == "function":
+            use_safe_checkpoint_reader()
+            model.init_weights()
+        else:
+            runner(model, train_cfg={"by_epoch": True, "max_epochs": 0}).train()
         assert torch.equal(model.head.weight, source.head.weight)
         assert not (tmp_path / "executed").exists()
 
@@ -283,7 +231,8 @@ class TestLoading:
             (lambda c: c.pop("meta"), "KeyError: 'meta'"),
             (lambda c: c.pop("state_dict"), "KeyError: 'state_dict'"),
             (lambda c: c.update(optimizer=[]), "TypeError"),
-            (lambda c: c["meta"].update(iter=10**15), "from iteration 1000000000000000, this run"),
+            (lambda c: c["meta"].update(iter=-1), "from iteration -1"),
+            (lambda c: c.pop("optimizer"), "no optimizer state; pass it as load_from"),
             (lambda c: c["meta"].update(epoch=-1), "from epoch -1, this run has 4"),
             (lambda c: c["meta"].update(epoch="1"), "from epoch '1', this run has 4"),
         ],
@@ -311,9 +260,10 @@ class TestLoading:
         fake = SimpleNamespace(
             message_hub=SimpleNamespace(runtime_info=info, get_info=info.get),
             work_dir=str(tmp_path),
+            _resume=False,
             logger=logging.getLogger(__name__),
         )
-        hook = runtime.AtomicCheckpointHook(save_best=["a", "b"], rule="greater")
+        hook = hooks.AtomicCheckpointHook(save_best=["a", "b"], rule="greater")
         hook.before_train(fake)
         expected = {"a": str(tmp_path / "best_a_epoch_1.pth"), "b": None}
         assert hook.best_ckpt_path_dict == expected
@@ -389,6 +339,24 @@ class TestLoading:
     def test_a_checkpoint_that_is_not_there(self, tester):
         with pytest.raises(FileNotFoundError, match=r"checkpoint not found: none\.pth"):
             tester().load_checkpoint("none.pth")
+
+
+def test_the_import_alone_changes_nothing_of_mmengine():
+    program = (
+        "from mmengine.runner import CheckpointLoader\n"
+        "before = dict(CheckpointLoader._schemes)\n"
+        "import flash_internimage.openmmlab\n"
+        "assert CheckpointLoader._schemes == before, CheckpointLoader._schemes\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_reader_is_mmengines_again_after_a_run(runner):
+    before = dict(CheckpointLoader._schemes)
+    r = runner(train_cfg={"by_epoch": True, "max_epochs": 0})
+    assert CheckpointLoader._schemes == before
+    r.train()
+    assert CheckpointLoader._schemes == before
 
 
 class TestCurves:

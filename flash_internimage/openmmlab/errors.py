@@ -1,0 +1,76 @@
+"""How the programs end: with one line for a user's mistake, with a traceback for a defect."""
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import flash_internimage
+
+# Errors about data, files and values of settings, at any time.
+_ALWAYS = (OSError, ValueError, FloatingPointError)
+
+# Errors about settings while they are turned into models, data sets, optimizers and hooks.
+_WHILE_BUILDING = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+)
+_STEPS = {"train_step", "val_step", "test_step"}
+_WORK = {"__next__", "evaluate"}
+_OURS = str(Path(flash_internimage.__file__).parent)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with exit code 2 and one line on stderr where the user can mend the cause.
+
+    Anything else is a defect and keeps its traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_users(error):
+            raise
+        sys.stderr.write(f"error: {describe(error)}\n")
+        raise SystemExit(2) from error
+
+
+def is_users(error: Exception) -> bool:
+    """Return whether an error comes from a user's data, files or settings."""
+    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if isinstance(error, _ALWAYS):
+        # Within a model, PyTorch and NumPy raise ValueErrors about its arithmetic.
+        numeric = isinstance(error, ValueError) and _is_from(error, "/torch/", "/numpy/")
+        return not (names & _STEPS and numeric)
+    building = isinstance(error, _WHILE_BUILDING) and not names & (_STEPS | _WORK)
+    return building and not is_from_this_package(error)
+
+
+def is_from_this_package(error: Exception) -> bool:
+    """Return whether an error was raised by this package's own code."""
+    return _is_from(error, _OURS)
+
+
+def _is_from(error: Exception, *folders: str) -> bool:
+    """Return whether an error was raised by a file within one of these folders."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and any(folder in frames[-1].filename for folder in folders)
+
+
+def describe(error: BaseException) -> str:
+    """Return the message of an error in one line."""
+    text = str(error)
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        text = str(error.args[0])  # str() would quote it
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        text = error.strerror
+    if "Original Traceback (most recent call last)" in text:  # from a worker of a data loader
+        text = text.rstrip().rsplit("\n", 1)[-1].split(": ", 1)[-1]
+    return " ".join(text.split())[:2000] or type(error).__name__

@@ -1,0 +1,275 @@
+"""Hooks and the optimizer wrapper that the configs of detection and segmentation use."""
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, is_distributed, is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..files import write_atomically
+
+CHECKPOINT_NAME = re.compile(r"(?:epoch|iter)_(\d+)\.pth")
+
+
+class _AtomicBackend(LocalBackend):
+    """Local files that appear whole or not at all; what is to be removed stays until `flush`."""
+
+    def __init__(self) -> None:
+        self.unwanted: set[str] = set()
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        write_atomically(filepath, lambda file: file.write(obj))
+
+    def remove(self, filepath: str | Path) -> None:
+        self.unwanted.add(str(filepath))
+
+    def flush(self, keep: set[str | None]) -> None:
+        for path in self.unwanted - keep:
+            super().remove(path)
+        self.unwanted.clear()
+
+
+register_backend("atomic", _AtomicBackend)
+
+
+@HOOKS.register_module()
+class AtomicCheckpointHook(CheckpointHook):
+    """mmengine's CheckpointHook, safe against being killed at any moment.
+
+    A file is the old one or the new one, whole, and a checkpoint is removed only after its
+    successor has been written. A resumed run first validates its checkpoint if the run before was
+    killed before or during that validation, so that the best checkpoint is the one that an
+    uninterrupted run would keep. With several processes, the running statistics of batch norm are
+    averaged before they are validated or saved.
+
+    Arguments are those of CheckpointHook, for local files.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, backend_args={"backend": "atomic"})
+        self._left_over: list[str] = []
+
+    def before_train(self, runner: Runner) -> None:
+        info = runner.message_hub.runtime_info
+        numbers = [i for i in info.get("keep_ckpt_ids", ()) if type(i) is int]
+        if "keep_ckpt_ids" in info:  # of which the engine makes the names of what it removes
+            info["keep_ckpt_ids"] = numbers
+        super().before_train(runner)
+        # As soon as there is a better one, the engine removes what the checkpoint calls the best
+        # one, be it a file or a folder, and wherever.
+        if getattr(self, "best_ckpt_path", None):
+            self.best_ckpt_path = self._of_this_run(self.best_ckpt_path)
+        for name, path in getattr(self, "best_ckpt_path_dict", {}).items():
+            self.best_ckpt_path_dict[name] = path and self._of_this_run(path)
+        if not runner._resume:
+            return
+        if is_main_process():
+            for path in map(self._of_this_run, self._left_over):
+                if path and Path(path).is_file():
+                    self.file_backend.remove(path)
+        self.last_ckpt = self._path(self._step(runner))
+        self._remove_unwanted()
+        if self._is_due(runner) and info.get("step_validated") != self._step(runner):
+            runner.logger.info("validating the checkpoint, which the run before did not")
+            runner.val_loop.run()
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        names = checkpoint.get("replaced_files")
+        self._left_over = names if isinstance(names, list) else []
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        # Their removal follows. A run that is killed before leaves it to the resumed one.
+        unwanted = self.file_backend.unwanted if hasattr(self, "file_backend") else ()
+        checkpoint["replaced_files"] = [Path(path).name for path in unwanted]
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        _average_running_statistics(runner)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        step = self._step(runner)
+        runner.message_hub.update_info("step_validated", step)
+        self._forget_other_best(runner, metrics)
+        self._recorded = self.last_ckpt != self._path(step)
+        super().after_val_epoch(runner, metrics)
+        if not self._recorded:  # no better one, with which the engine saves the last one again
+            meta = {"epoch": runner.epoch, "iter": runner.iter}
+            self._save_checkpoint_with_step(runner, step, meta)
+
+    def _forget_other_best(self, runner: Runner, metrics: dict) -> None:
+        """Drop a best score of another metric, which `save_best` named before the run resumed."""
+        if not self.save_best:
+            return
+        names = [next(iter(metrics), "")] if "auto" in self.key_indicators else self.key_indicators
+        saved = runner.message_hub.get_info("save_best")
+        if saved not in (None, names):
+            runner.logger.warning("the best checkpoint is now that of %s", ", ".join(names))
+            for name in [n for n in runner.message_hub.runtime_info if n.startswith("best_score")]:
+                runner.message_hub.pop_info(name)
+        runner.message_hub.update_info("save_best", [*names])
+
+    def _step(self, runner: Runner) -> int:
+        return runner.epoch if self.by_epoch else runner.iter
+
+    def _path(self, step: int) -> str:
+        return self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
+
+    def _is_due(self, runner: Runner) -> bool:
+        """Whether an uninterrupted run would have validated at this point."""
+        loop = runner.train_loop
+        step, last = loop.epoch, loop.max_epochs
+        if not isinstance(loop, EpochBasedTrainLoop):
+            step, last = loop.iter, loop.max_iters
+        if runner.val_loop is None or step < max(loop.val_begin, 1):
+            return False
+        loop._decide_current_val_interval()
+        return step % loop.val_interval == 0 or step == last
+
+    def _of_this_run(self, path: object) -> str | None:
+        name = Path(path).name if isinstance(path, str) else ""
+        known = rf"best_.*\.pth|{CHECKPOINT_NAME.pattern}"
+        return str(Path(self.out_dir, name)) if re.fullmatch(known, name) else None
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        _average_running_statistics(runner)
+        super()._save_checkpoint_with_step(runner, step, meta)
+        self._recorded = True
+        self._remove_unwanted()
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        super()._save_best_checkpoint(runner, metrics)
+        self._remove_unwanted()
+
+    def _remove_unwanted(self) -> None:
+        best = [*getattr(self, "best_ckpt_path_dict", {}).values()]
+        self.file_backend.flush(keep={self.last_ckpt, getattr(self, "best_ckpt_path", None), *best})
+
+
+def _average_running_statistics(runner: Runner) -> None:
+    """Average what batch norm has gathered in each process, also in an averaged model."""
+    averaged = [hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)]
+    statistics = [
+        tensor
+        for model in (runner.model, *averaged)
+        for name, tensor in model.named_buffers()
+        if name.endswith(("running_mean", "running_var"))
+    ]
+    if not is_distributed() or not statistics:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in statistics])
+    all_reduce(flat, "mean")
+    parts = flat.split([tensor.numel() for tensor in statistics])
+    for tensor, part in zip(statistics, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+@HOOKS.register_module()
+class CheckFiniteHook(Hook):
+    """Stop a training whose loss or weights are no longer finite, before they reach a checkpoint.
+
+    Metrics that are not finite are named in the log.
+
+    Raises:
+        FloatingPointError: The loss or weights are not finite.
+    """
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        wrong = [
+            name
+            for name, value in (metrics or {}).items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
+        if wrong:
+            runner.logger.warning(
+                "not finite: %s; the data may have no such objects", ", ".join(wrong)
+            )
+
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        self.after_val_epoch(runner, metrics)
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: dict | None = None,
+    ) -> None:
+        losses = {name: value.item() for name, value in outputs.items() if "loss" in name}
+        if not all(map(math.isfinite, losses.values())):
+            values = ", ".join(f"{name} {value}" for name, value in losses.items())
+            raise FloatingPointError(
+                f"the loss is not finite in iteration {runner.iter + 1}: {values}. Go on from the "
+                "last checkpoint with a smaller learning rate, a longer warm-up or clip_grad"
+            )
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        weights = checkpoint["state_dict"].items()
+        wrong = [name for name, tensor in weights if not tensor.isfinite().all()]
+        if wrong:
+            raise FloatingPointError(
+                f"{len(wrong)} weights are not finite after iteration {runner.iter} and are not "
+                f"saved: {', '.join(wrong[:10])}"
+            )
+
+
+@OPTIM_WRAPPERS.register_module()
+class BFloat16OptimWrapper(OptimWrapper):
+    """Training with autocast to bfloat16, on any device; gradients need no scaling."""
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        device = next(model.parameters()).device.type
+        with super().optim_context(model), torch.autocast(device, torch.bfloat16):
+            yield
+
+
+@HOOKS.register_module()
+class Float32OutputsHook(Hook):
+    """Gives what necks and heads return in float32, however autocast computed it.
+
+    Boxes of bfloat16 are up to 4 pixels off at the border of an image of 1333, and mmcv's RoIAlign
+    and NMS do not take them.
+    """
+
+    def before_run(self, runner: Runner) -> None:
+        for name, module in runner.model.named_modules():
+            if re.search(r"(neck|head)(\.\d+)?$", name):
+                module.register_forward_hook(self._to_float32)
+
+    @staticmethod
+    def _to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, outputs)
+
+
+@HOOKS.register_module()
+class CompileBackboneHook(Hook):
+    """Compiles the backbone of the model with torch.compile; heads depend on the images' contents.
+
+    Args:
+        kwargs: of torch.compile. Unless given, one graph serves images of all sizes, and tensors
+            keep the layout that they have without compilation.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(self, **kwargs):
+        if not kwargs.keys() & {"backend", "mode", "options"}:
+            # On the CPU inductor prefers channels-last for convolutions. Where sizes vary, torch
+            # 2.12 then compiles the backward pass anew for each, or fails (pytorch#185510).
+            kwargs["options"] = {"layout_optimization": False}
+        self.kwargs = {"dynamic": True, **kwargs}
+
+    def before_run(self, runner: Runner) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model.backbone.compile(**self.kwargs)

@@ -1,0 +1,275 @@
+"""How a resumed run combines the state in its checkpoint with its own settings.
+
+mmengine restores an optimizer and its schedules from the checkpoint alone, so that a setting
+changed in the config is logged and ignored. Here the settings are always this run's, and what
+cannot be continued with them is an error before training starts.
+"""
+
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.hooks import EMAHook
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch.optim import Optimizer
+
+# Entries of a scheduler's state that change from step to step; all others are its settings.
+_PROGRESS = ("last_step", "_global_step", "_last_value", "best", "num_bad_epochs")
+_PROGRESS += ("cooldown_counter",)
+
+# Options of a parameter group that do not tell which optimizer it belongs to: what chooses the
+# implementation, and what schedules and constructors add.
+_COMMON = {"params", "param_names", "foreach", "fused", "capturable", "differentiable", "maximize"}
+_COMMON |= {"decoupled_weight_decay", "lr", "initial_lr", "momentum", "initial_momentum"}
+_COMMON |= {"lr_scale", "group_name"}
+
+
+def describe_run(runner: Runner) -> dict[str, Any]:
+    """Return what a checkpoint must record so that other settings can continue from it."""
+    described = {"train_loop": _count_unit(runner)}
+    if not isinstance(runner.optim_wrapper, OptimWrapperDict):
+        described["optimizer_type"] = type(runner.optim_wrapper.optimizer).__name__
+        described["optimizer_names"] = _parameter_names(runner)
+    return described
+
+
+def compare_classes(checkpoint: Mapping, dataset: Any) -> tuple[str | None, bool]:
+    """Compare the class names of a checkpoint with those of a data set.
+
+    Returns:
+        A phrase that names the first difference, or None where there is none or where one of them
+        has no class names; and whether a name is at another position.
+    """
+    saved = _class_names(_get(checkpoint.get("meta"), "dataset_meta"))
+    own = _class_names(getattr(dataset, "metainfo", None))
+    if not saved or not own or saved == own:
+        return None, False
+    positions = {name: i for i, name in enumerate(own)}
+    shifted = any(positions.get(name, i) != i for i, name in enumerate(saved))
+    if len(saved) != len(own):
+        return f"it has {len(saved)} classes, the data have {len(own)}", shifted
+    i = next(i for i, name in enumerate(own) if name != saved[i])
+    return f"its class {i} is {saved[i]!r:.50}, that of the data is {own[i]!r:.50}", shifted
+
+
+def adapt_checkpoint(runner: Runner, checkpoint: dict) -> bool:
+    """Change a checkpoint in place so that it continues under the settings of a run.
+
+    Args:
+        runner: Run that resumes; its optimizer and schedules have been built.
+        checkpoint: Contents of the checkpoint.
+
+    Returns:
+        Whether the schedules differ from the checkpoint's, see :func:`replay_schedules`.
+
+    Raises:
+        ValueError: The settings cannot continue the checkpoint; the message says why.
+    """
+    meta = checkpoint["meta"]
+    _adapt_progress(runner, meta)
+    difference, _ = compare_classes(checkpoint, runner.train_dataloader.dataset)
+    if difference:
+        raise ValueError(f"{difference}: other classes need a new run, with load_from")
+    if runner._randomness_cfg.get("seed") is not None:
+        meta.pop("seed", None)  # mmengine would warn of the difference and take the checkpoint's
+    if not any(isinstance(hook, EMAHook) for hook in runner.hooks):
+        _use_trained_weights(runner, checkpoint)
+    if isinstance(runner.optim_wrapper, OptimWrapperDict):
+        raise ValueError("runs with several optimizers cannot be resumed")
+    if "optimizer" not in checkpoint:
+        raise ValueError(
+            "it has no optimizer state; pass it as load_from to start from its weights"
+        )
+    changed = _are_changed(runner, checkpoint)
+    checkpoint["optimizer"] = _adapt_optimizer(
+        runner, checkpoint["optimizer"], meta, keep_scheduled=not changed
+    )
+    if changed:
+        checkpoint.pop("param_schedulers", None)
+    return changed
+
+
+def replay_schedules(runner: Runner) -> None:
+    """Advance newly built schedules to the run's progress, as if they had been used all along."""
+    schedulers = runner.param_schedulers or []
+    by_iter = [scheduler for scheduler in schedulers if not scheduler.by_epoch]
+    by_epoch = [scheduler for scheduler in schedulers if scheduler.by_epoch]
+    in_epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
+    length = len(runner.train_dataloader) if in_epochs else 0
+    with warnings.catch_warnings():
+        # They warn of steps without a step of the optimizer.
+        warnings.simplefilter("ignore")
+        for i in range(1, runner.iter + 1):
+            for scheduler in by_iter:
+                scheduler.step()
+            if in_epochs and i % length == 0:
+                for scheduler in by_epoch:
+                    scheduler.step()
+
+
+def set_sampler_seed(runner: Runner) -> None:
+    """Give the sampler the run's seed, which a checkpoint may have replaced after it was built."""
+    loader = runner.train_dataloader
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+        if hasattr(sampler, "seed"):
+            sampler.seed = runner.seed
+
+
+def _get(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else None
+
+
+def _class_names(dataset_meta: Any) -> list:
+    names = _get(dataset_meta, "classes")
+    return [*names] if isinstance(names, list | tuple) else []
+
+
+def _count_unit(runner: Runner) -> str:
+    return "epochs" if isinstance(runner.train_loop, EpochBasedTrainLoop) else "iterations"
+
+
+def _adapt_progress(runner: Runner, meta: dict) -> None:
+    """Check the progress, and count a checkpoint's epochs in iterations of this run's length."""
+    unit = meta.get("train_loop", _count_unit(runner))
+    if unit != _count_unit(runner):
+        raise ValueError(f"it counts {unit!s:.20}, this run {_count_unit(runner)}")
+    _require_progress(meta["epoch"], runner.max_epochs, "epoch")
+    if unit == "epochs":
+        _require_progress(meta["iter"], None, "iteration")
+        iterations = meta["epoch"] * len(runner.train_dataloader)
+        if meta["iter"] != iterations:
+            runner.logger.warning(
+                "%d iterations of the checkpoint count as %d: training goes on after epoch %d",
+                meta["iter"], iterations, meta["epoch"],
+            )  # fmt: skip
+        meta["iter"] = iterations
+    _require_progress(meta["iter"], runner.max_iters, "iteration")
+
+
+def _require_progress(number: Any, last: int | None, what: str) -> None:
+    if type(number) is not int or number < 0 or (last is not None and number > last):
+        raise ValueError(f"it is from {what} {number!r:.20}, this run has {last}")
+
+
+def _use_trained_weights(runner: Runner, checkpoint: dict) -> None:
+    """Take the trained weights where the checkpoint has averaged ones in their place."""
+    averaged = checkpoint.pop("ema_state_dict", None)
+    if averaged is None:
+        return
+    runner.logger.warning("no EMAHook: training goes on without the checkpoint's averaged weights")
+    for name, tensor in averaged.items():
+        if name.startswith("module."):
+            checkpoint["state_dict"][name.removeprefix("module.")] = tensor
+
+
+def _are_changed(runner: Runner, checkpoint: dict) -> bool:
+    """Compare the schedules' settings; those of a checkpoint then keep nothing but progress."""
+    own = [s.state_dict() for s in runner.param_schedulers or []]
+    saved = checkpoint.get("param_schedulers") or []
+    if len(own) == len(saved) and all(map(_agree, own, saved)):
+        checkpoint["param_schedulers"] = [
+            {name: value for name, value in state.items() if name in _PROGRESS} for state in saved
+        ]
+        return False
+    if any(getattr(s, "need_val_args", False) for s in runner.param_schedulers or []):
+        raise ValueError("a param_scheduler that follows a metric must be the checkpoint's")
+    if own or saved:
+        runner.logger.warning(
+            "param_scheduler or the learning rate differs from the checkpoint's: the new schedule "
+            "is used as if it had been from the start"
+        )
+    return True
+
+
+def _agree(own: Any, saved: Any) -> bool:
+    return (
+        isinstance(saved, Mapping)
+        and type(saved.get("last_step")) is type(saved.get("_global_step")) is int
+        and own.keys() == saved.keys()
+        and all(own[name] == saved[name] for name in own.keys() - set(_PROGRESS))
+    )
+
+
+def _adapt_optimizer(runner: Runner, saved: dict, meta: dict, keep_scheduled: bool) -> dict:
+    """Return a state for the run's optimizer with the checkpoint's moments, by parameter name."""
+    wrapper = runner.optim_wrapper
+    optimizer = wrapper.optimizer
+    own = optimizer.state_dict()
+    groups = saved["param_groups"]
+    _check_type(optimizer, groups, meta.get("optimizer_type"))
+    indices = [i for group in groups for i in group["params"]]
+    names = meta.get("optimizer_names")
+    if names is None:
+        sizes = [[len(group["params"]) for group in g] for g in (groups, own["param_groups"])]
+        if sizes[0] != sizes[1]:
+            raise ValueError("its parameter groups are others (paramwise_cfg, frozen_stages)")
+        names = _parameter_names(runner)
+    moments = {
+        name: saved["state"][i]
+        for name, i in zip(names, indices, strict=True)
+        if i in saved["state"]
+    }
+    _check_moments(optimizer, moments)
+    state = {i: moments[name] for i, name in enumerate(_parameter_names(runner)) if name in moments}
+    if keep_scheduled:
+        _keep_scheduled(runner, [*own["param_groups"]], saved)
+    adapted = {"state": state, "param_groups": own["param_groups"]}
+    scaler = getattr(wrapper, "loss_scaler", None)
+    if scaler is not None and scaler.is_enabled() and saved.get("loss_scaler"):
+        # A static scale is the config's; of a dynamic one, what it has reached is kept.
+        kept = () if wrapper._scale_update_param else ("scale", "_growth_tracker")
+        reached = {name: saved["loss_scaler"][name] for name in kept}
+        adapted["loss_scaler"] = scaler.state_dict() | reached
+    return adapted
+
+
+def _parameter_names(runner: Runner) -> list[str]:
+    """Return the names of the optimizer's parameters in the order of its state."""
+    names = {id(parameter): name for name, parameter in runner.model.named_parameters()}
+    groups = runner.optim_wrapper.optimizer.param_groups
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return [names[id(parameter)].removeprefix("module.") for parameter in parameters]
+
+
+def _check_type(optimizer: Optimizer, groups: Sequence[dict], saved: str | None) -> None:
+    own = type(optimizer).__name__
+    advice = "an optimizer cannot continue another's state; start from the weights with load_from"
+    if saved is not None and saved != own:
+        raise ValueError(f"it was trained with {saved!s:.50}, this run has {own}: {advice}")
+    options = optimizer.param_groups[0].keys() ^ groups[0].keys()
+    if saved is None and options - _COMMON:
+        raise ValueError(f"its optimizer is no {own} ({', '.join(sorted(options))}): {advice}")
+
+
+def _check_moments(optimizer: Optimizer, moments: Mapping[str, dict]) -> None:
+    """Check that every state has what the optimizer's settings need, such as amsgrad's maximum."""
+    group = optimizer.param_groups[0]
+    probe = torch.nn.Parameter(group["params"][0].detach().clone())
+    probe.grad = torch.zeros_like(probe)
+    trial = copy.copy(optimizer)
+    trial.state, trial.param_groups = defaultdict(dict), [{**group, "params": [probe]}]
+    trial.step()
+    needed = {name for name, value in trial.state[probe].items() if value is not None}
+    for parameter, state in moments.items():
+        if state and (missing := needed - state.keys()):
+            raise ValueError(
+                f"optimizer settings of {type(optimizer).__name__} need "
+                f"{', '.join(sorted(missing))} for {parameter}, which the checkpoint does not have"
+            )
+
+
+def _keep_scheduled(runner: Runner, groups: list[dict], saved: dict) -> None:
+    """Copy the values that the schedules have reached into groups of options."""
+    reached = [*saved["param_groups"]]
+    if runner.optim_wrapper.base_param_settings is not None:
+        groups = [*groups, runner.optim_wrapper.base_param_settings]
+        reached.append(saved["base_param_settings"])
+    for scheduler in runner.param_schedulers or []:
+        for group, values in zip(groups, reached, strict=True):
+            group[scheduler.param_name] = values[scheduler.param_name]
+            if getattr(scheduler, "use_betas", False):
+                group["betas"] = (group["momentum"], group["betas"][1])
