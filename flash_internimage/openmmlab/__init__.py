@@ -10,6 +10,7 @@ from .attention import (
 )
 from .backbone import FlashInternImageBackbone
 from .curves import CurvesHook
+from .files import LoadReadableImage
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .neck import LayerNormFPN
 from .runtime import (
@@ -18,7 +19,6 @@ from .runtime import (
     CompileBackboneHook,
     FlashRunner,
     Float32OutputsHook,
-    LoadReadableImage,
 )
 
 __all__ = [

@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import cv2
 import torch
-from mmcv.transforms import LoadImageFromFile
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import HistoryBuffer
@@ -21,7 +19,7 @@ from mmengine.model import (
     revert_sync_batchnorm,
 )
 from mmengine.optim import OptimWrapper
-from mmengine.registry import HOOKS, OPTIM_WRAPPERS, RUNNERS, TRANSFORMS
+from mmengine.registry import HOOKS, OPTIM_WRAPPERS, RUNNERS
 from mmengine.runner import CheckpointLoader, Runner
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -34,7 +32,6 @@ from ..checkpoint import (
 )
 from ..conversion import EXECUTED, convert_checkpoint
 from ..files import write_atomically
-from .files import LeftOutFiles
 
 # What the engine's own checkpoints hold beside tensors and plain containers.
 _ENGINE_TYPES = {"mmengine.logging.history_buffer.HistoryBuffer": HistoryBuffer}
@@ -305,22 +302,3 @@ class CompileBackboneHook(Hook):
     def before_run(self, runner: Runner) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         model.backbone.compile(**self.kwargs)
-
-
-@TRANSFORMS.register_module()
-class LoadReadableImage(LoadImageFromFile):
-    """mmcv's LoadImageFromFile for training: an image that cannot be read is left out, with a
-    warning, and the data set draws another one.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.left_out = LeftOutFiles()
-
-    def transform(self, results: dict) -> dict | None:
-        path = results["img_path"]
-        try:
-            return super().transform(results)
-        except (OSError, AssertionError, cv2.error) as error:
-            self.left_out.add(path, f"image {path} cannot be read ({error})")
-            return None

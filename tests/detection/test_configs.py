@@ -262,7 +262,7 @@ def test_test_data(recipe, config):
         },
     }
     evaluator = plain(config.test_evaluator)
-    assert evaluator["type"] == "FasterCocoMetric"
+    assert evaluator["type"] == "CheckedCocoMetric"
     assert evaluator["metric"] == (["bbox", "segm"] if masks else "bbox")
     assert evaluator["ann_file"] == "data/coco/annotations/instances_val2017.json"
     assert config.val_dataloader == config.test_dataloader
