@@ -13,6 +13,7 @@ from .attention import (
 )
 from .backbone import FlashInternImageBackbone
 from .curves import CurvesHook
+from .files import LoadReadableImage
 from .hooks import (
     AtomicCheckpointHook,
     BFloat16OptimWrapper,
@@ -21,7 +22,7 @@ from .hooks import (
 )
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .neck import LayerNormFPN
-from .runtime import FlashRunner, LoadReadableImage, use_safe_checkpoint_reader
+from .runtime import FlashRunner, use_safe_checkpoint_reader
 
 __all__ = [
     "AtomicCheckpointHook",

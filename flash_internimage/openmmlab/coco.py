@@ -1,21 +1,35 @@
-"""COCO annotations that are checked before the training begins."""
+"""COCO data sets that are checked before the training begins."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.datasets.transforms import LoadAnnotations
+from mmdet.evaluation import FasterCocoMetric
+from mmengine.fileio import get_text
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, METRICS
 
-from .files import find_missing, read_size
+from ..images import UnreadableImage, read_size
+from .annotations import check_annotations
+from .files import ReadableImages, find_missing, is_local
 
 
-class _OrderedCategories(COCO):
-    """The annotations of a file whose categories are the data set's classes, in the same order."""
+class _CheckedCOCO(COCO):
+    """Checked annotations whose categories are the data set's classes, in the same order."""
+
+    def __init__(self, annotation_file: str, masks: bool):
+        self._masks = masks
+        super().__init__(annotation_file)
+
+    def createIndex(self) -> None:
+        check_annotations(self.dataset, self._masks)
+        super().createIndex()
 
     def get_cat_ids(self, cat_names: Sequence[str], *args, **kwargs) -> list[int]:
         ids = super().get_cat_ids(cat_names, *args, **kwargs)
@@ -28,76 +42,173 @@ class _OrderedCategories(COCO):
 
 
 @DATASETS.register_module()
-class CheckedCocoDataset(CocoDataset):
-    """mmdet's CocoDataset, which says at the start what it leaves out and what it cannot use.
+class CheckedCocoDataset(ReadableImages, CocoDataset):
+    """mmdet's CocoDataset with checks at the start.
 
-    In training, images that are not there and annotations that cannot be trained on are left out
-    and counted. In a test all images must be there and begin as images do: a figure from a part of
-    them is none.
+    All annotations are checked. In training, images that are missing or have too many objects and
+    annotations that mmdet does not use are left out and counted. In tests all images must be there
+    and begin as images do, since results on a part of them would be misleading.
+
+    Args:
+        max_objects: Number of objects per image up to which an image is used in training, and in
+            tests if the pipeline loads masks. Memory grows with it: mmdet compares all objects
+            with all anchors.
+        max_mask_bytes: Size of all masks of an image up to which it is used if the pipeline loads
+            masks. mmdet takes a byte per object and pixel.
+        kwargs: Arguments of CocoDataset.
 
     Raises:
-        FileNotFoundError: there is no annotation file, or images are missing.
-        ValueError: the annotation file is damaged, its categories are not `metainfo['classes']`, or
-            an object has no mask where the pipeline loads masks.
+        FileNotFoundError: The annotation file or images are missing.
+        ValueError: The annotations are malformed, their categories are not `metainfo['classes']`,
+            an object has no mask although the pipeline loads masks, images of a test are
+            unreadable or have too many objects, or nothing is left to train on.
     """
 
-    COCOAPI = _OrderedCategories
+    def __init__(self, *args, max_objects: int = 2000, max_mask_bytes: int = 2**32, **kwargs):
+        for name, value in (("max_objects", max_objects), ("max_mask_bytes", max_mask_bytes)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        self.max_objects = max_objects
+        self.max_mask_bytes = max_mask_bytes
+        super().__init__(*args, **kwargs)
 
     def load_data_list(self) -> list[dict]:
-        if not Path(self.ann_file).is_file():
+        local = is_local(self.ann_file, self.backend_args)
+        if local and not Path(self.ann_file).is_file():
             raise FileNotFoundError(f"ann_file not found: {self.ann_file}")
         self.counts = Counter()
+        self._without_mask: list[str] = []
         self._loads_masks = any(
             isinstance(t, LoadAnnotations) and t.with_mask for t in self.pipeline.transforms
         )
+        self.COCOAPI = partial(_CheckedCOCO, masks=self._loads_masks)
         try:
             data_list = super().load_data_list()
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            reason = error if isinstance(error, ValueError) else repr(error)
-            raise ValueError(f"ann_file {self.ann_file} cannot be used: {reason}") from error
-        return self._with_images(data_list)
+        except (ValueError, AssertionError, RecursionError) as error:
+            raise ValueError(f"ann_file {self.ann_file}: {error}") from error
+        if self._without_mask:
+            raise ValueError(
+                f"ann_file {self.ann_file}: {self._without_mask[0]}: segmentation must be there "
+                f"because the pipeline loads masks ({len(self._without_mask)} such annotations)"
+            )
+        for info in data_list:
+            info["test_mode"] = self.test_mode  # for LoadReadableImage
+        return self._with_few_objects(self._with_images(data_list))
 
     def parse_data_info(self, raw_data_info: dict) -> dict:
         info = super().parse_data_info(raw_data_info)
-        used = info["instances"]
+        used, annotations = info["instances"], raw_data_info["raw_ann_info"]
         if self._loads_masks and not all("mask" in instance for instance in used):
-            raise ValueError(
-                f"an object of {info['img_path']} has no segmentation, and the pipeline loads masks"
-            )
-        crowds = sum(instance["ignore_flag"] for instance in used)
-        self.counts["objects"] += len(used) - crowds
-        self.counts["crowds"] += crowds
-        self.counts["unusable"] += len(raw_data_info["raw_ann_info"]) - len(used)
+            for annotation in annotations:
+                alone = super().parse_data_info({**raw_data_info, "raw_ann_info": [annotation]})
+                if alone["instances"] and "mask" not in alone["instances"][0]:
+                    file_name = raw_data_info["raw_img_info"]["file_name"]
+                    self._without_mask.append(
+                        f"image {info['img_id']} ({file_name}), annotation {annotation['id']}"
+                    )
+        self.counts["unusable"] += len(annotations) - len(used)
         return info
 
     def _with_images(self, data_list: list[dict]) -> list[dict]:
-        """The images whose files are there; in a test, all of them."""
-        not_there = find_missing(info["img_path"] for info in data_list)
-        missing = []
-        present = []
-        for info in data_list:
-            path = info["img_path"]
-            # after an epoch's training would be late to find out
-            damaged = self.test_mode and read_size(path) is None
-            (missing if path in not_there or damaged else present).append(info)
-        if missing and (self.test_mode or not present):
+        """Return the images whose files exist, in tests all of them."""
+        local = [i for i in data_list if is_local(i["img_path"], self.backend_args)]
+        missing = find_missing(info["img_path"] for info in local)
+        faults = {path: f"{path} does not exist" for path in missing}
+        if self.test_mode:
+            for path in {info["img_path"] for info in local} - missing:
+                try:
+                    read_size(path)
+                except UnreadableImage as error:
+                    faults[path] = str(error)
+        present = [info for info in data_list if info["img_path"] not in faults]
+        if faults and (self.test_mode or not present):
+            first = next(info["img_path"] for info in data_list if info["img_path"] in faults)
             raise FileNotFoundError(
-                f"{len(missing)} of the {len(data_list)} images of {self.ann_file} are missing or "
-                f"damaged, the first is {missing[0]['img_path']}"
+                f"{len(data_list) - len(present)} of the {len(data_list)} images of "
+                f"{self.ann_file} are missing or unreadable, the first: {faults[first]}"
             )
-        self.counts["missing"] = len(missing)
+        self.counts["missing"] = len(data_list) - len(present)
         return present
+
+    def _with_few_objects(self, data_list: list[dict]) -> list[dict]:
+        """Return the images whose objects fit into memory, in tests all of them."""
+        if self.test_mode and not self._loads_masks:
+            return data_list
+        kept, crowded = [], []
+        for info in data_list:
+            objects = len(info["instances"])
+            mask_bytes = self._loads_masks * objects * info["height"] * info["width"]
+            fits = objects <= self.max_objects and mask_bytes <= self.max_mask_bytes
+            (kept if fits else crowded).append(info)
+        if crowded:
+            info = crowded[0]
+            message = (
+                f"{self.ann_file}: {len(crowded)} images have more objects than "
+                f"max_objects={self.max_objects} or masks larger than "
+                f"max_mask_bytes={self.max_mask_bytes}, the first: {info['img_path']} with "
+                f"{len(info['instances'])} objects, {info['width']} x {info['height']} pixels"
+            )
+            if self.test_mode:
+                raise ValueError(
+                    f"{message}; raise the limit or remove LoadAnnotations from the test pipeline"
+                )
+            print_log(message, logger="current", level=logging.WARNING)
+        self.counts["crowded"] = len(crowded)
+        return kept
 
     def filter_data(self) -> list[dict]:
         kept = super().filter_data()
+        counts = self.counts
         left_out = len(self.data_list) - len(kept)
-        level = logging.WARNING if self.counts["missing"] else logging.INFO
-        print_log(
-            f"{self.ann_file}: {len(kept)} images, {self.counts['objects']} objects and "
-            f"{self.counts['crowds']} crowds; left out: {self.counts['missing']} images that are "
-            f"missing, {left_out} that have no objects or are too small, and "
-            f"{self.counts['unusable']} annotations without a usable box or of other categories",
-            logger="current",
-            level=level,
+        crowds = sum(instance["ignore_flag"] for info in kept for instance in info["instances"])
+        objects = sum(len(info["instances"]) for info in kept) - crowds
+        summary = (
+            f"{len(kept)} images, {objects} objects and {crowds} crowds; left out: "
+            f"{counts['missing']} images that are missing, {counts['crowded']} that have too many "
+            f"objects, {left_out} that have no objects or are too small, and {counts['unusable']} "
+            "annotations without a usable box or of other categories"
         )
+        if not self.test_mode and not objects:
+            raise ValueError(f"nothing to train on in {self.ann_file}: {summary}")
+        level = logging.WARNING if counts["missing"] or counts["crowded"] else logging.INFO
+        print_log(f"{self.ann_file}: {summary}", logger="current", level=level)
         return kept
+
+
+@METRICS.register_module()
+class CheckedCocoMetric(FasterCocoMetric):
+    """mmdet's FasterCocoMetric whose annotation file is checked before the training begins.
+
+    Args:
+        ann_file: Annotation file.
+        metric: See FasterCocoMetric.
+        kwargs: Further arguments of FasterCocoMetric.
+
+    Raises:
+        FileNotFoundError: The annotation file is missing.
+        ValueError: It is malformed, or has no annotations to evaluate.
+    """
+
+    def __init__(self, ann_file: str | None = None, metric: str | list[str] = "bbox", **kwargs):
+        if ann_file is not None:
+            _check_for_evaluation(
+                ann_file,
+                masks="segm" in metric,
+                evaluates=not kwargs.get("format_only"),
+                backend_args=kwargs.get("backend_args"),
+            )
+        super().__init__(ann_file, metric, **kwargs)
+
+
+def _check_for_evaluation(
+    ann_file: str, masks: bool, evaluates: bool, backend_args: dict | None
+) -> None:
+    if is_local(ann_file, backend_args) and not Path(ann_file).is_file():
+        raise FileNotFoundError(f"ann_file of the evaluator not found: {ann_file}")
+    try:
+        content = json.loads(get_text(ann_file, backend_args=backend_args))
+        check_annotations(content, masks, all_masks=masks)
+        if evaluates and not content.get("annotations"):
+            raise ValueError("annotations must not be empty")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"ann_file of the evaluator {ann_file}: {error}") from error

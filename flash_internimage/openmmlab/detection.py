@@ -13,9 +13,9 @@ from mmdet.models.layers import MLP, inverse_sigmoid
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .coco import CheckedCocoDataset
+from .coco import CheckedCocoDataset, CheckedCocoMetric
 
-__all__ = ["CheckedCocoDataset", "ClampedDINOHead", "PublishedDINO"]
+__all__ = ["CheckedCocoDataset", "CheckedCocoMetric", "ClampedDINOHead", "PublishedDINO"]
 
 
 class _EveryOtherFrequency(MLP):

@@ -7,10 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
-from mmcv.transforms import LoadImageFromFile
 from mmengine.dist import is_main_process
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import (
@@ -20,7 +18,7 @@ from mmengine.model import (
     revert_sync_batchnorm,
 )
 from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIMIZERS, RUNNERS, TRANSFORMS
+from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 
@@ -34,7 +32,6 @@ from ..conversion import EXECUTED, convert_checkpoint
 from ..files import disk_full_error, write_atomically
 from ..safe_load import Placeholder
 from .errors import describe, is_users
-from .files import LeftOutFiles
 from .resume import (
     adapt_checkpoint,
     compare_classes,
@@ -315,22 +312,3 @@ def _require_finite(source: str, state_dict: dict) -> None:
         raise ValueError(
             f"{len(wrong)} weights of {source} are not finite: {', '.join(wrong[:10])}"
         )
-
-
-@TRANSFORMS.register_module()
-class LoadReadableImage(LoadImageFromFile):
-    """mmcv's LoadImageFromFile for training: an image that cannot be read is left out, with a
-    warning, and the data set draws another one.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.left_out = LeftOutFiles()
-
-    def transform(self, results: dict) -> dict | None:
-        path = results["img_path"]
-        try:
-            return super().transform(results)
-        except (OSError, AssertionError, cv2.error) as error:
-            self.left_out.add(path, f"image {path} cannot be read ({error})")
-            return None

@@ -262,7 +262,7 @@ def test_test_data(recipe, config):
         },
     }
     evaluator = plain(config.test_evaluator)
-    assert evaluator["type"] == "FasterCocoMetric"
+    assert evaluator["type"] == "CheckedCocoMetric"
     assert evaluator["metric"] == (["bbox", "segm"] if masks else "bbox")
     assert evaluator["ann_file"] == "data/coco/annotations/instances_val2017.json"
     assert config.val_dataloader == config.test_dataloader
@@ -426,7 +426,7 @@ def tiny_coco(tmp_path_factory) -> Path:
         [(0, 10, 20, 60, 50), (1, 30, 5, 40, 80), (1, 60, 40, 50, 40)]
     ):
         corners = [x, y, x + w, y, x + w, y + h, x, y + h]
-        what = {"id": i, "image_id": image, "category_id": i, "iscrowd": 0}
+        what = {"id": i + 1, "image_id": image, "category_id": i, "iscrowd": 0}
         where = {"bbox": [x, y, w, h], "area": w * h, "segmentation": [corners]}
         annotations.append({**what, **where})
     categories = [{"id": i, "name": name} for i, name in enumerate(CocoDataset.METAINFO["classes"])]

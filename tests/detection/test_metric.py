@@ -58,7 +58,9 @@ def annotations(tmp_path_factory) -> Path:
                 }
             )
     content = {
-        "images": [{"id": i, "height": SIDE, "width": SIDE} for i in range(1, 13)],
+        "images": [
+            {"id": i, "file_name": f"{i}.jpg", "height": SIDE, "width": SIDE} for i in range(1, 13)
+        ],
         "annotations": objects,
         "categories": [{"id": i, "name": name} for i, name in CATEGORIES.items()],
     }

@@ -1,6 +1,12 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 from mmengine.evaluator import Evaluator
+from mmengine.fileio import BaseStorageBackend, io, register_backend
+from mmengine.fileio.backends import backends, prefix_to_backends
 from mmengine.logging import MMLogger
 from torch import nn
 
@@ -59,3 +65,27 @@ def runner(tmp_path, request):
         return FlashRunner(model or Model(), **{**arguments, **kwargs})
 
     return build
+
+
+@pytest.fixture
+def memory(tmp_path) -> Iterator[dict[str, bytes]]:
+    """Files of a server, by their addresses memory://..."""
+    files: dict[str, bytes] = {}
+
+    class Memory(BaseStorageBackend):
+        def get(self, filepath: str) -> bytes:
+            return files[filepath]
+
+        def get_text(self, filepath: str, encoding: str = "utf-8") -> str:
+            return files[filepath].decode(encoding)
+
+        @contextmanager
+        def get_local_path(self, filepath: str) -> Iterator[Path]:
+            (tmp_path / "local").write_bytes(files[filepath])
+            yield tmp_path / "local"
+
+    register_backend("memory", Memory, prefixes="memory")
+    yield files
+    del backends["memory"], prefix_to_backends["memory"]
+    for key in [key for key in io.backend_instances if "memory" in key]:
+        del io.backend_instances[key]

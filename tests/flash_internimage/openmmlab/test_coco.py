@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flash_internimage.openmmlab.coco import CheckedCocoDataset
-from flash_internimage.openmmlab.runtime import LoadReadableImage
+from flash_internimage.images import UnreadableImage
+from flash_internimage.openmmlab.coco import CheckedCocoDataset, CheckedCocoMetric
 
 CLASSES = ("cat", "dog")
 CATEGORIES = ((7, "cow"), (1, "cat"), (2, "dog"))
 SIDE = 20
 PIPELINE = [{"type": "LoadReadableImage"}]
+
+
+def both_modes(function):
+    return pytest.mark.parametrize("test_mode", [False, True], ids=["train", "test"])(function)
 
 
 def box(image_id: int, bbox: list[float], category: int = 1, **kwargs) -> dict:
@@ -71,7 +75,8 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(write, log):
     labels = [(i["bbox_label"], i["ignore_flag"]) for i in dataset[0]["instances"]]
     assert labels == [(0, 0), (1, 1)]
     message = (
-        "2 images, 2 objects and 1 crowds; left out: 0 images that are missing, 1 that have no"
+        "2 images, 2 objects and 1 crowds; left out: 0 images that are missing, 0 that have too "
+        "many objects, 1 that have no objects"
     )
     assert message in log.text
     assert "and 3 annotations without a usable box" in log.text
@@ -82,7 +87,8 @@ def test_missing_images_are_left_out_of_training(write, tmp_path, log):
     (tmp_path / "2.png").unlink()
     assert [info["img_id"] for info in CheckedCocoDataset(**arguments)] == [1, 3]
     assert "left out: 1 images that are missing" in log.text
-    assert log.records[-1].levelno == logging.WARNING
+    (record,) = [r for r in log.records if "left out: " in r.getMessage()]
+    assert record.levelno == logging.WARNING
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no image"])
@@ -91,7 +97,7 @@ def test_a_test_needs_all_images(content, write, tmp_path):
     (tmp_path / "2.png").unlink()
     if content is not None:
         (tmp_path / "2.png").write_bytes(content)
-    with pytest.raises(FileNotFoundError, match=r"1 of the 3 images .*first is .*2\.png"):
+    with pytest.raises(FileNotFoundError, match=r"1 of the 3 images .*first: .*2\.png"):
         CheckedCocoDataset(**arguments, test_mode=True)
 
 
@@ -107,18 +113,77 @@ def test_a_missing_annotation_file(write, tmp_path):
         CheckedCocoDataset(**arguments)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"images": [{"id": 1}]}'])
+DAMAGED = ["", "{", "[]", "{}", '{"images": [{"id": 1}]}', "[" * 100_000, '{"images": \udcff}']
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_annotation_file(content, write, tmp_path):
     arguments = write([])
-    (tmp_path / "annotations.json").write_text(content)
-    with pytest.raises(ValueError, match=r"annotations.json cannot be used: "):
+    (tmp_path / "annotations.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"^ann_file .*annotations.json: .+$"):
+        CheckedCocoDataset(**arguments)
+    with pytest.raises(ValueError, match=r"^ann_file of the evaluator .*annotations.json: .+$"):
+        CheckedCocoMetric(str(tmp_path / "annotations.json"))
+
+
+@both_modes
+def test_annotations_are_checked_at_the_start(test_mode, write):
+    arguments = write([box(1, [2, 2, 5, 5]), {"image_id": 2, "category_id": 1, "area": 1}])
+    message = r"annotations.json: image 2 \(2.png\), annotation 2: bbox must be .*, got nothing"
+    with pytest.raises(ValueError, match=message):
+        CheckedCocoDataset(**arguments, test_mode=test_mode)
+
+
+@pytest.mark.parametrize("first", [0, "a"])
+def test_ids_that_the_evaluation_cannot_use(first, write, tmp_path):
+    arguments = write([box(1, [2, 2, 5, 5], id=first)])
+    message = rf"annotation {first!r}: id must be a unique integer of at least 1"
+    with pytest.raises(ValueError, match=message):
+        CheckedCocoDataset(**arguments, test_mode=True)
+    with pytest.raises(ValueError, match=message):
+        CheckedCocoMetric(str(tmp_path / "annotations.json"))
+
+
+def test_two_images_of_one_id(write):
+    arguments = write([box(1, [2, 2, 5, 5])], images=2)
+    path = f"{arguments['data_root']}/annotations.json"
+    with open(path) as file:
+        content = json.load(file)
+    content["images"][1]["id"] = 1
+    with open(path, "w") as file:
+        json.dump(content, file)
+    with pytest.raises(ValueError, match=r"image 1 \(2.png\): id must be unique, got 1 again"):
         CheckedCocoDataset(**arguments)
 
 
-def test_an_annotation_without_a_box(write):
-    arguments = write([{"image_id": 1, "category_id": 1, "area": 1}])
-    with pytest.raises(ValueError, match=r"annotations.json cannot be used: KeyError\('bbox'\)"):
+def objects_to_learn_nothing_from() -> list[list[dict]]:
+    return [
+        [],
+        [box(1, [2, 2, 5, 5], category=7)],
+        [box(1, [2, 2, 0, 5])],
+        [box(1, [2, 2, 5, 5], iscrowd=1)],
+    ]
+
+
+@pytest.mark.parametrize("filter_cfg", [None, {"filter_empty_gt": True}])
+@pytest.mark.parametrize("annotations", objects_to_learn_nothing_from())
+def test_nothing_to_train_on(annotations, filter_cfg, write):
+    arguments = write(annotations) | {"filter_cfg": filter_cfg}
+    message = r"nothing to train on in .*annotations.json: \d images, 0 objects .*left out: "
+    with pytest.raises(ValueError, match=message):
         CheckedCocoDataset(**arguments)
+    assert len(CheckedCocoDataset(**arguments, test_mode=True)) == 3
+
+
+def test_images_that_are_all_too_small(write):
+    arguments = write([box(1, [2, 2, 5, 5])]) | {"filter_cfg": {"min_size": SIDE + 1}}
+    with pytest.raises(ValueError, match=r"nothing to train on .* 3 that have no objects or are t"):
+        CheckedCocoDataset(**arguments)
+
+
+def test_the_classes_are_known_to_checkpoints(write):
+    dataset = CheckedCocoDataset(**write([box(1, [2, 2, 5, 5])]))
+    assert dataset.metainfo["classes"] == CLASSES
 
 
 MASK = {"segmentation": [[2, 2, 7, 2, 7, 7, 2, 7]]}
@@ -129,9 +194,65 @@ WITH_MASKS = {"pipeline": [*PIPELINE, {"type": "mmdet.LoadAnnotations", "with_ma
 def test_an_object_without_a_mask_where_masks_are_loaded(second, write):
     arguments = write([box(1, [2, 2, 5, 5], **MASK), box(2, [2, 2, 5, 5], **second)])
     assert len(CheckedCocoDataset(**arguments)) == 2
-    message = r"annotations.json cannot be used: .*2\.png has no segmentation"
+    message = r"annotations.json: image 2 \(2\.png\), annotation 2: segmentation must be there "
     with pytest.raises(ValueError, match=message):
         CheckedCocoDataset(**arguments | WITH_MASKS)
+
+
+@pytest.mark.parametrize(
+    "segmentation", [[2, 2, 7, 2, 7, 7], [[2, 2, 7, 2]], {"size": [9, 9], "counts": [81]}]
+)
+def test_malformed_masks(segmentation, write, tmp_path):
+    wrong = box(2, [2, 2, 5, 5], segmentation=segmentation)
+    arguments = write([box(1, [2, 2, 5, 5], **MASK), wrong])
+    path = str(tmp_path / "annotations.json")
+    assert len(CheckedCocoDataset(**arguments)) == 2
+    assert CheckedCocoMetric(path).metrics == ["bbox"]
+    message = r"annotations.json: image 2 \(2\.png\), annotation 2: segmentation must be "
+    with pytest.raises(ValueError, match=message):
+        CheckedCocoDataset(**arguments | WITH_MASKS)
+    with pytest.raises(ValueError, match=message):
+        CheckedCocoMetric(path, ["bbox", "segm"])
+
+
+LIMITS = [
+    ({"max_objects": 3}, False),
+    ({"max_objects": 3}, True),
+    ({"max_mask_bytes": 3 * SIDE**2}, True),
+]
+
+
+@pytest.mark.parametrize(("limits", "masks"), LIMITS)
+def test_images_of_too_many_objects(limits, masks, write, log):
+    annotations = [box(1, [2, 2, 5, 5], **MASK)] * 4 + [box(2, [2, 2, 5, 5], **MASK)] * 3
+    arguments = write(annotations) | (WITH_MASKS if masks else {})
+    assert len(CheckedCocoDataset(**arguments)) == 2
+    log.clear()
+    dataset = CheckedCocoDataset(**arguments, **limits)
+    assert [info["img_id"] for info in dataset] == [2]
+    assert "1 images have more objects than max_objects=" in log.text
+    assert "1.png with 4 objects, 20 x 20 pixels" in log.text
+    assert "1 that have too many objects" in log.text
+    assert len([r for r in log.records if r.levelno == logging.WARNING]) == 2
+    if masks:
+        with pytest.raises(ValueError, match=r"1 images have .* remove LoadAnnotations from the"):
+            CheckedCocoDataset(**arguments, **limits, test_mode=True)
+    else:
+        assert len(CheckedCocoDataset(**arguments, **limits, test_mode=True)) == 3
+
+
+def test_twenty_thousand_objects(write, log):
+    crowded = [box(1, [2, 2, 5, 5], **MASK)] * 20_000
+    arguments = write([*crowded, box(2, [2, 2, 5, 5], **MASK)]) | WITH_MASKS
+    assert [info["img_id"] for info in CheckedCocoDataset(**arguments)] == [2]
+    assert "1.png with 20000 objects" in log.text
+
+
+@pytest.mark.parametrize("name", ["max_objects", "max_mask_bytes"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "9", True, None])
+def test_limits_that_are_none(name, value, write):
+    with pytest.raises(ValueError, match=rf"{name} must be a positive integer, got {value!r}"):
+        CheckedCocoDataset(**write([]), **{name: value})
 
 
 def test_masks_are_loaded(write):
@@ -156,13 +277,47 @@ def test_an_image_that_cannot_be_read_gives_way_to_another(write, tmp_path, log)
     dataset = CheckedCocoDataset(**arguments)
     (tmp_path / "1.png").write_bytes(b"no image")
     assert {dataset[0]["img_id"] for _ in range(5)} == {2}
-    assert log.text.count(f"left out: image {tmp_path}/1.png cannot be read") == 1
+    assert log.text.count(f"left out: cannot read image {tmp_path}/1.png: ") == 1
     assert "; 1 so far in process" in log.text
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no image"])
-def test_no_image_is_read_from(content, tmp_path):
-    path = tmp_path / "1.jpg"
-    if content is not None:
-        path.write_bytes(content)
-    assert LoadReadableImage().transform({"img_path": str(path)}) is None
+def test_a_training_without_a_readable_image_ends(write, tmp_path):
+    dataset = CheckedCocoDataset(**write([box(i, [2, 2, 5, 5]) for i in (1, 2)]))
+    for i in (1, 2):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    message = r"^.*annotations.json: none of 1001 images in a row can be used; the warnings .*$"
+    with pytest.raises(ValueError, match=message):
+        dataset[0]
+
+
+@pytest.mark.parametrize("loader", ["LoadReadableImage", "LoadImageFromFile"])
+def test_a_test_names_the_image_that_cannot_be_read(loader, write, tmp_path):
+    arguments = write([box(i, [2, 2, 5, 5]) for i in (1, 2)]) | {"pipeline": [{"type": loader}]}
+    dataset = CheckedCocoDataset(**arguments, test_mode=True)
+    assert dataset[0]["img"].shape == (SIDE, SIDE, 3)
+    content = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(content[:45])  # the header and no pixels
+    dataset = CheckedCocoDataset(**arguments, test_mode=True)
+    with pytest.raises(UnreadableImage, match=rf"^cannot read image {tmp_path}/1.png: .+$"):
+        dataset[0]
+
+
+def test_other_errors_of_a_test_pipeline_stay_what_they_are(write):
+    resize = {"type": "mmdet.Resize"}
+    arguments = write([box(1, [2, 2, 5, 5])])
+    arguments["pipeline"] = [{"type": "LoadImageFromFile"}, resize | {"scale": (0, 0)}]
+    with pytest.raises(Exception, match=r"(?i)size|zero|scale") as error:
+        CheckedCocoDataset(**arguments, test_mode=True)[0]
+    assert not isinstance(error.value, UnreadableImage)
+
+
+def test_data_that_is_not_on_a_disk(write, tmp_path, memory):
+    arguments = write([box(i, [2, 2, 5, 5], **MASK) for i in (1, 2)]) | WITH_MASKS
+    for path in tmp_path.iterdir():
+        memory[f"memory://{path.name}"] = path.read_bytes()
+    (tmp_path / "annotations.json").unlink()
+    remote = {"ann_file": "memory://annotations.json", "data_prefix": {"img": "memory://"}}
+    for test_mode in (False, True):
+        dataset = CheckedCocoDataset(**arguments | remote | {"data_root": ""}, test_mode=test_mode)
+        assert [info["img_id"] for info in dataset] == [1, 2, 3][: 2 + test_mode]
+    assert CheckedCocoMetric("memory://annotations.json")._coco_api.getImgIds() == [1, 2, 3]

@@ -11,5 +11,5 @@ train_pipeline = [
 train_dataloader = dict(dataset=dict(type=dataset_type, pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(type=dataset_type))
 test_dataloader = val_dataloader
-val_evaluator = dict(type="FasterCocoMetric")
+val_evaluator = dict(type="CheckedCocoMetric")
 test_evaluator = val_evaluator
