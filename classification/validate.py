@@ -27,8 +27,9 @@ from flash_internimage.checkpoint import (
 )
 
 from .config import Config, ConfigError, Data, Model, load_config
-from .data import build_dataset, class_names, start, val_loader
+from .data import build_dataset, class_names, has_class_names, start, val_loader
 from .model import build_model, pick_device
+from .state import describe_other_classes
 
 _logger = logging.getLogger(__name__)
 
@@ -159,7 +160,28 @@ def _config(name: str) -> Config:
     return Config(model=model, data=data)
 
 
-def _load_model(options: Model, checkpoint: str | None, weights: str) -> nn.Module:
+def _check_classes(checkpoint: dict, names: list[str], path: str) -> None:
+    """Check that a checkpoint of classification.train has the classes of the data.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    classes, config = checkpoint.get("classes"), checkpoint.get("config")
+    if not isinstance(classes, list) or not isinstance(config, dict):
+        return
+    kind = (config.get("data") or {}).get("kind")
+    unnamed = kind and classes == [str(i) for i in range(len(classes))]
+    difference = None if unnamed else describe_other_classes(classes, names)
+    if difference:
+        raise ConfigError(
+            f"the class folders of the data are not the classes of {path} ({difference}): they "
+            "must be named as in training, with an image in each"
+        )
+
+
+def _load_model(
+    options: Model, checkpoint: str | None, weights: str, names: list[str] | None = None
+) -> nn.Module:
     options = options.model_copy(update={"initial_checkpoint": None, "grad_checkpointing": False})
     if checkpoint is None:
         return timm.create_model(
@@ -167,6 +189,8 @@ def _load_model(options: Model, checkpoint: str | None, weights: str) -> nn.Modu
         )
     model = build_model(options)
     contents = load_checkpoint(fetch_checkpoint(checkpoint))
+    if names is not None:
+        _check_classes(contents, names, checkpoint)
     if weights == "model" and "model" in contents:
         contents = contents["model"]
     state_dict = clean_state_dict(contents)
@@ -202,8 +226,8 @@ def run(arguments: argparse.Namespace) -> dict:
     dataset = build_dataset(
         data, data.val_split, is_training=False, batch_size=arguments.batch_size
     )
-    class_names(dataset, cfg.model.num_classes)
-    model = _load_model(cfg.model, arguments.checkpoint, arguments.weights).to(device)
+    names = class_names(dataset, cfg.model.num_classes) if has_class_names(dataset) else None
+    model = _load_model(cfg.model, arguments.checkpoint, arguments.weights, names).to(device)
     loader = val_loader(dataset, data, arguments.batch_size, device, limit=arguments.limit)
     result = asdict(evaluate(model, loader, device, arguments.amp))
     return {
