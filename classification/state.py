@@ -27,8 +27,8 @@ _FIXED = (
 # Settings that decide which images of an epoch are done and which are left.
 _FIXED_WITHIN_EPOCH = ("seed", "batch_size", "accumulation_steps")
 
-# Entries of an optimizer's groups that count its steps. All others are settings.
-_GROUP_STATE = ("step", "lookahead_step")
+# Where some optimizers count their steps. All other entries of their groups are settings.
+_STEP = "step"
 
 
 class Totals(NamedTuple):
@@ -205,7 +205,7 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             if old_index[name] in saved["state"]:
                 entries[index] = saved["state"][old_index[name]]
         old = old_group[group["names"][0]]
-        group |= {key: old[key] for key in _GROUP_STATE if key in old}
+        group |= {_STEP: old[_STEP]} if _STEP in old else {}
     optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
     check_optimizer(optimizer)
 
