@@ -102,7 +102,8 @@ def test_defects_of_a_log_message_are_still_shown(tmp_path, capfd):
 
 
 def test_tensorboard_on_a_full_disk_is_one_error_in_this_thread(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(report, "open", lambda *_: Path(FULL).open("wb"), raising=False)
+    full = Path(FULL).open("wb")  # noqa: SIM115  (Events closes it)
+    monkeypatch.setattr(report, "open", lambda *_: full, raising=False)
     with pytest.raises(OSError, match=r"No space left on device while writing .*tfevents"):
         Events(tmp_path / "tensorboard", purge_step=1)
     assert capfd.readouterr().err == ""
