@@ -471,15 +471,16 @@ def test_two_processes_continue_a_run_of_one_with_equal_statistics_and_errors(
     trainer.save()
     settings |= {"batch_size": 6, "device": "cpu", "checkpoints": {"every_updates": 2}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("localhost", 0))
+        two.bind(("localhost", 0))
+        ports = [str(free.getsockname()[1]) for free in (one, two)]
     script = Path(__file__).with_name("train_on_two_processes.py")
     processes = []
     for rank in ("0", "1"):
         environment = {
             "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-            "MASTER_PORT": port, "PYTHONPATH": os.getcwd(),
+            "MASTER_PORT": ports[0], "SECOND_PORT": ports[1], "PYTHONPATH": os.getcwd(),
         }  # fmt: skip
         processes.append(
             subprocess.Popen(
@@ -490,7 +491,7 @@ def test_two_processes_continue_a_run_of_one_with_equal_statistics_and_errors(
                 text=True,
             )
         )
-    (first, first_log), (second, second_log) = (process.communicate() for process in processes)
+    (first, first_log), (second, second_log) = (p.communicate(timeout=300) for p in processes)
     assert first == "{'EndedByAnother'} [0, 2]\n", first_log
     assert second == "{'ZeroDivisionError'} [0, 2]\n", second_log
     assert first_log.count("last.pth exists: pass --resume auto") == 1

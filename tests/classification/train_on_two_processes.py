@@ -4,6 +4,7 @@ Prints what became of an error on one process only, and the exit codes of a run 
 first process refuses.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -38,5 +39,7 @@ def compared(method: Callable) -> Callable:
 
 Trainer.save = compared(Trainer.save)
 Trainer.validate_epoch = compared(Trainer.validate_epoch)
-codes = [main([*sys.argv[1:], "--resume", "auto"]), main(sys.argv[1:])]
+codes = [main([*sys.argv[1:], "--resume", "auto"])]
+os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]  # the first is still open on one process
+codes.append(main(sys.argv[1:]))
 sys.stdout.write(f"{fates} {codes}\n")
