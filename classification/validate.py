@@ -189,17 +189,16 @@ def _load_model(
         )
     model = build_model(options)
     contents = load_checkpoint(fetch_checkpoint(checkpoint))
-    if names is not None:
-        _check_classes(contents, names, checkpoint)
-    if weights == "model" and "model" in contents:
-        contents = contents["model"]
-    state_dict = clean_state_dict(contents)
+    part = contents["model"] if weights == "model" and "model" in contents else contents
+    state_dict = clean_state_dict(part)
     head = state_dict.get("head.weight")
     if head is not None and head.shape[0] != options.num_classes:
         raise ConfigError(
             f"{checkpoint} has {head.shape[0]} classes, the model {options.num_classes}: "
             "a training of your own is evaluated with its YAML in the place of the model's name"
         )
+    if names is not None:
+        _check_classes(contents, names, checkpoint)
     load_weights(model, state_dict)
     return model
 
