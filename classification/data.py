@@ -261,6 +261,11 @@ def class_names(dataset: Dataset, num_classes: int) -> list[str]:
     return [names.get(i, str(i)) for i in range(num_classes)]
 
 
+def has_class_names(dataset: Dataset) -> bool:
+    """Return whether a data set knows its classes by name, as folders do and streams do not."""
+    return bool(class_to_index(dataset))
+
+
 def _erasing(augmentation: Augmentation) -> dict:
     return {
         "re_prob": augmentation.random_erasing,

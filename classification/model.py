@@ -123,10 +123,15 @@ def _load_initial(model: nn.Module, options: Model) -> None:
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.class_map {options.class_map}: {error}") from error
     try:
-        weights = clean_state_dict(load_checkpoint(fetch_checkpoint(options.initial_checkpoint)))
-        load_weights(model, weights, class_map)
+        checkpoint = load_checkpoint(fetch_checkpoint(options.initial_checkpoint))
+        load_weights(model, clean_state_dict(checkpoint), class_map)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.initial_checkpoint: {error}") from error
+    classes = checkpoint.get("classes")  # a checkpoint of classification.train names them
+    if isinstance(classes, list):
+        names = classes if class_map is None else [classes[i] for i in class_map]
+        if len(names) == options.num_classes:  # else the classifier starts anew
+            model.pretrained_cfg["label_names"] = names
 
 
 def pick_device(name: str) -> torch.device:

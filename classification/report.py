@@ -1,16 +1,24 @@
 """What a run leaves to look at: metrics.csv, TensorBoard, curves.png and predictions.png."""
 
+import contextlib
 import csv
+import io
 import itertools
 import logging
 import os
+import socket
+import time
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import scalar
+
+from flash_internimage.files import disk_full_error, write_atomically
 
 from .config import Data
 from .data import SKIPPED, denormalize, spread
@@ -28,29 +36,85 @@ class Metrics:
     def __init__(self, output: Path, start_epoch: int = 0):
         self.path = output / "metrics.csv"
         self.rows = [row for row in _read(self.path) if int(row["epoch"]) <= start_epoch]
-        self.writer = SummaryWriter(output / "tensorboard", purge_step=start_epoch + 1)
+        self.events = Events(output / "tensorboard", purge_step=start_epoch + 1)
 
     def add(self, row: dict[str, float]) -> None:
+        """Add the row of an epoch.
+
+        Raises:
+            OSError: A file cannot be written.
+        """
         self.rows.append(row)
-        partial = self.path.with_suffix(".partial")
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(partial, self.path)
-        for name, value in row.items():
-            self.writer.add_scalar(name, value, global_step=row["epoch"])
-        self.writer.flush()
+        # A resumed run may have columns that it did not have before, and lack others.
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
+        self.events.add(row, row["epoch"])
 
     def close(self) -> None:
-        self.writer.close()
+        self.events.close()
+
+
+class Events:
+    """A TensorBoard event file of scalars.
+
+    SummaryWriter writes in a thread, whose errors end in tracebacks on a full disk.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        """Open a new file in a folder; TensorBoard hides earlier scalars from a step on."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self.path = folder / name
+        self.file = open(self.path, "xb")  # noqa: SIM115  (closed by close)
+        self.writer = RecordWriter(self.file)
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(file_version="brain.Event:2"), Event(step=purge_step, session_log=start))
+
+    def add(self, scalars: dict[str, float], step: int) -> None:
+        self._write(
+            *(Event(step=step, summary=scalar(name, value)) for name, value in scalars.items())
+        )
+
+    def _write(self, *events: Event) -> None:
+        try:
+            for event in events:
+                event.wall_time = time.time()
+                self.writer.write(event.SerializeToString())
+            self.writer.flush()
+        except OSError as error:
+            raise disk_full_error(error, self.path) or error from error
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # that of an earlier write, which has been raised
+            self.file.close()
 
 
 def _read(path: Path) -> list[dict]:
+    """Return the rows of a metrics.csv, without those that are damaged."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    with open(path, newline="", errors="replace") as file:
+        rows = list(csv.DictReader(file))
+    whole = [row for row in rows if (row.get("epoch") or "").isdecimal() and None not in row]
+    if len(whole) < len(rows):
+        _logger.warning("left %d damaged rows of %s out", len(rows) - len(whole), path)
+    return whole
+
+
+def _number(text: str | None) -> float:
+    """Return the number of a cell, NaN for one that an epoch does not have."""
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return float("nan")
+
+
+def _save_figure(figure: Figure, to: Path) -> None:
+    write_atomically(to, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
 def save_curves(metrics_csv: Path, to: Path) -> None:
@@ -66,12 +130,12 @@ def save_curves(metrics_csv: Path, to: Path) -> None:
     axes = figure.subplots(1, len(panels))
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
-            if rows and name in rows[-1]:
-                axis.plot(epochs, [float(row[name]) for row in rows], label=name)
+            if any(row.get(name) for row in rows):
+                axis.plot(epochs, [_number(row.get(name)) for row in rows], label=name)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(to, dpi=120)
+    _save_figure(figure, to)
 
 
 @torch.inference_mode()
@@ -110,7 +174,7 @@ def save_predictions(
             color="green" if right else "red",
             parse_math=False,  # a class may be called $x^
         )
-    figure.savefig(to, dpi=120)
+    _save_figure(figure, to)
 
 
 def _short(name: str) -> str:

@@ -9,27 +9,22 @@ import contextlib
 import itertools
 import logging
 import math
-import random
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from operator import index
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
-from timm.utils.distributed import init_distributed_device_so
+from timm.utils.distributed import distribute_bn, init_distributed_device_so
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flash_internimage.checkpoint import check_optimizer, load_checkpoint, save_atomically
+from flash_internimage.checkpoint import load_checkpoint, save_atomically
 
 from .config import Config, ConfigError, check_output, load_config
 from .data import (
@@ -38,29 +33,41 @@ from .data import (
     build_mixup,
     class_names,
     eval_transform,
+    has_class_names,
     set_epoch,
     start,
     train_loader,
     val_loader,
 )
-from .model import build_model, check_model, pick_device
+from .interruption import Interrupted, stopped_by_signals
+from .model import build_model, check_model, find_not_finite, pick_device
 from .optim import build_optimizer, build_scheduler
+from .output import describe, find_checkpoint, log_file, own_output, save_config
+from .processes import EndedByAnother, all_agree, fail_together, gather, maximum, raise_once
 from .report import Metrics, save_curves, save_predictions
+from .state import (
+    Totals,
+    changed_settings,
+    check_entries,
+    check_settings,
+    describe_other_classes,
+    flatten,
+    restore_optimizer,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+)
 from .validate import autocast, evaluate
 
 _logger = logging.getLogger(__name__)
 
 
 class Diverged(RuntimeError):
-    """Too many updates in a row without a finite loss."""
+    """Too many updates in a row had no finite loss, or the weights are not finite."""
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; the state has been saved."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(signal.Signals(signal_number).name)
-        self.signal_number = signal_number
+# Errors that a user can mend: one line without a traceback reports them.
+_EXPECTED = (ValueError, OSError, Diverged, TooManyCorruptImages, EndedByAnother)
 
 
 def build_criterion(cfg: Config) -> nn.Module:
@@ -71,60 +78,6 @@ def build_criterion(cfg: Config) -> nn.Module:
     return nn.CrossEntropyLoss()
 
 
-def seed_everything(*numbers: int) -> None:
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def rng_state() -> dict:
-    """The state of every random number generator, in types that a checkpoint may hold."""
-    name, keys, *rest = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict) -> None:
-    _, keys, position, *_ = state["numpy"]
-    if len(keys) != 624 or not 0 <= position <= 624:  # numpy reads memory at any position
-        raise ValueError(f"numpy's random state has {len(keys)} keys and position {position}")
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-class Totals(NamedTuple):
-    """Of the updates of an epoch so far."""
-
-    loss: float = 0.0
-    finite: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-
-    def plus(self, loss: float, seconds: float) -> "Totals":
-        if not math.isfinite(loss):
-            return self._replace(skipped=self.skipped + 1, seconds=self.seconds + seconds)
-        return Totals(self.loss + loss, self.finite + 1, self.skipped, self.seconds + seconds)
-
-
-def _flat(config: dict, prefix: str = "") -> dict:
-    """Nested sections as one level of dotted keys."""
-    flat = {}
-    for key, value in config.items():
-        is_section = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
-    return flat
-
-
 class Trainer:
     """One training run: everything that a checkpoint holds, and the loop over epochs and updates.
 
@@ -132,7 +85,23 @@ class Trainer:
     numbers that its seed, number and rank determine, so a run resumed there repeats itself.
     """
 
-    def __init__(self, cfg: Config, device: torch.device, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        cfg: Config,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        load_initial: bool = True,
+    ):
+        """Build data, model and optimizer.
+
+        Args:
+            cfg: Configuration of the run.
+            device: Device of this process.
+            rank: Number of this process.
+            world_size: Number of processes.
+            load_initial: Whether to load `model.initial_checkpoint`; a resumed run needs none.
+        """
         self.cfg, self.device, self.rank, self.world_size = cfg, device, rank, world_size
         self.output = Path(cfg.output)
         self.epoch, self.update = 0, 0  # the next ones to do; update counts within the epoch
@@ -142,8 +111,15 @@ class Trainer:
         self.signal_number = 0
         self.resumed_rng: dict | None = None  # of a run resumed within an epoch
         seed_everything(cfg.seed)
-        self._build_data()
-        self._build_model()
+        with fail_together(device):
+            self._build_data()
+            self._build_model(load_initial)
+        self.parallel = torch.compile(self.model) if cfg.model.compile else self.model
+        if world_size > 1:
+            device_ids = [device] if device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(
+                self.parallel, device_ids=device_ids, broadcast_buffers=False
+            )
 
     def _build_data(self) -> None:
         data = self.cfg.data
@@ -164,9 +140,21 @@ class Trainer:
         self.mixup = build_mixup(self.cfg.augmentation, self.cfg.model.num_classes)
         self.updates_per_epoch = len(self.train_loader) // self.cfg.accumulation_steps
 
-    def _build_model(self) -> None:
+    def _build_model(self, load_initial: bool) -> None:
         cfg = self.cfg
-        self.model = build_model(cfg.model).to(self.device)
+        options = cfg.model
+        if not load_initial:
+            options = options.model_copy(update={"initial_checkpoint": None})
+        self.model = build_model(options).to(self.device)
+        loaded = self.model.pretrained_cfg.get("label_names")
+        if loaded and has_class_names(self.val_set) and self.rank == 0:
+            difference = describe_other_classes(loaded, self.names)
+            if difference:
+                _logger.warning(
+                    "the classifier of model.initial_checkpoint was trained for other classes than "
+                    "those of data.root (%s); model.class_map can assign its rows",
+                    difference,
+                )
         check_model(self.model, cfg.data.image_size, cfg.model.num_classes)
         self.criterion = build_criterion(cfg)
         self.optimizer = build_optimizer(self.model, cfg, self.world_size)
@@ -175,12 +163,6 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16")
         self.ema = ModelEmaV3(self.model, cfg.ema_decay) if cfg.ema_decay is not None else None
-        self.parallel = torch.compile(self.model) if cfg.model.compile else self.model
-        if self.world_size > 1:
-            device_ids = [self.device] if self.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(
-                self.parallel, device_ids=device_ids, broadcast_buffers=False
-            )
 
     # --- state -------------------------------------------------------------------------------
 
@@ -199,7 +181,7 @@ class Trainer:
             "totals": tuple(self.totals),
             "best_top1": self.best_top1,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
-            "rng": self._all_rng_states(),
+            "rng": gather(rng_state()),
             "classes": self.names,
             "config": self.cfg.model_dump(mode="json"),
         }
@@ -207,63 +189,94 @@ class Trainer:
             state["model_ema"] = self.ema.module.state_dict()
         return state
 
-    def _all_rng_states(self) -> list[dict]:
-        states = [rng_state()]
-        if self.world_size > 1:
-            states = [None] * self.world_size
-            dist.all_gather_object(states, rng_state())
-        return states
-
     def save(self, *extra: str) -> None:
-        """Writes last.pth, and the same under further names."""
-        state = self.state_dict()
-        if self.rank == 0:
-            for name in (*extra, self.last.name):
-                save_atomically(state, self.output / name)
+        """Write last.pth, and the same under further names before it.
 
-    def resume(self, path: Path) -> None:
-        """Continues from a checkpoint of the same model and data.
+        In this order a run that is killed in between resumes from the older last.pth, and writes
+        the others again.
 
         Raises:
-            ValueError: the checkpoint is damaged, or of another kind of run.
+            Diverged: A weight is not finite.
+            OSError: A file cannot be written; `last.pth` is then the older one.
+        """
+        state = self.state_dict()
+        with fail_together(self.device):
+            self._check_weights()
+            if self.rank == 0:
+                for name in (*extra, self.last.name):
+                    save_atomically(state, self.output / name)
+
+    def _check_weights(self) -> None:
+        for model in (self.model, *([self.ema.module] if self.ema is not None else [])):
+            if name := find_not_finite(model):
+                raise Diverged(f"{name} is not finite after an update. {self._advice()}")
+
+    def resume(self, path: Path) -> list[str]:
+        """Continue from a checkpoint of the same model and classes.
+
+        Returns:
+            A line for each setting that has changed since.
+
+        Raises:
+            ValueError: The checkpoint is damaged or of another kind of run, or a setting has
+                changed that cannot.
         """
         state = load_checkpoint(path)
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            check_optimizer(self.optimizer)
-            self.scaler.load_state_dict(state["scaler"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state["model_ema"])
-            self.epoch, self.update = state["epoch"], state["update"]
-            self.totals, self.best_top1 = Totals(*state["totals"]), state["best_top1"]
-            self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
-            updates, rng = state["updates_per_epoch"], list(state["rng"])
-            before = _flat(state["config"])
-            if self.epoch < 0 or not 0 <= self.update <= updates:
-                raise ValueError(
-                    f"it is from epoch {self.epoch}, update {self.update} of {updates}"
-                )
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"cannot resume from {path}: {type(error).__name__}: {error!s:.2000}"
-            ) from error
-        if self.update and (updates, len(rng)) != (self.updates_per_epoch, self.world_size):
-            raise ValueError(
-                f"cannot resume from {path}: it stopped within an epoch of {updates} updates on "
-                f"{len(rng)} processes, this run has {self.updates_per_epoch} on {self.world_size}"
-            )
-        self.resumed_rng = rng[self.rank] if self.update else None
+            check_entries(state)
+            changes = self._restore(state)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            message = " ".join(f"{error!s:.2000}".split())
+            raise ValueError(f"cannot resume from {path}: {kind}{message}") from error
         if path.resolve().parent != self.output.resolve():
             self.best_top1 = -math.inf  # that best.pth is not in this output
-        # Sets the learning rate of the next update, whatever the config has become since.
-        done = self.epoch * self.updates_per_epoch + self.update
-        if done:
+        return changes
+
+    def _restore(self, state: dict) -> list[str]:
+        epoch, update, updates = map(
+            index, (state["epoch"], state["update"], state["updates_per_epoch"])
+        )
+        if epoch < 0 or not 0 <= update <= updates:
+            raise ValueError(f"it is from epoch {epoch}, update {update} of {updates}")
+        before, now = flatten(state["config"]), flatten(self.cfg.model_dump(mode="json"))
+        check_settings(before, now, within_epoch=update > 0)
+        if difference := describe_other_classes(state["classes"], self.names):
+            raise ValueError(
+                f"the class folders of data.root={self.cfg.data.root} are not those of the "
+                f"checkpoint ({difference})"
+            )
+        epochs = self.cfg.schedule.epochs
+        if epoch + (update > 0) > epochs:
+            raise ValueError(
+                f"schedule.epochs must be at least {epoch + (update > 0)}, the number of epochs "
+                f"that are done or begun, got {epochs}"
+            )
+        rng = list(state["rng"])
+        if update and (updates, len(rng)) != (self.updates_per_epoch, self.world_size):
+            raise ValueError(
+                f"it stopped within an epoch of {updates} updates on {len(rng)} processes, this "
+                f"run has {self.updates_per_epoch} on {self.world_size}"
+            )
+        self.model.load_state_dict(state["model"])
+        restore_optimizer(self.optimizer, state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:  # empty without fp16
+            self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:  # switched on at a resume, it starts from the present weights
+            self.ema.module.load_state_dict(state.get("model_ema", state["model"]))
+        self.epoch, self.update = epoch, update
+        loss, finite, skipped, seconds = state["totals"]
+        self.totals = Totals(float(loss), int(finite), int(skipped), float(seconds))
+        self.nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
+        best = float(state["best_top1"])
+        self.best_top1 = -math.inf if math.isnan(best) else best
+        if update:
+            set_rng_state(rng[self.rank])  # each epoch sets it again; here it is only checked
+            self.resumed_rng = rng[self.rank]
+        # Sets the learning rate of the next update by this run's schedule.
+        if done := epoch * self.updates_per_epoch + update:
             self.scheduler.step_update(done - 1)
-        now = _flat(self.cfg.model_dump(mode="json"))
-        for key in now:
-            if before.get(key) != now[key]:
-                _logger.warning("%s was %s, is now %s", key, before.get(key), now[key])
+        return changed_settings(before, now)
 
     # --- the loop ----------------------------------------------------------------------------
 
@@ -275,13 +288,27 @@ class Trainer:
             Diverged: see `max_nonfinite`.
             TooManyCorruptImages: see `data.max_corrupt`.
         """
-        self.metrics = Metrics(self.output, self.epoch) if self.rank == 0 else None
-        while self.epoch < self.cfg.schedule.epochs:
-            self.train_epoch()
-            row = self.validate_epoch()
-            top1 = row["ema_top1"] if self.ema is not None else row["val_top1"]
-            if self.metrics is not None:
-                self.metrics.add(row)
+        with contextlib.ExitStack() as stack:
+            metrics = None
+            with fail_together(self.device):
+                if self.rank == 0:
+                    metrics = stack.enter_context(
+                        contextlib.closing(Metrics(self.output, self.epoch))
+                    )
+            while self.epoch < self.cfg.schedule.epochs:
+                self._fit_epoch(metrics)
+                self._stop_if_asked()
+
+    def _fit_epoch(self, metrics: Metrics | None) -> None:
+        """Train, validate and save; `metrics` takes the figures on the first process."""
+        self.train_epoch()
+        with fail_together(self.device):
+            self._check_weights()
+        row = self.validate_epoch()
+        top1 = row["ema_top1"] if self.ema is not None else row["val_top1"]
+        with fail_together(self.device):
+            if metrics is not None:
+                metrics.add(row)
                 _logger.info(
                     "epoch %d/%d  loss %.4f  top-1 %.2f %%  top-5 %.2f %%%s  %.1f images/s",
                     row["epoch"],
@@ -292,16 +319,15 @@ class Trainer:
                     f"  EMA top-1 {row['ema_top1']:.2f} %" if self.ema is not None else "",
                     row["images_per_second"],
                 )
-            self.epoch, self.update, self.totals = self.epoch + 1, 0, Totals()
-            extra = []
-            if top1 > self.best_top1:
-                self.best_top1 = top1
-                extra.append("best.pth")
-            every = self.cfg.checkpoints.every_epochs
-            if every and self.epoch % every == 0:
-                extra.append(f"epoch_{self.epoch}.pth")
-            self.save(*extra)
-            self._stop_if_asked()
+        self.epoch, self.update, self.totals = self.epoch + 1, 0, Totals()
+        extra = []
+        if top1 > self.best_top1:
+            self.best_top1 = top1
+            extra.append("best.pth")
+        every = self.cfg.checkpoints.every_epochs
+        if every and self.epoch % every == 0:
+            extra.append(f"epoch_{self.epoch}.pth")
+        self.save(*extra)
 
     def train_epoch(self) -> None:
         self.parallel.train()
@@ -311,7 +337,8 @@ class Trainer:
         accumulation = self.cfg.accumulation_steps
         if self.update:  # read and drop what was done before the stop
             skip = self.update * accumulation
-            next(itertools.islice(batches, skip - 1, skip))
+            with fail_together(self.device):
+                next(itertools.islice(batches, skip - 1, skip), None)
             set_rng_state(self.resumed_rng)
         bar = tqdm(
             desc=f"epoch {self.epoch + 1}/{self.cfg.schedule.epochs}",
@@ -326,7 +353,8 @@ class Trainer:
         with bar:
             while self.update < self.updates_per_epoch:
                 began = time.perf_counter()
-                group = list(itertools.islice(batches, accumulation))
+                with fail_together(self.device):
+                    group = list(itertools.islice(batches, accumulation))
                 if len(group) < accumulation:  # an iterable data set may end early
                     break
                 loss = self.train_update(group)
@@ -364,7 +392,7 @@ class Trainer:
             with self.parallel.no_sync() if accumulating else contextlib.nullcontext():
                 with autocast(self.device, self.cfg.amp):
                     loss = self.criterion(self.parallel(images), targets) / len(batches)
-                if not self._all_agree(bool(torch.isfinite(loss))):
+                if not all_agree(bool(torch.isfinite(loss)), self.device):
                     return self._skip_update(buffers)
                 self.scaler.scale(loss).backward()
             total += loss.item()
@@ -377,6 +405,10 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        if self.world_size > 1:
+            # Each process has seen other images. With equal statistics after every update, any
+            # process may save and validate, and a resumed run goes on as if it had not stopped.
+            distribute_bn(self.model, self.world_size, reduce=True)
         if self.ema is not None:
             self.ema.update(self.model)
         return total
@@ -394,23 +426,30 @@ class Trainer:
         self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
         if finite:
             return
-        _logger.warning(
-            "epoch %d, update %d: the loss or its gradient is not finite, update skipped",
-            self.epoch + 1, self.update + 1,
-        )  # fmt: skip
+        if self.rank == 0:
+            _logger.warning(
+                "epoch %d, update %d: the loss or its gradient is not finite, update skipped",
+                self.epoch + 1, self.update + 1,
+            )  # fmt: skip
         if self.nonfinite_in_a_row >= self.cfg.max_nonfinite:
-            raise Diverged(
+            error = Diverged(
                 f"{self.nonfinite_in_a_row} updates in a row had no finite loss or gradient "
-                "(max_nonfinite). Try more schedule.warmup_epochs, a lower optimizer.lr, a smaller "
-                f"optimizer.clip_grad (now {self.cfg.optimizer.clip_grad}), or amp=bf16 or amp=off "
-                f"(now {self.cfg.amp})"
+                f"(max_nonfinite). {self._advice()}"
             )
+            raise_once(error)
+
+    def _advice(self) -> str:
+        return (
+            "Try more schedule.warmup_epochs, a lower optimizer.lr, a smaller optimizer.clip_grad "
+            f"(now {self.cfg.optimizer.clip_grad}), or amp=bf16 or amp=off (now {self.cfg.amp})"
+        )
 
     def validate_epoch(self) -> dict[str, float]:
         """The row of metrics of the epoch that was just trained."""
         amp = self.cfg.amp
         result = evaluate(self.model, self.val_loader, self.device, amp)
         totals = self.totals
+        updates = totals.finite + totals.skipped
         images = self.cfg.batch_size * self.cfg.accumulation_steps * self.world_size
         row = {
             "epoch": self.epoch + 1,
@@ -424,7 +463,7 @@ class Trainer:
             ema = evaluate(self.ema.module, self.val_loader, self.device, amp)
             row |= {"ema_loss": ema.loss, "ema_top1": ema.top1, "ema_top5": ema.top5}
         return row | {
-            "images_per_second": images * (totals.finite + totals.skipped) / totals.seconds,
+            "images_per_second": images * updates / totals.seconds if updates else 0.0,
             "skipped_updates": totals.skipped,
             "corrupt_images": getattr(self.train_loader.dataset, "corrupt", 0) + result.corrupt,
         }
@@ -441,21 +480,8 @@ class Trainer:
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    # --- agreement between processes -----------------------------------------------------------
-
-    def _all_agree(self, yes: bool) -> bool:
-        if self.world_size == 1:
-            return yes
-        flag = torch.tensor(float(yes), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MIN)
-        return bool(flag)
-
     def _stop_if_asked(self) -> None:
-        number = self.signal_number
-        if self.world_size > 1:  # all processes stop after the same update
-            flag = torch.tensor(number, device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            number = int(flag)
+        number = maximum(self.signal_number, self.device)  # all stop after the same update
         if number:
             self.save()
             raise Interrupted(number)
@@ -475,96 +501,80 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def find_checkpoint(resume: str | None, last: Path) -> Path | None:
-    """The checkpoint to resume from, if any.
+def train(cfg: Config, resume: str | None = None) -> None:
+    """Run a configuration from its start, or from a checkpoint, to its end.
+
+    Args:
+        cfg: Configuration of the run.
+        resume: Checkpoint to continue from; 'auto' is the output's last.pth if there is one.
 
     Raises:
-        ConfigError: the output belongs to a run that this one would overwrite.
+        Exception: See `_EXPECTED` for what a run may end with, besides `Interrupted`.
     """
-    if resume == "auto":
-        return last if last.exists() else None
-    continues = resume is not None and Path(resume).resolve().parent == last.resolve().parent
-    if last.exists() and not continues:
-        raise ConfigError(
-            f"{last} exists: pass --resume auto to continue that run, or output=... for another"
-        )
-    return Path(resume) if resume else None
-
-
-@contextlib.contextmanager
-def stopped_by_signals(trainer: Trainer) -> Iterator[None]:
-    """Within it, SIGINT and SIGTERM make the trainer save and stop after the running update."""
-
-    def on_signal(number: int, frame) -> None:
-        trainer.signal_number = number
-
-    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def output_folder(cfg: Config) -> Iterator[None]:
-    """Makes the output with the run's configuration; within it, train.log takes the log."""
-    output = Path(cfg.output)
-    output.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
-    (output / "config.yaml").write_text(text)
-    handler = logging.FileHandler(output / "train.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
-
-
-def train(cfg: Config, resume: str | None = None) -> None:
-    """Runs a configuration from start, or from a checkpoint, to its end."""
     env = init_distributed_device_so(device=str(pick_device(cfg.device)))
     device, rank, world_size = torch.device(env["device"]), env["global_rank"], env["world_size"]
     if rank != 0:
         logging.getLogger().setLevel(logging.WARNING)
-    if rank == 0:
-        check_output(cfg.output)
-    checkpoint = find_checkpoint(resume, Path(cfg.output) / "last.pth")
-    trainer = Trainer(cfg, device, rank, world_size)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    with output_folder(cfg) if rank == 0 else contextlib.nullcontext():
-        _logger.info(
-            "%s, %.1f M parameters; %d x %d images per update on %s; %d updates per epoch",
-            cfg.model.name, parameters / 1e6, world_size, cfg.batch_size * cfg.accumulation_steps,
-            device, trainer.updates_per_epoch,
-        )  # fmt: skip
-        if checkpoint is not None:
-            _logger.info(
-                "continuing from %s: %d epochs and %d updates of %d are done",
-                checkpoint, trainer.epoch, trainer.update, trainer.updates_per_epoch,
-            )  # fmt: skip
+    output = Path(cfg.output)
+    log = None
+    with contextlib.ExitStack() as stack:
+        checkpoint = None
+        with fail_together(device):
+            if rank == 0:
+                check_output(cfg.output)
+                stack.enter_context(own_output(output))
+                checkpoint = find_checkpoint(resume, output / "last.pth")
+        checkpoint = gather(checkpoint)[0]
+        trainer = Trainer(cfg, device, rank, world_size, load_initial=checkpoint is None)
+        changes = []
+        with fail_together(device):
+            if checkpoint is not None:
+                changes = trainer.resume(checkpoint)
+        with fail_together(device):
+            if rank == 0:
+                log = stack.enter_context(log_file(output / "train.log"))
+                _log_start(trainer, checkpoint, changes)
         try:
+            with fail_together(device):
+                if rank == 0:
+                    save_config(cfg)
             with stopped_by_signals(trainer):
                 trainer.fit()
+            if rank == 0:
+                trainer.report()
+                _logger.info(
+                    "done: best top-1 %.2f %%; metrics, curves, predictions and checkpoints are "
+                    "in %s",
+                    trainer.best_top1, cfg.output,
+                )  # fmt: skip
         except Interrupted as interruption:
-            _logger.warning("stopped by %s; --resume auto continues", interruption)
+            if rank == 0:
+                _logger.warning("stopped by %s; --resume auto continues", interruption)
             raise
-        except (Diverged, TooManyCorruptImages) as error:
-            _logger.error("%s", error)
+        except Exception as error:
+            if log is not None:
+                log.add_error(error, with_traceback=not isinstance(error, _EXPECTED))
             raise
-        if rank == 0:
-            trainer.report()
+
+
+def _log_start(trainer: Trainer, checkpoint: Path | None, changes: list[str]) -> None:
+    cfg, parameters = trainer.cfg, sum(p.numel() for p in trainer.model.parameters())
+    _logger.info(
+        "%s, %.1f M parameters; %d x %d images per update on %s; %d updates per epoch",
+        cfg.model.name, parameters / 1e6, trainer.world_size,
+        cfg.batch_size * cfg.accumulation_steps, trainer.device, trainer.updates_per_epoch,
+    )  # fmt: skip
+    for change in changes:
+        _logger.warning("%s", change)
+    if checkpoint is not None:
         _logger.info(
-            "done: best top-1 %.2f %%; metrics, curves, predictions and checkpoints are in %s",
-            trainer.best_top1, cfg.output,
+            "continuing from %s: %d epochs and %d updates of %d are done",
+            checkpoint, trainer.epoch, trainer.update, trainer.updates_per_epoch,
         )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the program and return its exit code."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     arguments = parse_arguments(argv)
     try:
@@ -572,10 +582,10 @@ def main(argv: list[str] | None = None) -> int:
             train(load_config(arguments.config, arguments.overrides), arguments.resume)
     except Interrupted as interruption:
         return 128 + interruption.signal_number
-    except (Diverged, TooManyCorruptImages):
+    except EndedByAnother:
         return 2
-    except (ValueError, OSError) as error:
-        _logger.error("%s", error)
+    except _EXPECTED as error:
+        _logger.error("%s", describe(error))
         return 2
     finally:
         if dist.is_initialized():

@@ -34,11 +34,13 @@ from .data import (
     SKIPPED,
     build_dataset,
     class_names,
+    has_class_names,
     share_unreadable,
     start,
     val_loader,
 )
 from .model import build_model, check_model, create_model, find_not_finite, pick_device
+from .state import describe_other_classes
 
 _logger = logging.getLogger(__name__)
 
@@ -200,21 +202,43 @@ def _config(name: str) -> Config:
     return Config(model=model, data=data)
 
 
-def _load_model(options: Model, checkpoint: str | None, weights: str) -> nn.Module:
+def _check_classes(checkpoint: dict, names: list[str], path: str) -> None:
+    """Check that a checkpoint of classification.train has the classes of the data.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    classes, config = checkpoint.get("classes"), checkpoint.get("config")
+    if not isinstance(classes, list) or not isinstance(config, dict):
+        return
+    kind = (config.get("data") or {}).get("kind")
+    unnamed = kind and classes == [str(i) for i in range(len(classes))]
+    difference = None if unnamed else describe_other_classes(classes, names)
+    if difference:
+        raise ConfigError(
+            f"the class folders of the data are not the classes of {path} ({difference}): they "
+            "must be named as in training, with an image in each"
+        )
+
+
+def _load_model(
+    options: Model, checkpoint: str | None, weights: str, names: list[str] | None = None
+) -> nn.Module:
     options = options.model_copy(update={"initial_checkpoint": None, "grad_checkpointing": False})
     if checkpoint is None:
         return create_model(options, pretrained=True)
     model = build_model(options)
     contents = load_checkpoint(fetch_checkpoint(checkpoint))
-    if weights == "model" and "model" in contents:
-        contents = contents["model"]
-    state_dict = clean_state_dict(contents)
+    part = contents["model"] if weights == "model" and "model" in contents else contents
+    state_dict = clean_state_dict(part)
     head = state_dict.get("head.weight")
     if head is not None and head.shape[0] != options.num_classes:
         raise ConfigError(
             f"{checkpoint} has {head.shape[0]} classes, the model {options.num_classes}: "
             "a training of your own is evaluated with its YAML in the place of the model's name"
         )
+    if names is not None:
+        _check_classes(contents, names, checkpoint)
     load_weights(model, state_dict)
     return model
 
@@ -262,8 +286,8 @@ def run(arguments: argparse.Namespace) -> dict:
     dataset = build_dataset(
         data, data.val_split, is_training=False, batch_size=arguments.batch_size
     )
-    class_names(dataset, cfg.model.num_classes)
-    model = _load_model(cfg.model, arguments.checkpoint, arguments.weights).to(device)
+    names = class_names(dataset, cfg.model.num_classes) if has_class_names(dataset) else None
+    model = _load_model(cfg.model, arguments.checkpoint, arguments.weights, names).to(device)
     if name := find_not_finite(model):
         raise ValueError(f"{name} of {arguments.checkpoint or cfg.model.name} is not finite")
     check_model(model, data.image_size, cfg.model.num_classes)

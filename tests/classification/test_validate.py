@@ -189,5 +189,21 @@ def test_unreadable_images_are_left_out(run, digits, tmp_path, capsys):
     assert (result["images"], result["corrupt"]) == (19, 1)
 
 
+@pytest.mark.parametrize("change", ["emptied", "renamed"])
+def test_data_with_other_classes_than_the_checkpoint_s_are_refused(
+    run, digits, tmp_path, caplog, change
+):
+    shutil.copytree(digits, tmp_path / "other")
+    folder = tmp_path / "other" / "val" / "3"
+    if change == "emptied":
+        for image in folder.iterdir():
+            image.unlink()
+    else:
+        folder.rename(folder.with_name("three"))
+    arguments = ["--checkpoint", str(run / "last.pth"), "--data", str(tmp_path / "other")]
+    assert main([str(run / "config.yaml"), *arguments]) == 2
+    assert "last.pth (only in the checkpoint: 3" in caplog.text
+
+
 def test_the_saved_configuration_is_the_run_s(run):
     assert yaml.safe_load((run / "config.yaml").read_text())["output"] == str(run)

@@ -1,0 +1,106 @@
+"""The output folder of a run: its owner, its configuration, its checkpoint and its log."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from flash_internimage.files import own_folder, write_atomically
+
+from .config import Config, ConfigError
+
+
+@contextlib.contextmanager
+def own_output(output: Path) -> Iterator[None]:
+    """Own the output folder of a run, and remove a new one that the run leaves empty.
+
+    Raises:
+        OSError: Another run owns the folder, or it cannot be created.
+    """
+    is_new = not output.exists()
+    with own_folder(output):
+        try:
+            yield
+        finally:
+            if is_new and [path.name for path in output.iterdir()] == [".lock"]:
+                (output / ".lock").unlink()
+                output.rmdir()
+
+
+def find_checkpoint(resume: str | None, last: Path) -> Path | None:
+    """Return the checkpoint to resume from, if any.
+
+    Args:
+        resume: A file, or 'auto' for `last` if it exists, or None for a new run.
+        last: Checkpoint of the output.
+
+    Raises:
+        ConfigError: the output belongs to a run that this one would overwrite.
+    """
+    if resume == "auto":
+        return last if last.exists() else None
+    continues = resume is not None and Path(resume).resolve().parent == last.resolve().parent
+    if last.exists() and not continues:
+        raise ConfigError(
+            f"{last} exists: pass --resume auto to continue that run, or output=... for another"
+        )
+    return Path(resume) if resume else None
+
+
+def save_config(cfg: Config) -> None:
+    """Write the configuration of a run to its output."""
+    text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+    path = Path(cfg.output) / "config.yaml"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def describe(error: BaseException) -> str:
+    """Return the message of an error without the traceback that a loader's worker adds to it."""
+    message = str(error)
+    if message.startswith("Caught ") and "\nOriginal Traceback" in message:
+        message = message.rstrip().splitlines()[-1].partition(": ")[2]
+    return message
+
+
+class LogFile(logging.FileHandler):
+    """A log file that says once, on stderr, that it cannot be written."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            sys.stderr.write(f"WARNING cannot write {self.baseFilename}: {error.strerror}\n")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # handleError has reported it
+            super().close()
+
+    def add_error(self, error: Exception, with_traceback: bool) -> None:
+        """Write an error that the caller itself reports to the terminal."""
+        record = {
+            "levelno": logging.ERROR,
+            "levelname": "ERROR",
+            "msg": describe(error),
+            "exc_info": (type(error), error, error.__traceback__) if with_traceback else None,
+        }
+        self.handle(logging.makeLogRecord(record))
+
+
+@contextlib.contextmanager
+def log_file(path: Path) -> Iterator[LogFile]:
+    """Append the log of the block to a file."""
+    handler = LogFile(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

@@ -1,0 +1,209 @@
+"""What a training run saves and restores: counters, random numbers, optimizer and settings."""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from flash_internimage.checkpoint import check_optimizer
+
+# The entries of last.pth, without `model_ema`, which only runs with an EMA have.
+_ENTRIES = (
+    "model", "optimizer", "scaler", "epoch", "update", "updates_per_epoch", "totals", "best_top1",
+    "nonfinite_in_a_row", "rng", "classes", "config",
+)  # fmt: skip
+
+# Settings that a checkpoint decides: its weights and its optimizer's state would not fit others.
+_FIXED = (
+    "model.name", "model.num_classes", "model.initial_checkpoint", "model.class_map",
+    "optimizer.name",
+)  # fmt: skip
+
+# Settings that decide which images of an epoch are done and which are left.
+_FIXED_WITHIN_EPOCH = ("seed", "batch_size", "accumulation_steps")
+
+# Where some optimizers count their steps. All other entries of their groups are settings.
+_STEP = "step"
+
+
+class Totals(NamedTuple):
+    """Running totals of the current epoch."""
+
+    loss: float = 0.0
+    finite: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+    def plus(self, loss: float, seconds: float) -> "Totals":
+        if not math.isfinite(loss):
+            return self._replace(skipped=self.skipped + 1, seconds=self.seconds + seconds)
+        return Totals(self.loss + loss, self.finite + 1, self.skipped, self.seconds + seconds)
+
+
+# --- random numbers ----------------------------------------------------------------------------
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators from one or more numbers."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """Return the state of every random number generator, in types that a checkpoint may hold."""
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    """Restore the generators from `rng_state`.
+
+    Raises:
+        ValueError: NumPy's state would make it read outside its memory.
+    """
+    _, keys, position, *_ = state["numpy"]
+    if len(keys) != 624 or not 0 <= position <= 624:  # numpy reads memory at any position
+        raise ValueError(f"numpy's random state has {len(keys)} keys and position {position}")
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+# --- entries and settings -------------------------------------------------------------------------
+
+
+def check_entries(checkpoint: Mapping[str, Any]) -> None:
+    """Check that a checkpoint has all entries of a training run.
+
+    Raises:
+        ValueError: It lacks some, such as a file that holds weights only.
+    """
+    missing = [name for name in _ENTRIES if name not in checkpoint]
+    if missing:
+        raise ValueError(
+            f"it must hold the state of a run of classification.train, it lacks "
+            f"{', '.join(missing)}"
+        )
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one level of dotted keys."""
+    flat = {}
+    for key, value in config.items():
+        is_section = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
+    return flat
+
+
+def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], within_epoch: bool) -> None:
+    """Check that a resumed run keeps the settings which cannot change.
+
+    Args:
+        before: Flat settings of the checkpoint.
+        now: Flat settings of this run.
+        within_epoch: Whether the checkpoint was saved within an epoch.
+
+    Raises:
+        ValueError: A setting differs; the message names the first.
+    """
+    for key in _FIXED:
+        # The initial weights are not read at a resume, so dropping the setting changes nothing.
+        if now[key] is not None and before.get(key, now[key]) != now[key]:
+            raise ValueError(
+                f"{key} must be {before[key]!r} as in the checkpoint, got {now[key]!r}; a new run "
+                "with model.initial_checkpoint starts from its weights"
+            )
+    for key in _FIXED_WITHIN_EPOCH if within_epoch else ():
+        if before.get(key, now[key]) != now[key]:
+            raise ValueError(
+                f"{key} must be {before[key]!r} as in the checkpoint, which was saved within an "
+                f"epoch, got {now[key]!r}"
+            )
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for every setting that differs, also for arguments of only one side."""
+    return [
+        f"{key} was {before.get(key)}, is now {now.get(key)}"
+        for key in {**now, **before}
+        if before.get(key) != now.get(key)
+    ]
+
+
+def describe_other_classes(checkpoint: Sequence[str], data: Sequence[str]) -> str | None:
+    """Return how the classes of a checkpoint and of a data set differ, or None if they agree.
+
+    Args:
+        checkpoint: Class names of the checkpoint, in the order of its outputs.
+        data: Class names of the data set, in the order of its labels.
+    """
+    checkpoint, data = list(checkpoint), list(data)
+    if checkpoint == data:
+        return None
+    sides = {
+        "only in the checkpoint": [name for name in checkpoint if name not in set(data)],
+        "only in the data": [name for name in data if name not in set(checkpoint)],
+    }
+    parts = [
+        f"{side}: {', '.join(map(str, names[:5]))}{', ...' if len(names) > 5 else ''}"
+        for side, names in sides.items()
+        if names
+    ]
+    if not parts:
+        parts = [
+            f"class {i} is {old} in the checkpoint and {new} in the data"
+            for i, (old, new) in enumerate(zip(checkpoint, data, strict=False))
+            if old != new
+        ][:1]
+    return "; ".join(parts) or f"{len(checkpoint)} in the checkpoint and {len(data)} in the data"
+
+
+# --- optimizer and weights ---------------------------------------------------------------------
+
+
+def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load the state of a checkpoint's optimizer by the names of the parameters.
+
+    Learning rates, weight decay and all other settings stay those of this run, whose groups may
+    also divide the parameters differently.
+
+    Args:
+        optimizer: From :func:`~classification.optim.build_optimizer`.
+        saved: State dict of an optimizer of the same kind.
+
+    Raises:
+        ValueError: The checkpoint has other parameters, or a tensor of another shape.
+    """
+    old_index, old_group = {}, {}
+    for group in saved["param_groups"]:
+        for name, index in zip(group["names"], group["params"], strict=True):
+            old_index[name], old_group[name] = index, group
+    state = optimizer.state_dict()
+    names = [name for group in state["param_groups"] for name in group["names"]]
+    if set(names) != old_index.keys():
+        other = sorted(set(names) ^ old_index.keys())
+        raise ValueError(f"the optimizer has other parameters, such as {other[0]}")
+    entries = {}
+    for group in state["param_groups"]:
+        for name, index in zip(group["names"], group["params"], strict=True):
+            if old_index[name] in saved["state"]:
+                entries[index] = saved["state"][old_index[name]]
+        old = old_group[group["names"][0]]
+        group |= {_STEP: old[_STEP]} if _STEP in old else {}
+    optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+    check_optimizer(optimizer)

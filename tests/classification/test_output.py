@@ -1,0 +1,189 @@
+"""One owner of an output, and full disks."""
+
+import errno
+import logging
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from classification import report
+from classification.config import ConfigError
+from classification.output import LogFile, describe, own_output
+from classification.report import Events, Metrics
+from classification.train import Diverged, Trainer, main, train
+from flash_internimage.checkpoint import load_checkpoint
+from flash_internimage.files import own_folder
+
+CPU = torch.device("cpu")
+FULL = "/dev/full"  # opens, and fails as a full disk does at the first write
+
+
+@pytest.fixture
+def limited_files():
+    """Makes files of more than 100 kB fail as on a full disk; a checkpoint is larger."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_two_runs_in_one_output_are_refused(config, monkeypatch):
+    cfg = config()
+    monkeypatch.setattr("classification.output.own_folder", lambda path: own_folder(path, 0.1))
+    monkeypatch.setattr("classification.train.find_checkpoint", pytest.fail)  # reads the output
+    with own_folder(cfg.output), pytest.raises(OSError, match=r"another run is writing to .*run"):
+        train(cfg, resume="auto")
+    assert [path.name for path in Path(cfg.output).iterdir()] == [".lock"]
+
+
+def test_a_run_owns_its_output_until_its_end(config, monkeypatch):
+    cfg = config(schedule={"epochs": 1})
+    trials = []
+
+    def try_to_own(*_) -> None:
+        with pytest.raises(OSError, match="another run is writing"), own_folder(cfg.output, 0):
+            pass
+        trials.append(1)
+
+    monkeypatch.setattr(Trainer, "report", try_to_own)
+    train(cfg)
+    assert trials
+    with own_folder(cfg.output, 0):
+        pass
+
+
+def test_a_new_output_that_stays_empty_is_removed(tmp_path):
+    for name, content in (("empty", None), ("used", "train.log")):
+        with own_output(tmp_path / name):
+            if content:
+                (tmp_path / name / content).touch()
+        assert (tmp_path / name).exists() == (content is not None)
+    (tmp_path / "empty").mkdir()
+    with own_output(tmp_path / "empty"):
+        pass
+    assert (tmp_path / "empty").exists()
+
+
+def test_a_full_disk_is_one_line_and_the_run_is_resumable(
+    settings, tmp_path, caplog, capfd, limited_files
+):
+    settings["schedule"]["epochs"] = 1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main([str(tmp_path / "config.yaml")]) == 2
+    message = f"{os.strerror(errno.EFBIG)} while writing {tmp_path}/run/best.pth: free some space"
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [message in record.getMessage() for record in errors] == [True]
+    assert (tmp_path / "run" / "train.log").read_text().count(message) == 1
+    assert "Traceback" not in capfd.readouterr().err + (tmp_path / "run/train.log").read_text()
+    assert not list((tmp_path / "run").glob(".*.partial"))
+    assert not (tmp_path / "run" / "last.pth").exists()
+    limited_files()
+    assert main([str(tmp_path / "config.yaml"), "--resume", "auto"]) == 0
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 1
+
+
+def test_a_log_on_a_full_disk_is_one_line(capfd):
+    handler = LogFile(Path(FULL))
+    for message in ("one", "two"):
+        handler.handle(logging.makeLogRecord({"msg": message}))
+    handler.close()
+    assert capfd.readouterr().err == f"WARNING cannot write {FULL}: No space left on device\n"
+
+
+def test_defects_of_a_log_message_are_still_shown(tmp_path, capfd):
+    handler = LogFile(tmp_path / "train.log")
+    handler.handle(logging.makeLogRecord({"msg": "%d", "args": ("text",)}))
+    handler.close()
+    assert "--- Logging error ---" in capfd.readouterr().err
+
+
+def test_tensorboard_on_a_full_disk_is_one_error_in_this_thread(tmp_path, monkeypatch, capfd):
+    full = Path(FULL).open("wb")  # noqa: SIM115  (Events closes it)
+    monkeypatch.setattr(report, "open", lambda *_: full, raising=False)
+    with pytest.raises(OSError, match=r"No space left on device while writing .*tfevents"):
+        Events(tmp_path / "tensorboard", purge_step=1)
+    assert capfd.readouterr().err == ""
+
+
+def test_tensorboard_reads_the_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, losses in ((0, (4.0, 3.0, 2.0)), (1, (2.5,))):  # the second run resumes after one
+        metrics = Metrics(tmp_path, start)
+        for i, loss in enumerate(losses, start + 1):
+            metrics.add({"epoch": i, "val_loss": loss})
+        metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("val_loss")
+    assert [(event.step, event.value) for event in events] == [(1, 4.0), (2, 2.5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "epochs"),
+    [
+        ("epoch,val_loss\n1,0.5\n2,0.4\n3,0.3\n", ["1", "2"]),
+        ("epoch,val_loss\n1,0.5\n2", ["1", "2"]),
+        ("epoch,val_loss\n1,0.5\n,0.4\n", ["1"]),
+        ("epoch,val_loss\n1,0.5,7\nx,0.4\n", []),
+        ("val_loss\n0.5\n", []),
+        ("\0\0", []),
+        ("", []),
+    ],
+)
+def test_a_damaged_metrics_file_does_not_end_a_resume(tmp_path, text, epochs):
+    (tmp_path / "metrics.csv").write_text(text)
+    metrics = Metrics(tmp_path, 2)
+    assert [row["epoch"] for row in metrics.rows] == epochs
+    metrics.add({"epoch": 3, "val_loss": 0.1, "train_loss": 0.2})
+    metrics.close()
+    report.save_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[-1].count(",") >= 2
+
+
+@pytest.mark.parametrize("where", ["weight", "buffer", "ema"])
+def test_weights_that_are_not_finite_never_reach_a_checkpoint(config, where):
+    trainer = Trainer(config(), CPU)
+    trainer.output.mkdir()
+    trainer.save()
+    model = trainer.ema.module if where == "ema" else trainer.model
+    tensor = next(iter(model.buffers() if where == "buffer" else model.parameters()))
+    tensor.data.flatten()[0] = torch.nan
+    with pytest.raises(Diverged, match=r"is not finite after an update\. Try more schedule"):
+        trainer.save("best.pth")
+    assert not (trainer.output / "best.pth").exists()
+    state = load_checkpoint(trainer.last)
+    for weights in (state["model"], state["model_ema"]):
+        assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_an_error_of_a_loader_s_worker_is_one_line(config, tmp_path):
+    text = (
+        "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+        'last):\n  File "x.py", line 1\nflash_internimage.images.UnreadableImage: a.png: damaged\n'
+    )
+    assert describe(ValueError(text)) == "a.png: damaged"
+    assert describe(ValueError("as it is: all")) == "as it is: all"
+
+
+def test_errors_that_nobody_expects_are_in_the_log_with_their_traceback(config, monkeypatch):
+    def fail(self) -> None:
+        raise ZeroDivisionError("a defect")
+
+    cfg = config()
+    monkeypatch.setattr(Trainer, "fit", fail)
+    with pytest.raises(ZeroDivisionError):
+        train(cfg)
+    log = (Path(cfg.output) / "train.log").read_text()
+    assert "ERROR a defect" in log
+    assert "in fail" in log
+
+
+def test_a_wrong_resume_leaves_a_new_output_alone(config, tmp_path):
+    for name in ("none.pth", "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises((OSError, ConfigError), match=f"checkpoint not found: .*{name}"):
+            train(config(), resume=str(tmp_path / name))
+        assert not (tmp_path / "run").exists()

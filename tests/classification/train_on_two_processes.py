@@ -1,0 +1,45 @@
+"""Runs classification.train in one of two processes and compares them whenever they meet.
+
+Prints what became of an error on one process only, and the exit codes of a run and of one that the
+first process refuses.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from classification.processes import fail_together, gather, rank
+from classification.train import Trainer, main
+
+fates = set()
+
+
+def fail_on_the_second(device: torch.device) -> None:
+    try:
+        with fail_together(device):
+            if rank() == 1:
+                raise ZeroDivisionError
+    except Exception as error:
+        fates.add(type(error).__name__)
+
+
+def compared(method: Callable) -> Callable:
+    def run(self: Trainer, *args):
+        fail_on_the_second(self.device)
+        for model in (self.model, self.ema.module):
+            ours = model.state_dict()
+            for theirs in gather(ours):
+                assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+        return method(self, *args)
+
+    return run
+
+
+Trainer.save = compared(Trainer.save)
+Trainer.validate_epoch = compared(Trainer.validate_epoch)
+codes = [main([*sys.argv[1:], "--resume", "auto"])]
+os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]  # the first is still open on one process
+codes.append(main(sys.argv[1:]))
+sys.stdout.write(f"{fates} {codes}\n")
