@@ -28,6 +28,7 @@ from classification.train import (
     train,
 )
 from flash_internimage.checkpoint import load_checkpoint
+from tests.kills import run_until_killed
 
 CPU = torch.device("cpu")
 
@@ -125,19 +126,11 @@ def test_a_killed_run_resumes_and_ends_bit_for_bit_as_an_uninterrupted_one(
     train(config(output=str(tmp_path / "whole")))
     settings |= {"output": str(tmp_path / "killed"), "checkpoints": {"every_updates": 1}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    command = [
-        sys.executable, "-m", "classification.train", str(tmp_path / "config.yaml"),
-        "--resume", "auto",
-    ]  # fmt: skip
+    program = "classification.train", tmp_path / "config.yaml", "--resume", "auto"
+    run_until_killed(*program, writes=1)
+    run_until_killed(*program, writes=2)
     last = tmp_path / "killed" / "last.pth"
-    for _ in range(2):
-        before = last.stat().st_mtime_ns if last.exists() else 0
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    subprocess.run(command, check=True)
+    subprocess.run([sys.executable, "-m", *map(str, program)], check=True)
     assert_same_weights(load_checkpoint(tmp_path / "whole" / "last.pth"), load_checkpoint(last))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
 
@@ -153,7 +146,7 @@ def test_a_signal_saves_and_exits_cleanly(settings, tmp_path, number):
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, number)  # as a terminal does: the loader's workers get it too
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 128 + number
     assert "Traceback" not in stderr
     assert f"stopped by {number.name}; --resume auto continues" in stderr
