@@ -29,6 +29,7 @@ from ..checkpoint import (
     require_fit,
 )
 from ..conversion import EXECUTED, convert_checkpoint
+from ..downloads import hide_secrets
 from ..files import disk_full_error, write_atomically
 from ..safe_load import Placeholder
 from .errors import describe, is_users
@@ -237,7 +238,7 @@ class FlashRunner(Runner):
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         self._has_loaded = True
-        self.logger.info("loaded %s", filename)
+        self.logger.info("loaded %s", hide_secrets(str(filename)))
         return checkpoint
 
     def resume(self, filename: str, *args, **kwargs) -> None:
