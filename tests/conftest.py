@@ -20,6 +20,14 @@ def seed(request) -> int:
     return seed
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_compile_cache(tmp_path_factory) -> Iterator[None]:
+    """Compile with torch.compile in a folder of this run: killed processes leave damaged files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def assert_near():
     """Assertion that tensors agree to a tolerance relative to the largest expected magnitude."""
