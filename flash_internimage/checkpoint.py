@@ -66,11 +66,13 @@ def load_checkpoint(
 
     Nothing from the file is executed or imported. Objects other than tensors, numbers, text, numpy
     arrays and containers of these become :class:`~.safe_load.Placeholder`, and the log names their
-    types. Hooks and attributes of tensors are dropped.
+    types. Hooks of tensors are dropped, and the versions of modules in a state dict.
 
-    Files must have been saved with pickle protocol 2, the default of :func:`torch.save`. Not read
-    are sparse, quantized and nested tensors, tensors that repeat elements of their storage
-    (:meth:`torch.Tensor.expand`), arrays of objects, and dicts and sets with tuples as keys.
+    Files must have been saved with pickle protocol 2, the default of :func:`torch.save`. Files with
+    any of these are refused: sparse, quantized, nested and conjugated tensors, tensors with Python
+    attributes, tensors that repeat elements of their storage (:meth:`torch.Tensor.expand`), arrays
+    of anything but real numbers, complex numbers, bytearrays, and dicts and sets with tuples as
+    keys.
 
     Args:
         path: File to read.

@@ -88,7 +88,7 @@ def test_a_rebuild_of_tensors_calls_nothing_else(path, tmp_path, archive):
     rebuild = named("torch._tensor", "_rebuild_from_type_v2")
     args = MKDIR, named("torch", "Tensor"), literal((str(tmp_path / "made"),)), literal({})
     write_program(program(call(rebuild, *args)), path, archive)
-    assert_refused(path, "posix.mkdir is not plain data")
+    assert_refused(path, "_rebuild_from_type_v2 is not plain data")
     assert not (tmp_path / "made").exists()
 
 
@@ -175,7 +175,7 @@ def test_no_source_is_compared(path, tmp_path, monkeypatch, archive):
         ),
         (literal(np.zeros(3)).replace(b"K\x03\x85", b"K\x04\x85"), "state for a numpy"),
         (
-            literal(np.float64(0.5)).replace(b"\x02\0\0\0f8", b"\x03\0\0\0c16"),
+            literal(np.float64(0.5)).replace(b"\x02\0\0\0f8", b"\x02\0\0\0f4"),
             "scalar is not called",
         ),
     ],
@@ -481,12 +481,9 @@ def test_hooks_of_the_file_are_dropped(path):
     assert not loaded._backward_hooks
 
 
-def test_attributes_of_dicts_are_dropped_unless_they_are_versions(path):
+def test_attributes_of_dicts_are_dropped(path):
     state_dict = nn.Linear(1, 1).state_dict()
     state_dict.update = "not a method"
-    write({"model": state_dict}, path)
-    assert vars(load_checkpoint(path)["model"]) == {"_metadata": state_dict._metadata}
-    state_dict._metadata = {"": "not versions"}
     write({"model": state_dict}, path)
     assert vars(load_checkpoint(path)["model"]) == {}
 

@@ -5,6 +5,7 @@ import re
 import sys
 from argparse import Namespace
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -49,8 +50,8 @@ def assert_identical(actual: object, expected: object) -> None:
 @FORMATS
 def test_plain_contents_are_restored(path, archive):
     contents = {
-        "numbers": [0, -1, 2**70, 0.1, float("inf"), 1 + 2j, True, None],
-        "text": ["", "Grüße", b"", b"\x00\xff", bytearray(b"\x80"), "x" * 70_000],
+        "numbers": [0, -1, 2**70, 0.1, float("inf"), True, None],
+        "text": ["", "Grüße", b"", b"\x00\xff", "x" * 70_000],
         "containers": [
             (),
             (1,),
@@ -80,7 +81,6 @@ def test_tensors_are_restored(path, archive):
         "with gradient": torch.ones(2, requires_grad=True),
         "parameter": nn.Parameter(torch.ones(2)),
         "frozen parameter": nn.Parameter(torch.ones(2), requires_grad=False),
-        "conjugate": torch.tensor([1 + 2j]).conj(),
     }
     write(contents, path, archive)
     loaded = load_checkpoint(path)
@@ -105,35 +105,15 @@ def test_every_dtype_is_restored(path, dtype):
     assert loaded.view(torch.uint8).equal(bits)
 
 
-@FORMATS
-def test_versions_of_a_state_dict_are_restored(path, archive):
-    state_dict = nn.BatchNorm1d(2).state_dict()
-    write({"model": state_dict}, path, archive)
-    loaded = load_checkpoint(path)["model"]
-    assert_identical(loaded, state_dict)
-    assert loaded._metadata == state_dict._metadata
-
-
-def test_tensors_come_without_the_attributes_they_were_given(path):
-    contents = {"tensor": torch.ones(2), "parameter": nn.Parameter(torch.ones(2))}
-    for tensor in contents.values():
-        tensor.note = "ours"
-    write(contents, path)
-    loaded = load_checkpoint(path)
-    assert_identical(loaded, contents)
-    assert not any(hasattr(tensor, "note") for tensor in loaded.values())
-
-
 @pytest.mark.parametrize("numpy_1", [False, True])
 def test_numpys_arrays_and_numbers_are_restored(path, numpy_1):
     counts = np.arange(6).reshape(2, 3)
     contents = {
-        "arrays": [counts.astype(kind) for kind in "?bBhHiIqQefdFD"],
+        "arrays": [counts.astype(kind) for kind in "?bBhHiIqQefd"],
         "order": [counts.T, counts[:, ::2], np.asfortranarray(counts)],
         "bytes": [counts.astype(">i4"), counts.astype("<f8"), counts.astype(">f2")],
-        "text": [np.array(["a", "Grüße"]), np.array([b"a", b"bc"])],
         "empty": [np.empty(0), np.empty((0, 3), "i4"), np.array(5)],
-        "numbers": [np.float64(0.8361), np.float32(1), np.int64(-3), np.bool_(True), np.str_("x")],
+        "numbers": [np.float64(0.8361), np.float32(1), np.int64(-3), np.bool_(True)],
     }
     program = pickle.dumps(contents, 2)
     if numpy_1:
@@ -199,10 +179,28 @@ def test_keys_of_other_libraries_stay_apart(path, library):
     assert list(load_checkpoint(path).values()) == [1, 2]
 
 
+def noted(tensor: torch.Tensor) -> Callable:
+    tensor.note = "ours"
+    return lambda library: tensor
+
+
 REFUSED = {
     "list": (lambda library: library.Meter([1, 2, 3]), "items for a foreign_library.Meter"),
     "keywords": (lambda library: library.Keywords(), "a call of no function"),
     "nested": (lambda library: library.Slots.Nested(), "a call of no function"),
+    "complex number": (lambda library: 1 + 2j, "builtins.complex is not plain data"),
+    "bytearray": (lambda library: bytearray(b"a"), "builtins.bytearray is not plain data"),
+    "array of text": (lambda library: np.array(["a"]), "numpy.dtype is not called as by torch"),
+    "complex array": (lambda library: np.zeros(1, "D"), "numpy.dtype is not called as by torch"),
+    "conjugate": (
+        lambda library: torch.ones(1).cfloat().conj(),
+        "_rebuild_tensor_v2 is not called",
+    ),
+    "tensor with attributes": (noted(torch.ones(1)), "_rebuild_from_type_v2 is not plain data"),
+    "parameter with attributes": (
+        noted(nn.Parameter(torch.ones(1))),
+        "_rebuild_parameter_with_state is not plain data",
+    ),
     "module": (lambda library: nn.Linear(2, 2), "torch.nn.modules.linear.Linear is not plain"),
     "tuple as a key": (lambda library: {(1, 2): 3}, "must be text, bytes or numbers"),
     "sparse tensor": (lambda library: torch.eye(2).to_sparse(), "rebuild_sparse_tensor is not pl"),
