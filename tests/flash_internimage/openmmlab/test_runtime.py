@@ -322,7 +322,7 @@ class TestLoading:
         [
             {"_log_history": np.ones(2), "_count_history": np.ones(3), "max_length": 9},
             {"_log_history": np.ones(2), "_count_history": np.ones(2), "max_length": 1},
-            {"_log_history": np.array(["a"]), "_count_history": np.ones(1), "max_length": 9},
+            {"_log_history": np.array([True]), "_count_history": np.ones(1), "max_length": 9},
             {"_log_history": [1], "_count_history": [1], "max_length": 9},
             None,
         ],
