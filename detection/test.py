@@ -47,6 +47,8 @@ def get_runner(args: argparse.Namespace) -> FlashRunner:
         raise ValueError(f"--out must end in .pkl or .pickle, got {args.out}")
     if args.out:
         require_writable(args.out.parent, "--out")
+        if args.out.is_dir():
+            raise ValueError(f"--out must be a file, got the folder {args.out}")
     cfg = evaluation_config(args)
     if args.show_dir:
         cfg.default_hooks.visualization.update(draw=True, test_out_dir=args.show_dir)

@@ -17,7 +17,7 @@ from mmengine.registry import DATASETS, METRICS
 
 from ..images import UnreadableImage, read_size
 from .annotations import check_annotations
-from .files import ReadableImages, find_missing, is_local
+from .files import ReadableImages, differing_size, find_missing, is_local
 
 
 class _CheckedCOCO(COCO):
@@ -33,7 +33,8 @@ class _CheckedCOCO(COCO):
 
     def get_cat_ids(self, cat_names: Sequence[str], *args, **kwargs) -> list[int]:
         ids = super().get_cat_ids(cat_names, *args, **kwargs)
-        if [self.cats[i]["name"] for i in ids] != list(cat_names):
+        given = list(cat_names) if isinstance(cat_names, list | tuple) else None
+        if [self.cats[i]["name"] for i in ids] != given:
             raise ValueError(
                 "metainfo['classes'] must list categories of the file in their order there, "
                 f"{tuple(category['name'] for category in self.cats.values())}, got {cat_names!r}"
@@ -47,7 +48,8 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
 
     All annotations are checked. In training, images that are missing or have too many objects and
     annotations that mmdet does not use are left out and counted. In tests all images must be there
-    and begin as images do, since results on a part of them would be misleading.
+    and begin as images of the annotations' size do, since results on a part of them would be
+    misleading.
 
     Args:
         max_objects: Number of objects per image up to which an image is used in training, and in
@@ -115,17 +117,24 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         missing = find_missing(info["img_path"] for info in local)
         faults = {path: f"{path} does not exist" for path in missing}
         if self.test_mode:
-            for path in {info["img_path"] for info in local} - missing:
+            for info in local:
+                path, declared = info["img_path"], (info["height"], info["width"])
+                if path in faults:
+                    continue
                 try:
-                    read_size(path)
+                    size = read_size(path)
                 except UnreadableImage as error:
                     faults[path] = str(error)
+                    continue
+                if sorted(size) != sorted(declared):  # EXIF may turn images as they are loaded.
+                    faults[path] = differing_size(path, size, declared)
         present = [info for info in data_list if info["img_path"] not in faults]
         if faults and (self.test_mode or not present):
             first = next(info["img_path"] for info in data_list if info["img_path"] in faults)
             raise FileNotFoundError(
                 f"{len(data_list) - len(present)} of the {len(data_list)} images of "
-                f"{self.ann_file} are missing or unreadable, the first: {faults[first]}"
+                f"{self.ann_file} are missing, unreadable or of another size, the first: "
+                f"{faults[first]}"
             )
         self.counts["missing"] = len(data_list) - len(present)
         return present
@@ -186,10 +195,16 @@ class CheckedCocoMetric(FasterCocoMetric):
 
     Raises:
         FileNotFoundError: The annotation file is missing.
-        ValueError: It is malformed, or has no annotations to evaluate.
+        ValueError: It is malformed or has no annotations to evaluate, or an argument does not fit.
     """
 
     def __init__(self, ann_file: str | None = None, metric: str | list[str] = "bbox", **kwargs):
+        if not isinstance(metric, str | list | tuple):
+            raise ValueError(f"metric must be text or a list of text, got {metric!r}")
+        thresholds = kwargs.get("iou_thrs") or []
+        for value in thresholds if isinstance(thresholds, list | tuple) else [thresholds]:
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise ValueError(f"iou_thrs must be numbers from 0 to 1, got {thresholds!r}")
         if ann_file is not None:
             _check_for_evaluation(
                 ann_file,

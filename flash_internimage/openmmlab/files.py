@@ -83,7 +83,8 @@ class LeftOutFiles:
 class LoadReadableImage(LoadImageFromFile):
     """Load an image with mmcv's LoadImageFromFile; training goes on without unreadable images.
 
-    In training an unreadable image is left out with a warning, and the data set draws another one.
+    In training an unreadable image, or one of another size than its annotations say, is left out
+    with a warning, and the data set draws another one.
     In tests (`test_mode=True` of this package's data sets) it is an error.
 
     Args:
@@ -99,14 +100,16 @@ class LoadReadableImage(LoadImageFromFile):
         """Add `img`, `img_shape` and `ori_shape` to `results`.
 
         Raises:
-            UnreadableImage: In tests, the image cannot be read.
-            ValueError: More than `max_left_out` images cannot be read.
+            UnreadableImage: In tests, the image cannot be used.
+            ValueError: More than `max_left_out` images cannot be used.
         """
         path = results["img_path"]
         try:
             if self.file_client_args is None and is_local(path, self.backend_args):
                 check_image_file(path)
-            return _load(super().transform, results)
+            loaded = _load(super().transform, results)
+            _check_declared_size(loaded)
+            return loaded
         except UnreadableImage as error:
             if results.get("test_mode"):
                 raise
@@ -123,8 +126,36 @@ def _load(transform, results: dict) -> dict:
         raise UnreadableImage(f"cannot read image {path}: {reason:.500}") from error
 
 
+def _check_declared_size(results: dict) -> None:
+    """Check the size in COCO's annotations, for which outlines and run lengths are made."""
+    declared = results.get("height"), results.get("width")
+    if None not in declared and declared != tuple(results["ori_shape"]):
+        raise UnreadableImage(differing_size(results["img_path"], results["ori_shape"], declared))
+
+
+def differing_size(path: str, actual: Iterable[int], declared: Iterable[int]) -> str:
+    """Return the message for an image of another size than its annotations say."""
+    return (
+        f"image {path} has (height, width) {tuple(actual)}, its annotations say {tuple(declared)}"
+    )
+
+
 class ReadableImages:
-    """Mixin for data sets of the engine: errors about images are one line that names a file."""
+    """Mixin for data sets of the engine: errors about images are one line that names a file.
+
+    Raises:
+        ValueError: A path is not text.
+    """
+
+    def __init__(self, *args, **kwargs):
+        for name, kind, accepted in (
+            ("ann_file", str, "text"),
+            ("data_root", str | None, "text or None"),
+            ("data_prefix", dict, "a dict"),
+        ):
+            if name in kwargs and not isinstance(kwargs[name], kind):
+                raise ValueError(f"{name} must be {accepted}, got {kwargs[name]!r:.200}")
+        super().__init__(*args, **kwargs)
 
     def prepare_data(self, idx: int) -> dict | None:
         """Run the pipeline for one image.

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,10 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_train(self, runner: Runner) -> None:
         info = runner.message_hub.runtime_info
-        numbers = [i for i in info.get("keep_ckpt_ids", ()) if type(i) is int]
         if "keep_ckpt_ids" in info:  # of which the engine makes the names of what it removes
-            info["keep_ckpt_ids"] = numbers
+            ids = info["keep_ckpt_ids"]
+            numbers = ids if isinstance(ids, Iterable) else ()
+            info["keep_ckpt_ids"] = [i for i in numbers if type(i) is int]
         super().before_train(runner)
         # As soon as there is a better one, the engine removes what the checkpoint calls the best
         # one, be it a file or a folder, and wherever.

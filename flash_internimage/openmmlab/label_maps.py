@@ -82,7 +82,8 @@ class _CheckedLabelMaps(ReadableImages):
     def _load_metainfo(cls, metainfo: dict | None = None) -> dict:
         loaded = super()._load_metainfo(metainfo)
         classes = loaded.get("classes", ())
-        if isinstance(classes, str) or not 1 <= len(classes) <= _IGNORED:
+        names = isinstance(classes, list | tuple) and all(isinstance(c, str) for c in classes)
+        if not names or not 1 <= len(classes) <= _IGNORED:
             raise ValueError(
                 f"metainfo['classes'] must be 1 to {_IGNORED} names, of which a single one is "
                 f"('bolt',) with a comma, or a file of names, got {classes!r}"
@@ -90,6 +91,9 @@ class _CheckedLabelMaps(ReadableImages):
         return loaded
 
     def load_data_list(self) -> list[dict]:
+        for name, kind in (("reduce_zero_label", bool), ("ignore_index", int)):
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(f"{name} must be {kind.__name__}, got {getattr(self, name)!r}")
         self._check_sources()
         data_list = super().load_data_list()
         if not data_list:

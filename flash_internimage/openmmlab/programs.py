@@ -42,8 +42,13 @@ _CHECKED = ("train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr", "d
 _CHECKED += ("train_dataloader", "val_dataloader", "test_dataloader")
 _COUNTS = {"max_epochs", "max_iters", "val_interval", "batch_size", "accumulative_counts"}
 _COUNTS |= {"base_batch_size"}
-_NUMBERS = {"lr", "weight_decay", "momentum", "eps", "interval", "num_workers", "begin", "end"}
+_NUMBERS = {"lr", "weight_decay", "momentum", "eps", "interval", "begin", "end"}
 _NUMBERS |= {"start_factor", "end_factor", "factor", "gamma", "eta_min", "power"}
+
+# Parts of a configuration that must be a dict where they are given, those of a training always.
+_OF_TRAINING = ("train_cfg", "train_dataloader", "optim_wrapper")
+_SECTIONS = (*_OF_TRAINING, "auto_scale_lr", "default_hooks", "env_cfg", "visualizer")
+_SECTIONS += ("val_dataloader", "test_dataloader")
 
 # What starts the processes of a launcher, and the variables that it sets.
 _LAUNCHERS = {
@@ -183,7 +188,7 @@ def _start_processes(cfg: Config) -> None:
     if cfg.launcher == "pytorch" and not torch.cuda.is_available():
         dist.init_process_group("gloo")
         return
-    env_cfg = cfg.get("env_cfg", {})
+    env_cfg = cfg.get("env_cfg") or {}
     set_multi_processing(**env_cfg.get("mp_cfg", {}), distributed=True)
     init_dist(cfg.launcher, **env_cfg.get("dist_cfg", {}))
 
@@ -193,7 +198,7 @@ def _load_config(args: argparse.Namespace) -> Config:
         raise FileNotFoundError(f"config not found: {args.config}")
     try:
         cfg = Config.fromfile(args.config)
-    except Exception as error:  # a config is a program, in which anything can go wrong
+    except (Exception, SystemExit) as error:  # A config is a program: anything can go wrong.
         if is_from_this_package(error):
             raise
         reason = f"{type(error).__name__}: {describe(error.__cause__ or error)}"
@@ -219,11 +224,19 @@ def _load_config(args: argparse.Namespace) -> Config:
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"--cfg-options {key}: there is no {name} in {args.config}{hint}")
     cfg.merge_from_dict(args.cfg_options or {})
+    _require_dicts(cfg, "model")
+    _require_dicts(cfg, *(name for name in _SECTIONS if cfg.get(name) is not None))
     for section in _CHECKED:
         _check_numbers(section, cfg.get(section))
     cfg.launcher = args.launcher or ("pytorch" if dist.is_torchelastic_launched() else "none")
     cfg.work_dir = str(args.work_dir or cfg.get("work_dir") or Path("output", args.config.stem))
     return cfg
+
+
+def _require_dicts(cfg: Config, *names: str) -> None:
+    for name in names:
+        if not isinstance(cfg.get(name), dict):
+            raise ValueError(f"{name} must be a dict, got {cfg.get(name)!r:.200}")
 
 
 def _check_numbers(key: str, value: Any) -> None:
@@ -243,6 +256,8 @@ def _check_numbers(key: str, value: Any) -> None:
         raise ValueError(f"{key} must be finite, got {value}")
     if name in _COUNTS and value is not None and not (number and value > 0 and value % 1 == 0):
         raise ValueError(f"{key} must be a positive integer, got {value!r}")
+    if name == "num_workers" and not (number and value >= 0 and value % 1 == 0):
+        raise ValueError(f"{key} must be an integer of at least 0, got {value!r}")
     if name in _NUMBERS and value is not None and not number:
         raise ValueError(f"{key} must be a number, got {value!r}")
 
@@ -259,6 +274,7 @@ def training_runner(args: argparse.Namespace) -> FlashRunner:
 
 
 def _training_runner(args: argparse.Namespace, cfg: Config) -> FlashRunner:
+    _require_dicts(cfg, *_OF_TRAINING)
     if args.amp == "fp16":
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic", dtype="float16")
     elif args.amp == "bf16":
@@ -266,7 +282,7 @@ def _training_runner(args: argparse.Namespace, cfg: Config) -> FlashRunner:
     if args.amp:
         _add_hook(cfg, "Float32OutputsHook")
     if args.auto_scale_lr:
-        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+        if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
             raise ValueError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
         cfg.auto_scale_lr.enable = True
     if args.compile:
@@ -291,7 +307,7 @@ def _training_runner(args: argparse.Namespace, cfg: Config) -> FlashRunner:
 
 
 def _add_hook(cfg: Config, name: str) -> None:
-    cfg.custom_hooks = [*cfg.get("custom_hooks", []), {"type": name}]
+    cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": name}]
 
 
 def latest_checkpoint(work_dir: Path) -> Path | None:

@@ -32,7 +32,7 @@ from ..conversion import EXECUTED, convert_checkpoint
 from ..downloads import hide_secrets
 from ..files import disk_full_error, write_atomically
 from ..safe_load import Placeholder
-from .errors import describe, is_users
+from .errors import describe, is_from_this_package, is_users
 from .resume import (
     adapt_checkpoint,
     compare_classes,
@@ -175,15 +175,25 @@ class FlashRunner(Runner):
         """Build the optimizer.
 
         Raises:
-            ValueError: It is unknown, or needs a closure or sparse gradients.
+            ValueError: It is unknown, its settings do not fit, or it needs a closure or sparse
+                gradients.
         """
-        settings = optim_wrapper.get("optimizer") if isinstance(optim_wrapper, dict) else None
+        given = isinstance(optim_wrapper, dict) and "optimizer" in optim_wrapper
+        settings = optim_wrapper["optimizer"] if given else {}
+        if not isinstance(settings, dict | torch.optim.Optimizer):
+            raise ValueError(f"optim_wrapper.optimizer must be a dict, got {settings!r:.200}")
         name = settings.get("type") if isinstance(settings, dict) else None
-        if isinstance(name, str) and OPTIMIZERS.get(name) is None:
+        known = callable(name) or (isinstance(name, str) and OPTIMIZERS.get(name))
+        if name is not None and not known:
             raise ValueError(
                 f"optim_wrapper.optimizer.type must be a registered optimizer, got {name!r}"
             )
-        built = super().build_optim_wrapper(optim_wrapper)
+        try:
+            built = super().build_optim_wrapper(optim_wrapper)
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            if is_from_this_package(error):
+                raise
+            raise ValueError(f"optim_wrapper: {describe(error)}") from error
         optimizer = getattr(built, "optimizer", None)
         if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
             raise ValueError(
@@ -224,6 +234,8 @@ class FlashRunner(Runner):
                     f"{filename} is no checkpoint of a detector or segmentor: {error} (that of a "
                     "classifier is for model.backbone.init_cfg)"
                 ) from error
+        elif not isinstance(checkpoint.get("state_dict"), dict):
+            raise ValueError(f"{filename} has no state_dict")
         model = self.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
@@ -285,7 +297,7 @@ class FlashRunner(Runner):
         fitting = {
             name: tensor
             for name, tensor in state_dict.items()
-            if name in own and own[name].shape == tensor.shape
+            if name in own and own[name].shape == getattr(tensor, "shape", None)
         }
         for what, names in (
             ("start anew", own.keys() - fitting.keys()),

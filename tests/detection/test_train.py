@@ -203,3 +203,6 @@ class TestErrors:
             evaluate(config, "none.pth", "--work-dir", tmp_path)
         with pytest.raises(ValueError, match=r"--out must end in \.pkl or \.pickle, got x\.json"):
             evaluate(config, "none.pth", "--out", "x.json")
+        (tmp_path / "x.pkl").mkdir()
+        with pytest.raises(ValueError, match=r"--out must be a file, got the folder .*x\.pkl"):
+            evaluate(config, "none.pth", "--out", tmp_path / "x.pkl")

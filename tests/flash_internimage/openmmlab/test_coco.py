@@ -261,7 +261,7 @@ def test_masks_are_loaded(write):
 
 
 @pytest.mark.parametrize(
-    "classes", [("cat", "horse"), ("dog", "cat"), ("cat", "dog", "owl"), ("cat")]
+    "classes", [("cat", "horse"), ("dog", "cat"), ("cat", "dog", "owl"), ("cat"), 5, None]
 )
 def test_classes_that_are_not_those_of_the_file(classes, write):
     arguments = write([box(1, [2, 2, 5, 5])]) | {"metainfo": {"classes": classes}}
@@ -270,6 +270,47 @@ def test_classes_that_are_not_those_of_the_file(classes, write):
     )
     with pytest.raises(ValueError, match=message):
         CheckedCocoDataset(**arguments)
+
+
+@pytest.mark.parametrize("key", ["height", "width"])
+def test_an_image_of_another_size_than_its_annotations_say(key, write, tmp_path, log):
+    arguments = write([box(i, [2, 2, 5, 5]) for i in (1, 2)])
+    path = tmp_path / "annotations.json"
+    content = json.loads(path.read_text())
+    content["images"][0][key] += 1
+    path.write_text(json.dumps(content))
+    declared = {"height": SIDE, "width": SIDE, key: SIDE + 1}
+    message = (
+        f"image {tmp_path}/1.png has (height, width) ({SIDE}, {SIDE}), its annotations say "
+        f"({declared['height']}, {declared['width']})"
+    )
+    dataset = CheckedCocoDataset(**arguments)
+    assert {dataset[0]["img_id"] for _ in range(5)} == {2}
+    assert log.text.count(f"left out: {message}; 1 so far") == 1
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(f"of another size, the first: {message}")
+    ):
+        CheckedCocoDataset(**arguments, test_mode=True)
+
+
+@pytest.mark.parametrize("name", ["ann_file", "data_root", "data_prefix"])
+def test_paths_that_are_none(name, write):
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, got 3$"):
+        CheckedCocoDataset(**write([box(1, [2, 2, 5, 5])]) | {name: 3})
+
+
+@pytest.mark.parametrize("metric", [3, None])
+def test_metrics_that_are_none(metric, write, tmp_path):
+    write([box(1, [2, 2, 5, 5])])
+    with pytest.raises(ValueError, match=rf"^metric must be text or a list of text, got {metric}$"):
+        CheckedCocoMetric(str(tmp_path / "annotations.json"), metric)
+
+
+@pytest.mark.parametrize("thresholds", ["a", ["0.5"], [50], [float("nan")]])
+def test_thresholds_that_are_none(thresholds, write, tmp_path):
+    write([box(1, [2, 2, 5, 5])])
+    with pytest.raises(ValueError, match=r"^iou_thrs must be numbers from 0 to 1, got "):
+        CheckedCocoMetric(str(tmp_path / "annotations.json"), iou_thrs=thresholds)
 
 
 def test_an_image_that_cannot_be_read_gives_way_to_another(write, tmp_path, log):

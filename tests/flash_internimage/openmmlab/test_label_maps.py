@@ -183,6 +183,15 @@ def test_a_test_needs_files_that_begin_as_images(path, how, folder):
         CheckedSegDataset(**arguments(folder, test_mode=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("reduce_zero_label", "False", "bool"), ("ignore_index", "void", "int")],
+)
+def test_options_of_another_type(name, value, kind, folder):
+    with pytest.raises(ValueError, match=rf"^{name} must be {kind}, got '{value}'$"):
+        CheckedSegDataset(**arguments(folder, test_mode=True) | {name: value})
+
+
 def test_a_test_needs_label_maps_of_their_images_sizes(folder):
     for i in (2, 4):
         write_labels(folder, i, np.zeros((HEIGHT, WIDTH + 1), np.uint8))
@@ -192,7 +201,7 @@ def test_a_test_needs_label_maps_of_their_images_sizes(folder):
 
 
 @both_modes
-@pytest.mark.parametrize("classes", ["bolt", (), None, ("name",) * 256])
+@pytest.mark.parametrize("classes", ["bolt", (), None, ("name",) * 256, 5, (1, 2)])
 def test_classes_that_are_no_names(classes, test_mode, folder):
     metainfo = None if classes is None else {"classes": classes}
     with pytest.raises(ValueError, match=r"metainfo\['classes'\] must be 1 to 255 names"):

@@ -149,6 +149,19 @@ class TestLoading:
         with pytest.raises(ValueError, match=message):
             tester().load_checkpoint(path)
 
+    @pytest.mark.parametrize("state_dict", [None, [1], 3])
+    @pytest.mark.parametrize("who", ["tester", "runner"])
+    def test_a_state_dict_that_is_none(self, who, state_dict, save, request):
+        path = save(state_dict, message_hub={})
+        with pytest.raises(ValueError, match=rf"^{path} has no state_dict$"):
+            request.getfixturevalue(who)().load_checkpoint(path)
+
+    def test_an_entry_that_is_no_tensor_starts_anew(self, runner, save, caplog):
+        r = runner(load_from=save(Model().state_dict() | {"head.bias": 3}, message_hub={}))
+        r.logger.addHandler(caplog.handler)
+        r.load_or_resume()
+        assert "1 tensors start anew: head.bias" in caplog.text
+
     @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
     def test_a_test_takes_no_other_models_weights(self, tester, save, change):
         state = Model(classes=3 if change == "shape" else 2).state_dict()
@@ -229,7 +242,7 @@ class TestLoading:
         ("change", "message"),
         [
             (lambda c: c.pop("meta"), "KeyError: 'meta'"),
-            (lambda c: c.pop("state_dict"), "KeyError: 'state_dict'"),
+            (lambda c: c.pop("state_dict"), "has no state_dict"),
             (lambda c: c.update(optimizer=[]), "TypeError"),
             (lambda c: c["meta"].update(iter=-1), "from iteration -1"),
             (lambda c: c.pop("optimizer"), "no optimizer state; pass it as load_from"),
@@ -275,17 +288,19 @@ class TestLoading:
         r.train()
         assert f"{path} is from the end of this run: nothing is trained" in caplog.text
 
-    def test_the_numbers_of_checkpoints_are_numbers(self, runner, tmp_path):
+    @pytest.mark.parametrize(
+        ("numbers", "kept"), [(["X/../../elsewhere", 3], set()), (3, {"epoch_3.pth"})]
+    )
+    def test_the_numbers_of_checkpoints_are_numbers(self, numbers, kept, runner, tmp_path):
         path = trained(runner, tmp_path)
         (tmp_path / "run" / "epoch_X").mkdir()
         (tmp_path / "elsewhere.pth").mkdir()
         checkpoint = torch.load(path, weights_only=False)
-        numbers = ["X/../../elsewhere", 3]
         checkpoint["message_hub"]["runtime_info"]["keep_ckpt_ids"] = numbers
         torch.save(checkpoint, path)
         resume(runner, path)
         assert (tmp_path / "elsewhere.pth").is_dir()
-        assert files(tmp_path / "run") == {"best_score_epoch_4.pth", "epoch_4.pth"}
+        assert files(tmp_path / "run") == {"best_score_epoch_4.pth", "epoch_4.pth"} | kept
 
     @pytest.mark.parametrize("victim", ["elsewhere", "elsewhere/best_score.pth", "run/.."])
     def test_what_the_file_calls_the_best_is_not_removed(self, runner, tmp_path, victim):
