@@ -82,7 +82,7 @@ class Data(Section):
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    workers: NonNegativeInt = 8  # per process
+    workers: Annotated[int, Field(strict=True, ge=0, le=1024)] = 8  # per process
     max_corrupt: NonNegativeInt = 100  # more unreadable files in a split stop the run
 
     @field_validator("kind")
@@ -258,6 +258,8 @@ _CORE_SCALARS = {
         r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         "-+.0123456789",
     ),
+    # Without leading zeros, underscores and colons: 010 is 8 in YAML 1.1, and 1:30 is 90.
+    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+", "-+0123456789"),
 }
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CORE_SCALARS]

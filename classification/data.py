@@ -192,7 +192,7 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
         ConfigError: There is no such folder, no images in it, a loop of links or a damaged tar.
     """
     root = Path(data.root)
-    if not data.kind and not root.exists():
+    if not data.kind and not os.path.exists(root):  # Path.exists raises an error for long names
         raise ConfigError(f"data.root not found: {root}")
     if not data.kind and root.is_dir() and not (root / split).exists():
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:10]) or "nothing"
@@ -209,8 +209,12 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
             batch_size=batch_size,
             search_split=False,
         )
-        if isinstance(getattr(dataset, "reader", None), ReaderImageInTar):
+        reader = getattr(dataset, "reader", None)
+        if isinstance(reader, ReaderImageInTar):
             _check_end_of_tar(source)
+        if isinstance(reader, ReaderImageFolder) and "" in reader.class_to_idx:
+            # timm would make them a class of their own, the first one.
+            raise ValueError("it must hold a folder per class, but has images outside of them")
     except Exception as error:  # timm, tarfile and packages of data sets raise any kind
         raise ConfigError(
             f"data.root={source} cannot be read as a data set"

@@ -24,6 +24,11 @@ def build_model(options: Model) -> nn.Module:
     Raises:
         ConfigError: The name or an argument is unknown, or the initial checkpoint does not fit.
     """
+    if options.class_map is not None and options.initial_checkpoint is None:
+        raise ConfigError(
+            f"model.class_map must be null without model.initial_checkpoint, got "
+            f"'{options.class_map}'"
+        )
     model = create_model(options)
     if options.initial_checkpoint is not None:
         _load_initial(model, options)
@@ -125,6 +130,8 @@ def _load_initial(model: nn.Module, options: Model) -> None:
     try:
         checkpoint = load_checkpoint(fetch_checkpoint(options.initial_checkpoint))
         load_weights(model, clean_state_dict(checkpoint), class_map)
+        if name := find_not_finite(model):
+            raise ValueError(f"{name} of {options.initial_checkpoint} is not finite")
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.initial_checkpoint: {error}") from error
     classes = checkpoint.get("classes")  # a checkpoint of classification.train names them

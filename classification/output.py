@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,15 @@ def own_output(output: Path) -> Iterator[None]:
     """Own the output folder of a run, and remove a new one that the run leaves empty.
 
     Raises:
-        OSError: Another run owns the folder, or it cannot be created.
+        OSError: Another run owns the folder.
+        ConfigError: The folder cannot be created.
     """
-    is_new = not output.exists()
+    is_new = not os.path.exists(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"output cannot be created, got {str(output)!r}: {reason}") from error
     with own_folder(output):
         try:
             yield

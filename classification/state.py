@@ -187,7 +187,7 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         saved: State dict of an optimizer of the same kind.
 
     Raises:
-        ValueError: The checkpoint has other parameters, or a tensor of another shape.
+        ValueError: The checkpoint has other parameters, a tensor of another shape, or NaN.
     """
     old_index, old_group = {}, {}
     for group in saved["param_groups"]:
@@ -207,3 +207,7 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         group |= {_STEP: old[_STEP]} if _STEP in old else {}
     optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
     check_optimizer(optimizer)
+    for values in optimizer.state.values():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and torch.isnan(value).any():
+                raise ValueError(f"{name} of the optimizer holds NaN")

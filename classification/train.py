@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flash_internimage.checkpoint import load_checkpoint, save_atomically
+from flash_internimage.checkpoint import load_checkpoint, require_fit, save_atomically
 
 from .config import Config, ConfigError, check_output, load_config
 from .data import (
@@ -144,7 +144,7 @@ class Trainer:
         cfg = self.cfg
         options = cfg.model
         if not load_initial:
-            options = options.model_copy(update={"initial_checkpoint": None})
+            options = options.model_copy(update={"initial_checkpoint": None, "class_map": None})
         self.model = build_model(options).to(self.device)
         loaded = self.model.pretrained_cfg.get("label_names")
         if loaded and has_class_names(self.val_set) and self.rank == 0:
@@ -206,10 +206,13 @@ class Trainer:
                 for name in (*extra, self.last.name):
                     save_atomically(state, self.output / name)
 
+    def _find_not_finite(self) -> str | None:
+        models = (self.model, *([self.ema.module] if self.ema is not None else []))
+        return next(filter(None, map(find_not_finite, models)), None)
+
     def _check_weights(self) -> None:
-        for model in (self.model, *([self.ema.module] if self.ema is not None else [])):
-            if name := find_not_finite(model):
-                raise Diverged(f"{name} is not finite after an update. {self._advice()}")
+        if name := self._find_not_finite():
+            raise Diverged(f"{name} is not finite after an update. {self._advice()}")
 
     def resume(self, path: Path) -> list[str]:
         """Continue from a checkpoint of the same model and classes.
@@ -258,12 +261,15 @@ class Trainer:
                 f"it stopped within an epoch of {updates} updates on {len(rng)} processes, this "
                 f"run has {self.updates_per_epoch} on {self.world_size}"
             )
+        require_fit(self.model.state_dict(), state["model"])
         self.model.load_state_dict(state["model"])
         restore_optimizer(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:  # empty without fp16
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:  # switched on at a resume, it starts from the present weights
             self.ema.module.load_state_dict(state.get("model_ema", state["model"]))
+        if broken := self._find_not_finite():
+            raise ValueError(f"{broken} is not finite")
         self.epoch, self.update = epoch, update
         loss, finite, skipped, seconds = state["totals"]
         self.totals = Totals(float(loss), int(finite), int(skipped), float(seconds))
@@ -311,14 +317,10 @@ class Trainer:
                 metrics.add(row)
                 _logger.info(
                     "epoch %d/%d  loss %.4f  top-1 %.2f %%  top-5 %.2f %%%s  %.1f images/s",
-                    row["epoch"],
-                    self.cfg.schedule.epochs,
-                    row["train_loss"],
-                    row["val_top1"],
-                    row["val_top5"],
-                    f"  EMA top-1 {row['ema_top1']:.2f} %" if self.ema is not None else "",
+                    row["epoch"], self.cfg.schedule.epochs, row["train_loss"], row["val_top1"],
+                    row["val_top5"], f"  EMA top-1 {top1:.2f} %" if self.ema is not None else "",
                     row["images_per_second"],
-                )
+                )  # fmt: skip
         self.epoch, self.update, self.totals = self.epoch + 1, 0, Totals()
         extra = []
         if top1 > self.best_top1:

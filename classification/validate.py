@@ -221,10 +221,14 @@ def _check_classes(checkpoint: dict, names: list[str], path: str) -> None:
         )
 
 
+def _without_initial(options: Model) -> Model:
+    return options.model_copy(update={"initial_checkpoint": None, "class_map": None})
+
+
 def _load_model(
     options: Model, checkpoint: str | None, weights: str, names: list[str] | None = None
 ) -> nn.Module:
-    options = options.model_copy(update={"initial_checkpoint": None, "grad_checkpointing": False})
+    options = _without_initial(options).model_copy(update={"grad_checkpointing": False})
     if checkpoint is None:
         return create_model(options, pretrained=True)
     model = build_model(options)
@@ -249,12 +253,22 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and value < least:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option} must be at least {least}, got {value}")
-    path = arguments.json
-    if path is not None:
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"--json must be a file, got {path}")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ConfigError(f"--json must be in a folder that can be written, got {path}")
+    if arguments.split == "":  # it would be all splits together
+        raise ConfigError("--split must be a folder under --data, got ''")
+    if arguments.json is not None:
+        check_json(arguments.json)
+
+
+def check_json(path: Path) -> None:
+    """Check that a result can be written.
+
+    Raises:
+        ConfigError: It is no file, or its folder cannot be written.
+    """
+    if os.path.exists(path) and not path.is_file():
+        raise ConfigError(f"--json must be a file, got {path}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--json must be in a folder that can be written, got {path}")
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -269,7 +283,7 @@ def run(arguments: argparse.Namespace) -> dict:
     cfg = _config(arguments.model)
     device = pick_device(arguments.device)
     if arguments.throughput:
-        model = build_model(cfg.model.model_copy(update={"initial_checkpoint": None})).to(device)
+        model = build_model(_without_initial(cfg.model)).to(device)
         check_model(model, cfg.data.image_size, cfg.model.num_classes)
         speed = throughput(model, cfg.data.image_size, arguments.batch_size, device, arguments.amp)
         return {

@@ -259,6 +259,13 @@ def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
             for name, value in common.items()
             if isinstance(value, Tensor) and value.shape != expected[name].shape
         ),
+        # load_state_dict would cast quantized and complex weights in silence.
+        *(
+            f"dtype of {name}: {value.dtype}, expected {expected[name].dtype}"
+            for name, value in common.items()
+            if isinstance(value, Tensor)
+            and value.is_floating_point() != expected[name].is_floating_point()
+        ),
     ]
 
 

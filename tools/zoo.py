@@ -296,6 +296,8 @@ def _evaluate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--tta is for segmentation, {name} is of {entry.task}")
     if not arguments.data.is_dir():
         raise FileNotFoundError(f"--data not found: {arguments.data}")
+    if arguments.json:
+        validate.check_json(arguments.json)
     if arguments.checkpoint:
         checkpoint = fetch_checkpoint(arguments.checkpoint, arguments.offline)
     else:
@@ -318,9 +320,10 @@ def _evaluate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
     for figure, row in result["figures"].items():
         cells = f"{row['measured']:>10.2f}{row.get('published', '-'):>11}"
         _say(f"{figure:<20}{cells}{row.get('difference', '-'):>12}")
-    _say(json.dumps(result))
+    _say(json.dumps(result, allow_nan=False))
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        write_atomically(arguments.json, lambda file: file.write(text.encode()))
 
 
 def _generate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:

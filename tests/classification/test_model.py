@@ -16,6 +16,7 @@ SMALL_MODEL = {"name": "flash_internimage_nano", "num_classes": 10, "args": SMAL
     ("options", "message"),
     [
         ({"name": "flash_internimage_tinny"}, "did you mean 'flash_internimage_tiny'"),
+        ({"class_map": "a"}, "class_map must be null without model.initial_checkpoint, got 'a'"),
         ({"name": "nonsense/model"}, "timm knows no model 'nonsense/model'"),
         ({"args": {"chanels": 3}}, r"model\.args .*chanels"),
         ({"args": {"depths": "many"}}, r"model\.args .*depths"),

@@ -1,6 +1,7 @@
 """What a resumed run takes from its checkpoint, what from its settings, and what it refuses."""
 
 import csv
+import math
 import os
 import shutil
 import socket
@@ -14,7 +15,7 @@ import yaml
 from timm.loss import LabelSmoothingCrossEntropy
 from torch import nn
 
-from classification.config import Config, Section
+from classification.config import Config, ConfigError, Section
 from classification.model import pick_device
 from classification.state import describe_other_classes
 from classification.train import Diverged, Trainer, train
@@ -207,7 +208,7 @@ REFUSED = {
     "model.initial_checkpoint": ("other.pth", "model.initial_checkpoint must be None as in"),
     "model.class_map": ("other.txt", "model.class_map must be None as in"),
     "optimizer.name": ("sgd", "optimizer.name must be 'adamw' as in the checkpoint, got 'sgd'"),
-    "model.args": (SMALLER | {"channels": 32}, "size mismatch for patch_embed"),
+    "model.args": (SMALLER | {"channels": 32}, "does not fit the model: .*shape of patch_embed"),
     "schedule.epochs": (1, "schedule.epochs must be at least 2, .* got 1"),
     "data.root": ("renamed", r"only in the checkpoint: 3; only in the data: three"),
     # torchvision takes the folders of the splits for classes.
@@ -401,6 +402,40 @@ def test_weights_without_the_state_of_a_run_are_refused(config, tmp_path):
     with pytest.raises(ValueError, match=r"cannot resume from .*it lacks optimizer, scaler"):
         train(config(), resume=str(tmp_path / "weights.pth"))
     assert not (tmp_path / "run").exists()
+
+
+def _weight(state: dict) -> torch.Tensor:
+    return state["model"]["head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: _weight(s).fill_(math.nan), "head.weight is not finite"),
+        (lambda s: s["model_ema"]["head.weight"].fill_(math.inf), "head.weight is not finite"),
+        (lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(math.nan), "exp_avg .*holds NaN"),
+        (
+            lambda s: s["model"].update({"head.weight": _weight(s).to(torch.int8)}),
+            r"dtype of head\.weight: torch\.int8, expected torch\.float32",
+        ),
+    ],
+)
+def test_damaged_numbers_are_named_before_work_starts(config, tmp_path, damage, message):
+    trainer = build(config())
+    trainer.train_epoch()
+    state = trainer.state_dict()
+    damage(state)
+    save_atomically(state, tmp_path / "damaged.pth")
+    with pytest.raises(ValueError, match=rf"cannot resume from .*{message}"):
+        build(config()).resume(tmp_path / "damaged.pth")
+
+
+def test_initial_weights_that_are_not_finite_are_named(config, tmp_path):
+    weights = build(config()).model.state_dict()
+    weights["head.weight"].fill_(math.nan)
+    save_atomically({"model": weights}, tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match=r"head\.weight of .*weights\.pth is not finite"):
+        Trainer(config(model={"initial_checkpoint": str(tmp_path / "weights.pth")}), CPU)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,11 @@ class TestFolders:
         with pytest.raises(ConfigError, match=r"symbolic link .*again leads back to"):
             dataset_of(root)
 
+    def test_images_outside_of_the_class_folders_are_no_class(self, root):
+        shutil.copy(first(root, "val", 3), root / "val" / "stray.png")
+        with pytest.raises(ConfigError, match="a folder per class, but has images outside"):
+            dataset_of(root)
+
     @pytest.mark.parametrize("kind", ["hdfs/cifar10", "wds", "nonsense/"])
     def test_an_unknown_kind_is_not_read_as_a_folder(self, kind):
         with pytest.raises(ValueError, match=r"must be empty or start with one of hfds/"):

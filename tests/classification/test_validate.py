@@ -138,6 +138,7 @@ def test_errors_are_one_line_that_says_what_is_wrong(run, digits, tmp_path, capl
         (["--device", "cuda:99"], "got 'cuda:99'"),
         (["--json", "nowhere/result.json"], "--json must be in a folder that can be written, got"),
         (["--json", "."], "--json must be a file, got ."),
+        (["--split", ""], "--split must be a folder under --data, got ''"),
         (["--split", "test"], "must have a folder 'test', it holds: train, val"),
         (["--data", "README.md"], "data.root=README.md cannot be read as a data set: Found 0"),
         (["--checkpoint", "tests"], "tests"),

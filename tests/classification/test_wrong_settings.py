@@ -25,6 +25,9 @@ VIT = {"name": "vit_tiny_patch16_224", "args": {"depth": 1}}
         ({"augmentation": {"auto_augment": "v0-m5"}}, r"auto_augment=v0-m5: "),
         ({"output": "README.md"}, r"output must be a folder, got 'README\.md'"),
         ({"output": "README.md/run"}, r"output must be a folder, got 'README\.md/run'"),
+        ({"output": "a\0b"}, r"output cannot be created, got 'a\\x00b': embedded null"),
+        ({"output": "x" * 300}, r"output cannot be created, got 'xxx.*: File name too long"),
+        ({"data": {"root": "x" * 300}}, "data.root not found: xxx"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_one_line(config, monkeypatch, changes, message):
