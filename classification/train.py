@@ -275,7 +275,7 @@ class Trainer:
         self.totals = Totals(float(loss), int(finite), int(skipped), float(seconds))
         self.nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
         best = float(state["best_top1"])
-        self.best_top1 = -math.inf if math.isnan(best) else best
+        self.best_top1 = best if best <= 100 else -math.inf
         if update:
             set_rng_state(rng[self.rank])  # each epoch sets it again; here it is only checked
             self.resumed_rng = rng[self.rank]

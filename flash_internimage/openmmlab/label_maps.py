@@ -1,6 +1,7 @@
 """Semantic segmentation data sets that are checked before the training begins."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,20 @@ class _CheckedLabelMaps(ReadableImages):
         if not data_list:
             raise FileNotFoundError(f"no images (*{self.img_suffix}) in {self.source}")
         present = self._with_files(data_list)
+        skipped = self._skipped_by_listing()
         if self.test_mode:
+            if skipped:
+                raise FileNotFoundError(
+                    f"{len(skipped)} images of {self.source} are not regular files, the first is "
+                    f"{skipped[0]}"
+                )
             self._check_headers(present)
         for info in present:  # for the transforms
             info["num_classes"] = len(self.metainfo["classes"])
             info["ignore_index"] = self.ignore_index
             info["test_mode"] = self.test_mode
             info["backend_args"] = self.backend_args
-        self._check_values(present, len(data_list) - len(present))
+        self._check_values(present, len(data_list) - len(present) + len(skipped))
         return present
 
     def _check_sources(self) -> None:
@@ -119,6 +126,19 @@ class _CheckedLabelMaps(ReadableImages):
                 check_no_loops(self.data_prefix["img_path"])
         elif self._is_local(self.ann_file) and not Path(self.ann_file).is_file():
             raise FileNotFoundError(f"ann_file not found: {self.ann_file}")
+
+    def _skipped_by_listing(self) -> list[str]:
+        """Return images that the engine's listing of a folder skips, such as broken links."""
+        folder = self.data_prefix["img_path"]
+        if self.ann_file or not self._is_local(folder):
+            return []
+        paths = [
+            str(Path(parent, name))
+            for parent, _, names in os.walk(folder, followlinks=True)
+            for name in names
+            if name.endswith(self.img_suffix) and not name.startswith(".")
+        ]
+        return sorted(path for path in paths if not os.path.isfile(path))
 
     def _is_local(self, path: str) -> bool:
         return is_local(path, self.backend_args)

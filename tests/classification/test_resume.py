@@ -430,6 +430,17 @@ def test_damaged_numbers_are_named_before_work_starts(config, tmp_path, damage, 
         build(config()).resume(tmp_path / "damaged.pth")
 
 
+@pytest.mark.parametrize("best", [math.nan, math.inf])
+def test_an_impossible_best_accuracy_is_forgotten(config, tmp_path, best):
+    trainer = build(config())
+    trainer.train_epoch()
+    trainer.output.mkdir()
+    save_atomically(trainer.state_dict() | {"best_top1": best}, trainer.last)
+    resumed = build(config())
+    resumed.resume(trainer.last)
+    assert resumed.best_top1 == -math.inf
+
+
 def test_initial_weights_that_are_not_finite_are_named(config, tmp_path):
     weights = build(config()).model.state_dict()
     weights["head.weight"].fill_(math.nan)

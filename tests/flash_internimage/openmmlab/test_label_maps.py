@@ -379,6 +379,20 @@ def test_files_that_would_block_or_exhaust_memory(kind, test_mode, folder):
             assert dataset[0]["img_path"].rpartition("/")[2] in ("2.jpg", "3.jpg", "4.jpg")
 
 
+@pytest.mark.parametrize("kind", ["fifo", "link"])
+def test_images_that_are_no_regular_files_are_counted(kind, folder, log):
+    path = folder / "images" / "2.jpg"
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere.jpg")
+    assert names(CheckedSegDataset(**arguments(folder))) == ["1.jpg", "3.jpg", "4.jpg"]
+    assert "3 images; left out: 1 that" in log.text
+    with pytest.raises(FileNotFoundError, match=rf"1 images of .* the first is {path}"):
+        CheckedSegDataset(**arguments(folder, test_mode=True))
+
+
 @both_modes
 def test_a_link_to_a_folder_above(test_mode, folder):
     (folder / "images" / "again").symlink_to(folder / "images")
