@@ -216,7 +216,7 @@ def one_line(error: BaseException) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML without duplicate keys and without aliases that refer to aliases.
 
-    Of the scalars that YAML 1.1 knows, numbers and booleans are those of YAML 1.2: 1e-3 is a number
+    Numbers and booleans follow YAML 1.2, unlike those of SafeLoader: 1e-3 is a number
     and off is a string.
     """
 
@@ -345,7 +345,7 @@ def _apply(content: dict, override: str) -> None:
 
 
 def explain(error: ValidationError, section: type[Section], where: str | os.PathLike) -> str:
-    """Say what a section does not accept, and what was perhaps meant, in a line for each."""
+    """Describe in a line each what a section does not accept, with a suggestion if any."""
     return "\n".join(f"{where}: {_explain(one, section)}" for one in error.errors())
 
 

@@ -38,7 +38,7 @@ class TooManyCorruptImages(RuntimeError):
     """Unreadable images stop the run: more files than `data.max_corrupt`, all, or a stream's."""
 
     def __init__(self, message: str):
-        # A DataLoader raises the errors of its workers anew, with their traceback as the message.
+        # A DataLoader re-raises errors of its workers with their traceback as the message.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 

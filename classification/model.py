@@ -137,7 +137,7 @@ def _load_initial(model: nn.Module, options: Model) -> None:
     classes = checkpoint.get("classes")  # a checkpoint of classification.train names them
     if isinstance(classes, list):
         names = classes if class_map is None else [classes[i] for i in class_map]
-        if len(names) == options.num_classes:  # else the classifier starts anew
+        if len(names) == options.num_classes:  # Otherwise the classifier keeps its initial values.
             model.pretrained_cfg["label_names"] = names
 
 

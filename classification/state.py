@@ -1,4 +1,4 @@
-"""What a training run saves and restores: counters, random numbers, optimizer and settings."""
+"""State that a training run saves and restores: counters, generators, optimizer and settings."""
 
 import math
 import random

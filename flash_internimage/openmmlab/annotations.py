@@ -140,6 +140,8 @@ def _segmentation_fault(annotation: dict, height: int, width: int) -> str | None
         isinstance(segmentation, list)
         and segmentation
         and all(_is_polygon(polygon, -margin, 2 * margin) for polygon in segmentation)
+        # mmdet drops those of one or two points beside them.
+        and any(len(polygon) >= 6 for polygon in segmentation)
     ):
         accepted = (
             "an RLE or a list of polygons, each [x1, y1, x2, y2, x3, y3, ...] with finite numbers "
@@ -152,7 +154,7 @@ def _segmentation_fault(annotation: dict, height: int, width: int) -> str | None
 def _is_polygon(polygon: Any, lowest: float, highest: float) -> bool:
     return (
         isinstance(polygon, list)
-        and len(polygon) >= 6
+        and len(polygon) >= 2
         and len(polygon) % 2 == 0
         and set(map(type, polygon)) <= {int, float}
         and lowest <= min(polygon)

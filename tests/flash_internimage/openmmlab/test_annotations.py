@@ -164,6 +164,11 @@ def test_malformed_polygons(segmentation):
     check_annotations(content, masks=False)
 
 
+def test_outlines_of_one_or_two_points_pass_beside_a_whole_one():
+    segmentation = [[2, 2], SQUARE, [2, 2, 7, 7]]  # mmdet drops them
+    check_annotations(changed("annotations", 3, "segmentation", segmentation), masks=True)
+
+
 @pytest.mark.parametrize(
     "rle",
     [
