@@ -244,7 +244,12 @@ def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
     Args:
         expected: the model's own entries.
         state_dict: the weights.
+
+    Raises:
+        ValueError: The weights are not a dict.
     """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"weights must be tensors by name, got a {type(state_dict).__name__}")
     common = {name: value for name, value in state_dict.items() if name in expected}
     return [
         *(f"missing: {name}" for name in expected if name not in state_dict),
@@ -264,7 +269,8 @@ def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
             f"dtype of {name}: {value.dtype}, expected {expected[name].dtype}"
             for name, value in common.items()
             if isinstance(value, Tensor)
-            and value.is_floating_point() != expected[name].is_floating_point()
+            and expected[name].is_floating_point()
+            and not value.is_floating_point()
         ),
     ]
 

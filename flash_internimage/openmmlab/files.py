@@ -144,13 +144,13 @@ class ReadableImages:
     """Mixin for data sets of the engine: errors about images are one line that names a file.
 
     Raises:
-        ValueError: A path is not text.
+        ValueError: A path is of another type.
     """
 
     def __init__(self, *args, **kwargs):
         for name, kind, accepted in (
-            ("ann_file", str, "text"),
-            ("data_root", str | None, "text or None"),
+            ("ann_file", str | os.PathLike, "a path"),
+            ("data_root", str | os.PathLike | None, "a path or None"),
             ("data_prefix", dict, "a dict"),
         ):
             if name in kwargs and not isinstance(kwargs[name], kind):
