@@ -327,7 +327,7 @@ def check_output(output: str) -> None:
     path = Path(output).absolute()
     existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     if not existing.is_dir():
-        raise ConfigError(f"output must be a folder, got '{output}': {existing} is none")
+        raise ConfigError(f"output must be a folder, got '{output}': {existing} is not one")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"output must be writable, got '{output}': {existing} is not")
 

@@ -91,7 +91,8 @@ def test_an_evaluation_has_nothing_of_the_training(config):
     assert cfg.load_from == "c.pth"
 
 
-def test_work_folder(config):
+def test_work_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert to_evaluate(config).work_dir == "output/small"
     config.write_text(f"{CONFIG}work_dir = 'elsewhere'")
     assert to_evaluate(config).work_dir == "elsewhere"
