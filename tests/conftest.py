@@ -1,8 +1,10 @@
 """What the tests of several packages share."""
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +28,13 @@ def own_compile_cache(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_pause_between_epochs(monkeypatch) -> None:
+    """Do not wait two seconds whenever an iteration-based loop of mmengine starts a new epoch."""
+    if loops := sys.modules.get("mmengine.runner.loops"):
+        monkeypatch.setattr(loops, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 @pytest.fixture(scope="session")
