@@ -345,7 +345,7 @@ def _apply(content: dict, override: str) -> None:
 
 
 def explain(error: ValidationError, section: type[Section], where: str | os.PathLike) -> str:
-    """Describe in a line each what a section does not accept, with a suggestion if any."""
+    """Return one line for each key or value that a section rejects, with a suggestion if any."""
     return "\n".join(f"{where}: {_explain(one, section)}" for one in error.errors())
 
 

@@ -24,7 +24,7 @@ CHECKPOINT_NAME = re.compile(r"(?:epoch|iter)_(\d+)\.pth")
 
 
 class _AtomicBackend(LocalBackend):
-    """Local files that appear whole or not at all; what is to be removed stays until `flush`."""
+    """Write local files atomically, and defer removals until `flush`."""
 
     def __init__(self) -> None:
         self.unwanted: set[str] = set()
@@ -63,7 +63,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_train(self, runner: Runner) -> None:
         info = runner.message_hub.runtime_info
-        if "keep_ckpt_ids" in info:  # of which the engine makes the names of what it removes
+        if "keep_ckpt_ids" in info:  # mmengine builds the names of files to remove from these
             ids = info["keep_ckpt_ids"]
             numbers = ids if isinstance(ids, Iterable) else ()
             info["keep_ckpt_ids"] = [i for i in numbers if type(i) is int]
