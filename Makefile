@@ -18,6 +18,7 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
 # Two processes test, in which most tests have one thread; a GPU is one process's alone.
 TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 
+# Modules run in the order of their names: sorted by their number of tests, the longest ran last, alone.
 # TEST_SEED=default shuffles the tests and seeds them by the time, TEST_SEED=123 by that number.
 TEST_SEED ?=
 
@@ -36,7 +37,7 @@ demo-segmentation: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes-ade20k
 	$(RUN) -m segmentation.test $(SCENE_MAPS) output/digits-scenes-ade20k/iter_800.pth --work-dir output/digits-scenes-ade20k --show-dir predictions
 
 test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
 	  $(if $(TEST_SEED),--randomly-seed=$(TEST_SEED),-p no:randomly)
 
 lint: $(VENV)/.dev

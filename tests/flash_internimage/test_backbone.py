@@ -557,8 +557,7 @@ def test_compiled_model_equals_the_eager_one(assert_near):
     }
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, options=quick)
-    with torch.no_grad():
-        assert_near(compiled(x), model(x), 1e-12)
-    actual, expected = gradients(compiled.train(), x), gradients(model.train(), x)
+    assert_near(compiled.train()(x), model.train()(x), 1e-12)
+    actual, expected = gradients(compiled, x), gradients(model, x)
     for name in expected:
         torch.testing.assert_close(actual[f"_orig_mod.{name}"], expected[name])
