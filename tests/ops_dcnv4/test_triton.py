@@ -185,10 +185,11 @@ class TestDcnv4:
     __test__ = INTERPRETED
 
     def test_sums_over_the_taps_in_32_bits(self):
-        p = Parameters(kernel_size=(1, 264), padding=(0, 0), groups=1)
-        offset_mask = torch.cat((torch.zeros(2 * p.taps), torch.ones(p.taps))).view(1, 1, 1, -1)
-        tensors = torch.ones(1, 1, 264, 1).bfloat16(), offset_mask.bfloat16()
-        assert triton_kernels.dcnv4(*tensors, *p).item() == 264  # counting in bfloat16 stops at 256
+        p = Parameters(kernel_size=(1, 9), padding=(0, 0), groups=1)
+        modulation = torch.tensor([256.0, *[1.0] * 8])
+        offset_mask = torch.cat((torch.zeros(2 * p.taps), modulation)).view(1, 1, 1, -1)
+        tensors = torch.ones(1, 1, 9, 1).bfloat16(), offset_mask.bfloat16()
+        assert triton_kernels.dcnv4(*tensors, *p).item() == 264  # In bfloat16, 256 + 1 is 256.
 
     @settings(max_examples=12, deadline=None, derandomize=True)
     @given(problem=problems())
