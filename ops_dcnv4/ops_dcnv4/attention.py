@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops import MAX_SIDE, autocasts, check_size, check_tensor
+from .ops import MAX_SIDE, autocasts, check_size, check_tensor, to_int
 
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
 
@@ -96,8 +96,7 @@ def flash_deform_attn(
     """
     _check_value(value)
     levels = _levels(value, spatial_shapes, level_start_index)
-    if not isinstance(n_points, int) or isinstance(n_points, bool):
-        raise TypeError(f"n_points must be an int, got {n_points!r}")
+    n_points = to_int(n_points, "n_points")
     _check_fused(value, levels[0].shape[0], sampling_loc_attn, n_points)
     return torch.ops.ops_dcnv4.flash_deform_attn(value, *levels, sampling_loc_attn, n_points)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import SpatialShapes, flash_deform_attn
-from .ops import dcnv4, output_size, to_pair
+from .ops import dcnv4, output_size, to_bool, to_float, to_int, to_pair
 
 
 def offset_mask_channels(groups: int, taps: int) -> int:
@@ -38,8 +38,10 @@ class DCNv4(nn.Module):
         without_pointwise: leave out the value and output projections.
         initial_modulation: where the modulation scalars start; 1 / taps makes a fresh layer average
             its window, which helps where the published zero start does not train.
+        device, dtype: of the parameters.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: `group` does not divide `channels`, or `dw_kernel_size` is even.
     """
 
@@ -58,41 +60,57 @@ class DCNv4(nn.Module):
         output_bias: bool = True,
         without_pointwise: bool = False,
         initial_modulation: float = 0.0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        channels, group = to_int(channels, "channels", minimum=1), to_int(group, "group")
         if group < 1 or channels % group:
             raise ValueError(f"group must be positive and divide channels={channels}, got {group}")
-        if dw_kernel_size is not None and dw_kernel_size % 2 == 0:
-            raise ValueError(f"dw_kernel_size must be odd or None, got {dw_kernel_size}")
+        if dw_kernel_size is not None:
+            dw_kernel_size = to_int(dw_kernel_size, "dw_kernel_size", minimum=1)
+            if dw_kernel_size % 2 == 0:
+                raise ValueError(f"dw_kernel_size must be odd or None, got {dw_kernel_size}")
         self.channels = channels
         self.kernel_size = to_pair(kernel_size, "kernel_size", minimum=1)
         self.stride = to_pair(stride, "stride", minimum=1)
         self.pad = to_pair(pad, "pad", minimum=0)
         self.dilation = to_pair(dilation, "dilation", minimum=1)
         self.group = group
-        self.offset_scale = offset_scale
+        self.offset_scale = to_float(offset_scale, "offset_scale")
         self.dw_kernel_size = dw_kernel_size
-        self.center_feature_scale = center_feature_scale
-        self.remove_center = bool(remove_center)
-        self.without_pointwise = without_pointwise
-        self.initial_modulation = initial_modulation
+        self.center_feature_scale = to_bool(center_feature_scale, "center_feature_scale")
+        self.remove_center = to_bool(remove_center, "remove_center")
+        self.without_pointwise = to_bool(without_pointwise, "without_pointwise")
+        self.initial_modulation = to_float(initial_modulation, "initial_modulation")
 
         self.taps = self.kernel_size[0] * self.kernel_size[1] - self.remove_center
+        factory = {"device": device, "dtype": dtype}
         if dw_kernel_size is not None:
             self.offset_mask_dw = nn.Conv2d(
-                channels, channels, dw_kernel_size, padding=dw_kernel_size // 2, groups=channels
+                channels,
+                channels,
+                dw_kernel_size,
+                padding=dw_kernel_size // 2,
+                groups=channels,
+                **factory,
             )
-        self.offset_mask = nn.Linear(channels, offset_mask_channels(group, self.taps))
-        if not without_pointwise:
-            self.value_proj = nn.Linear(channels, channels)
-            self.output_proj = nn.Linear(channels, channels, bias=output_bias)
-        if center_feature_scale:
-            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(group, channels))
-            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(group))
+        self.offset_mask = nn.Linear(channels, offset_mask_channels(group, self.taps), **factory)
+        if not self.without_pointwise:
+            output_bias = to_bool(output_bias, "output_bias")
+            self.value_proj = nn.Linear(channels, channels, **factory)
+            self.output_proj = nn.Linear(channels, channels, bias=output_bias, **factory)
+        if self.center_feature_scale:
+            self.center_feature_scale_proj_weight = nn.Parameter(
+                torch.empty(group, channels, **factory)
+            )
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(group, **factory))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialisation; the depth-wise convolution keeps nn.Conv2d's."""
+        """Published initialisation; the depth-wise convolution has nn.Conv2d's."""
+        if self.dw_kernel_size is not None:
+            self.offset_mask_dw.reset_parameters()
         nn.init.zeros_(self.offset_mask.weight)
         nn.init.zeros_(self.offset_mask.bias)
         if self.initial_modulation:
@@ -104,6 +122,9 @@ class DCNv4(nn.Module):
                 nn.init.xavier_uniform_(projection.weight)
                 if projection.bias is not None:
                     nn.init.zeros_(projection.bias)
+        if self.center_feature_scale:
+            nn.init.zeros_(self.center_feature_scale_proj_weight)
+            nn.init.zeros_(self.center_feature_scale_proj_bias)
 
     def forward(self, input: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         """
@@ -216,22 +237,31 @@ class DCNv4(nn.Module):
 class DCNv4Conv2d(DCNv4):
     """A drop-in for nn.Conv2d that aggregates with DCNv4.
 
-    Unlike the published layer it starts as an average over its window.
+    Unlike the published layer it starts as an average over its window. It has the attributes of
+    nn.Conv2d but `weight`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as for nn.Conv2d;
-            `padding` may be 'valid', or 'same' with stride 1.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias, device, dtype: as
+            for nn.Conv2d; `padding` may be 'valid', or 'same' with stride 1.
         groups: number of groups of input channels that share their offsets (not nn.Conv2d's groups:
-            every output channel sees every input channel). None takes 16 channels per group, as the
-            published models do, where that divides `in_channels`, else one group.
+            every output channel sees every input channel, and 1 is one group). None takes 16
+            channels per group, as the published models do, where that divides `in_channels`, else
+            one group.
+        padding_mode: 'zeros'.
 
     Raises:
-        ValueError: `groups` does not divide `in_channels`, or `padding` is not accepted.
+        TypeError: an argument has the wrong type.
+        ValueError: `groups` does not divide `in_channels`, or `padding` or `padding_mode` is not
+            accepted.
 
     Example:
         >>> DCNv4Conv2d(32, 64, kernel_size=3, stride=2, padding=1)(torch.randn(1, 32, 8, 8)).shape
         torch.Size([1, 64, 4, 4])
     """
+
+    transposed = False
+    output_padding = (0, 0)
+    padding_mode = "zeros"
 
     def __init__(
         self,
@@ -243,15 +273,25 @@ class DCNv4Conv2d(DCNv4):
         dilation: int | tuple[int, int] = 1,
         groups: int | None = None,
         bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
+        in_channels = to_int(in_channels, "in_channels", minimum=1)
+        out_channels = to_int(out_channels, "out_channels", minimum=1)
+        if padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
         kernel_size = to_pair(kernel_size, "kernel_size", minimum=1)
         if isinstance(padding, str):
-            padding = _named_padding(
+            pad = _named_padding(
                 padding, kernel_size, to_pair(stride, "stride", 1), to_pair(dilation, "dilation", 1)
             )
+        else:
+            pad = padding = to_pair(padding, "padding", minimum=0)
         if groups is None:
             groups = in_channels // 16 if in_channels % 16 == 0 else 1
-        elif groups < 1 or in_channels % groups:
+        groups = to_int(groups, "groups")
+        if groups < 1 or in_channels % groups:
             raise ValueError(
                 f"groups must be positive and divide in_channels={in_channels}, got {groups}"
             )
@@ -259,14 +299,24 @@ class DCNv4Conv2d(DCNv4):
             in_channels,
             kernel_size,
             stride,
-            padding,
+            pad,
             dilation,
             groups,
             initial_modulation=1 / math.prod(kernel_size),
+            device=device,
+            dtype=dtype,
         )
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.output_proj = nn.Linear(in_channels, out_channels, bias=bias)
+        self.padding, self.groups = padding, groups
+        self.output_proj = nn.Linear(
+            in_channels, out_channels, to_bool(bias, "bias"), device=device, dtype=dtype
+        )
         self.reset_parameters()
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """What is added to each output channel: the bias of the output projection."""
+        return self.output_proj.bias
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out), in channels-last memory."""
@@ -275,6 +325,13 @@ class DCNv4Conv2d(DCNv4):
                 f"input must be (N, {self.in_channels}, H, W), got shape {tuple(input.shape)}"
             )
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, bias={self.bias is not None}"
+        )
 
 
 def _named_padding(
@@ -302,26 +359,37 @@ class FlashDeformAttn(nn.Module):
         n_levels: feature maps that are sampled.
         n_heads: heads; divides `d_model`.
         n_points: sampling points per query, head and level.
+        device, dtype: of the parameters.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: a number is below 1, or `n_heads` does not divide `d_model`.
     """
 
-    def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4):
+    def __init__(
+        self,
+        d_model: int = 256,
+        n_levels: int = 4,
+        n_heads: int = 8,
+        n_points: int = 4,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        for name, number in (("n_levels", n_levels), ("n_points", n_points)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        d_model = to_int(d_model, "d_model", minimum=1)
+        n_levels, n_points = to_int(n_levels, "n_levels", 1), to_int(n_points, "n_points", 1)
+        n_heads = to_int(n_heads, "n_heads")
         if n_heads < 1 or d_model % n_heads:
             raise ValueError(
                 f"n_heads must be positive and divide d_model={d_model}, got {n_heads}"
             )
         self.d_model, self.n_levels = d_model, n_levels
         self.n_heads, self.n_points = n_heads, n_points
-        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
-        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
-        self.value_proj = nn.Linear(d_model, d_model)
-        self.output_proj = nn.Linear(d_model, d_model)
+        factory = {"device": device, "dtype": dtype}
+        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2, **factory)
+        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points, **factory)
+        self.value_proj = nn.Linear(d_model, d_model, **factory)
+        self.output_proj = nn.Linear(d_model, d_model, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -329,7 +397,7 @@ class FlashDeformAttn(nn.Module):
         nn.init.zeros_(self.sampling_offsets.weight)
         with torch.no_grad():
             bias = self.sampling_offsets.bias.view(self.n_heads, self.n_levels, self.n_points, 2)
-            bias.copy_(initial_offsets(self.n_heads, self.n_points)[:, None])
+            bias.copy_(initial_offsets(self.n_heads, self.n_points, bias.device)[:, None])
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
         for projection in (self.value_proj, self.output_proj):
@@ -404,13 +472,13 @@ class FlashDeformAttn(nn.Module):
         )
 
 
-def initial_offsets(heads: int, points: int) -> Tensor:
+def initial_offsets(heads: int, points: int, device: torch.device) -> Tensor:
     """(heads, points, 2): point k of head m lies k + 1 pixels away in direction 2 * pi * m / heads,
     in the maximum norm."""
-    angles = torch.arange(heads) * (2 * math.pi / heads)
+    angles = torch.arange(heads, device=device) * (2 * math.pi / heads)
     directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
     directions = directions / directions.abs().amax(-1, keepdim=True)
-    return directions[:, None] * torch.arange(1, points + 1)[:, None]
+    return directions[:, None] * torch.arange(1, points + 1, device=device)[:, None]
 
 
 def sampling_locations(

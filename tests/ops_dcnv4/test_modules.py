@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops_dcnv4 import DCNv4, DCNv4Conv2d, output_size
+from ops_dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, output_size
 
 GOLDENS = sorted((Path(__file__).parents[1] / "data" / "module").glob("dcnv4_*.npz"))
 
@@ -83,6 +83,52 @@ def test_initial_modulation_makes_a_fresh_module_average(group, assert_near):
     x = random_image(2, 5, 6, 12)
     expected = F.avg_pool2d(x.permute(0, 3, 1, 2), 3, stride=1, padding=1).permute(0, 2, 3, 1)
     assert_near(module(x), expected, 1e-7)
+
+
+LAYERS = {
+    "DCNv4": (DCNv4, {"channels": 16, "dw_kernel_size": 3, "center_feature_scale": True}),
+    "DCNv4Conv2d": (
+        DCNv4Conv2d,
+        {"in_channels": 16, "out_channels": 8, "kernel_size": 3, "groups": 2},
+    ),
+    "FlashDeformAttn": (FlashDeformAttn, {"d_model": 16, "n_levels": 2, "n_heads": 4}),
+}
+layers = pytest.mark.parametrize(("layer", "options"), LAYERS.values(), ids=LAYERS)
+
+
+@layers
+def test_device_and_dtype_are_those_of_all_parameters(layer, options):
+    made = layer(**options, device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in made.parameters()} == {("meta", torch.float64)}
+    with torch.device("meta"):
+        assert {p.device.type for p in layer(**options).parameters()} == {"meta"}
+        assert {p.device.type for p in layer(**options, device="cpu").parameters()} == {"cpu"}
+    skipped = nn.utils.skip_init(layer, **options)
+    assert {p.device.type for p in skipped.parameters()} == {"cpu"}
+
+
+@layers
+def test_reset_parameters_initializes_all_that_is_empty(layer, options):
+    module = layer(**options, device="meta").to_empty(device="cpu")
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, 7.0)
+    module.reset_parameters()
+    fresh = layer(**options).state_dict()
+    for name, tensor in module.state_dict().items():
+        assert not (tensor == 7).any()
+        if not name.endswith(("_proj.weight", "_dw.weight", "_dw.bias")):
+            torch.testing.assert_close(tensor, fresh[name], rtol=0, atol=0)
+
+
+@layers
+def test_numbers_of_numpy_are_numbers(layer, options):
+    kinds = {int: np.int64, bool: np.bool_, float: np.float32}
+    converted = {name: kinds[type(option)](option) for name, option in options.items()}
+    module, expected = (randomized(layer(**each)) for each in (converted, options))
+    assert repr(module) == repr(expected)
+    if layer is not FlashDeformAttn:
+        x = random_image(1, 16, 16, 16, dtype=torch.float32)
+        torch.testing.assert_close(module(x), expected(x), rtol=0, atol=0)
 
 
 # Geometry
@@ -168,6 +214,30 @@ def test_wrong_constructor_argument_is_named(arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("layer", "arguments", "message"),
+    [
+        (DCNv4, {"channels": 64.0}, "channels must be an int, got 64.0"),
+        (DCNv4, {"group": True}, "group must be an int, got True"),
+        (DCNv4, {"kernel_size": [3, 3, 3]}, "kernel_size must be an int or a pair of ints"),
+        (DCNv4, {"kernel_size": True}, "kernel_size must be an int or a pair of ints, got True"),
+        (DCNv4, {"dw_kernel_size": 3.0}, "dw_kernel_size must be an int, got 3.0"),
+        (DCNv4, {"offset_scale": "2"}, "offset_scale must be a number, got '2'"),
+        (DCNv4, {"offset_scale": torch.ones(())}, "offset_scale must be a number"),
+        (DCNv4, {"remove_center": "no"}, "remove_center must be a bool, got 'no'"),
+        (DCNv4, {"without_pointwise": None}, "without_pointwise must be a bool, got None"),
+        (DCNv4Conv2d, {"in_channels": None}, "in_channels must be an int, got None"),
+        (DCNv4Conv2d, {"groups": 2.0}, "groups must be an int, got 2.0"),
+        (DCNv4Conv2d, {"bias": "auto"}, "bias must be a bool, got 'auto'"),
+        (FlashDeformAttn, {"n_points": 4.0}, "n_points must be an int, got 4.0"),
+        (FlashDeformAttn, {"d_model": "256"}, "d_model must be an int, got '256'"),
+    ],
+)
+def test_constructor_argument_of_a_wrong_type_is_named(layer, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        layer(**LAYERS[layer.__name__][1] | arguments)
+
+
+@pytest.mark.parametrize(
     ("input_shape", "shape", "message"),
     [
         ((1, 24, 64), None, "shape must be .* = 24.*no square"),
@@ -189,6 +259,8 @@ def test_wrong_input_is_named(input_shape, shape, message):
         ({"padding": "same", "stride": 2}, "padding must .* 'same' with stride 1"),
         ({"padding": "same", "kernel_size": 4}, "padding must .* odd window"),
         ({"padding": "reflect"}, "padding must be ints.* got 'reflect'"),
+        ({"padding_mode": "circular"}, "padding_mode must be 'zeros', got 'circular'"),
+        ({"out_channels": 0}, "out_channels must be at least 1, got 0"),
     ],
 )
 def test_wrong_conv2d_argument_is_named(arguments, message):
