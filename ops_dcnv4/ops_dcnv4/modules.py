@@ -418,7 +418,8 @@ class FlashDeformAttn(nn.Module):
             query: (N, Lq, C).
             reference_points: (N, Lq, L, 2), points (x, y), (0, 0) at the top left corner of the
                 images and (1, 1) at the bottom right one, or (N, Lq, L, 4), boxes (x, y, w, h)
-                around such points, in whose sizes the offsets are then measured.
+                around such points, in whose sizes the offsets are then measured. N, Lq and L may
+                be 1 there, for all images, queries or levels.
             input_flatten: (N, S, C), the feature maps of all levels one behind the other.
             input_spatial_shapes: (L, 2), (H, W) of each level.
             input_level_start_index: (L,), the first pixel of each level; may be left out.
@@ -489,7 +490,8 @@ def sampling_locations(
     Args:
         offsets: (N, Lq, M, L, K, 2), in pixels of the level around reference points, in halves of a
             reference box divided by K.
-        reference_points: (N, Lq, L, 2) points or (N, Lq, L, 4) boxes (x, y, w, h).
+        reference_points: (N, Lq, L, 2) points or (N, Lq, L, 4) boxes (x, y, w, h); the first three
+            dimensions may be 1.
         spatial_shapes: (L, 2), (H, W) of each level.
 
     Raises:
@@ -502,10 +504,17 @@ def sampling_locations(
             f"spatial_shapes must be ({levels}, 2), with (H, W) of each level, "
             f"got shape {tuple(sizes.shape)}"
         )
-    if tuple(reference_points.shape) not in ((n, queries, levels, 2), (n, queries, levels, 4)):
+    shape = (n, queries, levels)
+    if (
+        reference_points.dim() != 4
+        or reference_points.shape[3] not in (2, 4)
+        or any(
+            size not in (full, 1) for size, full in zip(reference_points.shape, shape, strict=False)
+        )
+    ):
         raise ValueError(
-            f"reference_points must be ({n}, {queries}, {levels}, 2) or (..., 4), "
-            f"got shape {tuple(reference_points.shape)}"
+            f"reference_points must be ({n}, {queries}, {levels}, 2) or (..., 4), or broadcast to "
+            f"that, got shape {tuple(reference_points.shape)}"
         )
     dtype = torch.promote_types(offsets.dtype, torch.float32)
     reference_points = reference_points.to(dtype)[:, :, None, :, None]

@@ -85,6 +85,15 @@ def test_layer_is_the_paper_s_formula(reference_size, masked, assert_near):
     assert_near(actual, expected.detach(), 1e-12)
 
 
+@pytest.mark.parametrize("shape", [(1, 7, 3, 2), (2, 7, 1, 4), (2, 1, 3, 4), (1, 1, 1, 2)], ids=str)
+def test_reference_points_broadcast(shape):
+    layer, arguments = layer_that_samples(), random_arguments()
+    points = torch.rand(shape, dtype=torch.float64)
+    expected = layer(**arguments | {"reference_points": points.expand(2, 7, 3, -1)})
+    actual = layer(**arguments | {"reference_points": points})
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 def test_start_index_and_lists_change_nothing():
     layer, arguments = layer_that_samples(), random_arguments()
     expected = layer(**arguments)
@@ -170,7 +179,8 @@ def test_wrong_option_is_named(options, message):
         ({"query": torch.zeros(2, 7, 31)}, r"query must be \(N, length, 32\)"),
         ({"input_flatten": torch.zeros(PIXELS, 32)}, r"input_flatten must be \(N, length, 32\)"),
         ({"reference_points": torch.zeros(2, 7, 3, 3)}, r"reference_points must be \(2, 7, 3, 2\)"),
-        ({"reference_points": torch.zeros(2, 7, 1, 2)}, r"reference_points must be \(2, 7, 3, 2\)"),
+        ({"reference_points": torch.zeros(2, 7, 2, 2)}, r"reference_points must be \(2, 7, 3, 2\)"),
+        ({"reference_points": torch.zeros(7, 3, 2)}, r"reference_points must be \(2, 7, 3, 2\)"),
         ({"input_spatial_shapes": [(6, 8), (3, 4)]}, "spatial_shapes"),
         ({"input_spatial_shapes": [(6, 8), (3, 4), (2, 3)]}, "spatial_shapes must have as many"),
         ({"input_level_start_index": [0, 1, 2]}, "level_start_index must be"),
