@@ -1,6 +1,7 @@
 """The layers: equality with the published module, geometry, initialisation, training."""
 
 import copy
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -285,6 +286,17 @@ def test_conv2d_has_the_output_shape_of_nn_conv2d(kernel_size, stride, padding, 
     arguments = (6, 10, kernel_size, stride, padding, dilation)
     x = torch.zeros(2, 6, 9, 8)
     assert DCNv4Conv2d(*arguments)(x).shape == nn.Conv2d(*arguments)(x).shape
+
+
+def test_conv2d_has_the_arguments_and_attributes_of_nn_conv2d():
+    assert list(inspect.signature(DCNv4Conv2d).parameters) == list(
+        inspect.signature(nn.Conv2d).parameters
+    )
+    for options in ((3, 2, 1, (2, 1)), (3, 1, "same"), (3, 1, "valid", 1, 1, False, "zeros")):
+        ours, plain = (layer(6, 10, *options) for layer in (DCNv4Conv2d, nn.Conv2d))
+        for name in set(nn.Conv2d.__constants__) - {"groups"}:
+            assert getattr(ours, name) == getattr(plain, name), name
+        assert (ours.bias is None) == (plain.bias is None)
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 1), ((1, 5), 2), ((7, 2), (1, 2))])

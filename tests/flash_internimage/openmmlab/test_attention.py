@@ -136,7 +136,7 @@ def test_reference_points_that_do_not_broadcast_are_named(shape):
 def test_padding_mask_of_numbers_is_refused():
     layer = mmcv_layer(batch_first=True)
     use_flash_attention(layer)
-    with pytest.raises(ValueError, match="key_padding_mask must be .* got torch.uint8"):
+    with pytest.raises(ValueError, match="key_padding_mask must be a tensor of"):
         layer(**random_arguments(True), key_padding_mask=torch.zeros(2, PIXELS).byte())
 
 
