@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import SpatialShapes, flash_deform_attn
+from .attention import SpatialShapes, flash_deform_attn, to_integers
 from .ops import dcnv4, output_size, to_bool, to_float, to_int, to_pair
 
 
@@ -170,7 +170,14 @@ class DCNv4(nn.Module):
                 )
             return input
         length = input.shape[1]
-        height, width = shape if shape is not None else (math.isqrt(length),) * 2
+        if shape is None:
+            if torch.compiler.is_exporting() and isinstance(length, torch.SymInt):
+                raise ValueError(
+                    "shape must be (H, W) to export a dynamic length of input, got None"
+                )
+            height = width = torch.sym_int(torch.sym_sqrt(length))
+        else:
+            height, width = shape
         if height * width != length:
             raise ValueError(
                 f"shape must be (H, W) with H * W = {length}, the length of input, got {shape}"
@@ -197,8 +204,7 @@ class DCNv4(nn.Module):
     def _padding_for(self, x: Tensor, window: int) -> list[tuple[int, int]]:
         """(before, after) of H and of W, negative to crop, with which an unpadded strided sliding
         `window` over x (N, H, W, C) has the operator's output size and window centres."""
-        size = x.shape[1:3]
-        out = output_size(size, self.kernel_size, self.stride, self.pad, self.dilation)
+        size, out = x.shape[1:3], self._output_size(x)
         pads = []
         for axis in range(2):
             center = self.dilation[axis] * (self.kernel_size[axis] - 1) // 2
@@ -207,6 +213,9 @@ class DCNv4(nn.Module):
             pads.append((before, covered - size[axis] - before))
         return pads
 
+    def _output_size(self, x: Tensor) -> tuple[int, int]:
+        return output_size(x.shape[1:3], self.kernel_size, self.stride, self.pad, self.dilation)
+
     def _has_odd_window(self) -> bool:
         return all(
             d * (k - 1) % 2 == 0 for d, k in zip(self.dilation, self.kernel_size, strict=True)
@@ -214,10 +223,15 @@ class DCNv4(nn.Module):
 
     def _at_output_centers(self, x: Tensor) -> Tensor:
         """x (N, H, W, C) at the centre of each output pixel's window, zero outside the image."""
-        pads = self._padding_for(x, window=1)
+        pads, out = self._padding_for(x, window=1), self._output_size(x)
         if not (self._has_odd_window() and all(before == 0 for before, _ in pads)):
             x = F.pad(x, (0, 0, *pads[1], *pads[0]))
-        return x[:, :: self.stride[0], :: self.stride[1]]
+        # Not by slices: sizes of slices are not the operator's output size to symbolic tracing.
+        for axis in range(2):
+            if self.stride[axis] > 1:
+                index = torch.arange(out[axis], device=x.device) * self.stride[axis]
+                x = x.index_select(axis + 1, index)
+        return x
 
     def _blend_with_value(self, output: Tensor, value: Tensor) -> Tensor:
         gate = F.linear(
@@ -436,10 +450,10 @@ class FlashDeformAttn(nn.Module):
                 raise ValueError(
                     f"{name} must be (N, length, {self.d_model}), got shape {tuple(tensor.shape)}"
                 )
-        if len(query) != len(input_flatten):
+        if query.shape[0] != input_flatten.shape[0]:
             raise ValueError(
                 "query and input_flatten must have one batch size, "
-                f"got {len(query)} and {len(input_flatten)}"
+                f"got {query.shape[0]} and {input_flatten.shape[0]}"
             )
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
@@ -498,7 +512,7 @@ def sampling_locations(
         ValueError: `reference_points` or `spatial_shapes` does not fit the offsets.
     """
     n, queries, _, levels, points, _ = offsets.shape
-    sizes = torch.as_tensor(spatial_shapes, device=offsets.device)
+    sizes = to_integers("spatial_shapes", spatial_shapes).to(offsets.device, non_blocking=True)
     if tuple(sizes.shape) != (levels, 2):
         raise ValueError(
             f"spatial_shapes must be ({levels}, 2), with (H, W) of each level, "

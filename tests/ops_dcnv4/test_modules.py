@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -353,15 +354,61 @@ def test_torch_compile_equals_eager(arguments, dynamic, assert_near):
             assert_near(a, e, 1e-12)
 
 
-@pytest.mark.parametrize(("dw_kernel_size", "stride"), [(None, 1), (3, 2)])
-def test_exports_with_dynamic_batch_and_image_size(dw_kernel_size, stride):
-    module = randomized(DCNv4(16, stride=stride, group=2, dw_kernel_size=dw_kernel_size))
-    dims = dict(enumerate(torch.export.dims("n", "h", "w", min=4)))
-    example, other = (
-        random_image(*shape, 16, dtype=torch.float32) for shape in ((4, 7, 6), (5, 10, 13))
-    )
-    program = torch.export.export(module, (example,), dynamic_shapes={"input": dims})
-    torch.testing.assert_close(program.module()(other), module(other))
+def export_with_dynamic_sizes(module: nn.Module, example: Tensor, axes: str):
+    """Export a module whose input may have any sizes of at least 4 along the named axes."""
+    dims = {i: torch.export.Dim(axis, min=4) for i, axis in enumerate(axes) if axis != "c"}
+    return torch.export.export(module, (example,), dynamic_shapes={"input": dims}).module()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2},
+        {"stride": 2, "dw_kernel_size": 3},
+        {"stride": (3, 2), "center_feature_scale": True},
+        {"stride": 2, "kernel_size": 2, "pad": 0},
+    ],
+    ids=str,
+)
+def test_exports_with_dynamic_batch_and_image_size(options):
+    module = randomized(DCNv4(16, group=2, **options))
+    sizes = ((4, 7, 6), (5, 10, 13), (4, 11, 8), (5, 12, 9))
+    example, *others = (random_image(*size, 16, dtype=torch.float32) for size in sizes)
+    program = export_with_dynamic_sizes(module, example, "nhwc")
+    for other in others:
+        torch.testing.assert_close(program(other), module(other))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv2d_exports_with_dynamic_batch_and_image_size(stride):
+    module = randomized(DCNv4Conv2d(16, 8, 3, stride, padding=1))
+    program = export_with_dynamic_sizes(module, torch.ones(4, 16, 7, 6), "nchw")
+    for size in ((5, 10, 13), (5, 11, 8)):
+        other = random_image(size[0], 16, *size[1:], dtype=torch.float32)
+        torch.testing.assert_close(program(other), module(other))
+
+
+def test_export_of_a_dynamic_length_asks_for_the_shape():
+    module = randomized(DCNv4(16, group=2))
+    sequence, other = (random_image(2, n, 16, dtype=torch.float32) for n in (24, 42))
+    size = torch.export.Dim.DYNAMIC
+    shapes = {"input": {1: size}, "shape": (size, size)}
+    program = torch.export.export(module, (sequence, (4, 6)), dynamic_shapes=shapes).module()
+    torch.testing.assert_close(program(other, (6, 7)), module(other, (6, 7)))
+    with pytest.raises(ValueError, match=r"shape must be \(H, W\) to export a dynamic length"):
+        export_with_dynamic_sizes(module, torch.ones(4, 25, 16), "nlc")
+
+
+def test_square_sequences_of_any_length_are_compiled_once():
+    module = randomized(DCNv4(16, group=2))
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    for side in (5, 6, 9):
+        sequence = random_image(2, side**2, 16, dtype=torch.float32)
+        torch.testing.assert_close(compiled(sequence), module(sequence))
+    assert counter.frame_count == 1
 
 
 def test_autocast_runs_in_bfloat16():
