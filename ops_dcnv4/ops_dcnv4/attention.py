@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .ops import MAX_SIDE, autocasts, check_size, check_tensor, to_int
+from .ops import MAX_SIDE, autocasts, check_dense, check_size, check_tensor, to_int
 
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
 
@@ -153,8 +153,7 @@ def to_integers(name: str, numbers: Tensor | Sequence) -> Tensor:
             numbers = torch.tensor(numbers, dtype=dtype, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must hold integers, got {numbers!r}") from error
-    if numbers.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {numbers.layout}")
+    check_dense(name, numbers)
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {numbers.dtype}")
     return numbers
@@ -239,10 +238,9 @@ def _check_raw_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: 
         ("spatial_shapes", spatial_shapes),
         ("level_start_index", level_start_index),
     ):
-        if tensor.dtype != torch.int64 or tensor.layout != torch.strided:
-            raise TypeError(
-                f"{name} must be a dense tensor of int64, got {tensor.dtype} of {tensor.layout}"
-            )
+        check_dense(name, tensor)
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be a tensor of int64, got {tensor.dtype}")
         if tensor.device != value.device:
             raise ValueError(
                 f"{name} must be on the device of value, {value.device}, got {tensor.device}"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import SpatialShapes, flash_deform_attn, to_integers
-from .ops import dcnv4, output_size, to_bool, to_float, to_int, to_pair
+from .ops import check_dense, dcnv4, output_size, to_bool, to_float, to_int, to_pair
 
 
 def offset_mask_channels(groups: int, taps: int) -> int:
@@ -158,6 +158,7 @@ class DCNv4(nn.Module):
         return output if input.dim() == 4 else output.flatten(1, 2)
 
     def _as_image(self, input: Tensor, shape: tuple[int, int] | None) -> Tensor:
+        check_dense("input", input)
         if input.dim() not in (3, 4) or input.shape[-1] != self.channels:
             raise ValueError(
                 f"input must be (N, L, {self.channels}) or (N, H, W, {self.channels}), "
@@ -334,6 +335,7 @@ class DCNv4Conv2d(DCNv4):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out), in channels-last memory."""
+        check_dense("input", input)
         if input.dim() != 4 or input.shape[1] != self.in_channels:
             raise ValueError(
                 f"input must be (N, {self.in_channels}, H, W), got shape {tuple(input.shape)}"
@@ -446,6 +448,7 @@ class FlashDeformAttn(nn.Module):
             ValueError: an argument does not fit; the message names it.
         """
         for name, tensor in (("query", query), ("input_flatten", input_flatten)):
+            check_dense(name, tensor)
             if tensor.dim() != 3 or tensor.shape[-1] != self.d_model:
                 raise ValueError(
                     f"{name} must be (N, length, {self.d_model}), got shape {tuple(tensor.shape)}"

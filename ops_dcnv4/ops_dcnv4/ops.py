@@ -135,15 +135,20 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[str, ...]) -> None:
     """Raises an error that names the argument unless it is a floating-point tensor of `shape`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got a {kind}")
+    check_dense(name, tensor)
     if tensor.dim() != len(shape):
         expected = ", ".join(shape)
         raise ValueError(f"{name} must be ({expected}), got shape {tuple(tensor.shape)}")
     if tensor.dtype not in _DTYPES:
         accepted = ", ".join(str(dtype) for dtype in _DTYPES)
         raise TypeError(f"{name} must be floating point ({accepted}), got {tensor.dtype}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise an error that names the argument if it is sparse, nested or in oneDNN's layout."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got a {kind}")
 
 
 def check_raw_dcnv4(
@@ -192,11 +197,11 @@ def check_size(name: str, size: int, limit: int = MAX_COUNT) -> None:
 
 def check_raw_grad_output(grad_output: Tensor, value: Tensor, shape: tuple[int, ...]) -> None:
     """Raise an error unless a gradient is like the output, which has `shape`."""
-    is_dense = grad_output.layout == torch.strided and not grad_output.is_nested
-    if not is_dense or (grad_output.dtype, grad_output.device) != (value.dtype, value.device):
+    check_dense("grad_output", grad_output)
+    if (grad_output.dtype, grad_output.device) != (value.dtype, value.device):
         raise ValueError(
-            f"grad_output must be a dense {value.dtype} tensor on {value.device} like the output, "
-            f"got {grad_output.dtype} on {grad_output.device} of layout {grad_output.layout}"
+            f"grad_output must be a {value.dtype} tensor on {value.device} like the output, "
+            f"got {grad_output.dtype} on {grad_output.device}"
         )
     if tuple(grad_output.shape) != tuple(shape):
         raise ValueError(
