@@ -7,11 +7,12 @@ import torch
 from mmcv.cnn import ConvModule
 from mmcv.cnn.utils import fuse_conv_bn
 from mmdet.models import ResNet
+from mmengine.analysis import FlopAnalyzer
 from mmengine.model import ModuleList
 from mmengine.registry import MODELS
 
 from flash_internimage.openmmlab import FlashDCNv4
-from ops_dcnv4 import DCNv4Conv2d
+from ops_dcnv4 import DCNv4Conv2d, flops
 
 
 def conv_module(**options) -> ConvModule:
@@ -55,6 +56,14 @@ def test_fusing_batch_norms_changes_nothing():
     x = torch.randn(2, 32, 9, 8)
     fused = fuse_conv_bn(copy.deepcopy(module))
     torch.testing.assert_close(fused(x), module(x), rtol=0, atol=0)
+
+
+def test_mmengine_counts_its_multiply_adds_by_the_handles():
+    module = conv_module(norm_cfg=None)
+    analyzer = FlopAnalyzer(module, torch.rand(1, 32, 9, 8)).set_op_handle(**flops.HANDLES)
+    pixels, pixels_out, offset_channels = 9 * 8, 5 * 4, 56
+    projections = pixels * 32 * 32 + pixels_out * 32 * (48 + offset_channels)
+    assert analyzer.total() == projections + 5 * pixels_out * 9 * 32
 
 
 def test_init_cfg_of_linear_layers_leaves_offsets_at_zero():
