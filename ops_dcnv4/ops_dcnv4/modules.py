@@ -11,12 +11,22 @@ from .attention import SpatialShapes, flash_deform_attn, to_integers
 from .ops import check_dense, dcnv4, output_size, to_bool, to_float, to_int, to_pair
 
 
+class _NotScriptable(nn.Module):
+    """Base of the layers, which torch.jit.script is told about before it compiles anything."""
+
+    def __prepare_scriptable__(self) -> None:
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script: use torch.export, "
+            "torch.compile or torch.jit.trace"
+        )
+
+
 def offset_mask_channels(groups: int, taps: int) -> int:
     """Channels of offset_mask for `taps` kernel taps, padded to a multiple of 8 as published."""
     return math.ceil(groups * taps * 3 / 8) * 8
 
 
-class DCNv4(nn.Module):
+class DCNv4(_NotScriptable):
     """The DCNv4 layer (arXiv:2401.06197): value projection, operator, output projection.
 
     Offsets and modulation are predicted from the input, by a linear layer behind an optional
@@ -178,7 +188,8 @@ class DCNv4(nn.Module):
                 )
             height = width = torch.sym_int(torch.sym_sqrt(length))
         else:
-            height, width = shape
+            shape = shape.tolist() if hasattr(shape, "tolist") else shape
+            height, width = to_pair(shape, "shape", minimum=1)
         if height * width != length:
             raise ValueError(
                 f"shape must be (H, W) with H * W = {length}, the length of input, got {shape}"
@@ -364,7 +375,7 @@ def _named_padding(
     )
 
 
-class FlashDeformAttn(nn.Module):
+class FlashDeformAttn(_NotScriptable):
     """Multi-scale deformable attention (arXiv:2010.04159, section 4.1) as in the DCNv4 package.
 
     Argument names and state-dict keys are the published ones. Unlike the published layer it never

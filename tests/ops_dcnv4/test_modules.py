@@ -247,11 +247,39 @@ def test_constructor_argument_of_a_wrong_type_is_named(layer, arguments, message
         ((1, 4, 6, 64), (6, 4), r"shape must be \(4, 6\) like input, got \(6, 4\)"),
         ((1, 4, 6, 32), None, r"input must be .*64.*got shape \(1, 4, 6, 32\)"),
         ((24, 64), (4, 6), "input must be"),
+        ((1, 24, 64), (-4, -6), r"shape must be at least 1, got \(-4, -6\)"),
     ],
 )
 def test_wrong_input_is_named(input_shape, shape, message):
     with pytest.raises(ValueError, match=message):
         DCNv4()(torch.zeros(input_shape), shape)
+
+
+@pytest.mark.parametrize("shape", [(4.0, 6.0), (4, 6, 1), "4x6"], ids=str)
+def test_shape_of_a_wrong_type_is_named(shape):
+    with pytest.raises(TypeError, match="shape must be an int or a pair of ints"):
+        DCNv4()(torch.zeros(1, 24, 64), shape)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+@layers
+def test_torch_jit_script_is_refused_with_the_alternatives(layer, options):
+    network = nn.Sequential(nn.Identity(), layer(**options))
+    message = f"{layer.__name__} cannot be compiled by torch.jit.script: use torch.export"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.jit.script(network)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_traces_run_on_other_sizes(stride):
+    module = randomized(DCNv4(16, group=2, stride=stride))
+    example, other = (
+        random_image(*size, 16, dtype=torch.float32) for size in ((1, 6, 7), (2, 9, 8))
+    )
+    traced = torch.jit.trace(module, example)
+    torch.testing.assert_close(traced(other), module(other))
 
 
 @pytest.mark.parametrize(
