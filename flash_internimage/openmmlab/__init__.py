@@ -12,6 +12,7 @@ from .attention import (
     use_flash_attention,
 )
 from .backbone import FlashInternImageBackbone
+from .convolution import FlashDCNv4
 from .curves import CurvesHook
 from .files import LoadReadableImage
 from .hooks import (
@@ -30,6 +31,7 @@ __all__ = [
     "CompileBackboneHook",
     "CurvesHook",
     "FlashAttentionHook",
+    "FlashDCNv4",
     "FlashInternImageBackbone",
     "FlashMultiScaleDeformableAttention",
     "FlashRunner",

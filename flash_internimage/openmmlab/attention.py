@@ -1,5 +1,6 @@
 """mmcv's multi-scale deformable attention on the operators of ops_dcnv4."""
 
+import torch
 from mmcv.ops import MultiScaleDeformableAttention
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS
@@ -44,7 +45,8 @@ class FlashMultiScaleDeformableAttention(MultiScaleDeformableAttention):
             identity: added to the result; default `query`.
             query_pos: added to `query`.
             key_padding_mask: (N, S), True for pixels that count as zero.
-            reference_points: (N, Lq, L, 2), (x, y) from 0 to 1, or (N, Lq, L, 4), (x, y, w, h).
+            reference_points: (N, Lq, L, 2), (x, y) from 0 to 1, or (N, Lq, L, 4), (x, y, w, h); N,
+                Lq and L may be 1, for all images, queries or levels.
             spatial_shapes: (L, 2), (H, W) of each level.
             level_start_index: (L,), the first pixel of each level; may be left out.
 
@@ -60,6 +62,10 @@ class FlashMultiScaleDeformableAttention(MultiScaleDeformableAttention):
         ):
             if argument is None:
                 raise ValueError(f"{name} must be a tensor, got None")
+        if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+            raise ValueError(
+                f"key_padding_mask must be a tensor of torch.bool, got {key_padding_mask.dtype}"
+            )
         value = query if value is None else value
         identity = query if identity is None else identity
         query = query if query_pos is None else query + query_pos

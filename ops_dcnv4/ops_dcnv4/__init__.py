@@ -1,5 +1,6 @@
 """DCNv4 and deformable attention for PyTorch: fast where there is a kernel, right everywhere."""
 
+from . import flops
 from .attention import flash_deform_attn, ms_deform_attn
 from .backends import choose_backend, is_compiled, use_backend
 from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
@@ -12,6 +13,7 @@ __all__ = [
     "choose_backend",
     "dcnv4",
     "flash_deform_attn",
+    "flops",
     "is_compiled",
     "ms_deform_attn",
     "output_size",

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from .ops import MAX_SIDE, autocasts, check_size, check_tensor
+from .ops import MAX_SIDE, autocasts, check_dense, check_size, check_tensor, to_int
 
 SpatialShapes = Tensor | Sequence[tuple[int, int]]
 
@@ -96,8 +97,7 @@ def flash_deform_attn(
     """
     _check_value(value)
     levels = _levels(value, spatial_shapes, level_start_index)
-    if not isinstance(n_points, int) or isinstance(n_points, bool):
-        raise TypeError(f"n_points must be an int, got {n_points!r}")
+    n_points = to_int(n_points, "n_points")
     _check_fused(value, levels[0].shape[0], sampling_loc_attn, n_points)
     return torch.ops.ops_dcnv4.flash_deform_attn(value, *levels, sampling_loc_attn, n_points)
 
@@ -106,7 +106,7 @@ def _levels(
     value: Tensor, spatial_shapes: SpatialShapes, level_start_index: Tensor | Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
     """Both as tensors of int64 on value's device, checked where they can be read at once."""
-    shapes = _integers("spatial_shapes", spatial_shapes)
+    shapes = to_integers("spatial_shapes", spatial_shapes)
     readable = _is_readable(spatial_shapes) and _is_readable(level_start_index)
     if shapes.dim() != 2 or shapes.shape[1] != 2 or shapes.shape[0] == 0:
         raise ValueError(
@@ -117,7 +117,7 @@ def _levels(
         pixels = shapes.prod(1)
         start = pixels.cumsum(0) - pixels
     else:
-        start = _integers("level_start_index", level_start_index)
+        start = to_integers("level_start_index", level_start_index)
         if tuple(start.shape) != (shapes.shape[0],):
             raise ValueError(
                 f"level_start_index must be ({shapes.shape[0]},), one number for each level of "
@@ -134,22 +134,26 @@ def _levels(
 
 def _is_readable(numbers) -> bool:
     """Whether the contents can be had without waiting, or ending a compiled graph."""
-    is_tensor = isinstance(numbers, Tensor)
-    return not is_tensor or (numbers.device.type == "cpu" and not torch.compiler.is_compiling())
+    if not isinstance(numbers, Tensor):
+        return True
+    # Subclasses stand for tensors without contents while a graph is traced.
+    is_plain = type(numbers) in (Tensor, Parameter) and numbers.device.type == "cpu"
+    return is_plain and not torch.compiler.is_compiling()
 
 
 def _as_list(numbers) -> list | None:
     return numbers.tolist() if isinstance(numbers, Tensor) else numbers
 
 
-def _integers(name: str, numbers) -> Tensor:
+def to_integers(name: str, numbers: Tensor | Sequence) -> Tensor:
+    """Return whole numbers as a tensor, those of lists in the CPU's memory."""
     if not isinstance(numbers, Tensor):
         try:
-            numbers = torch.tensor(numbers) if len(numbers) else torch.tensor([], dtype=torch.int64)
+            dtype = None if len(numbers) else torch.int64
+            numbers = torch.tensor(numbers, dtype=dtype, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name} must hold integers, got {numbers!r}") from error
-    if numbers.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {numbers.layout}")
+    check_dense(name, numbers)
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {numbers.dtype}")
     return numbers
@@ -234,10 +238,9 @@ def _check_raw_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: 
         ("spatial_shapes", spatial_shapes),
         ("level_start_index", level_start_index),
     ):
-        if tensor.dtype != torch.int64 or tensor.layout != torch.strided:
-            raise TypeError(
-                f"{name} must be a dense tensor of int64, got {tensor.dtype} of {tensor.layout}"
-            )
+        check_dense(name, tensor)
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be a tensor of int64, got {tensor.dtype}")
         if tensor.device != value.device:
             raise ValueError(
                 f"{name} must be on the device of value, {value.device}, got {tensor.device}"

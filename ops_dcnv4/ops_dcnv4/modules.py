@@ -7,8 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import SpatialShapes, flash_deform_attn
-from .ops import dcnv4, output_size, to_pair
+from .attention import SpatialShapes, flash_deform_attn, to_integers
+from .ops import check_dense, dcnv4, output_size, to_bool, to_float, to_int, to_pair
+
+
+class _NotScriptable(nn.Module):
+    """Base of the layers, which torch.jit.script is told about before it compiles anything."""
+
+    def __prepare_scriptable__(self) -> None:
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script: use torch.export, "
+            "torch.compile or torch.jit.trace"
+        )
 
 
 def offset_mask_channels(groups: int, taps: int) -> int:
@@ -16,7 +26,7 @@ def offset_mask_channels(groups: int, taps: int) -> int:
     return math.ceil(groups * taps * 3 / 8) * 8
 
 
-class DCNv4(nn.Module):
+class DCNv4(_NotScriptable):
     """The DCNv4 layer (arXiv:2401.06197): value projection, operator, output projection.
 
     Offsets and modulation are predicted from the input, by a linear layer behind an optional
@@ -38,8 +48,10 @@ class DCNv4(nn.Module):
         without_pointwise: leave out the value and output projections.
         initial_modulation: where the modulation scalars start; 1 / taps makes a fresh layer average
             its window, which helps where the published zero start does not train.
+        device, dtype: of the parameters.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: `group` does not divide `channels`, or `dw_kernel_size` is even.
     """
 
@@ -58,41 +70,57 @@ class DCNv4(nn.Module):
         output_bias: bool = True,
         without_pointwise: bool = False,
         initial_modulation: float = 0.0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        channels, group = to_int(channels, "channels", minimum=1), to_int(group, "group")
         if group < 1 or channels % group:
             raise ValueError(f"group must be positive and divide channels={channels}, got {group}")
-        if dw_kernel_size is not None and dw_kernel_size % 2 == 0:
-            raise ValueError(f"dw_kernel_size must be odd or None, got {dw_kernel_size}")
+        if dw_kernel_size is not None:
+            dw_kernel_size = to_int(dw_kernel_size, "dw_kernel_size", minimum=1)
+            if dw_kernel_size % 2 == 0:
+                raise ValueError(f"dw_kernel_size must be odd or None, got {dw_kernel_size}")
         self.channels = channels
         self.kernel_size = to_pair(kernel_size, "kernel_size", minimum=1)
         self.stride = to_pair(stride, "stride", minimum=1)
         self.pad = to_pair(pad, "pad", minimum=0)
         self.dilation = to_pair(dilation, "dilation", minimum=1)
         self.group = group
-        self.offset_scale = offset_scale
+        self.offset_scale = to_float(offset_scale, "offset_scale")
         self.dw_kernel_size = dw_kernel_size
-        self.center_feature_scale = center_feature_scale
-        self.remove_center = bool(remove_center)
-        self.without_pointwise = without_pointwise
-        self.initial_modulation = initial_modulation
+        self.center_feature_scale = to_bool(center_feature_scale, "center_feature_scale")
+        self.remove_center = to_bool(remove_center, "remove_center")
+        self.without_pointwise = to_bool(without_pointwise, "without_pointwise")
+        self.initial_modulation = to_float(initial_modulation, "initial_modulation")
 
         self.taps = self.kernel_size[0] * self.kernel_size[1] - self.remove_center
+        factory = {"device": device, "dtype": dtype}
         if dw_kernel_size is not None:
             self.offset_mask_dw = nn.Conv2d(
-                channels, channels, dw_kernel_size, padding=dw_kernel_size // 2, groups=channels
+                channels,
+                channels,
+                dw_kernel_size,
+                padding=dw_kernel_size // 2,
+                groups=channels,
+                **factory,
             )
-        self.offset_mask = nn.Linear(channels, offset_mask_channels(group, self.taps))
-        if not without_pointwise:
-            self.value_proj = nn.Linear(channels, channels)
-            self.output_proj = nn.Linear(channels, channels, bias=output_bias)
-        if center_feature_scale:
-            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(group, channels))
-            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(group))
+        self.offset_mask = nn.Linear(channels, offset_mask_channels(group, self.taps), **factory)
+        if not self.without_pointwise:
+            output_bias = to_bool(output_bias, "output_bias")
+            self.value_proj = nn.Linear(channels, channels, **factory)
+            self.output_proj = nn.Linear(channels, channels, bias=output_bias, **factory)
+        if self.center_feature_scale:
+            self.center_feature_scale_proj_weight = nn.Parameter(
+                torch.empty(group, channels, **factory)
+            )
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(group, **factory))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialisation; the depth-wise convolution keeps nn.Conv2d's."""
+        """Published initialisation; the depth-wise convolution has nn.Conv2d's."""
+        if self.dw_kernel_size is not None:
+            self.offset_mask_dw.reset_parameters()
         nn.init.zeros_(self.offset_mask.weight)
         nn.init.zeros_(self.offset_mask.bias)
         if self.initial_modulation:
@@ -104,6 +132,9 @@ class DCNv4(nn.Module):
                 nn.init.xavier_uniform_(projection.weight)
                 if projection.bias is not None:
                     nn.init.zeros_(projection.bias)
+        if self.center_feature_scale:
+            nn.init.zeros_(self.center_feature_scale_proj_weight)
+            nn.init.zeros_(self.center_feature_scale_proj_bias)
 
     def forward(self, input: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         """
@@ -137,6 +168,7 @@ class DCNv4(nn.Module):
         return output if input.dim() == 4 else output.flatten(1, 2)
 
     def _as_image(self, input: Tensor, shape: tuple[int, int] | None) -> Tensor:
+        check_dense("input", input)
         if input.dim() not in (3, 4) or input.shape[-1] != self.channels:
             raise ValueError(
                 f"input must be (N, L, {self.channels}) or (N, H, W, {self.channels}), "
@@ -149,7 +181,15 @@ class DCNv4(nn.Module):
                 )
             return input
         length = input.shape[1]
-        height, width = shape if shape is not None else (math.isqrt(length),) * 2
+        if shape is None:
+            if torch.compiler.is_exporting() and isinstance(length, torch.SymInt):
+                raise ValueError(
+                    "shape must be (H, W) to export a dynamic length of input, got None"
+                )
+            height = width = torch.sym_int(torch.sym_sqrt(length))
+        else:
+            shape = shape.tolist() if hasattr(shape, "tolist") else shape
+            height, width = to_pair(shape, "shape", minimum=1)
         if height * width != length:
             raise ValueError(
                 f"shape must be (H, W) with H * W = {length}, the length of input, got {shape}"
@@ -176,8 +216,7 @@ class DCNv4(nn.Module):
     def _padding_for(self, x: Tensor, window: int) -> list[tuple[int, int]]:
         """(before, after) of H and of W, negative to crop, with which an unpadded strided sliding
         `window` over x (N, H, W, C) has the operator's output size and window centres."""
-        size = x.shape[1:3]
-        out = output_size(size, self.kernel_size, self.stride, self.pad, self.dilation)
+        size, out = x.shape[1:3], self._output_size(x)
         pads = []
         for axis in range(2):
             center = self.dilation[axis] * (self.kernel_size[axis] - 1) // 2
@@ -186,6 +225,9 @@ class DCNv4(nn.Module):
             pads.append((before, covered - size[axis] - before))
         return pads
 
+    def _output_size(self, x: Tensor) -> tuple[int, int]:
+        return output_size(x.shape[1:3], self.kernel_size, self.stride, self.pad, self.dilation)
+
     def _has_odd_window(self) -> bool:
         return all(
             d * (k - 1) % 2 == 0 for d, k in zip(self.dilation, self.kernel_size, strict=True)
@@ -193,10 +235,15 @@ class DCNv4(nn.Module):
 
     def _at_output_centers(self, x: Tensor) -> Tensor:
         """x (N, H, W, C) at the centre of each output pixel's window, zero outside the image."""
-        pads = self._padding_for(x, window=1)
+        pads, out = self._padding_for(x, window=1), self._output_size(x)
         if not (self._has_odd_window() and all(before == 0 for before, _ in pads)):
             x = F.pad(x, (0, 0, *pads[1], *pads[0]))
-        return x[:, :: self.stride[0], :: self.stride[1]]
+        # Not by slices: sizes of slices are not the operator's output size to symbolic tracing.
+        for axis in range(2):
+            if self.stride[axis] > 1:
+                index = torch.arange(out[axis], device=x.device) * self.stride[axis]
+                x = x.index_select(axis + 1, index)
+        return x
 
     def _blend_with_value(self, output: Tensor, value: Tensor) -> Tensor:
         gate = F.linear(
@@ -216,22 +263,31 @@ class DCNv4(nn.Module):
 class DCNv4Conv2d(DCNv4):
     """A drop-in for nn.Conv2d that aggregates with DCNv4.
 
-    Unlike the published layer it starts as an average over its window.
+    Unlike the published layer it starts as an average over its window. It has the attributes of
+    nn.Conv2d but `weight`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as for nn.Conv2d;
-            `padding` may be 'valid', or 'same' with stride 1.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias, device, dtype: as
+            for nn.Conv2d; `padding` may be 'valid', or 'same' with stride 1.
         groups: number of groups of input channels that share their offsets (not nn.Conv2d's groups:
-            every output channel sees every input channel). None takes 16 channels per group, as the
-            published models do, where that divides `in_channels`, else one group.
+            every output channel sees every input channel, and 1 is one group). None takes 16
+            channels per group, as the published models do, where that divides `in_channels`, else
+            one group.
+        padding_mode: 'zeros'.
 
     Raises:
-        ValueError: `groups` does not divide `in_channels`, or `padding` is not accepted.
+        TypeError: an argument has the wrong type.
+        ValueError: `groups` does not divide `in_channels`, or `padding` or `padding_mode` is not
+            accepted.
 
     Example:
         >>> DCNv4Conv2d(32, 64, kernel_size=3, stride=2, padding=1)(torch.randn(1, 32, 8, 8)).shape
         torch.Size([1, 64, 4, 4])
     """
+
+    transposed = False
+    output_padding = (0, 0)
+    padding_mode = "zeros"
 
     def __init__(
         self,
@@ -243,15 +299,25 @@ class DCNv4Conv2d(DCNv4):
         dilation: int | tuple[int, int] = 1,
         groups: int | None = None,
         bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
+        in_channels = to_int(in_channels, "in_channels", minimum=1)
+        out_channels = to_int(out_channels, "out_channels", minimum=1)
+        if padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
         kernel_size = to_pair(kernel_size, "kernel_size", minimum=1)
         if isinstance(padding, str):
-            padding = _named_padding(
+            pad = _named_padding(
                 padding, kernel_size, to_pair(stride, "stride", 1), to_pair(dilation, "dilation", 1)
             )
+        else:
+            pad = padding = to_pair(padding, "padding", minimum=0)
         if groups is None:
             groups = in_channels // 16 if in_channels % 16 == 0 else 1
-        elif groups < 1 or in_channels % groups:
+        groups = to_int(groups, "groups")
+        if groups < 1 or in_channels % groups:
             raise ValueError(
                 f"groups must be positive and divide in_channels={in_channels}, got {groups}"
             )
@@ -259,22 +325,40 @@ class DCNv4Conv2d(DCNv4):
             in_channels,
             kernel_size,
             stride,
-            padding,
+            pad,
             dilation,
             groups,
             initial_modulation=1 / math.prod(kernel_size),
+            device=device,
+            dtype=dtype,
         )
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.output_proj = nn.Linear(in_channels, out_channels, bias=bias)
+        self.padding, self.groups = padding, groups
+        self.output_proj = nn.Linear(
+            in_channels, out_channels, to_bool(bias, "bias"), device=device, dtype=dtype
+        )
         self.reset_parameters()
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """What is added to each output channel: the bias of the output projection."""
+        return self.output_proj.bias
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out), in channels-last memory."""
+        check_dense("input", input)
         if input.dim() != 4 or input.shape[1] != self.in_channels:
             raise ValueError(
                 f"input must be (N, {self.in_channels}, H, W), got shape {tuple(input.shape)}"
             )
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, bias={self.bias is not None}"
+        )
 
 
 def _named_padding(
@@ -291,7 +375,7 @@ def _named_padding(
     )
 
 
-class FlashDeformAttn(nn.Module):
+class FlashDeformAttn(_NotScriptable):
     """Multi-scale deformable attention (arXiv:2010.04159, section 4.1) as in the DCNv4 package.
 
     Argument names and state-dict keys are the published ones. Unlike the published layer it never
@@ -302,26 +386,37 @@ class FlashDeformAttn(nn.Module):
         n_levels: feature maps that are sampled.
         n_heads: heads; divides `d_model`.
         n_points: sampling points per query, head and level.
+        device, dtype: of the parameters.
 
     Raises:
+        TypeError: an argument has the wrong type.
         ValueError: a number is below 1, or `n_heads` does not divide `d_model`.
     """
 
-    def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4):
+    def __init__(
+        self,
+        d_model: int = 256,
+        n_levels: int = 4,
+        n_heads: int = 8,
+        n_points: int = 4,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        for name, number in (("n_levels", n_levels), ("n_points", n_points)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+        d_model = to_int(d_model, "d_model", minimum=1)
+        n_levels, n_points = to_int(n_levels, "n_levels", 1), to_int(n_points, "n_points", 1)
+        n_heads = to_int(n_heads, "n_heads")
         if n_heads < 1 or d_model % n_heads:
             raise ValueError(
                 f"n_heads must be positive and divide d_model={d_model}, got {n_heads}"
             )
         self.d_model, self.n_levels = d_model, n_levels
         self.n_heads, self.n_points = n_heads, n_points
-        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
-        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
-        self.value_proj = nn.Linear(d_model, d_model)
-        self.output_proj = nn.Linear(d_model, d_model)
+        factory = {"device": device, "dtype": dtype}
+        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2, **factory)
+        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points, **factory)
+        self.value_proj = nn.Linear(d_model, d_model, **factory)
+        self.output_proj = nn.Linear(d_model, d_model, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -329,7 +424,7 @@ class FlashDeformAttn(nn.Module):
         nn.init.zeros_(self.sampling_offsets.weight)
         with torch.no_grad():
             bias = self.sampling_offsets.bias.view(self.n_heads, self.n_levels, self.n_points, 2)
-            bias.copy_(initial_offsets(self.n_heads, self.n_points)[:, None])
+            bias.copy_(initial_offsets(self.n_heads, self.n_points, bias.device)[:, None])
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
         for projection in (self.value_proj, self.output_proj):
@@ -350,7 +445,8 @@ class FlashDeformAttn(nn.Module):
             query: (N, Lq, C).
             reference_points: (N, Lq, L, 2), points (x, y), (0, 0) at the top left corner of the
                 images and (1, 1) at the bottom right one, or (N, Lq, L, 4), boxes (x, y, w, h)
-                around such points, in whose sizes the offsets are then measured.
+                around such points, in whose sizes the offsets are then measured. N, Lq and L may
+                be 1 there, for all images, queries or levels.
             input_flatten: (N, S, C), the feature maps of all levels one behind the other.
             input_spatial_shapes: (L, 2), (H, W) of each level.
             input_level_start_index: (L,), the first pixel of each level; may be left out.
@@ -363,14 +459,15 @@ class FlashDeformAttn(nn.Module):
             ValueError: an argument does not fit; the message names it.
         """
         for name, tensor in (("query", query), ("input_flatten", input_flatten)):
+            check_dense(name, tensor)
             if tensor.dim() != 3 or tensor.shape[-1] != self.d_model:
                 raise ValueError(
                     f"{name} must be (N, length, {self.d_model}), got shape {tuple(tensor.shape)}"
                 )
-        if len(query) != len(input_flatten):
+        if query.shape[0] != input_flatten.shape[0]:
             raise ValueError(
                 "query and input_flatten must have one batch size, "
-                f"got {len(query)} and {len(input_flatten)}"
+                f"got {query.shape[0]} and {input_flatten.shape[0]}"
             )
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
@@ -404,13 +501,13 @@ class FlashDeformAttn(nn.Module):
         )
 
 
-def initial_offsets(heads: int, points: int) -> Tensor:
+def initial_offsets(heads: int, points: int, device: torch.device) -> Tensor:
     """(heads, points, 2): point k of head m lies k + 1 pixels away in direction 2 * pi * m / heads,
     in the maximum norm."""
-    angles = torch.arange(heads) * (2 * math.pi / heads)
+    angles = torch.arange(heads, device=device) * (2 * math.pi / heads)
     directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
     directions = directions / directions.abs().amax(-1, keepdim=True)
-    return directions[:, None] * torch.arange(1, points + 1)[:, None]
+    return directions[:, None] * torch.arange(1, points + 1, device=device)[:, None]
 
 
 def sampling_locations(
@@ -421,23 +518,31 @@ def sampling_locations(
     Args:
         offsets: (N, Lq, M, L, K, 2), in pixels of the level around reference points, in halves of a
             reference box divided by K.
-        reference_points: (N, Lq, L, 2) points or (N, Lq, L, 4) boxes (x, y, w, h).
+        reference_points: (N, Lq, L, 2) points or (N, Lq, L, 4) boxes (x, y, w, h); the first three
+            dimensions may be 1.
         spatial_shapes: (L, 2), (H, W) of each level.
 
     Raises:
         ValueError: `reference_points` or `spatial_shapes` does not fit the offsets.
     """
     n, queries, _, levels, points, _ = offsets.shape
-    sizes = torch.as_tensor(spatial_shapes, device=offsets.device)
+    sizes = to_integers("spatial_shapes", spatial_shapes).to(offsets.device, non_blocking=True)
     if tuple(sizes.shape) != (levels, 2):
         raise ValueError(
             f"spatial_shapes must be ({levels}, 2), with (H, W) of each level, "
             f"got shape {tuple(sizes.shape)}"
         )
-    if tuple(reference_points.shape) not in ((n, queries, levels, 2), (n, queries, levels, 4)):
+    shape = (n, queries, levels)
+    if (
+        reference_points.dim() != 4
+        or reference_points.shape[3] not in (2, 4)
+        or any(
+            size not in (full, 1) for size, full in zip(reference_points.shape, shape, strict=False)
+        )
+    ):
         raise ValueError(
-            f"reference_points must be ({n}, {queries}, {levels}, 2) or (..., 4), "
-            f"got shape {tuple(reference_points.shape)}"
+            f"reference_points must be ({n}, {queries}, {levels}, 2) or (..., 4), or broadcast to "
+            f"that, got shape {tuple(reference_points.shape)}"
         )
     dtype = torch.promote_types(offsets.dtype, torch.float32)
     reference_points = reference_points.to(dtype)[:, :, None, :, None]

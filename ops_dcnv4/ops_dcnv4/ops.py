@@ -1,5 +1,8 @@
 """The functional DCNv4 operator and its checks."""
 
+from collections.abc import Sequence
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -63,24 +66,51 @@ def dcnv4(
         to_pair(padding, "padding", minimum=0),
         to_pair(dilation, "dilation", minimum=1),
     )
-    if not isinstance(offset_scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"offset_scale must be a number, got {offset_scale!r}")
+    groups = to_int(groups, "groups")
+    offset_scale = to_float(offset_scale, "offset_scale")
+    remove_center = to_bool(remove_center, "remove_center")
     _check_operands(value, offset_mask, *pairs, groups, remove_center)
     return torch.ops.ops_dcnv4.dcnv4(
-        value, offset_mask, *pairs, groups, float(offset_scale), bool(remove_center)
+        value, offset_mask, *pairs, groups, offset_scale, remove_center
     )
 
 
-def to_pair(number: int | tuple[int, int], name: str, minimum: int) -> tuple[int, int]:
-    """(height, width) from one number or two; errors name the argument `name`."""
-    pair = tuple(number) if isinstance(number, (tuple, list)) else (number, number)
-    if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
-        raise TypeError(f"{name} must be an int or a pair of ints, got {number!r}")
-    if min(pair) < minimum:
+def to_int(number: int, name: str, minimum: int | None = None) -> int:
+    """Return an integer of Python or NumPy as an int; errors name the argument `name`."""
+    if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt, Integral)):
+        raise TypeError(f"{name} must be an int, got {number!r}")
+    if minimum is not None and number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number if isinstance(number, (int, torch.SymInt)) else int(number)
+
+
+def to_pair(number: int | Sequence[int], name: str, minimum: int) -> tuple[int, int]:
+    """Return (height, width) from one number or two; errors name the argument `name`."""
+    numbers = tuple(number) if isinstance(number, (tuple, list)) else (number, number)
+    try:
+        height, width = (to_int(n, name) for n in numbers)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {number!r}") from None
+    if min(height, width) < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number!r}")
-    if max(pair) > MAX_PARAMETER:
+    if max(height, width) > MAX_PARAMETER:
         raise ValueError(f"{name} must be at most {MAX_PARAMETER}, got {number!r}")
-    return pair
+    return height, width
+
+
+def to_float(number: float, name: str) -> float:
+    """Return a real number of Python or NumPy as a float; errors name the argument `name`."""
+    accepted = (int, float, torch.SymFloat, Real)
+    if isinstance(number, bool) or not isinstance(number, accepted):
+        raise TypeError(f"{name} must be a number, got {number!r}")
+    return float(number)
+
+
+def to_bool(flag: bool, name: str) -> bool:
+    """Return a flag, also one of NumPy or 0 or 1, as a bool; errors name the argument `name`."""
+    if isinstance(flag, (str, Tensor)) or flag not in (False, True):
+        raise TypeError(f"{name} must be a bool, got {flag!r}")
+    return bool(flag)
 
 
 def output_size(
@@ -105,15 +135,20 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[str, ...]) -> None:
     """Raises an error that names the argument unless it is a floating-point tensor of `shape`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got a {kind}")
+    check_dense(name, tensor)
     if tensor.dim() != len(shape):
         expected = ", ".join(shape)
         raise ValueError(f"{name} must be ({expected}), got shape {tuple(tensor.shape)}")
     if tensor.dtype not in _DTYPES:
         accepted = ", ".join(str(dtype) for dtype in _DTYPES)
         raise TypeError(f"{name} must be floating point ({accepted}), got {tensor.dtype}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise an error that names the argument if it is sparse, nested or in oneDNN's layout."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got a {kind}")
 
 
 def check_raw_dcnv4(
@@ -162,11 +197,11 @@ def check_size(name: str, size: int, limit: int = MAX_COUNT) -> None:
 
 def check_raw_grad_output(grad_output: Tensor, value: Tensor, shape: tuple[int, ...]) -> None:
     """Raise an error unless a gradient is like the output, which has `shape`."""
-    is_dense = grad_output.layout == torch.strided and not grad_output.is_nested
-    if not is_dense or (grad_output.dtype, grad_output.device) != (value.dtype, value.device):
+    check_dense("grad_output", grad_output)
+    if (grad_output.dtype, grad_output.device) != (value.dtype, value.device):
         raise ValueError(
-            f"grad_output must be a dense {value.dtype} tensor on {value.device} like the output, "
-            f"got {grad_output.dtype} on {grad_output.device} of layout {grad_output.layout}"
+            f"grad_output must be a {value.dtype} tensor on {value.device} like the output, "
+            f"got {grad_output.dtype} on {grad_output.device}"
         )
     if tuple(grad_output.shape) != tuple(shape):
         raise ValueError(
@@ -220,8 +255,6 @@ def _check_shapes(
     remove_center: bool,
 ) -> None:
     n, height, width, channels = value.shape
-    if not isinstance(groups, int) or isinstance(groups, bool):
-        raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1 or channels % groups:
         raise ValueError(
             f"groups must be positive and divide the channels of value ({channels}), got {groups}; "

@@ -25,12 +25,16 @@ whose softmax over all levels and points are the weights.
 **Both.** A point counts if -1 < y < H and -1 < x < W, and each of its four pixels if it lies
 inside the image. Gradients are those of the cell that starts at floor(coordinate). float16 and
 bfloat16 are computed in float32.
+
+The functions change nothing in place and make no constants, so that they serve as decompositions
+of the operators in exported and traced graphs.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, int]
@@ -58,25 +62,23 @@ def sampling_points(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coordinates x, y in pixels and modulation of every tap, each (N, H_out, W_out, G, K)."""
     height_out, width_out = offset_mask.shape[1:3]
-    tensor_options = {"dtype": offset_mask.dtype, "device": offset_mask.device}
-    taps = [
-        (i, j)
-        for i in range(kernel_size[1])
-        for j in range(kernel_size[0])
-        if not (remove_center and (i, j) == (kernel_size[1] // 2, kernel_size[0] // 2))
-    ]
-    packed = offset_mask[..., : 3 * groups * len(taps)].unflatten(-1, (groups, 3 * len(taps)))
-    offsets, modulation = packed.split([2 * len(taps), len(taps)], dim=-1)
+    device = offset_mask.device
+    tap = torch.arange(kernel_size[0] * kernel_size[1] - remove_center, device=device)
+    if remove_center:
+        tap = tap + (tap >= kernel_size[1] // 2 * kernel_size[0] + kernel_size[0] // 2)
+    taps = tap.shape[0]
+    packed = offset_mask[..., : 3 * groups * taps].unflatten(-1, (groups, 3 * taps))
+    offsets, modulation = packed.split([2 * taps, taps], dim=-1)
 
-    def coordinates(axis: int, out: int, steps: list[int], offset: Tensor) -> Tensor:
+    def coordinates(axis: int, out: int, step: Tensor, offset: Tensor) -> Tensor:
         center = dilation[axis] * (kernel_size[axis] - 1) // 2
-        start = torch.arange(out, **tensor_options) * stride[axis] - padding[axis] + center
-        grid = torch.tensor(steps, **tensor_options) * dilation[axis] - center
+        start = torch.arange(out, device=device) * stride[axis] - padding[axis] + center
+        grid = step * dilation[axis] - center
         shape = (-1, 1, 1, 1) if axis == 0 else (-1, 1, 1)
-        return start.view(shape) + offset_scale * (grid + offset)
+        return start.to(offset.dtype).view(shape) + offset_scale * (grid.to(offset.dtype) + offset)
 
-    x = coordinates(1, width_out, [i for i, _ in taps], offsets[..., 0::2])
-    y = coordinates(0, height_out, [j for _, j in taps], offsets[..., 1::2])
+    x = coordinates(1, width_out, tap // kernel_size[0], offsets[..., 0::2])
+    y = coordinates(0, height_out, tap % kernel_size[0], offsets[..., 1::2])
     return x, y, modulation
 
 
@@ -132,18 +134,17 @@ def aggregate_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of pixels, x, y and modulation for a gradient (N, ..., G, D) of the sums."""
     grad = grad.unsqueeze(-2)
-    grad_pixels = torch.zeros_like(pixels)
-    grad_x, grad_y, grad_modulation = (torch.zeros_like(modulation) for _ in range(3))
+    grad_pixels, grad_x, grad_y, grad_modulation = torch.zeros_like(pixels), 0, 0, 0
     for corner in around:
         weight = torch.where(corner.inside, corner.weight * modulation, 0)
         where = tuple(t.expand_as(weight) for t in gather_index(corner))
         spread = torch.where(corner.inside[..., None], weight[..., None] * grad, 0)
-        grad_pixels.index_put_(where, spread, accumulate=True)
+        grad_pixels = grad_pixels.index_put(where, spread, accumulate=True)
         product = torch.where(corner.inside, (gather(pixels, corner) * grad).sum(-1), 0)
         slope = torch.where(corner.inside, modulation * product, 0)
-        grad_x += corner.weight_dx * slope
-        grad_y += corner.weight_dy * slope
-        grad_modulation += corner.weight * product
+        grad_x = grad_x + corner.weight_dx * slope
+        grad_y = grad_y + corner.weight_dy * slope
+        grad_modulation = grad_modulation + corner.weight * product
     return grad_pixels, grad_x, grad_y, grad_modulation
 
 
@@ -200,8 +201,8 @@ def dcnv4_backward(
     )
     grad_offsets = offset_scale * torch.stack((grad_x, grad_y), dim=-1).flatten(-2)
     grad_packed = torch.cat((grad_offsets, grad_modulation), dim=-1).flatten(-2)
-    grad_offset_mask = torch.zeros_like(offset_mask, memory_format=torch.contiguous_format)
-    grad_offset_mask[..., : grad_packed.shape[-1]] = grad_packed.to(offset_mask.dtype)
+    padding_channels = offset_mask.shape[-1] - grad_packed.shape[-1]
+    grad_offset_mask = F.pad(grad_packed, (0, padding_channels)).to(offset_mask.dtype)
     return grad_pixels.reshape(value.shape).to(value.dtype), grad_offset_mask
 
 
@@ -271,7 +272,7 @@ def flash_deform_attn(
 ) -> Tensor:
     """The operator; arguments as its namesake in ops_dcnv4. Differentiable by autograd."""
     packed = sampling_loc_attn.to(compute_dtype(value.dtype))
-    unpacked = unpack(packed, len(spatial_shapes), n_points)
+    unpacked = unpack(packed, spatial_shapes.shape[0], n_points)
     return ms_deform_attn(value, spatial_shapes, level_start_index, *unpacked)
 
 
@@ -285,7 +286,7 @@ def flash_deform_attn_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of value and sampling_loc_attn, in their shapes and dtypes."""
     packed = sampling_loc_attn.to(compute_dtype(value.dtype))
-    locations, weights = unpack(packed, len(spatial_shapes), n_points)
+    locations, weights = unpack(packed, spatial_shapes.shape[0], n_points)
     grad_value, grad_locations, grad_weights = ms_deform_attn_backward(
         grad_output, value, spatial_shapes, level_start_index, locations, weights
     )

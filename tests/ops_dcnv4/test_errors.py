@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,11 @@ ERRORS = [
     ({"padding": "same"}, TypeError, "padding must be an int or a pair"),
     ({"dilation": None}, TypeError, "dilation must be an int or a pair"),
     ({"groups": 2.0}, TypeError, "groups must be an int"),
+    ({"groups": True}, TypeError, "groups must be an int, got True"),
+    ({"groups": torch.tensor(2)}, TypeError, "groups must be an int"),
+    ({"stride": (1, True)}, TypeError, "stride must be an int or a pair"),
+    ({"offset_scale": None}, TypeError, "offset_scale must be a number, got None"),
+    ({"remove_center": "no"}, TypeError, "remove_center must be a bool, got 'no'"),
     ({"groups": 0}, ValueError, "groups must be positive"),
     ({"groups": 3}, ValueError, r"groups must .* divide the channels of value \(8\), got 3"),
     ({"kernel_size": 9}, ValueError, "output would be -1 x 0.*kernel_size"),
@@ -125,6 +131,88 @@ def test_wrong_argument_of_flash_deform_attn_is_named(change, error, message):
     assert flash_deform_attn(**arguments).shape == (2, 5, 8)
     with pytest.raises(error, match=message):
         flash_deform_attn(**arguments | change)
+
+
+DENSE = {
+    "dcnv4": {"value": VALUE, "offset_mask": OFFSET_MASK},
+    "ms_deform_attn": {
+        "value": PIXELS,
+        "spatial_shapes": SHAPES,
+        "level_start_index": START,
+        "sampling_locations": LOCATIONS,
+        "attention_weights": WEIGHTS,
+    },
+    "flash_deform_attn": {
+        "value": PIXELS,
+        "spatial_shapes": SHAPES,
+        "level_start_index": START,
+        "sampling_loc_attn": PACKED,
+    },
+}
+FURTHER = {
+    "dcnv4": ([3, 3], [1, 1], [1, 1], [1, 1], 2, 1.0, False),
+    "ms_deform_attn": (),
+    "flash_deform_attn": (3,),
+}
+PUBLIC = {"dcnv4": dcnv4, "ms_deform_attn": ms_deform_attn, "flash_deform_attn": flash_deform_attn}
+CONVERSIONS = {
+    "sparse_coo": torch.Tensor.to_sparse,
+    "sparse_csr": lambda t: (t if t.dim() < 3 else t.flatten(0, -2)).to_sparse_csr(),
+    "_mkldnn": torch.Tensor.to_mkldnn,
+    "nested": lambda t: torch.nested.nested_tensor([t]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse CSR|Sparse.*invariant)")
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize(("operator", "argument"), [(o, a) for o in DENSE for a in DENSE[o]])
+def test_sparse_nested_and_mkldnn_tensors_are_refused_by_name(operator, argument, conversion):
+    dense = DENSE[operator][argument]
+    is_integer, has_rows = dense.dtype == torch.int64, dense.dim() > 1
+    if (conversion == "_mkldnn" and (is_integer or dense.dim() > 5)) or (
+        conversion == "sparse_csr" and not has_rows
+    ):
+        return  # There is no such tensor.
+    arguments = DENSE[operator] | {argument: CONVERSIONS[conversion](dense)}
+    raw = getattr(torch.ops.ops_dcnv4, operator)
+    backward = getattr(torch.ops.ops_dcnv4, f"{operator}_backward")
+    options = {"groups": 2} if operator == "dcnv4" else {}
+    options |= {"n_points": 3} if operator == "flash_deform_attn" else {}
+    for call in (
+        lambda: PUBLIC[operator](**arguments, **options),
+        lambda: raw(*arguments.values(), *FURTHER[operator]),
+        lambda: backward(VALUE, *arguments.values(), *FURTHER[operator]),
+    ):
+        with pytest.raises(TypeError, match=f"{argument} must be a dense tensor.*{conversion}"):
+            call()
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_gradients_that_are_not_dense_are_refused_by_name(conversion):
+    grad_output = CONVERSIONS[conversion](VALUE)
+    with pytest.raises(TypeError, match=f"grad_output must be a dense tensor.*{conversion}"):
+        torch.ops.ops_dcnv4.dcnv4_backward(grad_output, VALUE, OFFSET_MASK, *FURTHER["dcnv4"])
+
+
+def test_numbers_of_numpy_and_lists_are_accepted():
+    generator = torch.Generator().manual_seed(0)
+    value, offset_mask, pixels, packed = (
+        torch.rand(t.shape, generator=generator) for t in (VALUE, OFFSET_MASK, PIXELS, PACKED)
+    )
+    expected = dcnv4(value, offset_mask, 3, 1, 1, 1, 2, 0.5, False)
+    numbers = np.int64(3), [1, 1], np.int32(1), (np.uint8(1), 1), np.int64(2), np.float32(0.5)
+    assert torch.equal(dcnv4(value, offset_mask, *numbers, np.bool_(False)), expected)
+    expected = flash_deform_attn(pixels, SHAPES, START, packed, 3)
+    shapes, start = np.array(LEVELS), [np.int64(0), 6]
+    assert torch.equal(flash_deform_attn(pixels, shapes, start, packed, np.int64(3)), expected)
+
+
+def test_levels_in_lists_are_made_on_the_device_of_value():
+    with torch.device("meta"):
+        assert not ms_deform_attn(PIXELS, LEVELS, LOCATIONS, WEIGHTS, [0, 6]).any()
+    on_meta = (t.to("meta") for t in (PIXELS, LOCATIONS, WEIGHTS))
+    value, locations, weights = on_meta
+    assert ms_deform_attn(value, LEVELS, locations, weights).is_meta
 
 
 def test_levels_in_lists_are_checked_in_compiled_graphs_too():

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 
 from ops_dcnv4 import FlashDeformAttn, ms_deform_attn
 
@@ -85,12 +86,63 @@ def test_layer_is_the_paper_s_formula(reference_size, masked, assert_near):
     assert_near(actual, expected.detach(), 1e-12)
 
 
+@pytest.mark.parametrize("shape", [(1, 7, 3, 2), (2, 7, 1, 4), (2, 1, 3, 4), (1, 1, 1, 2)], ids=str)
+def test_reference_points_broadcast(shape):
+    layer, arguments = layer_that_samples(), random_arguments()
+    points = torch.rand(shape, dtype=torch.float64)
+    expected = layer(**arguments | {"reference_points": points.expand(2, 7, 3, -1)})
+    actual = layer(**arguments | {"reference_points": points})
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 def test_start_index_and_lists_change_nothing():
     layer, arguments = layer_that_samples(), random_arguments()
     expected = layer(**arguments)
     start = torch.tensor([0, 48, 60])
     actual = layer(**arguments | {"input_spatial_shapes": LEVELS}, input_level_start_index=start)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+class OfMaps(torch.nn.Module):
+    """The layer on feature maps, whose sizes it hands on in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = layer_that_samples(n_levels=2)
+
+    def forward(self, query, reference_points, large, small):
+        pixels = torch.cat([m.flatten(2).transpose(1, 2) for m in (large, small)], dim=1)
+        return self.layer(query, reference_points, pixels, [m.shape[2:] for m in (large, small)])
+
+
+def maps_and_queries(n: int, queries: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(2)
+    shapes = (n, queries, 32), (n, queries, 2, 2), (n, 32, height, width), (n, 32, 2, 3)
+    return tuple(torch.rand(shape, dtype=torch.float64) for shape in shapes)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_dynamic_batch_queries_and_maps(strict):
+    n, queries = torch.export.dims("n", "queries")
+    sizes = dict(enumerate(torch.export.dims("h", "w"), start=2))
+    dynamic = ({0: n, 1: queries}, {0: n, 1: queries}, {0: n} | sizes, {0: n})
+    module = OfMaps()
+    program = torch.export.export(
+        module, maps_and_queries(2, 5, 4, 6), dynamic_shapes=dynamic, strict=strict
+    )
+    others = maps_and_queries(3, 8, 7, 5)
+    torch.testing.assert_close(program.module()(*others), module(*others))
+
+
+def test_feature_maps_of_any_size_are_compiled_once():
+    module = OfMaps()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    for sizes in ((5, 9, 4, 6), (7, 8, 11, 10)):
+        arguments = maps_and_queries(*sizes)
+        torch.testing.assert_close(compiled(*arguments), module(*arguments))
+    assert counter.frame_count == 1
 
 
 def test_start_is_that_of_deformable_detr():
@@ -170,7 +222,8 @@ def test_wrong_option_is_named(options, message):
         ({"query": torch.zeros(2, 7, 31)}, r"query must be \(N, length, 32\)"),
         ({"input_flatten": torch.zeros(PIXELS, 32)}, r"input_flatten must be \(N, length, 32\)"),
         ({"reference_points": torch.zeros(2, 7, 3, 3)}, r"reference_points must be \(2, 7, 3, 2\)"),
-        ({"reference_points": torch.zeros(2, 7, 1, 2)}, r"reference_points must be \(2, 7, 3, 2\)"),
+        ({"reference_points": torch.zeros(2, 7, 2, 2)}, r"reference_points must be \(2, 7, 3, 2\)"),
+        ({"reference_points": torch.zeros(7, 3, 2)}, r"reference_points must be \(2, 7, 3, 2\)"),
         ({"input_spatial_shapes": [(6, 8), (3, 4)]}, "spatial_shapes"),
         ({"input_spatial_shapes": [(6, 8), (3, 4), (2, 3)]}, "spatial_shapes must have as many"),
         ({"input_level_start_index": [0, 1, 2]}, "level_start_index must be"),

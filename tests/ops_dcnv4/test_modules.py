@@ -1,6 +1,7 @@
 """The layers: equality with the published module, geometry, initialisation, training."""
 
 import copy
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops_dcnv4 import DCNv4, DCNv4Conv2d, output_size
+from ops_dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, output_size
 
 GOLDENS = sorted((Path(__file__).parents[1] / "data" / "module").glob("dcnv4_*.npz"))
 
@@ -83,6 +85,52 @@ def test_initial_modulation_makes_a_fresh_module_average(group, assert_near):
     x = random_image(2, 5, 6, 12)
     expected = F.avg_pool2d(x.permute(0, 3, 1, 2), 3, stride=1, padding=1).permute(0, 2, 3, 1)
     assert_near(module(x), expected, 1e-7)
+
+
+LAYERS = {
+    "DCNv4": (DCNv4, {"channels": 16, "dw_kernel_size": 3, "center_feature_scale": True}),
+    "DCNv4Conv2d": (
+        DCNv4Conv2d,
+        {"in_channels": 16, "out_channels": 8, "kernel_size": 3, "groups": 2},
+    ),
+    "FlashDeformAttn": (FlashDeformAttn, {"d_model": 16, "n_levels": 2, "n_heads": 4}),
+}
+layers = pytest.mark.parametrize(("layer", "options"), LAYERS.values(), ids=LAYERS)
+
+
+@layers
+def test_device_and_dtype_are_those_of_all_parameters(layer, options):
+    made = layer(**options, device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in made.parameters()} == {("meta", torch.float64)}
+    with torch.device("meta"):
+        assert {p.device.type for p in layer(**options).parameters()} == {"meta"}
+        assert {p.device.type for p in layer(**options, device="cpu").parameters()} == {"cpu"}
+    skipped = nn.utils.skip_init(layer, **options)
+    assert {p.device.type for p in skipped.parameters()} == {"cpu"}
+
+
+@layers
+def test_reset_parameters_initializes_all_that_is_empty(layer, options):
+    module = layer(**options, device="meta").to_empty(device="cpu")
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, 7.0)
+    module.reset_parameters()
+    fresh = layer(**options).state_dict()
+    for name, tensor in module.state_dict().items():
+        assert not (tensor == 7).any()
+        if not name.endswith(("_proj.weight", "_dw.weight", "_dw.bias")):
+            torch.testing.assert_close(tensor, fresh[name], rtol=0, atol=0)
+
+
+@layers
+def test_numbers_of_numpy_are_numbers(layer, options):
+    kinds = {int: np.int64, bool: np.bool_, float: np.float32}
+    converted = {name: kinds[type(option)](option) for name, option in options.items()}
+    module, expected = (randomized(layer(**each)) for each in (converted, options))
+    assert repr(module) == repr(expected)
+    if layer is not FlashDeformAttn:
+        x = random_image(1, 16, 16, 16, dtype=torch.float32)
+        torch.testing.assert_close(module(x), expected(x), rtol=0, atol=0)
 
 
 # Geometry
@@ -168,6 +216,30 @@ def test_wrong_constructor_argument_is_named(arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("layer", "arguments", "message"),
+    [
+        (DCNv4, {"channels": 64.0}, "channels must be an int, got 64.0"),
+        (DCNv4, {"group": True}, "group must be an int, got True"),
+        (DCNv4, {"kernel_size": [3, 3, 3]}, "kernel_size must be an int or a pair of ints"),
+        (DCNv4, {"kernel_size": True}, "kernel_size must be an int or a pair of ints, got True"),
+        (DCNv4, {"dw_kernel_size": 3.0}, "dw_kernel_size must be an int, got 3.0"),
+        (DCNv4, {"offset_scale": "2"}, "offset_scale must be a number, got '2'"),
+        (DCNv4, {"offset_scale": torch.ones(())}, "offset_scale must be a number"),
+        (DCNv4, {"remove_center": "no"}, "remove_center must be a bool, got 'no'"),
+        (DCNv4, {"without_pointwise": None}, "without_pointwise must be a bool, got None"),
+        (DCNv4Conv2d, {"in_channels": None}, "in_channels must be an int, got None"),
+        (DCNv4Conv2d, {"groups": 2.0}, "groups must be an int, got 2.0"),
+        (DCNv4Conv2d, {"bias": "auto"}, "bias must be a bool, got 'auto'"),
+        (FlashDeformAttn, {"n_points": 4.0}, "n_points must be an int, got 4.0"),
+        (FlashDeformAttn, {"d_model": "256"}, "d_model must be an int, got '256'"),
+    ],
+)
+def test_constructor_argument_of_a_wrong_type_is_named(layer, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        layer(**LAYERS[layer.__name__][1] | arguments)
+
+
+@pytest.mark.parametrize(
     ("input_shape", "shape", "message"),
     [
         ((1, 24, 64), None, "shape must be .* = 24.*no square"),
@@ -175,11 +247,39 @@ def test_wrong_constructor_argument_is_named(arguments, message):
         ((1, 4, 6, 64), (6, 4), r"shape must be \(4, 6\) like input, got \(6, 4\)"),
         ((1, 4, 6, 32), None, r"input must be .*64.*got shape \(1, 4, 6, 32\)"),
         ((24, 64), (4, 6), "input must be"),
+        ((1, 24, 64), (-4, -6), r"shape must be at least 1, got \(-4, -6\)"),
     ],
 )
 def test_wrong_input_is_named(input_shape, shape, message):
     with pytest.raises(ValueError, match=message):
         DCNv4()(torch.zeros(input_shape), shape)
+
+
+@pytest.mark.parametrize("shape", [(4.0, 6.0), (4, 6, 1), "4x6"], ids=str)
+def test_shape_of_a_wrong_type_is_named(shape):
+    with pytest.raises(TypeError, match="shape must be an int or a pair of ints"):
+        DCNv4()(torch.zeros(1, 24, 64), shape)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+@layers
+def test_torch_jit_script_is_refused_with_the_alternatives(layer, options):
+    network = nn.Sequential(nn.Identity(), layer(**options))
+    message = f"{layer.__name__} cannot be compiled by torch.jit.script: use torch.export"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.jit.script(network)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_traces_run_on_other_sizes(stride):
+    module = randomized(DCNv4(16, group=2, stride=stride))
+    example, other = (
+        random_image(*size, 16, dtype=torch.float32) for size in ((1, 6, 7), (2, 9, 8))
+    )
+    traced = torch.jit.trace(module, example)
+    torch.testing.assert_close(traced(other), module(other))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +289,8 @@ def test_wrong_input_is_named(input_shape, shape, message):
         ({"padding": "same", "stride": 2}, "padding must .* 'same' with stride 1"),
         ({"padding": "same", "kernel_size": 4}, "padding must .* odd window"),
         ({"padding": "reflect"}, "padding must be ints.* got 'reflect'"),
+        ({"padding_mode": "circular"}, "padding_mode must be 'zeros', got 'circular'"),
+        ({"out_channels": 0}, "out_channels must be at least 1, got 0"),
     ],
 )
 def test_wrong_conv2d_argument_is_named(arguments, message):
@@ -213,6 +315,17 @@ def test_conv2d_has_the_output_shape_of_nn_conv2d(kernel_size, stride, padding, 
     arguments = (6, 10, kernel_size, stride, padding, dilation)
     x = torch.zeros(2, 6, 9, 8)
     assert DCNv4Conv2d(*arguments)(x).shape == nn.Conv2d(*arguments)(x).shape
+
+
+def test_conv2d_has_the_arguments_and_attributes_of_nn_conv2d():
+    assert list(inspect.signature(DCNv4Conv2d).parameters) == list(
+        inspect.signature(nn.Conv2d).parameters
+    )
+    for options in ((3, 2, 1, (2, 1)), (3, 1, "same"), (3, 1, "valid", 1, 1, False, "zeros")):
+        ours, plain = (layer(6, 10, *options) for layer in (DCNv4Conv2d, nn.Conv2d))
+        for name in set(nn.Conv2d.__constants__) - {"groups"}:
+            assert getattr(ours, name) == getattr(plain, name), name
+        assert (ours.bias is None) == (plain.bias is None)
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 1), ((1, 5), 2), ((7, 2), (1, 2))])
@@ -269,15 +382,61 @@ def test_torch_compile_equals_eager(arguments, dynamic, assert_near):
             assert_near(a, e, 1e-12)
 
 
-@pytest.mark.parametrize(("dw_kernel_size", "stride"), [(None, 1), (3, 2)])
-def test_exports_with_dynamic_batch_and_image_size(dw_kernel_size, stride):
-    module = randomized(DCNv4(16, stride=stride, group=2, dw_kernel_size=dw_kernel_size))
-    dims = dict(enumerate(torch.export.dims("n", "h", "w", min=4)))
-    example, other = (
-        random_image(*shape, 16, dtype=torch.float32) for shape in ((4, 7, 6), (5, 10, 13))
-    )
-    program = torch.export.export(module, (example,), dynamic_shapes={"input": dims})
-    torch.testing.assert_close(program.module()(other), module(other))
+def export_with_dynamic_sizes(module: nn.Module, example: Tensor, axes: str):
+    """Export a module whose input may have any sizes of at least 4 along the named axes."""
+    dims = {i: torch.export.Dim(axis, min=4) for i, axis in enumerate(axes) if axis != "c"}
+    return torch.export.export(module, (example,), dynamic_shapes={"input": dims}).module()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2},
+        {"stride": 2, "dw_kernel_size": 3},
+        {"stride": (3, 2), "center_feature_scale": True},
+        {"stride": 2, "kernel_size": 2, "pad": 0},
+    ],
+    ids=str,
+)
+def test_exports_with_dynamic_batch_and_image_size(options):
+    module = randomized(DCNv4(16, group=2, **options))
+    sizes = ((4, 7, 6), (5, 10, 13), (4, 11, 8), (5, 12, 9))
+    example, *others = (random_image(*size, 16, dtype=torch.float32) for size in sizes)
+    program = export_with_dynamic_sizes(module, example, "nhwc")
+    for other in others:
+        torch.testing.assert_close(program(other), module(other))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv2d_exports_with_dynamic_batch_and_image_size(stride):
+    module = randomized(DCNv4Conv2d(16, 8, 3, stride, padding=1))
+    program = export_with_dynamic_sizes(module, torch.ones(4, 16, 7, 6), "nchw")
+    for size in ((5, 10, 13), (5, 11, 8)):
+        other = random_image(size[0], 16, *size[1:], dtype=torch.float32)
+        torch.testing.assert_close(program(other), module(other))
+
+
+def test_export_of_a_dynamic_length_asks_for_the_shape():
+    module = randomized(DCNv4(16, group=2))
+    sequence, other = (random_image(2, n, 16, dtype=torch.float32) for n in (24, 42))
+    size = torch.export.Dim.DYNAMIC
+    shapes = {"input": {1: size}, "shape": (size, size)}
+    program = torch.export.export(module, (sequence, (4, 6)), dynamic_shapes=shapes).module()
+    torch.testing.assert_close(program(other, (6, 7)), module(other, (6, 7)))
+    with pytest.raises(ValueError, match=r"shape must be \(H, W\) to export a dynamic length"):
+        export_with_dynamic_sizes(module, torch.ones(4, 25, 16), "nlc")
+
+
+def test_square_sequences_of_any_length_are_compiled_once():
+    module = randomized(DCNv4(16, group=2))
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    for side in (5, 6, 9):
+        sequence = random_image(2, side**2, 16, dtype=torch.float32)
+        torch.testing.assert_close(compiled(sequence), module(sequence))
+    assert counter.frame_count == 1
 
 
 def test_autocast_runs_in_bfloat16():

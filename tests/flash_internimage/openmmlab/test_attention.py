@@ -1,6 +1,7 @@
 """What is registered with OpenMMLab, beside the originals."""
 
 import copy
+import itertools
 import logging
 import types
 
@@ -106,6 +107,37 @@ def test_layer_equals_that_of_mmcv(batch_first, reference_size, optional, assert
     assert_near(*outputs, 1e-12)
     for actual, expected in zip(ours.parameters(), stock.parameters(), strict=True):
         assert_near(actual.grad, expected.grad, 1e-11)
+
+
+@pytest.mark.parametrize("reference_size", [2, 4])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_reference_points_broadcast_as_in_mmcv(batch_first, reference_size, assert_near):
+    stock = mmcv_layer(batch_first=batch_first)
+    ours = copy.deepcopy(stock)
+    use_flash_attention(ours)
+    arguments = random_arguments(batch_first, reference_size)
+    for n, queries, levels in itertools.product((1, 2), (1, QUERIES), (1, 2)):
+        points = arguments["reference_points"][:n, :queries, :levels].requires_grad_()
+        outputs = [layer(**arguments | {"reference_points": points}) for layer in (ours, stock)]
+        assert_near(*(output.detach() for output in outputs), 1e-12)
+        actual, expected = (torch.autograd.grad(o.square().sum(), points)[0] for o in outputs)
+        assert_near(actual, expected, 1e-11)
+
+
+@pytest.mark.parametrize("shape", [(2, QUERIES, 3, 2), (2, 2, 2, 2), (QUERIES, 2, 2), (2, 7, 1, 3)])
+def test_reference_points_that_do_not_broadcast_are_named(shape):
+    layer = mmcv_layer(batch_first=True)
+    use_flash_attention(layer)
+    arguments = random_arguments(batch_first=True) | {"reference_points": torch.rand(shape)}
+    with pytest.raises(ValueError, match=r"reference_points must be \(2, 7, 2, 2\)"):
+        layer(**arguments)
+
+
+def test_padding_mask_of_numbers_is_refused():
+    layer = mmcv_layer(batch_first=True)
+    use_flash_attention(layer)
+    with pytest.raises(ValueError, match="key_padding_mask must be a tensor of"):
+        layer(**random_arguments(True), key_padding_mask=torch.zeros(2, PIXELS).byte())
 
 
 def test_self_attention_and_projection_of_values(assert_near):

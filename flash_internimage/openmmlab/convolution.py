@@ -1,0 +1,47 @@
+"""DCNv4 as a convolution layer of OpenMMLab, for `conv_cfg` and `dcn` in configs."""
+
+from mmengine.registry import MODELS
+
+from ops_dcnv4 import DCNv4Conv2d
+
+
+@MODELS.register_module()
+class FlashDCNv4(DCNv4Conv2d):
+    """DCNv4Conv2d with the arguments of mmcv's DCNv2.
+
+    ConvModule(64, 64, 3, padding=1, conv_cfg=dict(type='FlashDCNv4', deform_groups=4))
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as for DCNv4Conv2d.
+        groups: 1, which mmcv's ConvModule passes.
+        deform_groups: number of groups of input channels that share their offsets; default: 16
+            channels per group where that divides `in_channels`, else one group.
+
+    Raises:
+        ValueError: `groups` is not 1, or an argument is not accepted by DCNv4Conv2d.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        deform_groups: int | None = None,
+        bias: bool = True,
+    ):
+        if groups != 1:
+            raise ValueError(
+                "groups must be 1, as every output channel of DCNv4 sees every input channel, got "
+                f"{groups}; deform_groups are groups of channels that share their offsets"
+            )
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, deform_groups, bias
+        )
+
+    def init_weights(self) -> None:
+        """Reset the parameters; mmengine calls it after the `init_cfg` of the layers around."""
+        self.reset_parameters()

@@ -1,0 +1,113 @@
+"""Operation counts for FLOP counters.
+
+For each channel of each sampled point, the bilinear interpolation counts as four multiply-adds and
+the weight as one, which is what InternImage's authors count for DCNv3. Coordinates and softmax are
+not counted, and the backward operators count twice the forward, as torch does for convolutions.
+
+`torch.utils.flop_counter` counts two operations per multiply-add, and the operators from the import
+of this package on. fvcore and mmengine count one, and take :data:`HANDLES`:
+
+    FlopCountAnalysis(model, inputs).set_op_handle(**ops_dcnv4.flops.HANDLES).total()
+"""
+
+import importlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+
+from .backends import DIFFERENTIABLE
+
+MULTIPLY_ADDS_PER_SAMPLE = 5
+
+Shape = Sequence[int]
+
+
+def dcnv4_multiply_adds(
+    value: Shape,
+    offset_mask: Shape,
+    kernel_size: Shape,
+    stride: Shape,
+    padding: Shape,
+    dilation: Shape,
+    groups: int,
+    offset_scale: float,
+    remove_center: bool,
+) -> int:
+    """Return the multiply-adds of the operator with tensors of these shapes."""
+    taps = math.prod(kernel_size) - bool(remove_center)
+    return MULTIPLY_ADDS_PER_SAMPLE * math.prod(offset_mask[:3]) * value[3] * taps
+
+
+def ms_deform_attn_multiply_adds(
+    value: Shape,
+    spatial_shapes: Shape,
+    level_start_index: Shape,
+    sampling_locations: Shape,
+    attention_weights: Shape,
+) -> int:
+    """Return the multiply-adds of the operator with tensors of these shapes."""
+    return MULTIPLY_ADDS_PER_SAMPLE * math.prod(attention_weights) * value[3]
+
+
+def flash_deform_attn_multiply_adds(
+    value: Shape,
+    spatial_shapes: Shape,
+    level_start_index: Shape,
+    sampling_loc_attn: Shape,
+    n_points: int,
+) -> int:
+    """Return the multiply-adds of the operator with tensors of these shapes."""
+    return MULTIPLY_ADDS_PER_SAMPLE * math.prod(sampling_loc_attn) // 3 * value[3]
+
+
+_MULTIPLY_ADDS = {
+    "dcnv4": dcnv4_multiply_adds,
+    "ms_deform_attn": ms_deform_attn_multiply_adds,
+    "flash_deform_attn": flash_deform_attn_multiply_adds,
+}
+
+
+def _argument(value: torch._C.Value):
+    """Return the shape of a tensor, or the constants of another argument, of a traced graph."""
+    if isinstance(value.type(), torch._C.TensorType):
+        return value.type().sizes()
+    if value.node().kind() == "prim::ListConstruct":
+        return [number.toIValue() for number in value.node().inputs()]
+    return value.toIValue()
+
+
+def _handle(multiply_adds: Callable[..., int]) -> Callable[[list, list], int]:
+    return lambda inputs, outputs: multiply_adds(*map(_argument, inputs))
+
+
+#: For `set_op_handle` of fvcore's FlopCountAnalysis and mmengine's FlopAnalyzer.
+HANDLES = {f"ops_dcnv4::{name}": _handle(count) for name, count in _MULTIPLY_ADDS.items()}
+
+
+def _import_flop_counter() -> ModuleType:
+    """Import torch's FLOP counter without its warning that there is no Triton."""
+    logger = logging.getLogger("torch.utils.flop_counter")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        return importlib.import_module("torch.utils.flop_counter")
+    finally:
+        logger.disabled = disabled
+
+
+def _register(name: str, multiply_adds: Callable[..., int]) -> None:
+    register = _import_flop_counter().register_flop_formula
+
+    @register(getattr(torch.ops.ops_dcnv4, name))
+    def forward(*shapes, out_shape=None) -> int:
+        return 2 * multiply_adds(*shapes)
+
+    @register(getattr(torch.ops.ops_dcnv4, f"{name}_backward"))
+    def backward(grad_output, *shapes, out_shape=None) -> int:
+        return 2 * 2 * multiply_adds(*shapes)
+
+
+for _name in DIFFERENTIABLE:
+    _register(_name, _MULTIPLY_ADDS[_name])

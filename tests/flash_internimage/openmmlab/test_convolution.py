@@ -1,0 +1,89 @@
+"""DCNv4 in the places of OpenMMLab where a config names a convolution."""
+
+import copy
+
+import pytest
+import torch
+from mmcv.cnn import ConvModule
+from mmcv.cnn.utils import fuse_conv_bn
+from mmdet.models import ResNet
+from mmengine.analysis import FlopAnalyzer
+from mmengine.model import ModuleList
+from mmengine.registry import MODELS
+
+from flash_internimage.openmmlab import FlashDCNv4
+from ops_dcnv4 import DCNv4Conv2d, flops
+
+
+def conv_module(**options) -> ConvModule:
+    arguments = {"conv_cfg": {"type": "FlashDCNv4"}, "norm_cfg": {"type": "BN"}} | options
+    return ConvModule(32, 48, 3, stride=2, padding=1, **arguments)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_mode": "reflect"}, {"dilation": 2}, {"bias": True}]
+)
+@pytest.mark.filterwarnings("ignore:Unnecessary conv bias")
+def test_conv_module_has_the_attributes_of_one_around_nn_conv2d(options):
+    module, plain = conv_module(**options), conv_module(**options, conv_cfg=None)
+    assert type(module.conv) is FlashDCNv4
+    names = "in_channels out_channels kernel_size stride padding dilation transposed output_padding"
+    for name in names.split():
+        assert getattr(module, name) == getattr(plain, name), name
+    for name in ("padding", "padding_mode", "transposed", "output_padding"):
+        assert getattr(module.conv, name) == getattr(plain.conv, name), name
+    assert (module.conv.bias is None) == (plain.conv.bias is None)
+    x = torch.randn(2, 32, 9, 8)
+    assert module(x).shape == plain(x).shape
+
+
+def test_offset_groups_are_chosen_in_the_config():
+    assert conv_module().conv.group == 2
+    assert conv_module(conv_cfg={"type": "FlashDCNv4", "deform_groups": 8}).conv.group == 8
+    with pytest.raises(ValueError, match="groups must be 1, as every output channel"):
+        conv_module(groups=4)
+
+
+def test_conv_cfg_takes_the_class_of_the_operators_too():
+    module = conv_module(conv_cfg={"type": DCNv4Conv2d}, groups=4)
+    assert (module.groups, module.conv.group) == (4, 4)
+    assert module(torch.randn(2, 32, 9, 8)).shape == (2, 48, 5, 4)
+
+
+def test_fusing_batch_norms_changes_nothing():
+    module = conv_module().eval()
+    torch.nn.init.normal_(module.bn.running_mean)
+    x = torch.randn(2, 32, 9, 8)
+    fused = fuse_conv_bn(copy.deepcopy(module))
+    torch.testing.assert_close(fused(x), module(x), rtol=0, atol=0)
+
+
+def test_mmengine_counts_its_multiply_adds_by_the_handles():
+    module = conv_module(norm_cfg=None)
+    analyzer = FlopAnalyzer(module, torch.rand(1, 32, 9, 8)).set_op_handle(**flops.HANDLES)
+    pixels, pixels_out, offset_channels = 9 * 8, 5 * 4, 56
+    projections = pixels * 32 * 32 + pixels_out * 32 * (48 + offset_channels)
+    assert analyzer.total() == projections + 5 * pixels_out * 9 * 32
+
+
+def test_init_cfg_of_linear_layers_leaves_offsets_at_zero():
+    layers = ModuleList(
+        [
+            MODELS.build(
+                {"type": "FlashDCNv4", "in_channels": 16, "out_channels": 8, "kernel_size": 3}
+            )
+        ],
+        init_cfg={"type": "Normal", "layer": "Linear"},
+    )
+    layers.init_weights()
+    assert not layers[0].offset_mask.weight.any()
+
+
+def test_resnet_of_mmdet_takes_it_as_dcn():
+    resnet = ResNet(
+        50, base_channels=16, dcn={"type": "FlashDCNv4"}, stage_with_dcn=(False, False, False, True)
+    )
+    found = [m for m in resnet.modules() if isinstance(m, FlashDCNv4)]
+    assert [m.group for m in found] == [8] * 3
+    features = resnet(torch.randn(1, 3, 64, 64))
+    assert features[-1].shape == (1, 512, 2, 2)
