@@ -5,12 +5,14 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -22,6 +24,9 @@ from timm.optim import get_optimizer_info, list_optimizers
 
 MAX_FILE_SIZE = 100_000  # bytes
 MAX_ALIASES = 100
+MAX_WORKERS = 1024
+MAX_IMAGE_SIZE = 8192  # a batch of one image takes 0.8 GB as numbers
+MAX_CLASSES = 1_000_000
 DATA_KINDS = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")  # of timm
 
 # Strict: true is no number here, and neither are NaN and infinity.
@@ -41,6 +46,14 @@ def _in_order(limits: tuple[float, float]) -> tuple[float, float]:
     return limits
 
 
+# Words that, unquoted, switch a setting off.
+_OFF = {"", "~", "null", "none", "off", "no", "false"}
+
+
+def _off(value: Any) -> Any:
+    return "off" if str(value).lower() in _OFF else value
+
+
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_in_order)]
 
 
@@ -49,8 +62,8 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    name: str = "flash_internimage_tiny"
-    num_classes: PositiveInt = 1000
+    name: str = Field("flash_internimage_tiny", min_length=1)
+    num_classes: int = Field(1000, strict=True, ge=2, le=MAX_CLASSES)
     drop_path_rate: Number = Field(0.1, ge=0, lt=1)
     args: dict[str, Any] = {}  # further arguments of the timm model
     initial_checkpoint: str | None = None
@@ -73,16 +86,16 @@ class Model(Section):
 
 
 class Data(Section):
-    root: str = "data/imagenet"
+    root: str = Field("data/imagenet", min_length=1)
     kind: str = ""  # a timm dataset prefix such as 'hfds/' or 'wds/'; empty for folders and tars
     train_split: str = Field("train", min_length=1)
     val_split: str = Field("val", min_length=1)
-    image_size: PositiveInt = 224
+    image_size: int = Field(224, strict=True, gt=0, le=MAX_IMAGE_SIZE)
     crop_pct: Number = Field(1.0, ge=0.1, le=1)
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    workers: Annotated[int, Field(strict=True, ge=0, le=1024)] = 8  # per process
+    workers: int = Field(8, strict=True, ge=0, le=MAX_WORKERS)  # per process
     max_corrupt: NonNegativeInt = 100  # more unreadable files in a split stop the run
 
     @field_validator("kind")
@@ -148,7 +161,7 @@ class Optimizer(Section):
             raise ValueError(f"must be an optimizer of timm, {hint}")
         if get_optimizer_info(name).second_order:
             raise ValueError("must be an optimizer that uses first derivatives alone")
-        return name
+        return name.lower()
 
     @field_validator("betas")
     @classmethod
@@ -182,7 +195,7 @@ class Config(Section):
     batch_size: PositiveInt = 128  # per process and accumulation step
     val_batch_size: PositiveInt = 128
     accumulation_steps: PositiveInt = 1
-    amp: Literal["off", "bf16", "fp16"] = "fp16"
+    amp: Annotated[Literal["auto", "off", "bf16", "fp16"], BeforeValidator(_off)] = "auto"
     ema_decay: Number | None = Field(0.9999, ge=0, lt=1)
     max_nonfinite: PositiveInt = 20  # updates in a row without a finite loss that stop the run
     model: Model = Model()
@@ -269,18 +282,61 @@ for _tag, (_pattern, _first) in _CORE_SCALARS.items():
     _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list(_first))
 
 
-def load_yaml(text: str | bytes, name: str | os.PathLike) -> Any:
+def _accepts(annotation: Any, kind: type) -> bool:
+    """Return whether a setting of this annotation may be of a type; literals are text."""
+    is_choice = get_origin(annotation) in (UnionType, Union, Literal)
+    kinds = get_args(annotation) if is_choice else (annotation,)
+    return any(one is kind or (kind is str and isinstance(one, str)) for one in kinds)
+
+
+def _retag(node: yaml.Node | None, annotation: Any) -> yaml.Node | None:
+    """Make scalars text where a setting is text, and None where it may be off.
+
+    Without this, YAML would take the folder 2024-11-28 for a date and the folder 1e3 for a number.
+
+    Args:
+        node: Composed YAML; it is not changed, for aliases share nodes.
+        annotation: Type of the setting or section that the node describes.
+    """
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        if not isinstance(node, yaml.MappingNode):
+            return node
+        pairs = []
+        for key, value in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                pairs.append((key, _retag(value, annotation)))
+            else:
+                field = annotation.model_fields.get(key.value) if key.id == "scalar" else None
+                pairs.append((key, _retag(value, field.annotation) if field else value))
+        return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark, node.flow_style)
+    if not isinstance(node, yaml.ScalarNode) or node.style is not None:
+        return node
+    tag = node.tag
+    if _accepts(annotation, NoneType) and node.value.lower() in _OFF:
+        tag = "tag:yaml.org,2002:null"
+    elif _accepts(annotation, str):
+        tag = "tag:yaml.org,2002:str"
+    return yaml.ScalarNode(tag, node.value, node.start_mark, node.end_mark)
+
+
+def load_yaml(text: str | bytes, name: str | os.PathLike, annotation: Any = None) -> Any:
     """Read YAML strictly.
 
     Args:
         text: UTF-8 if bytes.
         name: How an error calls it.
+        annotation: Section or type of the setting; text settings take scalars as they are written.
 
     Raises:
         ConfigError: It is not valid, has a key twice, or nests aliases.
     """
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        try:
+            node = _retag(loader.get_single_node(), annotation)
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark is not None else ""
@@ -305,11 +361,12 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> 
         raise ConfigError(f"cannot read the config {path}: {reason}") from error
     if len(text) > MAX_FILE_SIZE:
         raise ConfigError(f"{path} must be a YAML file of at most {MAX_FILE_SIZE} bytes")
-    content = load_yaml(text, path)
+    content = load_yaml(text, path, Config)
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}")
+    _check_distinct(overrides or [])
     for override in overrides or []:
         _apply(content, override)
     try:
@@ -332,16 +389,43 @@ def check_output(output: str) -> None:
         raise ConfigError(f"output must be writable, got '{output}': {existing} is not")
 
 
+def _check_distinct(overrides: list[str]) -> None:
+    keys = sorted(override.partition("=")[0] for override in overrides)
+    for i, key in enumerate(keys):
+        for other in keys[i + 1 :]:
+            if f"{other}.".startswith(f"{key}."):
+                twice = f"'{key}' twice" if key == other else f"'{key}' and '{other}', a part of it"
+                raise ConfigError(f"overrides must set each key once, got {twice}")
+
+
 def _apply(content: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     *sections, leaf = key.split(".")
     if not equals or not all([*sections, leaf]):
         raise ConfigError(f"an override must be key=value, got {override!r}")
+    annotation: Any = Config
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
             raise ConfigError(f"{override}: {section} is not a section")
-    content[leaf] = load_yaml(value, override)
+        annotation = _annotation(annotation, section)
+    content[leaf] = _read_value(value, override, _annotation(annotation, leaf))
+
+
+def _annotation(section: Any, key: str) -> Any:
+    """Return the type of a setting, or None within settings of any type and for unknown keys."""
+    fields = getattr(section, "model_fields", {})
+    return fields[key].annotation if key in fields else None
+
+
+def _read_value(value: str, override: str, annotation: Any) -> Any:
+    """Read the value of an override; text is taken as typed, without quotes around it."""
+    if not _accepts(annotation, str):
+        return load_yaml(value, override, annotation)
+    if _accepts(annotation, NoneType) and value.strip().lower() in _OFF:
+        return None
+    quoted = re.fullmatch(r"""\s*(['"]).*\1\s*""", value, re.DOTALL)
+    return load_yaml(value, override) if quoted else value
 
 
 def explain(error: ValidationError, section: type[Section], where: str | os.PathLike) -> str:
