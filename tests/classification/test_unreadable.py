@@ -12,7 +12,7 @@ from PIL import Image, ImageFile
 from timm.data import IterableImageDataset
 from torch.utils.data import DataLoader
 
-from classification import data as data_module
+from classification import datasets as datasets_module
 from classification.config import ConfigError, Data
 from classification.data import (
     SKIPPED,
@@ -108,7 +108,7 @@ class TestCount:
         def of_another_process(flags, op):
             flags[5] = 1
 
-        monkeypatch.setattr(data_module.dist, "all_reduce", of_another_process)
+        monkeypatch.setattr(datasets_module.dist, "all_reduce", of_another_process)
         with pytest.raises(TooManyCorruptImages, match="2 unreadable images"):
             dataset.share_unreadable(CPU)
 
@@ -274,7 +274,7 @@ class TestStreams:
 
     def test_streams_are_built_to_skip(self, monkeypatch):
         stream = IterableImageDataset(None, reader=Reader())
-        monkeypatch.setattr(data_module, "create_dataset", lambda *args, **kwargs: stream)
+        monkeypatch.setattr(datasets_module, "create_dataset", lambda *args, **kwargs: stream)
         dataset = build_dataset(Data(kind="wds/", root="."), "val", False, 8)
         assert isinstance(dataset, SkippingStream)
         assert len(dataset) == 3
@@ -297,6 +297,6 @@ def test_streams_of_bytes_are_read(root):
         def filename(self, index, absolute):
             return None
 
-    dataset = data_module.SkippingImageDataset(Bytes(), False, 5)
+    dataset = datasets_module.SkippingImageDataset(Bytes(), False, 5)
     dataset.transform = lambda image: image
     assert [dataset[i][1] for i in range(2)] == [0, SKIPPED]
