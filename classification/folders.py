@@ -87,7 +87,7 @@ def list_tar(path: Path) -> Listing | None:
         tarfile.TarError: It is damaged.
     """
     with tarfile.open(path, "r:") as tar:
-        members = [(member.name, member) for member in tar]
+        members = [(os.path.normpath(member.name), member) for member in tar]
     if any(name.lower().endswith(".tar") for name, _ in members):
         return None
     files = [name for name, member in members if member.isfile()]
@@ -126,7 +126,8 @@ def check_listing(listing: Listing, is_training: bool) -> None:
         ValueError: There is no image, one outside of class folders, or, in training, a class
             folder without any.
     """
-    counts = ", ".join(f"{n} {kind}" for kind, n in listing.left_out.most_common())
+    left_out = sorted(listing.left_out.items(), key=lambda item: (-item[1], item[0]))
+    counts = ", ".join(f"{n} {kind}" for kind, n in left_out)
     if not listing.images:
         raise ValueError(f"it holds no images (other files: {counts or 'none'})")
     if any(not _label(path) for path in listing.images):
