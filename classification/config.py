@@ -2,13 +2,13 @@
 
 import difflib
 import json
+import logging
 import os
 import re
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -22,8 +22,11 @@ from pydantic import (
 )
 from timm.optim import get_optimizer_info, list_optimizers
 
+from .strict_yaml import OFF, ConfigError, accepts, load_yaml
+
+_logger = logging.getLogger(__name__)
+
 MAX_FILE_SIZE = 100_000  # bytes
-MAX_ALIASES = 100
 MAX_WORKERS = 1024
 MAX_IMAGE_SIZE = 8192  # a batch of one image takes 0.8 GB as numbers
 MAX_CLASSES = 1_000_000
@@ -46,12 +49,8 @@ def _in_order(limits: tuple[float, float]) -> tuple[float, float]:
     return limits
 
 
-# Words that, unquoted, switch a setting off.
-_OFF = {"", "~", "null", "none", "off", "no", "false"}
-
-
 def _off(value: Any) -> Any:
-    return "off" if str(value).lower() in _OFF else value
+    return "off" if str(value).lower() in OFF else value
 
 
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_in_order)]
@@ -217,138 +216,10 @@ class Config(Section):
         return self
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says where and why."""
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message in one line, or its type if there is none."""
-    return f"{' '.join(str(error).split()) or type(error).__name__:.500}"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without duplicate keys and without aliases that refer to aliases.
-
-    Numbers and booleans follow YAML 1.2, unlike those of SafeLoader: 1e-3 is a number
-    and off is a string.
-    """
-
-    _aliases = 0
-    _within_anchors = 0
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        is_alias = isinstance(event, yaml.AliasEvent)
-        self._aliases += is_alias
-        # Nested, a few aliases would stand for billions of values, or for themselves.
-        if is_alias and (self._within_anchors or self._aliases > MAX_ALIASES):
-            raise yaml.MarkedYAMLError(
-                problem=f"alias '*{event.anchor}' within an anchor, or after {MAX_ALIASES} others",
-                problem_mark=event.start_mark,
-            )
-        anchors = int(not is_alias and event.anchor is not None)
-        self._within_anchors += anchors
-        node = super().compose_node(parent, index)
-        self._within_anchors -= anchors
-        return node
-
-    def compose_mapping_node(self, anchor):
-        node = super().compose_mapping_node(anchor)
-        keys = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in keys:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"duplicate key '{key.value}'", problem_mark=key.start_mark
-                    )
-                keys.add(key.value)
-        return node
-
-
-_CORE_SCALARS = {
-    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "tag:yaml.org,2002:float": (
-        r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-    # Without leading zeros, underscores and colons: 010 is 8 in YAML 1.1, and 1:30 is 90.
-    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+", "-+0123456789"),
-}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CORE_SCALARS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, (_pattern, _first) in _CORE_SCALARS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list(_first))
-
-
-def _accepts(annotation: Any, kind: type) -> bool:
-    """Return whether a setting of this annotation may be of a type; literals are text."""
-    is_choice = get_origin(annotation) in (UnionType, Union, Literal)
-    kinds = get_args(annotation) if is_choice else (annotation,)
-    return any(one is kind or (kind is str and isinstance(one, str)) for one in kinds)
-
-
-def _retag(node: yaml.Node | None, annotation: Any) -> yaml.Node | None:
-    """Make scalars text where a setting is text, and None where it may be off.
-
-    Without this, YAML would take the folder 2024-11-28 for a date and the folder 1e3 for a number.
-
-    Args:
-        node: Composed YAML; it is not changed, for aliases share nodes.
-        annotation: Type of the setting or section that the node describes.
-    """
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        if not isinstance(node, yaml.MappingNode):
-            return node
-        pairs = []
-        for key, value in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                pairs.append((key, _retag(value, annotation)))
-            else:
-                field = annotation.model_fields.get(key.value) if key.id == "scalar" else None
-                pairs.append((key, _retag(value, field.annotation) if field else value))
-        return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark, node.flow_style)
-    if not isinstance(node, yaml.ScalarNode) or node.style is not None:
-        return node
-    tag = node.tag
-    if _accepts(annotation, NoneType) and node.value.lower() in _OFF:
-        tag = "tag:yaml.org,2002:null"
-    elif _accepts(annotation, str):
-        tag = "tag:yaml.org,2002:str"
-    return yaml.ScalarNode(tag, node.value, node.start_mark, node.end_mark)
-
-
-def load_yaml(text: str | bytes, name: str | os.PathLike, annotation: Any = None) -> Any:
-    """Read YAML strictly.
-
-    Args:
-        text: UTF-8 if bytes.
-        name: How an error calls it.
-        annotation: Section or type of the setting; text settings take scalars as they are written.
-
-    Raises:
-        ConfigError: It is not valid, has a key twice, or nests aliases.
-    """
-    try:
-        loader = _Loader(text)
-        try:
-            node = _retag(loader.get_single_node(), annotation)
-            return None if node is None else loader.construct_document(node)
-        finally:
-            loader.dispose()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{name} is not valid YAML: {error.problem}{line}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{name} is not valid YAML: too deeply nested") from error
-    except Exception as error:  # constructors of values raise errors of any kind
-        raise ConfigError(f"{name} is not valid YAML: {one_line(error)}") from error
-
-
 def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> Config:
     """Read a YAML file and apply `key=value` overrides, such as `optimizer.lr=1e-3`.
+
+    Of two overrides of one key the last counts, and a warning names the other.
 
     Raises:
         ConfigError: The file is missing or no YAML, or a key or value is not accepted.
@@ -366,7 +237,7 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> 
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}")
-    _check_distinct(overrides or [])
+    _warn_of_replaced(overrides or [])
     for override in overrides or []:
         _apply(content, override)
     try:
@@ -389,13 +260,13 @@ def check_output(output: str) -> None:
         raise ConfigError(f"output must be writable, got '{output}': {existing} is not")
 
 
-def _check_distinct(overrides: list[str]) -> None:
-    keys = sorted(override.partition("=")[0] for override in overrides)
-    for i, key in enumerate(keys):
-        for other in keys[i + 1 :]:
-            if f"{other}.".startswith(f"{key}."):
-                twice = f"'{key}' twice" if key == other else f"'{key}' and '{other}', a part of it"
-                raise ConfigError(f"overrides must set each key once, got {twice}")
+def _warn_of_replaced(overrides: list[str]) -> None:
+    for i, override in enumerate(overrides):
+        key = override.partition("=")[0]
+        for later in overrides[i + 1 :]:
+            if f"{key}.".startswith(f"{later.partition('=')[0]}."):
+                _logger.warning("the override %s is replaced by the later %s", override, later)
+                break
 
 
 def _apply(content: dict, override: str) -> None:
@@ -420,9 +291,9 @@ def _annotation(section: Any, key: str) -> Any:
 
 def _read_value(value: str, override: str, annotation: Any) -> Any:
     """Read the value of an override; text is taken as typed, without quotes around it."""
-    if not _accepts(annotation, str):
+    if not accepts(annotation, str):
         return load_yaml(value, override, annotation)
-    if _accepts(annotation, NoneType) and value.strip().lower() in _OFF:
+    if accepts(annotation, NoneType) and value.strip().lower() in OFF:
         return None
     quoted = re.fullmatch(r"""\s*(['"]).*\1\s*""", value, re.DOTALL)
     return load_yaml(value, override) if quoted else value

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from .classes import class_names, class_to_index, match_classes
-from .config import Augmentation, Config, ConfigError, Data, one_line
+from .config import Augmentation, Config, ConfigError, Data
 from .datasets import (
     SKIPPED,
     SkippingImageDataset,
@@ -23,6 +23,7 @@ from .datasets import (
     build_dataset,
     warn_of_shared_images,
 )
+from .strict_yaml import one_line
 
 __all__ = [
     "SKIPPED",

@@ -23,7 +23,7 @@ from flash_internimage.images import (
     to_rgb,
 )
 
-from .config import ConfigError, Data, one_line
+from .config import ConfigError, Data
 from .folders import (
     FolderReader,
     check_listing,
@@ -33,6 +33,7 @@ from .folders import (
     list_tar,
 )
 from .processes import rank, world_size
+from .strict_yaml import one_line
 
 _logger = logging.getLogger(__name__)
 

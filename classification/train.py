@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from timm.utils.distributed import distribute_bn, init_distributed_device_so
 from torch import Tensor, nn
@@ -44,8 +43,8 @@ from .data import (
 )
 from .interruption import Interrupted, stopped_by_signals
 from .model import build_model, check_model, find_not_finite, pick_device
-from .optim import build_optimizer, build_scheduler
-from .output import describe, find_checkpoint, log_file, own_output, save_config
+from .optim import build_criterion, build_optimizer, build_scheduler
+from .output import describe, find_checkpoint, log_file, log_start, own_output, save_config
 from .processes import EndedByAnother, all_agree, fail_together, gather, maximum, raise_once
 from .report import Metrics, save_curves, save_predictions, speed
 from .state import (
@@ -72,14 +71,6 @@ class Diverged(RuntimeError):
 
 # Errors that a user can mend: one line without a traceback reports them.
 _EXPECTED = (ValueError, OSError, Diverged, TooManyCorruptImages, EndedByAnother)
-
-
-def build_criterion(cfg: Config) -> nn.Module:
-    if cfg.augmentation.mixes:
-        return SoftTargetCrossEntropy()
-    if cfg.augmentation.label_smoothing > 0:
-        return LabelSmoothingCrossEntropy(cfg.augmentation.label_smoothing)
-    return nn.CrossEntropyLoss()
 
 
 class Trainer:
@@ -562,7 +553,7 @@ def train(cfg: Config, resume: str | None = None) -> None:
         with fail_together(device):
             if rank == 0:
                 log = stack.enter_context(log_file(output / "train.log"))
-                _log_start(trainer, checkpoint, changes)
+                log_start(trainer, checkpoint, changes)
         try:
             with fail_together(device):
                 if rank == 0:
@@ -584,23 +575,6 @@ def train(cfg: Config, resume: str | None = None) -> None:
             if log is not None:
                 log.add_error(error, with_traceback=not isinstance(error, _EXPECTED))
             raise
-
-
-def _log_start(trainer: Trainer, checkpoint: Path | None, changes: list[str]) -> None:
-    cfg, parameters = trainer.cfg, sum(p.numel() for p in trainer.model.parameters())
-    _logger.info(
-        "%s, %.1f M parameters; %d x %d images per update on %s with amp=%s; %d updates per epoch",
-        cfg.model.name, parameters / 1e6, trainer.world_size,
-        cfg.batch_size * cfg.accumulation_steps, trainer.device, trainer.amp,
-        trainer.updates_per_epoch,
-    )  # fmt: skip
-    for change in changes:
-        _logger.warning("%s", change)
-    if checkpoint is not None:
-        _logger.info(
-            "continuing from %s: %d epochs and %d updates of %d are done",
-            checkpoint, trainer.epoch, trainer.update, trainer.updates_per_epoch,
-        )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
