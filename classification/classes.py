@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch.utils.data import Dataset
 
 from .config import ConfigError
+from .folders import printable
 from .processes import on_first
 
 _logger = logging.getLogger(__name__)
@@ -79,4 +80,4 @@ def match_classes(dataset: Dataset, names: Sequence[str], source: str) -> None:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return printable(", ".join(names[:5])) + (", ..." if len(names) > 5 else "")

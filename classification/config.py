@@ -160,7 +160,7 @@ class Optimizer(Section):
             raise ValueError(f"must be an optimizer of timm, {hint}")
         if get_optimizer_info(name).second_order:
             raise ValueError("must be an optimizer that uses first derivatives alone")
-        return name.lower()
+        return name
 
     @field_validator("betas")
     @classmethod
@@ -244,6 +244,29 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> 
         return Config.model_validate(content)
     except ValidationError as error:
         raise ConfigError(explain(error, Config, path)) from error
+
+
+def find_ignored(cfg: Config) -> list[str]:
+    """Return a line for each setting that was changed and has no effect beside the others."""
+    optimizer, schedule, augmentation = cfg.optimizer, cfg.schedule, cfg.augmentation
+    info = get_optimizer_info(optimizer.name)
+    rules = [
+        (optimizer, f"optimizer.name={optimizer.name}", not info.has_betas, "betas"),
+        (optimizer, f"optimizer.name={optimizer.name}", not info.has_eps, "eps"),
+        (schedule, f"schedule.name={schedule.name}", schedule.name != "step", "decay_epochs"),
+        (schedule, f"schedule.name={schedule.name}", schedule.name != "step", "decay_rate"),
+        (schedule, "schedule.name=step", schedule.name == "step", "min_lr"),
+        (augmentation, "auto_augment", augmentation.auto_augment is not None, "color_jitter"),
+    ]
+    without = "random_erasing=0", augmentation.random_erasing == 0
+    rules += [(augmentation, *without, f"random_erasing_{name}") for name in ("mode", "count")]
+    without = "mixup=0 and cutmix=0", not augmentation.mixes
+    rules += [(augmentation, *without, f"mixup_{key}") for key in ("prob", "switch_prob", "mode")]
+    return [
+        f"{type(section).__name__.lower()}.{key} has no effect with {reason}"
+        for section, reason, is_ignored, key in rules
+        if is_ignored and getattr(section, key) != type(section).model_fields[key].default
+    ]
 
 
 def check_output(output: str) -> None:

@@ -31,6 +31,7 @@ from .folders import (
     drop_hidden,
     list_folder,
     list_tar,
+    printable,
 )
 from .processes import rank, world_size
 from .strict_yaml import one_line
@@ -195,11 +196,6 @@ class SkippingStream(IterableImageDataset):
 
 def _placeholder() -> Image.Image:
     return Image.new("RGB", (256, 256))
-
-
-def printable(text: str) -> str:
-    """Return text that any log or picture can show, for names of files that are not UTF-8."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) -> Dataset:

@@ -110,13 +110,22 @@ def _sort_out(files: Iterable[str], folders: Iterable[str]) -> Listing:
             left_out[suffix or "without suffix"] += 1
     classes = {os.path.dirname(path) for path in images}
     filled = classes | {str(parent) for name in classes for parent in Path(name).parents}
-    empty: list[str] = []
+    empty = []
     for folder in sorted(folders):
-        parents = [str(parent) for parent in Path(folder).parents]
         # A folder within a class or within an empty folder is no further class.
-        if not (folder in filled or _is_hidden(folder) or {*classes, *empty} & {*parents}):
+        if (
+            folder not in filled
+            and not _is_hidden(folder)
+            and classes.isdisjoint(map(str, Path(folder).parents))
+        ):
             empty.append(folder)
+            classes.add(folder)
     return Listing(images, left_out, empty)
+
+
+def printable(text: str) -> str:
+    """Return text that any log or picture can show, for names of files that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def check_listing(listing: Listing, is_training: bool) -> None:
@@ -127,14 +136,14 @@ def check_listing(listing: Listing, is_training: bool) -> None:
             folder without any.
     """
     left_out = sorted(listing.left_out.items(), key=lambda item: (-item[1], item[0]))
-    counts = ", ".join(f"{n} {kind}" for kind, n in left_out)
+    counts = printable(", ".join(f"{n} {kind}" for kind, n in left_out))
     if not listing.images:
         raise ValueError(f"it holds no images (other files: {counts or 'none'})")
     if any(not _label(path) for path in listing.images):
         # timm would make them a class of their own, the first one.
         raise ValueError("it must hold a folder per class, but has images outside of them")
     if listing.empty and is_training:
-        names = ", ".join(listing.empty[:5]) + (", ..." if len(listing.empty) > 5 else "")
+        names = printable(", ".join(listing.empty[:5])) + ", ..." * (len(listing.empty) > 5)
         raise ValueError(
             f"{len(listing.empty)} of its class folders hold no images: {names} (other files: "
             f"{counts or 'none'})"

@@ -12,7 +12,7 @@ import yaml
 
 from flash_internimage.files import own_folder, write_atomically
 
-from .config import Config, ConfigError
+from .config import Config, ConfigError, find_ignored
 
 if TYPE_CHECKING:
     from .train import Trainer
@@ -128,8 +128,8 @@ def log_start(trainer: "Trainer", checkpoint: Path | None, changes: list[str]) -
         cfg.batch_size * cfg.accumulation_steps, trainer.device, trainer.amp,
         trainer.updates_per_epoch,
     )  # fmt: skip
-    for change in changes:
-        _logger.warning("%s", change)
+    for line in (*changes, *find_ignored(cfg)):
+        _logger.warning("%s", line)
     if checkpoint is not None:
         _logger.info(
             "continuing from %s: %d epochs and %d updates of %d are done",

@@ -138,6 +138,8 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], within_epo
         ValueError: A setting differs; the message names the first.
     """
     for key in _FIXED:
+        if key == "optimizer.name" and str(before.get(key)).lower() == str(now[key]).lower():
+            continue  # as timm, which does not tell AdamW from adamw
         # The initial weights are not read at a resume, so dropping the setting changes nothing.
         if now[key] is not None and before.get(key, now[key]) != now[key]:
             raise ValueError(

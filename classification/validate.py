@@ -219,7 +219,8 @@ def _config(name: str) -> Config:
 def _names_of(checkpoint: Mapping) -> list[str] | None:
     """Return the class names of a checkpoint of classification.train, None if it has none."""
     classes, config = checkpoint.get("classes"), checkpoint.get("config")
-    if not isinstance(classes, list) or not isinstance(config, dict):
+    is_named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not is_named or not isinstance(config, dict):
         return None
     kind = (config.get("data") or {}).get("kind")
     unnamed = kind and classes == [str(i) for i in range(len(classes))]

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from timm.optim import get_optimizer_info, list_optimizers
 
-from classification.config import ConfigError, Optimizer, check_output, load_config
+from classification.config import ConfigError, Optimizer, check_output, find_ignored, load_config
 
 RECIPES = Path("configs/classification")
 
@@ -199,6 +199,46 @@ def test_an_override_that_a_later_one_replaces_is_named(yaml_file, overrides, re
     assert load_config(yaml_file("batch_size: 2"), overrides).seed == 2
     assert len(caplog.records) == len(replaced)
     assert all(re.search(text, caplog.text) for text in replaced)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["optimizer.name=sgd", "optimizer.eps=1e-6"],
+            "optimizer.eps has no effect with optimizer",
+        ),
+        (
+            ["optimizer.name=sgd", "optimizer.betas=[0.8, 0.9]"],
+            "optimizer.betas has no effect with",
+        ),
+        (
+            ["schedule.decay_rate=0.5"],
+            "schedule.decay_rate has no effect with schedule.name=cosine",
+        ),
+        (["schedule.name=step", "schedule.min_lr=1"], "schedule.min_lr has no effect with"),
+        (
+            ["augmentation.color_jitter=0.1"],
+            "augmentation.color_jitter has no effect with auto_aug",
+        ),
+        (
+            ["augmentation.random_erasing=0", "augmentation.random_erasing_mode=rand"],
+            "augmentation.random_erasing_mode has no effect with random_erasing=0",
+        ),
+        (
+            ["augmentation.mixup=0", "augmentation.cutmix=0", "augmentation.mixup_mode=elem"],
+            "augmentation.mixup_mode has no effect with mixup=0 and cutmix=0",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_named(yaml_file, overrides, line):
+    cfg = load_config(yaml_file("seed: 1"), overrides)
+    assert [text[: len(line)] for text in find_ignored(cfg)] == [line]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")))
+def test_recipes_have_no_setting_without_effect(path):
+    assert find_ignored(load_config(path)) == []
 
 
 def test_a_written_config_is_read_back(yaml_file):

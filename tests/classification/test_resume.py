@@ -505,6 +505,10 @@ def test_an_emptied_class_is_named_before_a_resume(change, digits, tmp_path):
         build(cfg)
 
 
+def test_the_case_of_an_optimizer_s_name_may_change(change, checkpoint):
+    build(change(**{"optimizer.name": "AdamW"})).resume(checkpoint["between"])
+
+
 @pytest.mark.parametrize("name", ["adafactor", "adan", "lars", "muon"])
 def test_a_state_of_another_shape_is_refused_for_any_optimizer(config, name):
     betas = [0.9, 0.9, 0.9][: get_optimizer_info(name).num_betas]
