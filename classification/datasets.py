@@ -154,9 +154,9 @@ class SkippingImageDataset(ImageDataset):
 class SkippingStream(IterableImageDataset):
     """A timm IterableImageDataset, whose reader decodes images itself.
 
-    Images that could not be resized within bounded memory are skipped in training, and labelled
-    `SKIPPED` in evaluation. In training the reader shares the images out among processes; in
-    evaluation each process reads all and yields its part, so that none comes twice.
+    Images that could not be resized within bounded memory or converted to RGB are skipped in
+    training, and labelled `SKIPPED` in evaluation. In training the reader shares the images out
+    among processes; in evaluation each process reads all and yields its part, none twice.
     """
 
     def __init__(self, reader, is_training: bool, kind: str):
@@ -175,19 +175,24 @@ class SkippingStream(IterableImageDataset):
         while True:
             try:
                 image, target = next(images)
-                image, target = to_rgb(image), _checked_label(target)
             except StopIteration:
                 return
-            except WrongLabel:
-                raise
             except Exception as error:
                 # Readers skip what they can; after another error they cannot continue.
                 raise TooManyCorruptImages(
                     f"data.kind={self.kind}: cannot read the stream: "
                     f"{type(error).__name__}: {one_line(error)}"
                 ) from error
-            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-                _logger.warning("skipped: an image of %d x %d pixels in a stream", *image.size)
+            target = _checked_label(target)
+            try:
+                if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                    raise ValueError("too long for its width")
+                image = to_rgb(image)
+            except Exception as error:
+                _logger.warning(
+                    "skipped: an image of %d x %d pixels in a stream: %s",
+                    *image.size, one_line(error),
+                )  # fmt: skip
                 if self.is_training:
                     continue
                 image, target = _placeholder(), SKIPPED

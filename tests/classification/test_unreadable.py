@@ -343,6 +343,13 @@ class TestStreamsToTheirEnd:
         dataset.transform = np.asarray
         assert len(np.unique(next(iter(dataset))[0])) == 256
 
+    @pytest.mark.parametrize(("is_training", "labels"), [(True, [1, 2]), (False, [1, SKIPPED, 2])])
+    def test_an_image_that_cannot_be_converted_is_left_out(self, is_training, labels):
+        images = (Image.new("RGB", (8, 8)), Image.new("F", (8, 8)), Image.new("L", (8, 8)))
+        dataset = SkippingStream(zip(images, (1, 0, 2), strict=True), is_training, "wds/")
+        dataset.transform = np.asarray
+        assert [label for _, label in dataset] == labels
+
     @pytest.mark.parametrize("label", [-1, None])
     def test_an_image_without_label_is_one_line(self, label):
         dataset = SkippingStream([(Image.new("RGB", (8, 8)), label)], False, "hfids/")
