@@ -2,15 +2,17 @@
 
 import difflib
 import json
+import logging
 import os
 import re
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -20,8 +22,14 @@ from pydantic import (
 )
 from timm.optim import get_optimizer_info, list_optimizers
 
+from .strict_yaml import OFF, ConfigError, accepts, load_yaml
+
+_logger = logging.getLogger(__name__)
+
 MAX_FILE_SIZE = 100_000  # bytes
-MAX_ALIASES = 100
+MAX_WORKERS = 1024
+MAX_IMAGE_SIZE = 8192  # a batch of one image takes 0.8 GB as numbers
+MAX_CLASSES = 1_000_000
 DATA_KINDS = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")  # of timm
 
 # Strict: true is no number here, and neither are NaN and infinity.
@@ -41,6 +49,10 @@ def _in_order(limits: tuple[float, float]) -> tuple[float, float]:
     return limits
 
 
+def _off(value: Any) -> Any:
+    return "off" if str(value).lower() in OFF else value
+
+
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_in_order)]
 
 
@@ -49,8 +61,8 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    name: str = "flash_internimage_tiny"
-    num_classes: PositiveInt = 1000
+    name: str = Field("flash_internimage_tiny", min_length=1)
+    num_classes: int = Field(1000, strict=True, ge=2, le=MAX_CLASSES)
     drop_path_rate: Number = Field(0.1, ge=0, lt=1)
     args: dict[str, Any] = {}  # further arguments of the timm model
     initial_checkpoint: str | None = None
@@ -73,16 +85,16 @@ class Model(Section):
 
 
 class Data(Section):
-    root: str = "data/imagenet"
+    root: str = Field("data/imagenet", min_length=1)
     kind: str = ""  # a timm dataset prefix such as 'hfds/' or 'wds/'; empty for folders and tars
     train_split: str = Field("train", min_length=1)
     val_split: str = Field("val", min_length=1)
-    image_size: PositiveInt = 224
+    image_size: int = Field(224, strict=True, gt=0, le=MAX_IMAGE_SIZE)
     crop_pct: Number = Field(1.0, ge=0.1, le=1)
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    workers: Annotated[int, Field(strict=True, ge=0, le=1024)] = 8  # per process
+    workers: int = Field(8, strict=True, ge=0, le=MAX_WORKERS)  # per process
     max_corrupt: NonNegativeInt = 100  # more unreadable files in a split stop the run
 
     @field_validator("kind")
@@ -182,7 +194,7 @@ class Config(Section):
     batch_size: PositiveInt = 128  # per process and accumulation step
     val_batch_size: PositiveInt = 128
     accumulation_steps: PositiveInt = 1
-    amp: Literal["off", "bf16", "fp16"] = "fp16"
+    amp: Annotated[Literal["auto", "off", "bf16", "fp16"], BeforeValidator(_off)] = "auto"
     ema_decay: Number | None = Field(0.9999, ge=0, lt=1)
     max_nonfinite: PositiveInt = 20  # updates in a row without a finite loss that stop the run
     model: Model = Model()
@@ -204,95 +216,10 @@ class Config(Section):
         return self
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says where and why."""
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message in one line, or its type if there is none."""
-    return f"{' '.join(str(error).split()) or type(error).__name__:.500}"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without duplicate keys and without aliases that refer to aliases.
-
-    Numbers and booleans follow YAML 1.2, unlike those of SafeLoader: 1e-3 is a number
-    and off is a string.
-    """
-
-    _aliases = 0
-    _within_anchors = 0
-
-    def compose_node(self, parent, index):
-        event = self.peek_event()
-        is_alias = isinstance(event, yaml.AliasEvent)
-        self._aliases += is_alias
-        # Nested, a few aliases would stand for billions of values, or for themselves.
-        if is_alias and (self._within_anchors or self._aliases > MAX_ALIASES):
-            raise yaml.MarkedYAMLError(
-                problem=f"alias '*{event.anchor}' within an anchor, or after {MAX_ALIASES} others",
-                problem_mark=event.start_mark,
-            )
-        anchors = int(not is_alias and event.anchor is not None)
-        self._within_anchors += anchors
-        node = super().compose_node(parent, index)
-        self._within_anchors -= anchors
-        return node
-
-    def compose_mapping_node(self, anchor):
-        node = super().compose_mapping_node(anchor)
-        keys = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in keys:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"duplicate key '{key.value}'", problem_mark=key.start_mark
-                    )
-                keys.add(key.value)
-        return node
-
-
-_CORE_SCALARS = {
-    "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "tag:yaml.org,2002:float": (
-        r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-    # Without leading zeros, underscores and colons: 010 is 8 in YAML 1.1, and 1:30 is 90.
-    "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+", "-+0123456789"),
-}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CORE_SCALARS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, (_pattern, _first) in _CORE_SCALARS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list(_first))
-
-
-def load_yaml(text: str | bytes, name: str | os.PathLike) -> Any:
-    """Read YAML strictly.
-
-    Args:
-        text: UTF-8 if bytes.
-        name: How an error calls it.
-
-    Raises:
-        ConfigError: It is not valid, has a key twice, or nests aliases.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{name} is not valid YAML: {error.problem}{line}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{name} is not valid YAML: too deeply nested") from error
-    except Exception as error:  # constructors of values raise errors of any kind
-        raise ConfigError(f"{name} is not valid YAML: {one_line(error)}") from error
-
-
 def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> Config:
     """Read a YAML file and apply `key=value` overrides, such as `optimizer.lr=1e-3`.
+
+    Of two overrides of one key the last counts, and a warning names the other.
 
     Raises:
         ConfigError: The file is missing or no YAML, or a key or value is not accepted.
@@ -305,17 +232,41 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> 
         raise ConfigError(f"cannot read the config {path}: {reason}") from error
     if len(text) > MAX_FILE_SIZE:
         raise ConfigError(f"{path} must be a YAML file of at most {MAX_FILE_SIZE} bytes")
-    content = load_yaml(text, path)
+    content = load_yaml(text, path, Config)
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}")
+    _warn_of_replaced(overrides or [])
     for override in overrides or []:
         _apply(content, override)
     try:
         return Config.model_validate(content)
     except ValidationError as error:
         raise ConfigError(explain(error, Config, path)) from error
+
+
+def find_ignored(cfg: Config) -> list[str]:
+    """Return a line for each setting that was changed and has no effect beside the others."""
+    optimizer, schedule, augmentation = cfg.optimizer, cfg.schedule, cfg.augmentation
+    info = get_optimizer_info(optimizer.name)
+    rules = [
+        (optimizer, f"optimizer.name={optimizer.name}", not info.has_betas, "betas"),
+        (optimizer, f"optimizer.name={optimizer.name}", not info.has_eps, "eps"),
+        (schedule, f"schedule.name={schedule.name}", schedule.name != "step", "decay_epochs"),
+        (schedule, f"schedule.name={schedule.name}", schedule.name != "step", "decay_rate"),
+        (schedule, "schedule.name=step", schedule.name == "step", "min_lr"),
+        (augmentation, "auto_augment", augmentation.auto_augment is not None, "color_jitter"),
+    ]
+    without = "random_erasing=0", augmentation.random_erasing == 0
+    rules += [(augmentation, *without, f"random_erasing_{name}") for name in ("mode", "count")]
+    without = "mixup=0 and cutmix=0", not augmentation.mixes
+    rules += [(augmentation, *without, f"mixup_{key}") for key in ("prob", "switch_prob", "mode")]
+    return [
+        f"{type(section).__name__.lower()}.{key} has no effect with {reason}"
+        for section, reason, is_ignored, key in rules
+        if is_ignored and getattr(section, key) != type(section).model_fields[key].default
+    ]
 
 
 def check_output(output: str) -> None:
@@ -332,16 +283,43 @@ def check_output(output: str) -> None:
         raise ConfigError(f"output must be writable, got '{output}': {existing} is not")
 
 
+def _warn_of_replaced(overrides: list[str]) -> None:
+    for i, override in enumerate(overrides):
+        key = override.partition("=")[0]
+        for later in overrides[i + 1 :]:
+            if f"{key}.".startswith(f"{later.partition('=')[0]}."):
+                _logger.warning("the override %s is replaced by the later %s", override, later)
+                break
+
+
 def _apply(content: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     *sections, leaf = key.split(".")
     if not equals or not all([*sections, leaf]):
         raise ConfigError(f"an override must be key=value, got {override!r}")
+    annotation: Any = Config
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
             raise ConfigError(f"{override}: {section} is not a section")
-    content[leaf] = load_yaml(value, override)
+        annotation = _annotation(annotation, section)
+    content[leaf] = _read_value(value, override, _annotation(annotation, leaf))
+
+
+def _annotation(section: Any, key: str) -> Any:
+    """Return the type of a setting, or None within settings of any type and for unknown keys."""
+    fields = getattr(section, "model_fields", {})
+    return fields[key].annotation if key in fields else None
+
+
+def _read_value(value: str, override: str, annotation: Any) -> Any:
+    """Read the value of an override; text is taken as typed, without quotes around it."""
+    if not accepts(annotation, str):
+        return load_yaml(value, override, annotation)
+    if accepts(annotation, NoneType) and value.strip().lower() in OFF:
+        return None
+    quoted = re.fullmatch(r"""\s*(['"]).*\1\s*""", value, re.DOTALL)
+    return load_yaml(value, override) if quoted else value
 
 
 def explain(error: ValidationError, section: type[Section], where: str | os.PathLike) -> str:

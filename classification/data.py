@@ -1,169 +1,51 @@
-"""Data sets and loaders: timm's readers and transforms, unreadable images skipped and counted."""
+"""The data of a run: loaders over data sets, with timm's transforms."""
 
-import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
-from timm.data import (
-    ImageDataset,
-    IterableImageDataset,
-    Mixup,
-    create_dataset,
-    create_transform,
-)
+from timm.data import IterableImageDataset, Mixup, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from flash_internimage.files import check_no_loops
-from flash_internimage.images import MAX_ASPECT_RATIO, UnreadableImage, read_image
+from .classes import class_names, class_to_index, match_classes
+from .config import Augmentation, Config, ConfigError, Data
+from .datasets import (
+    SKIPPED,
+    SkippingImageDataset,
+    SkippingStream,
+    TooManyCorruptImages,
+    build_dataset,
+    warn_of_shared_images,
+)
+from .strict_yaml import one_line
 
-from .config import Augmentation, Config, ConfigError, Data, one_line
-
-_logger = logging.getLogger(__name__)
-
-SKIPPED = -1  # the label of an image that could not be read, in evaluation
-
-
-class TooManyCorruptImages(RuntimeError):
-    """Unreadable images stop the run: more files than `data.max_corrupt`, all, or a stream's."""
-
-    def __init__(self, message: str):
-        # A DataLoader re-raises errors of its workers with their traceback as the message.
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
-
-
-class SkippingImageDataset(ImageDataset):
-    """A timm ImageDataset that survives unreadable images, logs their paths and counts them.
-
-    In training the next readable image takes the place; in evaluation a black image labelled
-    `SKIPPED`, so that no image counts twice.
-    """
-
-    def __init__(self, reader, is_training: bool, max_corrupt: int):
-        super().__init__(root=None, reader=reader)
-        self.is_training = is_training
-        self.max_corrupt = max_corrupt
-        # One flag per image, shared with the loader's worker processes.
-        self._unreadable = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
-
-    @property
-    def corrupt(self) -> int:
-        """Number of different images that could not be read so far."""
-        return int(self._unreadable.sum())
-
-    def __getitem__(self, index: int):
-        for i in range(index, index + len(self)):
-            try:
-                image, target = self._read(i % len(self))
-                break
-            except UnreadableImage as error:
-                self._count(i % len(self), error)
-            if not self.is_training:
-                image, target = _placeholder(), SKIPPED
-                break
-        else:
-            raise TooManyCorruptImages(f"none of the {len(self)} images of a split can be read")
-        return self.transform(image), target
-
-    def _read(self, index: int) -> tuple[Image.Image, int]:
-        name = self._name(index)
-        try:
-            if isinstance(self.reader, ReaderImageFolder):
-                # The reader would open the file, and wait for ever if it is a FIFO.
-                source, target = self.reader.samples[index]
-                return read_image(source, name).convert("RGB"), target
-            stream, target = self.reader[index]
-            with stream:
-                return read_image(stream, name).convert("RGB"), target
-        except UnreadableImage:
-            raise
-        except Exception as error:  # of a tar file or of the conversion
-            raise UnreadableImage(f"cannot read image {name}: {one_line(error)}") from error
-
-    def _name(self, index: int) -> str:
-        if isinstance(self.reader, ReaderImageInTar):
-            return printable(f"{self.reader.root}:{self.reader.filename(index)}")
-        try:
-            return printable(str(self.reader.filename(index, absolute=True) or f"number {index}"))
-        except Exception:
-            return f"number {index}"
-
-    def _count(self, index: int, error: UnreadableImage) -> None:
-        if self._unreadable[index]:
-            return
-        self._unreadable[index] = True
-        _logger.warning("skipped: %s", error)
-        self._check_count(f"; the last one: {error}")
-
-    def _check_count(self, detail: str = "") -> None:
-        if (corrupt := self.corrupt) > self.max_corrupt:
-            raise TooManyCorruptImages(
-                f"{corrupt} unreadable images are more than data.max_corrupt={self.max_corrupt}"
-                f"{detail}"
-            )
-
-    def share_unreadable(self, device: torch.device) -> None:
-        """Count what other processes could not read; every process must call this.
-
-        Raises:
-            TooManyCorruptImages: They are too many together, in every process.
-        """
-        flags = self._unreadable.to(device, torch.uint8)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        self._unreadable.copy_(flags)
-        self._check_count()
-
-
-class SkippingStream(IterableImageDataset):
-    """A timm IterableImageDataset, whose reader decodes images itself.
-
-    Images that could not be resized within bounded memory are skipped in training, and labelled
-    `SKIPPED` in evaluation.
-    """
-
-    def __init__(self, reader, is_training: bool, kind: str):
-        super().__init__(root=None, reader=reader)
-        self.is_training = is_training
-        self.kind = kind
-
-    def __iter__(self):
-        images = iter(self.reader)
-        while True:
-            try:
-                image, target = next(images)
-            except StopIteration:
-                return
-            except Exception as error:
-                # Readers skip what they can; after another error they cannot continue.
-                raise TooManyCorruptImages(
-                    f"data.kind={self.kind}: cannot read the stream: "
-                    f"{type(error).__name__}: {one_line(error)}"
-                ) from error
-            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-                _logger.warning("skipped: an image of %d x %d pixels in a stream", *image.size)
-                if self.is_training:
-                    continue
-                image, target = _placeholder(), SKIPPED
-            yield self.transform(image), target
-
-
-def _placeholder() -> Image.Image:
-    return Image.new("RGB", (256, 256))
-
-
-def printable(text: str) -> str:
-    """Return text that any log or picture can show, for names of files that are not UTF-8."""
-    return text.encode(errors="backslashreplace").decode()
+__all__ = [
+    "SKIPPED",
+    "SkippingImageDataset",
+    "SkippingStream",
+    "TooManyCorruptImages",
+    "build_dataset",
+    "build_mixup",
+    "class_names",
+    "class_to_index",
+    "denormalize",
+    "eval_transform",
+    "match_classes",
+    "set_epoch",
+    "share_unreadable",
+    "spread",
+    "start",
+    "train_loader",
+    "train_transform",
+    "val_loader",
+    "warn_of_shared_images",
+]
 
 
 def spread(length: int, limit: int | None) -> list[int]:
@@ -183,91 +65,6 @@ class EveryNth(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.indices)
-
-
-def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) -> Dataset:
-    """Build the `split` of a data set, without its transform.
-
-    Raises:
-        ConfigError: There is no such folder, no images in it, a loop of links or a damaged tar.
-    """
-    root = Path(data.root)
-    if not data.kind and not os.path.exists(root):  # Path.exists raises an error for long names
-        raise ConfigError(f"data.root not found: {root}")
-    if not data.kind and root.is_dir() and not (root / split).exists():
-        found = ", ".join(sorted(entry.name for entry in root.iterdir())[:10]) or "nothing"
-        raise ConfigError(f"data.root={root} must have a folder '{split}', it holds: {found}")
-    source = root / split if not data.kind and root.is_dir() else root
-    try:
-        if not data.kind and source.is_dir():
-            check_no_loops(source)
-        dataset = create_dataset(
-            data.kind,
-            root=str(source),
-            split=split,
-            is_training=is_training,
-            batch_size=batch_size,
-            search_split=False,
-        )
-        reader = getattr(dataset, "reader", None)
-        if isinstance(reader, ReaderImageInTar):
-            _check_end_of_tar(source)
-        if isinstance(reader, ReaderImageFolder) and "" in reader.class_to_idx:
-            # timm would make them a class of their own, the first one.
-            raise ValueError("it must hold a folder per class, but has images outside of them")
-    except Exception as error:  # timm, tarfile and packages of data sets raise any kind
-        raise ConfigError(
-            f"data.root={source} cannot be read as a data set"
-            f"{f' of data.kind={data.kind}' if data.kind else ''}: {one_line(error)}"
-        ) from error
-    if isinstance(dataset, IterableImageDataset):
-        return SkippingStream(dataset.reader, is_training, data.kind)
-    if type(dataset) is not ImageDataset:
-        return dataset
-    return SkippingImageDataset(dataset.reader, is_training, data.max_corrupt)
-
-
-def _check_end_of_tar(path: Path) -> None:
-    # tarfile takes a file that ends between two members for a whole one.
-    with open(path, "rb") as file:
-        file.seek(-1024, os.SEEK_END)
-        if file.read().strip(b"\0"):
-            raise ValueError("the tar file is truncated, its end marker is missing")
-
-
-def class_to_index(dataset: Dataset) -> dict[str, int]:
-    """Return the indices of a data set's classes by their names; empty if it has no names."""
-    source = getattr(dataset, "reader", dataset)
-    for name in ("class_to_idx", "class_name_to_idx"):  # the latter is that of tar files
-        if getattr(source, name, None):
-            return getattr(source, name)
-    return {}
-
-
-def class_names(dataset: Dataset, num_classes: int) -> list[str]:
-    """Return the names of the classes, their numbers where the data set has none.
-
-    Raises:
-        ConfigError: The data set has more classes than the model.
-    """
-    class_to_idx = class_to_index(dataset)
-    if len(class_to_idx) > num_classes:
-        raise ConfigError(
-            f"model.num_classes={num_classes} is too small for the data set's "
-            f"{len(class_to_idx)} classes"
-        )
-    if class_to_idx and len(class_to_idx) < num_classes:
-        _logger.warning(
-            "the data set has %d classes, which count as the first of the model's %d",
-            len(class_to_idx), num_classes,
-        )  # fmt: skip
-    names = {index: name for name, index in class_to_idx.items()}
-    return [names.get(i, str(i)) for i in range(num_classes)]
-
-
-def has_class_names(dataset: Dataset) -> bool:
-    """Return whether a data set knows its classes by name, as folders do and streams do not."""
-    return bool(class_to_index(dataset))
 
 
 def _erasing(augmentation: Augmentation) -> dict:
@@ -388,10 +185,17 @@ def train_loader(
     Raises:
         ConfigError: the data set is smaller than one update.
     """
-    images = cfg.batch_size * cfg.accumulation_steps * world_size
+    is_stream = isinstance(dataset, IterableImageDataset)
+    if is_stream and not len(dataset):
+        raise ConfigError(f"data.kind={cfg.data.kind} must tell the number of training images")
+    if cfg.data.kind.lower().startswith("tfds/") and world_size > 1 and not cfg.data.workers:
+        # Outside of workers, timm's reader would give every process the same images.
+        raise ConfigError("data.workers must be at least 1 for tfds/ on several processes, got 0")
+    images = cfg.batch_size * cfg.accumulation_steps * (1 if is_stream else world_size)
     if len(dataset) < images:
         raise ConfigError(
-            f"the training split has {len(dataset)} images, fewer than the {images} of one update"
+            f"the training split has {len(dataset)} images{' per process' * is_stream}, fewer than "
+            f"the {images} of one update"
         )
     dataset.transform = train_transform(cfg.data, cfg.augmentation, _uses_prefetcher(device))
     sampler = DistributedSampler(dataset, world_size, rank, seed=cfg.seed, drop_last=True)

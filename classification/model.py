@@ -15,7 +15,8 @@ from flash_internimage.checkpoint import (
     load_weights,
 )
 
-from .config import ConfigError, Model, one_line
+from .config import ConfigError, Model
+from .strict_yaml import one_line
 
 
 def build_model(options: Model) -> nn.Module:

@@ -1,5 +1,6 @@
-"""Parameter groups and learning-rate schedules of the published classification recipes."""
+"""Loss, parameter groups and learning-rate schedules of the published classification recipes."""
 
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
@@ -8,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import config
+from .strict_yaml import one_line
 
 
 def parameter_groups(
@@ -78,7 +80,7 @@ def build_optimizer(model: nn.Module, cfg: config.Config, world_size: int) -> Op
         )
     except Exception as error:  # optimizers raise any kind for settings and missing packages
         raise config.ConfigError(
-            f"optimizer.name={options.name} cannot be used: {config.one_line(error)}"
+            f"optimizer.name={options.name} cannot be used: {one_line(error)}"
         ) from error
 
 
@@ -101,3 +103,12 @@ def build_scheduler(
     falling = CosineLRScheduler if schedule.name == "cosine" else PolyLRScheduler
     power = {} if schedule.name == "cosine" else {"power": 1.0}
     return falling(optimizer, total, lr_min=schedule.min_lr * scale, **power, **common)
+
+
+def build_criterion(cfg: config.Config) -> nn.Module:
+    """Build the loss: on mixed labels, or with or without label smoothing."""
+    if cfg.augmentation.mixes:
+        return SoftTargetCrossEntropy()
+    if cfg.augmentation.label_smoothing > 0:
+        return LabelSmoothingCrossEntropy(cfg.augmentation.label_smoothing)
+    return nn.CrossEntropyLoss()

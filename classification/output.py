@@ -6,12 +6,18 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from flash_internimage.files import own_folder, write_atomically
 
-from .config import Config, ConfigError
+from .config import Config, ConfigError, find_ignored
+
+if TYPE_CHECKING:
+    from .train import Trainer
+
+_logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -111,3 +117,21 @@ def log_file(path: Path) -> Iterator[LogFile]:
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+def log_start(trainer: "Trainer", checkpoint: Path | None, changes: list[str]) -> None:
+    """Log what a run is, and where and with which changed settings it continues."""
+    cfg, parameters = trainer.cfg, sum(p.numel() for p in trainer.model.parameters())
+    _logger.info(
+        "%s, %.1f M parameters; %d x %d images per update on %s with amp=%s; %d updates per epoch",
+        cfg.model.name, parameters / 1e6, trainer.world_size,
+        cfg.batch_size * cfg.accumulation_steps, trainer.device, trainer.amp,
+        trainer.updates_per_epoch,
+    )  # fmt: skip
+    for line in (*changes, *find_ignored(cfg)):
+        _logger.warning("%s", line)
+    if checkpoint is not None:
+        _logger.info(
+            "continuing from %s: %d epochs and %d updates of %d are done",
+            checkpoint, trainer.epoch, trainer.update, trainer.updates_per_epoch,
+        )  # fmt: skip

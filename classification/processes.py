@@ -1,6 +1,7 @@
 """Agreement between the processes of a run; each function does the least for a single process."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,11 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_first(level: int) -> int:
+    """Return a logging level on the first process, DEBUG elsewhere, for what all of them find."""
+    return level if rank() == 0 else logging.DEBUG
 
 
 def maximum(number: int, device: torch.device) -> int:

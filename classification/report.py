@@ -105,6 +105,11 @@ def _read(path: Path) -> list[dict]:
     return whole
 
 
+def speed(images_per_second: float) -> str:
+    """Return a speed as text; slow ones keep two digits."""
+    return f"{images_per_second:{'.1f' if images_per_second >= 1 else '.2g'}}"
+
+
 def _number(text: str | None) -> float:
     """Return the number of a cell, NaN for one that an epoch does not have."""
     try:

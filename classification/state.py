@@ -17,6 +17,8 @@ _ENTRIES = (
     "nonfinite_in_a_row", "rng", "classes", "config",
 )  # fmt: skip
 
+_KINDS = {"optimizer": dict, "scaler": dict, "rng": list, "classes": list, "config": dict}
+
 # Settings that a checkpoint decides: its weights and its optimizer's state would not fit others.
 _FIXED = (
     "model.name", "model.num_classes", "model.initial_checkpoint", "model.class_map",
@@ -25,6 +27,12 @@ _FIXED = (
 
 # Settings that decide which images of an epoch are done and which are left.
 _FIXED_WITHIN_EPOCH = ("seed", "batch_size", "accumulation_steps")
+
+# Settings without which the accuracies of two epochs cannot be compared.
+_OF_VALIDATION = (
+    "data.val_split", "data.image_size", "data.crop_pct", "data.interpolation", "data.mean",
+    "data.std",
+)  # fmt: skip
 
 # Where some optimizers count their steps. All other entries of their groups are settings.
 _STEP = "step"
@@ -99,6 +107,14 @@ def check_entries(checkpoint: Mapping[str, Any]) -> None:
             f"it must hold the state of a run of classification.train, it lacks "
             f"{', '.join(missing)}"
         )
+    for name, kind in _KINDS.items():
+        if not isinstance(checkpoint[name], kind):
+            raise ValueError(f"{name} must be a {kind.__name__}, got {checkpoint[name]!r:.100}")
+    if not checkpoint["rng"] or not all(isinstance(one, dict) for one in checkpoint["rng"]):
+        raise ValueError(f"rng must hold a dict per process, got {checkpoint['rng']!r:.100}")
+    settings = flatten(checkpoint["config"])
+    if missing := [key for key in _FIXED if key not in settings]:
+        raise ValueError(f"config must hold the settings of the run, it lacks {missing[0]}")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -122,6 +138,8 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], within_epo
         ValueError: A setting differs; the message names the first.
     """
     for key in _FIXED:
+        if key == "optimizer.name" and str(before.get(key)).lower() == str(now[key]).lower():
+            continue  # as timm, which does not tell AdamW from adamw
         # The initial weights are not read at a resume, so dropping the setting changes nothing.
         if now[key] is not None and before.get(key, now[key]) != now[key]:
             raise ValueError(
@@ -134,6 +152,11 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], within_epo
                 f"{key} must be {before[key]!r} as in the checkpoint, which was saved within an "
                 f"epoch, got {now[key]!r}"
             )
+
+
+def validates_alike(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether accuracies under two settings can be compared."""
+    return all(before.get(key, now[key]) == now[key] for key in _OF_VALIDATION)
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -176,6 +199,49 @@ def describe_other_classes(checkpoint: Sequence[str], data: Sequence[str]) -> st
 # --- optimizer and weights ---------------------------------------------------------------------
 
 
+def _first_entries(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """Return the state that an optimizer's first step makes, by the names of the parameters.
+
+    The step is undone: parameters, settings and the empty state are as before.
+    """
+    groups = optimizer.param_groups
+    settings = [dict(group) for group in groups]
+    parameters = {n: p for g in groups for n, p in zip(g["names"], g["params"], strict=True)}
+    before = [parameter.detach().clone() for parameter in parameters.values()]
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for parameter, values in zip(parameters.values(), before, strict=True):
+            parameter.copy_(values)
+    entries = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
+    optimizer.state.clear()
+    for group, values in zip(groups, settings, strict=True):
+        group.clear()
+        group.update(values)
+    return entries
+
+
+def _check_entry(entry: Any, expected: Mapping[str, Any], name: str) -> None:
+    if not isinstance(entry, dict) or entry.keys() != expected.keys():
+        found = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(
+            f"the optimizer's state of {name} must be {', '.join(expected)}, got {found:.200}"
+        )
+    for key, value in entry.items():
+        found, right = _describe_value(value), _describe_value(expected[key])
+        if found != right:
+            raise ValueError(f"{key} of the optimizer must be {right} for {name}, got {found}")
+
+
+def _describe_value(value: Any) -> str:
+    if isinstance(value, torch.Tensor) and value.ndim:
+        return f"of shape {tuple(value.shape)}"
+    is_number = isinstance(value, (torch.Tensor, int, float))
+    return "a number" if is_number else type(value).__name__
+
+
 def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Load the state of a checkpoint's optimizer by the names of the parameters.
 
@@ -198,11 +264,12 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     if set(names) != old_index.keys():
         other = sorted(set(names) ^ old_index.keys())
         raise ValueError(f"the optimizer has other parameters, such as {other[0]}")
-    entries = {}
+    entries, expected = {}, _first_entries(optimizer)
     for group in state["param_groups"]:
         for name, index in zip(group["names"], group["params"], strict=True):
             if old_index[name] in saved["state"]:
                 entries[index] = saved["state"][old_index[name]]
+                _check_entry(entries[index], expected[name], name)
         old = old_group[group["names"][0]]
         group |= {_STEP: old[_STEP]} if _STEP in old else {}
     optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})

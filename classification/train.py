@@ -16,35 +16,37 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from timm.utils.distributed import distribute_bn, init_distributed_device_so
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flash_internimage.checkpoint import load_checkpoint, require_fit, save_atomically
 
-from .config import Config, ConfigError, check_output, load_config
+from .config import Config, check_output, load_config
 from .data import (
     TooManyCorruptImages,
     build_dataset,
     build_mixup,
     class_names,
+    class_to_index,
     eval_transform,
-    has_class_names,
+    match_classes,
     set_epoch,
     start,
     train_loader,
     val_loader,
+    warn_of_shared_images,
 )
 from .interruption import Interrupted, stopped_by_signals
 from .model import build_model, check_model, find_not_finite, pick_device
-from .optim import build_optimizer, build_scheduler
-from .output import describe, find_checkpoint, log_file, own_output, save_config
+from .optim import build_criterion, build_optimizer, build_scheduler
+from .output import describe, find_checkpoint, log_file, log_start, own_output, save_config
 from .processes import EndedByAnother, all_agree, fail_together, gather, maximum, raise_once
-from .report import Metrics, save_curves, save_predictions
+from .report import Metrics, save_curves, save_predictions, speed
 from .state import (
     Totals,
     changed_settings,
@@ -56,8 +58,9 @@ from .state import (
     rng_state,
     seed_everything,
     set_rng_state,
+    validates_alike,
 )
-from .validate import autocast, evaluate
+from .validate import autocast, evaluate, resolve_amp
 
 _logger = logging.getLogger(__name__)
 
@@ -68,14 +71,6 @@ class Diverged(RuntimeError):
 
 # Errors that a user can mend: one line without a traceback reports them.
 _EXPECTED = (ValueError, OSError, Diverged, TooManyCorruptImages, EndedByAnother)
-
-
-def build_criterion(cfg: Config) -> nn.Module:
-    if cfg.augmentation.mixes:
-        return SoftTargetCrossEntropy()
-    if cfg.augmentation.label_smoothing > 0:
-        return LabelSmoothingCrossEntropy(cfg.augmentation.label_smoothing)
-    return nn.CrossEntropyLoss()
 
 
 class Trainer:
@@ -103,6 +98,7 @@ class Trainer:
             load_initial: Whether to load `model.initial_checkpoint`; a resumed run needs none.
         """
         self.cfg, self.device, self.rank, self.world_size = cfg, device, rank, world_size
+        self.amp = resolve_amp(cfg.amp, device)
         self.output = Path(cfg.output)
         self.epoch, self.update = 0, 0  # the next ones to do; update counts within the epoch
         self.totals = Totals()
@@ -114,6 +110,7 @@ class Trainer:
         with fail_together(device):
             self._build_data()
             self._build_model(load_initial)
+        # One graph, for all batches are of one shape; evaluation runs without it.
         self.parallel = torch.compile(self.model) if cfg.model.compile else self.model
         if world_size > 1:
             device_ids = [device] if device.type == "cuda" else None
@@ -126,11 +123,11 @@ class Trainer:
         train_set = build_dataset(data, data.train_split, True, self.cfg.batch_size)
         self.val_set = build_dataset(data, data.val_split, False, self.cfg.val_batch_size)
         self.names = class_names(train_set, self.cfg.model.num_classes)
-        if class_names(self.val_set, self.cfg.model.num_classes) != self.names:
-            raise ConfigError(
-                f"the class folders of data.train_split={data.train_split} and "
-                f"data.val_split={data.val_split} differ"
-            )
+        if known := class_to_index(train_set):
+            source = f"data.train_split={data.train_split}"
+            match_classes(self.val_set, sorted(known, key=known.get), source)
+        if self.rank == 0:
+            warn_of_shared_images(data, train_set, self.val_set)
         self.train_loader = train_loader(
             train_set, self.cfg, self.device, self.rank, self.world_size
         )
@@ -147,7 +144,7 @@ class Trainer:
             options = options.model_copy(update={"initial_checkpoint": None, "class_map": None})
         self.model = build_model(options).to(self.device)
         loaded = self.model.pretrained_cfg.get("label_names")
-        if loaded and has_class_names(self.val_set) and self.rank == 0:
+        if loaded and class_to_index(self.train_loader.dataset) and self.rank == 0:
             difference = describe_other_classes(loaded, self.names)
             if difference:
                 _logger.warning(
@@ -161,7 +158,7 @@ class Trainer:
         self.scheduler = build_scheduler(
             self.optimizer, cfg, self.world_size, self.updates_per_epoch
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
         self.ema = ModelEmaV3(self.model, cfg.ema_decay) if cfg.ema_decay is not None else None
 
     # --- state -------------------------------------------------------------------------------
@@ -275,7 +272,8 @@ class Trainer:
         self.totals = Totals(float(loss), int(finite), int(skipped), float(seconds))
         self.nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
         best = float(state["best_top1"])
-        self.best_top1 = best if best <= 100 else -math.inf
+        is_valid = best <= 100 and validates_alike(before, now)
+        self.best_top1 = best if is_valid else -math.inf
         if update:
             set_rng_state(rng[self.rank])  # each epoch sets it again; here it is only checked
             self.resumed_rng = rng[self.rank]
@@ -316,10 +314,10 @@ class Trainer:
             if metrics is not None:
                 metrics.add(row)
                 _logger.info(
-                    "epoch %d/%d  loss %.4f  top-1 %.2f %%  top-5 %.2f %%%s  %.1f images/s",
+                    "epoch %d/%d  loss %.4f  top-1 %.2f %%  top-5 %.2f %%%s  %s images/s",
                     row["epoch"], self.cfg.schedule.epochs, row["train_loss"], row["val_top1"],
                     row["val_top5"], f"  EMA top-1 {top1:.2f} %" if self.ema is not None else "",
-                    row["images_per_second"],
+                    speed(row["images_per_second"]),
                 )  # fmt: skip
         self.epoch, self.update, self.totals = self.epoch + 1, 0, Totals()
         extra = []
@@ -357,7 +355,7 @@ class Trainer:
                 began = time.perf_counter()
                 with fail_together(self.device):
                     group = list(itertools.islice(batches, accumulation))
-                if len(group) < accumulation:  # an iterable data set may end early
+                if self._ends(group):
                     break
                 loss = self.train_update(group)
                 seconds = time.perf_counter() - began
@@ -367,20 +365,38 @@ class Trainer:
                 bar.set_postfix(
                     loss=f"{loss:.4f}",
                     lr=f"{self._lr():.2e}",
-                    images_per_s=f"{images / seconds:.1f}",
+                    images_per_s=speed(images / seconds),
                     refresh=False,
                 )
                 bar.update()
                 if bar.disable and self.rank == 0 and time.monotonic() - logged > 60:
                     logged = time.monotonic()
                     _logger.info(
-                        "epoch %d/%d  update %d/%d  loss %.4f  lr %.2e  %.1f images/s",
+                        "epoch %d/%d  update %d/%d  loss %.4f  lr %.2e  %s images/s",
                         self.epoch + 1, self.cfg.schedule.epochs, self.update,
-                        self.updates_per_epoch, loss, self._lr(), images / seconds,
+                        self.updates_per_epoch, loss, self._lr(), speed(images / seconds),
                     )  # fmt: skip
                 if every and self.update % every == 0 and self.update < self.updates_per_epoch:
                     self.save()
                 self._stop_if_asked()
+
+    def _ends(self, group: list) -> bool:
+        """Return whether the training images have ended on any process, as those of streams may.
+
+        Raises:
+            TooManyCorruptImages: There were too few for one update.
+        """
+        is_short = len(group) < self.cfg.accumulation_steps
+        if isinstance(self.train_loader.dataset, IterableDataset):
+            is_short = not all_agree(not is_short, self.device)
+        if is_short and not self.update:
+            raise_once(TooManyCorruptImages("the training images ended before the first update"))
+        if is_short and self.rank == 0:
+            _logger.warning(
+                "epoch %d: the training images ended after %d of %d updates",
+                self.epoch + 1, self.update, self.updates_per_epoch,
+            )  # fmt: skip
+        return is_short
 
     def train_update(self, batches: list[tuple[Tensor, Tensor]]) -> float:
         """One optimizer step. Returns the mean loss, or nan after a step skipped for it."""
@@ -392,7 +408,7 @@ class Trainer:
                 images, targets = self.mixup(images, targets)
             accumulating = self.world_size > 1 and i + 1 < len(batches)
             with self.parallel.no_sync() if accumulating else contextlib.nullcontext():
-                with autocast(self.device, self.cfg.amp):
+                with autocast(self.device, self.amp):
                     loss = self.criterion(self.parallel(images), targets) / len(batches)
                 if not all_agree(bool(torch.isfinite(loss)), self.device):
                     return self._skip_update(buffers)
@@ -443,13 +459,12 @@ class Trainer:
     def _advice(self) -> str:
         return (
             "Try more schedule.warmup_epochs, a lower optimizer.lr, a smaller optimizer.clip_grad "
-            f"(now {self.cfg.optimizer.clip_grad}), or amp=bf16 or amp=off (now {self.cfg.amp})"
+            f"(now {self.cfg.optimizer.clip_grad}), or amp=bf16 or amp=off (now {self.amp})"
         )
 
     def validate_epoch(self) -> dict[str, float]:
         """The row of metrics of the epoch that was just trained."""
-        amp = self.cfg.amp
-        result = evaluate(self.model, self.val_loader, self.device, amp)
+        result = evaluate(self.model, self.val_loader, self.device, self.amp)
         totals = self.totals
         updates = totals.finite + totals.skipped
         images = self.cfg.batch_size * self.cfg.accumulation_steps * self.world_size
@@ -462,7 +477,7 @@ class Trainer:
             "val_top5": result.top5,
         }
         if self.ema is not None:
-            ema = evaluate(self.ema.module, self.val_loader, self.device, amp)
+            ema = evaluate(self.ema.module, self.val_loader, self.device, self.amp)
             row |= {"ema_loss": ema.loss, "ema_top1": ema.top1, "ema_top5": ema.top5}
         return row | {
             "images_per_second": images * updates / totals.seconds if updates else 0.0,
@@ -475,9 +490,12 @@ class Trainer:
         save_curves(self.output / "metrics.csv", self.output / "curves.png")
         model = self.ema.module if self.ema is not None else self.model
         self.val_set.transform = eval_transform(self.cfg.data)
-        save_predictions(
-            model, self.val_set, self.cfg.data, self.names, self.output / "predictions.png"
-        )
+        try:
+            save_predictions(
+                model, self.val_set, self.cfg.data, self.names, self.output / "predictions.png"
+            )
+        except TooManyCorruptImages as error:  # of a stream that cannot be read again
+            _logger.warning("predictions.png is not drawn: %s", error)
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
@@ -535,7 +553,7 @@ def train(cfg: Config, resume: str | None = None) -> None:
         with fail_together(device):
             if rank == 0:
                 log = stack.enter_context(log_file(output / "train.log"))
-                _log_start(trainer, checkpoint, changes)
+                log_start(trainer, checkpoint, changes)
         try:
             with fail_together(device):
                 if rank == 0:
@@ -545,9 +563,9 @@ def train(cfg: Config, resume: str | None = None) -> None:
             if rank == 0:
                 trainer.report()
                 _logger.info(
-                    "done: best top-1 %.2f %%; metrics, curves, predictions and checkpoints are "
-                    "in %s",
-                    trainer.best_top1, cfg.output,
+                    "done: best %stop-1 %.2f %%; metrics, curves, predictions and checkpoints "
+                    "are in %s",
+                    "EMA " if trainer.ema is not None else "", trainer.best_top1, cfg.output,
                 )  # fmt: skip
         except Interrupted as interruption:
             if rank == 0:
@@ -557,22 +575,6 @@ def train(cfg: Config, resume: str | None = None) -> None:
             if log is not None:
                 log.add_error(error, with_traceback=not isinstance(error, _EXPECTED))
             raise
-
-
-def _log_start(trainer: Trainer, checkpoint: Path | None, changes: list[str]) -> None:
-    cfg, parameters = trainer.cfg, sum(p.numel() for p in trainer.model.parameters())
-    _logger.info(
-        "%s, %.1f M parameters; %d x %d images per update on %s; %d updates per epoch",
-        cfg.model.name, parameters / 1e6, trainer.world_size,
-        cfg.batch_size * cfg.accumulation_steps, trainer.device, trainer.updates_per_epoch,
-    )  # fmt: skip
-    for change in changes:
-        _logger.warning("%s", change)
-    if checkpoint is not None:
-        _logger.info(
-            "continuing from %s: %d epochs and %d updates of %d are done",
-            checkpoint, trainer.epoch, trainer.update, trainer.updates_per_epoch,
-        )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +19,9 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from flash_internimage.checkpoint import (
@@ -29,20 +32,22 @@ from flash_internimage.checkpoint import (
 )
 from flash_internimage.files import write_atomically
 
-from .config import Config, ConfigError, Data, Model, load_config
+from .config import MAX_WORKERS, Config, ConfigError, Data, Model, load_config
 from .data import (
     SKIPPED,
     build_dataset,
-    class_names,
-    has_class_names,
+    class_to_index,
+    match_classes,
     share_unreadable,
     start,
     val_loader,
 )
 from .model import build_model, check_model, create_model, find_not_finite, pick_device
-from .state import describe_other_classes
+from .output import describe
 
 _logger = logging.getLogger(__name__)
+
+MAX_BATCH_SIZE = 65536
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,6 +75,15 @@ class Result:
     images_per_second: float
 
 
+def resolve_amp(amp: str, device: torch.device) -> str:
+    """Return the mixed precision of a run.
+
+    'auto' is the published fp16 on CUDA. Elsewhere it is 'off': CPUs take many times as long for
+    fp16 as for float32.
+    """
+    return {"cuda": "fp16"}.get(device.type, "off") if amp == "auto" else amp
+
+
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
     dtype = AMP_DTYPES[amp]
     if dtype is None:
@@ -90,7 +104,7 @@ def evaluate(model: nn.Module, loader, device: torch.device, amp: str = "off") -
     # loss, top-1 hits, top-5 hits, images, unreadable images, images without finite logits
     totals = torch.zeros(6, dtype=torch.float64)
     began = time.perf_counter()
-    bar = tqdm(start(loader), desc="validate", total=len(loader), leave=False, disable=None)
+    bar = tqdm(start(loader), desc="validate", total=len(loader) or None, leave=False, disable=None)
     for images, targets in bar:
         images, targets = images.to(device), targets.to(device)
         readable = targets != SKIPPED
@@ -170,7 +184,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp", choices=AMP_DTYPES, default="off")
+    parser.add_argument("--amp", choices=("auto", *AMP_DTYPES), default="off")
     parser.add_argument(
         "--weights",
         choices=("ema", "model"),
@@ -202,22 +216,39 @@ def _config(name: str) -> Config:
     return Config(model=model, data=data)
 
 
-def _check_classes(checkpoint: dict, names: list[str], path: str) -> None:
-    """Check that a checkpoint of classification.train has the classes of the data.
-
-    Raises:
-        ConfigError: They differ.
-    """
+def _names_of(checkpoint: Mapping) -> list[str] | None:
+    """Return the class names of a checkpoint of classification.train, None if it has none."""
     classes, config = checkpoint.get("classes"), checkpoint.get("config")
-    if not isinstance(classes, list) or not isinstance(config, dict):
-        return
+    is_named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not is_named or not isinstance(config, dict):
+        return None
     kind = (config.get("data") or {}).get("kind")
     unnamed = kind and classes == [str(i) for i in range(len(classes))]
-    difference = None if unnamed else describe_other_classes(classes, names)
-    if difference:
+    return None if unnamed else classes
+
+
+def _set_labels(dataset: Dataset, names: list[str] | None, source: str, num_classes: int) -> None:
+    """Label a data set by the names of a model's classes.
+
+    Weights without names get those of ImageNet if the data is part of that, else the classes of the
+    data in their order.
+
+    Raises:
+        ConfigError: The data has a class that the model does not know, or, without names, another
+            number of classes than the model.
+    """
+    own = class_to_index(dataset)
+    if names is None and own:
+        subset = infer_imagenet_subset({"num_classes": num_classes})
+        synsets = ImageNetInfo(subset).label_names() if subset else []
+        if own.keys() <= set(synsets):
+            names = synsets
+    if names is not None:
+        match_classes(dataset, names, source)
+    elif own and len(own) != num_classes:
         raise ConfigError(
-            f"the class folders of the data are not the classes of {path} ({difference}): they "
-            "must be named as in training, with an image in each"
+            f"the data must have the {num_classes} classes of {source}, which does not name them, "
+            f"got {len(own)}"
         )
 
 
@@ -226,11 +257,12 @@ def _without_initial(options: Model) -> Model:
 
 
 def _load_model(
-    options: Model, checkpoint: str | None, weights: str, names: list[str] | None = None
-) -> nn.Module:
+    options: Model, checkpoint: str | None, weights: str
+) -> tuple[nn.Module, list[str] | None]:
+    """Return a model with its weights, and the names of its classes if the checkpoint has them."""
     options = _without_initial(options).model_copy(update={"grad_checkpointing": False})
     if checkpoint is None:
-        return create_model(options, pretrained=True)
+        return create_model(options, pretrained=True), None
     model = build_model(options)
     contents = load_checkpoint(fetch_checkpoint(checkpoint))
     part = contents["model"] if weights == "model" and "model" in contents else contents
@@ -241,18 +273,23 @@ def _load_model(
             f"{checkpoint} has {head.shape[0]} classes, the model {options.num_classes}: "
             "a training of your own is evaluated with its YAML in the place of the model's name"
         )
-    if names is not None:
-        _check_classes(contents, names, checkpoint)
     load_weights(model, state_dict)
-    return model
+    names = _names_of(contents)
+    if names is not None and len(names) != options.num_classes:
+        raise ConfigError(
+            f"{checkpoint} must name its {options.num_classes} classes, it names {len(names)}"
+        )
+    return model, names
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0)):
+    for name, least, most in (
+        ("limit", 1, math.inf), ("batch_size", 1, MAX_BATCH_SIZE), ("workers", 0, MAX_WORKERS),
+    ):  # fmt: skip
         value = getattr(arguments, name)
-        if value is not None and value < least:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option} must be at least {least}, got {value}")
+        if value is not None and not least <= value <= most:
+            limits = f"at least {least}" if value < least else f"at most {most}"
+            raise ConfigError(f"--{name.replace('_', '-')} must be {limits}, got {value}")
     if arguments.split == "":  # it would be all splits together
         raise ConfigError("--split must be a folder under --data, got ''")
     if arguments.json is not None:
@@ -282,35 +319,38 @@ def run(arguments: argparse.Namespace) -> dict:
     _check(arguments)
     cfg = _config(arguments.model)
     device = pick_device(arguments.device)
+    amp = resolve_amp(arguments.amp, device)
     if arguments.throughput:
         model = build_model(_without_initial(cfg.model)).to(device)
         check_model(model, cfg.data.image_size, cfg.model.num_classes)
-        speed = throughput(model, cfg.data.image_size, arguments.batch_size, device, arguments.amp)
+        speed = throughput(model, cfg.data.image_size, arguments.batch_size, device, amp)
         return {
             "model": cfg.model.name,
             "image_size": cfg.data.image_size,
             "batch_size": arguments.batch_size,
             "device": str(device),
             "threads": torch.get_num_threads(),
-            "amp": arguments.amp,
-            "images_per_second": round(speed, 2),
+            "amp": amp,
+            "images_per_second": float(f"{speed:.4g}"),
         }
     updates = {"root": arguments.data, "val_split": arguments.split, "workers": arguments.workers}
     data = cfg.data.model_copy(update={k: v for k, v in updates.items() if v is not None})
     dataset = build_dataset(
         data, data.val_split, is_training=False, batch_size=arguments.batch_size
     )
-    names = class_names(dataset, cfg.model.num_classes) if has_class_names(dataset) else None
-    model = _load_model(cfg.model, arguments.checkpoint, arguments.weights, names).to(device)
+    model, names = _load_model(cfg.model, arguments.checkpoint, arguments.weights)
+    model = model.to(device)
+    source = arguments.checkpoint or cfg.model.name
     if name := find_not_finite(model):
-        raise ValueError(f"{name} of {arguments.checkpoint or cfg.model.name} is not finite")
+        raise ValueError(f"{name} of {source} is not finite")
+    _set_labels(dataset, names, source, cfg.model.num_classes)
     check_model(model, data.image_size, cfg.model.num_classes)
     loader = val_loader(dataset, data, arguments.batch_size, device, limit=arguments.limit)
-    result = evaluate(model, loader, device, arguments.amp)
+    result = evaluate(model, loader, device, amp)
     if result.nonfinite or not math.isfinite(result.loss):
         raise ValueError(
             f"{result.nonfinite} of {result.images} images have logits that are not finite, the "
-            f"loss is {result.loss} (--amp {arguments.amp})"
+            f"loss is {result.loss} (--amp {amp})"
         )
     figures = asdict(result)
     del figures["nonfinite"]
@@ -320,6 +360,7 @@ def run(arguments: argparse.Namespace) -> dict:
         "data": str(data.root),
         "image_size": data.image_size,
         **{key: round(value, 4) for key, value in figures.items()},
+        "images_per_second": float(f"{result.images_per_second:.4g}"),
     }
 
 
@@ -332,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.json:
             write_atomically(arguments.json, lambda file: file.write(text.encode()))
     except (ValueError, OSError, RuntimeError) as error:
-        _logger.error("%s", error)
+        _logger.error("%s", describe(error))
         return 2
     width = max(map(len, result))
     sys.stdout.write("".join(f"{key:<{width}}  {value}\n" for key, value in result.items()))

@@ -1,10 +1,12 @@
+import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import yaml
 from timm.optim import get_optimizer_info, list_optimizers
 
-from classification.config import ConfigError, Optimizer, check_output, load_config
+from classification.config import ConfigError, Optimizer, check_output, find_ignored, load_config
 
 RECIPES = Path("configs/classification")
 
@@ -31,6 +33,7 @@ def test_recipes_of_tiny_small_and_base_are_the_published_ones(name, drop_path):
     cfg = recipe(name)
     assert cfg.model.drop_path_rate == drop_path
     assert (cfg.batch_size, cfg.ema_decay, cfg.data.image_size) == (128, 0.9999, 224)
+    assert cfg.amp == "auto"
     assert (cfg.data.crop_pct, cfg.data.interpolation) == (1.0, "bicubic")
     optimizer, schedule, augmentation = cfg.optimizer, cfg.schedule, cfg.augmentation
     assert (optimizer.name, optimizer.lr, optimizer.lr_batch) == ("adamw", 5e-4, 512)
@@ -135,6 +138,109 @@ def test_numbers_and_booleans_are_those_of_yaml_1_2(yaml_file):
     assert load_config(yaml_file("model: {compile: true}"), ["amp=bf16"]).model.compile
 
 
+TEXTS = [
+    "2024_11_28", "2024-11-28", "1e3", "0123", "12", "1.5", "0x10", "null", "~/run", "none",
+    "true", "no", "off", "on", ".nan", "run #1", "a: b", "[a", "{", "1:30", "a, b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(
+    "key", ["output", "device", "model.name", "data.root", "data.train_split", "data.val_split"]
+)
+def test_text_is_taken_as_it_is_typed(yaml_file, key, text):
+    """Folders may be called as YAML writes dates, numbers, booleans and null."""
+
+    def value_of(cfg):
+        return attrgetter(key)(cfg)
+
+    path = yaml_file("seed: 1")
+    assert value_of(load_config(path, [f"{key}={text}"])) == text
+    assert value_of(load_config(path, [f"{key}='{text}'"])) == text
+    section, _, name = key.rpartition(".")
+    indent = "  " if section else ""
+    if all(c not in text for c in "#:{["):  # these need quotes in a file
+        path = yaml_file(f"{section}:\n" * bool(section) + f"{indent}{name}: {text}")
+        assert value_of(load_config(path)) == text
+
+
+@pytest.mark.parametrize("word", ["off", "Off", "none", "None", "null", "~", "no", "false", ""])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "ema_decay", "optimizer.clip_grad", "optimizer.layer_decay", "optimizer.lr_batch",
+        "augmentation.auto_augment", "model.initial_checkpoint", "model.class_map",
+    ],
+)  # fmt: skip
+def test_what_may_be_none_is_switched_off_by_a_word(yaml_file, key, word):
+    cfg = load_config(yaml_file("seed: 1"), [f"{key}={word}"])
+    assert attrgetter(key)(cfg) is None
+    section, _, name = key.rpartition(".")
+    path = yaml_file(f"{section}:\n  {name}: {word}" if section else f"{name}: {word}")
+    assert attrgetter(key)(load_config(path)) is None
+    assert load_config(path, ["amp=" + word]).amp == "off"
+
+
+def test_a_checkpoint_may_be_called_as_a_number_or_a_quoted_word(yaml_file):
+    path = yaml_file("model: {initial_checkpoint: 2024.10, class_map: 'none'}")
+    model = load_config(path, ["augmentation.auto_augment=v0"]).model
+    assert (model.initial_checkpoint, model.class_map) == ("2024.10", "none")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "replaced"),
+    [
+        (["seed=1", "amp=off", "seed=2"], ["seed=1 is replaced by the later seed=2"]),
+        (["optimizer.lr=1", "seed=2", "optimizer={}"], ["optimizer.lr=1 is .* later optimizer={}"]),
+        (["model.args={}", "model.args.a=1", "seed=2", "model.name=a"], []),
+    ],
+)
+def test_an_override_that_a_later_one_replaces_is_named(yaml_file, overrides, replaced, caplog):
+    assert load_config(yaml_file("batch_size: 2"), overrides).seed == 2
+    assert len(caplog.records) == len(replaced)
+    assert all(re.search(text, caplog.text) for text in replaced)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["optimizer.name=sgd", "optimizer.eps=1e-6"],
+            "optimizer.eps has no effect with optimizer",
+        ),
+        (
+            ["optimizer.name=sgd", "optimizer.betas=[0.8, 0.9]"],
+            "optimizer.betas has no effect with",
+        ),
+        (
+            ["schedule.decay_rate=0.5"],
+            "schedule.decay_rate has no effect with schedule.name=cosine",
+        ),
+        (["schedule.name=step", "schedule.min_lr=1"], "schedule.min_lr has no effect with"),
+        (
+            ["augmentation.color_jitter=0.1"],
+            "augmentation.color_jitter has no effect with auto_aug",
+        ),
+        (
+            ["augmentation.random_erasing=0", "augmentation.random_erasing_mode=rand"],
+            "augmentation.random_erasing_mode has no effect with random_erasing=0",
+        ),
+        (
+            ["augmentation.mixup=0", "augmentation.cutmix=0", "augmentation.mixup_mode=elem"],
+            "augmentation.mixup_mode has no effect with mixup=0 and cutmix=0",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_named(yaml_file, overrides, line):
+    cfg = load_config(yaml_file("seed: 1"), overrides)
+    assert [text[: len(line)] for text in find_ignored(cfg)] == [line]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")))
+def test_recipes_have_no_setting_without_effect(path):
+    assert find_ignored(load_config(path)) == []
+
+
 def test_a_written_config_is_read_back(yaml_file):
     cfg = load_config(RECIPES / "flash_internimage_nano_digits.yaml")
     text = yaml.safe_dump(cfg.model_dump(mode="json"))
@@ -189,11 +295,16 @@ def test_a_missing_file_is_named():
         ("optimizer=3", "optimizer: .*got 3"),
         ("optimizer.lr=[", r"optimizer.lr=\[ is not valid YAML"),
         ("optimizer.lr=", "optimizer.lr: .*got None"),
+        ("data.root=", r"data\.root: .*at least 1 character, got ''"),
+        ("model.num_classes=1", r"model\.num_classes: .*greater than or equal to 2, got 1"),
+        ("model.num_classes=2000000000", r"num_classes: .*less than or equal to 1000000, got 2"),
+        ("data.image_size=100000", r"image_size: .*less than or equal to 8192, got 100000"),
+        ("amp=on", "amp: .*'auto', 'off', 'bf16' or 'fp16', got 'on'"),
         ("optimizer.lr=nan", "optimizer.lr: .*number, got 'nan'"),
         ("optimizer.lr=.nan", "optimizer.lr: .*finite number, got nan"),
         ("optimizer.lr=true", "optimizer.lr: .*number, got True"),
         ("model.args={a: 1, a: 2}", "duplicate key 'a'"),
-        ("output=", "output: .*got None"),
+        ("output=", "output: .*got ''"),
     ],
 )
 def test_a_malformed_override_is_named(yaml_file, override, message):

@@ -8,7 +8,7 @@ from torch.utils.data import IterableDataset
 
 from classification.config import Data
 from classification.data import SKIPPED
-from classification.report import save_predictions
+from classification.report import save_predictions, speed
 
 
 class Model(nn.Module):
@@ -58,6 +58,21 @@ def test_unreadable_images_are_not_drawn(tmp_path, titles):
     dataset = samples([0, SKIPPED, 1])
     save_predictions(Model(2), dataset, Data(), ["a", "b"], tmp_path / "predictions.png")
     assert [title[0] for title in titles] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("images_per_second", "text"),
+    [
+        (0.004, "0.004"),
+        (0.0456, "0.046"),
+        (0.94, "0.94"),
+        (1, "1.0"),
+        (1234.56, "1234.6"),
+        (0, "0"),
+    ],
+)
+def test_slow_speeds_keep_their_digits(images_per_second, text):
+    assert speed(images_per_second) == text
 
 
 def test_without_any_readable_image_nothing_is_drawn(tmp_path, caplog):

@@ -13,11 +13,12 @@ import pytest
 import torch
 import yaml
 from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import get_optimizer_info
 from torch import nn
 
 from classification.config import Config, ConfigError, Section
 from classification.model import pick_device
-from classification.state import describe_other_classes
+from classification.state import describe_other_classes, restore_optimizer
 from classification.train import Diverged, Trainer, train
 from flash_internimage.checkpoint import load_checkpoint, save_atomically
 
@@ -408,12 +409,22 @@ def _weight(state: dict) -> torch.Tensor:
     return state["model"]["head.weight"]
 
 
+def _first_entry(state: dict) -> dict:
+    return state["optimizer"]["state"][0]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda s: _weight(s).fill_(math.nan), "head.weight is not finite"),
         (lambda s: s["model_ema"]["head.weight"].fill_(math.inf), "head.weight is not finite"),
-        (lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(math.nan), "exp_avg .*holds NaN"),
+        (lambda s: _first_entry(s)["exp_avg"].fill_(math.nan), "exp_avg .*holds NaN"),
+        (
+            lambda s: _first_entry(s).update(exp_avg=torch.zeros(7)),
+            r"exp_avg of the optimizer must be of shape \(8, 3, 3, 3\) for .*, got of shape \(7,\)",
+        ),
+        (lambda s: _first_entry(s).update(step="2"), "step of the optimizer must be a number for"),
+        (lambda s: _first_entry(s).pop("exp_avg_sq"), "must be step, exp_avg, exp_avg_sq, got"),
         (
             lambda s: s["model"].update({"head.weight": _weight(s).to(torch.int8)}),
             r"dtype of head\.weight: torch\.int8, expected torch\.float32",
@@ -428,6 +439,23 @@ def test_damaged_numbers_are_named_before_work_starts(config, tmp_path, damage, 
     save_atomically(state, tmp_path / "damaged.pth")
     with pytest.raises(ValueError, match=rf"cannot resume from .*{message}"):
         build(config()).resume(tmp_path / "damaged.pth")
+
+
+@pytest.mark.parametrize(
+    ("changes", "best"),
+    [
+        ({"data": {"val_split": "train"}}, -math.inf),
+        ({"data": {"crop_pct": 0.9}}, -math.inf),
+        ({"data": {"workers": 1}, "val_batch_size": 4}, 30.0),
+    ],
+)
+def test_the_best_accuracy_counts_while_validation_stays_the_same(config, changes, best):
+    trainer = build(config())
+    trainer.output.mkdir()
+    save_atomically(trainer.state_dict() | {"best_top1": 30.0}, trainer.last)
+    resumed = build(config(**changes))
+    resumed.resume(trainer.last)
+    assert resumed.best_top1 == best
 
 
 @pytest.mark.parametrize("best", [math.nan, math.inf])
@@ -467,14 +495,41 @@ def test_classes_are_compared_in_their_order(checkpoint, data, difference):
     assert describe_other_classes(checkpoint, data) == difference
 
 
-def test_an_emptied_class_is_found_at_a_resume(change, checkpoint, digits, tmp_path):
+def test_an_emptied_class_is_named_before_a_resume(change, digits, tmp_path):
     shutil.copytree(digits, tmp_path / "digits")
     for split in ("train", "val"):
         for image in (tmp_path / "digits" / split / "3").iterdir():
             image.unlink()
     cfg = change(**{"data.root": str(tmp_path / "digits")})
-    with pytest.raises(ValueError, match=r"class folders of data.root=.*only in the checkpoint: 3"):
-        build(cfg).resume(checkpoint["between"])
+    with pytest.raises(ConfigError, match=r"train cannot be read .*1 of its class .* images: 3 \("):
+        build(cfg)
+
+
+def test_the_case_of_an_optimizer_s_name_may_change(change, checkpoint):
+    build(change(**{"optimizer.name": "AdamW"})).resume(checkpoint["between"])
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adan", "lars", "muon"])
+def test_a_state_of_another_shape_is_refused_for_any_optimizer(config, name):
+    betas = [0.9, 0.9, 0.9][: get_optimizer_info(name).num_betas]
+    trainer, other = (
+        build(config(optimizer={"name": name} | ({"betas": betas} if betas else {})))
+        for _ in range(2)
+    )
+    trainer.train_update([next(iter(trainer.train_loader))])
+    saved = trainer.optimizer.state_dict()
+    before = {k: v.clone() for k, v in other.model.state_dict().items()}
+    settings = [dict(group) for group in other.optimizer.param_groups]
+    restore_optimizer(other.optimizer, saved)
+    assert_equal(other.optimizer.state_dict()["state"], saved["state"])
+    assert_equal(dict(other.model.state_dict()), before)
+    for group, values in zip(other.optimizer.param_groups, settings, strict=True):
+        assert all(group[key] == values[key] for key in values.keys() - {"params", "step"})
+    entry = next(iter(saved["state"].values()))
+    key = next(key for key, value in entry.items() if getattr(value, "ndim", 0))
+    entry[key] = entry[key].new_zeros(1, 99)
+    with pytest.raises(ValueError, match=rf"^{key} of the optimizer must be of shape .*\(1, 99\)"):
+        restore_optimizer(other.optimizer, saved)
 
 
 def test_initial_weights_for_other_classes_are_a_warning(

@@ -180,8 +180,14 @@ def test_resuming_another_model_is_refused(config, tmp_path):
         ({"epoch": "1"}, "TypeError"),
         ({"epoch": -1}, "it is from epoch -1"),
         ({"update": 10**12}, "update 1000000000000 of"),
-        ({"config": 5}, "AttributeError"),
-        ({"rng": None}, "TypeError"),
+        ({"config": 5}, "config must be a dict, got 5"),
+        ({"config": None}, "config must be a dict, got None"),
+        ({"config": {"model": {}}}, "config must hold the settings .* lacks model.name"),
+        ({"rng": None}, "rng must be a list, got None"),
+        ({"rng": []}, r"rng must hold a dict per process, got \[\]"),
+        ({"rng": [1]}, r"rng must hold a dict per process, got \[1\]"),
+        ({"optimizer": []}, r"optimizer must be a dict, got \[\]"),
+        ({"classes": "abc"}, "classes must be a list, got 'abc'"),
     ],
 )
 def test_what_cannot_be_resumed_is_one_error(config, tmp_path, changes, message):
@@ -369,11 +375,18 @@ def test_the_loss_follows_the_augmentation(config, augmentation, criterion):
     assert type(build_criterion(config(augmentation=augmentation))) is criterion
 
 
-def test_splits_with_other_classes_are_refused(config, digits, tmp_path):
+def test_the_classes_of_training_label_validation(config, digits, tmp_path, caplog):
     shutil.copytree(digits, tmp_path / "digits")
     shutil.rmtree(tmp_path / "digits" / "val" / "4")
-    with pytest.raises(ConfigError, match=r"class folders of data.train_split=train .* differ"):
-        train(config(data={"root": str(tmp_path / "digits")}))
+    cfg = config(data={"root": str(tmp_path / "digits")})
+    trainer = Trainer(cfg, CPU)
+    assert "9 of the 10 classes of data.train_split=train, none of: 4" in caplog.text
+    labels = [label for _, y in trainer.val_loader for label in y.tolist()]
+    assert labels == sorted([*range(4), *range(5, 10)] * 2)
+    (tmp_path / "digits" / "val" / "5").rename(tmp_path / "digits" / "val" / "five")
+    message = "1 classes that are unknown to data.train_split=train: five; it knows 0, 1, 2, 3, 4, "
+    with pytest.raises(ConfigError, match=message):
+        Trainer(cfg, CPU)
 
 
 def test_another_run_s_checkpoint_continues_in_an_output_of_its_own(config, tmp_path, caplog):

@@ -7,13 +7,15 @@ import tarfile
 import traceback
 from multiprocessing.reduction import ForkingPickler
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
 from timm.data import IterableImageDataset
 from torch.utils.data import DataLoader
 
-from classification import data as data_module
+from classification import datasets as datasets_module
+from classification import train as train_module
 from classification.config import ConfigError, Data
 from classification.data import (
     SKIPPED,
@@ -24,6 +26,7 @@ from classification.data import (
     train_loader,
     val_loader,
 )
+from classification.train import Trainer
 
 CPU = torch.device("cpu")
 
@@ -110,7 +113,7 @@ class TestCount:
         def of_another_process(flags, op):
             flags[5] = 1
 
-        monkeypatch.setattr(data_module.dist, "all_reduce", of_another_process)
+        monkeypatch.setattr(datasets_module.dist, "all_reduce", of_another_process)
         with pytest.raises(TooManyCorruptImages, match="2 unreadable images"):
             dataset.share_unreadable(CPU)
 
@@ -199,11 +202,6 @@ class TestFolders:
         with pytest.raises(ValueError, match=r"must be empty or start with one of hfds/"):
             Data(kind=kind)
 
-    def test_a_kind_without_its_package_is_one_line(self, root, monkeypatch):
-        monkeypatch.setattr("timm.data.readers.reader_wds.wds", None)
-        with pytest.raises(ConfigError, match=r"data\.kind=wds/: Please install webdataset"):
-            dataset_of(root, kind="wds/")
-
 
 class TestTars:
     @pytest.fixture
@@ -276,7 +274,8 @@ class TestStreams:
 
     def test_streams_are_built_to_skip(self, monkeypatch):
         stream = IterableImageDataset(None, reader=Reader())
-        monkeypatch.setattr(data_module, "create_dataset", lambda *args, **kwargs: stream)
+        monkeypatch.setattr(datasets_module, "create_dataset", lambda *args, **kwargs: stream)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
         dataset = build_dataset(Data(kind="wds/", root="."), "val", False, 8)
         assert isinstance(dataset, SkippingStream)
         assert len(dataset) == 3
@@ -299,6 +298,122 @@ def test_streams_of_bytes_are_read(root):
         def filename(self, index, absolute):
             return None
 
-    dataset = data_module.SkippingImageDataset(Bytes(), False, 5)
+    dataset = datasets_module.SkippingImageDataset(Bytes(), False, 5)
     dataset.transform = lambda image: image
     assert [dataset[i][1] for i in range(2)] == [0, SKIPPED]
+
+
+class Numbers:
+    """A stream of plain images, whose red value and label is their number."""
+
+    def __init__(self, count: int, length: int | None = None):
+        self.count, self.length = count, count if length is None else length
+
+    def __iter__(self):
+        return ((Image.new("RGB", (8, 8), (i, 0, 0)), i % 3) for i in range(self.count))
+
+    def __len__(self):
+        return self.length
+
+
+class TestStreamsToTheirEnd:
+    @pytest.mark.parametrize("world_size", [1, 2, 3])
+    def test_several_processes_evaluate_every_image_once(self, monkeypatch, world_size):
+        seen = []
+        for rank in range(world_size):
+            monkeypatch.setattr(datasets_module, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(datasets_module, "world_size", lambda: world_size)
+            dataset = SkippingStream(Numbers(7), False, "wds/")
+            data = Data(image_size=8, workers=0, mean=(0, 0, 0), std=(1, 1, 1))
+            batches = list(val_loader(dataset, data, 2, CPU, rank, world_size))
+            assert sum(len(labels) for _, labels in batches) == len(dataset)
+            seen += [round(255 * x.item()) for images, _ in batches for x in images[:, 0, 0, 0]]
+        assert sorted(seen) == list(range(7))
+
+    def test_the_readers_of_timm_do_not_share_evaluation_images_out(self, monkeypatch):
+        monkeypatch.setattr(datasets_module, "world_size", lambda: 2)
+        reader = Numbers(4)
+        reader.dist_rank, reader.dist_num_replicas = 1, 2
+        SkippingStream(reader, True, "wds/")
+        assert (reader.dist_rank, reader.dist_num_replicas) == (1, 2)
+        SkippingStream(reader, False, "wds/")
+        assert (reader.dist_rank, reader.dist_num_replicas) == (0, 1)
+
+    def test_16_bit_images_are_not_clipped(self):
+        ramp = Image.fromarray(np.arange(65536, dtype=np.uint16).reshape(256, 256))
+        dataset = SkippingStream([(ramp, 1)], False, "wds/")
+        dataset.transform = np.asarray
+        assert len(np.unique(next(iter(dataset))[0])) == 256
+
+    @pytest.mark.parametrize(("is_training", "labels"), [(True, [1, 2]), (False, [1, SKIPPED, 2])])
+    def test_an_image_that_cannot_be_converted_is_left_out(self, is_training, labels):
+        images = (Image.new("RGB", (8, 8)), Image.new("F", (8, 8)), Image.new("L", (8, 8)))
+        dataset = SkippingStream(zip(images, (1, 0, 2), strict=True), is_training, "wds/")
+        dataset.transform = np.asarray
+        assert [label for _, label in dataset] == labels
+
+    @pytest.mark.parametrize("label", [-1, None])
+    def test_an_image_without_label_is_one_line(self, label):
+        dataset = SkippingStream([(Image.new("RGB", (8, 8)), label)], False, "hfids/")
+        with pytest.raises(ValueError, match=rf"labels must be from 0 on, got {label}: the split"):
+            next(iter(dataset))
+
+    @pytest.fixture
+    def stream(self, config, monkeypatch):
+        """Builds a Trainer whose training images are a stream."""
+
+        def build(reader, **changes) -> Trainer:
+            whole = train_module.build_dataset
+
+            def build_dataset(data, split, is_training, batch_size):
+                if is_training:
+                    return SkippingStream(reader, True, "wds/")
+                return whole(data, split, is_training, batch_size)
+
+            monkeypatch.setattr(train_module, "build_dataset", build_dataset)
+            return Trainer(config(batch_size=4, **changes), CPU)
+
+        return build
+
+    def test_a_stream_that_ends_early_is_counted(self, stream, caplog):
+        trainer = stream(Numbers(10, length=20))
+        trainer.train_epoch()
+        assert (trainer.update, trainer.updates_per_epoch) == (2, 5)
+        assert "epoch 1: the training images ended after 2 of 5 updates" in caplog.text
+
+    def test_all_processes_end_with_the_first(self, stream, monkeypatch):
+        trainer = stream(Numbers(20))
+        asked = []
+
+        def all_agree(yes, device):
+            asked.append(yes)
+            return len(asked) < 3
+
+        monkeypatch.setattr(trainer, "train_update", lambda batches: 1.0)
+        monkeypatch.setattr(train_module, "all_agree", all_agree)
+        trainer.train_epoch()
+        assert (asked, trainer.update) == ([True, True, True], 2)
+
+    def test_a_stream_without_images_is_one_line(self, stream):
+        with pytest.raises(TooManyCorruptImages, match="ended before the first update"):
+            stream(Numbers(0, length=20)).train_epoch()
+
+    @pytest.mark.parametrize(
+        ("length", "message"),
+        [(0, "data.kind= must tell the number of training images"), (3, "fewer than the 4 of one")],
+    )
+    def test_a_stream_of_unknown_or_little_length_is_one_line(self, stream, length, message):
+        with pytest.raises(ConfigError, match=message):
+            stream(Numbers(20, length=length))
+
+    def test_pictures_that_cannot_be_drawn_do_not_end_a_run(self, config, monkeypatch, caplog):
+        def fail(*arguments):
+            raise TooManyCorruptImages("the stream is gone")
+
+        trainer = Trainer(config(), CPU)
+        trainer.output.mkdir()
+        (trainer.output / "metrics.csv").write_text("epoch,train_loss,val_top1,lr\n1,1,1,1\n")
+        monkeypatch.setattr(train_module, "save_predictions", fail)
+        trainer.report()
+        assert "predictions.png is not drawn: the stream is gone" in caplog.text
+        assert (trainer.output / "curves.png").exists()

@@ -1,20 +1,25 @@
 import json
 import os
 import pickle
+import re
 import shutil
+import tarfile
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.datasets import FakeData
 
 from classification import validate
 from classification.config import Data
 from classification.data import build_dataset, val_loader
 from classification.model import build_model
 from classification.train import train
-from classification.validate import evaluate, main
+from classification.validate import evaluate, main, resolve_amp
+from flash_internimage.backbone import FlashInternImage
 from flash_internimage.checkpoint import load_checkpoint, save_atomically
 
 CPU = torch.device("cpu")
@@ -85,6 +90,17 @@ def test_the_command_reproduces_the_metrics_of_training(run, tmp_path, capsys, w
     assert result["images"] == 20
 
 
+@pytest.mark.parametrize(
+    ("amp", "device", "resolved"),
+    [
+        ("auto", "cuda", "fp16"), ("auto", "cpu", "off"), ("auto", "mps", "off"),
+        ("fp16", "cpu", "fp16"), ("bf16", "cuda", "bf16"), ("off", "cuda", "off"),
+    ],
+)  # fmt: skip
+def test_automatic_precision_depends_on_the_device(amp, device, resolved):
+    assert resolve_amp(amp, torch.device(device)) == resolved
+
+
 def test_throughput_needs_no_data(run, capsys):
     assert main([str(run / "config.yaml"), "--throughput", "--batch-size", "2"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["images_per_second"] > 0
@@ -133,6 +149,8 @@ def test_errors_are_one_line_that_says_what_is_wrong(run, digits, tmp_path, capl
     [
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["--workers", "9999"], "--workers must be at most 1024, got 9999"),
+        (["--batch-size", "10000000"], "--batch-size must be at most 65536, got 10000000"),
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--device", "gpu"], "device must be 'auto' or one of cpu"),
         (["--device", "cuda:99"], "got 'cuda:99'"),
@@ -140,7 +158,10 @@ def test_errors_are_one_line_that_says_what_is_wrong(run, digits, tmp_path, capl
         (["--json", "."], "--json must be a file, got ."),
         (["--split", ""], "--split must be a folder under --data, got ''"),
         (["--split", "test"], "must have a folder 'test', it holds: train, val"),
-        (["--data", "README.md"], "data.root=README.md cannot be read as a data set: Found 0"),
+        (
+            ["--data", "README.md"],
+            "README.md cannot be read as a data set: it must be a folder or a",
+        ),
         (["--checkpoint", "tests"], "tests"),
     ],
 )
@@ -190,20 +211,105 @@ def test_unreadable_images_are_left_out(run, digits, tmp_path, capsys):
     assert (result["images"], result["corrupt"]) == (19, 1)
 
 
-@pytest.mark.parametrize("change", ["emptied", "renamed"])
-def test_data_with_other_classes_than_the_checkpoint_s_are_refused(
-    run, digits, tmp_path, caplog, change
+@pytest.fixture
+def right(monkeypatch):
+    """Makes every model right: it returns the class that the image's red value is a tenth of."""
+
+    def forward(self, images):
+        red = (images[:, 0].mean((1, 2)) * Data().std[0] + Data().mean[0]) * 25.5
+        red = red.round().long().clamp(0, self.num_classes - 1)
+        return nn.functional.one_hot(red, self.num_classes).float()
+
+    monkeypatch.setattr(FlashInternImage, "forward", forward)
+
+
+def coloured(root, split: str, classes: dict[str, int]):
+    """Images of a plain colour that tells the output of `right`, by class folder."""
+    for name, output in classes.items():
+        (root / split / name).mkdir(parents=True)
+        for i in range(2):
+            image = Image.new("RGB", (32, 32), (10 * output, 0, 0))
+            image.save(root / split / name / f"{i}.png")
+    return root
+
+
+DIGITS = {str(i): i for i in range(10)}
+
+
+@pytest.mark.parametrize("as_tar", [False, True])
+@pytest.mark.parametrize(
+    ("lacking", "warning"),
+    [
+        ([], ""),
+        (["3"], "images of 9 of the 10 classes of .*last.pth, none of: 3"),
+        (["0", "1", "2", "3", "4", "5"], "of 4 of the 10 .* none of: 0, 1, 2, 3, 4, ..."),
+    ],
+)
+def test_the_names_of_the_checkpoint_are_the_labels(
+    run, right, tmp_path, capsys, caplog, lacking, warning, as_tar
 ):
-    shutil.copytree(digits, tmp_path / "other")
-    folder = tmp_path / "other" / "val" / "3"
-    if change == "emptied":
-        for image in folder.iterdir():
-            image.unlink()
-    else:
-        folder.rename(folder.with_name("three"))
-    arguments = ["--checkpoint", str(run / "last.pth"), "--data", str(tmp_path / "other")]
+    root = coloured(tmp_path, "few", {k: v for k, v in DIGITS.items() if k not in lacking})
+    for name in lacking:
+        (root / "few" / name).mkdir()
+    data, options = root, ["--split", "few"]
+    if as_tar:
+        data, options = tmp_path / "few.tar", []
+        with tarfile.open(data, "w") as tar:
+            tar.add(root / "few", arcname="few")
+    arguments = ["--checkpoint", str(run / "last.pth"), "--data", str(data), *options]
+    assert main([str(run / "config.yaml"), *arguments]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["top1"], result["images"]) == (100, 2 * (10 - len(lacking)))
+    assert re.search(warning, caplog.text)
+    assert ("classes" in caplog.text) == bool(lacking)
+
+
+def test_names_of_classes_are_compared_and_not_their_order(run, right, tmp_path, capsys):
+    """Folders sort b before k; the checkpoint has them in another order."""
+    state = load_checkpoint(run / "last.pth")
+    state["classes"] = list("kbcdefghij")
+    save_atomically(state, tmp_path / "last.pth")
+    root = coloured(tmp_path, "val", {"b": 1, "k": 0, "d": 3})
+    arguments = ["--checkpoint", str(tmp_path / "last.pth"), "--data", str(root)]
+    assert main([str(run / "config.yaml"), *arguments]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == 100
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (
+            DIGITS | {"three": 3},
+            "has 1 classes that are unknown to .*last.pth: three; it knows 0, 1",
+        ),
+        ({"a": 1, "b": 2}, "has 2 classes that are unknown to .*last.pth: a, b; it knows 0, 1"),
+    ],
+)
+def test_classes_that_the_checkpoint_does_not_know_are_refused(
+    run, tmp_path, caplog, classes, message
+):
+    arguments = ["--checkpoint", str(run / "last.pth")]
+    arguments += ["--data", str(coloured(tmp_path, "val", classes))]
     assert main([str(run / "config.yaml"), *arguments]) == 2
-    assert "last.pth (only in the checkpoint: 3" in caplog.text
+    assert re.search(message, caplog.text)
+
+
+def test_weights_without_names_need_all_classes(run, right, tmp_path, capsys, caplog):
+    save_atomically(load_checkpoint(run / "last.pth")["model"], tmp_path / "weights.pth")
+    command = [str(run / "config.yaml"), "--checkpoint", str(tmp_path / "weights.pth")]
+    root = coloured(tmp_path, "all", DIGITS)
+    assert main([*command, "--data", str(root), "--split", "all"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == 100
+    coloured(tmp_path, "few", {"1": 1, "2": 2})
+    assert main([*command, "--data", str(root), "--split", "few"]) == 2
+    assert "must have the 10 classes of" in caplog.text
+
+
+def test_a_part_of_imagenet_is_labelled_by_its_synsets():
+    dataset = FakeData(size=1)
+    dataset.class_to_idx = {"n01443537": 0, "n02102040": 1}  # goldfish and English springer
+    validate._set_labels(dataset, None, "flash_internimage_tiny", 1000)
+    assert [dataset.target_transform(i) for i in (0, 1)] == [1, 217]
 
 
 def test_the_saved_configuration_is_the_run_s(run):

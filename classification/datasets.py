@@ -1,0 +1,313 @@
+"""Data sets of timm, torchvision, folders and tar files; unreadable images are skipped."""
+
+import importlib.util
+import itertools
+import logging
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data.readers import set_img_extensions
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch.utils.data import Dataset
+
+from flash_internimage.images import (
+    MAX_ASPECT_RATIO,
+    UnreadableImage,
+    image_suffixes,
+    read_image,
+    to_rgb,
+)
+
+from .config import ConfigError, Data
+from .folders import (
+    FolderReader,
+    check_listing,
+    count_shared,
+    drop_hidden,
+    list_folder,
+    list_tar,
+    printable,
+)
+from .processes import rank, world_size
+from .strict_yaml import one_line
+
+_logger = logging.getLogger(__name__)
+
+SKIPPED = -1  # the label of an image that could not be read, in evaluation
+
+# What timm needs for each prefix of `data.kind`: the module, and the packages to install for it.
+_PACKAGES = {
+    "hfds": ("datasets", "datasets"),
+    "hfids": ("datasets", "datasets"),
+    "tfds": ("tensorflow_datasets", "tensorflow tensorflow-datasets"),
+    "wds": ("webdataset", "webdataset"),
+}
+
+
+class TooManyCorruptImages(RuntimeError):
+    """Unreadable images stop the run: more files than `data.max_corrupt`, all, or a stream's."""
+
+    def __init__(self, message: str):
+        # A DataLoader re-raises errors of its workers with their traceback as the message.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+class WrongLabel(ValueError):
+    """An image without a class, such as those of test splits that are published without labels."""
+
+
+def _checked_label(label: int | None) -> int:
+    if label is None or label < 0:
+        raise WrongLabel(f"labels must be from 0 on, got {label}: the split must have labels")
+    return label
+
+
+class SkippingImageDataset(ImageDataset):
+    """A timm ImageDataset that survives unreadable images, logs their paths and counts them.
+
+    In training the next readable image takes the place; in evaluation a black image labelled
+    `SKIPPED`, so that no image counts twice.
+    """
+
+    def __init__(self, reader, is_training: bool, max_corrupt: int):
+        super().__init__(root=None, reader=reader)
+        self.is_training = is_training
+        self.max_corrupt = max_corrupt
+        # One flag per image, shared with the loader's worker processes.
+        self._unreadable = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
+
+    @property
+    def corrupt(self) -> int:
+        """Number of different images that could not be read so far."""
+        return int(self._unreadable.sum())
+
+    def __getitem__(self, index: int):
+        for i in range(index, index + len(self)):
+            try:
+                image, target = self._read(i % len(self))
+                break
+            except UnreadableImage as error:
+                self._count(i % len(self), error)
+            if not self.is_training:
+                image, target = _placeholder(), SKIPPED
+                break
+        else:
+            raise TooManyCorruptImages(f"none of the {len(self)} images of a split can be read")
+        if target != SKIPPED and self.target_transform is not None:
+            target = self.target_transform(target)
+        return self.transform(image), target
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        name = self._name(index)
+        try:
+            if isinstance(self.reader, ReaderImageFolder):
+                # The reader would open the file, and wait for ever if it is a FIFO.
+                source, target = self.reader.samples[index]
+                return to_rgb(read_image(source, name)), target
+            stream, target = self.reader[index]
+            with stream:
+                return to_rgb(read_image(stream, name)), _checked_label(target)
+        except (UnreadableImage, WrongLabel):
+            raise
+        except Exception as error:  # of a tar file or of the conversion
+            raise UnreadableImage(f"cannot read image {name}: {one_line(error)}") from error
+
+    def _name(self, index: int) -> str:
+        if isinstance(self.reader, ReaderImageInTar):
+            return printable(f"{self.reader.root}:{self.reader.filename(index)}")
+        try:
+            return printable(str(self.reader.filename(index, absolute=True) or f"number {index}"))
+        except Exception:
+            return f"number {index}"
+
+    def _count(self, index: int, error: UnreadableImage) -> None:
+        if self._unreadable[index]:
+            return
+        self._unreadable[index] = True
+        _logger.warning("skipped: %s", error)
+        self._check_count(f"; the last one: {error}")
+
+    def _check_count(self, detail: str = "") -> None:
+        if (corrupt := self.corrupt) > self.max_corrupt:
+            raise TooManyCorruptImages(
+                f"{corrupt} unreadable images are more than data.max_corrupt={self.max_corrupt}"
+                f"{detail}"
+            )
+
+    def share_unreadable(self, device: torch.device) -> None:
+        """Count what other processes could not read; every process must call this.
+
+        Raises:
+            TooManyCorruptImages: They are too many together, in every process.
+        """
+        flags = self._unreadable.to(device, torch.uint8)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        self._unreadable.copy_(flags)
+        self._check_count()
+
+
+class SkippingStream(IterableImageDataset):
+    """A timm IterableImageDataset, whose reader decodes images itself.
+
+    Images that could not be resized within bounded memory or converted to RGB are skipped in
+    training, and labelled `SKIPPED` in evaluation. In training the reader shares the images out
+    among processes; in evaluation each process reads all and yields its part, none twice.
+    """
+
+    def __init__(self, reader, is_training: bool, kind: str):
+        super().__init__(root=None, reader=reader)
+        self.is_training = is_training
+        self.kind = kind
+        self.rank, self.world_size = (0, 1) if is_training else (rank(), world_size())
+        if self.world_size > 1:  # timm's readers would repeat or miss some images
+            reader.dist_rank, reader.dist_num_replicas = 0, 1
+
+    def __len__(self) -> int:
+        return len(range(self.rank, super().__len__(), self.world_size))
+
+    def __iter__(self):
+        images = itertools.islice(iter(self.reader), self.rank, None, self.world_size)
+        while True:
+            try:
+                image, target = next(images)
+            except StopIteration:
+                return
+            except Exception as error:
+                # Readers skip what they can; after another error they cannot continue.
+                raise TooManyCorruptImages(
+                    f"data.kind={self.kind}: cannot read the stream: "
+                    f"{type(error).__name__}: {one_line(error)}"
+                ) from error
+            target = _checked_label(target)
+            try:
+                if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                    raise ValueError("too long for its width")
+                image = to_rgb(image)
+            except Exception as error:
+                _logger.warning(
+                    "skipped: an image of %d x %d pixels in a stream: %s",
+                    *image.size, one_line(error),
+                )  # fmt: skip
+                if self.is_training:
+                    continue
+                image, target = _placeholder(), SKIPPED
+            yield self.transform(image), target
+
+
+def _placeholder() -> Image.Image:
+    return Image.new("RGB", (256, 256))
+
+
+def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) -> Dataset:
+    """Build the `split` of a data set, without its transform.
+
+    Raises:
+        ConfigError: There is no such folder, no images in it, a loop of links or a damaged tar, or
+            a class folder of a training split is empty, or a package is not installed.
+    """
+    root = Path(data.root)
+    if not data.kind and not os.path.exists(root):  # Path.exists raises an error for long names
+        raise ConfigError(f"data.root not found: {root}")
+    if not data.kind and root.is_dir() and not (root / split).exists():
+        found = ", ".join(sorted(entry.name for entry in root.iterdir())[:10]) or "nothing"
+        raise ConfigError(f"data.root={root} must have a folder '{split}', it holds: {found}")
+    source = source_of(data, split)
+    _check_package(data.kind)
+    try:
+        if not data.kind:
+            read = _folder_reader if source.is_dir() else _tar_reader
+            reader = read(source, is_training)
+            return SkippingImageDataset(reader, is_training, data.max_corrupt)
+        dataset = create_dataset(
+            data.kind,
+            root=str(source),
+            split=split,
+            is_training=is_training,
+            batch_size=batch_size,
+            search_split=False,
+            # Readers of other streams pass images on as they are, for to_rgb.
+            input_img_mode="RGB" if data.kind.lower().startswith("tfds/") else "",
+        )
+    except Exception as error:  # timm, tarfile and packages of data sets raise any kind
+        raise ConfigError(
+            f"data.root={source} cannot be read as a data set"
+            f"{f' of data.kind={data.kind}' if data.kind else ''}: {one_line(error)}"
+        ) from error
+    if isinstance(dataset, IterableImageDataset):
+        return SkippingStream(dataset.reader, is_training, data.kind)
+    if type(dataset) is ImageDataset:
+        return SkippingImageDataset(dataset.reader, is_training, data.max_corrupt)
+    if hasattr(dataset, "loader"):  # of torchvision's folders
+        dataset.loader = _load_rgb
+    return dataset
+
+
+def source_of(data: Data, split: str) -> Path:
+    """Return the folder or tar file of a split; splits of a single tar file or kind share one."""
+    root = Path(data.root)
+    return root / split if not data.kind and root.is_dir() else root
+
+
+def _check_package(kind: str) -> None:
+    module, packages = _PACKAGES.get(kind.partition("/")[0].lower(), (None, None))
+    if module is not None and importlib.util.find_spec(module) is None:
+        raise ConfigError(f"data.kind={kind} needs a package: pip install {packages}")
+
+
+def _folder_reader(folder: Path, is_training: bool) -> FolderReader:
+    listing = list_folder(folder)
+    check_listing(listing, is_training)
+    return FolderReader(str(folder), listing)
+
+
+def _tar_reader(path: Path, is_training: bool) -> ReaderImageInTar:
+    if path.suffix.lower() != ".tar":
+        raise ValueError("it must be a folder or a .tar file")
+    _check_end_of_tar(path)
+    listing = list_tar(path)
+    if listing is not None:
+        check_listing(listing, is_training)
+    set_img_extensions(sorted(image_suffixes()))
+    reader = ReaderImageInTar(str(path))
+    drop_hidden(reader)
+    return reader
+
+
+def _load_rgb(path: str) -> Image.Image:
+    return to_rgb(read_image(path))
+
+
+def warn_of_shared_images(data: Data, train_set: Dataset, val_set: Dataset) -> None:
+    """Warn if the validation split has images of the training split."""
+    train, val = (source_of(data, split) for split in (data.train_split, data.val_split))
+    if os.path.realpath(train) == os.path.realpath(val) and (
+        not data.kind or data.train_split == data.val_split
+    ):
+        _logger.warning(
+            "data.train_split and data.val_split are the same images, of %s: the accuracy says "
+            "nothing about other images",
+            val,
+        )
+        return
+    readers = [getattr(dataset, "reader", None) for dataset in (train_set, val_set)]
+    if all(isinstance(reader, FolderReader) for reader in readers):
+        shared, compared = count_shared(*([path for path, _ in r.samples] for r in readers))
+        if shared:
+            _logger.warning(
+                "%d of %d validation images that were compared are also training images: the "
+                "accuracy says little about other images",
+                shared, compared,
+            )  # fmt: skip
+
+
+def _check_end_of_tar(path: Path) -> None:
+    # tarfile takes a file that ends between two members for a whole one.
+    with open(path, "rb") as file:
+        file.seek(-1024, os.SEEK_END)
+        if file.read().strip(b"\0"):
+            raise ValueError("the tar file is truncated, its end marker is missing")

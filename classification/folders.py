@@ -1,0 +1,219 @@
+"""Image files in class folders: which count, which are left out, and which are in two splits."""
+
+import hashlib
+import logging
+import os
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
+
+from flash_internimage.files import check_no_loops
+from flash_internimage.images import image_suffixes
+
+from .processes import on_first
+
+_logger = logging.getLogger(__name__)
+
+COMPARED = 1000  # images of a split that are looked for in the other
+_LARGE = 20_000  # images; in a larger split only files of the same name are compared
+
+
+class Listing(NamedTuple):
+    """The files of a folder or tar file.
+
+    Attributes:
+        images: Relative paths of the images.
+        left_out: Number of other files by their kind.
+        empty: Folders in the place of class folders that hold no image.
+    """
+
+    images: list[str]
+    left_out: Counter[str]
+    empty: list[str]
+
+
+class FolderReader(ReaderImageFolder):
+    """timm's reader of class folders for all formats that Pillow decodes, without hidden files."""
+
+    def __init__(self, root: str, listing: Listing):
+        self.root = root
+        labels = [_label(path) for path in listing.images]
+        self.class_to_idx = _class_indices(labels)
+        samples = [
+            (os.path.join(root, path), self.class_to_idx[label])
+            for path, label in zip(listing.images, labels, strict=True)
+        ]
+        self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
+
+
+def list_folder(folder: Path) -> Listing:
+    """List the files below a folder.
+
+    Raises:
+        OSError: A folder cannot be read, or links form a loop.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    check_no_loops(folder)
+    files, folders, hidden = [], [], 0
+    for parent, below, names in os.walk(folder, followlinks=True, onerror=fail):
+        relative = os.path.relpath(parent, folder)
+        prefix = "" if relative == os.curdir else f"{relative}{os.sep}"
+        shown = [name for name in below if not _is_hidden(name)]
+        hidden += len(below) - len(shown)
+        below[:] = shown
+        folders += [prefix + name for name in shown]
+        files += [prefix + name for name in names]
+    listing = _sort_out(files, folders)
+    listing.left_out.update({"hidden": hidden} if hidden else {})
+    return listing
+
+
+def list_tar(path: Path) -> Listing | None:
+    """List the members of a tar file, or return None for a tar file of tar files.
+
+    Raises:
+        OSError: It cannot be read.
+        tarfile.TarError: It is damaged.
+    """
+    with tarfile.open(path, "r:") as tar:
+        members = [(os.path.normpath(member.name), member) for member in tar]
+    if any(name.lower().endswith(".tar") for name, _ in members):
+        return None
+    files = [name for name, member in members if member.isfile()]
+    listing = _sort_out(files, [name for name, member in members if member.isdir()])
+    if others := sum(not (member.isfile() or member.isdir()) for _, member in members):
+        listing.left_out["links and devices"] = others
+    return listing
+
+
+def _sort_out(files: Iterable[str], folders: Iterable[str]) -> Listing:
+    suffixes = image_suffixes()
+    images, left_out = [], Counter()
+    for path in files:
+        suffix = os.path.splitext(path)[1].lower()
+        if _is_hidden(path):
+            left_out["hidden"] += 1
+        elif suffix in suffixes:
+            images.append(path)
+        else:
+            left_out[suffix or "without suffix"] += 1
+    classes = {os.path.dirname(path) for path in images}
+    filled = classes | {str(parent) for name in classes for parent in Path(name).parents}
+    empty = []
+    for folder in sorted(folders):
+        # A folder within a class or within an empty folder is no further class.
+        if (
+            folder not in filled
+            and not _is_hidden(folder)
+            and classes.isdisjoint(map(str, Path(folder).parents))
+        ):
+            empty.append(folder)
+            classes.add(folder)
+    return Listing(images, left_out, empty)
+
+
+def printable(text: str) -> str:
+    """Return text that any log or picture can show, for names of files that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def check_listing(listing: Listing, is_training: bool) -> None:
+    """Log what is left out, and check that images of every class remain.
+
+    Raises:
+        ValueError: There is no image, one outside of class folders, or, in training, a class
+            folder without any.
+    """
+    left_out = sorted(listing.left_out.items(), key=lambda item: (-item[1], item[0]))
+    counts = printable(", ".join(f"{n} {kind}" for kind, n in left_out))
+    if not listing.images:
+        raise ValueError(f"it holds no images (other files: {counts or 'none'})")
+    if any(not _label(path) for path in listing.images):
+        # timm would make them a class of their own, the first one.
+        raise ValueError("it must hold a folder per class, but has images outside of them")
+    if listing.empty and is_training:
+        names = printable(", ".join(listing.empty[:5])) + ", ..." * (len(listing.empty) > 5)
+        raise ValueError(
+            f"{len(listing.empty)} of its class folders hold no images: {names} (other files: "
+            f"{counts or 'none'})"
+        )
+    if counts:
+        level = on_first(logging.INFO if listing.left_out.keys() == {"hidden"} else logging.WARNING)
+        _logger.log(level, "%d images; left out: %s", len(listing.images), counts)
+
+
+def drop_hidden(reader: ReaderImageInTar) -> None:
+    """Drop hidden members of a tar file, such as those that macOS adds."""
+    keep = [not _is_hidden(member.path) for member, *_ in reader.samples]
+    labels = [reader.class_idx_to_name[i] for i in reader.targets[keep]]
+    reader.samples = reader.samples[keep]
+    reader.class_name_to_idx = _class_indices(labels)
+    reader.class_idx_to_name = {i: name for name, i in reader.class_name_to_idx.items()}
+    reader.targets = np.array([reader.class_name_to_idx[label] for label in labels])
+
+
+def _is_hidden(path: str) -> bool:
+    parts = path.split(os.sep)
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts
+    )
+
+
+def _label(path: str) -> str:
+    return os.path.basename(os.path.dirname(path))
+
+
+def _class_indices(labels: Iterable[str]) -> dict[str, int]:
+    return {name: i for i, name in enumerate(sorted(set(labels), key=natural_key))}
+
+
+def count_shared(train: Sequence[str], val: Sequence[str]) -> tuple[int, int]:
+    """Count validation images that are training images too, byte for byte.
+
+    Args:
+        train: Paths of the training images.
+        val: Paths of the validation images; at most `COMPARED` of them, evenly spaced, are read.
+
+    Returns:
+        The number of shared images and of compared ones.
+    """
+    key = os.path.basename if len(train) > _LARGE else _size
+    candidates = defaultdict(list)
+    for path in train:
+        candidates[key(path)].append(path)
+    start = cache(_start)
+    compared = val[:: -(-len(val) // COMPARED)]
+    shared = sum(
+        any(start(path) == start(other) for other in candidates[key(path)])
+        for path in compared
+        if key(path) in candidates
+    )
+    return shared, len(compared)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:  # a broken link, which counts as an unreadable image later
+        return -1
+
+
+def _start(path: str) -> tuple | str:
+    """Return the size of a file and a hash of its start."""
+    try:
+        # Opening a FIFO would wait for its writer.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            return _size(path), hashlib.sha256(file.read(65536)).digest()
+    except OSError:
+        return path

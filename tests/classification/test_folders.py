@@ -1,0 +1,238 @@
+"""Which files count as images of a class, and what is said about the others."""
+
+import os
+import re
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from classification.config import ConfigError, Data
+from classification.data import (
+    build_dataset,
+    class_names,
+    class_to_index,
+    val_loader,
+    warn_of_shared_images,
+)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two classes of two PNG files in two splits; all pixels differ."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    return tmp_path
+
+
+def read(root, split="train", as_tar=False):
+    """Builds the data set of a split, from its folder or from a tar file of it."""
+    if as_tar:
+        with tarfile.open(root / f"{split}.tar", "w") as tar:
+            tar.add(root / split, arcname=".")
+        split = f"{split}.tar"
+    dataset = build_dataset(Data(root=str(root)), split, split.startswith("train"), 2)
+    dataset.transform = np.asarray
+    return dataset
+
+
+FORMS = pytest.mark.parametrize("as_tar", [False, True])
+
+
+@FORMS
+@pytest.mark.parametrize(
+    "suffix",
+    [".webp", ".tif", ".TIFF", ".gif", ".bmp", ".ppm", ".pgm", ".JPG", ".jp2", ".tga", ".avif"],
+)
+def test_every_format_of_pillow_is_found(root, suffix, as_tar):
+    for path in (root / "train" / "dog").iterdir():
+        with Image.open(path) as image:
+            image.convert("L" if suffix == ".pgm" else "RGB").save(path.with_suffix(suffix))
+        path.unlink()
+    dataset = read(root, as_tar=as_tar)
+    assert class_to_index(dataset) == {"cat": 0, "dog": 1}
+    assert [dataset[i][1] for i in range(len(dataset))] == [0, 0, 1, 1]
+    assert dataset.corrupt == 0
+
+
+@FORMS
+def test_files_that_are_left_out_are_counted_by_suffix(root, caplog, as_tar):
+    for name in ("a.txt", "b.TXT", "c.npy", "LICENSE"):
+        (root / "train" / "cat" / name).write_text("no image")
+    assert len(read(root, as_tar=as_tar)) == 4
+    assert "4 images; left out: 2 .txt, 1 .npy, 1 without suffix" in caplog.text
+
+
+@FORMS
+def test_hidden_files_and_folders_are_no_images_and_no_warning(root, caplog, as_tar):
+    image = (root / "train" / "cat" / "0.png").read_bytes()
+    for name in ("cat/._0.png", "cat/.DS_Store", ".ipynb_checkpoints/0.png", "__MACOSX/cat/0.png"):
+        path = root / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+    dataset = read(root, as_tar=as_tar)
+    assert class_to_index(dataset) == {"cat": 0, "dog": 1}
+    assert [dataset[i][1] for i in range(len(dataset))] == [0, 0, 1, 1]
+    assert not caplog.records
+
+
+@FORMS
+@pytest.mark.parametrize("content", [None, "a.txt", "a.npy"])
+def test_a_class_folder_without_images_stops_training_alone(root, content, as_tar):
+    for split in ("train", "val"):
+        shutil.rmtree(root / split / "dog")
+        (root / split / "dog").mkdir()
+        if content:
+            (root / split / "dog" / content).write_text("no image")
+    files = f"1 {content[1:]}" if content else "none"
+    with pytest.raises(ConfigError, match=rf"1 of its class .*: dog \(other files: {files}\)"):
+        read(root, as_tar=as_tar)
+    assert len(read(root, "val", as_tar)) == 2
+
+
+@FORMS
+def test_folders_within_a_class_are_part_of_it(root, as_tar):
+    (root / "train" / "cat" / "masks").mkdir()
+    (root / "train" / "animals").mkdir()
+    (root / "train" / "dog").rename(root / "train" / "animals" / "dog")
+    assert class_to_index(read(root, as_tar=as_tar)) == {"cat": 0, "dog": 1}
+
+
+@FORMS
+def test_a_split_without_images_is_one_line(root, as_tar):
+    for path in root.glob("train/*/*.png"):
+        path.rename(path.with_suffix(".raw"))
+    with pytest.raises(
+        ConfigError, match=r"as a data set: it holds no images \(other .*: 4 .raw\)"
+    ):
+        read(root, as_tar=as_tar)
+
+
+def test_an_empty_tar_is_one_line(root):
+    with tarfile.open(root / "train.tar", "w"):
+        pass
+    with pytest.raises(ConfigError, match=r"train\.tar cannot .*: it holds no images \(.*: none\)"):
+        build_dataset(Data(root=str(root)), "train.tar", True, 2)
+
+
+def test_links_within_a_tar_are_counted(root, caplog):
+    (root / "train" / "cat" / "2.png").symlink_to("0.png")
+    assert len(read(root, as_tar=True)) == 4
+    assert "left out: 1 links and devices" in caplog.text
+
+
+def test_a_tar_of_tars_is_read(root):
+    with tarfile.open(root / "all.tar", "w") as tar:
+        for name in ("cat", "dog"):
+            with tarfile.open(root / f"{name}.tar", "w") as inner:
+                for path in (root / "train" / name).iterdir():
+                    inner.add(path, arcname=path.name)
+            tar.add(root / f"{name}.tar", arcname=f"{name}.tar")
+    dataset = build_dataset(Data(root=str(root)), "all.tar", True, 2)
+    assert (len(dataset), class_to_index(dataset)) == (4, {"cat": 0, "dog": 1})
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(root, monkeypatch):
+    scan = os.scandir
+
+    def fail(path):
+        if os.fspath(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(ConfigError, match=r"cannot be read as a data set: .*Permission.*dog"):
+        read(root)
+
+
+def test_one_class_alone_is_nothing_to_learn(root):
+    shutil.rmtree(root / "train" / "dog")
+    with pytest.raises(ConfigError, match="must have at least 2 classes, got 1: cat"):
+        class_names(read(root), 2)
+
+
+def of_both_splits(root, **settings):
+    data = Data(root=str(root), **settings)
+    sets = [
+        build_dataset(data, getattr(data, f"{kind}_split"), False, 2) for kind in ("train", "val")
+    ]
+    warn_of_shared_images(data, *sets)
+
+
+def test_splits_that_share_no_image_are_no_warning(root, caplog):
+    of_both_splits(root)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("how", ["copied", "renamed", "linked", "hard-linked", "large"])
+def test_validation_images_that_are_training_images_are_counted(root, caplog, monkeypatch, how):
+    source, target = root / "train" / "cat" / "0.png", root / "val" / "dog" / "0.png"
+    target.unlink()
+    if how == "renamed":
+        target = target.with_name("other.png")
+    if how == "large":  # there names are compared before contents
+        monkeypatch.setattr("classification.folders._LARGE", 2)
+    {"linked": os.symlink, "hard-linked": os.link}.get(how, shutil.copy)(source, target)
+    of_both_splits(root)
+    assert "1 of 4 validation images that were compared are also training images" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["same name", "link", "tar"])
+def test_the_same_images_for_both_splits_are_a_warning(root, caplog, how):
+    data, settings = root, {}
+    if how == "same name":
+        settings = {"val_split": "train"}
+    elif how == "link":
+        shutil.rmtree(root / "val")
+        (root / "val").symlink_to("train")
+    else:
+        data = root / "all.tar"
+        with tarfile.open(data, "w") as tar:
+            tar.add(root / "train", arcname=".")
+    of_both_splits(data, **settings)
+    assert "data.train_split and data.val_split are the same images, of" in caplog.text
+    assert len(caplog.records) == 1
+
+
+@FORMS
+def test_16_bit_images_are_not_clipped(root, as_tar):
+    ramp = np.linspace(0, 4095, 4096).reshape(64, 64).astype(np.uint16)
+    for path in root.glob("val/*/*"):
+        Image.fromarray(ramp).save(path)
+    dataset = read(root, "val", as_tar)
+    for i in range(len(dataset)):
+        np.testing.assert_array_equal(dataset[i][0][..., 0], ramp >> 4)
+    loader = val_loader(dataset, Data(image_size=64, workers=0), 4, torch.device("cpu"))
+    assert next(iter(loader))[0].std() > 0.5
+
+
+def test_torchvision_s_folders_are_not_clipped(root):
+    ramp = np.arange(65536).reshape(256, 256).astype(np.uint16)
+    Image.fromarray(ramp).save(root / "val" / "cat" / "0.png")
+    data = Data(root=str(root / "val"), kind="torch/image_folder")
+    image = build_dataset(data, "val", False, 2)[0][0]
+    np.testing.assert_array_equal(np.asarray(image)[..., 2], ramp >> 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "packages"),
+    [
+        ("wds/", "webdataset"),
+        ("tfds/mnist", "tensorflow tensorflow-datasets"),
+        ("hfds/mnist", "datasets"),
+        ("HFIDS/mnist", "datasets"),
+    ],
+)
+def test_a_kind_without_its_package_is_one_line(root, monkeypatch, kind, packages):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = rf"^data\.kind={kind} needs a package: pip install {re.escape(packages)}$"
+    with pytest.raises(ConfigError, match=message):
+        build_dataset(Data(root=str(root), kind=kind), "train", True, 2)
