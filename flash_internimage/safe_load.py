@@ -9,6 +9,7 @@ import io
 import math
 import mmap
 import os
+import pickle
 import pickletools
 import re
 import struct
@@ -352,11 +353,15 @@ def _read_archive(file: BinaryIO, size: int) -> tuple[bytes, dict[str, int]]:
 
 def _check(file: BinaryIO, size: int) -> set[str]:
     """Check the pickles of a file, and return the classes and functions to replace."""
-    if file.read(4) == b"PK\3\4":
+    start = file.read(16)
+    if start.startswith(b"PK\3\4"):
         program, records = _read_archive(file, size)
         check = _Check(size, records)
         check.run(io.BytesIO(program))
     else:
+        _require(
+            start[:1] == pickle.PROTO, f"not a zip archive or a pickle, it begins with {start}"
+        )
         check = _Check(size, None)
         # Unlike a file, a mapped one makes no room for more bytes than there are.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
