@@ -92,27 +92,25 @@ def test_prefixes_of_wrappers_are_stripped_in_any_order(outer, inner):
     assert_equal(clean_state_dict({"model": wrapped}), WEIGHTS)
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda model: torch.compile(model),
-        lambda model: torch.compile(nn.DataParallel(model)),
-        lambda model: nn.DataParallel(torch.compile(model)),
-        lambda model: AveragedModel(model),
-        lambda model: AveragedModel(torch.compile(model)),
-        lambda model: ModelEmaV3(model),
-        lambda model: nn.ModuleDict({"model": model}),
-        lambda model: nn.ModuleDict({"model": model, "ema_model": AveragedModel(model)}),
-        lambda model: nn.ModuleDict({"backbone": torch.compile(model), "neck": nn.Linear(1, 1)}),
-    ],
-    ids=(
-        "compiled, parallel in compiled, compiled in parallel, averaged, compiled in averaged, "
-        "averaged by timm, model, model and average, detector"
-    ).split(", "),
-)
-def test_wrappers_of_torch_and_timm_are_known(wrap):
+WRAPPED = {
+    "compiled": lambda model: torch.compile(model),
+    "parallel in compiled": lambda model: torch.compile(nn.DataParallel(model)),
+    "compiled in parallel": lambda model: nn.DataParallel(torch.compile(model)),
+    "averaged": lambda model: AveragedModel(model),
+    "compiled in averaged": lambda model: AveragedModel(torch.compile(model)),
+    "averaged by timm": lambda model: ModelEmaV3(model),
+    "part": lambda model: nn.ModuleDict({"model": model}),
+    "with average": lambda model: nn.ModuleDict({"model": model, "ema": AveragedModel(model)}),
+    "detector": lambda model: nn.ModuleDict(
+        {"backbone": torch.compile(model), "neck": nn.Linear(1, 1)}
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_wrappers_of_torch_and_timm_are_known(wrapper):
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    assert_equal(clean_state_dict(wrap(model).state_dict()), model.state_dict())
+    assert_equal(clean_state_dict(WRAPPED[wrapper](model).state_dict()), model.state_dict())
 
 
 def test_a_compiled_part_has_its_own_name():
