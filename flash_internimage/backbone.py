@@ -45,7 +45,12 @@ def _integers(name: str, values: Any) -> tuple[int, ...]:
 
 
 def _pooling(pool_type: str) -> SelectAdaptivePool2d:
-    return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+    try:
+        return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+    except AssertionError:
+        raise ValueError(
+            f"global_pool must be '', 'avg', 'max', 'avgmax' or 'catavgmax', got {pool_type!r}"
+        ) from None
 
 
 def _check_classifier(num_classes: Any, global_pool: str) -> int:
@@ -118,6 +123,9 @@ class FlashInternImage(nn.Module):
             raise ValueError(f"output_stride must be 32, got {output_stride!r}")
         if not 0 <= drop_path_rate <= 1:
             raise ValueError(f"drop_path_rate must be between 0 and 1, got {drop_path_rate!r}")
+        for name, ratio in (("mlp_ratio", mlp_ratio), ("cls_scale", cls_scale)):
+            if not channels * ratio >= 1:
+                raise ValueError(f"{name} must be positive, got {ratio!r}")
         self.in_chans = in_chans
         self.num_classes = _check_classifier(num_classes, global_pool)
         self.drop_rate = drop_rate
@@ -186,7 +194,7 @@ class FlashInternImage(nn.Module):
 
     def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it
         raise NotImplementedError(
-            "torch.jit.script is not supported: use torch.export, or torch.jit.trace"
+            "torch.jit.script is not supported: use torch.export or torch.compile"
         )
 
     @torch.jit.ignore
@@ -236,8 +244,9 @@ class FlashInternImage(nn.Module):
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type
-        self.num_classes = _check_classifier(num_classes, global_pool)
+        num_classes = _check_classifier(num_classes, global_pool)
         self.global_pool = _pooling(global_pool)
+        self.num_classes = num_classes
         weight = self.patch_embed.conv1.weight
         self.head = self._classifier(device=weight.device, dtype=weight.dtype)
         self._init_weights(self.head)

@@ -1,18 +1,15 @@
 """The parts of FlashInternImage, from small to large. Features are channels-last, (N, H, W, C)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp
-from timm.models import register_notrace_module
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torchvision.ops import Permute
 
 from ops_dcnv4 import DCNv4
-
-# torch.fx cannot follow the checks of the operator's arguments.
-register_notrace_module(DCNv4)
 
 
 def to_channels_first() -> Permute:
@@ -104,12 +101,23 @@ class Block(nn.Module):
             nn.init.constant_(self.gamma1, self.layer_scale)
             nn.init.constant_(self.gamma2, self.layer_scale)
 
-    def _branch(self, x: Tensor, layer: nn.Module, norm: nn.Module, gamma: Tensor | None) -> Tensor:
+    def _deform(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):  # torch.fx cannot follow the checks of the operator.
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self.dcn), (x,), {})
+        return self.dcn(x)
+
+    def _branch(
+        self,
+        x: Tensor,
+        layer: Callable[[Tensor], Tensor],
+        norm: nn.Module,
+        gamma: Tensor | None,
+    ) -> Tensor:
         out = norm(layer(x)) if self.post_norm else layer(norm(x))
         return self.drop_path(out if gamma is None else gamma * out)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._branch(x, self.dcn, self.norm1, self.gamma1)
+        x = x + self._branch(x, self._deform, self.norm1, self.gamma1)
         return x + self._branch(x, self.mlp, self.norm2, self.gamma2)
 
 

@@ -378,7 +378,7 @@ def test_features_only_gives_what_feature_info_says(out_indices, stages):
     model = timm.create_model("flash_internimage_nano", features_only=True, **kwargs)
     assert model.feature_info.channels() == [32 * 2**stage for stage in stages]
     assert model.feature_info.reduction() == [4 * 2**stage for stage in stages]
-    assert model.feature_info.module_name() == [f"levels.{stage}" for stage in stages]
+    assert model.feature_info.module_name() == [f"feature_maps.{stage}" for stage in stages]
     maps = model(images(2, 3, 64, 96))
     assert [tuple(m.shape) for m in maps] == [
         (2, channels, 64 // reduction, 96 // reduction)
