@@ -77,7 +77,8 @@ def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool) -> str | None:
         averaged, trained = ("state_dict",), ("ema_state_dict",)  # its hook exchanges the two
     entries = [*averaged, *trained] if use_ema else [*trained, *averaged]
     entries = [name for name in entries if checkpoint.get(name) is not None]
-    found = [name for name in entries if isinstance(checkpoint[name], Mapping) and checkpoint[name]]
+    found = [name for name in entries if isinstance(checkpoint[name], Mapping)]
+    found = [name for name in found if checkpoint[name]] or found
     if not found:
         return None
     if entries[0] != found[0] and not isinstance(checkpoint[entries[0]], Tensor):
