@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -264,6 +265,13 @@ def test_other_files_are_refused(tmp_path, contents):
     path.write_bytes(contents)
     beginning = f"not a zip archive or a pickle, it begins with {contents[:16]}"
     assert refusal(path) == f"{path} is damaged or no checkpoint: {beginning}"
+
+
+def test_files_of_other_programs_are_told_from_damaged_ones(tmp_path):
+    write_pickle({"epoch": 3}, tmp_path / "model.pth")
+    assert refusal(tmp_path / "model.pth").endswith("a pickle that torch.save has not written")
+    np.savez(tmp_path / "model.npz", **{name: WEIGHTS[name].numpy() for name in WEIGHTS})
+    assert refusal(tmp_path / "model.npz").endswith("zip archive that torch.save has not written")
 
 
 def test_missing_file_is_named(tmp_path):
