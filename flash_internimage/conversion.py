@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 T = TypeVar("T")
 
 # What wrappers put before all names of a model, and what torch puts anywhere into them.
-_WRAPPERS = ("module.", "model.", "net.")
+_WRAPPERS = ("module.", "model.", "net.", "timm_model.", "body.", "graph_module.")
 _INSERTED = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Counters beside averaged weights, of torch's AveragedModel and mmengine's.
 _COUNTERS = ("n_averaged", "steps")
@@ -83,10 +83,11 @@ _FAMILIES = (
 def unwrap_names(names: Mapping[str, str]) -> dict[str, str]:
     """Return the names of the entries of a state dict in the model itself, without its wrappers.
 
-    `module.`, `model.` and `net.` of parallel training, averaging and Lightning are stripped, in
-    any order, where all names begin so, and `_orig_mod.` of torch.compile and the like everywhere.
-    The counters of averaged models are left out, and mmcv's buffers `ema_*`: where those are, the
-    plain names hold the averaged weights, and the buffers what they were averaged from.
+    `module.`, `model.` and other prefixes of parallel training, averaging, Lightning, transformers
+    and timm are stripped, in any order, where all names begin so, and `_orig_mod.` of torch.compile
+    and the like everywhere. The counters of averaged models are left out, and mmcv's buffers
+    `ema_*`: where those are, the plain names hold the averaged weights, and the buffers what they
+    were averaged from.
 
     Args:
         names: The present name of each entry by its name in the file.

@@ -82,7 +82,7 @@ def test_containers_may_be_nested():
     assert_equal(clean_state_dict({"model_ema": {"module": WEIGHTS, "decay": 0.9}}), WEIGHTS)
 
 
-WRAPPERS = ["module.", "_orig_mod.", "model.", "net."]
+WRAPPERS = ["module.", "_orig_mod.", "model.", "net.", "timm_model."]
 PARTS = ["backbone.", "ema_model."]
 PREFIXES = [*product(WRAPPERS, [*WRAPPERS, *PARTS]), *product(PARTS, ["", *WRAPPERS])]
 

@@ -42,8 +42,10 @@ def server(own, tmp_path, monkeypatch) -> Iterator[FileServer]:
     save_file(own.state_dict(), tmp_path / "own.safetensors")
     torch.save({"model": own.state_dict(), "config": SimpleNamespace()}, tmp_path / "own.pth")
     use_own_caches(monkeypatch, tmp_path / "caches")
+    save_for_hf(own, tmp_path / "own")
     files = {
         "/own.pth": (tmp_path / "own.pth").read_bytes(),
+        "/me/own/resolve/main/config.json": (tmp_path / "own" / "config.json").read_bytes(),
         "/me/own/resolve/main/model.safetensors": (tmp_path / "own.safetensors").read_bytes(),
     }
     with serve(files) as server:
@@ -60,6 +62,10 @@ def from_hub(own, tmp_path, server, **kwargs):
     # The address of the registry does not count: timm prefers the hub.
     overlay = {"hf_hub_id": "me/own", "url": f"{server.address}/other.pth"}
     return nano(1, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+def from_name_on_hub(own, tmp_path, server, **kwargs):
+    return timm.create_model("hf-hub:me/own", pretrained=True, **kwargs)
 
 
 def from_file(own, tmp_path, server, **kwargs):
@@ -94,7 +100,7 @@ WAYS = pytest.mark.parametrize(
     "way",
     [
         from_address, from_hub, from_file, from_described_file, from_cfg, from_state_dict,
-        from_container, from_folder,
+        from_container, from_folder, from_name_on_hub,
     ],
 )  # fmt: skip
 
@@ -261,6 +267,16 @@ def test_no_loader_of_another_format_is_promised(own, tmp_path):
 def test_released_weights_have_their_number_of_classes(source, tmp_path):
     model = nano(1, **file({"model": source.state_dict(), "epoch": 299}, tmp_path))
     assert_equal(model.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("feature_cls", ["getter", "hook", "fx"])
+def test_weights_of_an_extractor_are_loaded(tmp_path, feature_cls):
+    kwargs = {"features_only": True, "out_indices": (0, 1, 2, 3), "feature_cls": feature_cls}
+    expected = nano(0, **kwargs).state_dict()
+    actual = nano(1, **kwargs, **file(expected, tmp_path)).state_dict()
+    assert len(actual) > 100
+    expected |= {name: actual[name] for name in actual if "conv_head" in name}  # not of the maps
+    assert_equal(actual, expected)
 
 
 def test_feature_maps_are_loaded_from_a_detector(source, tmp_path):
