@@ -265,8 +265,7 @@ def _load_model(
         return create_model(options, pretrained=True), None
     model = build_model(options)
     contents = load_checkpoint(fetch_checkpoint(checkpoint))
-    part = contents["model"] if weights == "model" and "model" in contents else contents
-    state_dict = clean_state_dict(part)
+    state_dict = clean_state_dict(contents, use_ema=weights == "ema")
     head = state_dict.get("head.weight")
     if head is not None and head.shape[0] != options.num_classes:
         raise ConfigError(

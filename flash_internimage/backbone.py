@@ -3,12 +3,15 @@
 Parameter names and shapes are those of the released checkpoints.
 """
 
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, calculate_drop_path_rates
+from timm.layers import SelectAdaptivePool2d, calculate_drop_path_rates
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -16,151 +19,75 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import MATCH_PREV_GROUP, checkpoint
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
-from torchvision.ops import Permute
 
 from ops_dcnv4 import DCNv4
 
+from .blocks import Stage, Stem, to_channels_first
 from .checkpoint import SOURCE, read_pretrained
 from .pretrained import RELEASED
 
 
-def to_channels_last() -> Permute:
-    return Permute([0, 2, 3, 1])
+def _integer(name: str, value: Any, minimum: int) -> int:
+    try:
+        number = operator.index(value)  # numpy's integers, too
+    except TypeError:
+        number = minimum - 1
+    if number < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return number
 
 
-def layer_norm(channels: int) -> nn.LayerNorm:
-    return nn.LayerNorm(channels, eps=1e-6)
+def _integers(name: str, values: Any) -> tuple[int, ...]:
+    values = (tuple(values) or (0,)) if isinstance(values, Iterable) else (values,)
+    return tuple(_integer(name, value, 1) for value in values)
 
 
 def _pooling(pool_type: str) -> SelectAdaptivePool2d:
-    return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+    try:
+        return SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+    except AssertionError:
+        raise ValueError(
+            f"global_pool must be '', 'avg', 'max', 'avgmax' or 'catavgmax', got {pool_type!r}"
+        ) from None
 
 
-class Stem(nn.Module):
-    """(N, C_in, H, W) -> (N, H/4, W/4, C)."""
-
-    def __init__(self, in_chans: int, channels: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_chans, channels // 2, kernel_size=3, stride=2, padding=1)
-        self.norm1 = nn.Sequential(
-            to_channels_last(), layer_norm(channels // 2), Permute([0, 3, 1, 2])
+def _check_classifier(num_classes: Any, global_pool: str) -> int:
+    num_classes = _integer("num_classes", num_classes, 0)
+    if num_classes and not global_pool:
+        raise ValueError(
+            f"global_pool must be set for a classifier ({num_classes} classes), got {global_pool!r}"
         )
-        self.act = nn.GELU()
-        self.conv2 = nn.Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1)
-        self.norm2 = nn.Sequential(to_channels_last(), layer_norm(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
-
-
-class Downsample(nn.Module):
-    """(N, H, W, C) -> (N, H/2, W/2, 2*C)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(
-            channels, 2 * channels, kernel_size=3, stride=2, padding=1, bias=False
-        )
-        self.norm = nn.Sequential(to_channels_last(), layer_norm(2 * channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)))
-
-
-class Block(nn.Module):
-    """DCNv4 and MLP with residual connections, on (N, H, W, C)."""
-
-    def __init__(
-        self,
-        channels: int,
-        groups: int,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        offset_scale: float = 1.0,
-        post_norm: bool = False,
-        dw_kernel_size: int | None = None,
-        dcn_output_bias: bool = False,
-        mlp_fc2_bias: bool = False,
-    ):
-        super().__init__()
-        self.post_norm = post_norm
-        if layer_scale is not None:
-            self.gamma1 = nn.Parameter(torch.full((channels,), layer_scale))
-            self.gamma2 = nn.Parameter(torch.full((channels,), layer_scale))
-        else:
-            self.gamma1 = self.gamma2 = None
-        self.norm1 = nn.Sequential(layer_norm(channels))
-        self.dcn = DCNv4(
-            channels,
-            group=groups,
-            offset_scale=offset_scale,
-            dw_kernel_size=dw_kernel_size,
-            output_bias=dcn_output_bias,
-        )
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.Sequential(layer_norm(channels))
-        self.mlp = Mlp(channels, int(channels * mlp_ratio), bias=(True, mlp_fc2_bias))
-
-    def _branch(self, x: Tensor, layer: nn.Module, norm: nn.Module, gamma: Tensor | None) -> Tensor:
-        out = norm(layer(x)) if self.post_norm else layer(norm(x))
-        return self.drop_path(out if gamma is None else gamma * out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self._branch(x, self.dcn, self.norm1, self.gamma1)
-        return x + self._branch(x, self.mlp, self.norm2, self.gamma2)
-
-
-class Stage(nn.Module):
-    """Blocks and, without post-norm, a closing norm. `downsample` leads to the next stage."""
-
-    def __init__(
-        self,
-        channels: int,
-        groups: int,
-        drop_path_rates: list[float],
-        downsample: bool,
-        post_norm: bool = False,
-        **block_args,
-    ):
-        super().__init__()
-        self.grad_checkpointing = False
-        self.blocks = nn.ModuleList(
-            Block(channels, groups, drop_path=rate, post_norm=post_norm, **block_args)
-            for rate in drop_path_rates
-        )
-        self.norm = nn.Identity() if post_norm else nn.Sequential(layer_norm(channels))
-        self.downsample = Downsample(channels) if downsample else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            recompute = self.grad_checkpointing and x.requires_grad
-            x = checkpoint(block, x) if recompute else block(x)
-        return self.norm(x)
+    return num_classes
 
 
 class FlashInternImage(nn.Module):
     """FlashInternImage, an image classifier and a backbone with feature maps at strides 4 to 32.
 
     Args:
-        in_chans: channels of the input image.
-        num_classes: of the classifier; 0 leaves it out.
-        global_pool: pooling before the classifier, '' for none.
-        channels: of the first stage; each stage doubles them.
-        depths: blocks per stage.
+        in_chans: Channels of the input image.
+        num_classes: Classes of the classifier; 0 leaves it out.
+        global_pool: Pooling before the classifier, '' for none.
+        channels: Channels of the first stage; each stage doubles them.
+        depths: Blocks per stage.
         groups: DCNv4 groups per stage.
-        mlp_ratio: hidden over input channels of the MLPs.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
-        layer_scale: initial value of the residual branches' scales, None for no scales.
-        offset_scale: of DCNv4.
-        post_norm: normalise the output of each branch instead of its input.
-        dw_kernel_size: of DCNv4.
-        dcn_output_bias: bias of DCNv4's output projection.
-        mlp_fc2_bias: bias of the MLP's second layer.
-        cls_scale: channels of the last convolution over those of the last stage.
+        mlp_ratio: Hidden over input channels of the MLPs.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
+        layer_scale: Initial value of the residual branches' scales, None for no scales.
+        offset_scale: Offset scale of DCNv4.
+        post_norm: Normalise the output of each branch instead of its input.
+        dw_kernel_size: Depth-wise kernel size of DCNv4.
+        dcn_output_bias: Whether DCNv4's output projection has a bias.
+        mlp_fc2_bias: Whether the MLP's second layer has a bias.
+        cls_scale: Channels of the last convolution over those of the last stage.
+        output_stride: Stride of the last stage; only 32 is available.
+        device: Device of the parameters; after 'meta', call `to_empty` and :meth:`init_weights`.
+        dtype: Floating-point dtype of the parameters.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it.
     """
 
     def __init__(
@@ -169,8 +96,8 @@ class FlashInternImage(nn.Module):
         num_classes: int = 1000,
         global_pool: str = "avg",
         channels: int = 64,
-        depths: tuple[int, ...] = (4, 4, 18, 4),
-        groups: tuple[int, ...] = (4, 8, 16, 32),
+        depths: Sequence[int] = (4, 4, 18, 4),
+        groups: Sequence[int] = (4, 8, 16, 32),
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -181,23 +108,39 @@ class FlashInternImage(nn.Module):
         dcn_output_bias: bool = False,
         mlp_fc2_bias: bool = False,
         cls_scale: float = 1.5,
+        output_stride: int = 32,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        in_chans = _integer("in_chans", in_chans, 1)
+        channels = _integer("channels", channels, 2)
+        depths, groups = _integers("depths", depths), _integers("groups", groups)
         if len(groups) != len(depths):
             raise ValueError(f"groups must have one entry per stage ({len(depths)}), got {groups}")
-        if num_classes and not global_pool:
-            raise ValueError(f"global_pool must be set for a classifier of {num_classes} classes")
+        if output_stride != 32:
+            raise ValueError(f"output_stride must be 32, got {output_stride!r}")
+        if not 0 <= drop_path_rate <= 1:
+            raise ValueError(f"drop_path_rate must be between 0 and 1, got {drop_path_rate!r}")
+        for name, ratio in (("mlp_ratio", mlp_ratio), ("cls_scale", cls_scale)):
+            if not channels * ratio >= 1:
+                raise ValueError(f"{name} must be positive, got {ratio!r}")
         self.in_chans = in_chans
-        self.num_classes = num_classes
+        self.num_classes = _check_classifier(num_classes, global_pool)
         self.drop_rate = drop_rate
-        self.depths = tuple(depths)
+        self.depths = depths
         self.num_features = channels * 2 ** (len(depths) - 1)
         self.head_hidden_size = int(self.num_features * cls_scale)
 
-        self.patch_embed = Stem(in_chans, channels)
+        self.patch_embed = Stem(in_chans, channels, **factory)
         self.levels = nn.ModuleList()
+        # timm takes the feature maps from these modules where it uses hooks or torch.fx.
+        self.feature_maps = nn.ModuleList(to_channels_first() for _ in depths)
         self.feature_info = []
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_path_rates = calculate_drop_path_rates(
+            float(drop_path_rate), list(depths), stagewise=True
+        )
         for i, rates in enumerate(drop_path_rates):
             stage = Stage(
                 channels * 2**i,
@@ -207,24 +150,32 @@ class FlashInternImage(nn.Module):
                 post_norm=post_norm,
                 mlp_ratio=mlp_ratio,
                 layer_scale=layer_scale,
-                offset_scale=offset_scale,
+                offset_scale=float(offset_scale),
                 dw_kernel_size=dw_kernel_size,
                 dcn_output_bias=dcn_output_bias,
                 mlp_fc2_bias=mlp_fc2_bias,
+                **factory,
             )
             self.levels.append(stage)
             self.feature_info.append(
-                {"num_chs": channels * 2**i, "reduction": 4 * 2**i, "module": f"levels.{i}"}
+                {"num_chs": channels * 2**i, "reduction": 4 * 2**i, "module": f"feature_maps.{i}"}
             )
 
         self.conv_head = nn.Sequential(
-            nn.Conv2d(self.num_features, self.head_hidden_size, kernel_size=1, bias=False),
-            nn.Sequential(nn.BatchNorm2d(self.head_hidden_size)),
+            nn.Conv2d(self.num_features, self.head_hidden_size, 1, bias=False, **factory),
+            nn.Sequential(nn.BatchNorm2d(self.head_hidden_size, **factory)),
             nn.GELU(),
         )
         self.global_pool = _pooling(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = self._classifier(num_classes)
+        self.head = self._classifier(**factory)
+        self.apply(self._init_weights)
+
+    def init_weights(self) -> None:
+        """Initialise all parameters and buffers, such as after construction on the meta device."""
+        for module in self.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
         self.apply(self._init_weights)
 
     @staticmethod
@@ -237,9 +188,14 @@ class FlashInternImage(nn.Module):
         elif isinstance(module, DCNv4):
             module.reset_parameters()
 
-    def _classifier(self, num_classes: int) -> nn.Module:
+    def _classifier(self, **factory: Any) -> nn.Module:
         pooled = self.head_hidden_size * self.global_pool.feat_mult()
-        return nn.Linear(pooled, num_classes) if num_classes else nn.Identity()
+        return nn.Linear(pooled, self.num_classes, **factory) if self.num_classes else nn.Identity()
+
+    def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it
+        raise NotImplementedError(
+            "torch.jit.script is not supported: use torch.export or torch.compile"
+        )
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -277,11 +233,22 @@ class FlashInternImage(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier of `num_classes` classes, 0 for none; the pooling changes if given."""
+        """Replace the classifier.
+
+        Args:
+            num_classes: Classes of the new one, 0 for none.
+            global_pool: New pooling, '' for none; None keeps the present one.
+
+        Raises:
+            ValueError: The constructor would refuse these arguments.
+        """
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        num_classes = _check_classifier(num_classes, global_pool)
+        self.global_pool = _pooling(global_pool)
         self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = _pooling(global_pool)
-        self.head = self._classifier(num_classes).to(self.patch_embed.conv1.weight)
+        weight = self.patch_embed.conv1.weight
+        self.head = self._classifier(device=weight.device, dtype=weight.dtype)
         self._init_weights(self.head)
 
     def forward_intermediates(
@@ -313,12 +280,12 @@ class FlashInternImage(nn.Module):
         for i, stage in enumerate(levels):
             x = stage(x)
             if i in take_indices:
-                intermediates.append(x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x)
+                intermediates.append(self.feature_maps[i](x) if output_fmt == "NCHW" else x)
             if i + 1 < len(levels):
                 x = stage.downsample(x)
         if intermediates_only:
             return intermediates
-        return x.permute(0, 3, 1, 2), intermediates
+        return self.feature_maps[i](x), intermediates
 
     def prune_intermediate_layers(
         self,
@@ -330,6 +297,7 @@ class FlashInternImage(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.levels), indices)
         pruned = max_index + 1 < len(self.levels)
         self.levels = self.levels[: max_index + 1]
+        self.feature_maps = self.feature_maps[: max_index + 1]
         self.levels[-1].downsample = nn.Identity()
         if prune_head or pruned:
             self.reset_classifier(0, "")
@@ -340,9 +308,11 @@ class FlashInternImage(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, num_features, H/32, W/32)."""
         x = self.patch_embed(x)
-        for stage in self.levels:
-            x = stage.downsample(stage(x))
-        return x.permute(0, 3, 1, 2)
+        for stage, to_feature_map in zip(self.levels, self.feature_maps, strict=True):
+            x = stage(x)
+            feature_map = to_feature_map(x)
+            x = stage.downsample(x)
+        return feature_map
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self.global_pool(self.conv_head(x)))
@@ -402,22 +372,35 @@ ARCHITECTURES = {
 }
 
 
-def _create(arch: str, pretrained: bool, kwargs: dict) -> FlashInternImage:
+def _create(arch: str, pretrained: bool, kwargs: dict) -> nn.Module:
     name = f"flash_internimage_{arch}"
     cfg = resolve_pretrained_cfg(
         name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     )
-    features_only = kwargs.get("features_only", False)
-    source = (cfg.file or cfg.url) if not (cfg.source or cfg.state_dict) else None
-    if pretrained and source:
+    cfg = replace(cfg, first_conv="patch_embed.conv1", classifier="head")
+    if pretrained and cfg.custom_load:
+        raise ValueError(f"custom_load must be False for {name}, got {cfg.custom_load!r}")
+    # timm itself reads from the hub by its id, and from local-dir: folders.
+    source = cfg.file or (None if cfg.hf_hub_id else cfg.url)
+    if pretrained and source and not (cfg.source or cfg.state_dict):
         cfg = replace(cfg, state_dict={SOURCE: source})
+    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    feature_cfg |= kwargs.pop("feature_cfg", {})
+    feature_cls = kwargs.get("feature_cls", feature_cfg["feature_cls"])
+    if isinstance(feature_cls, str) and feature_cls.lower() not in ("getter", "hook", "fx"):
+        raise ValueError(f"feature_cls must be 'getter', 'hook' or 'fx', got {feature_cls!r}")
     return build_model_with_cfg(
         FlashInternImage,
         name,
         pretrained,
         pretrained_cfg=cfg.to_dict(),
-        pretrained_filter_fn=partial(read_pretrained, features_only=features_only),
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        pretrained_filter_fn=partial(
+            read_pretrained,
+            features_only=kwargs.get("features_only", False),
+            strict=kwargs.get("pretrained_strict", True),
+            cache_dir=kwargs.get("cache_dir"),
+        ),
+        feature_cfg=feature_cfg,
         **{**ARCHITECTURES[arch], **kwargs},
     )
 

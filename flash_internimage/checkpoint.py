@@ -1,4 +1,4 @@
-"""Reading checkpoints without executing anything from the file, and writing them atomically."""
+"""Read checkpoints without executing anything from the file, and load their weights."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import safe_load
+from .conversion import rename, unwrap_names
 from .downloads import download, hide_secrets
 from .files import write_atomically
 
@@ -25,23 +26,31 @@ SOURCE = "source of the weights"
 # Of torch's optimizers, what chooses the implementation and the direction.
 _KERNELS = ("foreach", "fused", "capturable", "differentiable", "maximize")
 
-_WEIGHTS = ("state_dict", "model_ema", "model")
+# Entries in which programs keep averaged weights, and those from which they were averaged.
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict")
+_AVERAGED += ("ema_model", "ema")
+_TRAINED = ("state_dict", "model", "model_state_dict", "module", "net")
+# Parts of a model, such as a LightningModule, that are its averaged weights.
+_AVERAGED_PARTS = ("ema_model.", "model_ema.", "ema.")
 
 
-def clean_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a checkpoint under the names of the model.
+def clean_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = True) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint under the names of the model.
 
-    Takes the entry `state_dict`, else `model_ema`, else `model`, as the published code does, and
-    strips the prefix `module.` of wrappers. Of a detector or segmentor, whose names begin with the
-    parts, it takes `backbone.` alone.
+    The containers of timm, torchvision, OpenMMLab, Lightning and DeepSpeed are known, and a choice
+    among several weights is logged. The prefixes of wrappers are stripped, see
+    :func:`~.conversion.unwrap_names`. Of a detector or segmentor, whose names begin with the parts,
+    `backbone.` alone is taken.
+
+    Args:
+        checkpoint: Contents of a file, or a state dict.
+        use_ema: Whether to take averaged weights if there are any, or those that were averaged.
 
     Raises:
-        ValueError: there is more than tensors and their names.
+        ValueError: There is more than tensors and their names, or two names become one.
     """
-    for key in _WEIGHTS:
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
+    while entry := _choose_entry(checkpoint, use_ema):
+        checkpoint = checkpoint[entry]
     others = [
         str(name)
         for name, value in checkpoint.items()
@@ -49,13 +58,35 @@ def clean_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     ]
     if others:
         raise ValueError(f"checkpoint must hold tensors by name, got also {', '.join(others[:10])}")
-    weights = {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
-    backbone = {
-        name.removeprefix("backbone."): tensor
-        for name, tensor in weights.items()
-        if name.startswith("backbone.")
-    }
-    return backbone or weights
+    names = unwrap_names({name: name for name in checkpoint})
+    for parts, wanted in ((_AVERAGED_PARTS, use_ema), (("backbone.",), True)):
+        part = {old: name for old, name in names.items() if name.startswith(parts) == wanted}
+        if part and len(part) < len(names):
+            kind = ("those of" if wanted else "none of") + f" {' '.join(parts)}"
+            _logger.info("taking %d of %d tensors, %s", len(part), len(names), kind)
+        if part and wanted:
+            part = {old: name.partition(".")[2] for old, name in part.items()}
+        names = unwrap_names(part) if part else names
+    return rename(checkpoint, names)
+
+
+def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool) -> str | None:
+    """Return the entry with the wanted weights; None if the checkpoint itself is the weights."""
+    averaged, trained = _AVERAGED, _TRAINED
+    if isinstance(meta := checkpoint.get("meta"), Mapping) and "mmengine_version" in meta:
+        averaged, trained = ("state_dict",), ("ema_state_dict",)  # its hook exchanges the two
+    entries = [*averaged, *trained] if use_ema else [*trained, *averaged]
+    entries = [name for name in entries if checkpoint.get(name) is not None]
+    found = [name for name in entries if isinstance(checkpoint[name], Mapping)]
+    found = [name for name in found if checkpoint[name]] or found
+    if not found:
+        return None
+    if entries[0] != found[0] and not isinstance(checkpoint[entries[0]], Tensor):
+        kind = type(checkpoint[entries[0]]).__name__
+        _logger.warning("taking %s: %s is a %s without weights", found[0], entries[0], kind)
+    elif len(found) > 1:
+        _logger.info("taking %s, not %s", found[0], " or ".join(found[1:]))
+    return found[0]
 
 
 def load_checkpoint(
@@ -107,7 +138,10 @@ def load_checkpoint(
 
 
 def fetch_checkpoint(
-    source: str | os.PathLike, offline: bool = False, sha256: str | None = None
+    source: str | os.PathLike,
+    offline: bool = False,
+    sha256: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> Path:
     """Return the local file of a checkpoint, downloading it on first use.
 
@@ -116,6 +150,7 @@ def fetch_checkpoint(
             'flash_internimage_tiny.in1k'.
         offline: Use the caches only, see :func:`~.downloads.download`.
         sha256: Expected SHA-256 of a download.
+        cache_dir: Folder of downloads in the place of the caches.
 
     Raises:
         FileNotFoundError: `source` is neither a file nor a name with released weights, or the
@@ -135,21 +170,21 @@ def fetch_checkpoint(
             f"checkpoint not found: {hide_secrets(source)} is neither a file, an address, nor one "
             f"of {', '.join(released)}"
         )
-    return download(source, offline, sha256)
+    return download(source, offline, sha256, cache_dir)
 
 
 def save_atomically(checkpoint: dict, path: str | os.PathLike) -> None:
-    """torch.save by :func:`write_atomically`."""
+    """Save with :func:`torch.save` by :func:`write_atomically`."""
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Makes a state that was loaded fit for the next step.
+    """Validate a restored optimizer state and keep this run's kernel flags.
 
-    Which kernels compute it is this run's choice, not the file's, and fused ones trust the shapes.
+    Fused kernels trust the shapes of the state.
 
     Raises:
-        ValueError: a tensor is not of its parameter's shape.
+        ValueError: A tensor is not of its parameter's shape.
     """
     for group in optimizer.param_groups:
         group |= {name: optimizer.defaults[name] for name in _KERNELS if name in optimizer.defaults}
@@ -167,83 +202,126 @@ def load_weights(
     state_dict: dict[str, Tensor],
     class_map: list[int] | None = None,
 ) -> None:
-    """Loads a classifier's weights in place; all names must match.
+    """Load a classifier's weights in place; all names must match.
 
     Args:
-        model: a timm model.
-        state_dict: weights under the model's names.
-        class_map: for each class of the model, its index in the checkpoint's classifier. Without
+        model: A timm model.
+        state_dict: Weights under the model's names.
+        class_map: For each class of the model, its index in the checkpoint's classifier. Without
             it a classifier of another size keeps its initial values, and a warning says so.
 
     Raises:
-        ValueError: a name is missing, unexpected or of another shape, or an index out of range.
+        ValueError: A name is missing, unexpected or of another shape, or an index out of range.
     """
-    classifier = model.pretrained_cfg["classifier"]
-    state_dict = dict(state_dict)
-    own = model.state_dict()
-    names = [f"{classifier}.{kind}" for kind in ("weight", "bias") if f"{classifier}.{kind}" in own]
-    for name in names:
-        if name not in state_dict or (
-            class_map is None and state_dict[name].shape == own[name].shape
-        ):
-            continue
-        classes = state_dict[name].shape[0]
+    state_dict, own = dict(state_dict), model.state_dict()
+    classifiers = model.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    for classifier in classifiers:
+        names = [name for name in (f"{classifier}.weight", f"{classifier}.bias") if name in own]
+        sizes = {_first_size(state_dict.get(name)) for name in names}
+        classes, expected = max(sizes, default=0), max((len(own[n]) for n in names), default=0)
+        if len(sizes) != 1 or not classes or (class_map is None and classes == expected):
+            continue  # What does not fit is an error below.
         if class_map is None:
-            _logger.warning(
-                "%s starts anew: the checkpoint has %d classes, the model %d",
-                name, classes, own[name].shape[0],
-            )  # fmt: skip
-            state_dict[name] = own[name]
-        elif len(class_map) != own[name].shape[0] or not all(0 <= i < classes for i in class_map):
+            _warn_of_initial_values(classifier, classes, expected)
+            state_dict |= {name: own[name] for name in names}
+        elif len(class_map) != expected or not all(0 <= i < classes for i in class_map):
             raise ValueError(
-                f"class_map must hold {own[name].shape[0]} indices below {classes}, got "
-                f"{len(class_map)} from {min(class_map, default=None)} to "
-                f"{max(class_map, default=None)}"
+                f"class_map must hold {expected} indices below {classes}, got {len(class_map)} "
+                f"from {min(class_map, default=None)} to {max(class_map, default=None)}"
             )
         else:
-            state_dict[name] = state_dict[name][class_map]
+            state_dict |= {name: state_dict[name][class_map] for name in names}
     require_fit(own, state_dict)
     model.load_state_dict(state_dict)
 
 
+def _first_size(tensor: Any) -> int:
+    return len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0
+
+
+def _warn_of_initial_values(name: str, classes: int, expected: int) -> None:
+    _logger.warning(
+        "%s keeps its initial values: the checkpoint has %d classes, the model %d",
+        name, classes, expected,
+    )  # fmt: skip
+
+
 def read_pretrained(
-    state_dict: Mapping[str, Any], model: nn.Module, features_only: bool
+    state_dict: Mapping[str, Any],
+    model: nn.Module,
+    features_only: bool = False,
+    strict: bool = True,
+    cache_dir: str | os.PathLike | None = None,
 ) -> dict[str, Tensor]:
-    """timm's filter of pretrained weights; timm then adapts stem and classifier, if need be.
+    """Return pretrained weights for timm, which then adapts the stem to other input channels.
+
+    The classifier keeps its initial values, with a warning, where the model has another number of
+    classes than both the weights and the pretrained config.
 
     Args:
-        state_dict: weights, or where they are: an argument of :func:`fetch_checkpoint` as `SOURCE`.
-        model: that is about to have them.
-        features_only: whether its classifier will be dropped.
+        state_dict: Weights, or where they are: a source for :func:`fetch_checkpoint` as `SOURCE`.
+        model: FlashInternImage, with the pretrained config by which timm goes on.
+        features_only: Whether the classifier will be dropped.
+        strict: Whether missing and unexpected names are errors, not warnings.
+        cache_dir: See :func:`fetch_checkpoint`.
 
     Raises:
-        ValueError: what timm does not adapt is missing, unexpected or of another shape.
+        ValueError: The weights do not fit.
     """
-    model.pretrained_cfg.pop("state_dict", None)  # it would stay as long as the model
+    cfg, own = model.pretrained_cfg, model.state_dict()
+    cfg.pop("state_dict", None)  # It would stay as long as the model.
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ValueError("device must not be meta with pretrained=True: it holds no weights")
     if SOURCE in state_dict:
-        state_dict = load_checkpoint(fetch_checkpoint(state_dict[SOURCE]))
+        source = fetch_checkpoint(state_dict[SOURCE], cache_dir=cache_dir)
+        state_dict = load_checkpoint(source)
     weights = clean_state_dict(state_dict)
-    adapted = ("head.", "patch_embed.conv1.weight", *(["conv_head."] if features_only else []))
-    own, given = (
-        {name: tensor for name, tensor in entries.items() if not name.startswith(adapted)}
-        for entries in (model.state_dict(), weights)
+
+    expected, stem = dict(own), weights.get(stem_name := f"{cfg['first_conv']}.weight")
+    if stem is not None and stem.dim() == 4:
+        cfg["input_size"] = (stem.shape[1], *cfg["input_size"][1:])
+        expected[stem_name] = own[stem_name][:, :1].expand(-1, stem.shape[1], -1, -1)
+    fresh = _fresh_parts(weights, model, features_only)
+    expected, weights = (
+        {name: tensor for name, tensor in entries.items() if not name.startswith(fresh)}
+        for entries in (expected, weights)
     )
-    require_fit(own, given)
-    classes = len(weights.get("head.weight", ()))
-    if classes and not features_only and model.num_classes not in (0, classes):
-        _logger.warning(
-            "head starts anew: the checkpoint has %d classes, the model %d",
-            classes, model.num_classes,
-        )  # fmt: skip
-    return weights
+    if not strict:
+        names = expected.keys() ^ weights.keys()
+        if names:
+            _logger.warning("%d names do not fit: %s", len(names), _shorten(sorted(names)))
+        expected, weights = (
+            {name: tensor for name, tensor in entries.items() if name not in names}
+            for entries in (expected, weights)
+        )
+    require_fit(expected, weights)
+    return own | weights
+
+
+def _fresh_parts(
+    weights: Mapping[str, Tensor], model: nn.Module, features_only: bool
+) -> tuple[str, ...]:
+    """Return the prefixes of the parts that take nothing from pretrained weights."""
+    cfg, classes = model.pretrained_cfg, _first_size(weights.get("head.weight"))
+    if features_only:
+        return ("head.", "conv_head.")
+    if model.num_classes == 0:
+        return ("head.",)
+    if classes == model.num_classes:
+        cfg["num_classes"] = classes  # Else timm would drop a classifier that fits.
+    elif cfg["num_classes"] != model.num_classes:
+        _warn_of_initial_values("head", classes, model.num_classes)
+        return ("head.",)
+    return ()
 
 
 def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> list[str]:
-    """What keeps weights from a model: each name that is missing, unexpected or of another shape.
+    """Return what keeps weights from a model: names that are missing, unexpected or do not fit.
 
     Args:
-        expected: the model's own entries.
-        state_dict: the weights.
+        expected: The model's own entries.
+        state_dict: The weights.
 
     Raises:
         ValueError: The weights are not a dict.
@@ -276,11 +354,16 @@ def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
 
 
 def require_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
-    """
+    """Require that weights fit a model.
+
     Raises:
         ValueError: :func:`find_misfits` finds some; the message lists them.
     """
     problems = find_misfits(expected, state_dict)
     if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems[:10])}{more}")
+        raise ValueError(f"the checkpoint does not fit the model: {_shorten(problems)}")
+
+
+def _shorten(items: list[str]) -> str:
+    more = f" and {len(items) - 10} more" if len(items) > 10 else ""
+    return "; ".join(items[:10]) + more

@@ -10,6 +10,11 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
+# What wrappers put before all names of a model, and what torch puts anywhere into them.
+_WRAPPERS = ("module.", "model.", "net.", "timm_model.", "body.", "graph_module.")
+_INSERTED = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Counters beside averaged weights, of torch's AveragedModel and mmengine's.
+_COUNTERS = ("n_averaged", "steps")
 # Configurations in the `meta` of a checkpoint, texts that OpenMMLab's programs execute as Python.
 EXECUTED = ("cfg", "config")
 
@@ -75,11 +80,46 @@ _FAMILIES = (
 )
 
 
+def unwrap_names(names: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of the entries of a state dict in the model itself, without its wrappers.
+
+    `module.`, `model.` and other prefixes of parallel training, averaging, Lightning, transformers
+    and timm are stripped, in any order, where all names begin so, and `_orig_mod.` of torch.compile
+    and the like everywhere. The counters of averaged models are left out, and mmcv's buffers
+    `ema_*`: where those are, the plain names hold the averaged weights, and the buffers what they
+    were averaged from.
+
+    Args:
+        names: The present name of each entry by its name in the file.
+    """
+    names = {old: _INSERTED.sub("", name) for old, name in names.items()}
+    while True:
+        names = {old: name for old, name in names.items() if not re.match(r"ema_[^.]*$", name)}
+        rest = {old: name for old, name in names.items() if name not in _COUNTERS}
+        shared = [p for p in _WRAPPERS if all(name.startswith(p) for name in rest.values())]
+        if not (rest and shared):
+            return names
+        names = {old: name.removeprefix(shared[0]) for old, name in rest.items()}
+
+
+def rename(state_dict: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
+    """Return those entries of a state dict that are in `names`, under their new names.
+
+    Raises:
+        ValueError: Two names become one.
+    """
+    sources: dict[str, str] = {}
+    for name, new in names.items():
+        if new in sources:
+            raise ValueError(f"state_dict has two entries for {new}: {sources[new]} and {name}")
+        sources[new] = name
+    return {new: state_dict[name] for new, name in sources.items()}
+
+
 def convert_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
     """The entries of a published model under the current names; current names stay.
 
-    Strips the prefix `module.` and drops the `ema_*` buffers: where averaged weights were kept, the
-    plain names hold them and the buffers what they were averaged from.
+    The prefixes of wrappers are stripped, see :func:`unwrap_names`.
 
     Args:
         state_dict: entries of any kind, tensors or their shapes.
@@ -87,18 +127,12 @@ def convert_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
     Raises:
         ValueError: two names become one, or a name of DINO or Mask2Former is not known.
     """
-    names = {name: name.removeprefix("module.") for name in state_dict}
-    names = {name: new for name, new in names.items() if not new.startswith("ema_")}
+    names = unwrap_names({name: name for name in state_dict})
     for family in _FAMILIES:
         if _is_any_of(family.published, names.values()):
             names = {name: _rename(new, family.table) for name, new in names.items()}
             _require_all_renamed(names, family.published, family.current)
-    sources: dict[str, str] = {}
-    for name, new in names.items():
-        if new in sources:
-            raise ValueError(f"state_dict has two entries for {new}: {sources[new]} and {name}")
-        sources[new] = name
-    return {new: state_dict[name] for new, name in sources.items()}
+    return rename(state_dict, names)
 
 
 def restore_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:

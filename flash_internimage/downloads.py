@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import re
 import shutil
 import string
@@ -27,9 +28,15 @@ _logger = logging.getLogger(__name__)
 
 _HUB = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/resolve/([^/]+)/([^?#]+).*")
 _TIMEOUT = 60  # Seconds without an answer.
+_Folder = str | os.PathLike | None
 
 
-def download(address: str, offline: bool = False, sha256: str | None = None) -> Path:
+def download(
+    address: str,
+    offline: bool = False,
+    sha256: str | None = None,
+    cache_dir: _Folder = None,
+) -> Path:
     """Return the local copy of a checkpoint, downloading it on first use.
 
     Files on huggingface.co are kept in the hub's cache (`HF_HOME`; `HF_ENDPOINT` sets a mirror),
@@ -43,6 +50,7 @@ def download(address: str, offline: bool = False, sha256: str | None = None) -> 
             spellings, `flash_internimage_*` and `flash_intern_image_*`.
         offline: Use the caches only; `HF_HUB_OFFLINE=1` does the same.
         sha256: Expected SHA-256 of the file.
+        cache_dir: Folder in the place of either cache, laid out like it.
 
     Raises:
         FileNotFoundError: The file does not exist, or offline: not in the caches.
@@ -55,7 +63,7 @@ def download(address: str, offline: bool = False, sha256: str | None = None) -> 
     for find in [_find] if offline else [_find, _fetch]:
         for spelling in _spellings(address):
             try:
-                if path := find(spelling, sha256):
+                if path := find(spelling, sha256, cache_dir):
                     return path
             except _WrongContents:
                 raise
@@ -66,7 +74,9 @@ def download(address: str, offline: bool = False, sha256: str | None = None) -> 
                 missing.append(hide_secrets(f"download of {spelling} failed: {reason}"))
                 if getattr(error, "code", 0) != 404 and not isinstance(error, EntryNotFoundError):
                     raise OSError(missing[-1]) from error
-    cache = constants.HF_HUB_CACHE if _HUB.fullmatch(address) else torch.hub.get_dir()
+    cache = cache_dir
+    if cache is None:
+        cache = constants.HF_HUB_CACHE if _HUB.fullmatch(address) else torch.hub.get_dir()
     absent = (
         f"download of {hide_secrets(address)} failed: not in the cache ({cache}) or damaged there, "
         "and --offline or HF_HUB_OFFLINE forbids downloads"
@@ -96,11 +106,11 @@ def _key(address: str, sha256: str | None) -> str:
     return uuid.uuid5(uuid.NAMESPACE_URL, f"{address.partition('#')[0]} {sha256 or ''}").hex
 
 
-def _cache_path(address: str, sha256: str | None) -> Path | None:
+def _cache_path(address: str, sha256: str | None, cache_dir: _Folder) -> Path | None:
     """Return where the cache has a file, or would have it if that is known beforehand."""
     if on_hub := _HUB.fullmatch(address):
         repository, revision, file = map(unquote, on_hub.groups())
-        path = try_to_load_from_cache(repository, file, revision=revision)
+        path = try_to_load_from_cache(repository, file, cache_dir, revision)
         return Path(path) if isinstance(path, str) else None
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or "@" in parts.netloc:
@@ -108,7 +118,8 @@ def _cache_path(address: str, sha256: str | None) -> Path | None:
     name = Path(unquote(parts.path)).name
     if name in ("", ".."):
         raise ValueError("the address names no file")
-    return Path(torch.hub.get_dir(), "checkpoints", _key(address, sha256), name)
+    cache_dir = Path(torch.hub.get_dir(), "checkpoints") if cache_dir is None else Path(cache_dir)
+    return cache_dir / _key(address, sha256) / name
 
 
 def _hub_sha256(path: Path) -> str | None:
@@ -117,28 +128,37 @@ def _hub_sha256(path: Path) -> str | None:
     return name if re.fullmatch("[0-9a-f]{64}", name) else None
 
 
-def _find(address: str, sha256: str | None) -> Path | None:
+def _find(address: str, sha256: str | None, cache_dir: _Folder) -> Path | None:
     """Return the cached copy of a file if there is one, it is whole, and not known to be wrong."""
-    path = _cache_path(address, sha256)
+    path = _cache_path(address, sha256, cache_dir)
     if path and path.is_file() and _is_whole(path, path.name):
         stated = _hub_sha256(path)
         return path if stated == sha256 or None in (stated, sha256) else None
     return None
 
 
-def _fetch(address: str, sha256: str | None) -> Path:
+def _fetch(address: str, sha256: str | None, cache_dir: _Folder) -> Path:
     on_hub = _HUB.fullmatch(address)
-    path = _cache_path(address, sha256)
-    cache = Path(constants.HF_HUB_CACHE, ".locks") if on_hub else path.parents[1]
+    path = _cache_path(address, sha256, cache_dir)
+    hub_cache = constants.HF_HUB_CACHE if cache_dir is None else cache_dir
+    cache = Path(hub_cache, ".locks") if on_hub else path.parents[1]
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{_key(address, sha256)}.lock"):
-        if found := _find(address, sha256):  # Another process has just downloaded it.
+        if found := _find(address, sha256, cache_dir):  # Another process has just downloaded it.
             return found
         _logger.info("downloading %s", hide_secrets(address))
         if not on_hub:
             return _fetch_from_server(address, path, sha256)
         repository, revision, file = map(unquote, on_hub.groups())
-        path = Path(hf_hub_download(repository, file, revision=revision, force_download=bool(path)))
+        path = Path(
+            hf_hub_download(
+                repository,
+                file,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=bool(path),
+            )
+        )
         try:
             for expected in {sha256, _hub_sha256(path)}:
                 _check(address, path, path.name, expected)

@@ -9,6 +9,7 @@ import io
 import math
 import mmap
 import os
+import pickle
 import pickletools
 import re
 import struct
@@ -334,6 +335,7 @@ def _read_archive(file: BinaryIO, size: int) -> tuple[bytes, dict[str, int]]:
         folder = records[0].filename.partition("/")[0] + "/" if records else ""
         sizes = {record.filename.removeprefix(folder): record.file_size for record in records}
         _require("constants.pkl" not in sizes, "TorchScript is a program")
+        _require("data.pkl" in sizes, "a zip archive that torch.save has not written")
         for record in records:
             known = record.filename.startswith(folder) and record.filename == record.orig_filename
             known = known and record.compress_type == zipfile.ZIP_STORED
@@ -352,15 +354,21 @@ def _read_archive(file: BinaryIO, size: int) -> tuple[bytes, dict[str, int]]:
 
 def _check(file: BinaryIO, size: int) -> set[str]:
     """Check the pickles of a file, and return the classes and functions to replace."""
-    if file.read(4) == b"PK\3\4":
+    start = file.read(16)
+    if start.startswith(b"PK\3\4"):
         program, records = _read_archive(file, size)
         check = _Check(size, records)
         check.run(io.BytesIO(program))
     else:
+        _require(
+            start[:1] == pickle.PROTO, f"not a zip archive or a pickle, it begins with {start}"
+        )
         check = _Check(size, None)
         # Unlike a file, a mapped one makes no room for more bytes than there are.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            *_, keys = [check.run(mapped) for _ in range(5)]  # the fourth has the contents
+            known = check.run(mapped) == torch.serialization.MAGIC_NUMBER
+            _require(known, "a pickle that torch.save has not written")
+            *_, keys = [check.run(mapped) for _ in range(4)]  # the third has the contents
         known = _are(list, keys) and _are(str, *keys) and sorted(keys) == sorted(check.storages)
         _require(known, "storages of which the file has no contents")
     file.seek(0)

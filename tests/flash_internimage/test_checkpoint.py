@@ -4,19 +4,19 @@ import logging
 import os
 import pickle
 import random
-import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from flash_internimage import FlashInternImage
 from flash_internimage.checkpoint import (
     check_optimizer,
     clean_state_dict,
@@ -25,44 +25,118 @@ from flash_internimage.checkpoint import (
     load_weights,
     save_atomically,
 )
+from tests.flash_internimage.checkpoints import RunsCommand, assert_equal, nano, split_head
 from tests.servers import serve, use_own_caches
 
 WEIGHTS = {"head.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.ones(2)}
 
 
-def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(actual) == list(expected)
-    assert all(actual[name].equal(expected[name]) for name in expected)
-
-
 # clean_state_dict
 
 
-@pytest.mark.parametrize("container", ["state_dict", "model_ema", "model"])
+AVERAGED = ["state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema"]
+TRAINED = ["state_dict", "model", "model_state_dict", "module", "net"]
+OTHER = {name: tensor + 1 for name, tensor in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize("container", [*AVERAGED, *TRAINED])
 def test_weights_are_taken_out_of_their_container(container):
     checkpoint = {"epoch": 3, container: WEIGHTS, "optimizer": {"state": {}}}
-    assert_equal(clean_state_dict(checkpoint), WEIGHTS)
+    for use_ema in (True, False):
+        assert_equal(clean_state_dict(checkpoint, use_ema), WEIGHTS)
 
 
 def test_bare_weights_are_taken_as_they_are():
     assert_equal(clean_state_dict(WEIGHTS), WEIGHTS)
 
 
-def test_containers_are_preferred_in_the_published_order():
-    entries = {name: {name: torch.zeros(1)} for name in ("model", "model_ema", "state_dict")}
-    assert list(clean_state_dict(entries)) == ["state_dict"]
-    del entries["state_dict"]
-    assert list(clean_state_dict(entries)) == ["model_ema"]
+@pytest.mark.parametrize(
+    ("averaged", "trained"), [*((a, "state_dict") for a in AVERAGED), ("model_ema", "model")]
+)
+def test_averaged_weights_are_preferred_and_the_log_says_so(averaged, trained, caplog):
+    caplog.set_level(logging.INFO)
+    checkpoint = {trained: OTHER, averaged: WEIGHTS}
+    assert_equal(clean_state_dict(checkpoint), WEIGHTS)
+    assert caplog.messages == [f"taking {averaged}, not {trained}"]
+    assert_equal(clean_state_dict(checkpoint, use_ema=False), OTHER)
+    assert caplog.messages[1:] == [f"taking {trained}, not {averaged}"]
 
 
-def test_container_without_weights_is_passed_over():
-    assert_equal(clean_state_dict({"model_ema": None, "model": WEIGHTS}), WEIGHTS)
+def test_mmengine_keeps_averaged_weights_in_the_place_of_the_others():
+    raw = {"steps": torch.tensor(8)} | {f"module.{name}": OTHER[name] for name in OTHER}
+    checkpoint = {"meta": {"mmengine_version": "0.10.4"}, "state_dict": WEIGHTS}
+    assert_equal(clean_state_dict(checkpoint, use_ema=False), WEIGHTS)
+    checkpoint["ema_state_dict"] = raw
+    assert_equal(clean_state_dict(checkpoint), WEIGHTS)
+    assert_equal(clean_state_dict(checkpoint, use_ema=False), OTHER)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "backbone.", "module.backbone."])
-def test_prefixes_of_wrappers_are_stripped(prefix):
-    wrapped = {prefix + name: tensor for name, tensor in WEIGHTS.items()}
+@pytest.mark.parametrize("empty", [None, {}, 3])
+def test_container_without_weights_is_passed_over(empty, caplog):
+    assert_equal(clean_state_dict({"model_ema": empty, "model": WEIGHTS}), WEIGHTS)
+    warning = f"taking model: model_ema is a {type(empty).__name__} without weights"
+    assert caplog.messages == ([] if empty is None else [warning])
+
+
+def test_containers_may_be_nested():
+    assert_equal(clean_state_dict({"model_ema": {"module": WEIGHTS, "decay": 0.9}}), WEIGHTS)
+
+
+WRAPPERS = ["module.", "_orig_mod.", "model.", "net.", "timm_model."]
+PARTS = ["backbone.", "ema_model."]
+PREFIXES = [*product(WRAPPERS, [*WRAPPERS, *PARTS]), *product(PARTS, ["", *WRAPPERS])]
+
+
+@pytest.mark.parametrize(("outer", "inner"), PREFIXES)
+def test_prefixes_of_wrappers_are_stripped_in_any_order(outer, inner):
+    wrapped = {outer + inner + name: tensor for name, tensor in WEIGHTS.items()}
     assert_equal(clean_state_dict({"model": wrapped}), WEIGHTS)
+
+
+WRAPPED = {
+    "compiled": lambda model: torch.compile(model),
+    "parallel in compiled": lambda model: torch.compile(nn.DataParallel(model)),
+    "compiled in parallel": lambda model: nn.DataParallel(torch.compile(model)),
+    "averaged": lambda model: AveragedModel(model),
+    "compiled in averaged": lambda model: AveragedModel(torch.compile(model)),
+    "averaged by timm": lambda model: ModelEmaV3(model),
+    "part": lambda model: nn.ModuleDict({"model": model}),
+    "with average": lambda model: nn.ModuleDict({"model": model, "ema": AveragedModel(model)}),
+    "detector": lambda model: nn.ModuleDict(
+        {"backbone": torch.compile(model), "neck": nn.Linear(1, 1)}
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_wrappers_of_torch_and_timm_are_known(wrapper):
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    assert_equal(clean_state_dict(WRAPPED[wrapper](model).state_dict()), model.state_dict())
+
+
+def test_a_compiled_part_has_its_own_name():
+    model = nn.ModuleDict({"head": nn.Linear(2, 3)})
+    weights = model.state_dict()
+    model["head"] = torch.compile(model["head"])
+    assert "head._orig_mod.weight" in model.state_dict()
+    assert_equal(clean_state_dict(model.state_dict()), weights)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "net."])
+def test_what_only_some_names_begin_with_is_no_wrapper(prefix):
+    names = {f"{prefix}weight": torch.zeros(1), "criterion.weight": torch.zeros(1)}
+    assert_equal(clean_state_dict(names), names)
+
+
+def test_a_module_may_hold_weights_and_their_average(caplog):
+    caplog.set_level(logging.INFO)
+    names = {f"model.{name}": OTHER[name] for name in OTHER}
+    names |= {f"ema_model.module.{name}": WEIGHTS[name] for name in WEIGHTS}
+    names["ema_model.n_averaged"] = torch.tensor(3)
+    assert_equal(clean_state_dict({"state_dict": names}), WEIGHTS)
+    assert "taking 3 of 5 tensors, those of ema_model. model_ema. ema." in caplog.text
+    assert_equal(clean_state_dict({"state_dict": names}, use_ema=False), OTHER)
+    assert "taking 2 of 5 tensors, none of ema_model. model_ema. ema." in caplog.text
 
 
 def test_prefixes_are_stripped_at_the_start_only():
@@ -70,10 +144,18 @@ def test_prefixes_are_stripped_at_the_start_only():
     assert_equal(clean_state_dict(names), names)
 
 
-def test_of_a_detector_the_backbone_alone_is_taken():
+def test_two_entries_for_one_name_are_an_error():
+    names = {"a.weight": torch.zeros(1), "a._orig_mod.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"two entries for a\.weight: .* and a\._orig_mod\.weight"):
+        clean_state_dict(names)
+
+
+def test_of_a_detector_the_backbone_alone_is_taken(caplog):
+    caplog.set_level(logging.INFO)
     names = {"module.neck.weight": torch.zeros(1), "ema_backbone_head_bias": torch.zeros(1)}
     names |= {"module.backbone." + name: tensor for name, tensor in WEIGHTS.items()}
     assert_equal(clean_state_dict({"state_dict": names}), WEIGHTS)
+    assert "taking 2 of 3 tensors, those of backbone." in caplog.text
 
 
 @pytest.mark.parametrize("other", [{"epoch": 3}, {"head": {}}, {1: torch.zeros(1)}, {"text": "x"}])
@@ -136,14 +218,6 @@ def refusal(path: os.PathLike) -> str:
     return str(refused.value)
 
 
-class RunsCommand:
-    def __init__(self, command: str):
-        self.command = command
-
-    def __reduce__(self):
-        return subprocess.getoutput, (self.command,)
-
-
 def test_safetensors_in_name_only_do_not_run(tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "evil.safetensors"
     write_pickle(RunsCommand(f"touch {marker}"), path)
@@ -183,13 +257,21 @@ def test_random_bytes_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize(
     "contents",
-    [b"<!DOCTYPE html>", b"version https://git-lfs", bytes(99)],
-    ids=["page", "pointer", "zeros"],
+    [b"<!DOCTYPE html>", b"version https://git-lfs", b"import torch\n", bytes(99), b"", b"PK"],
+    ids=["page", "pointer", "text", "zeros", "empty", "start of a zip"],
 )
 def test_other_files_are_refused(tmp_path, contents):
     path = tmp_path / "model.pth"
     path.write_bytes(contents)
-    refusal(path)
+    beginning = f"not a zip archive or a pickle, it begins with {contents[:16]}"
+    assert refusal(path) == f"{path} is damaged or no checkpoint: {beginning}"
+
+
+def test_files_of_other_programs_are_told_from_damaged_ones(tmp_path):
+    write_pickle({"epoch": 3}, tmp_path / "model.pth")
+    assert refusal(tmp_path / "model.pth").endswith("a pickle that torch.save has not written")
+    np.savez(tmp_path / "model.npz", **{name: WEIGHTS[name].numpy() for name in WEIGHTS})
+    assert refusal(tmp_path / "model.npz").endswith("zip archive that torch.save has not written")
 
 
 def test_missing_file_is_named(tmp_path):
@@ -265,17 +347,7 @@ def test_save_after_a_failed_one_succeeds(tmp_path):
     assert load_checkpoint(path) == {"epoch": 1}
 
 
-# load_weights, and timm's own loading
-
-
-def nano(seed: int, **kwargs) -> FlashInternImage:
-    torch.manual_seed(seed)
-    return timm.create_model("flash_internimage_nano", **kwargs)
-
-
-def split_head(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    head = {name: tensor for name, tensor in state_dict.items() if name.startswith("head.")}
-    return head, {name: tensor for name, tensor in state_dict.items() if name not in head}
+# check_optimizer and load_weights
 
 
 def loaded_optimizer(shape: tuple[int, ...], **kwargs) -> torch.optim.Optimizer:
@@ -314,7 +386,7 @@ def test_weights_are_loaded_whole():
     assert_equal(model.state_dict(), source.state_dict())
 
 
-def test_classifier_of_other_classes_starts_anew_and_says_so(caplog):
+def test_classifier_of_other_classes_keeps_its_initial_values_and_says_so(caplog):
     source, model = nano(0, num_classes=7), nano(1, num_classes=5)
     own_head, _ = split_head(nano(1, num_classes=5).state_dict())
     with caplog.at_level(logging.WARNING):
@@ -322,7 +394,18 @@ def test_classifier_of_other_classes_starts_anew_and_says_so(caplog):
     head, body = split_head(model.state_dict())
     assert_equal(head, own_head)
     assert_equal(body, split_head(source.state_dict())[1])
-    assert "head.weight starts anew: the checkpoint has 7 classes, the model 5" in caplog.text
+    assert caplog.messages == [
+        "head keeps its initial values: the checkpoint has 7 classes, the model 5"
+    ]
+
+
+def test_every_classifier_of_a_timm_model_is_known(caplog):
+    source, model = (
+        timm.create_model("deit_tiny_distilled_patch16_224", num_classes=n, depth=1) for n in (7, 5)
+    )
+    load_weights(model, source.state_dict())
+    assert model.blocks[0].mlp.fc1.weight.equal(source.blocks[0].mlp.fc1.weight)
+    assert [message.split()[0] for message in caplog.messages] == ["head", "head_dist"]
 
 
 @pytest.mark.parametrize("classes", [7, 3])
@@ -355,8 +438,25 @@ def test_class_map_that_does_not_fit_is_an_error(class_map):
             r"no tensor: conv_head\.1\.0\.num_batches_tracked is a int",
         ),
         (lambda weights: weights.clear(), r"missing: .* and \d+ more"),
+        (
+            lambda weights: weights.update({"head.weight": torch.zeros(5, 8)}),
+            r"shape of head\.weight: \(5, 8\), expected \(5, 384\)",
+        ),
+        (lambda weights: weights.pop("head.weight"), r"missing: head\.weight"),
+        (lambda weights: weights.update({"head.weight": 3}), r"no tensor: head\.weight is a int"),
+        (lambda weights: weights.update({"head.bias": torch.zeros(7)}), r"shape of head\.bias"),
     ],
-    ids=["missing", "unexpected", "shape", "no tensor", "empty"],
+    ids=[
+        "missing",
+        "unexpected",
+        "shape",
+        "no tensor",
+        "empty",
+        "width",
+        "no head",
+        "head",
+        "bias",
+    ],
 )
 def test_weights_that_do_not_fit_change_nothing(change, problem):
     model, weights = nano(1, num_classes=5), dict(nano(0, num_classes=5).state_dict())
@@ -364,94 +464,3 @@ def test_weights_that_do_not_fit_change_nothing(change, problem):
     with pytest.raises(ValueError, match=problem):
         load_weights(model, weights)
     assert_equal(model.state_dict(), nano(1, num_classes=5).state_dict())
-
-
-@pytest.fixture(scope="module")
-def source() -> FlashInternImage:
-    return nano(0)
-
-
-@pytest.fixture(scope="module")
-def pretrained(source, tmp_path_factory) -> dict:
-    """Keyword arguments that let timm load the weights of `source` from a published container."""
-    path = tmp_path_factory.mktemp("pretrained") / "model.pth"
-    torch.save({"model": source.state_dict(), "epoch": 299}, path)
-    return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
-
-
-def test_timm_loads_a_published_checkpoint(source, pretrained):
-    assert_equal(nano(1, **pretrained).state_dict(), source.state_dict())
-
-
-def test_timm_replaces_a_classifier_of_other_classes(source, pretrained):
-    model = nano(1, num_classes=10, **pretrained)
-    assert model.head.out_features == 10
-    assert_equal(split_head(model.state_dict())[1], split_head(source.state_dict())[1])
-
-
-def test_timm_adapts_the_stem_to_grey_images(source, pretrained):
-    model, image = nano(1, in_chans=1, **pretrained).eval(), torch.randn(1, 1, 32, 32)
-    expected = source.patch_embed(image.expand(1, 3, 32, 32))
-    torch.testing.assert_close(model.patch_embed(image), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_timm_loads_feature_maps_from_a_detector(source, tmp_path):
-    detector = {"backbone." + name: tensor for name, tensor in source.state_dict().items()}
-    torch.save({"state_dict": detector}, tmp_path / "detector.pth")
-    overlay = {"file": str(tmp_path / "detector.pth")}
-    model = nano(1, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay).model
-    own = model.state_dict()
-    assert_equal(own, {name: source.state_dict()[name] for name in own})
-
-
-@pytest.fixture
-def address(source, tmp_path, monkeypatch) -> Iterator[str]:
-    """That of the weights of `source` beside an object that timm's own loader refuses."""
-    path = tmp_path / "model.pth"
-    torch.save({"model": source.state_dict(), "config": SimpleNamespace(epochs=300)}, path)
-    use_own_caches(monkeypatch, tmp_path / "caches")
-    with serve({"/model.pth": path.read_bytes()}) as server:
-        yield f"{server.address}/model.pth"
-
-
-def test_timm_downloads_a_published_checkpoint(source, address):
-    model = nano(1, pretrained=True, pretrained_cfg_overlay={"url": address})
-    assert_equal(model.state_dict(), source.state_dict())
-    assert "state_dict" not in model.pretrained_cfg
-    assert model.pretrained_cfg["url"] == address
-
-
-def test_timm_reads_published_objects_with_other_classes_channels_and_maps(source, address, caplog):
-    downloaded = {"pretrained": True, "pretrained_cfg_overlay": {"url": address}}
-    model = nano(1, num_classes=10, in_chans=1, **downloaded)
-    assert "head starts anew: the checkpoint has 1000 classes, the model 10" in caplog.text
-    name = "levels.0.blocks.0.dcn.value_proj.weight"
-    assert model.get_parameter(name).equal(source.get_parameter(name))
-    assert model.patch_embed.conv1.weight.shape[1] == 1
-    features = nano(1, features_only=True, out_indices=(1, 2), **downloaded).model.state_dict()
-    assert_equal(features, {name: source.state_dict()[name] for name in features})
-
-
-@pytest.mark.parametrize("adapted", [{"num_classes": 10}, {"features_only": True}, {"in_chans": 1}])
-def test_timm_loads_no_part_of_a_checkpoint(source, tmp_path, adapted):
-    weights = source.state_dict()
-    weights["levels.0.blocks.0.mlp.fc3.weight"] = weights.pop("levels.0.blocks.0.mlp.fc1.weight")
-    torch.save(weights, tmp_path / "part.pth")
-    part = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "part.pth")}}
-    with pytest.raises(ValueError, match=r"missing: .*fc1\.weight; unexpected: .*fc3\.weight"):
-        nano(1, **adapted, **part)
-
-
-def test_timm_takes_a_state_dict_that_it_is_given(source):
-    overlay = {"state_dict": dict(source.state_dict())}
-    model = nano(1, pretrained=True, pretrained_cfg_overlay=overlay)
-    assert_equal(model.state_dict(), source.state_dict())
-    assert "state_dict" not in model.pretrained_cfg
-
-
-def test_timm_executes_nothing(source, tmp_path):
-    marker, path = tmp_path / "marker", tmp_path / "evil.pth"
-    torch.save({"model": source.state_dict(), "config": RunsCommand(f"touch {marker}")}, path)
-    model = nano(1, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
-    assert_equal(model.state_dict(), source.state_dict())
-    assert not marker.exists()

@@ -58,8 +58,9 @@ def test_current_names_stay(path):
 
 
 @ALL
-def test_prefix_of_parallel_training_is_stripped(path):
-    wrapped = {"module." + name: shape for name, shape in schema(path).items()}
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model._orig_mod."])
+def test_prefixes_of_wrappers_are_stripped(path, prefix):
+    wrapped = {prefix + name: shape for name, shape in schema(path).items()}
     assert convert_state_dict(wrapped) == convert_state_dict(schema(path))
 
 
@@ -145,7 +146,10 @@ def test_every_part_goes_where_it_belongs(family, names):
 @pytest.mark.parametrize(
     ("state_dict", "message"),
     [
-        ({"module.neck.weight": 0, "neck.weight": 1}, "neck.weight: module.neck.weight and neck.w"),
+        (
+            {"neck._orig_mod.weight": 0, "neck.weight": 1},
+            r"neck\.weight: neck\._orig_mod\.weight and neck\.w",
+        ),
         (
             {f"{HEAD}.level_embeds": 0, "level_embed": 1},
             f"level_embed: {HEAD}.level_embeds and level_embed",

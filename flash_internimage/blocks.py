@@ -1,0 +1,152 @@
+"""The parts of FlashInternImage, from small to large. Features are channels-last, (N, H, W, C)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp
+from timm.models._manipulate import checkpoint
+from torch import Tensor, nn
+from torchvision.ops import Permute
+
+from ops_dcnv4 import DCNv4
+
+
+def to_channels_first() -> Permute:
+    return Permute([0, 3, 1, 2])
+
+
+def to_channels_last() -> Permute:
+    return Permute([0, 2, 3, 1])
+
+
+def layer_norm(channels: int, **factory: Any) -> nn.LayerNorm:
+    return nn.LayerNorm(channels, eps=1e-6, **factory)
+
+
+class Stem(nn.Module):
+    """(N, C_in, H, W) -> (N, H/4, W/4, C)."""
+
+    def __init__(self, in_chans: int, channels: int, **factory: Any):
+        super().__init__()
+        half = channels // 2
+        self.conv1 = nn.Conv2d(in_chans, half, kernel_size=3, stride=2, padding=1, **factory)
+        self.norm1 = nn.Sequential(
+            to_channels_last(), layer_norm(half, **factory), to_channels_first()
+        )
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(half, channels, kernel_size=3, stride=2, padding=1, **factory)
+        self.norm2 = nn.Sequential(to_channels_last(), layer_norm(channels, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+
+
+class Downsample(nn.Module):
+    """(N, H, W, C) -> (N, H/2, W/2, 2*C)."""
+
+    def __init__(self, channels: int, **factory: Any):
+        super().__init__()
+        self.conv = nn.Conv2d(
+            channels, 2 * channels, kernel_size=3, stride=2, padding=1, bias=False, **factory
+        )
+        self.norm = nn.Sequential(to_channels_last(), layer_norm(2 * channels, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)))
+
+
+class Block(nn.Module):
+    """DCNv4 and MLP with residual connections, on (N, H, W, C)."""
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        offset_scale: float = 1.0,
+        post_norm: bool = False,
+        dw_kernel_size: int | None = None,
+        dcn_output_bias: bool = False,
+        mlp_fc2_bias: bool = False,
+        **factory: Any,
+    ):
+        super().__init__()
+        self.post_norm = post_norm
+        self.layer_scale = layer_scale
+        if layer_scale is not None:
+            self.gamma1 = nn.Parameter(torch.empty(channels, **factory))
+            self.gamma2 = nn.Parameter(torch.empty(channels, **factory))
+        else:
+            self.gamma1 = self.gamma2 = None
+        self.norm1 = nn.Sequential(layer_norm(channels, **factory))
+        self.dcn = DCNv4(
+            channels,
+            group=groups,
+            offset_scale=offset_scale,
+            dw_kernel_size=dw_kernel_size,
+            output_bias=dcn_output_bias,
+            **factory,
+        )
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.Sequential(layer_norm(channels, **factory))
+        self.mlp = Mlp(channels, int(channels * mlp_ratio), bias=(True, mlp_fc2_bias), **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the scales of the residual branches; the layers initialise themselves."""
+        if self.layer_scale is not None:
+            nn.init.constant_(self.gamma1, self.layer_scale)
+            nn.init.constant_(self.gamma2, self.layer_scale)
+
+    def _deform(self, x: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):  # torch.fx cannot follow the checks of the operator.
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self.dcn), (x,), {})
+        return self.dcn(x)
+
+    def _branch(
+        self,
+        x: Tensor,
+        layer: Callable[[Tensor], Tensor],
+        norm: nn.Module,
+        gamma: Tensor | None,
+    ) -> Tensor:
+        out = norm(layer(x)) if self.post_norm else layer(norm(x))
+        return self.drop_path(out if gamma is None else gamma * out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._branch(x, self._deform, self.norm1, self.gamma1)
+        return x + self._branch(x, self.mlp, self.norm2, self.gamma2)
+
+
+class Stage(nn.Module):
+    """Blocks and, without post-norm, a closing norm. `downsample` leads to the next stage."""
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        drop_path_rates: list[float],
+        downsample: bool,
+        post_norm: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        **block_args: Any,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        self.blocks = nn.ModuleList(
+            Block(channels, groups, drop_path=rate, post_norm=post_norm, **block_args, **factory)
+            for rate in drop_path_rates
+        )
+        self.norm = nn.Identity() if post_norm else nn.Sequential(layer_norm(channels, **factory))
+        self.downsample = Downsample(channels, **factory) if downsample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            recompute = self.grad_checkpointing and x.requires_grad
+            x = checkpoint(block, x) if recompute else block(x)
+        return self.norm(x)
