@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 # Resizing the shorter side of such an image to a network's input would take gigabytes, and keeping
 # the longer side within bounds would leave no pixel of the shorter one.
 MAX_ASPECT_RATIO = 200
+
+# Formats that Pillow registers but can only identify, or passes to another program.
+_NO_DECODER = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
 
 class UnreadableImage(ValueError):
@@ -34,6 +38,35 @@ def read_image(source: str | os.PathLike | BinaryIO, name: str | None = None) ->
         _check_aspect_ratio(image)
         image.load()
         return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB.
+
+    Greyscale of 16 or 32 bits keeps the eight highest of the bits that its brightest pixel needs:
+    0 to 4095 and 0 to 65535 both become 0 to 255, and values up to 255 stay as they are. Pillow's
+    own conversion would turn everything above 255 white. Transparency is dropped and CMYK is
+    converted without a colour profile, as `convert("RGB")` does.
+
+    Raises:
+        ValueError: The pixels are negative or floating-point numbers, or in a colour space that
+            Pillow cannot convert.
+    """
+    if image.mode == "F":
+        raise ValueError("pixels must be integers, got floating-point numbers of unknown range")
+    if image.mode.startswith("I"):  # also I;16 and I;16B
+        pixels = np.asarray(image)
+        if pixels.min() < 0:
+            raise ValueError(f"pixels must not be negative, got {pixels.min()}")
+        bits = max(8, int(pixels.max()).bit_length())
+        image = Image.fromarray((pixels >> (bits - 8)).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def image_suffixes() -> set[str]:
+    """Return the lower-case suffixes of the image files that Pillow decodes, such as `.webp`."""
+    known = Image.registered_extensions().items()
+    return {suffix for suffix, kind in known if kind in Image.OPEN and kind not in _NO_DECODER}
 
 
 def read_size(path: str | os.PathLike) -> tuple[int, int]:

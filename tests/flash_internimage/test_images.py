@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from flash_internimage.images import UnreadableImage, check_image_file, read_image, read_size
+from flash_internimage.images import (
+    UnreadableImage,
+    check_image_file,
+    image_suffixes,
+    read_image,
+    read_size,
+    to_rgb,
+)
 
 READERS = pytest.mark.parametrize("read", [read_image, read_size, check_image_file])
 
@@ -82,3 +89,59 @@ def test_formats_that_pillow_does_not_know_are_left_to_other_decoders(tmp_path):
     path.write_bytes(b"#?RADIANCE\n")
     check_image_file(path)
     refused(read_size, path, "cannot identify")
+
+
+RAMP = np.arange(256).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        (np.arange(4096), np.arange(4096) // 16),  # 12 bits in 16
+        (np.arange(65536), np.arange(65536) // 256),
+        (np.arange(1024), np.arange(1024) // 4),
+        (RAMP, RAMP),
+        (RAMP * 257, RAMP),
+        (RAMP * 256, RAMP),
+        (np.zeros(256), np.zeros(256)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, ">u2"])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_uses_the_whole_range(tmp_path, pixels, expected, dtype, suffix):
+    if suffix == "png" and dtype == np.int32:
+        dtype = np.uint16  # PNG has at most 16 bits
+    side = int(pixels.size**0.5)
+    Image.fromarray(pixels.reshape(side, side).astype(dtype)).save(tmp_path / f"a.{suffix}")
+    rgb = to_rgb(read_image(tmp_path / f"a.{suffix}"))
+    assert rgb.mode == "RGB"
+    np.testing.assert_array_equal(
+        np.asarray(rgb), np.repeat(expected.reshape(side, side, 1), 3, axis=2)
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_8_bit_modes_are_converted_as_pillow_does(mode):
+    colours = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    )
+    image = colours.convert("P").convert(mode) if mode == "PA" else colours.convert(mode)
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.linspace(0, 1, 256, dtype=np.float32), "must be integers, got floating-point"),
+        (np.arange(-1000, 3096, dtype=np.int32), "must not be negative, got -1000"),
+    ],
+)
+def test_pixels_without_a_known_range_are_refused(pixels, message):
+    side = int(pixels.size**0.5)
+    with pytest.raises(ValueError, match=message):
+        to_rgb(Image.fromarray(pixels.reshape(side, side)))
+
+
+def test_suffixes_are_those_that_pillow_decodes():
+    assert {".png", ".jpg", ".jpeg", ".webp", ".tif", ".gif", ".bmp", ".ppm"} <= image_suffixes()
+    assert image_suffixes().isdisjoint({".pdf", ".eps", ".h5", ".mpg", ".txt", ""})
