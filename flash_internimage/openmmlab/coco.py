@@ -1,6 +1,5 @@
 """COCO data sets that are checked before the training begins."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -10,13 +9,11 @@ from pathlib import Path
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.datasets.transforms import LoadAnnotations
-from mmdet.evaluation import FasterCocoMetric
-from mmengine.fileio import get_text
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, METRICS
+from mmengine.registry import DATASETS
 
 from ..images import UnreadableImage, read_size
-from .annotations import check_annotations
+from .annotations import check_annotations, parse_json
 from .files import ReadableImages, differing_size, find_missing, is_local
 
 
@@ -24,12 +21,11 @@ class _CheckedCOCO(COCO):
     """Checked annotations whose categories are the data set's classes, in the same order."""
 
     def __init__(self, annotation_file: str, masks: bool):
-        self._masks = masks
-        super().__init__(annotation_file)
-
-    def createIndex(self) -> None:
-        check_annotations(self.dataset, self._masks)
-        super().createIndex()
+        super().__init__()
+        self.dataset = parse_json(Path(annotation_file).read_bytes())
+        check_annotations(self.dataset, masks)
+        self.createIndex()
+        self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
     def get_cat_ids(self, cat_names: Sequence[str], *args, **kwargs) -> list[int]:
         ids = super().get_cat_ids(cat_names, *args, **kwargs)
@@ -182,48 +178,3 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         level = logging.WARNING if counts["missing"] or counts["crowded"] else logging.INFO
         print_log(f"{self.ann_file}: {summary}", logger="current", level=level)
         return kept
-
-
-@METRICS.register_module()
-class CheckedCocoMetric(FasterCocoMetric):
-    """mmdet's FasterCocoMetric whose annotation file is checked before the training begins.
-
-    Args:
-        ann_file: Annotation file.
-        metric: See FasterCocoMetric.
-        kwargs: Further arguments of FasterCocoMetric.
-
-    Raises:
-        FileNotFoundError: The annotation file is missing.
-        ValueError: It is malformed or has no annotations to evaluate, or an argument does not fit.
-    """
-
-    def __init__(self, ann_file: str | None = None, metric: str | list[str] = "bbox", **kwargs):
-        if not isinstance(metric, str | list | tuple):
-            raise ValueError(f"metric must be text or a list of text, got {metric!r}")
-        thresholds = kwargs.get("iou_thrs") or []
-        for value in thresholds if isinstance(thresholds, list | tuple) else [thresholds]:
-            if type(value) not in (int, float) or not 0 <= value <= 1:
-                raise ValueError(f"iou_thrs must be numbers from 0 to 1, got {thresholds!r}")
-        if ann_file is not None:
-            _check_for_evaluation(
-                ann_file,
-                masks="segm" in metric,
-                evaluates=not kwargs.get("format_only"),
-                backend_args=kwargs.get("backend_args"),
-            )
-        super().__init__(ann_file, metric, **kwargs)
-
-
-def _check_for_evaluation(
-    ann_file: str, masks: bool, evaluates: bool, backend_args: dict | None
-) -> None:
-    if is_local(ann_file, backend_args) and not Path(ann_file).is_file():
-        raise FileNotFoundError(f"ann_file of the evaluator not found: {ann_file}")
-    try:
-        content = json.loads(get_text(ann_file, backend_args=backend_args))
-        check_annotations(content, masks, all_masks=masks)
-        if evaluates and not content.get("annotations"):
-            raise ValueError("annotations must not be empty")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"ann_file of the evaluator {ann_file}: {error}") from error

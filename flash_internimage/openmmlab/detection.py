@@ -13,9 +13,16 @@ from mmdet.models.layers import MLP, inverse_sigmoid
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .coco import CheckedCocoDataset, CheckedCocoMetric
+from .coco import CheckedCocoDataset
+from .coco_metric import CheckedCocoMetric, CheckedPycocotoolsMetric
 
-__all__ = ["CheckedCocoDataset", "CheckedCocoMetric", "ClampedDINOHead", "PublishedDINO"]
+__all__ = [
+    "CheckedCocoDataset",
+    "CheckedCocoMetric",
+    "CheckedPycocotoolsMetric",
+    "ClampedDINOHead",
+    "PublishedDINO",
+]
 
 
 class _EveryOtherFrequency(MLP):

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from flash_internimage.images import UnreadableImage
-from flash_internimage.openmmlab.coco import CheckedCocoDataset, CheckedCocoMetric
+from flash_internimage.openmmlab.coco import CheckedCocoDataset
+from flash_internimage.openmmlab.coco_metric import CheckedCocoMetric
 
 CLASSES = ("cat", "dog")
 CATEGORIES = ((7, "cow"), (1, "cat"), (2, "dog"))
