@@ -12,9 +12,9 @@ from mmdet.datasets.transforms import LoadAnnotations
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
-from ..images import UnreadableImage, read_size
+from ..images import UnreadableImage
 from .annotations import check_annotations, parse_json
-from .files import ReadableImages, differing_size, find_missing, is_local
+from .files import ReadableImages, check_size, find_missing, is_local
 
 
 class _CheckedCOCO(COCO):
@@ -118,12 +118,9 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
                 if path in faults:
                     continue
                 try:
-                    size = read_size(path)
+                    check_size(path, declared)
                 except UnreadableImage as error:
                     faults[path] = str(error)
-                    continue
-                if sorted(size) != sorted(declared):  # EXIF may turn images as they are loaded.
-                    faults[path] = differing_size(path, size, declared)
         present = [info for info in data_list if info["img_path"] not in faults]
         if faults and (self.test_mode or not present):
             first = next(info["img_path"] for info in data_list if info["img_path"] in faults)

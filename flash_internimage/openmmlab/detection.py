@@ -1,5 +1,9 @@
 """What the detectors need beside flash_internimage.openmmlab, which is imported with it.
 
+Importing this module replaces three names in mmdet's registries, so that they are right in configs
+and inferencers that use mmdet's own: the image loader LoadImageFromFile, and the metrics CocoMetric
+and FasterCocoMetric.
+
 custom_imports = dict(imports=['flash_internimage.openmmlab.detection'])
 """
 
@@ -10,11 +14,13 @@ import torch
 from mmdet.models.dense_heads import DINOHead
 from mmdet.models.detectors import DINO
 from mmdet.models.layers import MLP, inverse_sigmoid
+from mmdet.registry import TRANSFORMS
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .coco import CheckedCocoDataset
 from .coco_metric import CheckedCocoMetric, CheckedPycocotoolsMetric
+from .files import LoadCheckedImage
 
 __all__ = [
     "CheckedCocoDataset",
@@ -23,6 +29,8 @@ __all__ = [
     "ClampedDINOHead",
     "PublishedDINO",
 ]
+
+TRANSFORMS.register_module("LoadImageFromFile", module=LoadCheckedImage, force=True)
 
 
 class _EveryOtherFrequency(MLP):

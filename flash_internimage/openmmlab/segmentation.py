@@ -1,5 +1,7 @@
 """What the segmentors need beside flash_internimage.openmmlab, which is imported with it.
 
+Importing this module replaces the image loader LoadImageFromFile in mmseg's registry.
+
 custom_imports = dict(imports=['flash_internimage.openmmlab.segmentation'])
 """
 
@@ -9,9 +11,11 @@ import torch
 from mmengine.registry import MODELS
 from mmseg.models.decode_heads import Mask2FormerHead
 from mmseg.models.utils import resize
+from mmseg.registry import TRANSFORMS
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
+from .files import LoadCheckedImage
 from .label_maps import CheckedADE20KDataset, CheckedSegDataset, LoadCheckedAnnotations
 
 __all__ = [
@@ -20,6 +24,8 @@ __all__ = [
     "LoadCheckedAnnotations",
     "PublishedMask2FormerHead",
 ]
+
+TRANSFORMS.register_module("LoadImageFromFile", module=LoadCheckedImage, force=True)
 
 
 @MODELS.register_module()
