@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .coco import CheckedCocoDataset
 from .coco_metric import CheckedCocoMetric, CheckedPycocotoolsMetric
 from .files import LoadCheckedImage
+from .published import LoadsPublishedWeights
 
 __all__ = [
     "CheckedCocoDataset",
@@ -42,8 +43,10 @@ class _EveryOtherFrequency(MLP):
 
 
 @MODELS.register_module()
-class PublishedDINO(DINO):
+class PublishedDINO(LoadsPublishedWeights, DINO):
     """DINO whose queries are encoded as in its published weights, by C / 2 features per coordinate.
+
+    It takes these weights under their published names, too.
 
     onedl-mmdetection has C of them since 3.5.1, and so no weights from before fit its decoder. The
     frequencies of C / 2 features are every other one of those of C.

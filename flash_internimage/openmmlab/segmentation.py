@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .files import LoadCheckedImage
 from .label_maps import CheckedADE20KDataset, CheckedSegDataset, LoadCheckedAnnotations
+from .published import LoadsPublishedWeights
 
 __all__ = [
     "CheckedADE20KDataset",
@@ -29,7 +30,7 @@ TRANSFORMS.register_module("LoadImageFromFile", module=LoadCheckedImage, force=T
 
 
 @MODELS.register_module()
-class PublishedMask2FormerHead(Mask2FormerHead):
+class PublishedMask2FormerHead(LoadsPublishedWeights, Mask2FormerHead):
     """Mask2FormerHead that combines the scores of classes and masks at the masks' own resolution.
 
     The sum over the queries of a class's probability times a mask's is resized to the image, as the
@@ -39,6 +40,8 @@ class PublishedMask2FormerHead(Mask2FormerHead):
         combine_first: False for the order of mmseg 1. The other arguments are those of
             Mask2FormerHead.
     """
+
+    published_prefix = "decode_head."
 
     def __init__(self, *args, combine_first: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
