@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..files import write_atomically
 
-CHECKPOINT_NAME = re.compile(r"(?:epoch|iter)_(\d+)\.pth")
+CHECKPOINT_NAME = re.compile(r"(?:epoch|iter)_([1-9][0-9]*)\.pth")
 
 
 class _AtomicBackend(LocalBackend):

@@ -240,7 +240,11 @@ class FlashRunner(Runner):
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         if not (strict or self._resuming or self._train_loop is None):
-            checkpoint["state_dict"] = self._fill_in(checkpoint["state_dict"], model.state_dict())
+            try:
+                filled = self._fill_in(checkpoint["state_dict"], model.state_dict())
+            except ValueError as error:
+                raise ValueError(f"{filename}: {error}") from error
+            checkpoint["state_dict"] = filled
         require_fit(model.state_dict(), checkpoint["state_dict"])
         if self._resuming:
             self._other_schedule = adapt_checkpoint(self, checkpoint)
@@ -299,6 +303,12 @@ class FlashRunner(Runner):
             for name, tensor in state_dict.items()
             if name in own and own[name].shape == getattr(tensor, "shape", None)
         }
+        if not fitting:
+            raise ValueError(
+                f"none of its {len(state_dict)} tensors fits the model: its names begin with "
+                f"{', '.join(sorted({name.split('.')[0] for name in state_dict})[:5])}, those of "
+                f"the model with {', '.join(sorted({name.split('.')[0] for name in own}))}"
+            )
         for what, names in (
             ("start anew", own.keys() - fitting.keys()),
             ("of the checkpoint are not used", state_dict.keys() - fitting.keys()),
