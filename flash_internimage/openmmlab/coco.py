@@ -16,6 +16,8 @@ from ..images import UnreadableImage
 from .annotations import check_annotations, parse_json
 from .files import ReadableImages, check_size, find_missing, is_local
 
+_TRACE = 0.01  # share of the images or annotations above which what is left out is a warning
+
 
 class _CheckedCOCO(COCO):
     """Checked annotations whose categories are the data set's classes, in the same order."""
@@ -87,7 +89,9 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         if self._without_mask:
             raise ValueError(
                 f"ann_file {self.ann_file}: {self._without_mask[0]}: segmentation must be there "
-                f"because the pipeline loads masks ({len(self._without_mask)} such annotations)"
+                f"because the pipeline loads masks ({len(self._without_mask)} such annotations); "
+                "for boxes alone, take with_mask=True from LoadAnnotations in the pipeline and a "
+                "model without masks, such as DINO"
             )
         for info in data_list:
             info["test_mode"] = self.test_mode  # for LoadReadableImage
@@ -104,8 +108,26 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
                     self._without_mask.append(
                         f"image {info['img_id']} ({file_name}), annotation {annotation['id']}"
                     )
-        self.counts["unusable"] += len(annotations) - len(used)
+        self.counts["annotations"] += len(annotations)
+        for annotation in annotations:
+            self.counts[self._doubt(annotation, info)] += 1
         return info
+
+    def _doubt(self, annotation: dict, info: dict) -> str | None:
+        """Return why mmdet does not use an annotation, or what seems to be wrong with it."""
+        x, y, width, height = annotation["bbox"]
+        right, bottom = x + width, y + height
+        if annotation.get("ignore"):
+            return "ignored"
+        if annotation["area"] <= 0 or width < 1 or height < 1:
+            return "without area"
+        if min(right, info["width"]) <= max(x, 0) or min(bottom, info["height"]) <= max(y, 0):
+            return "outside"
+        if annotation["category_id"] not in self.cat_ids:
+            return "of other categories"
+        if min(x, y) < -1 or right > info["width"] + 1 or bottom > info["height"] + 1:
+            return "beyond"
+        return "wrong area" if annotation["area"] > 1.01 * width * height + 1 else None
 
     def _with_images(self, data_list: list[dict]) -> list[dict]:
         """Return the images whose files exist, in tests all of them."""
@@ -161,17 +183,37 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
     def filter_data(self) -> list[dict]:
         kept = super().filter_data()
         counts = self.counts
+        smallest = (self.filter_cfg or {}).get("min_size", 0)
         left_out = len(self.data_list) - len(kept)
+        small = sum(min(info["height"], info["width"]) < smallest for info in self.data_list)
+        small = min(small, left_out)  # tests use all
         crowds = sum(instance["ignore_flag"] for info in kept for instance in info["instances"])
         objects = sum(len(info["instances"]) for info in kept) - crowds
+        reasons = [counts[r] for r in ("outside", "without area", "of other categories", "ignored")]
         summary = (
             f"{len(kept)} images, {objects} objects and {crowds} crowds; left out: "
             f"{counts['missing']} images that are missing, {counts['crowded']} that have too many "
-            f"objects, {left_out} that have no objects or are too small, and {counts['unusable']} "
-            "annotations without a usable box or of other categories"
+            f"objects, {left_out - small} that have no objects and {small} that are smaller than "
+            f"min_size; {reasons[0]} annotations outside their image, {reasons[1]} without an area "
+            f"or a pixel, {reasons[2]} of other categories and {reasons[3]} with ignore=1"
         )
         if not self.test_mode and not objects:
             raise ValueError(f"nothing to train on in {self.ann_file}: {summary}")
-        level = logging.WARNING if counts["missing"] or counts["crowded"] else logging.INFO
+        many = not self.test_mode and (
+            left_out > _TRACE * len(self.data_list) or sum(reasons) > _TRACE * counts["annotations"]
+        )
+        warns = many or counts["missing"] or counts["crowded"]
+        level = logging.WARNING if warns else logging.INFO
         print_log(f"{self.ann_file}: {summary}", logger="current", level=level)
+        for doubt, meaning in (
+            ("beyond", "reach beyond their image: are their boxes [x, y, width, height]?"),
+            ("wrong area", "have an area larger than their box"),
+        ):
+            if counts[doubt] > _TRACE * counts["annotations"]:
+                print_log(
+                    f"{self.ann_file}: {counts[doubt]} of the {counts['annotations']} annotations "
+                    f"{meaning}",
+                    logger="current",
+                    level=logging.WARNING,
+                )
         return kept

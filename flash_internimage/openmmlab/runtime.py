@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from mmengine.model import (
 )
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIMIZERS, RUNNERS
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import BaseLoop, CheckpointLoader, Runner
 from torch import nn
 
 from ..checkpoint import (
@@ -40,6 +41,7 @@ from .resume import (
     replay_schedules,
     set_sampler_seed,
 )
+from .splits import warn_of_shared_images
 
 _HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 
@@ -96,6 +98,21 @@ def _safe_checkpoint_reader() -> Iterator[None]:
         yield
     finally:
         CheckpointLoader._schemes = before
+
+
+@contextmanager
+def _naming(dataloader: str) -> Iterator[None]:
+    """Say in errors about a data set which one it is."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        message = describe(error)
+        if "of the evaluator" in message or not is_from_this_package(error):
+            raise
+        # Most messages begin with the name of an argument.
+        joint = "." if re.match(r"[a-z]+_[a-z_]+ ", message) else ": "
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{dataloader}.dataset{joint}{message}") from error
 
 
 def _raise_file_errors(record: logging.LogRecord) -> None:
@@ -170,6 +187,26 @@ class FlashRunner(Runner):
         if is_main_process():
             text = self.cfg.pretty_text.encode()
             write_atomically(Path(folder, name), lambda file: file.write(text))
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the training loop with its data."""
+        with _naming("train_dataloader"):
+            return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the validation loop with its data, and compare them with the training's."""
+        with _naming("val_dataloader"):
+            built = super().build_val_loop(loop)
+        if isinstance(self._train_loop, BaseLoop) and is_main_process():
+            warn_of_shared_images(
+                self._train_loop.dataloader.dataset, getattr(built.dataloader, "dataset", None)
+            )
+        return built
+
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the test loop with its data."""
+        with _naming("test_dataloader"):
+            return super().build_test_loop(loop)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         """Build the optimizer.
