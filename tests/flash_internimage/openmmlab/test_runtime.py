@@ -320,6 +320,15 @@ class TestLoading:
         assert (tmp_path / "elsewhere" / "best_score.pth").is_file()
         assert "best_score_epoch_4.pth" in files(tmp_path / "run")
 
+    @pytest.mark.parametrize("score", ["high", None, [0.9], float("nan"), float("inf")])
+    def test_a_best_score_that_is_no_number_is_forgotten(self, score, runner, tmp_path):
+        path = trained(runner, tmp_path)
+        checkpoint = torch.load(path, weights_only=False)
+        checkpoint["message_hub"]["runtime_info"]["best_score"] = score
+        torch.save(checkpoint, path)
+        resume(runner, path)
+        assert "best_score_epoch_4.pth" in files(tmp_path / "run")
+
     def test_the_best_of_a_moved_run_is_replaced(self, runner, tmp_path):
         path = trained(runner, tmp_path)
         checkpoint = torch.load(path, weights_only=False)
