@@ -33,7 +33,7 @@ from ..conversion import EXECUTED, convert_checkpoint
 from ..downloads import hide_secrets
 from ..files import disk_full_error, write_atomically
 from ..safe_load import Placeholder
-from .errors import describe, is_from_this_package, is_users
+from .errors import describe, end_in_one_line, is_from_this_package, is_users
 from .resume import (
     adapt_checkpoint,
     compare_classes,
@@ -167,9 +167,11 @@ class FlashRunner(Runner):
             full = disk_full_error(error, getattr(self, "_work_dir", "a log"))
             if full and not (isinstance(error, OSError) and "while writing" in str(error)):
                 error = full
-            if is_users(error) and hasattr(self, "logger"):
-                with suppress(OSError):  # The log may be on the full disk.
-                    self.logger.error(describe(error))
+            if is_users(error):
+                end_in_one_line(error)
+                if hasattr(self, "logger"):
+                    with suppress(OSError):  # The log may be on the full disk.
+                        self.logger.error(describe(error))
             raise error
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
