@@ -1,16 +1,38 @@
 """Checks of COCO annotation files."""
 
+import json
 import math
+import posixpath
 import reprlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-_LARGEST_ID = 2**63 - 1  # faster-coco-eval keeps ids as int64
+# faster-coco-eval keeps the ids of annotations as int64, and all others as float64.
+_ANNOTATION_ID_BITS, _ID_BITS = 63, 53
 _LARGEST_NUMBER = 1e9
 _NOTHING = object()
 _MALFORMED = np.array([-1])
+
+
+def parse_json(content: bytes) -> Any:
+    """Parse an annotation file.
+
+    Raises:
+        ValueError: It is not JSON, or something else than one JSON document.
+    """
+    if content.startswith(b"\x1f\x8b"):
+        raise ValueError("the file is compressed with gzip: unpack it first")
+    try:
+        return json.loads(content.decode())
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            raise ValueError(
+                f"the file must contain one JSON object, got another from line {error.lineno} on "
+                "(JSON Lines are not read)"
+            ) from error
+        raise
 
 
 def check_annotations(content: Any, masks: bool, all_masks: bool = False) -> None:
@@ -32,7 +54,8 @@ def check_annotations(content: Any, masks: bool, all_masks: bool = False) -> Non
         # Files of test images, such as COCO's test-dev, have no annotations.
         entries = content.get(key, [] if key == "annotations" else _NOTHING)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError(f"{key} must be a list of objects, got {_short(entries)}")
+            hint = f"; the file has {_short([*content])}" if entries is _NOTHING else ""
+            raise ValueError(f"{key} must be a list of objects, got {_short(entries)}{hint}")
         if not entries and key != "annotations":
             raise ValueError(f"{key} must not be empty")
         lists[key] = entries
@@ -54,11 +77,18 @@ def _raise_first(kind: str, faults: Iterable[str]) -> None:
 
 def _image_faults(images: list[dict]) -> Iterator[str]:
     seen: set[int] = set()
+    files: set[str] = set()
     for image in images:
         name = image.get("file_name", _NOTHING)
         fault = _id_fault(image, seen)
         if not fault and not (isinstance(name, str) and name):
             fault = _fault(image, "file_name", "the name of a file")
+        if not fault:
+            file = posixpath.normpath(name)
+            if file in files:
+                # Each entry would count the objects of the other as background.
+                fault = f"file_name must be unique, got {_plain(name)} again"
+            files.add(file)
         for key in ("height", "width"):
             if not fault and not (_is_int(image.get(key)) and 0 < image[key] < 2**31):
                 fault = _fault(image, key, "a positive integer")
@@ -90,7 +120,7 @@ def _annotation_faults(
         image_id = annotation.get("image_id", _NOTHING)
         image = images.get(image_id) if _is_int(image_id) else None
         # The evaluation takes 0 for "not matched".
-        fault = _id_fault(annotation, seen, lowest=1)
+        fault = _id_fault(annotation, seen, lowest=1, bits=_ANNOTATION_ID_BITS)
         if not fault and image is None:
             fault = _fault(annotation, "image_id", "the id of an image in the file")
         fault = fault or _object_fault(annotation, categories)
@@ -102,10 +132,10 @@ def _annotation_faults(
             yield f"image {_short(image_id)}{name}, annotation {identity}: {fault}"
 
 
-def _id_fault(entry: dict, seen: set[int], lowest: int = 0) -> str | None:
+def _id_fault(entry: dict, seen: set[int], lowest: int = 0, bits: int = _ID_BITS) -> str | None:
     identity = entry.get("id")
-    if not (_is_int(identity) and lowest <= identity <= _LARGEST_ID):
-        return _fault(entry, "id", f"a unique integer of at least {lowest}")
+    if not (_is_int(identity) and lowest <= identity < 2**bits):
+        return _fault(entry, "id", f"a unique integer of at least {lowest} and below 2**{bits}")
     if identity in seen:
         return f"id must be unique, got {identity} again"
     seen.add(identity)

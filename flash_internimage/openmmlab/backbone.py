@@ -4,6 +4,7 @@ import copy
 import logging
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..backbone import ARCHITECTURES, FlashInternImage
 from ..checkpoint import clean_state_dict, require_fit
+from .published import warn_of_misfit
 from .runtime import read_checkpoint
 
 
@@ -107,6 +109,10 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         self.load_state_dict(weights)
         print_log(f"backbone initialised from {source}", logger="current", level=logging.INFO)
         self.is_init = True
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        warn_of_misfit(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _left_out(self, name: str) -> bool:
         """Whether a parameter of the classifier belongs to what this backbone does without."""

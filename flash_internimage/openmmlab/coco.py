@@ -1,6 +1,5 @@
 """COCO data sets that are checked before the training begins."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -10,26 +9,25 @@ from pathlib import Path
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.datasets.transforms import LoadAnnotations
-from mmdet.evaluation import FasterCocoMetric
-from mmengine.fileio import get_text
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, METRICS
+from mmengine.registry import DATASETS
 
-from ..images import UnreadableImage, read_size
-from .annotations import check_annotations
-from .files import ReadableImages, differing_size, find_missing, is_local
+from ..images import UnreadableImage
+from .annotations import check_annotations, parse_json
+from .files import ReadableImages, check_size, find_missing, is_local
+
+_TRACE = 0.01  # share of the images or annotations above which what is left out is a warning
 
 
 class _CheckedCOCO(COCO):
     """Checked annotations whose categories are the data set's classes, in the same order."""
 
     def __init__(self, annotation_file: str, masks: bool):
-        self._masks = masks
-        super().__init__(annotation_file)
-
-    def createIndex(self) -> None:
-        check_annotations(self.dataset, self._masks)
-        super().createIndex()
+        super().__init__()
+        self.dataset = parse_json(Path(annotation_file).read_bytes())
+        check_annotations(self.dataset, masks)
+        self.createIndex()
+        self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
     def get_cat_ids(self, cat_names: Sequence[str], *args, **kwargs) -> list[int]:
         ids = super().get_cat_ids(cat_names, *args, **kwargs)
@@ -91,7 +89,9 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         if self._without_mask:
             raise ValueError(
                 f"ann_file {self.ann_file}: {self._without_mask[0]}: segmentation must be there "
-                f"because the pipeline loads masks ({len(self._without_mask)} such annotations)"
+                f"because the pipeline loads masks ({len(self._without_mask)} such annotations); "
+                "for boxes alone, take with_mask=True from LoadAnnotations in the pipeline and a "
+                "model without masks, such as DINO"
             )
         for info in data_list:
             info["test_mode"] = self.test_mode  # for LoadReadableImage
@@ -108,8 +108,26 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
                     self._without_mask.append(
                         f"image {info['img_id']} ({file_name}), annotation {annotation['id']}"
                     )
-        self.counts["unusable"] += len(annotations) - len(used)
+        self.counts["annotations"] += len(annotations)
+        for annotation in annotations:
+            self.counts[self._doubt(annotation, info)] += 1
         return info
+
+    def _doubt(self, annotation: dict, info: dict) -> str | None:
+        """Return why mmdet does not use an annotation, or what seems to be wrong with it."""
+        x, y, width, height = annotation["bbox"]
+        right, bottom = x + width, y + height
+        if annotation.get("ignore"):
+            return "ignored"
+        if annotation["area"] <= 0 or width < 1 or height < 1:
+            return "without area"
+        if min(right, info["width"]) <= max(x, 0) or min(bottom, info["height"]) <= max(y, 0):
+            return "outside"
+        if annotation["category_id"] not in self.cat_ids:
+            return "of other categories"
+        if min(x, y) < -1 or right > info["width"] + 1 or bottom > info["height"] + 1:
+            return "beyond"
+        return "wrong area" if annotation["area"] > 1.01 * width * height + 1 else None
 
     def _with_images(self, data_list: list[dict]) -> list[dict]:
         """Return the images whose files exist, in tests all of them."""
@@ -122,12 +140,9 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
                 if path in faults:
                     continue
                 try:
-                    size = read_size(path)
+                    check_size(path, declared)
                 except UnreadableImage as error:
                     faults[path] = str(error)
-                    continue
-                if sorted(size) != sorted(declared):  # EXIF may turn images as they are loaded.
-                    faults[path] = differing_size(path, size, declared)
         present = [info for info in data_list if info["img_path"] not in faults]
         if faults and (self.test_mode or not present):
             first = next(info["img_path"] for info in data_list if info["img_path"] in faults)
@@ -168,62 +183,37 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
     def filter_data(self) -> list[dict]:
         kept = super().filter_data()
         counts = self.counts
+        smallest = (self.filter_cfg or {}).get("min_size", 0)
         left_out = len(self.data_list) - len(kept)
+        small = sum(min(info["height"], info["width"]) < smallest for info in self.data_list)
+        small = min(small, left_out)  # tests use all
         crowds = sum(instance["ignore_flag"] for info in kept for instance in info["instances"])
         objects = sum(len(info["instances"]) for info in kept) - crowds
+        reasons = [counts[r] for r in ("outside", "without area", "of other categories", "ignored")]
         summary = (
             f"{len(kept)} images, {objects} objects and {crowds} crowds; left out: "
             f"{counts['missing']} images that are missing, {counts['crowded']} that have too many "
-            f"objects, {left_out} that have no objects or are too small, and {counts['unusable']} "
-            "annotations without a usable box or of other categories"
+            f"objects, {left_out - small} that have no objects and {small} that are smaller than "
+            f"min_size; {reasons[0]} annotations outside their image, {reasons[1]} without an area "
+            f"or a pixel, {reasons[2]} of other categories and {reasons[3]} with ignore=1"
         )
         if not self.test_mode and not objects:
             raise ValueError(f"nothing to train on in {self.ann_file}: {summary}")
-        level = logging.WARNING if counts["missing"] or counts["crowded"] else logging.INFO
+        many = not self.test_mode and (
+            left_out > _TRACE * len(self.data_list) or sum(reasons) > _TRACE * counts["annotations"]
+        )
+        warns = many or counts["missing"] or counts["crowded"]
+        level = logging.WARNING if warns else logging.INFO
         print_log(f"{self.ann_file}: {summary}", logger="current", level=level)
+        for doubt, meaning in (
+            ("beyond", "reach beyond their image: are their boxes [x, y, width, height]?"),
+            ("wrong area", "have an area larger than their box"),
+        ):
+            if counts[doubt] > _TRACE * counts["annotations"]:
+                print_log(
+                    f"{self.ann_file}: {counts[doubt]} of the {counts['annotations']} annotations "
+                    f"{meaning}",
+                    logger="current",
+                    level=logging.WARNING,
+                )
         return kept
-
-
-@METRICS.register_module()
-class CheckedCocoMetric(FasterCocoMetric):
-    """mmdet's FasterCocoMetric whose annotation file is checked before the training begins.
-
-    Args:
-        ann_file: Annotation file.
-        metric: See FasterCocoMetric.
-        kwargs: Further arguments of FasterCocoMetric.
-
-    Raises:
-        FileNotFoundError: The annotation file is missing.
-        ValueError: It is malformed or has no annotations to evaluate, or an argument does not fit.
-    """
-
-    def __init__(self, ann_file: str | None = None, metric: str | list[str] = "bbox", **kwargs):
-        if not isinstance(metric, str | list | tuple):
-            raise ValueError(f"metric must be text or a list of text, got {metric!r}")
-        thresholds = kwargs.get("iou_thrs") or []
-        for value in thresholds if isinstance(thresholds, list | tuple) else [thresholds]:
-            if type(value) not in (int, float) or not 0 <= value <= 1:
-                raise ValueError(f"iou_thrs must be numbers from 0 to 1, got {thresholds!r}")
-        if ann_file is not None:
-            _check_for_evaluation(
-                ann_file,
-                masks="segm" in metric,
-                evaluates=not kwargs.get("format_only"),
-                backend_args=kwargs.get("backend_args"),
-            )
-        super().__init__(ann_file, metric, **kwargs)
-
-
-def _check_for_evaluation(
-    ann_file: str, masks: bool, evaluates: bool, backend_args: dict | None
-) -> None:
-    if is_local(ann_file, backend_args) and not Path(ann_file).is_file():
-        raise FileNotFoundError(f"ann_file of the evaluator not found: {ann_file}")
-    try:
-        content = json.loads(get_text(ann_file, backend_args=backend_args))
-        check_annotations(content, masks, all_masks=masks)
-        if evaluates and not content.get("annotations"):
-            raise ValueError("annotations must not be empty")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"ann_file of the evaluator {ann_file}: {error}") from error

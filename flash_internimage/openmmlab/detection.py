@@ -1,5 +1,9 @@
 """What the detectors need beside flash_internimage.openmmlab, which is imported with it.
 
+Importing this module replaces three names in mmdet's registries, so that they are right in configs
+and inferencers that use mmdet's own: the image loader LoadImageFromFile, and the metrics CocoMetric
+and FasterCocoMetric.
+
 custom_imports = dict(imports=['flash_internimage.openmmlab.detection'])
 """
 
@@ -10,12 +14,24 @@ import torch
 from mmdet.models.dense_heads import DINOHead
 from mmdet.models.detectors import DINO
 from mmdet.models.layers import MLP, inverse_sigmoid
+from mmdet.registry import TRANSFORMS
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .coco import CheckedCocoDataset, CheckedCocoMetric
+from .coco import CheckedCocoDataset
+from .coco_metric import CheckedCocoMetric, CheckedPycocotoolsMetric
+from .files import LoadCheckedImage
+from .published import LoadsPublishedWeights
 
-__all__ = ["CheckedCocoDataset", "CheckedCocoMetric", "ClampedDINOHead", "PublishedDINO"]
+__all__ = [
+    "CheckedCocoDataset",
+    "CheckedCocoMetric",
+    "CheckedPycocotoolsMetric",
+    "ClampedDINOHead",
+    "PublishedDINO",
+]
+
+TRANSFORMS.register_module("LoadImageFromFile", module=LoadCheckedImage, force=True)
 
 
 class _EveryOtherFrequency(MLP):
@@ -27,8 +43,10 @@ class _EveryOtherFrequency(MLP):
 
 
 @MODELS.register_module()
-class PublishedDINO(DINO):
+class PublishedDINO(LoadsPublishedWeights, DINO):
     """DINO whose queries are encoded as in its published weights, by C / 2 features per coordinate.
+
+    It takes these weights under their published names, too.
 
     onedl-mmdetection has C of them since 3.5.1, and so no weights from before fit its decoder. The
     frequencies of C / 2 features are every other one of those of C.

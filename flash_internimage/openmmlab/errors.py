@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import flash_internimage
 
@@ -40,6 +41,27 @@ def one_line_errors() -> Iterator[None]:
             raise
         sys.stderr.write(f"error: {describe(error)}\n")
         raise SystemExit(2) from error
+
+
+def end_in_one_line(error: Exception) -> None:
+    """Let an error that nobody catches end any program as :func:`one_line_errors` does.
+
+    OpenMMLab's own programs catch nothing. Other errors keep their traceback.
+    """
+    error.ends_in_one_line = True
+    if sys.excepthook is not _print_one_line:
+        global _excepthook
+        _excepthook, sys.excepthook = sys.excepthook, _print_one_line
+
+
+_excepthook = sys.excepthook
+
+
+def _print_one_line(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    if not getattr(error, "ends_in_one_line", False):
+        return _excepthook(kind, error, trace)
+    sys.stderr.write(f"error: {describe(error)}\n")
+    raise SystemExit(2)
 
 
 def is_users(error: Exception) -> bool:

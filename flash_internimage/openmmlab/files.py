@@ -4,14 +4,17 @@ import io
 import logging
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 
+import mmcv
+import numpy as np
 from mmcv.transforms import LoadImageFromFile
 from mmengine.fileio import LocalBackend, get, get_file_backend
 from mmengine.logging import print_log
 from mmengine.registry import TRANSFORMS
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from ..images import UnreadableImage, check_image_file, read_image
+from ..images import UnreadableImage, check_image_file, read_image, read_size, to_rgb
 
 
 def is_local(path: str, backend_args: dict | None = None) -> bool:
@@ -79,9 +82,121 @@ class LeftOutFiles:
         )
 
 
+class LoadCheckedImage(LoadImageFromFile):
+    """Load an image as its annotations describe it.
+
+    Registered under the name of mmcv's LoadImageFromFile in mmdet and mmseg, whose test pipelines
+    and inferencers look for that name. It differs for two kinds of files:
+
+    - A photograph whose EXIF data ask for a quarter turn is read turned or as stored, whichever has
+      the size of the annotations or the label map.
+    - Greyscale of 16 bits keeps its full range, see :func:`flash_internimage.images.to_rgb`.
+
+    Args:
+        kwargs: Arguments of LoadImageFromFile, except for the obsolete `file_client_args`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.file_client_args is not None:
+            raise ValueError("file_client_args is obsolete: use backend_args")
+        self._has_warned = False
+
+    def transform(self, results: dict) -> dict | None:
+        """Add `img`, `img_shape` and `ori_shape` to `results`.
+
+        Raises:
+            UnreadableImage: The image cannot be read, or has another size than its annotations say.
+        """
+        path = results["img_path"]
+        try:
+            if is_local(path, self.backend_args):
+                check_image_file(path)
+            image = self._read(results)
+        except UnreadableImage:
+            if self.ignore_empty:
+                return None
+            raise
+        except Exception as error:  # decoders raise exceptions of any kind
+            if self.ignore_empty:
+                return None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UnreadableImage(f"cannot read image {path}: {reason:.500}") from error
+        shape = image.shape[:2]
+        declared = results.get("height"), results.get("width")
+        if None not in declared and shape != declared:
+            # COCO's outlines and run lengths are made for this size.
+            raise UnreadableImage(_differing_size(path, shape, declared))
+        results["img"] = image.astype(np.float32) if self.to_float32 else image
+        results["img_shape"] = results["ori_shape"] = shape
+        return results
+
+    def _read(self, results: dict) -> np.ndarray:
+        path = results["img_path"]
+        content = get(path, backend_args=self.backend_args)
+        header = _open_header(content)
+        turn = read_orientation(header) if self.color_type in ("color", "grayscale") else 1
+        image = self._decode(content, header, self.color_type)
+        if turn == 1 or (size := _annotated_size(results)) is None:
+            return image
+        as_stored = self._decode(content, header, f"{self.color_type}_ignore_orientation")
+        if as_stored.shape[:2] != size:
+            return image
+        if image.shape[:2] != size:
+            return as_stored
+        if not self._has_warned:
+            self._has_warned = True
+            print_log(
+                f"image {path} has EXIF orientation {turn}, and the same size turned and as "
+                "stored: such images are turned. If their annotations are made for the stored "
+                "ones, give the loading transform color_type='color_ignore_orientation'",
+                logger="current",
+                level=logging.WARNING,
+            )
+        return image
+
+    def _decode(self, content: bytes, header: Image.Image | None, flag: str) -> np.ndarray:
+        """Return (H, W, 3) BGR or (H, W) uint8, or whatever the file has for "unchanged"."""
+        if header is None or header.mode[0] not in "IF" or flag == "unchanged":
+            image = mmcv.imfrombytes(content, flag=flag, backend=self.imdecode_backend)
+            if image is None:
+                raise ValueError("it cannot be decoded")
+            return image
+        if not flag.endswith("_ignore_orientation"):
+            header = ImageOps.exif_transpose(header)
+        image = np.asarray(to_rgb(header))
+        return image[..., 0].copy() if flag.startswith("gray") else image[..., ::-1].copy()
+
+
+def _open_header(content: bytes) -> Image.Image | None:
+    """Open an image without decoding it; None for formats that Pillow does not know."""
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        return None
+
+
+def read_orientation(image: Image.Image | None) -> int:
+    """Return how EXIF data ask to turn or mirror an image, 1 (not at all) to 8."""
+    # Image.getexif() would decode the whole image to look for EXIF data at its end.
+    exif = Image.Exif()
+    with suppress(Exception):  # malformed data
+        exif.load(image.info["exif"])
+    orientation = exif.get(ExifTags.Base.Orientation)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _annotated_size(results: dict) -> tuple[int, int] | None:
+    """Return the (height, width) that the annotations or the label map of an image are made for."""
+    if {"height", "width"} <= results.keys():
+        return results["height"], results["width"]
+    label_map = results.get("seg_map_path")
+    return read_size(label_map) if label_map and is_local(label_map) else None
+
+
 @TRANSFORMS.register_module()
-class LoadReadableImage(LoadImageFromFile):
-    """Load an image with mmcv's LoadImageFromFile; training goes on without unreadable images.
+class LoadReadableImage(LoadCheckedImage):
+    """LoadCheckedImage that leaves unreadable images out of a training.
 
     In training an unreadable image, or one of another size than its annotations say, is left out
     with a warning, and the data set draws another one.
@@ -89,7 +204,7 @@ class LoadReadableImage(LoadImageFromFile):
 
     Args:
         max_left_out: Number of unreadable images per process up to which the training continues.
-        kwargs: Arguments of LoadImageFromFile.
+        kwargs: Arguments of LoadCheckedImage.
     """
 
     def __init__(self, *args, max_left_out: int = 100, **kwargs):
@@ -103,37 +218,35 @@ class LoadReadableImage(LoadImageFromFile):
             UnreadableImage: In tests, the image cannot be used.
             ValueError: More than `max_left_out` images cannot be used.
         """
-        path = results["img_path"]
         try:
-            if self.file_client_args is None and is_local(path, self.backend_args):
-                check_image_file(path)
-            loaded = _load(super().transform, results)
-            _check_declared_size(loaded)
-            return loaded
+            return super().transform(results)
         except UnreadableImage as error:
             if results.get("test_mode"):
                 raise
-            self.left_out.add(path, error)
+            self.left_out.add(results["img_path"], error)
             return None
 
 
-def _load(transform, results: dict) -> dict:
-    try:
-        return transform(results)
-    except Exception as error:  # decoders raise exceptions of any kind
-        path = results["img_path"]
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImage(f"cannot read image {path}: {reason:.500}") from error
+def check_size(path: str, declared: tuple[int, int]) -> None:
+    """Check that LoadCheckedImage can read an image in the size of its annotations.
+
+    Args:
+        path: Local file.
+        declared: (height, width).
+
+    Raises:
+        UnreadableImage: The file does not begin as an image of this size does.
+    """
+    size = read_size(path)
+    if size == declared:
+        return
+    with Image.open(path) as image:
+        turned = read_orientation(image) >= 5
+    if not turned or size[::-1] != declared:
+        raise UnreadableImage(_differing_size(path, size, declared))
 
 
-def _check_declared_size(results: dict) -> None:
-    """Check the size in COCO's annotations, for which outlines and run lengths are made."""
-    declared = results.get("height"), results.get("width")
-    if None not in declared and declared != tuple(results["ori_shape"]):
-        raise UnreadableImage(differing_size(results["img_path"], results["ori_shape"], declared))
-
-
-def differing_size(path: str, actual: Iterable[int], declared: Iterable[int]) -> str:
+def _differing_size(path: str, actual: Iterable[int], declared: Iterable[int]) -> str:
     """Return the message for an image of another size than its annotations say."""
     return (
         f"image {path} has (height, width) {tuple(actual)}, its annotations say {tuple(declared)}"
@@ -156,25 +269,11 @@ class ReadableImages:
             if name in kwargs and not isinstance(kwargs[name], kind):
                 raise ValueError(f"{name} must be {accepted}, got {kwargs[name]!r:.200}")
         super().__init__(*args, **kwargs)
-
-    def prepare_data(self, idx: int) -> dict | None:
-        """Run the pipeline for one image.
-
-        Raises:
-            UnreadableImage: In tests, the image cannot be read.
-        """
-        try:
-            return super().prepare_data(idx)
-        except UnreadableImage:
-            raise
-        except Exception:
-            if self.test_mode:
-                # Test pipelines use mmcv's own LoadImageFromFile, which mmdet's and mmseg's
-                # inferencers look for. If it is not to blame, the error is that of the pipeline.
-                for transform in self.pipeline.transforms:
-                    if isinstance(transform, LoadImageFromFile):
-                        _load(transform.transform, self.get_data_info(idx))
-            raise
+        transforms = self.pipeline.transforms
+        for i, transform in enumerate(transforms):
+            if type(transform) is LoadImageFromFile:
+                transforms[i] = LoadCheckedImage()
+                transforms[i].__dict__.update(transform.__dict__)
 
     def __getitem__(self, idx: int) -> dict:
         """Return the image after the pipeline, in training another one if it cannot be used.

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..files import write_atomically
 
-CHECKPOINT_NAME = re.compile(r"(?:epoch|iter)_(\d+)\.pth")
+CHECKPOINT_NAME = re.compile(r"(?:epoch|iter)_([1-9][0-9]*)\.pth")
 
 
 class _AtomicBackend(LocalBackend):
@@ -67,6 +68,10 @@ class AtomicCheckpointHook(CheckpointHook):
             ids = info["keep_ckpt_ids"]
             numbers = ids if isinstance(ids, Iterable) else ()
             info["keep_ckpt_ids"] = [i for i in numbers if type(i) is int]
+        for name in [name for name in info if name.startswith("best_score")]:
+            if not (isinstance(info[name], Real) and math.isfinite(info[name])):
+                runner.logger.warning("%s of the checkpoint is no number: %.50r", name, info[name])
+                runner.message_hub.pop_info(name)
         super().before_train(runner)
         # As soon as there is a better one, the engine removes what the checkpoint calls the best
         # one, be it a file or a folder, and wherever.

@@ -50,6 +50,34 @@ _OF_TRAINING = ("train_cfg", "train_dataloader", "optim_wrapper")
 _SECTIONS = (*_OF_TRAINING, "auto_scale_lr", "default_hooks", "env_cfg", "visualizer")
 _SECTIONS += ("val_dataloader", "test_dataloader")
 
+# Settings of mmdet 2 and mmseg 0, and what has taken their place.
+_OBSOLETE = {
+    "auto_resume": "--resume",
+    "checkpoint_config": "default_hooks.checkpoint",
+    "cudnn_benchmark": "env_cfg.cudnn_benchmark",
+    "data": "train_dataloader, val_dataloader and test_dataloader",
+    "deterministic": "randomness.deterministic",
+    "device": "CUDA_VISIBLE_DEVICES",
+    "dist_params": "env_cfg.dist_cfg",
+    "evaluation": "val_evaluator, train_cfg.val_interval and default_hooks.checkpoint.save_best",
+    "fp16": "--amp",
+    "gpu_ids": "torchrun and CUDA_VISIBLE_DEVICES",
+    "gpus": "torchrun and CUDA_VISIBLE_DEVICES",
+    "log_config": "default_hooks.logger and visualizer.vis_backends",
+    "lr_config": "param_scheduler",
+    "momentum_config": "param_scheduler",
+    "mp_start_method": "env_cfg.mp_cfg.mp_start_method",
+    "opencv_num_threads": "env_cfg.mp_cfg.opencv_num_threads",
+    "optimizer": "optim_wrapper.optimizer",
+    "optimizer_config": "optim_wrapper.clip_grad and optim_wrapper.accumulative_counts",
+    "resume_from": "--resume CHECKPOINT",
+    "runner": "train_cfg",
+    "seed": "randomness.seed",
+    "total_epochs": "train_cfg.max_epochs",
+    "total_iters": "train_cfg.max_iters",
+    "workflow": "train_cfg.val_interval",
+}
+
 # What starts the processes of a launcher, and the variables that it sets.
 _LAUNCHERS = {
     "pytorch": ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")),
@@ -203,6 +231,8 @@ def _load_config(args: argparse.Namespace) -> Config:
             raise
         reason = f"{type(error).__name__}: {describe(error.__cause__ or error)}"
         raise ValueError(f"config {args.config} cannot be read: {reason}") from error
+    _refuse_obsolete(str(args.config), [name for name in cfg if not _is_variable(cfg, name)])
+    _refuse_obsolete("--cfg-options", [key.split(".")[0] for key in args.cfg_options or {}])
     known = {*inspect.signature(Runner).parameters, *_READ}
     for name in cfg.keys() - known:
         # all else may be a variable, and mmdet's and mmseg's are often called like test_pipeline
@@ -231,6 +261,22 @@ def _load_config(args: argparse.Namespace) -> Config:
     cfg.launcher = args.launcher or ("pytorch" if dist.is_torchelastic_launched() else "none")
     cfg.work_dir = str(args.work_dir or cfg.get("work_dir") or Path("output", args.config.stem))
     return cfg
+
+
+def _is_variable(cfg: Config, name: str) -> bool:
+    """Return whether an obsolete setting is unset, or a variable that today's setting has used."""
+    value = cfg.get(name)
+    for key in _OBSOLETE.get(name, "").split("."):
+        cfg = cfg.get(key) if isinstance(cfg, Mapping | Config) else None
+    return value is None or value == cfg
+
+
+def _refuse_obsolete(where: str, names: list[str]) -> None:
+    if found := [name for name in names if name in _OBSOLETE]:
+        today = "; ".join(f"for {name} use {_OBSOLETE[name]}" for name in found)
+        raise ValueError(
+            f"{where} has settings of mmdet 2 or mmseg 0, which nothing reads: {today}"
+        )
 
 
 def _require_dicts(cfg: Config, *names: str) -> None:
@@ -287,18 +333,20 @@ def _training_runner(args: argparse.Namespace, cfg: Config) -> FlashRunner:
         cfg.auto_scale_lr.enable = True
     if args.compile:
         _add_hook(cfg, "CompileBackboneHook")
-    last = latest_checkpoint(Path(cfg.work_dir))
-    if last and not args.resume:
+    last = latest_checkpoint(Path(cfg.work_dir), by_epoch=_counts_epochs(cfg))
+    resume = args.resume or (cfg.get("resume") and (cfg.get("load_from") or "auto"))
+    if last and not resume:
         raise ValueError(f"{last} exists: pass --resume to go on, or another --work-dir")
-    if args.resume:
-        if Path(args.resume).is_dir() and args.resume != "auto":
+    if resume:
+        if Path(resume).is_dir() and resume != "auto":
             raise ValueError(
-                f"--resume must be a checkpoint, got the folder {args.resume}; to go on in a work "
-                f"folder, pass --work-dir {args.resume} --resume"
+                f"--resume must be a checkpoint, got the folder {resume}; to go on in a work "
+                f"folder, pass --work-dir {resume} --resume"
             )
-        last = last if args.resume == "auto" else args.resume
+        last = last if resume == "auto" else resume
         if last is None:
             print_log(f"no checkpoint in {cfg.work_dir}: training starts anew", level=logging.INFO)
+            cfg.resume = False  # The engine would look for one in its own way.
         else:
             cfg.resume, cfg.load_from = True, str(last)
     if cfg.get("load_from") and "backbone" in cfg.model:
@@ -310,17 +358,27 @@ def _add_hook(cfg: Config, name: str) -> None:
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": name}]
 
 
-def latest_checkpoint(work_dir: Path) -> Path | None:
+def _counts_epochs(cfg: Config) -> bool:
+    hooks = cfg.get("default_hooks") or {}
+    hook = hooks.get("checkpoint")
+    return hook.get("by_epoch", True) if isinstance(hook, Mapping) else True
+
+
+def latest_checkpoint(work_dir: Path, by_epoch: bool = True) -> Path | None:
     """The checkpoint of the highest epoch or iteration in a work folder.
 
     The engine's own note of it, last_checkpoint, may be behind or empty after a kill.
+
+    Args:
+        work_dir: Work folder, which may hold other files.
+        by_epoch: Prefer `epoch_N.pth` to `iter_N.pth`, not the other way round.
     """
-    found = {
-        int(name[1]): path
+    found = [
+        (name[0].startswith("epoch") == by_epoch, int(name[1]), path)
         for path in work_dir.glob("*.pth")
         if (name := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_file()
-    }
-    return found[max(found)] if found else None
+    ]
+    return max(found)[-1] if found else None
 
 
 def evaluation_config(args: argparse.Namespace) -> Config:

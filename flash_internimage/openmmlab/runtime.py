@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from mmengine.model import (
 )
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIMIZERS, RUNNERS
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import BaseLoop, CheckpointLoader, Runner
 from torch import nn
 
 from ..checkpoint import (
@@ -32,7 +33,7 @@ from ..conversion import EXECUTED, convert_checkpoint
 from ..downloads import hide_secrets
 from ..files import disk_full_error, write_atomically
 from ..safe_load import Placeholder
-from .errors import describe, is_from_this_package, is_users
+from .errors import describe, end_in_one_line, is_from_this_package, is_users
 from .resume import (
     adapt_checkpoint,
     compare_classes,
@@ -40,6 +41,7 @@ from .resume import (
     replay_schedules,
     set_sampler_seed,
 )
+from .splits import warn_of_shared_images
 
 _HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 
@@ -98,6 +100,21 @@ def _safe_checkpoint_reader() -> Iterator[None]:
         CheckpointLoader._schemes = before
 
 
+@contextmanager
+def _naming(dataloader: str) -> Iterator[None]:
+    """Say in errors about a data set which one it is."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        message = describe(error)
+        if "of the evaluator" in message or not is_from_this_package(error):
+            raise
+        # Most messages begin with the name of an argument.
+        joint = "." if re.match(r"[a-z]+_[a-z_]+ ", message) else ": "
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{dataloader}.dataset{joint}{message}") from error
+
+
 def _raise_file_errors(record: logging.LogRecord) -> None:
     """Let a log that cannot be written end the run, instead of a traceback for every line."""
     # Handlers call this while they handle the error.
@@ -150,9 +167,11 @@ class FlashRunner(Runner):
             full = disk_full_error(error, getattr(self, "_work_dir", "a log"))
             if full and not (isinstance(error, OSError) and "while writing" in str(error)):
                 error = full
-            if is_users(error) and hasattr(self, "logger"):
-                with suppress(OSError):  # The log may be on the full disk.
-                    self.logger.error(describe(error))
+            if is_users(error):
+                end_in_one_line(error)
+                if hasattr(self, "logger"):
+                    with suppress(OSError):  # The log may be on the full disk.
+                        self.logger.error(describe(error))
             raise error
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
@@ -170,6 +189,26 @@ class FlashRunner(Runner):
         if is_main_process():
             text = self.cfg.pretty_text.encode()
             write_atomically(Path(folder, name), lambda file: file.write(text))
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the training loop with its data."""
+        with _naming("train_dataloader"):
+            return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the validation loop with its data, and compare them with the training's."""
+        with _naming("val_dataloader"):
+            built = super().build_val_loop(loop)
+        if isinstance(self._train_loop, BaseLoop) and is_main_process():
+            warn_of_shared_images(
+                self._train_loop.dataloader.dataset, getattr(built.dataloader, "dataset", None)
+            )
+        return built
+
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the test loop with its data."""
+        with _naming("test_dataloader"):
+            return super().build_test_loop(loop)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         """Build the optimizer.
@@ -240,7 +279,11 @@ class FlashRunner(Runner):
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         if not (strict or self._resuming or self._train_loop is None):
-            checkpoint["state_dict"] = self._fill_in(checkpoint["state_dict"], model.state_dict())
+            try:
+                filled = self._fill_in(checkpoint["state_dict"], model.state_dict())
+            except ValueError as error:
+                raise ValueError(f"{filename}: {error}") from error
+            checkpoint["state_dict"] = filled
         require_fit(model.state_dict(), checkpoint["state_dict"])
         if self._resuming:
             self._other_schedule = adapt_checkpoint(self, checkpoint)
@@ -299,6 +342,12 @@ class FlashRunner(Runner):
             for name, tensor in state_dict.items()
             if name in own and own[name].shape == getattr(tensor, "shape", None)
         }
+        if not fitting:
+            raise ValueError(
+                f"none of its {len(state_dict)} tensors fits the model: its names begin with "
+                f"{', '.join(sorted({name.split('.')[0] for name in state_dict})[:5])}, those of "
+                f"the model with {', '.join(sorted({name.split('.')[0] for name in own}))}"
+            )
         for what, names in (
             ("start anew", own.keys() - fitting.keys()),
             ("of the checkpoint are not used", state_dict.keys() - fitting.keys()),

@@ -1,5 +1,7 @@
 """What the segmentors need beside flash_internimage.openmmlab, which is imported with it.
 
+Importing this module replaces the image loader LoadImageFromFile in mmseg's registry.
+
 custom_imports = dict(imports=['flash_internimage.openmmlab.segmentation'])
 """
 
@@ -9,10 +11,13 @@ import torch
 from mmengine.registry import MODELS
 from mmseg.models.decode_heads import Mask2FormerHead
 from mmseg.models.utils import resize
+from mmseg.registry import TRANSFORMS
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
+from .files import LoadCheckedImage
 from .label_maps import CheckedADE20KDataset, CheckedSegDataset, LoadCheckedAnnotations
+from .published import LoadsPublishedWeights
 
 __all__ = [
     "CheckedADE20KDataset",
@@ -21,9 +26,11 @@ __all__ = [
     "PublishedMask2FormerHead",
 ]
 
+TRANSFORMS.register_module("LoadImageFromFile", module=LoadCheckedImage, force=True)
+
 
 @MODELS.register_module()
-class PublishedMask2FormerHead(Mask2FormerHead):
+class PublishedMask2FormerHead(LoadsPublishedWeights, Mask2FormerHead):
     """Mask2FormerHead that combines the scores of classes and masks at the masks' own resolution.
 
     The sum over the queries of a class's probability times a mask's is resized to the image, as the
@@ -33,6 +40,8 @@ class PublishedMask2FormerHead(Mask2FormerHead):
         combine_first: False for the order of mmseg 1. The other arguments are those of
             Mask2FormerHead.
     """
+
+    published_prefix = "decode_head."
 
     def __init__(self, *args, combine_first: bool = True, **kwargs):
         super().__init__(*args, **kwargs)

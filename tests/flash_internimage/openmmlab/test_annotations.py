@@ -1,6 +1,7 @@
 """Checks of COCO annotation files."""
 
 import copy
+import gzip
 import json
 import re
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from flash_internimage.openmmlab.annotations import check_annotations
+from flash_internimage.openmmlab.annotations import check_annotations, parse_json
 
 HEIGHT, WIDTH = 20, 30
 SQUARE = [2, 2, 7, 2, 7, 7, 2, 7]
@@ -92,7 +93,10 @@ def test_a_file_of_test_images_needs_no_annotations():
 IDS = [0, -1, True, 1.0, "4", None, [4], 2**63, MISSING]
 NUMBERS = ["5", None, True, NAN, INF, -INF, 1e300, 10**400, [5], MISSING]
 WRONG = [
-    *[("id", value, "id must be a unique integer of at least 1, got ") for value in IDS],
+    *[
+        ("id", value, "id must be a unique integer of at least 1 and below 2**63, got ")
+        for value in IDS
+    ],
     ("id", 2, "id must be unique, got 2 again"),
     *[
         ("image_id", value, "image_id must be the id of an image in the file, got ")
@@ -233,14 +237,17 @@ def test_the_number_of_faults_is_said():
     ("key", "value", "message"),
     [
         *[
-            ("id", value, "id must be a unique integer of at least 0, got ")
-            for value in IDS
-            if value != 0
+            ("id", value, "id must be a unique integer of at least 0 and below 2**53, got ")
+            for value in [*IDS[1:], 2**53]
         ],
         ("id", 0, "id must be unique, got 0 again"),
         *[
             ("file_name", value, "file_name must be the name of a file, got ")
             for value in ("", None, 1, ["1.png"], MISSING)
+        ],
+        *[
+            ("file_name", value, f"image 1 ({value}): file_name must be unique, got {value} again")
+            for value in ("0.png", "./0.png", "sub/../0.png")
         ],
         *[
             (key, value, f"{key} must be a positive integer, got ")
@@ -257,7 +264,8 @@ def test_fields_of_images(key, value, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("id", "7", "category '7' (dog): id must be a unique integer of at least 0, got '7'"),
+        ("id", "7", "category '7' (dog): id must be a unique integer of at least 0 and below "),
+        ("id", 2**53, "id must be a unique integer of at least 0 and below 2**53, got 9007199"),
         ("id", 0, "category 0 (dog): id must be unique, got 0 again"),
         ("name", "cat", "category 7 (cat): name must be unique, got 'cat' again"),
         ("name", "", "category 7 (): name must be text, got ''"),
@@ -274,7 +282,8 @@ def test_fields_of_categories(key, value, message):
     ("content", "message"),
     [
         ([], "the file must contain a JSON object, got []"),
-        ({}, "images must be a list of objects, got nothing"),
+        ({}, "images must be a list of objects, got nothing; the file has []"),
+        ({"shapes": [], "imagePath": ""}, "the file has ['shapes', 'imagePath']"),
         (CONTENT | {"images": {}}, "images must be a list of objects, got {}"),
         (CONTENT | {"images": []}, "images must not be empty"),
         (CONTENT | {"categories": None}, "categories must be a list of objects, got None"),
@@ -290,3 +299,17 @@ def test_lists(content, message):
 def test_numbers_of_json_that_are_not_finite():
     text = json.dumps(CONTENT).replace("2.5", "Infinity", 1)
     fails(json.loads(text), "got [2, inf, 5, 5]")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"{}"), "the file is compressed with gzip: unpack it first"),
+        (b'{"id": 1}\n{"id": 2}\n', "one JSON object, got another from line 2 on (JSON Lines are"),
+        (b'{"id": 1', "delimiter"),
+        (b"\xef\xbb\xbf{}", "BOM"),  # pycocotools does not read it
+    ],
+)
+def test_other_formats(content, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_json(content)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from flash_internimage.images import UnreadableImage
-from flash_internimage.openmmlab.coco import CheckedCocoDataset, CheckedCocoMetric
+from flash_internimage.openmmlab.coco import CheckedCocoDataset
+from flash_internimage.openmmlab.coco_metric import CheckedCocoMetric
 
 CLASSES = ("cat", "dog")
 CATEGORIES = ((7, "cow"), (1, "cat"), (2, "dog"))
@@ -67,6 +68,7 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(write, log):
             box(1, [2, 2, 0, 5]),  # no area
             box(1, [25, 2, 5, 5]),  # outside
             box(1, [2, 2, 5, 5], category=7),  # of no class
+            box(1, [2, 2, 5, 5], ignore=1),
             box(2, [-3, 2, 5, 5]),  # partly outside
         ]
     )
@@ -76,10 +78,12 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(write, log):
     assert labels == [(0, 0), (1, 1)]
     message = (
         "2 images, 2 objects and 1 crowds; left out: 0 images that are missing, 0 that have too "
-        "many objects, 1 that have no objects"
+        "many objects, 1 that have no objects and 0 that are smaller than min_size; 1 annotations "
+        "outside their image, 1 without an area or a pixel, 1 of other categories and 1 with "
+        "ignore=1"
     )
     assert message in log.text
-    assert "and 3 annotations without a usable box" in log.text
+    assert "1 of the 7 annotations reach beyond their image" in log.text
 
 
 def test_missing_images_are_left_out_of_training(write, tmp_path, log):
@@ -156,6 +160,47 @@ def test_two_images_of_one_id(write):
         CheckedCocoDataset(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("annotations", "message"),
+    [
+        ([box(i, [2, 2, 5, 5]) for i in (1, 2, 3)], None),
+        ([box(i, [0, 0, SIDE, SIDE], area=1) for i in (1, 2, 3)], None),
+        ([box(i, [12, 12, 17, 17]) for i in (1, 2, 3)], "3 of the 3 annotations reach beyond"),
+        (
+            [box(i, [2, 2, 5, 5], area=SIDE**2) for i in (1, 2, 3)],
+            "3 of the 3 annotations have an area larger than their box",
+        ),
+        ([box(1, [2, 2, 5, 5])], "2 that have no objects and 0 that are smaller"),
+        ([box(i, [2, 2, 5, 5], category=i + i // 3 * 4) for i in (1, 2, 3)], "1 of other categ"),
+    ],
+)
+def test_more_than_a_trace_is_a_warning(annotations, message, write, log):
+    CheckedCocoDataset(**write(annotations))
+    warnings = [r.getMessage() for r in log.records if r.levelno == logging.WARNING]
+    assert len(warnings) == (message is not None)
+    assert (message or "") in "".join(warnings)
+
+
+def test_a_trace_is_none(write, log):
+    objects = [box(i % 3 + 1, [2, 2, 5, 5]) for i in range(200)]
+    CheckedCocoDataset(**write([*objects, box(1, [2, 2, 0, 5]), box(1, [15, 2, 9, 5])]))
+    assert "1 without an area or a pixel" in log.text
+    assert not [r for r in log.records if r.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("name", ["{folder}/1.png", "sub/1.png", "sub/../1.png", "./1.png"])
+def test_names_of_files_in_any_folder(name, write, tmp_path):
+    arguments = write([box(1, [2, 2, 5, 5])], images=1)
+    (tmp_path / "sub").mkdir()
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "sub" / "1.png")
+    path = tmp_path / "annotations.json"
+    content = json.loads(path.read_text())
+    content["images"][0]["file_name"] = name.format(folder=tmp_path)
+    path.write_text(json.dumps(content))
+    for test_mode in (False, True):
+        assert len(CheckedCocoDataset(**arguments, test_mode=test_mode)) == 1
+
+
 def objects_to_learn_nothing_from() -> list[list[dict]]:
     return [
         [],
@@ -177,7 +222,9 @@ def test_nothing_to_train_on(annotations, filter_cfg, write):
 
 def test_images_that_are_all_too_small(write):
     arguments = write([box(1, [2, 2, 5, 5])]) | {"filter_cfg": {"min_size": SIDE + 1}}
-    with pytest.raises(ValueError, match=r"nothing to train on .* 3 that have no objects or are t"):
+    with pytest.raises(
+        ValueError, match=r"nothing to train on .* and 3 that are smaller than min_size"
+    ):
         CheckedCocoDataset(**arguments)
 
 

@@ -5,12 +5,15 @@ import importlib
 import logging
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.visualization import LocalVisBackend
@@ -18,6 +21,7 @@ from mmengine.visualization import LocalVisBackend
 from flash_internimage.files import own_folder
 from flash_internimage.openmmlab import curves, programs
 from flash_internimage.openmmlab.errors import describe, one_line_errors
+from flash_internimage.openmmlab.runtime import FlashRunner
 from tests.flash_internimage.openmmlab.small import Model, Score
 
 CONFIG = """
@@ -41,7 +45,7 @@ custom_hooks = [dict(type="CheckFiniteHook")]
 
 class SmallData(BaseDataset):
     def load_data_list(self) -> list[dict]:
-        return [{"value": float(i)} for i in range(4)]
+        return [{"value": float(i), "img_path": f"{i}.png"} for i in range(4)]
 
     def __getitem__(self, index: int) -> dict:
         return {"inputs": torch.full((3,), self.get_data_info(index)["value"])}
@@ -245,6 +249,40 @@ class TestDefects:
         assert describe(ValueError(text)) == "a.jpg: is damaged"
 
 
+SCRIPT = """
+from flash_internimage.openmmlab.errors import end_in_one_line
+users, defect = ValueError("no such\\nfile"), KeyError("boxes")
+end_in_one_line(users)
+raise {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "first", "last"),
+    [
+        ("users", 2, "error: no such file", "error: no such file"),
+        ("defect", 1, "Traceback (most recent call last):", "KeyError: 'boxes'"),
+    ],
+)
+def test_errors_that_another_program_does_not_catch(name, code, first, last):
+    arguments = [sys.executable, "-c", SCRIPT.format(name)]
+    root = Path(__file__).parents[3]
+    ended = subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=False)
+    lines = ended.stderr.splitlines()
+    assert (ended.returncode, lines[0], lines[-1]) == (code, first, last)
+
+
+def test_the_runners_errors_are_those_that_end_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restored afterwards
+    for dataset, error, one_line in (("Damaged", ValueError, True), ("Defect", KeyError, None)):
+        (tmp_path / "c.py").write_text(CONFIG.replace("SmallData", dataset))
+        cfg = Config.fromfile(tmp_path / "c.py")
+        cfg.work_dir, cfg.experiment_name = str(tmp_path / "run"), f"one_line_{dataset}"
+        with pytest.raises(error) as raised:
+            FlashRunner.from_cfg(cfg).train()
+        assert getattr(raised.value, "ends_in_one_line", None) is one_line
+
+
 class TestOneRunPerFolder:
     def test_a_second_run_ends_and_changes_nothing(self, fails, train, tmp_path, monkeypatch):
         monkeypatch.setattr(programs, "own_folder", partial(own_folder, timeout=0))
@@ -312,8 +350,9 @@ def test_an_evaluation_leaves_the_config_of_the_training(train, tmp_path):
     assert (tmp_path / "run" / config.name).read_text() == before
 
 
-def test_metrics_that_are_not_finite_are_in_the_log(train, tmp_path):
+def test_what_is_doubtful_is_in_the_log(train, tmp_path):
     train(text=CONFIG.replace("[0.1, 0.2]", "[0.1, float('nan')]"))
     logs = "".join(path.read_text() for path in (tmp_path / "run").glob("*/*.log"))
     assert "not finite: score" in logs
+    assert "4 of the 4 images of val_dataloader are also in train_dataloader" in logs
     assert (tmp_path / "run" / "best_score_epoch_1.pth").is_file()

@@ -70,6 +70,107 @@ def test_weights_that_others_will_overwrite_are_not_loaded(to_train, tmp_path):
     assert to_train("--resume").model.backbone.init_cfg is None
 
 
+@pytest.mark.parametrize(
+    ("setting", "today"),
+    [
+        ("auto_resume = True", "--resume"),
+        ("checkpoint_config = dict(interval=1)", "default_hooks.checkpoint"),
+        ("cudnn_benchmark = True", "env_cfg.cudnn_benchmark"),
+        ("data = dict(samples_per_gpu=1)", "train_dataloader, val_dataloader and test_dataloader"),
+        ("dist_params = dict(backend='nccl')", "env_cfg.dist_cfg"),
+        ("evaluation = dict(metric='bbox')", "val_evaluator, train_cfg.val_interval and "),
+        ("fp16 = dict(loss_scale=512.0)", "--amp"),
+        ("gpu_ids = range(1)", "torchrun and CUDA_VISIBLE_DEVICES"),
+        ("log_config = dict(interval=50)", "default_hooks.logger and visualizer.vis_backends"),
+        ("lr_config = dict(policy='step', step=[1])", "param_scheduler"),
+        ("optimizer = dict(type='SGD', lr=0.2)", "optim_wrapper.optimizer"),
+        ("optimizer_config = dict(grad_clip=None)", "optim_wrapper.clip_grad and "),
+        ("resume_from = 'work/epoch_3.pth'", "--resume CHECKPOINT"),
+        ("runner = dict(type='EpochBasedRunner', max_epochs=1)", "train_cfg"),
+        ("seed = 3", "randomness.seed"),
+        ("total_epochs = 12", "train_cfg.max_epochs"),
+        ("workflow = [('train', 1)]", "train_cfg.val_interval"),
+    ],
+)
+def test_settings_of_mmdet_2_name_todays(setting, today, to_train, config):
+    name = setting.split(" = ")[0]
+    message = rf"nothing reads: for {name} use {today}"
+    with pytest.raises(
+        ValueError, match=rf"^{config} has settings of mmdet 2 or .*, which {message}"
+    ):
+        to_train(settings=setting)
+    with pytest.raises(ValueError, match=f"^--cfg-options has settings of .*, which {message}"):
+        to_train("--cfg-options", f"{name}.lr=1")
+
+
+def test_all_obsolete_settings_are_named_in_tests_too(config):
+    config.write_text(f"{CONFIG}optimizer = dict(lr=1)\ntotal_epochs = 12\n")
+    message = "for optimizer use .*; for total_epochs use "
+    with pytest.raises(ValueError, match=message):
+        to_evaluate(config)
+
+
+def test_a_variable_may_have_an_obsolete_name(to_train):
+    settings = """
+optimizer = dict(type="SGD", lr=0.3)
+optim_wrapper = dict(optimizer=optimizer)
+total_epochs = 5
+train_cfg = dict(max_epochs=total_epochs)
+seed = 7
+randomness = dict(seed=seed)
+resume_from = None
+"""
+    cfg = to_train(settings=settings)
+    assert (cfg.optim_wrapper.optimizer.lr, cfg.train_cfg.max_epochs) == (0.3, 5)
+
+
+class TestWorkFolder:
+    """Which of its files a run resumes from."""
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "best_score_epoch_3.pth",
+            "epoch_12-1a2b3c4d.pth",
+            "epoch_3.pth.tmp",
+            "epoch_03.pth",
+            "epoch_best.pth",
+            "my_epoch_3.pth",
+            "epoch_\u0663.pth",
+            "latest.pth",
+        ],
+    )
+    def test_other_files_are_none(self, name, to_train, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / name).touch()
+        (tmp_path / "run" / "epoch_9.pth").mkdir()
+        (tmp_path / "run" / "last_checkpoint").write_text("/elsewhere/epoch_7.pth")
+        assert to_train().get("load_from") is None
+        cfg = to_train("--resume")
+        assert (cfg.get("load_from"), cfg.resume) == (None, False)
+        (tmp_path / "run" / "epoch_2.pth").touch()
+        assert to_train("--resume").load_from == str(tmp_path / "run" / "epoch_2.pth")
+
+    @pytest.mark.parametrize(("by_epoch", "expected"), [(True, "epoch_3"), (False, "iter_200")])
+    def test_its_own_unit_counts(self, by_epoch, expected, to_train, tmp_path):
+        (tmp_path / "run").mkdir()
+        for name in ("epoch_2", "epoch_3", "iter_100", "iter_200"):
+            (tmp_path / "run" / f"{name}.pth").touch()
+        settings = f"default_hooks = dict(checkpoint=dict(by_epoch={by_epoch}))"
+        assert Path(to_train("--resume", settings=settings).load_from).stem == expected
+
+    def test_a_config_may_ask_to_resume(self, to_train, tmp_path):
+        cfg = to_train(settings="resume = True")
+        assert (cfg.get("load_from"), cfg.resume) == (None, False)
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "epoch_2.pth").touch()
+        (tmp_path / "run" / "last_checkpoint").write_text("/elsewhere/epoch_7.pth")
+        cfg = to_train(settings="resume = True")
+        assert (cfg.load_from, cfg.resume) == (str(tmp_path / "run" / "epoch_2.pth"), True)
+        cfg = to_train(settings="resume = True\nload_from = 'other.pth'")
+        assert (cfg.load_from, cfg.resume) == ("other.pth", True)
+
+
 def test_scaling_needs_the_number_of_images_that_the_rate_is_made_for(to_train):
     for settings in ("", "auto_scale_lr = dict(enable=False)"):
         with pytest.raises(ValueError, match=r"needs auto_scale_lr\.base_batch_size"):

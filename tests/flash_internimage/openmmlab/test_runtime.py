@@ -183,6 +183,12 @@ class TestLoading:
         assert "2 tensors start anew: head.bias, head.weight" in caplog.text
         assert "2 tensors of the checkpoint are not used: head.bias, head.weight" in caplog.text
 
+    def test_weights_of_which_none_fits(self, runner, save):
+        path = save({"levels.0.weight": torch.zeros(3)})
+        message = rf"^{path}: none of its 1 tensors fits .* with levels, .* with backbone, head$"
+        with pytest.raises(ValueError, match=message):
+            runner(load_from=path).load_or_resume()
+
     def test_a_resumed_training_takes_no_other_models_weights(self, runner, save):
         r = runner(load_from=save(Model(classes=3).state_dict()), resume=True)
         with pytest.raises(ValueError, match=r"does not fit the model: shape of head\.weight"):
@@ -312,6 +318,15 @@ class TestLoading:
         torch.save(checkpoint, path)
         resume(runner, path)
         assert (tmp_path / "elsewhere" / "best_score.pth").is_file()
+        assert "best_score_epoch_4.pth" in files(tmp_path / "run")
+
+    @pytest.mark.parametrize("score", ["high", None, [0.9], float("nan"), float("inf")])
+    def test_a_best_score_that_is_no_number_is_forgotten(self, score, runner, tmp_path):
+        path = trained(runner, tmp_path)
+        checkpoint = torch.load(path, weights_only=False)
+        checkpoint["message_hub"]["runtime_info"]["best_score"] = score
+        torch.save(checkpoint, path)
+        resume(runner, path)
         assert "best_score_epoch_4.pth" in files(tmp_path / "run")
 
     def test_the_best_of_a_moved_run_is_replaced(self, runner, tmp_path):

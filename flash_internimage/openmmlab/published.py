@@ -1,0 +1,74 @@
+"""Published weights in models that mmengine, mmdet or mmseg load themselves."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from ..conversion import convert_state_dict
+
+
+class LoadsPublishedWeights:
+    """Mixin for modules whose published weights have other names.
+
+    Whichever way they are loaded (mmdet's and mmseg's inference, `init_cfg`, PyTorch's
+    load_state_dict), published names become current ones, and a warning counts what does not fit.
+
+    Attributes:
+        published_prefix: How the names of the module begin in a whole model.
+    """
+
+    published_prefix = ""
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        names = [name for name in state_dict if name.startswith(prefix)]
+        published = {
+            self.published_prefix + name.removeprefix(prefix): state_dict.pop(name)
+            for name in names
+        }
+        for name, tensor in convert_state_dict(published).items():
+            state_dict[prefix + name.removeprefix(self.published_prefix)] = tensor
+        warn_of_misfit(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def warn_of_misfit(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Warn of the tensors of a module, except for a backbone in it, that `state_dict` lacks.
+
+    Args:
+        module: Module that is about to load the tensors.
+        state_dict: Tensors by name.
+        prefix: How the module's names begin in `state_dict`.
+    """
+    own = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    own = {name: shape for name, shape in own.items() if not name.startswith("backbone.")}
+    given = {
+        name.removeprefix(prefix): tensor.shape
+        for name, tensor in state_dict.items()
+        if name.startswith(prefix) and not name.startswith(f"{prefix}backbone.")
+    }
+    missing = own.keys() - given.keys()
+    unknown = given.keys() - own.keys()
+    other = {name for name in own.keys() & given.keys() if own[name] != given[name]}
+    faults = [
+        f"{len(names)} {what} ({_list(names)})"
+        for names, what in (
+            (missing, "are not in the checkpoint"),
+            (other, "have another shape there"),
+            (unknown, "of the checkpoint are not used"),
+        )
+        if names
+    ]
+    if faults:
+        print_log(
+            f"{type(module).__name__} has {len(own)} tensors; {'; '.join(faults)}",
+            logger="current",
+            level=logging.WARNING,
+        )
+
+
+def _list(names: Iterable[str], most: int = 5) -> str:
+    names = sorted(names)
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])

@@ -1,0 +1,55 @@
+"""Comparison of the images for training with those for validation."""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
+
+
+def warn_of_shared_images(train: Any, val: Any) -> None:
+    """Warn if images of a validation are also trained on.
+
+    Args:
+        train: Data set of the engine, or a wrapper of one or several.
+        val: The same.
+    """
+    trained = set(_real_paths(_image_paths(train)))
+    validated = set(_real_paths(_image_paths(val)))
+    if shared := sorted(trained & validated):
+        print_log(
+            f"{len(shared)} of the {len(validated)} images of val_dataloader are also in "
+            f"train_dataloader, the first: {shared[0]}; the metrics do not tell how well the model "
+            "does on new images",
+            logger="current",
+            level=logging.WARNING,
+        )
+
+
+def _image_paths(dataset: Any) -> Iterator[str]:
+    if hasattr(dataset, "datasets"):
+        for part in dataset.datasets:
+            yield from _image_paths(part)
+    elif hasattr(dataset, "dataset"):
+        yield from _image_paths(dataset.dataset)
+    elif isinstance(dataset, BaseDataset):
+        for i in range(len(dataset)):
+            if path := dataset.get_data_info(i).get("img_path"):
+                yield path
+
+
+def _real_paths(paths: Iterable[str]) -> Iterator[str]:
+    """Resolve symbolic links, with one listing of each folder instead of requests per file."""
+    folders: dict[str, tuple[str, set[str]]] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            links = set()
+            if os.path.isdir(folder):
+                with os.scandir(folder) as entries:
+                    links = {entry.name for entry in entries if entry.is_symlink()}
+            folders[folder] = os.path.realpath(folder), links
+        real, links = folders[folder]
+        yield os.path.realpath(path) if name in links else os.path.join(real, name)
