@@ -18,7 +18,7 @@ from ..files import check_no_loops
 from ..images import UnreadableImage, read_size
 from .files import LeftOutFiles, ReadableImages, find_missing, is_local, open_image
 
-_IGNORED = 255  # mmseg's labels are uint8
+IGNORED = 255  # mmseg's labels are uint8
 _CHECKED_AT_START = 200  # label maps; 512 x 683 pixels take about 4 ms each
 
 
@@ -48,14 +48,14 @@ def _decode(image: Image.Image, info: dict[str, Any]) -> np.ndarray:
         )
     if image.format in ("JPEG", "MPO"):
         raise ValueError(f"label map {path} must be lossless, such as PNG, got {image.format}")
-    if info["ignore_index"] != _IGNORED:
-        values = np.where(values == info["ignore_index"], _IGNORED, values)
+    if info["ignore_index"] != IGNORED:
+        values = np.where(values == info["ignore_index"], IGNORED, values)
     indices = values.astype(np.uint8)
     labels = _label_table(info)[indices]
     wrong = (labels < 0) | (indices != values)
     if wrong.any():
         first = int(info["reduce_zero_label"])
-        ignored = sorted({_IGNORED, info["ignore_index"], *range(first)})
+        ignored = sorted({IGNORED, info["ignore_index"], *range(first)})
         raise ValueError(
             f"label map {path} has the values {np.unique(values[wrong])[:10].tolist()}; with "
             f"{info['numbers']} classes and reduce_zero_label={info['reduce_zero_label']}, {first} "
@@ -69,11 +69,11 @@ def _label_table(info: dict[str, Any]) -> np.ndarray:
     """Return what the values 0 to 255 of a label map become, (256,) int16; -1 means no class."""
     values = np.arange(256, dtype=np.int16)
     if info["reduce_zero_label"]:
-        values = np.where((values == 0) | (values == _IGNORED), _IGNORED, values - 1)
+        values = np.where((values == 0) | (values == IGNORED), IGNORED, values - 1)
     labels = values.copy()
     for old, new in (info["label_map"] or {}).items():
         labels[values == old] = new
-    return np.where((labels < info["num_classes"]) | (labels == _IGNORED), labels, -1)
+    return np.where((labels < info["num_classes"]) | (labels == IGNORED), labels, -1)
 
 
 class _Palettes:
@@ -93,7 +93,7 @@ class _Palettes:
             self.others.append(path)
 
 
-class _CheckedLabelMaps(ReadableImages):
+class CheckedLabelMaps(ReadableImages):
     """Mixin for mmseg's data sets with checks at the start.
 
     In training, images without a label map are left out and counted. In tests (`test_mode=True`)
@@ -115,9 +115,9 @@ class _CheckedLabelMaps(ReadableImages):
         loaded = super()._load_metainfo(metainfo)
         classes = loaded.get("classes", ())
         names = isinstance(classes, list | tuple) and all(isinstance(c, str) for c in classes)
-        if not names or not 2 <= len({*classes}) == len(classes) <= _IGNORED:
+        if not names or not 2 <= len({*classes}) == len(classes) <= IGNORED:
             raise ValueError(
-                f"metainfo['classes'] must be 2 to {_IGNORED} different names or a file of names, "
+                f"metainfo['classes'] must be 2 to {IGNORED} different names or a file of names, "
                 f"got {classes!r:.200}; a single kind of object needs a class for its background, "
                 "with its own number in the label maps: ('background', 'bolt')"
             )
@@ -151,8 +151,8 @@ class _CheckedLabelMaps(ReadableImages):
             info["ignore_index"] = self.ignore_index
             info["test_mode"] = self.test_mode
             info["backend_args"] = self.backend_args
-            if self.ignore_index != _IGNORED:  # for mmseg's own LoadAnnotations
-                info["label_map"] = {**(self.label_map or {}), ignored: _IGNORED}
+            if self.ignore_index != IGNORED:  # for mmseg's own LoadAnnotations
+                info["label_map"] = {**(self.label_map or {}), ignored: IGNORED}
         self._check_values(present)
         return present
 
@@ -300,8 +300,8 @@ class _CheckedLabelMaps(ReadableImages):
         if unreadable:
             doubts.append(f"{len(unreadable)} are unreadable")
         if len(classes) - len(absent) < 2:
-            doubts.append(f"masks must be numbers of classes, and {_IGNORED} is ignored")
-        if self.reduce_zero_label and complete and counts[_IGNORED] and classes[-1] in absent:
+            doubts.append(f"masks must be numbers of classes, and {IGNORED} is ignored")
+        if self.reduce_zero_label and complete and counts[IGNORED] and classes[-1] in absent:
             doubts.append("reduce_zero_label=True ignores 0, and 1 is the first class")
         if palettes.others:
             doubts.append(
@@ -360,13 +360,13 @@ def _differing_sizes(info: dict, labels: tuple[int, ...], image: tuple[int, ...]
 
 
 @DATASETS.register_module()
-class CheckedSegDataset(_CheckedLabelMaps, BaseSegDataset):
-    """mmseg's BaseSegDataset, for own data, with the checks of :class:`_CheckedLabelMaps`."""
+class CheckedSegDataset(CheckedLabelMaps, BaseSegDataset):
+    """mmseg's BaseSegDataset, for own data, with the checks of :class:`CheckedLabelMaps`."""
 
 
 @DATASETS.register_module()
-class CheckedADE20KDataset(_CheckedLabelMaps, ADE20KDataset):
-    """mmseg's ADE20KDataset with the checks of :class:`_CheckedLabelMaps`."""
+class CheckedADE20KDataset(CheckedLabelMaps, ADE20KDataset):
+    """mmseg's ADE20KDataset with the checks of :class:`CheckedLabelMaps`."""
 
 
 @TRANSFORMS.register_module()

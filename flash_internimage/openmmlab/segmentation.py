@@ -13,8 +13,10 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from .label_maps import CheckedADE20KDataset, CheckedSegDataset, LoadCheckedAnnotations
+from .segmentor_checks import CheckSegmentorHook
 
 __all__ = [
+    "CheckSegmentorHook",
     "CheckedADE20KDataset",
     "CheckedSegDataset",
     "LoadCheckedAnnotations",

@@ -205,7 +205,7 @@ class TestErrors:
 
     def test_number_of_classes(self, fails):
         settings = "model = dict(auxiliary_head=dict(num_classes=7))\n"
-        fails(AssertionError, r"`num_classes` \(7\) in FCNHead .* 11\)", settings)
+        fails(ValueError, r"model.auxiliary_head.num_classes must be 11, .* got 7$", settings)
 
     def test_validation_label_maps(self, fails, scenes, tmp_path):
         root = tmp_path / "scenes"
