@@ -55,8 +55,8 @@ def read_zoo(path: Path = ZOO) -> dict[str, Entry]:
     """Return the entries by their names.
 
     Raises:
-        ConfigError: The file is no YAML or has a key twice, or a key or a value is not accepted; the
-            message says where and why.
+        ConfigError: The file is not valid YAML, has a key twice, or a key or a value is not
+            accepted; the message says where and why.
     """
     contents = load_yaml(path.read_bytes(), path)
     if not isinstance(contents, dict):
