@@ -4,10 +4,9 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from classification.config import ConfigError, Section, explain
+from classification.config import ConfigError, Section, explain, load_yaml
 from flash_internimage.checkpoint import fetch_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -53,12 +52,15 @@ class Entry(Section):
 
 
 def read_zoo(path: Path = ZOO) -> dict[str, Entry]:
-    """The entries by their names.
+    """Return the entries by their names.
 
     Raises:
-        ConfigError: a key or a value is not accepted; the message says where and why.
+        ConfigError: The file is not valid YAML, has a key twice, or a key or a value is not
+            accepted; the message says where and why.
     """
-    contents = yaml.safe_load(path.read_text())
+    contents = load_yaml(path.read_bytes(), path)
+    if not isinstance(contents, dict):
+        raise ConfigError(f"{path} must hold entries by their names, got {contents!r:.100}")
     zoo = {}
     for name, values in contents.items():
         try:
@@ -69,9 +71,10 @@ def read_zoo(path: Path = ZOO) -> dict[str, Entry]:
 
 
 def find(zoo: dict[str, Entry], name: str) -> Entry:
-    """
+    """Return an entry.
+
     Raises:
-        ConfigError: there is no such entry.
+        ConfigError: There is no such entry.
     """
     if name not in zoo:
         close = difflib.get_close_matches(name, zoo, n=1, cutoff=0.5)

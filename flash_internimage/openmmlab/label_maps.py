@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections import Counter
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ from mmcv.transforms import BaseTransform
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, TRANSFORMS
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
+from PIL import Image
 
 from ..files import check_no_loops
 from ..images import UnreadableImage, read_size
 from .files import LeftOutFiles, ReadableImages, find_missing, is_local, open_image
 
-_IGNORED = 255  # mmseg's labels are uint8
+IGNORED = 255  # mmseg's labels are uint8
 _CHECKED_AT_START = 200  # label maps; 512 x 683 pixels take about 4 ms each
 
 
@@ -26,29 +29,38 @@ def read_labels(info: dict[str, Any]) -> np.ndarray:
         info: Entry of a data set of this module.
 
     Returns:
-        Class indices, (H, W) uint8; 255 and the data set's ignore_index are to be ignored.
+        Class indices, (H, W) uint8; 255 is to be ignored, whatever the file has for it.
 
     Raises:
         UnreadableImage: It cannot be read.
-        ValueError: It has more than one channel, or values that belong to no class.
+        ValueError: It has more than one channel, a lossy format, or values that belong to no class.
     """
+    return _decode(open_image(info["seg_map_path"], info["backend_args"]), info)
+
+
+def _decode(image: Image.Image, info: dict[str, Any]) -> np.ndarray:
     path = info["seg_map_path"]
-    values = np.asarray(open_image(path, info["backend_args"]))  # the indices of a palette
+    values = np.asarray(image)  # the indices of a palette
     if values.ndim != 2:
         raise ValueError(
             f"label map {path} must have one channel, the numbers of the classes, got an array of "
             f"shape {values.shape}"
         )
+    if image.format in ("JPEG", "MPO"):
+        raise ValueError(f"label map {path} must be lossless, such as PNG, got {image.format}")
+    if info["ignore_index"] != IGNORED:
+        values = np.where(values == info["ignore_index"], IGNORED, values)
     indices = values.astype(np.uint8)
     labels = _label_table(info)[indices]
     wrong = (labels < 0) | (indices != values)
     if wrong.any():
-        first, zero = (1, "0 and ") if info["reduce_zero_label"] else (0, "")
-        classes = len(info["label_map"] or range(info["num_classes"]))
+        first = int(info["reduce_zero_label"])
+        ignored = sorted({IGNORED, info["ignore_index"], *range(first)})
         raise ValueError(
             f"label map {path} has the values {np.unique(values[wrong])[:10].tolist()}; with "
-            f"{classes} classes and reduce_zero_label={info['reduce_zero_label']}, {first} to "
-            f"{first + classes - 1} are classes, and {zero}{_IGNORED} to be ignored"
+            f"{info['numbers']} classes and reduce_zero_label={info['reduce_zero_label']}, {first} "
+            f"to {first + info['numbers'] - 1} are classes, and {' and '.join(map(str, ignored))} "
+            "to be ignored"
         )
     return labels.astype(np.uint8)
 
@@ -57,21 +69,40 @@ def _label_table(info: dict[str, Any]) -> np.ndarray:
     """Return what the values 0 to 255 of a label map become, (256,) int16; -1 means no class."""
     values = np.arange(256, dtype=np.int16)
     if info["reduce_zero_label"]:
-        values = np.where((values == 0) | (values == _IGNORED), _IGNORED, values - 1)
+        values = np.where((values == 0) | (values == IGNORED), IGNORED, values - 1)
     labels = values.copy()
     for old, new in (info["label_map"] or {}).items():
         labels[values == old] = new
-    known = (labels < info["num_classes"]) | np.isin(labels, [_IGNORED, info["ignore_index"]])
-    return np.where(known, labels, -1)
+    return np.where((labels < info["num_classes"]) | (labels == IGNORED), labels, -1)
 
 
-class _CheckedLabelMaps(ReadableImages):
+class _Palettes:
+    """Compare the colours that label maps have for their values."""
+
+    def __init__(self) -> None:
+        self.colours: dict[int, tuple[int, ...]] = {}
+        self.others: list[str] = []
+
+    def add(self, image: Image.Image, path: str) -> None:
+        """Remember the colours of a label map, or its path if other label maps differ."""
+        if image.mode != "P":
+            return
+        colours = np.reshape(image.getpalette("RGB"), (-1, 3)).tolist()
+        used = {i: tuple(colours[i]) for i in np.unique(image).tolist() if i < len(colours)}
+        if any(self.colours.setdefault(i, colour) != colour for i, colour in used.items()):
+            self.others.append(path)
+
+
+class CheckedLabelMaps(ReadableImages):
     """Mixin for mmseg's data sets with checks at the start.
 
     In training, images without a label map are left out and counted. In tests (`test_mode=True`)
     all must be there and begin as images of the same size do, since results on a part of them
     would be misleading. The values of up to 200 label maps from all over the data set are checked
     in both cases, those of others when they are read.
+
+    `ignore_index` is the value in the files of pixels to ignore. It is read as 255, which is always
+    ignored, so that transforms, heads, losses and metrics keep their defaults.
 
     Raises:
         FileNotFoundError: A folder, the ann_file, images or label maps are missing.
@@ -84,36 +115,45 @@ class _CheckedLabelMaps(ReadableImages):
         loaded = super()._load_metainfo(metainfo)
         classes = loaded.get("classes", ())
         names = isinstance(classes, list | tuple) and all(isinstance(c, str) for c in classes)
-        if not names or not 1 <= len(classes) <= _IGNORED:
+        if not names or not 2 <= len({*classes}) == len(classes) <= IGNORED:
             raise ValueError(
-                f"metainfo['classes'] must be 1 to {_IGNORED} names, of which a single one is "
-                f"('bolt',) with a comma, or a file of names, got {classes!r}"
+                f"metainfo['classes'] must be 2 to {IGNORED} different names or a file of names, "
+                f"got {classes!r:.200}; a single kind of object needs a class for its background, "
+                "with its own number in the label maps: ('background', 'bolt')"
             )
         return loaded
 
     def load_data_list(self) -> list[dict]:
-        for name, kind in (("reduce_zero_label", bool), ("ignore_index", int)):
+        kinds = {"reduce_zero_label": bool, "ignore_index": int}
+        for name, kind in {**kinds, "img_suffix": str, "seg_map_suffix": str}.items():
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"{name} must be {kind.__name__}, got {getattr(self, name)!r}")
+        classes = len(self.metainfo["classes"])
+        numbers = len(self.label_map or range(classes))  # of classes in the files
+        ignored = self.ignore_index - self.reduce_zero_label
+        if 0 <= ignored < numbers:
+            raise ValueError(
+                f"ignore_index must be a value that is no class, got {self.ignore_index}; the "
+                f"label maps have {numbers} classes from {int(self.reduce_zero_label)} on"
+            )
         self._check_sources()
         data_list = super().load_data_list()
         if not data_list:
-            raise FileNotFoundError(f"no images (*{self.img_suffix}) in {self.source}")
+            raise FileNotFoundError(
+                f"no images (*{self.img_suffix}) in {self.source}{self._other_suffixes()}"
+            )
         present = self._with_files(data_list)
-        skipped = self._skipped_by_listing()
         if self.test_mode:
-            if skipped:
-                raise FileNotFoundError(
-                    f"{len(skipped)} images of {self.source} are not regular files, the first is "
-                    f"{skipped[0]}"
-                )
             self._check_headers(present)
         for info in present:  # for the transforms
-            info["num_classes"] = len(self.metainfo["classes"])
+            info["num_classes"] = classes
+            info["numbers"] = numbers
             info["ignore_index"] = self.ignore_index
             info["test_mode"] = self.test_mode
             info["backend_args"] = self.backend_args
-        self._check_values(present, len(data_list) - len(present) + len(skipped))
+            if self.ignore_index != IGNORED:  # for mmseg's own LoadAnnotations
+                info["label_map"] = {**(self.label_map or {}), ignored: IGNORED}
+        self._check_values(present)
         return present
 
     def _check_sources(self) -> None:
@@ -127,35 +167,84 @@ class _CheckedLabelMaps(ReadableImages):
         elif self._is_local(self.ann_file) and not Path(self.ann_file).is_file():
             raise FileNotFoundError(f"ann_file not found: {self.ann_file}")
 
-    def _skipped_by_listing(self) -> list[str]:
-        """Return images that the engine's listing of a folder skips, such as broken links."""
-        folder = self.data_prefix["img_path"]
-        if self.ann_file or not self._is_local(folder):
-            return []
-        paths = [
-            str(Path(parent, name))
-            for parent, _, names in os.walk(folder, followlinks=True)
-            for name in names
-            if name.endswith(self.img_suffix) and not name.startswith(".")
-        ]
-        return sorted(path for path in paths if not os.path.isfile(path))
+    def _other_suffixes(self) -> str:
+        """Return a hint at the suffixes of the files in a folder that has no images."""
+        if self.ann_file or not self._is_local(self.data_prefix["img_path"]):
+            return ""
+        found = Counter(Path(path).suffix for path in _files(self.data_prefix["img_path"]))
+        names = ", ".join(f"{count} *{suffix}" for suffix, count in found.most_common(3))
+        return names and f", but {names}: set img_suffix"
 
     def _is_local(self, path: str) -> bool:
         return is_local(path, self.backend_args)
 
     def _with_files(self, data_list: list[dict]) -> list[dict]:
         """Return the images that exist and have a label map, in tests all of them."""
-        keys = ("img_path", "seg_map_path")
-        paths = (info[key] for key in keys for info in data_list)
-        missing = find_missing(path for path in paths if self._is_local(path))
-        present = [info for info in data_list if missing.isdisjoint(info[key] for key in keys)]
-        if missing and (self.test_mode or not present):
-            first = next(info[key] for info in data_list for key in keys if info[key] in missing)
+        missing = {
+            key: find_missing(info[key] for info in data_list if self._is_local(info[key]))
+            for key in ("img_path", "seg_map_path")
+        }
+        without = {
+            key: [info[key] for info in data_list if info[key] in missing[key]] for key in missing
+        }
+        present = [
+            info for info in data_list if not any(info[key] in missing[key] for key in missing)
+        ]
+        skipped, unused = self._unlisted(data_list)
+        left_out = len(data_list) - len(present)
+        if left_out and (self.test_mode or not present):
+            first = (without["img_path"] or without["seg_map_path"])[0]
+            hint = _suffix_hint(data_list) if missing["seg_map_path"] and not present else ""
             raise FileNotFoundError(
-                f"{len(data_list) - len(present)} of the {len(data_list)} images of {self.source} "
-                f"or their label maps are missing, the first is {first}"
+                f"{left_out} of the {len(data_list)} images of {self.source} or their label maps "
+                f"are missing, the first is {first}{hint}"
             )
+        if self.test_mode and skipped:
+            raise FileNotFoundError(
+                f"{len(skipped)} images of {self.source} are not regular files, the first is "
+                f"{skipped[0]}"
+            )
+        self.left_out = {
+            "images that are missing": len(without["img_path"]),
+            "images without a label map": left_out - len(without["img_path"]),
+            "images that are no regular files": len(skipped),
+            "label maps without an image": len(unused),
+        }
         return present
+
+    def _unlisted(self, data_list: list[dict]) -> tuple[list[str], list[str]]:
+        """Return images that the engine's listing skips, and label maps without an image.
+
+        Raises:
+            ValueError: Images with a label map have another suffix.
+        """
+        folder, label_folder = self.data_prefix["img_path"], self.data_prefix["seg_map_path"]
+        if self.ann_file or not (self._is_local(folder) and self._is_local(label_folder)):
+            return [], []
+
+        def label_map(path: str) -> str:
+            name = os.path.relpath(path, folder).removesuffix(self.img_suffix)
+            return os.path.join(label_folder, name + self.seg_map_suffix)
+
+        images, labels = _files(folder), _files(label_folder)
+        # such as broken links
+        skipped = [p for p in images if p.endswith(self.img_suffix) and not os.path.isfile(p)]
+        known = {info[key] for info in data_list for key in ("img_path", "seg_map_path")}
+        known |= {*skipped, *map(label_map, skipped)}
+        unused = {p for p in labels if p.endswith(self.seg_map_suffix)} - known
+        suffix = "." + self.img_suffix.rpartition(".")[2]
+        others = [
+            path
+            for path in sorted({*images} - known - unused)
+            if label_map(os.path.splitext(path)[0] + suffix) in unused
+        ]
+        if others:
+            raise ValueError(
+                f"{len(others)} images of {folder} have label maps but do not end in img_suffix="
+                f"{self.img_suffix!r}, the first is {others[0]}: rename them, or use a data set "
+                "for each suffix"
+            )
+        return sorted(skipped), sorted(unused)
 
     def _check_headers(self, data_list: list[dict]) -> None:
         faults = [fault for info in data_list if (fault := self._header_fault(info))]
@@ -176,33 +265,94 @@ class _CheckedLabelMaps(ReadableImages):
         # The pipeline compares height and width: EXIF may turn images as they are loaded.
         return None if sorted(image) == sorted(labels) else _differing_sizes(info, labels, image)
 
-    def _check_values(self, data_list: list[dict], left_out: int) -> None:
+    def _check_values(self, data_list: list[dict]) -> None:
         """Check the values of label maps from all over the data set, and log what there is."""
         some = data_list[:: -(-len(data_list) // _CHECKED_AT_START)]
         counts = np.zeros(256, np.int64)
-        unreadable = []
+        palettes, unreadable = _Palettes(), []
         for info in some:
             try:
-                counts += np.bincount(read_labels(info).ravel(), minlength=256)
+                image = open_image(info["seg_map_path"], self.backend_args)
             except UnreadableImage as error:
                 if self.test_mode:
                     raise
                 unreadable.append(error)
+                continue
+            counts += np.bincount(_decode(image, info).ravel(), minlength=256)
+            palettes.add(image, info["seg_map_path"])
         if len(unreadable) == len(data_list):
             raise ValueError(
                 f"none of the {len(data_list)} label maps of {self.source} can be used, the first: "
                 f"{unreadable[0]}"
             )
-        found = {*np.flatnonzero(counts).tolist()} - {_IGNORED, self.ignore_index}
-        classes = len(self.metainfo["classes"])
-        doubtful = left_out or unreadable or len(found) < min(2, classes)
+        classes = self.metainfo["classes"]
+        absent = [name for name, count in zip(classes, counts, strict=False) if not count]
+        complete = len(some) == len(data_list)
+        if complete and len(absent) == len(classes):
+            raise ValueError(
+                f"the label maps of {self.source} have no class: all pixels are to be ignored"
+            )
+        left_out = [f"{number} {what}" for what, number in self.left_out.items() if number]
+        present = f"{len(classes) - len(absent)} of the {len(classes)} classes occur"
+        if absent:
+            present += f" (not {', '.join(absent[:5])}{', ...' * (len(absent) > 5)})"
+        doubts = []
+        if unreadable:
+            doubts.append(f"{len(unreadable)} are unreadable")
+        if len(classes) - len(absent) < 2:
+            doubts.append(f"masks must be numbers of classes, and {IGNORED} is ignored")
+        if self.reduce_zero_label and complete and counts[IGNORED] and classes[-1] in absent:
+            doubts.append("reduce_zero_label=True ignores 0, and 1 is the first class")
+        if palettes.others:
+            doubts.append(
+                f"{len(palettes.others)} have other colours for the same numbers than others, such "
+                f"as {palettes.others[0]}"
+            )
+        facts = [
+            f"{len(data_list)} images",
+            f"left out: {', '.join(left_out) or 'nothing'}",
+            f"{present} in {len(some)} label maps checked",
+            *doubts,
+        ]
         print_log(
-            f"{self.source}: {len(data_list)} images; left out: {left_out} that are missing or "
-            f"have no label map; {len(found)} of the {classes} classes occur in {len(some)} label "
-            f"maps checked, {len(unreadable)} of them unreadable",
+            f"{self.source}: {'; '.join(facts)}",
             logger="current",
-            level=logging.WARNING if doubtful else logging.INFO,
+            level=logging.WARNING if left_out or doubts else logging.INFO,
         )
+
+
+def _files(folder: str) -> list[str]:
+    """Return the paths of all files below a folder, but for hidden ones."""
+    return [
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if not name.startswith(".")
+    ]
+
+
+def _suffix_hint(data_list: list[dict]) -> str:
+    """Return the suffixes of images and label maps whose names differ in more than the default."""
+    images = [os.path.basename(info["img_path"]) for info in data_list]
+    folder = os.path.dirname(data_list[0]["seg_map_path"])
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    if not names:
+        return ""
+    stems = {name: _shared_stem(images[0], name) for name in names}
+    closest = max(names, key=lambda name: len(stems[name]))
+    image_suffix, suffix = (n.removeprefix(stems[closest]) for n in (images[0], closest))
+    if not all(name.endswith(image_suffix) for name in images):
+        return f"; that folder has files like {closest}"
+    return (
+        f"; that folder has {closest}: set img_suffix={image_suffix!r} and "
+        f"seg_map_suffix={suffix!r}"
+    )
+
+
+def _shared_stem(one: str, other: str) -> str:
+    """Return what both names begin with, up to a separator."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(character for character, _ in same).rstrip("._-")
 
 
 def _differing_sizes(info: dict, labels: tuple[int, ...], image: tuple[int, ...]) -> str:
@@ -210,13 +360,13 @@ def _differing_sizes(info: dict, labels: tuple[int, ...], image: tuple[int, ...]
 
 
 @DATASETS.register_module()
-class CheckedSegDataset(_CheckedLabelMaps, BaseSegDataset):
-    """mmseg's BaseSegDataset, for own data, with the checks of :class:`_CheckedLabelMaps`."""
+class CheckedSegDataset(CheckedLabelMaps, BaseSegDataset):
+    """mmseg's BaseSegDataset, for own data, with the checks of :class:`CheckedLabelMaps`."""
 
 
 @DATASETS.register_module()
-class CheckedADE20KDataset(_CheckedLabelMaps, ADE20KDataset):
-    """mmseg's ADE20KDataset with the checks of :class:`_CheckedLabelMaps`."""
+class CheckedADE20KDataset(CheckedLabelMaps, ADE20KDataset):
+    """mmseg's ADE20KDataset with the checks of :class:`CheckedLabelMaps`."""
 
 
 @TRANSFORMS.register_module()

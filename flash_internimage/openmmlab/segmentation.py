@@ -18,8 +18,10 @@ from torch import Tensor
 from .files import LoadCheckedImage
 from .label_maps import CheckedADE20KDataset, CheckedSegDataset, LoadCheckedAnnotations
 from .published import LoadsPublishedWeights
+from .segmentor_checks import CheckSegmentorHook
 
 __all__ = [
+    "CheckSegmentorHook",
     "CheckedADE20KDataset",
     "CheckedSegDataset",
     "LoadCheckedAnnotations",
@@ -48,20 +50,26 @@ class PublishedMask2FormerHead(LoadsPublishedWeights, Mask2FormerHead):
         self.combine_first = combine_first
 
     def predict(self, x: Sequence[Tensor], batch_img_metas: list[dict], test_cfg: dict) -> Tensor:
-        """
+        """Predict the scores of all classes.
+
         Args:
-            x: maps of the backbone, (N, C, H, W) each.
-            batch_img_metas: of each image; all have the `pad_shape` or else `img_shape` of the
-                network's input.
-            test_cfg: not used.
+            x: Feature maps of the backbone, (N, C, H, W) each.
+            batch_img_metas: Of each image. The first one has the size of the network's input, which
+                is that of a window if its `img_shape` is a :class:`torch.Size` (mmseg's
+                `slide_inference` sets it), and else `pad_shape` or `img_shape`.
+            test_cfg: Not used.
 
         Returns:
             Scores, (N, classes, H, W) of the network's input; at least 0, not normalised.
         """
+        size = batch_img_metas[0]["img_shape"]
+        if not isinstance(size, torch.Size):
+            size = batch_img_metas[0].get("pad_shape", size)
+        size = size[:2]
         if not self.combine_first:
-            return super().predict(x, batch_img_metas, test_cfg)
+            metas = [{**metainfo, "pad_shape": size} for metainfo in batch_img_metas]
+            return super().predict(x, metas, test_cfg)
         samples = [SegDataSample(metainfo=metainfo) for metainfo in batch_img_metas]
         classes, masks = (predictions[-1] for predictions in self(x, samples))
         scores = torch.einsum("nqc,nqhw->nchw", classes.softmax(-1)[..., :-1], masks.sigmoid())
-        size = batch_img_metas[0].get("pad_shape", batch_img_metas[0]["img_shape"])[:2]
         return resize(scores, size, mode="bilinear", align_corners=self.align_corners)

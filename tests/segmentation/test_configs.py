@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.hooks import ParamSchedulerHook
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.structures import PixelData
@@ -261,7 +262,7 @@ def test_images_per_update(recipe, config):
 
 
 def test_hooks(recipe, config):
-    names = "mmdet.NumClassCheckHook", "CheckFiniteHook", "CurvesHook"
+    names = "CheckSegmentorHook", "CheckFiniteHook", "CurvesHook"
     hooks = [{"type": name} for name in names]
     if is_mask2former(recipe):
         hooks.append({"type": "FlashAttentionHook"})
@@ -276,10 +277,12 @@ def test_hooks(recipe, config):
     }
 
 
-def test_number_of_classes_is_that_of_the_data(config, model):
+def test_the_settings_pass_their_own_checks(config, model):
+    pipeline = Compose(config.train_dataloader.dataset.pipeline)
+    dataset = SimpleNamespace(metainfo=ADE20KDataset.METAINFO, pipeline=pipeline)
+    loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset))
     hook = HOOKS.build(config.custom_hooks[0])
-    loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=ADE20KDataset.METAINFO))
-    hook.before_train_epoch(SimpleNamespace(model=model, train_dataloader=loader))
+    hook.before_run(SimpleNamespace(model=model, _train_loop=loop, _val_loop={}, _test_loop={}))
 
 
 def test_names_of_the_runtime_are_known(config):

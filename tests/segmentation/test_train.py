@@ -1,5 +1,6 @@
 """Training and evaluation on real images, by the programs."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from shutil import copytree
@@ -162,19 +163,61 @@ train_cfg = dict(max_iters=1)
     assert anew[family] in log(run).replace("decode_head.loss_cls.class_weight, ", "")
 
 
+def copy_with_labels(scenes: Path, root: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Copy the scenes with other values in their label maps."""
+    copytree(scenes, root)
+    for path in root.glob("annotations/*/*.png"):
+        Image.fromarray(change(np.array(Image.open(path)))).save(path)
+
+
 @pytest.mark.parametrize("family", ["upernet", "mask2former"])
 def test_label_maps_that_ignore_everything(family, write_config, scenes, tmp_path):
     root = tmp_path / "scenes"
     copytree(scenes, root)
-    for path in (root / "annotations" / "training").iterdir():
+    for path in sorted(root.glob("annotations/training/*"))[:-1]:
         Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
-    config = write_config(tmp_path / "ignored.py", family, "train_cfg = dict(max_iters=2)", root)
+    settings = """
+train_cfg = dict(max_iters=2)  # of eight images, without the last one
+train_dataloader = dict(sampler=dict(_delete_=True, type="DefaultSampler", shuffle=False))
+"""
+    config = write_config(tmp_path / "ignored.py", family, settings, root)
     train(config, "--work-dir", tmp_path / "run")
     scalars = curves.read_scalars(tmp_path / "run")
     assert np.isfinite(list(scalars["loss"].values())).all()
     masks = [name for name in scalars if "loss" in name and "cls" not in name and name != "loss"]
     assert masks
     assert all(value == 0 for name in masks for value in scalars[name].values())
+
+
+@pytest.mark.parametrize("family", ["upernet", "mask2former"])
+def test_another_value_to_ignore_trains_as_255_does(family, write_config, scenes, tmp_path):
+    """Said once, for crops larger than some images, which are padded."""
+
+    def change(labels: np.ndarray, ignored: int) -> np.ndarray:
+        labels = labels - 1  # the scenes count classes from 1
+        labels[20:60, 30:90] = ignored
+        return labels
+
+    settings = """
+data = dict(reduce_zero_label=False, ignore_index={})
+_base_.train_pipeline[3].crop_size = (160, 160)
+model = dict(data_preprocessor=dict(size=(160, 160)))
+train_dataloader = dict(dataset=dict(pipeline=_base_.train_pipeline, **data))
+val_dataloader = dict(dataset=data)
+train_cfg = dict(max_iters=1)
+randomness = dict(seed=0)
+"""
+    found = []
+    for ignored in (255, 11):
+        root, run = tmp_path / f"scenes_{ignored}", tmp_path / f"run_{ignored}"
+        copy_with_labels(scenes, root, partial(change, ignored=ignored))
+        config = write_config(tmp_path / "c.py", family, settings.format(ignored), root)
+        train(config, "--work-dir", run)
+        scalars = curves.read_scalars(run)
+        names = [name for name in scalars if "loss" in name or name in FIGURES]
+        found.append({name: scalars[name] for name in names})
+    assert found[0]["loss"]
+    assert found[1] == found[0]
 
 
 def test_damaged_files_do_not_stop_the_training(write_config, scenes, tmp_path):
@@ -188,7 +231,7 @@ def test_damaged_files_do_not_stop_the_training(write_config, scenes, tmp_path):
     config = write_config(tmp_path / "damaged.py", root=root)
     train(config, "--work-dir", tmp_path / "run")
     text = log(tmp_path / "run")
-    assert "11 images; left out: 1 that are missing or have no label map" in text
+    assert "11 images; left out: 1 images without a label map; " in text
     assert f"left out: cannot read image {root}/images/training/000001.jpg: " in text
     assert f"left out: cannot read image {root}/annotations/training/000002.png: " in text
     assert "000004.png has (height, width) (64, 64), its image has (1" in text
@@ -205,7 +248,7 @@ class TestErrors:
 
     def test_number_of_classes(self, fails):
         settings = "model = dict(auxiliary_head=dict(num_classes=7))\n"
-        fails(AssertionError, r"`num_classes` \(7\) in FCNHead .* 11\)", settings)
+        fails(ValueError, r"model.auxiliary_head.num_classes must be 11, .* got 7$", settings)
 
     def test_validation_label_maps(self, fails, scenes, tmp_path):
         root = tmp_path / "scenes"

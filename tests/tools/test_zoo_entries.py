@@ -190,6 +190,22 @@ def test_rows_that_do_not_fit_are_errors(tmp_path, change, message):
         read_zoo(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("row: {}\nrow: {}", "zoo.yaml is not valid YAML: duplicate key 'row', line 2"),
+        ("row: {task: a, task: b}", "zoo.yaml is not valid YAML: duplicate key 'task', line 1"),
+        ("row: [", "zoo.yaml is not valid YAML: "),
+        ("", "zoo.yaml must hold entries by their names, got None"),
+    ],
+)
+def test_a_file_that_is_no_zoo_is_an_error(text, message, tmp_path):
+    path = tmp_path / "zoo.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_zoo(path)
+
+
 def test_a_misspelt_name_is_an_error():
     with pytest.raises(ConfigError, match=r"did you mean 'flash_internimage_tiny\.in1k'"):
         find(ENTRIES, "flash_internimage_tinny.in1k")

@@ -28,7 +28,7 @@ default_hooks = dict(
     visualization=dict(type="SegVisualizationHook"),
 )
 custom_hooks = [
-    dict(type="mmdet.NumClassCheckHook"),
+    dict(type="CheckSegmentorHook"),
     dict(type="CheckFiniteHook"),
     dict(type="CurvesHook"),
 ]

@@ -2,15 +2,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.evaluator import Evaluator
 from mmengine.fileio import BaseStorageBackend, io, register_backend
 from mmengine.fileio.backends import backends, prefix_to_backends
 from mmengine.logging import MMLogger
+from PIL import Image
 from torch import nn
 
 from flash_internimage.openmmlab.runtime import FlashRunner
+from tests.flash_internimage.openmmlab.label_maps import HEIGHT, WIDTH, label_map, write_labels
 from tests.flash_internimage.openmmlab.small import Model, Score
 
 
@@ -89,3 +92,15 @@ def memory(tmp_path) -> Iterator[dict[str, bytes]]:
     del backends["memory"], prefix_to_backends["memory"]
     for key in [key for key in io.backend_instances if "memory" in key]:
         del io.backend_instances[key]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Where images 1 to 4 and their label maps are."""
+    rng = np.random.default_rng(0)
+    for i in range(1, 5):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        image = rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.jpg")
+        write_labels(tmp_path, i, label_map(0, 1, 2, 255))
+    return tmp_path

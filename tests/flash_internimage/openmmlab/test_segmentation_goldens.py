@@ -1,5 +1,6 @@
 """The segmentors, loaded with published names, beside outputs of the published code."""
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import ConfigDict
@@ -183,6 +184,31 @@ def test_padding_counts_as_part_of_the_input():
     sample = SegDataSample(metainfo={**metainfo, "padding_size": (0, 32, 0, 32)})
     [result] = model.predict(image, [sample])
     assert torch.equal(result.seg_logits.data, whole[0, :, :96, :128])
+
+
+@pytest.mark.parametrize("combine_first", [True, False], ids=["published", "mmseg"])
+@pytest.mark.parametrize(
+    ("crop", "stride"),
+    [((64, 64), (48, 48)), ((96, 64), (40, 64)), ((192, 64), (192, 64)), (INPUT, INPUT)],
+    ids=["square", "oblong", "higher than the image", "one window"],
+)
+@torch.no_grad()
+def test_windows_are_segmented_as_images_of_their_size(crop, stride, combine_first):
+    model, image = mask2former(combine_first=combine_first), arrays("mask2former/input")["img"]
+    image = torch.cat([image, image.flip(3)])
+    (height, width), count = INPUT, torch.zeros(INPUT)
+    total = torch.zeros(2, model.num_classes, *INPUT)
+    for bottom in {min(y + crop[0], height) for y in range(0, height, stride[0])}:
+        for right in {min(x + crop[1], width) for x in range(0, width, stride[1])}:
+            part = np.s_[max(bottom - crop[0], 0) : bottom, max(right - crop[1], 0) : right]
+            window = image[:, :, *part]
+            size = tuple(window.shape[2:])
+            total[:, :, *part] += model.encode_decode(window, [{"img_shape": size}] * 2)
+            count[part] += 1
+    model.test_cfg = ConfigDict(mode="slide", crop_size=crop, stride=stride)
+    metas = [{"ori_shape": INPUT, "img_shape": (96, 128), "pad_shape": INPUT} for _ in range(2)]
+    found = model.inference(image, metas)
+    torch.testing.assert_close(found, total / count, rtol=0, atol=1e-5)
 
 
 def test_order_of_mmseg_can_be_chosen_and_differs_from_the_published_one():

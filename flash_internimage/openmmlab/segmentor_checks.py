@@ -1,0 +1,171 @@
+"""Settings of a segmentor that must agree with each other and with its data."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from .label_maps import IGNORED, CheckedLabelMaps
+
+
+@HOOKS.register_module()
+class CheckSegmentorHook(Hook):
+    """Check before a run what would fail late or train silently on the wrong thing.
+
+    These are the classes of heads, losses and data; what is ignored and what pads label maps (255,
+    as the data sets of this package read them); sizes of crops and of windows. It replaces mmdet's
+    NumClassCheckHook, which does not look at tests.
+
+    Raises:
+        ValueError: Settings do not fit; the message names them.
+    """
+
+    def before_run(self, runner: Runner) -> None:
+        """Check the model with all data that the run uses."""
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        heads = {
+            f"model.{name}": head
+            for name, head in model.named_modules()
+            if re.fullmatch(r"(decode|auxiliary)_head(\.\d+)?", name)
+        }
+        _check_windows(model.test_cfg)
+        for name, head in heads.items():
+            _check_losses(name, head)
+        loops = {split: getattr(runner, f"_{split}_loop") for split in ("train", "val", "test")}
+        # Loops that this run does not use are not built.
+        loops = {split: loop for split, loop in loops.items() if hasattr(loop, "dataloader")}
+        _check_classes({split: loop.dataloader.dataset for split, loop in loops.items()}, heads)
+        for split, loop in loops.items():
+            _check_data(split, loop, heads, model.data_preprocessor)
+
+
+def _check_classes(datasets: dict[str, Any], heads: dict[str, nn.Module]) -> None:
+    names = {split: [*dataset.metainfo["classes"]] for split, dataset in datasets.items()}
+    first = next(iter(names))
+    for split in names:
+        if names[split] != names[first]:
+            raise ValueError(
+                f"metainfo['classes'] of {split}_dataloader must be those of {first}_dataloader in "
+                f"their order, {names[first]!s:.500}, got {names[split]!s:.500}"
+            )
+    for name, head in heads.items():
+        if head.num_classes != len(names[first]):
+            raise ValueError(
+                f"{name}.num_classes must be {len(names[first])}, the number of classes of the "
+                f"data, got {head.num_classes}"
+            )
+
+
+def _check_data(
+    split: str, loop: Any, heads: dict[str, nn.Module], preprocessor: nn.Module
+) -> None:
+    used = {**heads, "model.data_preprocessor": preprocessor}
+    for metric in loop.evaluator.metrics if hasattr(loop, "evaluator") else ():
+        used[f"{type(metric).__name__} of {split}_evaluator"] = metric
+    for dataset in _sources(loop.dataloader.dataset):
+        transforms = {
+            type(transform).__name__: transform for transform in dataset.pipeline.transforms
+        }
+        used |= {f"{name} of {split}_dataloader": t for name, t in transforms.items()}
+        if isinstance(dataset, CheckedLabelMaps):
+            for name, part in used.items():
+                _check_ignored(name, part, len(dataset.metainfo["classes"]))
+        if split == "train":
+            _check_crops(transforms, preprocessor)
+
+
+def _sources(dataset: Any) -> Iterator[Any]:
+    """Yield the data sets in wrappers such as ConcatDataset."""
+    inner = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
+    if inner == [None]:
+        yield dataset
+    else:
+        for part in inner:
+            yield from _sources(part)
+
+
+def _check_windows(test_cfg: Mapping | None) -> None:
+    mode = (test_cfg or {}).get("mode")
+    if mode not in ("whole", "slide"):
+        raise ValueError(f"model.test_cfg.mode must be 'whole' or 'slide', got {mode!r}")
+    if mode == "whole":
+        return
+    for name in ("crop_size", "stride"):
+        size = test_cfg.get(name)
+        pair = isinstance(size, list | tuple) and len(size) == 2
+        if not pair or not all(type(side) is int and side > 0 for side in size):
+            raise ValueError(
+                f"model.test_cfg.{name} must be two positive integers, height and width, got {size}"
+            )
+    stride, crop = test_cfg["stride"], test_cfg["crop_size"]
+    if stride[0] > crop[0] or stride[1] > crop[1]:
+        raise ValueError(f"model.test_cfg.stride must be at most crop_size {crop}, got {stride}")
+
+
+def _check_losses(name: str, head: nn.Module) -> None:
+    if hasattr(head, "loss_cls"):  # of Mask2Former, with a weight for "no object"
+        weights = getattr(head.loss_cls, "class_weight", None)
+        _check_weights(f"{name}.loss_cls", weights, head.num_classes + 1)
+        return
+    losses = getattr(head, "loss_decode", ())
+    for loss in losses if isinstance(losses, nn.ModuleList) else [losses]:
+        sigmoid = getattr(loss, "use_sigmoid", getattr(loss, "loss_type", None) == "binary")
+        if head.out_channels == 1 and not sigmoid:
+            raise ValueError(
+                f"{name}.loss_decode must have use_sigmoid=True for a single output channel, whose "
+                "softmax is always 1; or use a channel for each of num_classes=2"
+            )
+        weights = getattr(loss, "class_weight", None)
+        if weights is not None:
+            # Binary cross-entropy would apply them along the width of the image.
+            binary = sigmoid and type(loss).__name__ == "CrossEntropyLoss"
+            _check_weights(f"{name}.loss_decode", weights, 1 if binary else head.out_channels)
+
+
+def _check_weights(name: str, weights: Any, number: int) -> None:
+    given = weights if isinstance(weights, Iterable) and not isinstance(weights, str) else [None]
+    values = [*given]
+    valid = (isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in values)
+    if len(values) != number or not all(valid):
+        raise ValueError(
+            f"{name}.class_weight must be {number} numbers of at least 0, got {weights}"
+        )
+
+
+def _check_ignored(name: str, part: Any, classes: int) -> None:
+    """Check which label a part of the model or of the pipeline ignores or pads with."""
+    modules = part.named_modules() if isinstance(part, nn.Module) else [("", part)]
+    for inner, module in modules:
+        values = {"ignore_index": getattr(module, "ignore_index", None)}
+        padding = getattr(module, "pad_val", None)  # of mmcv's Pad
+        values["seg_pad_val"] = getattr(module, "seg_pad_val", None)
+        values["pad_val['seg']"] = padding.get("seg") if isinstance(padding, dict) else None
+        for key, value in values.items():
+            if value in (None, IGNORED) or (key != "ignore_index" and value in range(classes)):
+                continue
+            raise ValueError(
+                f"{'.'.join(filter(None, (name, inner, key)))} must be {IGNORED}, which the data "
+                f"sets have for all that is ignored, got {value}; set ignore_index in their "
+                "configs alone"
+            )
+
+
+def _check_crops(transforms: dict[str, Any], preprocessor: nn.Module) -> None:
+    """Check that images smaller than the crop are padded to its size, or they make no batch."""
+    size = getattr(preprocessor, "size", None)
+    if size is None or "RandomCrop" not in transforms or "Pad" in transforms:
+        return
+    crop = transforms["RandomCrop"].crop_size
+    if crop[0] > size[0] or crop[1] > size[1]:
+        raise ValueError(
+            f"model.data_preprocessor.size must be at least the crop_size of RandomCrop, {crop}, "
+            f"got {size}: smaller images are padded to it"
+        )

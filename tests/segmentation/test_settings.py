@@ -1,0 +1,161 @@
+"""Settings that do not fit each other or the data, and what they end with before a training."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+from mmengine.config import Config
+from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS
+
+pytestmark = pytest.mark.usefixtures("mmseg_scope")
+
+HEADS = "model = dict(decode_head=dict({0}), auxiliary_head=dict({0}))\n"
+SIGMOID = 'dict(type="CrossEntropyLoss", use_sigmoid={}, class_weight={})'
+REDUCED = 'metainfo=dict(classes=(*"0123456789", "background"))'
+
+WRONG = [
+    # settings, what the message says
+    (
+        "model = dict(decode_head=dict(num_classes=7))",
+        r"model.decode_head.num_classes must be 11, .* got 7$",
+    ),
+    (
+        "model = dict(auxiliary_head=dict(num_classes=12))",
+        r"model.auxiliary_head.num_classes must be 11, .* got 12$",
+    ),
+    (
+        f"val_dataloader = dict(dataset=dict({REDUCED}))",
+        r"metainfo\['classes'\] of val_dataloader must be those of train_dataloader in their order",
+    ),
+    (
+        HEADS.format(f"num_classes=11, out_channels=1, loss_decode={SIGMOID.format(False, None)}"),
+        r"model.decode_head.loss_decode must have use_sigmoid=True for a single output channel",
+    ),
+    (
+        "model = dict(decode_head=dict(loss_decode=dict(class_weight=[1.0] * 10)))",
+        r"model.decode_head.loss_decode.class_weight must be 11 numbers of at least 0, got \[1.0, ",
+    ),
+    (
+        "model = dict(auxiliary_head=dict(loss_decode=dict(class_weight=[-1.0] * 11)))",
+        r"model.auxiliary_head.loss_decode.class_weight must be 11 numbers of at least 0, got \[-1",
+    ),
+    (
+        HEADS.format(f"loss_decode={SIGMOID.format(True, [1.0] * 11)}"),
+        r"model.decode_head.loss_decode.class_weight must be 1 numbers of at least 0",
+    ),
+    (
+        HEADS.format(f"loss_decode=[{SIGMOID.format(False, [1.0] * 3)}]"),
+        r"model.decode_head.loss_decode.class_weight must be 11 numbers of at least 0",
+    ),
+    (
+        "model = dict(decode_head=dict(ignore_index=200))",
+        r"model.decode_head.ignore_index must be 255, .* got 200; set ignore_index in their",
+    ),
+    (
+        "model = dict(auxiliary_head=dict(ignore_index=0))",
+        r"model.auxiliary_head.ignore_index must be 255",
+    ),
+    (
+        'loss = dict(_delete_=True, type="DiceLoss", ignore_index=200)\n'
+        "model = dict(decode_head=dict(loss_decode=loss))",
+        r"model.decode_head.loss_decode.ignore_index must be 255",
+    ),
+    (
+        "model = dict(data_preprocessor=dict(seg_pad_val=200))",
+        r"model.data_preprocessor.seg_pad_val must be 255, .* got 200",
+    ),
+    (
+        "val_evaluator = dict(ignore_index=200)",
+        r"IoUMetric of val_evaluator.ignore_index must be 255",
+    ),
+    (
+        "_base_.train_pipeline[3].ignore_index = 200\n"
+        "train_dataloader = dict(dataset=dict(pipeline=_base_.train_pipeline))",
+        r"RandomCrop of train_dataloader.ignore_index must be 255",
+    ),
+    (
+        "_base_.train_pipeline[3].crop_size = (256, 256)\n"
+        "train_dataloader = dict(dataset=dict(pipeline=_base_.train_pipeline))",
+        r"model.data_preprocessor.size must be at least the crop_size of RandomCrop, \(256, 256\)",
+    ),
+    (
+        'model = dict(test_cfg=dict(mode="slides"))',
+        r"model.test_cfg.mode must be 'whole' or 'slide', got 'slides'",
+    ),
+    ("model = dict(test_cfg=None)", r"model.test_cfg.mode must be 'whole' or 'slide', got None"),
+    (
+        'model = dict(test_cfg=dict(mode="slide", crop_size=64, stride=(64, 64)))',
+        r"model.test_cfg.crop_size must be two positive integers, height and width, got 64",
+    ),
+    (
+        'model = dict(test_cfg=dict(mode="slide", crop_size=(64, 64)))',
+        r"model.test_cfg.stride must be two positive integers, height and width, got None",
+    ),
+    (
+        'model = dict(test_cfg=dict(mode="slide", crop_size=(64, 64), stride=(64, 65)))',
+        r"model.test_cfg.stride must be at most crop_size \(64, 64\), got \(64, 65\)",
+    ),
+]
+
+
+UNPACKED = {"CheckedSegDataset": {"serialize_data": False}, "ConcatDataset": {}}  # takes a second
+
+
+@pytest.fixture
+def check(write_config, tmp_path) -> Callable[..., None]:
+    """Do what a run does with a config before it starts."""
+
+    def run(settings: str, family: str = "upernet") -> None:
+        config = Config.fromfile(write_config(tmp_path / "config.py", family, settings))
+        metrics = [METRICS.build(config.val_evaluator)]
+        runner = SimpleNamespace(model=MODELS.build(config.model), _test_loop=config.test_cfg)
+        for split in ("train", "val"):
+            dataset = config[f"{split}_dataloader"].dataset
+            dataset = DATASETS.build({**dataset, **UNPACKED[dataset.type]})
+            loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset))
+            if split == "val":
+                loop.evaluator = SimpleNamespace(metrics=metrics)
+            setattr(runner, f"_{split}_loop", loop)
+        for hook in config.custom_hooks:
+            HOOKS.build(hook).before_run(runner)
+
+    return run
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG, ids=[m[:60] for _, m in WRONG])
+def test_of_upernet(settings, message, check):
+    with pytest.raises(ValueError, match=message):
+        check(settings)
+
+
+@pytest.mark.parametrize("weights", ["[1.0] * 11", "None", "[1.0] * 13", "1.0"])
+def test_class_weights_of_mask2former(weights, check):
+    message = r"model.decode_head.loss_cls.class_weight must be 12 numbers of at least 0, got "
+    with pytest.raises(ValueError, match=message):
+        check(
+            f"model = dict(decode_head=dict(loss_cls=dict(class_weight={weights})))", "mask2former"
+        )
+
+
+RIGHT = {
+    "as it is": "",
+    "windows": 'model = dict(test_cfg=dict(mode="slide", crop_size=(64, 96), stride=(64, 48)))',
+    "two losses": HEADS.format(
+        'loss_decode=[dict(type="LovaszLoss", reduction="none"), dict(type="DiceLoss")]'
+    ),
+    "sigmoid": HEADS.format(f"loss_decode={SIGMOID.format(True, None)}"),
+    "padding of class 0": "model = dict(data_preprocessor=dict(seg_pad_val=0))",
+    "concatenated": "first = _base_.train_dataloader.dataset\n"
+    'train_dataloader = dict(dataset=dict(_delete_=True, type="ConcatDataset", '
+    'datasets=[first, dict(type="RepeatDataset", dataset=first, times=2)]))',
+}
+
+
+@pytest.mark.parametrize("settings", RIGHT.values(), ids=RIGHT)
+def test_settings_that_fit(settings, check):
+    check(settings)
+
+
+def test_wrappers_of_data_sets_are_looked_through(check):
+    with pytest.raises(ValueError, match=r"model.decode_head.ignore_index must be 255"):
+        check(RIGHT["concatenated"] + "\nmodel = dict(decode_head=dict(ignore_index=0))")
