@@ -192,11 +192,6 @@ class FlashInternImage(nn.Module):
         pooled = self.head_hidden_size * self.global_pool.feat_mult()
         return nn.Linear(pooled, self.num_classes, **factory) if self.num_classes else nn.Identity()
 
-    def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it
-        raise NotImplementedError(
-            "torch.jit.script is not supported: use torch.export or torch.compile"
-        )
-
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Return no names: timm's optimizer factory already exempts 1-D parameters."""
