@@ -192,20 +192,17 @@ class FlashInternImage(nn.Module):
         pooled = self.head_hidden_size * self.global_pool.feat_mult()
         return nn.Linear(pooled, self.num_classes, **factory) if self.num_classes else nn.Identity()
 
-    def __prepare_scriptable__(self) -> None:  # torch.jit.script calls it
-        raise NotImplementedError(
-            "torch.jit.script is not supported: use torch.export or torch.compile"
-        )
-
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Nothing beyond the 1-D parameters, which timm's optimizer factory exempts."""
+        """Return no names: timm's optimizer factory already exempts 1-D parameters."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """timm's parameter grouping. The fine one is that of the published layer decay: one layer
-        per block; stem, norms and downsampling go with the next block, the head with the last.
+        """Return timm's parameter groups.
+
+        The fine groups are those of the published layer decay: one layer per block; the stem, norms
+        and downsampling belong to the next block, the head to the last one.
         """
         head = rf"^levels\.{len(self.depths) - 1}\.norm|^conv_head|^head"
         if coarse:
@@ -260,16 +257,18 @@ class FlashInternImage(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The feature maps of the stages, with timm's arguments and results.
+        """Return the feature maps of the stages, as other models of timm do.
 
         Args:
-            x: (N, C_in, H, W).
-            indices: stages to return; the last n if an int, all if None.
-            norm: without effect: every stage's features are already normalised.
-            output_fmt: 'NCHW' or 'NHWC', of the feature maps.
+            x: Images (N, C_in, H, W).
+            indices: Stages to return; the last n if an int, all if None.
+            norm: Without effect: every stage's features are already normalised.
+            stop_early: Leave out the stages after the last one returned.
+            output_fmt: Layout of the feature maps, 'NCHW' or 'NHWC'.
+            intermediates_only: Leave out the final features.
 
         Returns:
-            The feature maps, or (final features, feature maps) unless `intermediates_only`.
+            (final features, feature maps), or the feature maps alone if `intermediates_only`.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
@@ -293,7 +292,7 @@ class FlashInternImage(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop what the given stages' feature maps do not need; returns the indices kept."""
+        """Drop what the feature maps of these stages do not need, and return their indices."""
         take_indices, max_index = feature_take_indices(len(self.levels), indices)
         pruned = max_index + 1 < len(self.levels)
         self.levels = self.levels[: max_index + 1]

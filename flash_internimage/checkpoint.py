@@ -124,7 +124,9 @@ def load_checkpoint(
         # torch advises to load the file unsafely before it says what is wrong, and after it.
         problem = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n\n")[0]
         problem = " ".join(problem.split())  # some of torch's errors have several lines
-        if type(error) is not ValueError:
+        if isinstance(error, LookupError):  # It says no more than a number.
+            problem = "its pickle is incomplete"
+        elif type(error) is not ValueError:
             problem = f"{type(error).__name__}: {problem}"
         raise ValueError(f"{path} is damaged or no checkpoint: {problem:.500}") from error
     if not isinstance(checkpoint, dict):

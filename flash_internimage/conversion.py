@@ -1,7 +1,7 @@
-"""Checkpoints of the published detectors (mmdet 2) and segmentors (mmseg 0) for current OpenMMLab.
+"""Convert checkpoints of the published detectors (mmdet 2) and segmentors (mmseg 0) and back.
 
-Mask R-CNN, Cascade Mask R-CNN and UPerNet keep their names; DINO and Mask2Former, whose parts moved
-from the head to the detector or were named anew, do not.
+Mask R-CNN, Cascade Mask R-CNN and UPerNet keep their names in current OpenMMLab. Parts of DINO and
+Mask2Former have moved from the head to the detector or have other names.
 """
 
 import re
@@ -117,15 +117,15 @@ def rename(state_dict: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T
 
 
 def convert_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
-    """The entries of a published model under the current names; current names stay.
+    """Return the entries of a published model under the current names; current names stay.
 
     The prefixes of wrappers are stripped, see :func:`unwrap_names`.
 
     Args:
-        state_dict: entries of any kind, tensors or their shapes.
+        state_dict: Entries of any kind, tensors or their shapes.
 
     Raises:
-        ValueError: two names become one, or a name of DINO or Mask2Former is not known.
+        ValueError: Two names become one, or a name of DINO or Mask2Former is not known.
     """
     names = unwrap_names({name: name for name in state_dict})
     for family in _FAMILIES:
@@ -136,15 +136,15 @@ def convert_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
 
 
 def restore_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
-    """The entries of a model of this project under the published names.
+    """Return the entries of a model of this project under the published names.
 
-    The inverse of :func:`convert_state_dict`, but for the `ema_*` buffers.
+    This is the inverse of :func:`convert_state_dict`, except for `ema_*` buffers.
 
     Args:
-        state_dict: entries of any kind, tensors or their shapes.
+        state_dict: Entries of any kind, tensors or their shapes.
 
     Raises:
-        ValueError: a name of DINO or Mask2Former is not known.
+        ValueError: A name of DINO or Mask2Former is not known.
     """
     names = {name: name for name in state_dict}
     for family in _FAMILIES:
@@ -179,17 +179,17 @@ def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 def convert_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A published checkpoint as the current engine reads it, without the optimizer's state.
+    """Convert a published checkpoint for the current engine, without the optimizer's state.
 
     Args:
-        checkpoint: a file's contents with the entry `state_dict`, or a bare state dict.
+        checkpoint: A file's contents with the entry `state_dict`, or a bare state dict.
 
     Returns:
         `state_dict`, see :func:`convert_state_dict`, and `meta`: class names and colours under
-        `dataset_meta`, and all else that consists of text and numbers, but for `EXECUTED`.
+        `dataset_meta`, and everything else that consists of text and numbers, except `EXECUTED`.
 
     Raises:
-        ValueError: it holds no state dict, or one that cannot be converted.
+        ValueError: It holds no state dict, or one that cannot be converted.
     """
     state_dict = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state_dict, Mapping) or any(
@@ -214,13 +214,13 @@ def convert_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any
 
 
 def restore_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A checkpoint of this project as the published code reads it: the inverse of the above.
+    """Convert a checkpoint of this project for the published code.
 
     Args:
-        checkpoint: of the engine or from :func:`convert_checkpoint`.
+        checkpoint: Contents of a file of the engine, or a result of :func:`convert_checkpoint`.
 
     Raises:
-        ValueError: it holds no state dict, or one that cannot be converted.
+        ValueError: It holds no state dict, or one that cannot be converted.
     """
     checkpoint = convert_checkpoint(checkpoint)
     meta = checkpoint["meta"]

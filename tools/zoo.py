@@ -35,7 +35,7 @@ from flash_internimage.checkpoint import (
     load_checkpoint,
     save_atomically,
 )
-from flash_internimage.conversion import convert_checkpoint, restore_checkpoint
+from flash_internimage.conversion import convert_checkpoint, restore_checkpoint, unwrap_names
 from flash_internimage.files import write_atomically
 from tools.zoo_documents import documents
 from tools.zoo_entries import ROOT, Entry, find, read_zoo
@@ -136,9 +136,10 @@ def convert(
 def _is_of_openmmlab(checkpoint: dict[str, Any]) -> bool:
     """Whether it is of a detector or a segmentor, and not of a classifier or a backbone alone."""
     weights = checkpoint.get("state_dict", checkpoint)
-    return isinstance(weights, dict) and any(
-        str(name).removeprefix("module.").startswith(_HEADS) for name in weights
-    )
+    if not isinstance(weights, dict):
+        return False
+    names = unwrap_names({name: name for name in map(str, weights)})
+    return any(name.startswith(_HEADS) for name in names.values())
 
 
 def _write(checkpoint: dict[str, dict], out: Path) -> None:

@@ -212,6 +212,12 @@ def test_pickles_that_are_none_are_refused(path, contents, archive):
 
 
 @FORMATS
+def test_a_value_that_the_pickle_does_not_have_is_no_bare_number(path, archive):
+    write_program(b"}h\x07.", path, archive)
+    assert_refused(path, "checkpoint: its pickle is incomplete$")
+
+
+@FORMATS
 def test_storages_are_no_longer_than_their_data(path, archive):
     write({"x": torch.zeros(7)}, path, archive)
     contents = path.read_bytes()

@@ -274,7 +274,7 @@ def test_weights_of_an_extractor_are_loaded(tmp_path, feature_cls):
     kwargs = {"features_only": True, "out_indices": (0, 1, 2, 3), "feature_cls": feature_cls}
     expected = nano(0, **kwargs).state_dict()
     actual = nano(1, **kwargs, **file(expected, tmp_path)).state_dict()
-    assert len(actual) > 100
+    assert len(actual) > 50
     expected |= {name: actual[name] for name in actual if "conv_head" in name}  # not of the maps
     assert_equal(actual, expected)
 
