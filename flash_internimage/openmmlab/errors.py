@@ -72,7 +72,8 @@ def is_users(error: Exception) -> bool:
         numeric = isinstance(error, ValueError) and _is_from(error, "/torch/", "/numpy/")
         return not (names & _STEPS and numeric)
     building = isinstance(error, _WHILE_BUILDING) and not names & (_STEPS | _WORK)
-    return building and not is_from_this_package(error)
+    unknown = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
+    return building and (unknown or not is_from_this_package(error))
 
 
 def is_from_this_package(error: Exception) -> bool:
@@ -95,4 +96,7 @@ def describe(error: BaseException) -> str:
         text = error.strerror
     if "Original Traceback (most recent call last)" in text:  # from a worker of a data loader
         text = text.rstrip().rsplit("\n", 1)[-1].split(": ", 1)[-1]
-    return " ".join(text.split())[:2000] or type(error).__name__
+    if not text.strip():  # an assertion without a message
+        frames = traceback.extract_tb(error.__traceback__)
+        text = ": ".join([type(error).__name__, *(frame.line or "" for frame in frames[-1:])])
+    return " ".join(text.split())[:2000]

@@ -1,16 +1,24 @@
 """Settings of a segmentor that must agree with each other and with its data."""
 
 import math
+import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import torch
+from mmdet.models.dense_heads import MaskFormerHead
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from mmseg.evaluation import IoUMetric
+from mmseg.models import SegDataPreProcessor
+from mmseg.structures import SegDataSample
 from torch import nn
 
+from .errors import describe
 from .label_maps import IGNORED, CheckedLabelMaps
 
 
@@ -19,8 +27,9 @@ class CheckSegmentorHook(Hook):
     """Check before a run what would fail late or train silently on the wrong thing.
 
     These are the classes of heads, losses and data; what is ignored and what pads label maps (255,
-    as the data sets of this package read them); sizes of crops and of windows. It replaces mmdet's
-    NumClassCheckHook, which does not look at tests.
+    as the data sets of this package read them); sizes of crops and of windows; metrics; transforms,
+    by reading one image; and before a training the whole model, by a pass on a black image.
+    It replaces mmdet's NumClassCheckHook, which does not look at tests.
 
     Raises:
         ValueError: Settings do not fit; the message names them.
@@ -45,6 +54,12 @@ class CheckSegmentorHook(Hook):
         _check_classes({split: loop.dataloader.dataset for split, loop in loops.items()}, heads)
         for split, loop in loops.items():
             _check_data(split, loop, heads, model.data_preprocessor)
+            image = _try_transforms(split, loop.dataloader.dataset)
+            if split == "train":
+                _check_batch(loop.dataloader, heads)
+                _check_maps(model, heads, channels=len(image["inputs"]))
+        if "train" in loops:
+            _check_metrics(runner.hooks, loops.get("val"))
 
 
 def _check_classes(datasets: dict[str, Any], heads: dict[str, nn.Module]) -> None:
@@ -80,6 +95,8 @@ def _check_data(
                 _check_ignored(name, part, len(dataset.metainfo["classes"]))
         if split == "train":
             _check_crops(transforms, preprocessor)
+        elif isinstance(dataset, CheckedLabelMaps) and not dataset.test_mode:
+            raise ValueError(f"{split}_dataloader.dataset.test_mode must be True, got False")
 
 
 def _sources(dataset: Any) -> Iterator[Any]:
@@ -160,7 +177,15 @@ def _check_ignored(name: str, part: Any, classes: int) -> None:
 
 def _check_crops(transforms: dict[str, Any], preprocessor: nn.Module) -> None:
     """Check that images smaller than the crop are padded to its size, or they make no batch."""
-    size = getattr(preprocessor, "size", None)
+    if not isinstance(preprocessor, SegDataPreProcessor):
+        return
+    size, divisor = preprocessor.size, preprocessor.size_divisor
+    pair = isinstance(size, list | tuple) and len(size) == 2
+    if (size is None) == (divisor is None) or not (size is None or pair):
+        raise ValueError(
+            "model.data_preprocessor must have a size (height, width) or a size_divisor, got "
+            f"{size} and {divisor}"
+        )
     if size is None or "RandomCrop" not in transforms or "Pad" in transforms:
         return
     crop = transforms["RandomCrop"].crop_size
@@ -169,3 +194,76 @@ def _check_crops(transforms: dict[str, Any], preprocessor: nn.Module) -> None:
             f"model.data_preprocessor.size must be at least the crop_size of RandomCrop, {crop}, "
             f"got {size}: smaller images are padded to it"
         )
+
+
+def _try_transforms(split: str, dataset: Any) -> dict:
+    """Read one image as the run will do, without a trace in the states of random numbers."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return dataset[0]
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # transforms raise exceptions of any kind
+        reason = f"{type(error).__name__}: {describe(error)}"
+        raise ValueError(f"{split}_dataloader.dataset.pipeline: {reason}") from error
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _check_batch(loader: Any, heads: dict[str, nn.Module]) -> None:
+    for name, head in heads.items():
+        pooled = getattr(head, "psp_modules", nn.Module()).modules()
+        normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pooled)
+        if loader.batch_size == 1 and normalised and 1 in head.psp_modules.pool_scales:
+            raise ValueError(
+                "train_dataloader.batch_size must be at least 2, got 1: batch norm cannot be "
+                f"trained on the single pixel of an image that {name} pools"
+            )
+
+
+@torch.no_grad()
+def _check_maps(model: nn.Module, heads: dict[str, nn.Module], channels: int) -> None:
+    """Run the model once, on a black image, to see that heads take what the backbone gives."""
+    preprocessor = model.data_preprocessor
+    image = torch.zeros(1, channels, *(getattr(preprocessor, "size", None) or (256, 256)))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    part, shapes = "model.backbone", ""
+    try:
+        maps = model.extract_feat(image.to(preprocessor.device))
+        shapes = f" with maps of {[each.shape[1] for each in maps]} channels"
+        for name, head in heads.items():
+            part = name
+            head(maps, [SegDataSample()]) if isinstance(head, MaskFormerHead) else head(maps)
+    except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{part} does not work{shapes}: {describe(error)}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _check_metrics(hooks: list[Hook], loop: Any) -> None:
+    """Check the names of metrics, and that of the best checkpoint's among them."""
+    metrics = loop.evaluator.metrics if loop else ()
+    known = set()
+    for metric in metrics:
+        if not isinstance(metric, IoUMetric) or metric.prefix:
+            return
+        names = [metric.metrics] if isinstance(metric.metrics, str) else metric.metrics
+        if not names or not {*names} <= {"mIoU", "mDice", "mFscore"}:
+            raise ValueError(
+                f"val_evaluator.iou_metrics must be among mIoU, mDice and mFscore, got {names}"
+            )
+        areas = [torch.ones(1)] * 4
+        figures = metric.total_area_to_metrics(*areas, metric.metrics)
+        known |= {name if name == "aAcc" else f"m{name}" for name in figures}
+    for hook in hooks:
+        wanted = getattr(hook, "save_best", None)
+        for name in [wanted] if isinstance(wanted, str) else wanted or ():
+            if known and name not in {*known, "auto"}:
+                raise ValueError(
+                    f"default_hooks.checkpoint.save_best must be among {', '.join(sorted(known))}, "
+                    f"got {name!r}"
+                )

@@ -277,12 +277,16 @@ def test_hooks(recipe, config):
     }
 
 
+class Data(list):
+    metainfo = ADE20KDataset.METAINFO
+
+
 def test_the_settings_pass_their_own_checks(config, model):
-    pipeline = Compose(config.train_dataloader.dataset.pipeline)
-    dataset = SimpleNamespace(metainfo=ADE20KDataset.METAINFO, pipeline=pipeline)
-    loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset))
+    data = Data([{}])
+    data.pipeline = Compose(config.test_dataloader.dataset.pipeline)
+    loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=data))
     hook = HOOKS.build(config.custom_hooks[0])
-    hook.before_run(SimpleNamespace(model=model, _train_loop=loop, _val_loop={}, _test_loop={}))
+    hook.before_run(SimpleNamespace(model=model, _train_loop={}, _val_loop={}, _test_loop=loop))
 
 
 def test_names_of_the_runtime_are_known(config):

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS
 
 pytestmark = pytest.mark.usefixtures("mmseg_scope")
@@ -95,6 +97,39 @@ WRONG = [
         'model = dict(test_cfg=dict(mode="slide", crop_size=(64, 64), stride=(64, 65)))',
         r"model.test_cfg.stride must be at most crop_size \(64, 64\), got \(64, 65\)",
     ),
+    (
+        "train_dataloader = dict(batch_size=1)",
+        r"train_dataloader.batch_size must be at least 2, got 1: .* model.decode_head pools$",
+    ),
+    (
+        "model = dict(data_preprocessor=dict(size=128))",
+        r"model.data_preprocessor must have a size \(height, width\) or a size_divisor, got 128",
+    ),
+    (
+        "model = dict(decode_head=dict(in_channels=[16, 32, 64, 127]))",
+        r"model.decode_head does not work with maps of \[16, 32, 64, 128\] channels: .* 127 c",
+    ),
+    (
+        "model = dict(auxiliary_head=dict(in_index=4))",
+        r"model.auxiliary_head does not work with maps of \[16, 32, 64, 128\] channels: tuple",
+    ),
+    (
+        "val_dataloader = dict(dataset=dict(test_mode=False))",
+        r"val_dataloader.dataset.test_mode must be True, got False",
+    ),
+    (
+        "_base_.train_pipeline[2].scale = 0\n"
+        "train_dataloader = dict(dataset=dict(pipeline=_base_.train_pipeline))",
+        r"train_dataloader.dataset.pipeline: NotImplementedError: Do not support sampling function",
+    ),
+    (
+        "val_evaluator = dict(iou_metrics=['mIoU', 'IoU'])",
+        r"val_evaluator.iou_metrics must be among mIoU, mDice and mFscore, got \['mIoU', 'IoU'\]",
+    ),
+    (
+        "default_hooks = dict(checkpoint=dict(save_best='mDice', rule='greater'))",
+        r"default_hooks.checkpoint.save_best must be among aAcc, mAcc, mIoU, got 'mDice'",
+    ),
 ]
 
 
@@ -109,15 +144,19 @@ def check(write_config, tmp_path) -> Callable[..., None]:
         config = Config.fromfile(write_config(tmp_path / "config.py", family, settings))
         metrics = [METRICS.build(config.val_evaluator)]
         runner = SimpleNamespace(model=MODELS.build(config.model), _test_loop=config.test_cfg)
+        runner.model = revert_sync_batchnorm(runner.model)
+        runner.hooks = [HOOKS.build(config.default_hooks.checkpoint)]
         for split in ("train", "val"):
             dataset = config[f"{split}_dataloader"].dataset
-            dataset = DATASETS.build({**dataset, **UNPACKED[dataset.type]})
-            loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset))
+            loader = SimpleNamespace(
+                dataset=DATASETS.build({**dataset, **UNPACKED[dataset.type]}),
+                batch_size=config[f"{split}_dataloader"].batch_size,
+            )
+            loop = SimpleNamespace(dataloader=loader)
             if split == "val":
                 loop.evaluator = SimpleNamespace(metrics=metrics)
             setattr(runner, f"_{split}_loop", loop)
-        for hook in config.custom_hooks:
-            HOOKS.build(hook).before_run(runner)
+        HOOKS.build(config.custom_hooks[0]).before_run(runner)
 
     return run
 
@@ -145,6 +184,8 @@ RIGHT = {
     ),
     "sigmoid": HEADS.format(f"loss_decode={SIGMOID.format(True, None)}"),
     "padding of class 0": "model = dict(data_preprocessor=dict(seg_pad_val=0))",
+    "another metric": "val_evaluator = dict(iou_metrics='mFscore')\n"
+    "default_hooks = dict(checkpoint=dict(save_best='mPrecision', rule='greater'))",
     "concatenated": "first = _base_.train_dataloader.dataset\n"
     'train_dataloader = dict(dataset=dict(_delete_=True, type="ConcatDataset", '
     'datasets=[first, dict(type="RepeatDataset", dataset=first, times=2)]))',
@@ -152,8 +193,11 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("settings", RIGHT.values(), ids=RIGHT)
-def test_settings_that_fit(settings, check):
+def test_settings_that_fit_leave_random_numbers_alone(settings, check):
+    before = np.random.get_state()[1].copy()
     check(settings)
+
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
 
 
 def test_wrappers_of_data_sets_are_looked_through(check):

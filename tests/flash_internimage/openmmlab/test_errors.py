@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.visualization import LocalVisBackend
+from mmseg.datasets.transforms import RandomCrop
 
 from flash_internimage.files import own_folder
 from flash_internimage.openmmlab import curves, programs
@@ -356,3 +357,15 @@ def test_what_is_doubtful_is_in_the_log(train, tmp_path):
     assert "not finite: score" in logs
     assert "4 of the 4 images of val_dataloader are also in train_dataloader" in logs
     assert (tmp_path / "run" / "best_score_epoch_1.pth").is_file()
+
+
+def test_an_assertion_without_a_message_shows_its_condition():
+    with pytest.raises(AssertionError) as raised:
+        RandomCrop(crop_size=0)
+    assert describe(raised.value) == "AssertionError: assert crop_size[0] > 0 and crop_size[1] > 0"
+
+
+def test_a_keyword_that_a_class_of_this_package_does_not_know_is_no_defect(capsys):
+    with pytest.raises(SystemExit, match="2"), one_line_errors():
+        MODELS.build({"type": "FlashInternImage", "arc": "tiny"})
+    assert re.match("error: .* unexpected keyword argument 'arc'\n$", capsys.readouterr().err)
