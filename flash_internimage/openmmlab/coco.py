@@ -51,8 +51,8 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
 
     Args:
         max_objects: Number of objects per image up to which an image is used in training, and in
-            tests if the pipeline loads masks. Memory grows with it: mmdet compares all objects
-            with all anchors.
+            tests if the pipeline loads masks. mmdet compares all objects with all anchors, which
+            takes 36 bytes for each pair: 10 MB per object in an image of 1333 x 800 pixels.
         max_mask_bytes: Size of all masks of an image up to which it is used if the pipeline loads
             masks. mmdet takes a byte per object and pixel.
         kwargs: Arguments of CocoDataset.

@@ -114,7 +114,7 @@ def _check_for_evaluation(
     try:
         content = parse_json(get(ann_file, backend_args=backend_args))
         check_annotations(content, masks, all_masks=masks)
-        if evaluates and not content.get("annotations"):
-            raise ValueError("annotations must not be empty")
+        if evaluates and all(a.get("iscrowd") for a in content.get("annotations", [])):
+            raise ValueError("annotations must have objects that are no crowds")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"ann_file of the evaluator {ann_file}: {error}") from error

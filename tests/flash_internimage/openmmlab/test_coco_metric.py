@@ -97,17 +97,26 @@ def test_classes_that_the_file_does_not_have(kind, classes, evaluate):
 
 
 @both_metrics
-@pytest.mark.parametrize("first", [0, "a", 1.0])
-def test_ids_that_an_evaluation_cannot_use(kind, first, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *[
+            ({"id": first}, f"annotation {first!r}: id must be a unique integer")
+            for first in (0, "a", 1.0)
+        ],
+        ({"iscrowd": 1}, "annotations must have objects that are no crowds"),
+    ],
+)
+def test_annotations_that_an_evaluation_cannot_use(kind, change, message, tmp_path):
     path = tmp_path / "annotations.json"
-    entry = {"id": first, "image_id": 1, "category_id": 1, "bbox": BOX, "area": 400}
+    entry = {"id": 1, "image_id": 1, "category_id": 1, "bbox": BOX, "area": 400}
     content = {
         "images": [{"id": 1, "file_name": "1.png", "height": 40, "width": 40}],
-        "annotations": [entry],
+        "annotations": [entry | change],
         "categories": [{"id": 1, "name": "cat"}],
     }
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"annotation {first!r}: id must be a unique integer"):
+    with pytest.raises(ValueError, match=rf"annotations\.json: .*{message}"):
         METRICS.build({"type": kind, "ann_file": str(path)})
 
 
