@@ -230,19 +230,19 @@ def _names_of(checkpoint: Mapping) -> list[str] | None:
 def _set_labels(dataset: Dataset, names: list[str] | None, source: str, num_classes: int) -> None:
     """Label a data set by the names of a model's classes.
 
-    Weights without names get those of ImageNet if the data is part of that, else the classes of the
-    data in their order.
+    For weights without names, the data's own may be the synsets of ImageNet or the indices of the
+    classes; else its classes count in their order.
 
     Raises:
         ConfigError: The data has a class that the model does not know, or, without names, another
             number of classes than the model.
     """
     own = class_to_index(dataset)
-    if names is None and own:
+    if names is None:
         subset = infer_imagenet_subset({"num_classes": num_classes})
         synsets = ImageNetInfo(subset).label_names() if subset else []
-        if own.keys() <= set(synsets):
-            names = synsets
+        indices = [str(i) for i in range(num_classes)]
+        names = next((known for known in (synsets, indices) if own.keys() <= set(known)), None)
     if names is not None:
         match_classes(dataset, names, source)
     elif own and len(own) != num_classes:

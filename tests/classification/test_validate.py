@@ -294,14 +294,16 @@ def test_classes_that_the_checkpoint_does_not_know_are_refused(
     assert re.search(message, caplog.text)
 
 
-def test_weights_without_names_need_all_classes(run, right, tmp_path, capsys, caplog):
+def test_weights_without_names_need_all_classes_or_indices(run, right, tmp_path, capsys, caplog):
     save_atomically(load_checkpoint(run / "last.pth")["model"], tmp_path / "weights.pth")
     command = [str(run / "config.yaml"), "--checkpoint", str(tmp_path / "weights.pth")]
-    root = coloured(tmp_path, "all", DIGITS)
-    assert main([*command, "--data", str(root), "--split", "all"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == 100
-    coloured(tmp_path, "few", {"1": 1, "2": 2})
-    assert main([*command, "--data", str(root), "--split", "few"]) == 2
+    coloured(tmp_path, "all", {name: i for i, name in enumerate("abcdefghij")})
+    coloured(tmp_path, "numbered", {"3": 3, "7": 7})
+    for split in ("all", "numbered"):
+        assert main([*command, "--data", str(tmp_path), "--split", split]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == 100
+    coloured(tmp_path, "few", {"a": 0, "b": 1})
+    assert main([*command, "--data", str(tmp_path), "--split", "few"]) == 2
     assert "must have the 10 classes of" in caplog.text
 
 
