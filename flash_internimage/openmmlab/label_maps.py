@@ -16,7 +16,14 @@ from PIL import Image
 
 from ..files import check_no_loops
 from ..images import UnreadableImage, read_size
-from .files import LeftOutFiles, ReadableImages, find_missing, is_local, open_image
+from .files import (
+    LeftOutFiles,
+    ReadableImages,
+    check_size,
+    find_missing,
+    is_local,
+    open_image,
+)
 
 IGNORED = 255  # mmseg's labels are uint8
 _CHECKED_AT_START = 200  # label maps; 512 x 683 pixels take about 4 ms each
@@ -262,8 +269,11 @@ class CheckedLabelMaps(ReadableImages):
             image, labels = map(read_size, paths)
         except UnreadableImage as error:
             return str(error)
-        # The pipeline compares height and width: EXIF may turn images as they are loaded.
-        return None if sorted(image) == sorted(labels) else _differing_sizes(info, labels, image)
+        try:
+            check_size(info["img_path"], labels)
+        except UnreadableImage:
+            return _differing_sizes(info, labels, image)
+        return None
 
     def _check_values(self, data_list: list[dict]) -> None:
         """Check the values of label maps from all over the data set, and log what there is."""

@@ -39,11 +39,12 @@ _READ = (
 
 # Parts of a configuration whose numbers are checked, and the names of these.
 _CHECKED = ("train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr", "default_hooks")
-_CHECKED += ("train_dataloader", "val_dataloader", "test_dataloader")
+_CHECKED += ("train_dataloader", "val_dataloader", "test_dataloader", "randomness")
 _COUNTS = {"max_epochs", "max_iters", "val_interval", "batch_size", "accumulative_counts"}
 _COUNTS |= {"base_batch_size"}
 _NUMBERS = {"lr", "weight_decay", "momentum", "eps", "interval", "begin", "end"}
 _NUMBERS |= {"start_factor", "end_factor", "factor", "gamma", "eta_min", "power"}
+_LIMITS = {"max_norm", "clip_value"}
 
 # Parts of a configuration that must be a dict where they are given, those of a training always.
 _OF_TRAINING = ("train_cfg", "train_dataloader", "optim_wrapper")
@@ -289,7 +290,7 @@ def _check_numbers(key: str, value: Any) -> None:
     """Check the numbers in a part of a configuration whose meaning is known by their names."""
     if isinstance(value, Mapping):
         for name, item in value.items():
-            if name not in ("dataset", "clip_grad"):  # its norms may be infinite
+            if name != "dataset":
                 _check_numbers(f"{key}.{name}", item)
         return
     if isinstance(value, list | tuple):
@@ -298,12 +299,19 @@ def _check_numbers(key: str, value: Any) -> None:
         return
     name = key.rsplit(".", 1)[-1]
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and not math.isfinite(value):
+    if name in _LIMITS and value is not None and not (number and value > 0):
+        raise ValueError(f"{key} must be a positive number, got {value!r}")
+    if number and not math.isfinite(value) and name not in (*_LIMITS, "norm_type"):
         raise ValueError(f"{key} must be finite, got {value}")
     if name in _COUNTS and value is not None and not (number and value > 0 and value % 1 == 0):
         raise ValueError(f"{key} must be a positive integer, got {value!r}")
-    if name == "num_workers" and not (number and value >= 0 and value % 1 == 0):
+    unset = name == "seed" and value is None
+    if name in ("num_workers", "seed") and not (
+        unset or (number and value >= 0 and value % 1 == 0)
+    ):
         raise ValueError(f"{key} must be an integer of at least 0, got {value!r}")
+    if name == "interval" and value == 0:
+        raise ValueError(f"{key} must be a positive integer, or -1 for never, got 0")
     if name in _NUMBERS and value is not None and not number:
         raise ValueError(f"{key} must be a number, got {value!r}")
 
