@@ -110,8 +110,11 @@ class Trainer:
         with fail_together(device):
             self._build_data()
             self._build_model(load_initial)
-        # One graph, for all batches are of one shape; evaluation runs without it.
-        self.parallel = torch.compile(self.model) if cfg.model.compile else self.model
+        # All batches of a run are of one shape, and evaluation is not compiled. A second run in the
+        # process would else compile for symbolic shapes and fail on the CPU (pytorch#185510).
+        self.parallel = (
+            torch.compile(self.model, dynamic=False) if cfg.model.compile else self.model
+        )
         if world_size > 1:
             device_ids = [device] if device.type == "cuda" else None
             self.parallel = DistributedDataParallel(

@@ -363,6 +363,23 @@ def test_compile_and_gradient_checkpointing_are_switched_on(config, monkeypatch)
     assert not any("_orig_mod" in name for name in trainer.state_dict()["model"])
 
 
+def test_graphs_are_compiled_for_the_shape_of_their_batches(config, monkeypatch):
+    symbolic = []
+
+    def backend(graph, inputs):
+        symbolic.append(any(isinstance(value, torch.SymInt) for value in inputs))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    for size, batch_size in ((32, 4), (48, 4), (64, 2)):
+        cfg = config(batch_size=batch_size, data={"image_size": size}, model={"compile": True})
+        trainer = Trainer(cfg, CPU)
+        assert trainer.train_update([next(iter(trainer.train_loader))]) > 0
+    assert len(symbolic) >= 3
+    assert not any(symbolic)
+
+
 @pytest.mark.parametrize(
     ("augmentation", "criterion"),
     [
