@@ -91,13 +91,15 @@ def test_the_command_reproduces_the_metrics_of_training(run, tmp_path, capsys, w
 
 
 @pytest.mark.parametrize(
-    ("amp", "device", "resolved"),
+    ("amp", "device", "has_bf16", "resolved"),
     [
-        ("auto", "cuda", "fp16"), ("auto", "cpu", "off"), ("auto", "mps", "off"),
-        ("fp16", "cpu", "fp16"), ("bf16", "cuda", "bf16"), ("off", "cuda", "off"),
+        ("auto", "cuda", True, "fp16"), ("auto", "mps", True, "off"),
+        ("auto", "cpu", False, "off"), ("auto", "cpu", True, "bf16"),
+        ("fp16", "cpu", True, "fp16"), ("bf16", "cuda", False, "bf16"), ("off", "cpu", True, "off"),
     ],
 )  # fmt: skip
-def test_automatic_precision_depends_on_the_device(amp, device, resolved):
+def test_automatic_precision_depends_on_the_device(monkeypatch, amp, device, has_bf16, resolved):
+    monkeypatch.setattr(validate, "has_bf16_instructions", lambda: has_bf16)
     assert resolve_amp(amp, torch.device(device)) == resolved
 
 
