@@ -3,6 +3,7 @@
 Parameter names and shapes are those of the released checkpoints.
 """
 
+import logging
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -27,6 +28,8 @@ from ops_dcnv4 import DCNv4
 from .blocks import Stage, Stem, to_channels_first
 from .checkpoint import SOURCE, read_pretrained
 from .pretrained import RELEASED
+
+_logger = logging.getLogger(__name__)
 
 
 def _integer(name: str, value: Any, minimum: int) -> int:
@@ -371,11 +374,28 @@ ARCHITECTURES = {
 }
 
 
+# Where timm takes weights from.
+_SOURCES = {"file", "url", "hf_hub_id", "state_dict"}
+
+
+def _check_out_indices(indices: Any, stages: int) -> None:
+    if isinstance(indices, int):
+        return
+    positions = [index % stages for index in indices if -stages <= index < stages]
+    if not indices or len(positions) < len(indices) or positions != sorted({*positions}):
+        raise ValueError(
+            f"out_indices must be ascending stages from 0 to {stages - 1}, got {tuple(indices)}"
+        )
+
+
 def _create(arch: str, pretrained: bool, kwargs: dict) -> nn.Module:
     name = f"flash_internimage_{arch}"
-    cfg = resolve_pretrained_cfg(
-        name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
-    )
+    overlay = kwargs.pop("pretrained_cfg_overlay", None)
+    cfg = resolve_pretrained_cfg(name, kwargs.pop("pretrained_cfg", None), overlay)
+    if ignored := [] if pretrained else sorted({*(overlay or ())} & _SOURCES):
+        _logger.warning(
+            "%s of pretrained_cfg_overlay has no effect without pretrained=True", ignored[0]
+        )
     cfg = replace(cfg, first_conv="patch_embed.conv1", classifier="head")
     if pretrained and cfg.custom_load:
         raise ValueError(f"custom_load must be False for {name}, got {cfg.custom_load!r}")
@@ -388,6 +408,9 @@ def _create(arch: str, pretrained: bool, kwargs: dict) -> nn.Module:
     feature_cls = kwargs.get("feature_cls", feature_cfg["feature_cls"])
     if isinstance(feature_cls, str) and feature_cls.lower() not in ("getter", "hook", "fx"):
         raise ValueError(f"feature_cls must be 'getter', 'hook' or 'fx', got {feature_cls!r}")
+    if kwargs.get("features_only", False):
+        stages = len(kwargs.get("depths", ARCHITECTURES[arch]["depths"]))
+        _check_out_indices(kwargs.get("out_indices", feature_cfg["out_indices"]), stages)
     return build_model_with_cfg(
         FlashInternImage,
         name,

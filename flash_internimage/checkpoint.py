@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -244,8 +245,8 @@ def _first_size(tensor: Any) -> int:
 
 def _warn_of_initial_values(name: str, classes: int, expected: int) -> None:
     _logger.warning(
-        "%s keeps its initial values: the checkpoint has %d classes, the model %d",
-        name, classes, expected,
+        "%s keeps its initial values: the checkpoint has %s classes, the model %d",
+        name, classes or "no", expected,
     )  # fmt: skip
 
 
@@ -279,12 +280,13 @@ def read_pretrained(
         source = fetch_checkpoint(state_dict[SOURCE], cache_dir=cache_dir)
         state_dict = load_checkpoint(source)
     weights = clean_state_dict(state_dict)
+    classes = _first_size(weights.get("head.weight"))
 
     expected, stem = dict(own), weights.get(stem_name := f"{cfg['first_conv']}.weight")
     if stem is not None and stem.dim() == 4:
         cfg["input_size"] = (stem.shape[1], *cfg["input_size"][1:])
         expected[stem_name] = own[stem_name][:, :1].expand(-1, stem.shape[1], -1, -1)
-    fresh = _fresh_parts(weights, model, features_only)
+    fresh = _fresh_parts(model, classes, features_only)
     expected, weights = (
         {name: tensor for name, tensor in entries.items() if not name.startswith(fresh)}
         for entries in (expected, weights)
@@ -298,14 +300,16 @@ def read_pretrained(
             for entries in (expected, weights)
         )
     require_fit(expected, weights)
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"weights must be finite, those of {_shorten(broken)} are not")
+    if model.num_classes and not features_only and "head." in fresh:
+        _warn_of_initial_values("head", classes, model.num_classes)
     return own | weights
 
 
-def _fresh_parts(
-    weights: Mapping[str, Tensor], model: nn.Module, features_only: bool
-) -> tuple[str, ...]:
-    """Return the prefixes of the parts that take nothing from pretrained weights."""
-    cfg, classes = model.pretrained_cfg, _first_size(weights.get("head.weight"))
+def _fresh_parts(model: nn.Module, classes: int, features_only: bool) -> tuple[str, ...]:
+    """Return the prefixes of the parts that take nothing from weights of so many classes."""
+    cfg = model.pretrained_cfg
     if features_only:
         return ("head.", "conv_head.")
     if model.num_classes == 0:
@@ -313,7 +317,6 @@ def _fresh_parts(
     if classes == model.num_classes:
         cfg["num_classes"] = classes  # Else timm would drop a classifier that fits.
     elif cfg["num_classes"] != model.num_classes:
-        _warn_of_initial_values("head", classes, model.num_classes)
         return ("head.",)
     return ()
 
@@ -359,11 +362,14 @@ def require_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
     """Require that weights fit a model.
 
     Raises:
-        ValueError: :func:`find_misfits` finds some; the message lists them.
+        ValueError: :func:`find_misfits` finds some; the message lists five of each kind.
     """
     problems = find_misfits(expected, state_dict)
     if problems:
-        raise ValueError(f"the checkpoint does not fit the model: {_shorten(problems)}")
+        kinds = groupby(problems, key=lambda problem: problem.split(maxsplit=1)[0])
+        shown = [problem for _, kind in kinds for problem in islice(kind, 5)]
+        more = f" and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(shown)}{more}")
 
 
 def _shorten(items: list[str]) -> str:

@@ -190,6 +190,10 @@ class _Check:
         full = _Name(f"{module}.{name}")
         if full not in _ADMITTED and full not in _OF_TORCH:
             refused = full in _get_allowed_globals() or full.startswith("torch.")
+            is_model = full.startswith("torch.nn.modules.")
+            _require(
+                not is_model, f"it holds a whole model ({full}): save its state_dict() instead"
+            )
             _require(not refused, f"{full} is not plain data")
             self.foreign.add(full)
             # For each operation on one of them, torch goes through all of them.

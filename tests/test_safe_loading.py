@@ -35,7 +35,6 @@ UNSAFE = re.compile(
     re.VERBOSE,
 )
 ALLOWED = {
-    "classification/config.py": {"yaml.load"},  # with a subclass of SafeLoader
     "flash_internimage/openmmlab/runtime.py": {  # which makes the engine read files safely, too
         "mmengine.runner.CheckpointLoader",
         "mmengine.runner.CheckpointLoader._schemes",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import SpatialShapes, flash_deform_attn, to_integers
-from .ops import check_dense, dcnv4, output_size, to_bool, to_float, to_int, to_pair
+from .ops import check_dense, checked_output_size, dcnv4, to_bool, to_float, to_int, to_pair
 
 
 class _NotScriptable(nn.Module):
@@ -226,7 +226,9 @@ class DCNv4(_NotScriptable):
         return pads
 
     def _output_size(self, x: Tensor) -> tuple[int, int]:
-        return output_size(x.shape[1:3], self.kernel_size, self.stride, self.pad, self.dilation)
+        size = x.shape[1], x.shape[2]
+        window = self.kernel_size, self.stride, self.pad, self.dilation
+        return checked_output_size("input", size, *window)
 
     def _has_odd_window(self) -> bool:
         return all(

@@ -128,6 +128,24 @@ def output_size(
     return height, width
 
 
+def checked_output_size(
+    name: str, size: tuple[int, int], *window: tuple[int, int]
+) -> tuple[int, int]:
+    """Return the :func:`output_size` of the tensor `name` for a window that fits into it.
+
+    Raises:
+        ValueError: There would be no output pixel.
+    """
+    height, width = output_size(size, *window)
+    if height < 1 or width < 1:
+        kernel_size, _, padding, dilation = window
+        raise ValueError(
+            f"the output would be {height} x {width}: {name} of {size[0]} x {size[1]} is too "
+            f"small for kernel_size {kernel_size}, padding {padding} and dilation {dilation}"
+        )
+    return height, width
+
+
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -265,12 +283,9 @@ def _check_shapes(
             "value must have at least one row and one column, got (N, H, W, C) = "
             f"{tuple(value.shape)}"
         )
-    height_out, width_out = output_size((height, width), kernel_size, stride, padding, dilation)
-    if height_out < 1 or width_out < 1:
-        raise ValueError(
-            f"the output would be {height_out} x {width_out}: value of {height} x {width} is too "
-            f"small for kernel_size {kernel_size}, padding {padding} and dilation {dilation}"
-        )
+    height_out, width_out = checked_output_size(
+        "value", (height, width), kernel_size, stride, padding, dilation
+    )
     if tuple(offset_mask.shape[:3]) != (n, height_out, width_out):
         raise ValueError(
             f"offset_mask must be ({n}, {height_out}, {width_out}, ...) like the output, "

@@ -234,7 +234,7 @@ def test_anything_but_a_dict_is_refused(tmp_path, contents):
 def test_whole_model_is_refused(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "model.pth")
     message = refusal(tmp_path / "model.pth")
-    assert "torch.nn.modules.linear.Linear is not plain data" in message
+    assert "it holds a whole model (torch.nn.modules.linear.Linear)" in message
 
 
 @pytest.mark.parametrize("write", [write_zip, write_old, save_file])

@@ -238,7 +238,7 @@ def test_weights_without_classifier_leave_it_and_say_so(own, tmp_path, caplog):
     model = nano(1, num_classes=7, **file(weights, tmp_path))
     assert_equal(split_head(model.state_dict())[1], weights)
     assert caplog.messages == [
-        "head keeps its initial values: the checkpoint has 0 classes, the model 7"
+        "head keeps its initial values: the checkpoint has no classes, the model 7"
     ]
 
 
@@ -252,6 +252,28 @@ def test_other_names_are_counted_where_they_are_allowed(own, tmp_path, caplog):
     reshape("conv_head.0.weight", 3)(weights)
     with pytest.raises(ValueError, match=r"shape of conv_head\.0\.weight"):
         nano(1, num_classes=10, pretrained_strict=False, **file(weights, tmp_path))
+
+
+def test_a_misfit_names_what_the_checkpoint_has_in_place_of_the_models_names(own, tmp_path):
+    weights = {f"model.{name}": tensor for name, tensor in own.state_dict().items()}
+    weights["criterion.weight"] = torch.ones(10)
+    with pytest.raises(ValueError, match=r"missing: .*unexpected: model\.patch.* and \d+ more"):
+        nano(1, num_classes=7, **file(weights, tmp_path))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(own, tmp_path, value):
+    weights = own.state_dict()
+    weights[FC1] = weights[FC1].clone().fill_(value)
+    with pytest.raises(ValueError, match=rf"weights must be finite, those of {FC1} are not"):
+        nano(1, num_classes=10, **file(weights, tmp_path))
+
+
+def test_a_file_without_pretrained_has_no_effect_and_says_so(own, tmp_path, caplog):
+    nano(1, num_classes=10, **(file(own.state_dict(), tmp_path) | {"pretrained": False}))
+    assert caplog.messages == [
+        "file of pretrained_cfg_overlay has no effect without pretrained=True"
+    ]
 
 
 def test_a_model_that_holds_no_values_has_no_pretrained_ones(own, tmp_path):

@@ -201,7 +201,7 @@ REFUSED = {
         noted(nn.Parameter(torch.ones(1))),
         "_rebuild_parameter_with_state is not plain data",
     ),
-    "module": (lambda library: nn.Linear(2, 2), "torch.nn.modules.linear.Linear is not plain"),
+    "module": (lambda library: nn.Linear(2, 2), "a whole model (torch.nn.modules.linear.Linear)"),
     "tuple as a key": (lambda library: {(1, 2): 3}, "must be text, bytes or numbers"),
     "sparse tensor": (lambda library: torch.eye(2).to_sparse(), "rebuild_sparse_tensor is not pl"),
     "expanded tensor": (lambda library: torch.ones(1).expand(3), "is not called as by torch.save"),

@@ -52,6 +52,12 @@ def test_every_extractor_gives_what_feature_info_says(feature_cls, out_indices):
         assert actual.equal(expected[i])
 
 
+@pytest.mark.parametrize("out_indices", [(3, 1), (0, 0), [], (0, 4), (-1, 3), (-1, 0)])
+def test_other_orders_of_feature_maps_are_refused(out_indices):
+    with pytest.raises(ValueError, match="out_indices must be ascending stages from 0 to 3, got"):
+        nano(0, features_only=True, out_indices=out_indices)
+
+
 def test_the_extractor_may_be_named_in_a_dict():
     model = nano(0, features_only=True, feature_cfg={"feature_cls": "hook", "out_indices": (1,)})
     assert isinstance(model, timm.models.FeatureHookNet)

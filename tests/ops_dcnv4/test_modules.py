@@ -479,3 +479,13 @@ def test_state_dict_holds_all_that_was_learnt():
     other.load_state_dict(module.state_dict())
     x = random_image(2, 5, 6, 16, dtype=torch.float32)
     torch.testing.assert_close(other(x), module(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [({"kernel_size": 7}, 4), ({"kernel_size": 3, "dilation": 4}, 8), ({"kernel_size": (1, 5)}, 4)],
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_window_larger_than_the_image_is_refused_by_name(arguments, size, stride):
+    with pytest.raises(ValueError, match=rf"input of {size} x {size} is too small for kernel_size"):
+        DCNv4Conv2d(16, 32, **arguments, stride=stride)(torch.randn(1, 16, size, size))
