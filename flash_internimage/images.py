@@ -58,9 +58,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         pixels = np.asarray(image)
         if pixels.min() < 0:
             raise ValueError(f"pixels must not be negative, got {pixels.min()}")
-        bits = max(8, int(pixels.max()).bit_length())
-        image = Image.fromarray((pixels >> (bits - 8)).astype(np.uint8))
+        image = Image.fromarray(to_8_bits(pixels))
     return image.convert("RGB")
+
+
+def to_8_bits(pixels: np.ndarray) -> np.ndarray:
+    """Scale integers of at least 0 to uint8 as :func:`to_rgb` does.
+
+    Returns:
+        uint8, the eight highest of the bits that the brightest pixel needs.
+    """
+    bits = max(8, int(pixels.max()).bit_length())
+    return (pixels >> (bits - 8)).astype(np.uint8)
 
 
 def image_suffixes() -> set[str]:

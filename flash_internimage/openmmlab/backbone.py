@@ -31,7 +31,8 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         layer_scale: initial value of the residual branches' scales. The published detectors and
             segmentors of all sizes train with 1.0; a checkpoint without scales leaves it there.
         init_cfg: dict(type='Pretrained', checkpoint=...), a path, an address or the name of
-            released weights, see :func:`flash_internimage.checkpoint.fetch_checkpoint`.
+            released weights, see :func:`flash_internimage.checkpoint.fetch_checkpoint`. Its
+            `prefix` is not needed: the backbone's weights are found in a detector's, too.
         kwargs: of :class:`flash_internimage.backbone.FlashInternImage`.
 
     Raises:
@@ -62,14 +63,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
             raise ValueError(
                 f"frozen_stages must be an integer from -1 to {stages}, got {frozen_stages}"
             )
-        if init_cfg is not None and (
-            not isinstance(init_cfg, dict)
-            or init_cfg.keys() != {"type", "checkpoint"}
-            or init_cfg["type"] != "Pretrained"
-        ):
-            raise ValueError(
-                f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {init_cfg}"
-            )
+        _check_init_cfg(init_cfg)
         self.init_cfg = copy.deepcopy(init_cfg)
         self.layer_scale = layer_scale
         self.out_indices = tuple(out_indices)
@@ -127,3 +121,19 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         maps = self.forward_intermediates(x, self.out_indices, intermediates_only=True)
         # mmcv's RoIAlign takes any strides for those of (N, C, H, W), and convolutions keep them
         return tuple(x.contiguous() for x in maps)
+
+
+def _check_init_cfg(init_cfg: dict | None) -> None:
+    if init_cfg is None:
+        return
+    accepted = "init_cfg must be dict(type='Pretrained', checkpoint=...)"
+    if (
+        not isinstance(init_cfg, dict)
+        or init_cfg.get("type") != "Pretrained"
+        or "checkpoint" not in init_cfg
+    ):
+        raise ValueError(f"{accepted}, got {init_cfg}")
+    if unknown := init_cfg.keys() - {"type", "checkpoint", "prefix"}:
+        raise ValueError(f"{accepted}, got the unknown key {', '.join(sorted(map(repr, unknown)))}")
+    if not isinstance(prefix := init_cfg.get("prefix"), str | None):
+        raise ValueError(f"init_cfg's prefix must be text, got {prefix!r}")

@@ -11,6 +11,7 @@ from mmdet.datasets.api_wrappers import COCO
 from mmdet.datasets.transforms import LoadAnnotations
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
+from pycocotools import mask as coco_mask
 
 from ..images import UnreadableImage
 from .annotations import check_annotations, parse_json
@@ -127,6 +128,8 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
             return "of other categories"
         if min(x, y) < -1 or right > info["width"] + 1 or bottom > info["height"] + 1:
             return "beyond"
+        if self._loads_masks and _misses_box(annotation, info["height"], info["width"]):
+            return "displaced"
         return "wrong area" if annotation["area"] > 1.01 * width * height + 1 else None
 
     def _with_images(self, data_list: list[dict]) -> list[dict]:
@@ -207,6 +210,11 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         print_log(f"{self.ann_file}: {summary}", logger="current", level=level)
         for doubt, meaning in (
             ("beyond", "reach beyond their image: are their boxes [x, y, width, height]?"),
+            (
+                "displaced",
+                "have a mask that hardly overlaps their box: are its polygons [x1, y1, x2, y2, "
+                "...] in pixels, its run lengths by columns?",
+            ),
             ("wrong area", "have an area larger than their box"),
         ):
             if counts[doubt] > _TRACE * counts["annotations"]:
@@ -217,3 +225,26 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
                     level=logging.WARNING,
                 )
         return kept
+
+
+def _misses_box(annotation: dict, height: int, width: int) -> bool:
+    """Return whether the bounds of a mask and its box have an IoU below 0.1."""
+    mask = annotation.get("segmentation")
+    if not mask:
+        return False
+    if isinstance(mask, dict):
+        rle = (
+            mask if isinstance(mask["counts"], str) else coco_mask.frPyObjects(mask, height, width)
+        )
+        bounds = coco_mask.toBbox(rle).tolist()
+    else:
+        polygons = [polygon for polygon in mask if len(polygon) >= 6]  # mmdet drops the others.
+        lowest = [min(min(polygon[i::2]) for polygon in polygons) for i in (0, 1)]
+        highest = [max(max(polygon[i::2]) for polygon in polygons) for i in (0, 1)]
+        bounds = [*lowest, highest[0] - lowest[0], highest[1] - lowest[1]]
+    # Polygons may connect the centres of pixels: each side may be longer by 1.
+    (x, y, w, h), (left, top, box_width, box_height) = bounds, annotation["bbox"]
+    across = min(x + w, left + box_width) - max(x, left) + 1
+    down = min(y + h, top + box_height) - max(y, top) + 1
+    shared = max(across, 0) * max(down, 0)
+    return 11 * shared < (w + 1) * (h + 1) + (box_width + 1) * (box_height + 1)

@@ -13,6 +13,8 @@ from mmengine.registry import METRICS
 from .annotations import check_annotations, parse_json
 from .files import is_local
 
+_OF_CLASS = "_precision"  # how the names of figures of single classes end
+
 
 class _Checked:
     """Mixin for mmdet's COCO metrics: checks at the start, and figures under the right names.
@@ -66,10 +68,26 @@ class _Checked:
         super().process(data_batch, data_samples)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Compute the metrics from the predictions."""
-        # mmdet takes the classes in the order of the file.
-        self.cat_ids = None if self._coco_api is None else self._category_ids()
-        return super().compute_metrics(results)
+        """Compute the metrics from the predictions.
+
+        Returns:
+            mmdet's figures, those of single classes last. These are called `{class}_precision`, and
+            `bbox_{class}_precision` and `segm_{class}_precision` if boxes and masks are evaluated.
+        """
+        metrics, figures = self.metrics, {}
+        # mmdet would overwrite the boxes' figures of the classes with those of the masks.
+        separate = self.classwise and {"bbox", "segm"} <= {*metrics}
+        try:
+            for self.metrics in [[metric] for metric in metrics] if separate else [metrics]:
+                # mmdet takes the classes in the order of the file.
+                self.cat_ids = None if self._coco_api is None else self._category_ids()
+                prefix = f"{self.metrics[0]}_" if separate else ""
+                for name, value in super().compute_metrics(results).items():
+                    figures[prefix + name if name.endswith(_OF_CLASS) else name] = value
+        finally:
+            self.metrics = metrics
+        # The first one is what `save_best="auto"` goes by.
+        return dict(sorted(figures.items(), key=lambda figure: figure[0].endswith(_OF_CLASS)))
 
     def results2json(self, results: Sequence[dict], outfile_prefix: str) -> dict[str, str]:
         """Write the predictions as COCO's files have them."""

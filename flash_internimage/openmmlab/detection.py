@@ -1,8 +1,8 @@
 """What the detectors need beside flash_internimage.openmmlab, which is imported with it.
 
-Importing this module replaces three names in mmdet's registries, so that they are right in configs
-and inferencers that use mmdet's own: the image loader LoadImageFromFile, and the metrics CocoMetric
-and FasterCocoMetric.
+Importing this module replaces four names in mmdet's registries, so that they are right in configs
+and inferencers that use mmdet's own: the image loaders LoadImageFromFile and LoadImageFromNDArray,
+and the metrics CocoMetric and FasterCocoMetric.
 
 custom_imports = dict(imports=['flash_internimage.openmmlab.detection'])
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .coco import CheckedCocoDataset
 from .coco_metric import CheckedCocoMetric, CheckedPycocotoolsMetric
-from .files import LoadCheckedImage
+from .files import LoadCheckedArray, LoadCheckedImage
 from .published import LoadsPublishedWeights
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 TRANSFORMS.register_module("LoadImageFromFile", module=LoadCheckedImage, force=True)
+TRANSFORMS.register_module("LoadImageFromNDArray", module=LoadCheckedArray, force=True)
 
 
 class _EveryOtherFrequency(MLP):

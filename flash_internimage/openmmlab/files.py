@@ -14,7 +14,15 @@ from mmengine.logging import print_log
 from mmengine.registry import TRANSFORMS
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from ..images import UnreadableImage, check_image_file, read_image, read_size, to_rgb
+from ..images import (
+    MAX_ASPECT_RATIO,
+    UnreadableImage,
+    check_image_file,
+    read_image,
+    read_size,
+    to_8_bits,
+    to_rgb,
+)
 
 
 def is_local(path: str, backend_args: dict | None = None) -> bool:
@@ -166,6 +174,52 @@ class LoadCheckedImage(LoadImageFromFile):
             header = ImageOps.exif_transpose(header)
         image = np.asarray(to_rgb(header))
         return image[..., 0].copy() if flag.startswith("gray") else image[..., ::-1].copy()
+
+
+class LoadCheckedArray(LoadCheckedImage):
+    """Take an image from an array as LoadCheckedImage does from a file.
+
+    Registered under the name of LoadImageFromNDArray in mmdet and mmseg, whose inferencers look for
+    that name. Greyscale becomes three equal channels, and 16 bits become 8, see
+    :func:`flash_internimage.images.to_8_bits`. With `color_type='unchanged'` any array is taken.
+    """
+
+    def transform(self, results: dict) -> dict:
+        """Replace `img`, and add `img_path` (None), `img_shape` and `ori_shape`.
+
+        Args:
+            results: Its `img` is (H, W), (H, W, 1) or (H, W, 3) BGR, uint8 or uint16.
+
+        Raises:
+            ValueError: `img` is something else, has no pixels, or sides that differ too much.
+        """
+        image = results["img"]
+        if self.color_type != "unchanged":
+            image = _to_bgr(image)
+        results["img_path"] = None
+        results["img"] = image.astype(np.float32) if self.to_float32 else image
+        results["img_shape"] = results["ori_shape"] = image.shape[:2]
+        return results
+
+
+def _to_bgr(image: np.ndarray) -> np.ndarray:
+    """Return (H, W, 3) uint8."""
+    is_array = isinstance(image, np.ndarray)
+    if not (
+        is_array
+        and image.dtype.newbyteorder("=") in (np.uint8, np.uint16)
+        and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3)))
+    ):
+        got = f"{image.shape} {image.dtype}" if is_array else type(image).__name__
+        raise ValueError(f"img must be (H, W), (H, W, 1) or (H, W, 3) uint8 or uint16, got {got}")
+    shorter, longer = sorted(image.shape[:2])
+    if shorter == 0 or longer > MAX_ASPECT_RATIO * shorter:
+        raise ValueError(
+            f"img must have pixels, and no side longer than {MAX_ASPECT_RATIO} times the other, "
+            f"got {image.shape}"
+        )
+    image = image.reshape(*image.shape[:2], -1)
+    return np.broadcast_to(to_8_bits(image), (*image.shape[:2], 3)).copy()
 
 
 def _open_header(content: bytes) -> Image.Image | None:

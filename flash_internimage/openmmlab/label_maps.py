@@ -145,6 +145,9 @@ class CheckedLabelMaps(ReadableImages):
             )
         self._check_sources()
         data_list = super().load_data_list()
+        if self.ann_file:
+            blank = os.path.join(self.data_prefix["img_path"], self.img_suffix)
+            data_list = [info for info in data_list if info["img_path"] != blank]
         if not data_list:
             raise FileNotFoundError(
                 f"no images (*{self.img_suffix}) in {self.source}{self._other_suffixes()}"

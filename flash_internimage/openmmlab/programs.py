@@ -1,6 +1,7 @@
 """The command lines of the training and test programs of detection and segmentation."""
 
 import argparse
+import ast
 import difflib
 import inspect
 import logging
@@ -8,7 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ _OBSOLETE = {
     "total_iters": "train_cfg.max_iters",
     "workflow": "train_cfg.val_interval",
 }
+
+# Those that are always dicts, and the keys of `data`: another value is a config's own variable.
+_OBSOLETE_DICTS = ("checkpoint_config", "data", "dist_params", "evaluation", "log_config")
+_OBSOLETE_DICTS += ("lr_config", "momentum_config", "optimizer", "optimizer_config", "runner")
+_OBSOLETE_KEYS_OF_DATA = {"train", "val", "test", "samples_per_gpu", "workers_per_gpu"}
 
 # What starts the processes of a launcher, and the variables that it sets.
 _LAUNCHERS = {
@@ -232,7 +238,9 @@ def _load_config(args: argparse.Namespace) -> Config:
             raise
         reason = f"{type(error).__name__}: {describe(error.__cause__ or error)}"
         raise ValueError(f"config {args.config} cannot be read: {reason}") from error
-    _refuse_obsolete(str(args.config), [name for name in cfg if not _is_variable(cfg, name)])
+    variables = _used_variables(cfg.text)
+    settings = [name for name in cfg if name not in variables and not _is_variable(cfg, name)]
+    _refuse_obsolete(str(args.config), settings)
     _refuse_obsolete("--cfg-options", [key.split(".")[0] for key in args.cfg_options or {}])
     known = {*inspect.signature(Runner).parameters, *_READ}
     for name in cfg.keys() - known:
@@ -264,9 +272,27 @@ def _load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def _used_variables(text: str) -> set[str]:
+    """Return the variables that the files of a config read, from the engine's text of them."""
+    # Each file follows a line with its path.
+    lines = ["" if os.path.isfile(line) else line for line in text.splitlines()]
+    used = set()
+    with suppress(SyntaxError):  # JSON and YAML have no variables.
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                used.add(node.id)
+            elif isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "_base_":
+                used.add(node.attr)
+    return used
+
+
 def _is_variable(cfg: Config, name: str) -> bool:
-    """Return whether an obsolete setting is unset, or a variable that today's setting has used."""
+    """Return whether an obsolete setting is unset, is what today's setting is, or is none."""
     value = cfg.get(name)
+    if name in _OBSOLETE_DICTS and not isinstance(value, Mapping):
+        return True
+    if name == "data" and not _OBSOLETE_KEYS_OF_DATA & value.keys():
+        return True
     for key in _OBSOLETE.get(name, "").split("."):
         cfg = cfg.get(key) if isinstance(cfg, Mapping | Config) else None
     return value is None or value == cfg

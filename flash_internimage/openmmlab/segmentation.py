@@ -1,6 +1,7 @@
 """What the segmentors need beside flash_internimage.openmmlab, which is imported with it.
 
-Importing this module replaces the image loader LoadImageFromFile in mmseg's registry.
+Importing this module replaces the image loaders LoadImageFromFile and LoadImageFromNDArray in
+mmseg's registry.
 
 custom_imports = dict(imports=['flash_internimage.openmmlab.segmentation'])
 """
@@ -15,7 +16,7 @@ from mmseg.registry import TRANSFORMS
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-from .files import LoadCheckedImage
+from .files import LoadCheckedArray, LoadCheckedImage
 from .label_maps import CheckedADE20KDataset, CheckedSegDataset, LoadCheckedAnnotations
 from .published import LoadsPublishedWeights
 from .segmentor_checks import CheckSegmentorHook
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 TRANSFORMS.register_module("LoadImageFromFile", module=LoadCheckedImage, force=True)
+TRANSFORMS.register_module("LoadImageFromNDArray", module=LoadCheckedArray, force=True)
 
 
 @MODELS.register_module()

@@ -23,6 +23,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from flash_internimage.openmmlab import programs
 from tests import recipes
 from tests.recipes import DATA, ROOT, an_eighth, plain, read_recipes, without
 
@@ -122,7 +123,7 @@ def test_the_guides_config_for_own_data(tmp_path):
     code = guide.split("```python\n")[1].split("```")[0]
     path = tmp_path / "parts.py"
     path.write_text(code.replace('"configs/', f'"{ROOT}/configs/'))
-    config = Config.fromfile(path)
+    config = programs._load_config(programs.training_parser("train", "").parse_args([str(path)]))
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         assert loader.dataset.data_root == "data/parts/"
         assert loader.dataset.data_prefix == {"img": "images/"}

@@ -124,6 +124,15 @@ def test_figures_are_those_of_pycocotools(evaluate, predictions):
     assert 0.2 < figures["coco/bbox_mAP"] < 0.9
     assert 0.2 < figures["coco/segm_mAP"] < 0.9
     assert figures["coco/bbox_mAP"] != figures["coco/segm_mAP"]
+    for kind, (_, precision) in zip(("bbox", "segm"), expected_details, strict=True):
+        for i, category in enumerate(sorted(CATEGORIES)):
+            of_class = precision[:, :, i, 0, -1]
+            name = f"coco/{kind}_{CATEGORIES[category]}_precision"
+            assert figures[name] == pytest.approx(of_class[of_class > -1].mean(), abs=6e-4)
+    names = list(figures)
+    assert names[0] == "coco/bbox_mAP"  # what save_best="auto" takes
+    assert sum(name.endswith("_precision") for name in names) == 6
+    assert all(name.endswith("_precision") for name in names[-6:])
     for (stats, precision), reference in zip(details, expected_details, strict=True):
         np.testing.assert_allclose(stats, reference[0], rtol=0, atol=1e-9)
         np.testing.assert_allclose(precision, reference[1], rtol=0, atol=1e-9)

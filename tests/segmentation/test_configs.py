@@ -20,6 +20,7 @@ from mmseg.registry import HOOKS, METRICS, MODELS, PARAM_SCHEDULERS, VISUALIZERS
 from mmseg.structures import SegDataSample
 from torch import nn
 
+from flash_internimage.openmmlab import programs
 from tests import recipes
 from tests.recipes import DATA, ROOT, plain, read_recipes, without
 
@@ -97,7 +98,7 @@ def guide(language: str) -> str:
 def test_the_guides_config_for_own_data(tmp_path):
     path = tmp_path / "leaves.py"
     path.write_text(guide("python").replace('"configs/', f'"{ROOT}/configs/'))
-    config = Config.fromfile(path)
+    config = programs._load_config(programs.training_parser("train", "").parse_args([str(path)]))
     loaders = config.train_dataloader, config.val_dataloader, config.test_dataloader
     for loader, split in zip(loaders, ("train", "val", "val"), strict=True):
         assert loader.dataset.type == "CheckedSegDataset"

@@ -220,8 +220,14 @@ def test_of_a_detector_the_backbone_alone_is_taken(weights, tmp_path):
         "meta": {"epoch": 1},
         "message_hub": {"best": np.float64(0.5)},
     }
-    torch.save(checkpoint, tmp_path / "detector.pth")
-    assert_weights(pretrained(tmp_path / "detector.pth"), weights)
+    path = tmp_path / "detector.pth"
+    torch.save(checkpoint, path)
+    assert_weights(pretrained(path), weights)
+    for prefix in ("backbone.", "backbone", None):  # as in mmdet's configs
+        init_cfg = {"type": "Pretrained", "checkpoint": str(path), "prefix": prefix}
+        model = backbone(1, init_cfg=init_cfg)
+        model.init_weights()
+        assert_weights(model, weights)
 
 
 def test_safetensors(weights, tmp_path):
@@ -342,8 +348,12 @@ def test_detector_initialises_its_backbone(weights, tmp_path):
         ({"init_cfg": {"checkpoint": "a.pth"}}, r"init_cfg must be dict\("),
         ({"init_cfg": [{"type": "Constant"}]}, r"init_cfg must be dict\("),
         (
-            {"init_cfg": {"type": "Pretrained", "checkpoint": "a.pth", "prefix": "x."}},
-            r"init_cfg must be dict\(.*'prefix'",
+            {"init_cfg": {"type": "Pretrained", "checkpoint": "a.pth", "prefiks": "x."}},
+            r"init_cfg must be dict\(.*, got the unknown key 'prefiks'",
+        ),
+        (
+            {"init_cfg": {"type": "Pretrained", "checkpoint": "a.pth", "prefix": 3}},
+            "init_cfg's prefix must be text, got 3",
         ),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from flash_internimage.images import UnreadableImage
 from flash_internimage.openmmlab.coco import CheckedCocoDataset
@@ -244,6 +245,48 @@ def test_an_object_without_a_mask_where_masks_are_loaded(second, write):
     message = r"annotations.json: image 2 \(2\.png\), annotation 2: segmentation must be there "
     with pytest.raises(ValueError, match=message):
         CheckedCocoDataset(**arguments | WITH_MASKS)
+
+
+def in_rows(mask: np.ndarray) -> list[int]:
+    """The run lengths of a mask by rows, zeros first; by columns for the transposed mask."""
+    edges = np.flatnonzero(np.diff(mask.ravel(), prepend=0, append=0))
+    return np.diff([0, *edges, mask.size]).tolist()
+
+
+WIDE = np.zeros((SIDE, SIDE), np.uint8)
+WIDE[2:4, 4:18] = 1  # the box [4, 2, 14, 2]
+OUTLINE = np.array([4, 2, 18, 2, 18, 4, 4, 4])
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "fits"),
+    [
+        ([OUTLINE.tolist()], True),
+        ([[4.5, 2.5, 17.5, 2.5, 17.5, 3.5]], True),
+        ([[4, 2, 8, 2, 8, 4], [12, 2, 18, 2, 18, 4], [0, 0]], True),
+        ([[4, 2, 6, 2, 6, 4]], True),  # mostly hidden
+        ({"size": [SIDE, SIDE], "counts": in_rows(WIDE.T)}, True),
+        ([(OUTLINE / SIDE).tolist()], False),
+        ([OUTLINE.reshape(4, 2)[:, ::-1].ravel().tolist()], False),
+        ([(OUTLINE + np.tile([0, 9], 4)).tolist()], False),
+        ({"size": [SIDE, SIDE], "counts": in_rows(WIDE)}, False),
+        ({"size": [SIDE, SIDE], "counts": in_rows(0 * WIDE)}, False),
+    ],
+)
+def test_masks_that_are_not_in_their_box_are_counted(segmentation, fits, write, log):
+    masks = [segmentation]
+    if isinstance(segmentation, dict):
+        rle = coco_mask.frPyObjects(segmentation, SIDE, SIDE)
+        masks.append({**rle, "counts": rle["counts"].decode()})
+    for mask in masks:
+        arguments = write([box(i, [4, 2, 14, 2], segmentation=mask) for i in (1, 2, 3)])
+        log.clear()
+        CheckedCocoDataset(**arguments)
+        assert not [r for r in log.records if r.levelno == logging.WARNING]
+        CheckedCocoDataset(**arguments | WITH_MASKS)
+        message = "3 of the 3 annotations have a mask that hardly overlaps their box: are its"
+        warnings = [r.getMessage() for r in log.records if r.levelno == logging.WARNING]
+        assert [message in warning for warning in warnings] == [True] * (not fits)
 
 
 @pytest.mark.parametrize(

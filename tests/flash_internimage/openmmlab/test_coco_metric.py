@@ -72,6 +72,7 @@ def evaluate(tmp_path):
 def test_ids_of_any_size(kind, ids, evaluate):
     figures = evaluate(kind, **ids)
     assert [figures[n] for n in ("bbox_mAP", "cat_precision", "dog_precision")] == [1, 1, 1]
+    assert next(iter(figures)) == "bbox_mAP"  # what save_best="auto" takes
 
 
 @both_metrics

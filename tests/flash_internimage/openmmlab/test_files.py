@@ -4,10 +4,15 @@ import os
 
 import cv2
 import mmcv
+import mmdet.registry
+import mmseg.registry
 import numpy as np
 import pytest
+from mmengine.registry import DefaultScope
 from PIL import Image
 
+import flash_internimage.openmmlab.detection
+import flash_internimage.openmmlab.segmentation  # noqa: F401  register the loaders
 from flash_internimage.images import UnreadableImage
 from flash_internimage.openmmlab.files import LoadReadableImage, find_missing, is_local
 
@@ -99,3 +104,66 @@ def test_missing_files(tmp_path):
     (tmp_path / "1.png").touch()
     paths = [str(tmp_path / name) for name in ("1.png", "2.png", "none/1.png")]
     assert find_missing(paths) == set(paths[1:])
+
+
+class TestArrays:
+    """Arrays that inferencers are given are read as files of the same pixels are."""
+
+    @pytest.fixture(params=[mmdet, mmseg], ids=lambda library: library.__name__)
+    def load(self, request):
+        """The loader of a library's inferencers."""
+
+        def load(image, **kwargs) -> dict:
+            cfg = {"type": "InferencerLoader", **kwargs}
+            with DefaultScope.overwrite_default_scope(request.param.__name__):
+                loader = request.param.registry.TRANSFORMS.build(cfg)
+            return loader(image if isinstance(image, str) else {"img": image})
+
+        return load
+
+    @pytest.mark.parametrize("top", [200, 255, 4095, 65535])
+    def test_greyscale(self, top, load, tmp_path):
+        bits = max(8, top.bit_length())
+        pixels = np.linspace(0, top, 30 * 40).astype(np.uint8 if bits == 8 else np.uint16)
+        pixels = pixels.reshape(30, 40)
+        expected = np.stack([pixels // 2 ** (bits - 8)] * 3, axis=-1)
+        Image.fromarray(pixels).save(tmp_path / "1.png")
+        np.testing.assert_array_equal(load(str(tmp_path / "1.png"))["img"], expected)
+        for image in (pixels, pixels[..., None], pixels.astype(pixels.dtype.newbyteorder(">"))):
+            results = load(image)
+            np.testing.assert_array_equal(results["img"], expected)
+            assert results["img"].dtype == np.uint8
+            assert results["img_shape"] == results["ori_shape"] == (30, 40)
+
+    def test_colour(self, load):
+        image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+        np.testing.assert_array_equal(load(image)["img"], image)
+        np.testing.assert_array_equal(load(image.astype(np.uint16) * 16 + 7)["img"], image)
+        assert load(image, to_float32=True)["img"].dtype == np.float32
+        other = image.astype(np.float32)[..., :2]
+        assert load(other, color_type="unchanged")["img"] is other
+
+    @pytest.mark.parametrize(
+        ("image", "got"),
+        [
+            (np.zeros((3, 30, 40), np.uint8), r"\(3, 30, 40\) uint8"),
+            (np.zeros((30, 40, 4), np.uint8), r"\(30, 40, 4\) uint8"),
+            (np.zeros((1, 30, 40, 3), np.uint8), r"\(1, 30, 40, 3\) uint8"),
+            (np.zeros(30, np.uint8), r"\(30,\) uint8"),
+            (np.zeros((30, 40, 3), np.float32), r"\(30, 40, 3\) float32"),
+            (np.zeros((30, 40), np.int64), r"\(30, 40\) int64"),
+            (np.zeros((30, 40), bool), r"\(30, 40\) bool"),
+            ([[1, 2]], "list"),
+        ],
+    )
+    def test_other_arrays(self, image, got, load):
+        message = rf"^img must be \(H, W\), \(H, W, 1\) or \(H, W, 3\) uint8 or uint16, got {got}$"
+        with pytest.raises(ValueError, match=message):
+            load(image)
+
+    @pytest.mark.parametrize("shape", [(0, 40, 3), (30, 0), (0, 0), (1, 201), (4000, 10, 3)])
+    def test_sizes(self, shape, load):
+        with pytest.raises(
+            ValueError, match=r"^img must have pixels, and no side longer than 200 "
+        ):
+            load(np.zeros(shape, np.uint8))

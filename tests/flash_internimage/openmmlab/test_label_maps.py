@@ -154,9 +154,13 @@ def test_images_in_folders_of_folders(folder):
     assert sorted(names(dataset)) == ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
 
 
-def test_a_list_of_names(folder):
-    (folder / "some.txt").write_text("4\n2\n")
-    assert names(CheckedSegDataset(**arguments(folder, ann_file="some.txt"))) == ["4.jpg", "2.jpg"]
+@both_modes
+@pytest.mark.parametrize("content", ["4\n2\n", "\n4\n\n \t\n2\n\n", "4\r\n\r\n2 \r\n\r\n"])
+def test_a_list_of_names(content, test_mode, folder, log):
+    (folder / "some.txt").write_bytes(content.encode())
+    listed = arguments(folder, ann_file="some.txt", test_mode=test_mode)
+    assert names(CheckedSegDataset(**listed)) == ["4.jpg", "2.jpg"]
+    assert "some.txt: 2 images; left out: nothing; " in log.text
 
 
 def test_a_list_with_the_name_of_no_image(folder, log):
@@ -170,9 +174,10 @@ def test_a_list_with_the_name_of_no_image(folder, log):
 def test_a_list_of_names_that_is_missing_or_empty(folder):
     with pytest.raises(FileNotFoundError, match=rf"ann_file not found: {folder}/none.txt"):
         CheckedSegDataset(**arguments(folder, ann_file="none.txt"))
-    (folder / "none.txt").touch()
-    with pytest.raises(FileNotFoundError, match=rf"no images .* in {folder}/none.txt"):
-        CheckedSegDataset(**arguments(folder, ann_file="none.txt"))
+    for content in ("", "\n \n"):
+        (folder / "none.txt").write_text(content)
+        with pytest.raises(FileNotFoundError, match=rf"no images .* in {folder}/none.txt"):
+            CheckedSegDataset(**arguments(folder, ann_file="none.txt"))
 
 
 @pytest.mark.parametrize("how", ["empty", "other"])

@@ -124,6 +124,33 @@ resume_from = None
     assert (cfg.optim_wrapper.optimizer.lr, cfg.train_cfg.max_epochs) == (0.3, 5)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "data = dict(type='CheckedCocoDataset', data_root='parts/')",  # read by a file based on it
+        "data = 'parts/'",
+        "optimizer = 'SGD'\nrunner = ['a']",
+        "data = dict(train=dict(data_root='a'))\nloader = dict(dataset=data['train'])",
+        "seed = 3\nval_dataloader = dict(sampler=dict(seed=seed))",
+        "gpus, total_iters = 4, 100\nsize, end = 8 * gpus, total_iters // 2",
+        "device = 'cpu'\nname = f'model on {device}'",
+        "fp16 = True\nif fp16:\n    optim_wrapper = dict(type='AmpOptimWrapper')",
+    ],
+)
+def test_a_setting_that_is_no_obsolete_one_is_a_variable(settings, to_train):
+    assert to_train(settings=settings).train_cfg == {"max_epochs": 1}
+
+
+@pytest.mark.parametrize("name", ["_base_.gpus", "{{_base_.gpus}}"])
+def test_a_variable_that_another_file_reads(name, config, tmp_path):
+    (tmp_path / "base.py").write_text(f"gpus = 4\n{CONFIG}")
+    config.write_text(f"_base_ = 'base.py'\nsize = {name}\n")
+    assert to_evaluate(config).size == 4
+    config.write_text("_base_ = 'base.py'\nsize = 4  # of gpus\n")
+    with pytest.raises(ValueError, match="nothing reads: for gpus use torchrun"):
+        to_evaluate(config)
+
+
 class TestWorkFolder:
     """Which of its files a run resumes from."""
 
