@@ -33,7 +33,7 @@ from .folders import (
     list_tar,
     printable,
 )
-from .processes import rank, world_size
+from .processes import fail_together, rank, world_size
 from .strict_yaml import one_line
 
 _logger = logging.getLogger(__name__)
@@ -143,12 +143,14 @@ class SkippingImageDataset(ImageDataset):
         """Count what other processes could not read; every process must call this.
 
         Raises:
-            TooManyCorruptImages: They are too many together, in every process.
+            TooManyCorruptImages: They are too many together; EndedByAnother elsewhere than on the
+                first process.
         """
         flags = self._unreadable.to(device, torch.uint8)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         self._unreadable.copy_(flags)
-        self._check_count()
+        with fail_together(device):
+            self._check_count()
 
 
 class SkippingStream(IterableImageDataset):

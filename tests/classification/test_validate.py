@@ -3,6 +3,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -211,6 +213,34 @@ def test_unreadable_images_are_left_out(run, digits, tmp_path, capsys):
     assert main([str(run / "config.yaml"), *arguments]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["images"], result["corrupt"]) == (19, 1)
+
+
+def test_two_processes_share_the_images_and_report_once(run, digits, tmp_path, capfd):
+    shutil.copytree(digits, tmp_path / "damaged")
+    next((tmp_path / "damaged" / "val" / "3").iterdir()).write_text("not an image")
+    arguments = [str(run / "config.yaml"), "--checkpoint", str(run / "last.pth"), "--device", "cpu"]
+    arguments += ["--data", str(tmp_path / "damaged"), "--workers", "0", "--limit", "19"]
+    assert main(arguments) == 0
+    one = json.loads(capfd.readouterr().out.splitlines()[-1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "-m", "classification.validate", *arguments]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    output = str(tmp_path / "result.json")
+    subprocess.run([*command, "--json", output], check=True, env=environment)
+    out, err = capfd.readouterr()
+    two = json.loads((tmp_path / "result.json").read_text())
+    assert out.count("images_per_second") == 2  # in the table and the line of JSON
+    assert json.loads(out.splitlines()[-1]) == two
+    assert err.count("skipped: ") == 1
+    assert (two["images"], two["corrupt"]) == (18, 1)
+    assert two.pop("images_per_second") > 0
+    del one["images_per_second"]
+    assert two == pytest.approx(one, abs=2e-4)
+    assert subprocess.run([*command, "--throughput"], env=environment).returncode != 0
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("ERROR --throughput measures a single process: run it without torchrun") == 1
+    assert err.count("ERROR --") == 1
 
 
 @pytest.fixture
