@@ -26,9 +26,11 @@ from flash_internimage.images import (
 from .config import ConfigError, Data
 from .folders import (
     FolderReader,
+    check_class_folders,
     check_listing,
     count_shared,
     drop_hidden,
+    folders_in_tar,
     list_folder,
     list_tar,
     printable,
@@ -264,6 +266,7 @@ def _check_package(kind: str) -> None:
 def _folder_reader(folder: Path, is_training: bool) -> FolderReader:
     listing = list_folder(folder)
     check_listing(listing, is_training)
+    check_class_folders(map(os.path.dirname, listing.images))
     return FolderReader(str(folder), listing)
 
 
@@ -277,6 +280,7 @@ def _tar_reader(path: Path, is_training: bool) -> ReaderImageInTar:
     set_img_extensions(sorted(image_suffixes()))
     reader = ReaderImageInTar(str(path))
     drop_hidden(reader)
+    check_class_folders(folders_in_tar(reader))
     return reader
 
 
