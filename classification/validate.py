@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.utils import natural_key
 from timm.utils.distributed import init_distributed_device_so, world_info_from_env
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -44,6 +45,7 @@ from .data import (
     start,
     val_loader,
 )
+from .folders import printable
 from .model import build_model, check_model, create_model, find_not_finite, pick_device
 from .output import describe
 from .processes import EndedByAnother, fail_together, on_first, raise_once, rank, world_size
@@ -279,6 +281,25 @@ def _set_labels(dataset: Dataset, names: list[str] | None, source: str, num_clas
             f"the data must have the {num_classes} classes of {source}, which does not name them, "
             f"got {len(own)}"
         )
+    elif own:
+        _warn_of_order(sorted(own, key=own.get), source)
+
+
+def _warn_of_order(names: list[str], source: str) -> None:
+    """Warn if the natural and the lexicographic order of class names differ."""
+    natural, lexicographic = sorted(names, key=natural_key), sorted(names)
+    if natural == lexicographic:
+        return
+    taken, other = ("natural", "lexicographic"), lexicographic
+    if names == lexicographic:
+        taken, other = taken[::-1], natural
+    i = next(i for i, (a, b) in enumerate(zip(names, other, strict=True)) if a != b)
+    _logger.log(
+        on_first(logging.WARNING),
+        "%s does not name its classes: the folders count in %s order, class %d is %s; in %s order "
+        "it would be %s (torchvision's ImageFolder is lexicographic, timm natural)",
+        source, taken[0], i, printable(names[i]), taken[1], printable(other[i]),
+    )  # fmt: skip
 
 
 def _without_initial(options: Model) -> Model:

@@ -339,6 +339,28 @@ def test_weights_without_names_need_all_classes_or_indices(run, right, tmp_path,
     assert "must have the 10 classes of" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("kind", "names", "warning"),
+    [
+        ("", [str(i) for i in range(1, 11)], "natural order, class 1 is 2; in lexicographic .* 10"),
+        (
+            "torch/image_folder", [str(i) for i in range(1, 11)],
+            "lexicographic order, class 1 is 10; in natural order it would be 2",
+        ),
+        ("", list("Bacdefghij"), "natural order, class 0 is a; in lexicographic .* be B"),
+        ("", list("abcdefghij"), None),
+        ("", [f"{i:02}" for i in range(1, 11)], None),
+    ],
+)  # fmt: skip
+def test_an_order_that_depends_on_the_library_is_a_warning(tmp_path, caplog, kind, names, warning):
+    coloured(tmp_path, "val", dict.fromkeys(names, 0))
+    root = tmp_path / "val" if kind else tmp_path
+    dataset = build_dataset(Data(root=str(root), kind=kind), "val", False, 2)
+    validate._set_labels(dataset, None, "weights.pth", 10)
+    (line,) = [record.getMessage() for record in caplog.records] or [None]
+    assert line is None if warning is None else re.search(warning, line)
+
+
 def test_a_part_of_imagenet_is_labelled_by_its_synsets():
     dataset = FakeData(size=1)
     dataset.class_to_idx = {"n01443537": 0, "n02102040": 1}  # goldfish and English springer
