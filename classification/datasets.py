@@ -26,14 +26,16 @@ from flash_internimage.images import (
 from .config import ConfigError, Data
 from .folders import (
     FolderReader,
+    check_class_folders,
     check_listing,
     count_shared,
     drop_hidden,
+    folders_in_tar,
     list_folder,
     list_tar,
     printable,
 )
-from .processes import rank, world_size
+from .processes import fail_together, rank, world_size
 from .strict_yaml import one_line
 
 _logger = logging.getLogger(__name__)
@@ -143,12 +145,14 @@ class SkippingImageDataset(ImageDataset):
         """Count what other processes could not read; every process must call this.
 
         Raises:
-            TooManyCorruptImages: They are too many together, in every process.
+            TooManyCorruptImages: They are too many together; EndedByAnother elsewhere than on the
+                first process.
         """
         flags = self._unreadable.to(device, torch.uint8)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         self._unreadable.copy_(flags)
-        self._check_count()
+        with fail_together(device):
+            self._check_count()
 
 
 class SkippingStream(IterableImageDataset):
@@ -262,6 +266,7 @@ def _check_package(kind: str) -> None:
 def _folder_reader(folder: Path, is_training: bool) -> FolderReader:
     listing = list_folder(folder)
     check_listing(listing, is_training)
+    check_class_folders(map(os.path.dirname, listing.images))
     return FolderReader(str(folder), listing)
 
 
@@ -275,6 +280,7 @@ def _tar_reader(path: Path, is_training: bool) -> ReaderImageInTar:
     set_img_extensions(sorted(image_suffixes()))
     reader = ReaderImageInTar(str(path))
     drop_hidden(reader)
+    check_class_folders(folders_in_tar(reader))
     return reader
 
 

@@ -153,6 +153,46 @@ def check_listing(listing: Listing, is_training: bool) -> None:
         _logger.log(level, "%d images; left out: %s", len(listing.images), counts)
 
 
+def check_class_folders(folders: Iterable[str]) -> None:
+    """Check that the folders that hold images are different classes; warn if they are nested.
+
+    Args:
+        folders: Relative paths of the folders that hold images.
+
+    Raises:
+        ValueError: Folders in several places have the same name.
+    """
+    places, parents = defaultdict(list), {}
+    for folder in sorted(set(folders)):
+        parent, name = os.path.split(folder)
+        places[name].append(folder)
+        parents.setdefault(parent, folder)
+    rule = "the folders that hold the images are the classes"
+    for name, several in places.items():
+        if len(several) > 1:
+            names = ", ".join(several[:5]) + ", ..." * (len(several) > 5)
+            raise ValueError(
+                printable(f"class folder '{name}' is in several folders ({names}): {rule}")
+            )
+    if len(parents) > 1:
+        deepest = max(parents.values(), key=lambda folder: folder.count(os.sep))
+        _logger.log(
+            on_first(logging.WARNING),
+            "class folders are not all in the same folder, such as %s: %s",
+            printable(deepest), rule,
+        )  # fmt: skip
+
+
+def folders_in_tar(reader: ReaderImageInTar) -> list[str]:
+    """Return the folder of each image; a tar file within a tar file is one, too."""
+    return [
+        os.path.normpath(
+            os.path.join(os.path.splitext(tar.name)[0] if tar else "", os.path.dirname(member.path))
+        )
+        for member, _, tar in reader.samples
+    ]
+
+
 def drop_hidden(reader: ReaderImageInTar) -> None:
     """Drop hidden members of a tar file, such as those that macOS adds."""
     keep = [not _is_hidden(member.path) for member, *_ in reader.samples]
@@ -175,7 +215,9 @@ def _label(path: str) -> str:
 
 
 def _class_indices(labels: Iterable[str]) -> dict[str, int]:
-    return {name: i for i, name in enumerate(sorted(set(labels), key=natural_key))}
+    # Names that differ in case or leading zeros alone have the same natural key.
+    ordered = sorted(set(labels), key=lambda name: (natural_key(name), name))
+    return {name: i for i, name in enumerate(ordered)}
 
 
 def count_shared(train: Sequence[str], val: Sequence[str]) -> tuple[int, int]:

@@ -119,6 +119,11 @@ def log_file(path: Path) -> Iterator[LogFile]:
         handler.close()
 
 
+def suitable_ema_decay(updates: int) -> str:
+    """Return the decay after which averaged weights hold about 1 % of the initial ones."""
+    return f"{1 - float(f'{1 - 0.01 ** (1 / updates):.2g}'):.9g}"
+
+
 def log_start(trainer: "Trainer", checkpoint: Path | None, changes: list[str]) -> None:
     """Log what a run is, and where and with which changed settings it continues."""
     cfg, parameters = trainer.cfg, sum(p.numel() for p in trainer.model.parameters())
@@ -130,6 +135,13 @@ def log_start(trainer: "Trainer", checkpoint: Path | None, changes: list[str]) -
     )  # fmt: skip
     for line in (*changes, *find_ignored(cfg)):
         _logger.warning("%s", line)
+    updates = cfg.schedule.epochs * trainer.updates_per_epoch
+    if cfg.ema_decay is not None and (rest := cfg.ema_decay**updates) > 0.1:
+        _logger.warning(
+            "ema_decay=%s: after the %d updates of this run the averaged weights still hold "
+            "%.3g %% of the initial ones; ema_decay=%s suits such a run",
+            cfg.ema_decay, updates, 100 * rest, suitable_ema_decay(updates),
+        )  # fmt: skip
     if checkpoint is not None:
         _logger.info(
             "continuing from %s: %d epochs and %d updates of %d are done",

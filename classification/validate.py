@@ -1,6 +1,7 @@
 """Evaluates a classifier, or measures its speed.
 
 python -m classification.validate MODEL|CONFIG --checkpoint FILE --data DIR
+torchrun --nproc-per-node 8 -m classification.validate MODEL|CONFIG --checkpoint FILE --data DIR
 """
 
 import argparse
@@ -20,7 +21,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import nn
+from timm.utils import natural_key
+from timm.utils.distributed import init_distributed_device_so, world_info_from_env
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -42,8 +45,10 @@ from .data import (
     start,
     val_loader,
 )
+from .folders import printable
 from .model import build_model, check_model, create_model, find_not_finite, pick_device
 from .output import describe
+from .processes import EndedByAnother, fail_together, on_first, raise_once, rank, world_size
 
 _logger = logging.getLogger(__name__)
 
@@ -110,10 +115,48 @@ def evaluate(model: nn.Module, loader, device: torch.device, amp: str = "off") -
     """
     was_training = model.training
     model.eval()
-    # loss, top-1 hits, top-5 hits, images, unreadable images, images without finite logits
-    totals = torch.zeros(6, dtype=torch.float64)
     began = time.perf_counter()
-    bar = tqdm(start(loader), desc="validate", total=len(loader) or None, leave=False, disable=None)
+    with fail_together(device):
+        totals = _totals(model, loader, device, amp)
+    seconds = time.perf_counter() - began  # of the slowest process
+    model.train(was_training)
+    share_unreadable(loader)
+    if dist.is_initialized():
+        totals = totals.to(device)
+        dist.all_reduce(totals)
+    loss, top1, top5, images, corrupt, nonfinite = totals.tolist()
+    if not images:
+        raise_once(ValueError("no readable image to evaluate on"))
+    if nonfinite:
+        _logger.log(
+            on_first(logging.WARNING),
+            "the logits of %d of %d images are not finite; they count as wrong", nonfinite, images,
+        )  # fmt: skip
+    return Result(
+        top1=100 * top1 / images,
+        top5=100 * top5 / images,
+        loss=loss / images,
+        images=int(images),
+        corrupt=int(corrupt),
+        nonfinite=int(nonfinite),
+        images_per_second=(images + corrupt) / seconds,
+    )
+
+
+def _totals(model: nn.Module, loader, device: torch.device, amp: str) -> Tensor:
+    """Return the sums over the images of this process.
+
+    They are the loss, top-1 hits, top-5 hits, images, unreadable images, and images without finite
+    logits.
+    """
+    totals = torch.zeros(6, dtype=torch.float64)
+    bar = tqdm(
+        start(loader),
+        desc="validate",
+        total=len(loader) or None,
+        leave=False,
+        disable=None if rank() == 0 else True,
+    )
     for images, targets in bar:
         images, targets = images.to(device), targets.to(device)
         readable = targets != SKIPPED
@@ -133,28 +176,7 @@ def evaluate(model: nn.Module, loader, device: torch.device, amp: str = "off") -
         sums = [loss, ranked[:, 0].sum(), ranked.sum(), readable.sum()]
         sums += [(~readable).sum(), (~finite).sum()]
         totals += torch.stack(sums).to("cpu", torch.float64)
-    seconds = time.perf_counter() - began
-    model.train(was_training)
-    share_unreadable(loader)
-    if dist.is_initialized():
-        totals = totals.to(device)
-        dist.all_reduce(totals)
-    loss, top1, top5, images, corrupt, nonfinite = totals.tolist()
-    if not images:
-        raise ValueError("no readable image to evaluate on")
-    if nonfinite:
-        _logger.warning(
-            "the logits of %d of %d images are not finite; they count as wrong", nonfinite, images
-        )
-    return Result(
-        top1=100 * top1 / images,
-        top5=100 * top5 / images,
-        loss=loss / images,
-        images=int(images),
-        corrupt=int(corrupt),
-        nonfinite=int(nonfinite),
-        images_per_second=(images + corrupt) / seconds,
-    )
+    return totals
 
 
 @torch.inference_mode()
@@ -190,7 +212,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="root of the data set (default: the config's)")
     parser.add_argument("--split", help="folder under --data (default: val)")
     parser.add_argument("--limit", type=int, help="images to take, evenly spaced (default: all)")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="per process (default: 64)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=("auto", *AMP_DTYPES), default="off")
@@ -259,6 +281,25 @@ def _set_labels(dataset: Dataset, names: list[str] | None, source: str, num_clas
             f"the data must have the {num_classes} classes of {source}, which does not name them, "
             f"got {len(own)}"
         )
+    elif own:
+        _warn_of_order(sorted(own, key=own.get), source)
+
+
+def _warn_of_order(names: list[str], source: str) -> None:
+    """Warn if the natural and the lexicographic order of class names differ."""
+    natural, lexicographic = sorted(names, key=natural_key), sorted(names)
+    if natural == lexicographic:
+        return
+    taken, other = ("natural", "lexicographic"), lexicographic
+    if names == lexicographic:
+        taken, other = taken[::-1], natural
+    i = next(i for i, (a, b) in enumerate(zip(names, other, strict=True)) if a != b)
+    _logger.log(
+        on_first(logging.WARNING),
+        "%s does not name its classes: the folders count in %s order, class %d is %s; in %s order "
+        "it would be %s (torchvision's ImageFolder is lexicographic, timm natural)",
+        source, taken[0], i, printable(names[i]), taken[1], printable(other[i]),
+    )  # fmt: skip
 
 
 def _without_initial(options: Model) -> Model:
@@ -300,7 +341,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must be {limits}, got {value}")
     if arguments.split == "":  # it would be all splits together
         raise ConfigError("--split must be a folder under --data, got ''")
-    if arguments.json is not None:
+    if arguments.throughput and world_size() > 1:
+        raise ConfigError("--throughput measures a single process: run it without torchrun")
+    if arguments.json is not None and rank() == 0:
         check_json(arguments.json)
 
 
@@ -317,16 +360,21 @@ def check_json(path: Path) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """Evaluate or measure as the arguments say.
+    """Evaluate or measure as the arguments say, on all processes of torchrun together.
 
     Raises:
         ValueError: An argument, a model or a data set cannot be used, or a result is not finite.
         OSError: A file cannot be read.
         TooManyCorruptImages: More images than `data.max_corrupt` cannot be read.
+        EndedByAnother: One of the above was raised on another process.
     """
-    _check(arguments)
-    cfg = _config(arguments.model)
-    device = pick_device(arguments.device)
+    env = init_distributed_device_so(device=str(pick_device(arguments.device)))
+    device = torch.device(env["device"])
+    if rank() != 0:
+        logging.getLogger().setLevel(logging.WARNING)
+    with fail_together(device):
+        _check(arguments)
+        cfg = _config(arguments.model)
     amp = resolve_amp(arguments.amp, device)
     if arguments.throughput:
         model = build_model(_without_initial(cfg.model)).to(device)
@@ -343,22 +391,27 @@ def run(arguments: argparse.Namespace) -> dict:
         }
     updates = {"root": arguments.data, "val_split": arguments.split, "workers": arguments.workers}
     data = cfg.data.model_copy(update={k: v for k, v in updates.items() if v is not None})
-    dataset = build_dataset(
-        data, data.val_split, is_training=False, batch_size=arguments.batch_size
-    )
-    model, names = _load_model(cfg.model, arguments.checkpoint, arguments.weights)
-    model = model.to(device)
-    source = arguments.checkpoint or cfg.model.name
-    if name := find_not_finite(model):
-        raise ValueError(f"{name} of {source} is not finite")
-    _set_labels(dataset, names, source, cfg.model.num_classes)
-    check_model(model, data.image_size, cfg.model.num_classes)
-    loader = val_loader(dataset, data, arguments.batch_size, device, limit=arguments.limit)
+    with fail_together(device):
+        dataset = build_dataset(
+            data, data.val_split, is_training=False, batch_size=arguments.batch_size
+        )
+        model, names = _load_model(cfg.model, arguments.checkpoint, arguments.weights)
+        model = model.to(device)
+        source = arguments.checkpoint or cfg.model.name
+        if name := find_not_finite(model):
+            raise ValueError(f"{name} of {source} is not finite")
+        _set_labels(dataset, names, source, cfg.model.num_classes)
+        check_model(model, data.image_size, cfg.model.num_classes)
+        loader = val_loader(
+            dataset, data, arguments.batch_size, device, rank(), world_size(), arguments.limit
+        )
     result = evaluate(model, loader, device, amp)
     if result.nonfinite or not math.isfinite(result.loss):
-        raise ValueError(
-            f"{result.nonfinite} of {result.images} images have logits that are not finite, the "
-            f"loss is {result.loss} (--amp {amp})"
+        raise_once(
+            ValueError(
+                f"{result.nonfinite} of {result.images} images have logits that are not finite, "
+                f"the loss is {result.loss} (--amp {amp})"
+            )
         )
     figures = asdict(result)
     del figures["nonfinite"]
@@ -377,16 +430,28 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         result = run(arguments)
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        if arguments.json:
-            write_atomically(arguments.json, lambda file: file.write(text.encode()))
-    except (ValueError, OSError, RuntimeError) as error:
-        _logger.error("%s", describe(error))
+        if rank() == 0:
+            _write(result, arguments.json)
+    except EndedByAnother:
         return 2
+    except (ValueError, OSError, RuntimeError) as error:
+        # Without a group yet, every process has met the same error.
+        if dist.is_initialized() or world_info_from_env()[1] == 0:
+            _logger.error("%s", describe(error))
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _write(result: dict, path: Path | None) -> None:
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    if path:
+        write_atomically(path, lambda file: file.write(text.encode()))
     width = max(map(len, result))
     sys.stdout.write("".join(f"{key:<{width}}  {value}\n" for key, value in result.items()))
     sys.stdout.write(json.dumps(result) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -99,11 +99,55 @@ def test_a_class_folder_without_images_stops_training_alone(root, content, as_ta
 
 
 @FORMS
-def test_folders_within_a_class_are_part_of_it(root, as_tar):
+def test_folders_within_a_class_are_part_of_it(root, caplog, as_tar):
     (root / "train" / "cat" / "masks").mkdir()
     (root / "train" / "animals").mkdir()
     (root / "train" / "dog").rename(root / "train" / "animals" / "dog")
     assert class_to_index(read(root, as_tar=as_tar)) == {"cat": 0, "dog": 1}
+    assert "not all in the same folder, such as animals/dog: the folders that" in caplog.text
+
+
+def nest(root, split="train"):
+    """Puts the images of each class into a folder of its own within the class folder."""
+    for name in ("cat", "dog"):
+        (root / split / name).rename(root / split / "day")
+        (root / split / name).mkdir()
+        (root / split / "day").rename(root / split / name / "day")
+
+
+@FORMS
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_name_in_two_folders_is_one_line(root, split, as_tar):
+    nest(root, split)
+    message = (
+        r": class folder 'day' is in several folders \(cat/day, dog/day\): "
+        r"the folders that hold the images are the classes$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        read(root, split, as_tar)
+
+
+@FORMS
+def test_a_class_within_a_class_is_a_warning(root, caplog, as_tar):
+    (root / "train" / "cat" / "day").mkdir()
+    (root / "train" / "cat" / "1.png").rename(root / "train" / "cat" / "day" / "1.png")
+    assert class_to_index(read(root, as_tar=as_tar)) == {"cat": 0, "day": 1, "dog": 2}
+    assert "not all in the same folder, such as cat/day:" in caplog.text
+
+
+@FORMS
+def test_a_folder_around_all_class_folders_is_no_warning(root, caplog, as_tar):
+    (root / "train").rename(root / "images")
+    (root / "train").mkdir()
+    (root / "images").rename(root / "train" / "images")
+    assert class_to_index(read(root, as_tar=as_tar)) == {"cat": 0, "dog": 1}
+    assert not caplog.records
+
+
+@FORMS
+def test_names_that_differ_in_case_alone_have_a_fixed_order(root, as_tar):
+    (root / "train" / "dog").rename(root / "train" / "Cat")
+    assert class_to_index(read(root, as_tar=as_tar)) == {"Cat": 0, "cat": 1}
 
 
 @FORMS
@@ -129,7 +173,7 @@ def test_links_within_a_tar_are_counted(root, caplog):
     assert "left out: 1 links and devices" in caplog.text
 
 
-def test_a_tar_of_tars_is_read(root):
+def test_a_tar_of_tars_is_read(root, caplog):
     with tarfile.open(root / "all.tar", "w") as tar:
         for name in ("cat", "dog"):
             with tarfile.open(root / f"{name}.tar", "w") as inner:
@@ -138,6 +182,18 @@ def test_a_tar_of_tars_is_read(root):
             tar.add(root / f"{name}.tar", arcname=f"{name}.tar")
     dataset = build_dataset(Data(root=str(root)), "all.tar", True, 2)
     assert (len(dataset), class_to_index(dataset)) == (4, {"cat": 0, "dog": 1})
+    assert not caplog.records
+
+
+def test_a_class_name_in_two_tars_of_a_tar_is_one_line(root):
+    nest(root)
+    with tarfile.open(root / "all.tar", "w") as tar:
+        for name in ("cat", "dog"):
+            with tarfile.open(root / f"{name}.tar", "w") as inner:
+                inner.add(root / "train" / name, arcname=".")
+            tar.add(root / f"{name}.tar", arcname=f"{name}.tar")
+    with pytest.raises(ConfigError, match=r"'day' is in several folders \(cat/day, dog/day\)"):
+        build_dataset(Data(root=str(root)), "all.tar", True, 2)
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(root, monkeypatch):

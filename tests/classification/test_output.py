@@ -3,8 +3,10 @@
 import errno
 import logging
 import os
+import re
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,13 @@ import yaml
 
 from classification import report
 from classification.config import ConfigError
-from classification.output import LogFile, describe, own_output
+from classification.output import (
+    LogFile,
+    describe,
+    log_start,
+    own_output,
+    suitable_ema_decay,
+)
 from classification.report import Events, Metrics
 from classification.train import Diverged, Trainer, main, train
 from flash_internimage.checkpoint import load_checkpoint
@@ -54,6 +62,36 @@ def test_a_run_owns_its_output_until_its_end(config, monkeypatch):
     assert trials
     with own_folder(cfg.output, 0):
         pass
+
+
+@pytest.mark.parametrize(
+    ("decay", "epochs", "message"),
+    [
+        (0.9999, 4, r"after the 4 .* hold 100 % of .*; ema_decay=0\.32 suits such a run"),
+        (0.9, 20, r"after the 20 .* hold 12\.2 % of .*; ema_decay=0\.79 suits such a run"),
+        (0.9999, 20_000, r"hold 13\.5 % of .*; ema_decay=0\.99977 suits such a run"),
+        (0.99999, 200_000, r"hold 13\.5 % of .*; ema_decay=0\.999977 suits such a run"),
+        (0.9, 22, None),
+        (0.9999, 24_000, None),
+        (0, 1, None),
+        (None, 1, None),
+    ],
+)
+def test_an_average_that_keeps_the_initial_weights_is_a_warning(
+    config, caplog, decay, epochs, message
+):
+    trainer = SimpleNamespace(
+        cfg=config(ema_decay=decay, schedule={"epochs": epochs}), model=torch.nn.Linear(1, 1),
+        world_size=1, device=CPU, amp="off", updates_per_epoch=1,
+    )  # fmt: skip
+    log_start(trainer, None, [])
+    (line,) = [r.getMessage() for r in caplog.records if "ema_decay=" in r.getMessage()] or [None]
+    assert re.match(rf"ema_decay={decay}: .*{message}$", line) if message else line is None
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3, 7, 40, 999, 12_345, 3_000_000])
+def test_the_suggested_decay_forgets_the_initial_weights(updates):
+    assert float(suitable_ema_decay(updates)) ** updates == pytest.approx(0.01, rel=0.3)
 
 
 def test_a_new_output_that_stays_empty_is_removed(tmp_path):

@@ -3,6 +3,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -213,6 +215,34 @@ def test_unreadable_images_are_left_out(run, digits, tmp_path, capsys):
     assert (result["images"], result["corrupt"]) == (19, 1)
 
 
+def test_two_processes_share_the_images_and_report_once(run, digits, tmp_path, capfd):
+    shutil.copytree(digits, tmp_path / "damaged")
+    next((tmp_path / "damaged" / "val" / "3").iterdir()).write_text("not an image")
+    arguments = [str(run / "config.yaml"), "--checkpoint", str(run / "last.pth"), "--device", "cpu"]
+    arguments += ["--data", str(tmp_path / "damaged"), "--workers", "0", "--limit", "19"]
+    assert main(arguments) == 0
+    one = json.loads(capfd.readouterr().out.splitlines()[-1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "-m", "classification.validate", *arguments]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    output = str(tmp_path / "result.json")
+    subprocess.run([*command, "--json", output], check=True, env=environment)
+    out, err = capfd.readouterr()
+    two = json.loads((tmp_path / "result.json").read_text())
+    assert out.count("images_per_second") == 2  # in the table and the line of JSON
+    assert json.loads(out.splitlines()[-1]) == two
+    assert err.count("skipped: ") == 1
+    assert (two["images"], two["corrupt"]) == (18, 1)
+    assert two.pop("images_per_second") > 0
+    del one["images_per_second"]
+    assert two == pytest.approx(one, abs=2e-4)
+    assert subprocess.run([*command, "--throughput"], env=environment).returncode != 0
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("ERROR --throughput measures a single process: run it without torchrun") == 1
+    assert err.count("ERROR --") == 1
+
+
 @pytest.fixture
 def right(monkeypatch):
     """Makes every model right: it returns the class that the image's red value is a tenth of."""
@@ -307,6 +337,28 @@ def test_weights_without_names_need_all_classes_or_indices(run, right, tmp_path,
     coloured(tmp_path, "few", {"a": 0, "b": 1})
     assert main([*command, "--data", str(tmp_path), "--split", "few"]) == 2
     assert "must have the 10 classes of" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "warning"),
+    [
+        ("", [str(i) for i in range(1, 11)], "natural order, class 1 is 2; in lexicographic .* 10"),
+        (
+            "torch/image_folder", [str(i) for i in range(1, 11)],
+            "lexicographic order, class 1 is 10; in natural order it would be 2",
+        ),
+        ("", list("Bacdefghij"), "natural order, class 0 is a; in lexicographic .* be B"),
+        ("", list("abcdefghij"), None),
+        ("", [f"{i:02}" for i in range(1, 11)], None),
+    ],
+)  # fmt: skip
+def test_an_order_that_depends_on_the_library_is_a_warning(tmp_path, caplog, kind, names, warning):
+    coloured(tmp_path, "val", dict.fromkeys(names, 0))
+    root = tmp_path / "val" if kind else tmp_path
+    dataset = build_dataset(Data(root=str(root), kind=kind), "val", False, 2)
+    validate._set_labels(dataset, None, "weights.pth", 10)
+    (line,) = [record.getMessage() for record in caplog.records] or [None]
+    assert line is None if warning is None else re.search(warning, line)
 
 
 def test_a_part_of_imagenet_is_labelled_by_its_synsets():
