@@ -4,6 +4,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 
@@ -98,9 +99,10 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is None and error.strerror:
         text = error.strerror
     if "Original Traceback (most recent call last)" in text:  # from a worker of a data loader
-        # Without a message, the line of code that raised it, which may be underlined.
-        *code, last = [line for line in text.splitlines() if line.strip(" ^~")]
-        text = last.partition(": ")[2] or f"{last}: {code[-1]}"
+        lines = text.rpartition('\n  File "')[2].splitlines()[1:]
+        code = list(takewhile(lambda line: line.startswith("    "), lines))
+        raised = "\n".join(lines[len(code) :])
+        text = raised.partition(": ")[2] or ": ".join([raised, *code[:1]])
     if not text.strip():  # an assertion without a message
         frames = traceback.extract_tb(error.__traceback__)
         text = ": ".join([type(error).__name__, *(frame.line or "" for frame in frames[-1:])])

@@ -277,13 +277,24 @@ class TestDefects:
         with pytest.raises(AttributeError), one_line_errors():
             curves.save_curves(None)
 
-    def test_the_last_line_of_a_worker_is_its_message(self):
+    @pytest.mark.parametrize(
+        ("last", "message"),
+        [
+            ("ValueError: a.jpg: is damaged", "a.jpg: is damaged"),
+            ("    f(x)\n    ^^^^\nValueError: two\n  lines: both\n", "two lines: both"),
+            ("    raise NotImplementedError\nNotImplementedError", None),
+            ("    assert f(\n           ^^\nAssertionError\n", "AssertionError: assert f("),
+        ],
+    )
+    def test_what_a_worker_raised_is_the_message(self, last, message):
         text = (
             "Caught ValueError in DataLoader worker process 0.\n"
             "Original Traceback (most recent call last):\n"
-            '  File "x.py", line 1, in y\nValueError: a.jpg: is damaged\n'
+            '  File "a.py", line 9, in b\n    y()\n'
+            f'  File "x.py", line 1, in y\n{last}'
         )
-        assert describe(ValueError(text)) == "a.jpg: is damaged"
+        message = message or "NotImplementedError: raise NotImplementedError"
+        assert describe(ValueError(text)) == message
 
 
 SCRIPT = """
