@@ -4,6 +4,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 
@@ -23,6 +24,8 @@ _WHILE_BUILDING = (
     RuntimeError,
     TypeError,
 )
+# Of these, what transforms and metrics raise for data or settings that they do not support.
+_REFUSALS = (AssertionError, NotImplementedError)
 _STEPS = {"train_step", "val_step", "test_step"}
 _WORK = {"__next__", "evaluate"}
 _OURS = str(Path(flash_internimage.__file__).parent)
@@ -71,7 +74,8 @@ def is_users(error: Exception) -> bool:
         # Within a model, PyTorch and NumPy raise ValueErrors about its arithmetic.
         numeric = isinstance(error, ValueError) and _is_from(error, "/torch/", "/numpy/")
         return not (names & _STEPS and numeric)
-    building = isinstance(error, _WHILE_BUILDING) and not names & (_STEPS | _WORK)
+    working = _STEPS if isinstance(error, _REFUSALS) else _STEPS | _WORK
+    building = isinstance(error, _WHILE_BUILDING) and not names & working
     unknown = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
     return building and (unknown or not is_from_this_package(error))
 
@@ -95,7 +99,10 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is None and error.strerror:
         text = error.strerror
     if "Original Traceback (most recent call last)" in text:  # from a worker of a data loader
-        text = text.rstrip().rsplit("\n", 1)[-1].split(": ", 1)[-1]
+        lines = text.rpartition('\n  File "')[2].splitlines()[1:]
+        code = list(takewhile(lambda line: line.startswith("    "), lines))
+        raised = "\n".join(lines[len(code) :])
+        text = raised.partition(": ")[2] or ": ".join([raised, *code[:1]])
     if not text.strip():  # an assertion without a message
         frames = traceback.extract_tb(error.__traceback__)
         text = ": ".join([type(error).__name__, *(frame.line or "" for frame in frames[-1:])])

@@ -62,6 +62,21 @@ class Damaged(SmallData):
         raise ValueError("picture.jpg is damaged")
 
 
+class Unsupported(SmallData):
+    def __getitem__(self, index: int) -> dict:
+        raise NotImplementedError("masks cannot be mixed")
+
+
+class Asserting(SmallData):
+    def __getitem__(self, index: int) -> dict:
+        raise AssertionError
+
+
+class UnsupportedModel(Model):
+    def forward(self, inputs, mode="tensor"):
+        raise NotImplementedError("no such kernel")
+
+
 class DefectiveModel(Model):
     def forward(self, inputs, mode="tensor"):
         raise TypeError("cannot multiply")
@@ -71,8 +86,8 @@ class DefectiveModel(Model):
 def registered():
     """Registers what the config names, for one test."""
     added = {
-        DATASETS: (SmallData, Defect, Damaged),
-        MODELS: (Model, DefectiveModel),
+        DATASETS: (SmallData, Defect, Damaged, Unsupported, Asserting),
+        MODELS: (Model, DefectiveModel, UnsupportedModel),
         METRICS: (Score,),
     }
     names = {Model: "SmallModel", Score: "SmallScore"}
@@ -162,6 +177,21 @@ def test_settings(option, message, fails, tmp_path):
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("Unsupported", "^error: masks cannot be mixed$"),
+        ("Asserting", "^error: AssertionError: raise AssertionError$"),
+    ],
+)
+def test_data_that_a_transform_does_not_support(dataset, message, workers, train, capfd):
+    options = f"train_dataloader.dataset.type={dataset}", f"train_dataloader.num_workers={workers}"
+    with pytest.raises(SystemExit, match="2"):
+        train("--cfg-options", *options)
+    assert re.search(message, capfd.readouterr().err, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -240,18 +270,31 @@ class TestDefects:
             train("--cfg-options", "train_dataloader.dataset.type=Defect")
         with pytest.raises(TypeError, match="cannot multiply"):
             train("--cfg-options", "model.type=DefectiveModel")
+        with pytest.raises(NotImplementedError, match="no such kernel"):
+            train("--cfg-options", "model.type=UnsupportedModel")
 
     def test_of_our_own_package(self):
         with pytest.raises(AttributeError), one_line_errors():
             curves.save_curves(None)
 
-    def test_the_last_line_of_a_worker_is_its_message(self):
+    @pytest.mark.parametrize(
+        ("last", "message"),
+        [
+            ("ValueError: a.jpg: is damaged", "a.jpg: is damaged"),
+            ("    f(x)\n    ^^^^\nValueError: two\n  lines: both\n", "two lines: both"),
+            ("    raise NotImplementedError\nNotImplementedError", None),
+            ("    assert f(\n           ^^\nAssertionError\n", "AssertionError: assert f("),
+        ],
+    )
+    def test_what_a_worker_raised_is_the_message(self, last, message):
         text = (
             "Caught ValueError in DataLoader worker process 0.\n"
             "Original Traceback (most recent call last):\n"
-            '  File "x.py", line 1, in y\nValueError: a.jpg: is damaged\n'
+            '  File "a.py", line 9, in b\n    y()\n'
+            f'  File "x.py", line 1, in y\n{last}'
         )
-        assert describe(ValueError(text)) == "a.jpg: is damaged"
+        message = message or "NotImplementedError: raise NotImplementedError"
+        assert describe(ValueError(text)) == message
 
 
 SCRIPT = """
