@@ -1,5 +1,8 @@
 """mmcv's multi-scale deformable attention on the operators of ops_dcnv4."""
 
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
 from mmengine.hooks import Hook
@@ -16,11 +19,28 @@ from ops_dcnv4.modules import sampling_locations
 class FlashMultiScaleDeformableAttention(MultiScaleDeformableAttention):
     """mmcv's MultiScaleDeformableAttention on the operators of ops_dcnv4.
 
-    Arguments, parameters and results are mmcv's, whose own operator runs on GPUs in float32 and
-    float16 alone and leaves the CPU and bfloat16 to plain PyTorch. Sampling locations are never
-    rounded to 16 bits. mmdet's DETR layers name mmcv's class in their code: there,
-    :class:`FlashAttentionHook` does what the `type` of a config cannot.
+    Arguments other than `device` and `dtype`, parameters and results are mmcv's. Its own operator
+    runs on GPUs in float32 and float16 only, and leaves the CPU and bfloat16 to plain PyTorch.
+    Sampling locations are never rounded to 16 bits. mmdet's DETR layers name mmcv's class in their
+    code, so no `type` in a config can replace it: :class:`FlashAttentionHook` does.
     """
+
+    def __init__(
+        self,
+        *args: Any,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ):
+        with nullcontext() if device is None else torch.device(device):
+            super().__init__(*args, **kwargs)
+        self.to(dtype=dtype)
+
+    def init_weights(self) -> None:
+        """Initialise the parameters as mmcv does, in the dtype that they have."""
+        super().init_weights()
+        bias = self.sampling_offsets.bias  # of float32 now
+        bias.data = bias.data.to(self.sampling_offsets.weight.dtype)
 
     @deprecated_api_warning({"residual": "identity"}, cls_name="MultiScaleDeformableAttention")
     def forward(

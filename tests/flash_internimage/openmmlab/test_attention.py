@@ -221,3 +221,19 @@ def test_missing_argument_is_named(missing):
     use_flash_attention(layer)
     with pytest.raises(ValueError, match=f"{missing} must be a tensor, got None"):
         layer(**random_arguments(batch_first=False) | {missing: None})
+
+
+def test_parameters_are_made_on_the_device_and_in_the_dtype_that_are_given():
+    layer = FlashMultiScaleDeformableAttention(32, num_heads=4, device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float64)}
+    layer = layer.to_empty(device="cpu")
+    layer.init_weights()
+    skipped = torch.nn.utils.skip_init(FlashMultiScaleDeformableAttention, 32, num_heads=4)
+    skipped.init_weights()
+    stock = MultiScaleDeformableAttention(32, num_heads=4).state_dict()
+    for made, dtype in ((layer, torch.float64), (skipped, torch.float32)):
+        assert {p.dtype for p in made.parameters()} == {dtype}
+        torch.testing.assert_close(
+            made.sampling_offsets.bias, stock["sampling_offsets.bias"].to(dtype)
+        )
+        assert not made.attention_weights.weight.any()
