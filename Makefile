@@ -36,9 +36,14 @@ demo-segmentation: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes-ade20k
 	$(RUN) -m segmentation.train $(SCENE_MAPS) --work-dir output/digits-scenes-ade20k --resume
 	$(RUN) -m segmentation.test $(SCENE_MAPS) output/digits-scenes-ade20k/iter_800.pth --work-dir output/digits-scenes-ade20k --show-dir predictions
 
-test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev
+test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev $(VENV)/.cuda_model
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
 	  $(if $(TEST_SEED),--randomly-seed=$(TEST_SEED),-p no:randomly)
+
+# The CUDA kernels as C++ on a serial model of CUDA, which the tests run.
+$(VENV)/.cuda_model: $(OPS_SOURCES) $(wildcard tests/cuda_model/*.cpp tests/cuda_model/*.h) $(VENV)/.package $(VENV)/.dev
+	$(RUN) -m tests.cuda_model.build
+	touch $@
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check

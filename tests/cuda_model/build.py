@@ -101,5 +101,5 @@ def _compiler_version() -> str:
     return subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and AVAILABLE:
     load_operators()

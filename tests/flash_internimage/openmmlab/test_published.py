@@ -23,7 +23,10 @@ CLASSES = tuple("0123456789")
 def build(config: str) -> torch.nn.Module:
     cfg = Config.fromfile(CONFIGS / config)
     init_default_scope(cfg.default_scope)
-    return MODELS.build(cfg.model)
+    model = MODELS.build(cfg.model)
+    for parameter in model.parameters():  # mmdet leaves some of them uninitialised
+        torch.nn.init.normal_(parameter)
+    return model
 
 
 def by_init_detector(config: str, path: str) -> torch.nn.Module:
