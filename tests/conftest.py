@@ -37,6 +37,16 @@ def no_pause_between_epochs(monkeypatch) -> None:
         monkeypatch.setattr(loops, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 
+@pytest.fixture(autouse=True)
+def no_visualizers_of_other_tests() -> None:
+    """Forget mmengine's visualizers, which keep the folder of the first run of a process."""
+    if visualization := sys.modules.get("mmengine.visualization"):
+        kinds = [visualization.Visualizer]
+        for kind in kinds:
+            kinds += kind.__subclasses__()
+            kind._instance_dict.clear()
+
+
 @pytest.fixture(scope="session")
 def assert_near():
     """Assertion that tensors agree to a tolerance relative to the largest expected magnitude."""
