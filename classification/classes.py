@@ -48,7 +48,7 @@ def class_names(dataset: Dataset, num_classes: int) -> list[str]:
 
 
 def match_classes(dataset: Dataset, names: Sequence[str], source: str) -> None:
-    """Label a data set by the names of a model's classes, of which it may lack some.
+    """Map the labels of a data set to a model's classes by name; classes may be missing.
 
     Args:
         dataset: A data set of timm or torchvision; one without names keeps its labels.

@@ -129,7 +129,7 @@ def printable(text: str) -> str:
 
 
 def check_listing(listing: Listing, is_training: bool) -> None:
-    """Log what is left out, and check that images of every class remain.
+    """Log the files that are skipped and check that every class has images.
 
     Raises:
         ValueError: There is no image, one outside of class folders, or, in training, a class

@@ -125,7 +125,7 @@ def suitable_ema_decay(updates: int) -> str:
 
 
 def log_start(trainer: "Trainer", checkpoint: Path | None, changes: list[str]) -> None:
-    """Log what a run is, and where and with which changed settings it continues."""
+    """Log the model, the checkpoint a run resumes from and its changed settings."""
     cfg, parameters = trainer.cfg, sum(p.numel() for p in trainer.model.parameters())
     _logger.info(
         "%s, %.1f M parameters; %d x %d images per update on %s with amp=%s; %d updates per epoch",

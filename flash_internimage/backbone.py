@@ -295,7 +295,7 @@ class FlashInternImage(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop what the feature maps of these stages do not need, and return their indices."""
+        """Remove the layers after the last of these stages and return their indices."""
         take_indices, max_index = feature_take_indices(len(self.levels), indices)
         pruned = max_index + 1 < len(self.levels)
         self.levels = self.levels[: max_index + 1]

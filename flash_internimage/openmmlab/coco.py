@@ -17,7 +17,7 @@ from ..images import UnreadableImage
 from .annotations import check_annotations, parse_json
 from .files import ReadableImages, check_size, find_missing, is_local
 
-_TRACE = 0.01  # share of the images or annotations above which what is left out is a warning
+_TRACE = 0.01  # skipping a larger share of images or annotations is a warning
 
 
 class _CheckedCOCO(COCO):
