@@ -236,7 +236,13 @@ def _check_maps(model: nn.Module, heads: dict[str, nn.Module], channels: int) ->
         shapes = f" with maps of {[each.shape[1] for each in maps]} channels"
         for name, head in heads.items():
             part = name
-            head(maps, [SegDataSample()]) if isinstance(head, MaskFormerHead) else head(maps)
+            if isinstance(head, MaskFormerHead):
+                # A pixel decoder of fewer levels leaves the last maps out.
+                levels = getattr(head.pixel_decoder, "num_input_levels", len(maps))
+                assert levels == len(maps), f"pixel_decoder takes {levels} maps"
+                head(maps, [SegDataSample()])
+            else:
+                head(maps)
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
         raise ValueError(f"{part} does not work{shapes}: {describe(error)}") from error
     finally:

@@ -167,6 +167,17 @@ def test_of_upernet(settings, message, check):
         check(settings)
 
 
+def test_levels_of_mask2former(check):
+    settings = (
+        "model = dict(decode_head=dict(in_channels=[16, 32, 64], strides=[4, 8, 16],"
+        " num_transformer_feat_level=2, pixel_decoder=dict(num_outs=2, encoder=dict(layer_cfg=dict("
+        "self_attn_cfg=dict(num_levels=2))))))"
+    )
+    message = r"model.decode_head does not work with maps of \[16, 32, 64, 128\] .* takes 3 maps$"
+    with pytest.raises(ValueError, match=message):
+        check(settings, "mask2former")
+
+
 @pytest.mark.parametrize("weights", ["[1.0] * 11", "None", "[1.0] * 13", "1.0"])
 def test_class_weights_of_mask2former(weights, check):
     message = r"model.decode_head.loss_cls.class_weight must be 12 numbers of at least 0, got "
