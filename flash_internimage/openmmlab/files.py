@@ -18,7 +18,7 @@ from ..images import (
     MAX_ASPECT_RATIO,
     UnreadableImage,
     check_image_file,
-    read_image,
+    read_label_map,
     read_size,
     to_8_bits,
     to_rgb,
@@ -47,15 +47,16 @@ def find_missing(paths: Iterable[str]) -> set[str]:
     return missing
 
 
-def open_image(path: str, backend_args: dict | None = None) -> Image.Image:
-    """Decode an image from wherever the engine reads it.
+def open_label_map(path: str, backend_args: dict | None = None) -> Image.Image:
+    """Decode a label map from wherever the engine reads it.
 
     Raises:
-        UnreadableImage: See :func:`flash_internimage.images.read_image`.
+        UnreadableImage: It cannot be read.
+        ValueError: See :func:`flash_internimage.images.read_label_map`.
     """
     if is_local(path, backend_args):
-        return read_image(path)
-    return read_image(io.BytesIO(get(path, backend_args=backend_args)), name=path)
+        return read_label_map(path)
+    return read_label_map(io.BytesIO(get(path, backend_args=backend_args)), name=path)
 
 
 class LeftOutFiles:
