@@ -391,9 +391,11 @@ class LoadCheckedAnnotations(BaseTransform):
     """mmseg's LoadAnnotations for label maps that fit their image and the classes.
 
     In training, a label map that is unreadable or not of its image's size is left out with a
-    warning, and the data set draws another image. In tests it is an error. Values that belong to no
-    class are always an error: a GPU would stop at an assertion that names no file. An image without
-    a data set, as in mmseg's inference, has no label map.
+    warning, and the data set draws another image. In tests it is an error, and always for mmseg's
+    own data sets, which do not tell training from tests. Values that belong to no class are an
+    error: a GPU would stop at an assertion that names no file. mmseg's own data sets do not tell
+    the number of their classes, unless they have a choice of them. An image without a data set, as
+    in mmseg's inference, has no label map.
 
     Args:
         max_left_out: Number of label maps per process up to which the training continues.
@@ -419,7 +421,7 @@ class LoadCheckedAnnotations(BaseTransform):
             if labels.shape != shape:
                 raise UnreadableImage(_differing_sizes(results, labels.shape, shape))
         except UnreadableImage as error:
-            if results.get("test_mode"):
+            if results.get("test_mode", True):
                 raise
             self.left_out.add(results["seg_map_path"], error)
             return None
