@@ -8,10 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import is_main_process
-from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.logging import MMLogger
 from mmengine.model import (
     BaseTTAModel,
     MMDistributedDataParallel,
@@ -32,8 +31,8 @@ from ..checkpoint import (
 from ..conversion import EXECUTED, convert_checkpoint
 from ..downloads import hide_secrets
 from ..files import disk_full_error, write_atomically
-from ..safe_load import Placeholder
 from .errors import describe, end_in_one_line, is_from_this_package, is_users
+from .plain import restore_histories
 from .resume import (
     adapt_checkpoint,
     compare_classes,
@@ -42,8 +41,6 @@ from .resume import (
     set_sampler_seed,
 )
 from .splits import warn_of_shared_images
-
-_HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 
 
 def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dict:
@@ -58,27 +55,8 @@ def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dic
         ValueError: If it is damaged or not a checkpoint.
     """
     checkpoint = load_checkpoint(fetch_checkpoint(source), map_location)
-    if isinstance(hub := checkpoint.get("message_hub"), dict):
-        scalars = hub.get("log_scalars")
-        for name, value in scalars.items() if isinstance(scalars, dict) else ():
-            if isinstance(value, Placeholder) and value.name == _HISTORY:
-                scalars[name] = _restore_history(value.state, f"{source}: log_scalars.{name}")
+    restore_histories(checkpoint, source)
     return checkpoint
-
-
-def _restore_history(state: Any, name: str) -> HistoryBuffer:
-    fields = ("_log_history", "_count_history", "max_length")
-    logs, counts, length = map(state.get if isinstance(state, dict) else {}.get, fields)
-    arrays = isinstance(logs, np.ndarray) and isinstance(counts, np.ndarray)
-    if not (
-        arrays
-        and (logs.ndim, counts.shape) == (1, logs.shape)
-        and {logs.dtype.kind, counts.dtype.kind} <= set("iuf")
-        and type(length) is int
-        and length >= max(1, len(logs))
-    ):
-        raise ValueError(f"{name} must be two arrays of numbers of one length, got {state!r:.200}")
-    return HistoryBuffer(logs, counts, length)
 
 
 def use_safe_checkpoint_reader() -> None:
