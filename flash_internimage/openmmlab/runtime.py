@@ -17,7 +17,7 @@ from mmengine.model import (
     is_model_wrapper,
     revert_sync_batchnorm,
 )
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import BaseLoop, CheckpointLoader, Runner
 from torch import nn
@@ -218,6 +218,40 @@ class FlashRunner(Runner):
                 f"got {type(optimizer).__name__}"
             )
         return built
+
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
+        """Scale the learning rates with the number of images per update.
+
+        Unlike mmengine's, the number includes the batches that are accumulated.
+
+        Args:
+            optim_wrapper: Optimizer whose schedules have not been built yet.
+            auto_scale_lr: `enable` (default: False), and the `base_batch_size` that the learning
+                rates are made for.
+
+        Raises:
+            ValueError: `base_batch_size` is missing.
+        """
+        if not (auto_scale_lr and auto_scale_lr.get("enable")):
+            return
+        base = auto_scale_lr.get("base_batch_size")
+        if base is None:
+            raise ValueError(
+                "auto_scale_lr.base_batch_size must be the images per update, got None"
+            )
+        loader = self._train_dataloader
+        batch = loader["batch_size"] if isinstance(loader, dict) else loader.batch_size
+        together = isinstance(optim_wrapper, OptimWrapperDict)
+        for wrapper in optim_wrapper.values() if together else [optim_wrapper]:
+            accumulated = wrapper._accumulative_counts
+            images = batch * self.world_size * accumulated
+            self.logger.info(
+                "learning rates x %g: an update has %d images (batch size %d x processes %d x "
+                "accumulative_counts %d), base_batch_size is %d",
+                images / base, images, batch, self.world_size, accumulated, base,
+            )  # fmt: skip
+            for group in wrapper.param_groups:
+                group["lr"] *= images / base
 
     def load_checkpoint(
         self,

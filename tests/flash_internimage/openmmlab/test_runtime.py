@@ -138,6 +138,38 @@ class TestCheckpoints:
         assert latest_checkpoint(tmp_path).name == "epoch_10.pth"
 
 
+class TestScaledLearningRates:
+    """The linear rule: rates in proportion to the images of an update."""
+
+    # Batches of 2 images, and rates that are made for 4.
+    @pytest.mark.parametrize(("accumulated", "rate"), [(1, 0.5), (2, 1.0), (8, 4.0), (3, 1.5)])
+    def test_accumulated_batches_count(self, accumulated, rate, runner, caplog):
+        r = runner(
+            optim_wrapper={
+                "optimizer": {"type": "SGD", "lr": 1.0},
+                "accumulative_counts": accumulated,
+                "paramwise_cfg": {"custom_keys": {"head": {"lr_mult": 0.1}}},
+            },
+            auto_scale_lr={"enable": True, "base_batch_size": 4},
+            log_level="INFO",
+        )
+        r.logger.addHandler(caplog.handler)
+        r.train()
+        rates = r.optim_wrapper.get_lr()
+        assert sorted({*rates["lr"]}) == pytest.approx([rate / 10, rate])
+        assert rates["base_lr"] == [rate]
+        assert f"learning rates x {rate:g}: an update has {2 * accumulated} images" in caplog.text
+
+    def test_they_are_not_scaled_unasked(self, runner):
+        r = runner(auto_scale_lr={"base_batch_size": 4})
+        r.train()
+        assert r.optim_wrapper.get_lr()["lr"] == [0.01]
+
+    def test_the_number_that_they_are_made_for_is_needed(self, runner):
+        with pytest.raises(ValueError, match=r"auto_scale_lr\.base_batch_size must be"):
+            runner(auto_scale_lr={"enable": True}).train()
+
+
 def trained(runner, folder: Path) -> Path:
     """The checkpoint of a run of three epochs, the last of which was the best."""
     runner().train()
