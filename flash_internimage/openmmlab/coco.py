@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
@@ -15,6 +16,7 @@ from pycocotools import mask as coco_mask
 
 from ..images import UnreadableImage
 from .annotations import check_annotations, parse_json
+from .coco_metric import LABELS_FOLLOW_CLASSES
 from .files import ReadableImages, check_size, find_missing, is_local
 
 _TRACE = 0.01  # skipping a larger share of images or annotations is a warning
@@ -64,6 +66,8 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
             an object has no mask although the pipeline loads masks, images of a test are
             unreadable or have too many objects, or nothing is left to train on.
     """
+
+    METAINFO: ClassVar[dict] = {**CocoDataset.METAINFO, LABELS_FOLLOW_CLASSES: True}
 
     def __init__(self, *args, max_objects: int = 2000, max_mask_bytes: int = 2**32, **kwargs):
         for name, value in (("max_objects", max_objects), ("max_mask_bytes", max_mask_bytes)):

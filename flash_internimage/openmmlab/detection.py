@@ -2,7 +2,8 @@
 
 Importing this module replaces four names in mmdet's registries, so that they are right in configs
 and inferencers that use mmdet's own: the image loaders LoadImageFromFile and LoadImageFromNDArray,
-and the metrics CocoMetric and FasterCocoMetric.
+and the metrics CocoMetric and FasterCocoMetric. It also lets mmdet's get_loading_pipeline, which
+serves tools such as analyze_results.py, find these loaders.
 
 custom_imports = dict(imports=['flash_internimage.openmmlab.detection'])
 """
@@ -10,7 +11,9 @@ custom_imports = dict(imports=['flash_internimage.openmmlab.detection'])
 from collections.abc import Sequence
 
 import faster_coco_eval  # noqa: F401  mmdet's metric would miss it only after the first epoch
+import mmdet.datasets.utils
 import torch
+from mmcv.transforms import LoadImageFromFile
 from mmdet.models.dense_heads import DINOHead
 from mmdet.models.detectors import DINO
 from mmdet.models.layers import MLP, inverse_sigmoid
@@ -33,6 +36,19 @@ __all__ = [
 
 TRANSFORMS.register_module("LoadImageFromFile", module=LoadCheckedImage, force=True)
 TRANSFORMS.register_module("LoadImageFromNDArray", module=LoadCheckedArray, force=True)
+
+
+class _AnyImageLoader:
+    """Equal to LoadImageFromFile and to its subclasses."""
+
+    __hash__ = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type) and issubclass(other, LoadImageFromFile)
+
+
+# get_loading_pipeline looks for the class itself and would overlook subclasses.
+mmdet.datasets.utils.LoadImageFromFile = _AnyImageLoader()
 
 
 class _EveryOtherFrequency(MLP):
