@@ -257,14 +257,16 @@ def _predicts_boxes_alone(model: nn.Module) -> bool:
     """Return whether a model is one of mmdet's detectors that have nothing for masks."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
+    names = (
+        # The offset_mask of a DCNv4 layer is none of the model's masks.
+        f"{name} {type(module).__name__}".replace("offset_mask", "").lower()
+        for name, module in model.named_modules()
+        if name
+    )
     return (
         isinstance(model, BaseDetector)
         and type(model).predict.__module__.startswith("mmdet.")
-        and not any(
-            "mask" in f"{name} {type(module).__name__}".lower()
-            for name, module in model.named_modules()
-            if name
-        )
+        and not any("mask" in name for name in names)
     )
 
 
