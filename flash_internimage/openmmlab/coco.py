@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
@@ -67,8 +66,6 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
             unreadable or have too many objects, or nothing is left to train on.
     """
 
-    METAINFO: ClassVar[dict] = {**CocoDataset.METAINFO, LABELS_FOLLOW_CLASSES: True}
-
     def __init__(self, *args, max_objects: int = 2000, max_mask_bytes: int = 2**32, **kwargs):
         for name, value in (("max_objects", max_objects), ("max_mask_bytes", max_mask_bytes)):
             if type(value) is not int or value < 1:
@@ -76,6 +73,9 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         self.max_objects = max_objects
         self.max_mask_bytes = max_mask_bytes
         super().__init__(*args, **kwargs)
+        # In training, ConcatDataset could not join this data set with a CocoDataset.
+        if self.test_mode:
+            self._metainfo[LABELS_FOLLOW_CLASSES] = True
 
     def load_data_list(self) -> list[dict]:
         local = is_local(self.ann_file, self.backend_args)

@@ -293,6 +293,10 @@ def test_joined_data_sets_of_two_kinds(kind, write):
     joined = ConcatDataset(parts)
     samples = [*perfect(parts[0]), *perfect(parts[1])]
     assert figures(kind, path, joined, samples)["bbox_mAP"] == 1
+    # Hooks need one dict of classes to train on.
+    kinds = ("CheckedCocoDataset", "CocoDataset")
+    joined = ConcatDataset([data(path, source, test_mode=False) for source in kinds])
+    assert joined.metainfo["classes"] == ("cat", "dog")
 
 
 def rename(name: str):
