@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 
 from ..images import UnreadableImage
 from .annotations import check_annotations, parse_json
+from .coco_metric import LABELS_FOLLOW_CLASSES
 from .files import ReadableImages, check_size, find_missing, is_local
 
 _TRACE = 0.01  # skipping a larger share of images or annotations is a warning
@@ -72,6 +73,9 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         self.max_objects = max_objects
         self.max_mask_bytes = max_mask_bytes
         super().__init__(*args, **kwargs)
+        # In training, ConcatDataset could not join this data set with a CocoDataset.
+        if self.test_mode:
+            self._metainfo[LABELS_FOLLOW_CLASSES] = True
 
     def load_data_list(self) -> list[dict]:
         local = is_local(self.ann_file, self.backend_args)

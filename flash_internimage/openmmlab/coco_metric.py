@@ -1,28 +1,43 @@
-"""COCO metrics whose annotation file is checked before the training begins."""
+"""COCO metrics whose annotation file, data and model are checked before the work begins."""
 
+import logging
+import os.path
+import posixpath
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmdet.evaluation import CocoMetric, FasterCocoMetric
+from mmdet.models import BaseDetector
 from mmdet.registry import METRICS as MMDET_METRICS
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import get
+from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import METRICS
+from torch import nn
 
 from .annotations import check_annotations, parse_json
 from .files import is_local
 
+LABELS_FOLLOW_CLASSES = "labels_follow_classes"  # True in the metainfo of such data sets
 _OF_CLASS = "_precision"  # how the names of figures of single classes end
 
 
 class _Checked:
     """Mixin for mmdet's COCO metrics: checks at the start, and figures under the right names.
 
+    Images of the file that are not in the data are left out of the evaluation with a warning.
+
     Raises:
         FileNotFoundError: The annotation file is missing.
         ValueError: It is malformed or has no annotations to evaluate, an argument does not fit, a
-            class is no category of the file, or an image of the data is not in it.
+            class is no category of the file, an image of the data is not in it, has another name or
+            size there or is evaluated twice, or masks are evaluated that the model does not
+            predict.
     """
 
     def __init__(self, ann_file: str | None = None, metric: str | list[str] = "bbox", **kwargs):
@@ -54,17 +69,54 @@ class _Checked:
     def dataset_meta(self, dataset_meta: dict) -> None:
         BaseMetric.dataset_meta.fset(self, dataset_meta)
         if self._ann_file is not None:
-            self._category_ids()
+            self._category_ids(warn=True)
+
+    def check_run(self, model: nn.Module, dataset: Any) -> None:
+        """Check that a model and data can be evaluated; FlashRunner calls it before it starts.
+
+        Args:
+            model: Model that makes the predictions.
+            dataset: Data set of the engine, or a wrapper of one or several.
+
+        Raises:
+            ValueError: See the class.
+        """
+        if "segm" in self.metrics and _predicts_boxes_alone(model):
+            raise ValueError(self._lacks_masks())
+        if not hasattr(dataset, "get_data_info"):
+            return
+        paths: dict[Any, str | None] = {}
+        differing: list[bool] = []
+        for i in range(len(dataset)):
+            info = dataset.get_data_info(i)
+            if "img_id" not in info:
+                return
+            identity, path = info["img_id"], info.get("img_path")
+            self._check_image(identity, path, (info.get("height"), info.get("width")))
+            if identity in paths:
+                raise ValueError(
+                    f"image {identity!r} must be evaluated once, got {paths[identity]} and {path}"
+                )
+            paths[identity] = path
+            boxes = [i["bbox"] for i in info.get("instances", ()) if "bbox" in i]
+            if boxes and self._ann_file is not None:
+                annotations = self._coco_api.imgToAnns.get(identity, ())
+                differing.append(not _contain(annotations, boxes))
+        if any(differing):
+            message = (
+                f"ann_file of the evaluator {self._ann_file} lacks boxes of {sum(differing)} of "
+                f"the {len(differing)} images with objects in the data"
+            )
+            if all(differing):
+                raise ValueError(f"{message}: both must use the same file")
+            print_log(message, logger="current", level=logging.WARNING)
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Add the predictions of a batch."""
-        if self._ann_file is not None:
-            for sample in data_samples:
-                if sample["img_id"] not in self._coco_api.imgs:
-                    raise ValueError(
-                        f"ann_file of the evaluator {self._ann_file} has no image "
-                        f"{sample['img_id']!r}, which the data have: both must use the same file"
-                    )
+        for sample in data_samples:
+            self._check_image(sample["img_id"], sample.get("img_path"), sample.get("ori_shape"))
+            if "segm" in self.metrics and "masks" not in sample["pred_instances"]:
+                raise ValueError(self._lacks_masks())
         super().process(data_batch, data_samples)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
@@ -74,12 +126,12 @@ class _Checked:
             mmdet's figures, those of single classes last. These are called `{class}_precision`, and
             `bbox_{class}_precision` and `segm_{class}_precision` if boxes and masks are evaluated.
         """
+        self.img_ids = self._evaluated_ids(results)
         metrics, figures = self.metrics, {}
         # mmdet would overwrite the boxes' figures of the classes with those of the masks.
         separate = self.classwise and {"bbox", "segm"} <= {*metrics}
         try:
             for self.metrics in [[metric] for metric in metrics] if separate else [metrics]:
-                # mmdet takes the classes in the order of the file.
                 self.cat_ids = None if self._coco_api is None else self._category_ids()
                 prefix = f"{self.metrics[0]}_" if separate else ""
                 for name, value in super().compute_metrics(results).items():
@@ -96,15 +148,78 @@ class _Checked:
         self.cat_ids = sorted(self.cat_ids)
         return files
 
-    def _category_ids(self) -> list[int]:
+    def _lacks_masks(self) -> str:
+        return (
+            "metric of the evaluator must be without 'segm' for a model that predicts no masks, "
+            f"got {self.metrics!r}"
+        )
+
+    def _check_image(self, identity: Any, path: str | None, shape: Sequence | None) -> None:
+        """Check that an image of the data is the one with its id in the annotation file."""
+        if self._ann_file is None:
+            return
+        ann_file = f"ann_file of the evaluator {self._ann_file}"
+        if identity not in self._coco_api.imgs:
+            raise ValueError(
+                f"{ann_file} has no image {identity!r}, which the data have: both must use the "
+                "same file"
+            )
+        image = self._coco_api.imgs[identity]
+        if path and not _is_file(path, image["file_name"]):
+            raise ValueError(
+                f"{ann_file}: image {identity!r} is {image['file_name']}, but {path} in the data: "
+                "both must use the same file"
+            )
+        size = image["height"], image["width"]
+        if shape and None not in shape and tuple(shape[:2]) != size:
+            raise ValueError(
+                f"{ann_file}: image {identity!r} ({image['file_name']}) has (height, width) "
+                f"{size}, but {tuple(shape[:2])} in the data"
+            )
+
+    def _evaluated_ids(self, results: list) -> list:
+        """Return the ids of the images that have predictions, and warn of the others."""
+        ids = [prediction["img_id"] for _, prediction in results]
+        for identity, times in Counter(ids).most_common(1):
+            if times > 1:
+                raise ValueError(f"image {identity!r} must be evaluated once, got {times} results")
+        if self._ann_file is not None and (left_out := len(self._coco_api.imgs) - len(ids)):
+            print_log(
+                f"{left_out} of the {len(self._coco_api.imgs)} images of {self._ann_file} are not "
+                "in the data: the evaluation leaves them out",
+                logger="current",
+                level=logging.WARNING,
+            )
+        return ids
+
+    def _category_ids(self, warn: bool = False) -> list[int]:
+        """Return the ids of the categories in the order of their labels."""
         ids = {category["name"]: i for i, category in self._coco_api.cats.items()}
-        classes: Any = (self.dataset_meta or {}).get("classes")
-        if not isinstance(classes, list | tuple) or not {*classes} <= ids.keys():
+        # mmdet's ConcatDataset has a list where those of its data sets differ.
+        given = self.dataset_meta or {}
+        first, *others = given if isinstance(given, list) else [given]
+        classes: Any = first.get("classes")
+        if (
+            not isinstance(classes, list | tuple)
+            or not {*classes} <= ids.keys()
+            or len({*classes}) < len(classes)
+            or any(other.get("classes") != classes for other in others)
+        ):
             raise ValueError(
                 f"ann_file of the evaluator {self._ann_file}: metainfo['classes'] must list "
                 f"categories of the file, {(*ids,)}, got {classes!r:.500}"
             )
-        return [ids[name] for name in classes]
+        in_file = [name for name in ids if name in classes]
+        if first.get(LABELS_FOLLOW_CLASSES):
+            return [ids[name] for name in classes]
+        if warn and in_file != [*classes]:
+            print_log(
+                f"metainfo['classes'] are in another order than in {self._ann_file}: labels are "
+                f"taken as those of mmdet's CocoDataset, which follow the file, {(*in_file,)}",
+                logger="current",
+                level=logging.WARNING,
+            )
+        return [ids[name] for name in in_file]
 
 
 @METRICS.register_module()
@@ -136,3 +251,34 @@ def _check_for_evaluation(
             raise ValueError("annotations must have objects that are no crowds")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"ann_file of the evaluator {ann_file}: {error}") from error
+
+
+def _predicts_boxes_alone(model: nn.Module) -> bool:
+    """Return whether a model is one of mmdet's detectors that have nothing for masks."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    names = (
+        # The offset_mask of a DCNv4 layer is none of the model's masks.
+        f"{name} {type(module).__name__}".replace("offset_mask", "").lower()
+        for name, module in model.named_modules()
+        if name
+    )
+    return (
+        isinstance(model, BaseDetector)
+        and type(model).predict.__module__.startswith("mmdet.")
+        and not any("mask" in name for name in names)
+    )
+
+
+def _contain(annotations: Sequence[dict], boxes: list, tolerance: float = 2) -> bool:
+    """Return whether annotations have all boxes (x1, y1, x2, y2), to some pixels."""
+    known = np.array([a["bbox"] for a in annotations], dtype=float).reshape(-1, 4)
+    known[:, 2:] += known[:, :2]
+    distance = np.abs(np.array(boxes)[:, None] - known).max(axis=2, initial=0)
+    return bool((distance <= tolerance).any(axis=1).all())
+
+
+def _is_file(path: str, file_name: str) -> bool:
+    """Return whether a path is that of a file name in some folder, whatever its extension."""
+    path, name = (os.path.splitext(posixpath.normpath(p))[0] for p in (path, file_name))
+    return f"/{path}".endswith("/" + re.sub(r"^(\.\./|/)+", "", name))

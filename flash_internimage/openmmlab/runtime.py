@@ -178,6 +178,7 @@ class FlashRunner(Runner):
         """Build the validation loop with its data, and compare them with the training's."""
         with _naming("val_dataloader"):
             built = super().build_val_loop(loop)
+        self._check_evaluator(built)
         if isinstance(self._train_loop, BaseLoop) and is_main_process():
             warn_of_shared_images(
                 self._train_loop.dataloader.dataset, getattr(built.dataloader, "dataset", None)
@@ -187,7 +188,15 @@ class FlashRunner(Runner):
     def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the test loop with its data."""
         with _naming("test_dataloader"):
-            return super().build_test_loop(loop)
+            built = super().build_test_loop(loop)
+        self._check_evaluator(built)
+        return built
+
+    def _check_evaluator(self, loop: BaseLoop) -> None:
+        """Let metrics that can do so check the model and the data before the work begins."""
+        for metric in getattr(getattr(loop, "evaluator", None), "metrics", ()):
+            if hasattr(metric, "check_run"):
+                metric.check_run(self.model, loop.dataloader.dataset)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         """Build the optimizer.

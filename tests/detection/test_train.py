@@ -188,6 +188,22 @@ class TestErrors:
         (root / "val" / "000003.jpg").unlink()
         fails(FileNotFoundError, r"1 of the 4 images .*val/000003\.jpg", root=root)
 
+    def test_masks_of_a_detector_without_them(self, write_config, tmp_path):
+        metric = 'dict(metric=["bbox", "segm"])\n'
+        settings = f"val_evaluator = {metric}test_evaluator = {metric}"
+        config = write_config(tmp_path / "masks.py", "dino", settings)
+        message = r"^metric of the evaluator must be without 'segm' .*, got \['bbox', 'segm'\]"
+        with pytest.raises(ValueError, match=message):
+            train(config, "--work-dir", tmp_path / "run")
+        assert "Epoch(train)" not in log(tmp_path / "run")
+        torch.save({"state_dict": {}}, tmp_path / "none.pth")
+        with pytest.raises(ValueError, match=message):
+            evaluate(config, tmp_path / "none.pth", "--work-dir", tmp_path / "test")
+
+    def test_the_evaluators_file_is_that_of_the_data(self, fails, scenes):
+        settings = f'val_evaluator = dict(ann_file="{scenes}/annotations/instances_train.json")\n'
+        fails(ValueError, r"instances_train\.json: image 1 \(000001\.jpg\) has .*, but", settings)
+
     def test_another_run_is_not_overwritten(self, write_config, tmp_path):
         (tmp_path / "epoch_3.pth").touch()
         with pytest.raises(ValueError, match=r"epoch_3\.pth exists: pass --resume to go on, or"):
