@@ -41,12 +41,23 @@ class Listing(NamedTuple):
 
 
 class FolderReader(ReaderImageFolder):
-    """timm's reader of class folders for all formats that Pillow decodes, without hidden files."""
+    """timm's reader of class folders for all formats that Pillow decodes, without hidden files.
 
-    def __init__(self, root: str, listing: Listing):
+    Args:
+        root: Folder that holds the class folders.
+        listing: Its files.
+        outermost: Whether the outermost folders are the classes, in lexicographic order, as for
+            torchvision's ImageFolder; otherwise the folders that hold the images, in natural order.
+    """
+
+    def __init__(self, root: str, listing: Listing, outermost: bool = False):
         self.root = root
-        labels = [_label(path) for path in listing.images]
-        self.class_to_idx = _class_indices(labels)
+        if outermost:
+            labels = [path.partition(os.sep)[0] for path in listing.images]
+            self.class_to_idx = {name: i for i, name in enumerate(sorted(set(labels)))}
+        else:
+            labels = [_label(path) for path in listing.images]
+            self.class_to_idx = _class_indices(labels)
         samples = [
             (os.path.join(root, path), self.class_to_idx[label])
             for path, label in zip(listing.images, labels, strict=True)
@@ -234,7 +245,7 @@ def count_shared(train: Sequence[str], val: Sequence[str]) -> tuple[int, int]:
     candidates = defaultdict(list)
     for path in train:
         candidates[key(path)].append(path)
-    start = cache(_start)
+    start = cache(start_of_file)
     compared = val[:: -(-len(val) // COMPARED)]
     shared = sum(
         any(start(path) == start(other) for other in candidates[key(path)])
@@ -251,7 +262,7 @@ def _size(path: str) -> int:
         return -1
 
 
-def _start(path: str) -> tuple | str:
+def start_of_file(path: str) -> tuple | str:
     """Return the size of a file and a hash of its start."""
     try:
         # Opening a FIFO would wait for its writer.

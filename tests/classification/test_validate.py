@@ -354,8 +354,7 @@ def test_weights_without_names_need_all_classes_or_indices(run, right, tmp_path,
 )  # fmt: skip
 def test_an_order_that_depends_on_the_library_is_a_warning(tmp_path, caplog, kind, names, warning):
     coloured(tmp_path, "val", dict.fromkeys(names, 0))
-    root = tmp_path / "val" if kind else tmp_path
-    dataset = build_dataset(Data(root=str(root), kind=kind), "val", False, 2)
+    dataset = build_dataset(Data(root=str(tmp_path), kind=kind), "val", False, 2)
     validate._set_labels(dataset, None, "weights.pth", 10)
     (line,) = [record.getMessage() for record in caplog.records] or [None]
     assert line is None if warning is None else re.search(warning, line)
