@@ -145,16 +145,8 @@ class Trainer:
         options = cfg.model
         if not load_initial:
             options = options.model_copy(update={"initial_checkpoint": None, "class_map": None})
-        self.model = build_model(options).to(self.device)
-        loaded = self.model.pretrained_cfg.get("label_names")
-        if loaded and class_to_index(self.train_loader.dataset) and self.rank == 0:
-            difference = describe_other_classes(loaded, self.names)
-            if difference:
-                _logger.warning(
-                    "the classifier of model.initial_checkpoint was trained for other classes than "
-                    "those of data.root (%s); model.class_map can assign its rows",
-                    difference,
-                )
+        named = class_to_index(self.train_loader.dataset)
+        self.model = build_model(options, self.names if named else None).to(self.device)
         check_model(self.model, cfg.data.image_size, cfg.model.num_classes)
         self.criterion = build_criterion(cfg)
         self.optimizer = build_optimizer(self.model, cfg, self.world_size)
