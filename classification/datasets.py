@@ -342,11 +342,15 @@ def _tar_reader(path: Path, is_training: bool) -> ReaderImageInTar:
         raise ValueError("it must be a folder or a .tar file without compression")
     _check_tar(path)
     listing = list_tar(path)
-    if listing is not None:
-        check_listing(listing, is_training)
+    check_listing(listing, is_training)
     set_img_extensions(sorted(image_suffixes()))
     reader = ReaderImageInTar(str(path))
     drop_hidden(reader)
+    if len(reader) != len(listing.images):
+        raise ValueError(
+            f"timm reads {len(reader)} of its {len(listing.images)} images: a tar file within a "
+            "tar file must not hold further ones"
+        )
     check_class_folders(folders_in_tar(reader))
     return reader
 

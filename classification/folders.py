@@ -5,7 +5,7 @@ import logging
 import os
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -90,22 +90,38 @@ def list_folder(folder: Path) -> Listing:
     return listing
 
 
-def list_tar(path: Path) -> Listing | None:
-    """List the members of a tar file, or return None for a tar file of tar files.
+def list_tar(path: Path) -> Listing:
+    """List the members of a tar file; a tar file within it counts as a folder.
 
     Raises:
         OSError: It cannot be read.
         tarfile.TarError: It is damaged.
+        ValueError: A tar file within it is damaged or compressed.
     """
     with tarfile.open(path, "r:") as tar:
-        members = [(os.path.normpath(member.name), member) for member in tar]
-    if any(name.lower().endswith(".tar") for name, _ in members):
-        return None
-    files = [name for name, member in members if member.isfile()]
-    listing = _sort_out(files, [name for name, member in members if member.isdir()])
-    if others := sum(not (member.isfile() or member.isdir()) for _, member in members):
+        members = list(_members(tar))
+    files, folders = ([name for name, kind in members if kind == k] for k in ("file", "folder"))
+    listing = _sort_out(files, folders)
+    if others := len(members) - len(files) - len(folders):
         listing.left_out["links and devices"] = others
     return listing
+
+
+def _members(tar: tarfile.TarFile, parent: str = "") -> Iterator[tuple[str, str]]:
+    for member in tar:
+        path = os.path.normpath(os.path.join(parent, member.name))
+        stem, suffix = os.path.splitext(path)
+        if not member.isfile():
+            yield path, "folder" if member.isdir() else "other"
+        elif suffix.lower() != ".tar":
+            yield path, "file"
+        else:
+            yield stem, "folder"
+            try:
+                with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                    yield from _members(inner, stem)
+            except tarfile.ReadError as error:
+                raise ValueError(f"{path} in it is no tar file without compression") from error
 
 
 def _sort_out(files: Iterable[str], folders: Iterable[str]) -> Listing:
@@ -122,7 +138,7 @@ def _sort_out(files: Iterable[str], folders: Iterable[str]) -> Listing:
     classes = {os.path.dirname(path) for path in images}
     filled = classes | {str(parent) for name in classes for parent in Path(name).parents}
     empty = []
-    for folder in sorted(folders):
+    for folder in sorted(set(folders)):
         # A folder within a class or within an empty folder is no further class.
         if (
             folder not in filled
@@ -205,10 +221,10 @@ def folders_in_tar(reader: ReaderImageInTar) -> list[str]:
 
 
 def drop_hidden(reader: ReaderImageInTar) -> None:
-    """Drop hidden members of a tar file, such as those that macOS adds."""
-    keep = [not _is_hidden(member.path) for member, *_ in reader.samples]
-    labels = [reader.class_idx_to_name[i] for i in reader.targets[keep]]
-    reader.samples = reader.samples[keep]
+    """Drop hidden members of a tar file, such as those that macOS adds, and name the classes."""
+    reader.samples = reader.samples[[not _is_hidden(ti.path) for ti, *_ in reader.samples]]
+    # timm would call the class '.' for members such as './0.png' of a tar file within a tar file.
+    labels = [os.path.basename(folder) for folder in folders_in_tar(reader)]
     reader.class_name_to_idx = _class_indices(labels)
     reader.class_idx_to_name = {i: name for name, i in reader.class_name_to_idx.items()}
     reader.targets = np.array([reader.class_name_to_idx[label] for label in labels])

@@ -173,25 +173,45 @@ def test_links_within_a_tar_are_counted(root, caplog):
     assert "left out: 1 links and devices" in caplog.text
 
 
+def nest_tars(path, classes, mode="w"):
+    """Writes a tar file of one tar file per class."""
+    with tarfile.open(path, "w") as tar:
+        for folder in classes:
+            with tarfile.open(path.with_name(f"{folder.name}.tar"), mode) as inner:
+                inner.add(folder, arcname=".")
+            tar.add(path.with_name(f"{folder.name}.tar"), arcname=f"{folder.name}.tar")
+
+
 def test_a_tar_of_tars_is_read(root, caplog):
-    with tarfile.open(root / "all.tar", "w") as tar:
-        for name in ("cat", "dog"):
-            with tarfile.open(root / f"{name}.tar", "w") as inner:
-                for path in (root / "train" / name).iterdir():
-                    inner.add(path, arcname=path.name)
-            tar.add(root / f"{name}.tar", arcname=f"{name}.tar")
+    nest_tars(root / "all.tar", [root / "train" / name for name in ("cat", "dog")])
     dataset = build_dataset(Data(root=str(root)), "all.tar", True, 2)
     assert (len(dataset), class_to_index(dataset)) == (4, {"cat": 0, "dog": 1})
     assert not caplog.records
 
 
+def test_a_tar_of_tars_is_checked_as_other_tars(root, caplog):
+    (root / "train" / "cat" / "notes.txt").write_text("no image")
+    (root / "train" / "elk").mkdir()
+    nest_tars(root / "all.tar", [root / "train" / name for name in ("cat", "dog", "elk")])
+    assert len(build_dataset(Data(root=str(root)), "all.tar", False, 2)) == 4
+    assert "4 images; left out: 1 .txt" in caplog.text
+    with pytest.raises(ConfigError, match=r"1 of its class folders hold no images: elk \(other"):
+        build_dataset(Data(root=str(root)), "all.tar", True, 2)
+    nest_tars(root / "all.tar", [root / "train" / "cat"], "w:gz")
+    with pytest.raises(ConfigError, match=r": cat\.tar in it is no tar file without compression$"):
+        build_dataset(Data(root=str(root)), "all.tar", False, 2)
+
+
+def test_a_tar_in_a_tar_of_tars_is_not_left_out(root):
+    nest_tars(root / "train" / "deep.tar", [root / "train" / name for name in ("cat", "dog")])
+    nest_tars(root / "all.tar", [root / "train"])
+    with pytest.raises(ConfigError, match=r"timm reads 4 of its 12 images: a tar file within a"):
+        build_dataset(Data(root=str(root)), "all.tar", True, 2)
+
+
 def test_a_class_name_in_two_tars_of_a_tar_is_one_line(root):
     nest(root)
-    with tarfile.open(root / "all.tar", "w") as tar:
-        for name in ("cat", "dog"):
-            with tarfile.open(root / f"{name}.tar", "w") as inner:
-                inner.add(root / "train" / name, arcname=".")
-            tar.add(root / f"{name}.tar", arcname=f"{name}.tar")
+    nest_tars(root / "all.tar", [root / "train" / name for name in ("cat", "dog")])
     with pytest.raises(ConfigError, match=r"'day' is in several folders \(cat/day, dog/day\)"):
         build_dataset(Data(root=str(root)), "all.tar", True, 2)
 
