@@ -1,6 +1,6 @@
 """Evaluates a classifier, or measures its speed.
 
-python -m classification.validate MODEL|CONFIG --checkpoint FILE --data DIR
+python -m classification.validate MODEL|CONFIG [key=value ...] --checkpoint FILE --data DIR
 torchrun --nproc-per-node 8 -m classification.validate MODEL|CONFIG --checkpoint FILE --data DIR
 """
 
@@ -54,6 +54,12 @@ _OF_A_MODEL = {
     "data": ("image_size", "crop_pct", "interpolation", "mean", "std"),
     "model": ("name", "args"),
 }
+
+# Settings that the command line can change; the others have an option, or no effect.
+_OVERRIDES = (
+    "data.kind", "data.max_corrupt", "model.num_classes",
+    *(f"{section}.{key}" for section, keys in _OF_A_MODEL.items() for key in keys),
+)  # fmt: skip
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -209,6 +215,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m classification.validate", description="Evaluate a classifier."
     )
     parser.add_argument("model", metavar="MODEL|CONFIG", help="a timm model or a training YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.crop_pct=0.9")
     parser.add_argument("--checkpoint", help="a path or an address (default: released weights)")
     parser.add_argument("--data", help="root of the data set (default: the config's)")
     parser.add_argument("--split", help="split of the data (default: the config's)")
@@ -225,13 +232,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--throughput", action="store_true", help="measure speed on random images")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
-def _config(name: str) -> Config:
+def _config(name: str, overrides: list[str]) -> Config:
     """The configuration of a YAML file, or of a timm model with its data settings."""
     if name.endswith((".yaml", ".yml")):
-        return load_config(name)
+        return load_config(name, overrides)
+    if overrides:
+        raise ConfigError(f"key=value needs a CONFIG.yaml, got '{name}' and {overrides[0]!r}")
     if not timm.is_model(name):
         raise ConfigError(f"'{name}' is neither a timm model nor a .yaml file")
     cfg = timm.get_pretrained_cfg(name)
@@ -297,6 +306,10 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and not least <= value <= most:
             limits = f"at least {least}" if value < least else f"at most {most}"
             raise ConfigError(f"--{name.replace('_', '-')} must be {limits}, got {value}")
+    for override in arguments.overrides:
+        key = override.partition("=")[0]
+        if key not in _OVERRIDES and not key.startswith("model.args."):
+            raise ConfigError(f"key=value must be of {', '.join(_OVERRIDES)}, got {override!r}")
     if arguments.split == "":  # it would be all splits together
         raise ConfigError("--split must be a split of the data, got ''")
     if arguments.throughput and world_size() > 1:
@@ -332,7 +345,7 @@ def run(arguments: argparse.Namespace) -> dict:
         logging.getLogger().setLevel(logging.WARNING)
     with fail_together(device):
         _check(arguments)
-        cfg = _config(arguments.model)
+        cfg = _config(arguments.model, arguments.overrides)
     amp = resolve_amp(arguments.amp, device)
     if arguments.throughput:
         model = build_model(_without_initial(cfg.model)).to(device)

@@ -161,6 +161,12 @@ def test_errors_are_one_line_that_says_what_is_wrong(run, digits, tmp_path, capl
         (["--device", "cuda:99"], "got 'cuda:99'"),
         (["--json", "nowhere/result.json"], "--json must be in a folder that can be written, got"),
         (["--json", "."], "--json must be a file, got ."),
+        (
+            ["data.workers=1"],
+            "key=value must be of data.kind, data.max_corrupt, model.num_classes,",
+        ),
+        (["optimizer.lr=1"], "data.std, model.name, model.args, got 'optimizer.lr=1'"),
+        (["data.crop_pct=2"], "data.crop_pct: Input should be less than or equal to 1, got 2"),
         (["--split", ""], "--split must be a split of the data, got ''"),
         (["--split", "test"], "must have a folder 'test', it holds: train, val"),
         (
@@ -177,6 +183,13 @@ def test_a_wrong_argument_is_one_line_before_any_work(run, monkeypatch, caplog, 
     (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
     assert message in record.getMessage()
     assert "\n" not in record.getMessage()
+
+
+def test_overrides_of_a_model_without_a_config_are_one_line(caplog):
+    assert main(["flash_internimage_tiny", "data.crop_pct=0.9"]) == 2
+    assert (
+        "key=value needs a CONFIG.yaml, got 'flash_internimage_tiny' and 'data.cro" in caplog.text
+    )
 
 
 def test_a_model_that_is_no_classifier_is_one_line(digits, caplog):
@@ -197,6 +210,8 @@ def test_settings_that_are_not_those_of_training_are_a_warning(run, tmp_path, ca
 
     assert not warnings()
     assert not warnings(max_corrupt=3, train_split="another")
+    assert main([*arguments, "data.crop_pct=0.5"]) == 0
+    assert "data.crop_pct is 0.5, was 1.0 in training;" in caplog.text
     others = {
         "image_size": 40, "crop_pct": 0.5, "interpolation": "nearest", "mean": [0.0, 0.5, 1.0],
         "std": [1.0, 1.0, 1.0],
