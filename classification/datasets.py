@@ -247,12 +247,12 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
             tar, or a class folder of a training split is empty, or a package is not installed.
     """
     root, source = Path(data.root), source_of(data, split)
-    if _is_folder_kind(data) and not os.path.exists(root):  # Path.exists fails for long names
+    if _is_folder_kind(data) and not os.path.exists(root):
         raise ConfigError(f"data.root not found: {root}")
-    if _is_folder_kind(data) and root.is_dir() and not source.exists():
+    if source != root and not os.path.exists(source):
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:10]) or "nothing"
         tar = f"{split}.tar"
-        hint = f"; a split may be a tar file: '{tar}'" if (root / tar).exists() else ""
+        hint = f"; a split may be a tar file: '{tar}'" if os.path.exists(root / tar) else ""
         raise ConfigError(f"data.root={root} must have a folder '{split}', it holds: {found}{hint}")
     _check_package(data.kind)
     _check_torchvision(data.kind, split)
@@ -295,7 +295,8 @@ def _build(data: Data, split: str, is_training: bool, batch_size: int):
 def source_of(data: Data, split: str) -> Path:
     """Return the folder or tar file of a split; splits of a single tar file or kind share one."""
     root = Path(data.root)
-    return root / split if _is_folder_kind(data) and root.is_dir() else root
+    # Methods of Path raise errors for long names.
+    return root / split if _is_folder_kind(data) and os.path.isdir(root) else root
 
 
 def _is_folder_kind(data: Data) -> bool:
