@@ -4,7 +4,10 @@ import importlib.util
 import itertools
 import logging
 import os
+import tarfile
+from operator import index
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +37,7 @@ from .folders import (
     list_folder,
     list_tar,
     printable,
+    start_of_file,
 )
 from .processes import fail_together, rank, world_size
 from .strict_yaml import one_line
@@ -50,6 +54,24 @@ _PACKAGES = {
     "wds": ("webdataset", "webdataset"),
 }
 
+# Data sets of torchvision that timm reads. Of those with training and test images, it would return
+# the test images for every name of a split but `_TRAIN_NAMES`.
+_TRAIN_AND_TEST = ("cifar10", "cifar100", "fashion_mnist", "kmnist", "mnist", "qmnist")
+_TORCHVISION = (
+    *_TRAIN_AND_TEST, "folder", "image_folder", "imagenet", "inat", "inaturalist", "places365",
+)  # fmt: skip
+_TRAIN_NAMES = ("train", "training")
+_TEST_NAMES = ("test", "val", "valid", "validation", "eval", "evaluation")
+
+# First bytes of files that are taken for tar files.
+_ARCHIVES = (
+    (b"\x1f\x8b", "it is compressed by gzip"),
+    (b"BZh", "it is compressed by bzip2"),
+    (b"\xfd7zXZ", "it is compressed by xz"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed by zstd"),
+    (b"PK\x03\x04", "it is a zip file"),
+)
+
 
 class TooManyCorruptImages(RuntimeError):
     """Unreadable images stop the run: more files than `data.max_corrupt`, all, or a stream's."""
@@ -63,10 +85,16 @@ class WrongLabel(ValueError):
     """An image without a class, such as those of test splits that are published without labels."""
 
 
-def _checked_label(label: int | None) -> int:
-    if label is None or label < 0:
-        raise WrongLabel(f"labels must be from 0 on, got {label}: the split must have labels")
-    return label
+def _checked_label(label: Any) -> int:
+    try:
+        number = index(label)
+    except TypeError:  # None, text, or several labels
+        number = -1
+    if number < 0:
+        raise WrongLabel(
+            f"labels must be from 0 on, got {label!r:.50}: the split must have a class per image"
+        )
+    return number
 
 
 class SkippingImageDataset(ImageDataset):
@@ -91,7 +119,7 @@ class SkippingImageDataset(ImageDataset):
     def __getitem__(self, index: int):
         for i in range(index, index + len(self)):
             try:
-                image, target = self._read(i % len(self))
+                image, target = self.read(i % len(self))
                 break
             except UnreadableImage as error:
                 self._count(i % len(self), error)
@@ -104,16 +132,20 @@ class SkippingImageDataset(ImageDataset):
             target = self.target_transform(target)
         return self.transform(image), target
 
-    def _read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image in RGB and its label; an image that cannot be used is an error."""
         name = self._name(index)
         try:
             if isinstance(self.reader, ReaderImageFolder):
                 # The reader would open the file, and wait for ever if it is a FIFO.
                 source, target = self.reader.samples[index]
                 return to_rgb(read_image(source, name)), target
-            stream, target = self.reader[index]
-            with stream:
-                return to_rgb(read_image(stream, name)), _checked_label(target)
+            source, target = self.reader[index]
+            with source:
+                # Data sets of torchvision have images, all others binary streams.
+                is_image = isinstance(source, Image.Image)
+                image = source if is_image else read_image(source, name)
+                return to_rgb(image), _checked_label(target)
         except (UnreadableImage, WrongLabel):
             raise
         except Exception as error:  # of a tar file or of the conversion
@@ -211,32 +243,21 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
     """Build the `split` of a data set, without its transform.
 
     Raises:
-        ConfigError: There is no such folder, no images in it, a loop of links or a damaged tar, or
-            a class folder of a training split is empty, or a package is not installed.
+        ConfigError: There is no such folder or split, no images in it, a loop of links or a damaged
+            tar, or a class folder of a training split is empty, or a package is not installed.
     """
-    root = Path(data.root)
-    if not data.kind and not os.path.exists(root):  # Path.exists raises an error for long names
+    root, source = Path(data.root), source_of(data, split)
+    if _is_folder_kind(data) and not os.path.exists(root):
         raise ConfigError(f"data.root not found: {root}")
-    if not data.kind and root.is_dir() and not (root / split).exists():
+    if source != root and not os.path.exists(source):
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:10]) or "nothing"
-        raise ConfigError(f"data.root={root} must have a folder '{split}', it holds: {found}")
-    source = source_of(data, split)
+        tar = f"{split}.tar"
+        hint = f"; a split may be a tar file: '{tar}'" if os.path.exists(root / tar) else ""
+        raise ConfigError(f"data.root={root} must have a folder '{split}', it holds: {found}{hint}")
     _check_package(data.kind)
+    _check_torchvision(data.kind, split)
     try:
-        if not data.kind:
-            read = _folder_reader if source.is_dir() else _tar_reader
-            reader = read(source, is_training)
-            return SkippingImageDataset(reader, is_training, data.max_corrupt)
-        dataset = create_dataset(
-            data.kind,
-            root=str(source),
-            split=split,
-            is_training=is_training,
-            batch_size=batch_size,
-            search_split=False,
-            # Readers of other streams pass images on as they are, for to_rgb.
-            input_img_mode="RGB" if data.kind.lower().startswith("tfds/") else "",
-        )
+        dataset = _build(data, split, is_training, batch_size)
     except Exception as error:  # timm, tarfile and packages of data sets raise any kind
         raise ConfigError(
             f"data.root={source} cannot be read as a data set"
@@ -244,17 +265,61 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
         ) from error
     if isinstance(dataset, IterableImageDataset):
         return SkippingStream(dataset.reader, is_training, data.kind)
-    if type(dataset) is ImageDataset:
-        return SkippingImageDataset(dataset.reader, is_training, data.max_corrupt)
-    if hasattr(dataset, "loader"):  # of torchvision's folders
-        dataset.loader = _load_rgb
-    return dataset
+    return SkippingImageDataset(dataset, is_training, data.max_corrupt)
+
+
+def _build(data: Data, split: str, is_training: bool, batch_size: int):
+    """Return a reader of images in any order, or the data set of a stream."""
+    source = source_of(data, split)
+    if _is_folder_kind(data):
+        if data.kind or source.is_dir():
+            return _folder_reader(source, is_training, outermost=bool(data.kind))
+        return _tar_reader(source, is_training)
+    dataset = create_dataset(
+        data.kind,
+        root=str(source),
+        split=split,
+        is_training=is_training,
+        batch_size=batch_size,
+        search_split=False,
+        # Readers of other streams pass images on as they are, for to_rgb.
+        input_img_mode="RGB" if data.kind.lower().startswith("tfds/") else "",
+    )
+    if hasattr(dataset, "loader"):  # torchvision's data sets of files
+        dataset.loader = read_image
+    if hasattr(dataset, "wnid_to_idx"):  # ImageNet, whose classes have several names each
+        dataset.class_to_idx = dataset.wnid_to_idx
+    return dataset.reader if type(dataset) is ImageDataset else dataset
 
 
 def source_of(data: Data, split: str) -> Path:
     """Return the folder or tar file of a split; splits of a single tar file or kind share one."""
     root = Path(data.root)
-    return root / split if not data.kind and root.is_dir() else root
+    # Methods of Path raise errors for long names.
+    return root / split if _is_folder_kind(data) and os.path.isdir(root) else root
+
+
+def _is_folder_kind(data: Data) -> bool:
+    return not data.kind or _torchvision_name(data.kind) in ("folder", "image_folder")
+
+
+def _torchvision_name(kind: str) -> str | None:
+    """Return the name of a data set of torchvision, as timm reads it; None for other kinds."""
+    return kind.split("/", 2)[-1].lower() if kind.lower().startswith("torch/") else None
+
+
+def _check_torchvision(kind: str, split: str) -> None:
+    name = _torchvision_name(kind)
+    if name is None:
+        return
+    if name not in _TORCHVISION:
+        known = ", ".join(sorted(_TORCHVISION))
+        raise ConfigError(f"data.kind must be torch/ and one of {known}, got '{kind}'")
+    if name in _TRAIN_AND_TEST and split not in (*_TRAIN_NAMES, *_TEST_NAMES):
+        raise ConfigError(
+            f"a split of data.kind={kind} must be one of {', '.join(_TRAIN_NAMES)} for the "
+            f"training images or {', '.join(_TEST_NAMES)} for the test images, got '{split}'"
+        )
 
 
 def _check_package(kind: str) -> None:
@@ -263,45 +328,70 @@ def _check_package(kind: str) -> None:
         raise ConfigError(f"data.kind={kind} needs a package: pip install {packages}")
 
 
-def _folder_reader(folder: Path, is_training: bool) -> FolderReader:
+def _folder_reader(folder: Path, is_training: bool, outermost: bool) -> FolderReader:
     listing = list_folder(folder)
+    if outermost:  # a folder within a class needs no images
+        listing = listing._replace(empty=[name for name in listing.empty if os.sep not in name])
+    else:
+        check_class_folders(map(os.path.dirname, listing.images))
     check_listing(listing, is_training)
-    check_class_folders(map(os.path.dirname, listing.images))
-    return FolderReader(str(folder), listing)
+    return FolderReader(str(folder), listing, outermost)
 
 
 def _tar_reader(path: Path, is_training: bool) -> ReaderImageInTar:
     if path.suffix.lower() != ".tar":
-        raise ValueError("it must be a folder or a .tar file")
-    _check_end_of_tar(path)
+        raise ValueError("it must be a folder or a .tar file without compression")
+    _check_tar(path)
     listing = list_tar(path)
-    if listing is not None:
-        check_listing(listing, is_training)
+    check_listing(listing, is_training)
     set_img_extensions(sorted(image_suffixes()))
     reader = ReaderImageInTar(str(path))
     drop_hidden(reader)
+    if len(reader) != len(listing.images):
+        raise ValueError(
+            f"timm reads {len(reader)} of its {len(listing.images)} images: a tar file within a "
+            "tar file must not hold further ones"
+        )
     check_class_folders(folders_in_tar(reader))
     return reader
 
 
-def _load_rgb(path: str) -> Image.Image:
-    return to_rgb(read_image(path))
+def _check_tar(path: Path) -> None:
+    with open(path, "rb") as file:
+        try:
+            tarfile.open(fileobj=file, mode="r:").close()
+        except tarfile.ReadError as error:
+            file.seek(0)
+            start = file.read(8)
+            found = next((name for magic, name in _ARCHIVES if start.startswith(magic)), error)
+            raise ValueError(f"it must be a tar file without compression: {found}") from error
+        # tarfile takes a file that ends between two members for a whole one.
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1024, 0))
+        if size < 1024 or file.read().strip(b"\0"):
+            raise ValueError("the tar file is truncated, its end marker is missing")
 
 
 def warn_of_shared_images(data: Data, train_set: Dataset, val_set: Dataset) -> None:
-    """Warn if the validation split has images of the training split."""
+    """Warn if the validation split has images of the training split.
+
+    Folders are compared image by image. Of tar files and other data sets a part is, which finds
+    splits that are the same images under two names; streams have nothing but their names.
+    """
     train, val = (source_of(data, split) for split in (data.train_split, data.val_split))
-    if os.path.realpath(train) == os.path.realpath(val) and (
-        not data.kind or data.train_split == data.val_split
+    readers = [dataset.reader for dataset in (train_set, val_set)]
+    are_folders = all(isinstance(reader, FolderReader) for reader in readers)
+    if (
+        data.train_split == data.val_split
+        or (_is_folder_kind(data) and os.path.realpath(train) == os.path.realpath(val))
+        or (not are_folders and _are_alike(train_set, val_set))
     ):
         _logger.warning(
             "data.train_split and data.val_split are the same images, of %s: the accuracy says "
             "nothing about other images",
             val,
         )
-        return
-    readers = [getattr(dataset, "reader", None) for dataset in (train_set, val_set)]
-    if all(isinstance(reader, FolderReader) for reader in readers):
+    elif are_folders:
         shared, compared = count_shared(*([path for path, _ in r.samples] for r in readers))
         if shared:
             _logger.warning(
@@ -311,9 +401,15 @@ def warn_of_shared_images(data: Data, train_set: Dataset, val_set: Dataset) -> N
             )  # fmt: skip
 
 
-def _check_end_of_tar(path: Path) -> None:
-    # tarfile takes a file that ends between two members for a whole one.
-    with open(path, "rb") as file:
-        file.seek(-1024, os.SEEK_END)
-        if file.read().strip(b"\0"):
-            raise ValueError("the tar file is truncated, its end marker is missing")
+def _are_alike(one: Dataset, other: Dataset) -> bool:
+    """Return whether two data sets seem to hold the same images, in the same order."""
+    tars = [d.reader.root for d in (one, other) if isinstance(d.reader, ReaderImageInTar)]
+    if tars:  # Reading images would open files that worker processes must not share.
+        return len(tars) == 2 and start_of_file(tars[0]) == start_of_file(tars[1])
+    if any(isinstance(d, SkippingStream) for d in (one, other)) or len(one) != len(other):
+        return False
+    some = range(0, len(one), max(1, len(one) // 8))
+    try:
+        return all(one.read(i)[0].tobytes() == other.read(i)[0].tobytes() for i in some)
+    except UnreadableImage:
+        return False

@@ -5,7 +5,7 @@ import logging
 import os
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -41,12 +41,23 @@ class Listing(NamedTuple):
 
 
 class FolderReader(ReaderImageFolder):
-    """timm's reader of class folders for all formats that Pillow decodes, without hidden files."""
+    """timm's reader of class folders for all formats that Pillow decodes, without hidden files.
 
-    def __init__(self, root: str, listing: Listing):
+    Args:
+        root: Folder that holds the class folders.
+        listing: Its files.
+        outermost: Whether the outermost folders are the classes, in lexicographic order, as for
+            torchvision's ImageFolder; otherwise the folders that hold the images, in natural order.
+    """
+
+    def __init__(self, root: str, listing: Listing, outermost: bool = False):
         self.root = root
-        labels = [_label(path) for path in listing.images]
-        self.class_to_idx = _class_indices(labels)
+        if outermost:
+            labels = [path.partition(os.sep)[0] for path in listing.images]
+            self.class_to_idx = {name: i for i, name in enumerate(sorted(set(labels)))}
+        else:
+            labels = [_label(path) for path in listing.images]
+            self.class_to_idx = _class_indices(labels)
         samples = [
             (os.path.join(root, path), self.class_to_idx[label])
             for path, label in zip(listing.images, labels, strict=True)
@@ -79,22 +90,38 @@ def list_folder(folder: Path) -> Listing:
     return listing
 
 
-def list_tar(path: Path) -> Listing | None:
-    """List the members of a tar file, or return None for a tar file of tar files.
+def list_tar(path: Path) -> Listing:
+    """List the members of a tar file; a tar file within it counts as a folder.
 
     Raises:
         OSError: It cannot be read.
         tarfile.TarError: It is damaged.
+        ValueError: A tar file within it is damaged or compressed.
     """
     with tarfile.open(path, "r:") as tar:
-        members = [(os.path.normpath(member.name), member) for member in tar]
-    if any(name.lower().endswith(".tar") for name, _ in members):
-        return None
-    files = [name for name, member in members if member.isfile()]
-    listing = _sort_out(files, [name for name, member in members if member.isdir()])
-    if others := sum(not (member.isfile() or member.isdir()) for _, member in members):
+        members = list(_members(tar))
+    files, folders = ([name for name, kind in members if kind == k] for k in ("file", "folder"))
+    listing = _sort_out(files, folders)
+    if others := len(members) - len(files) - len(folders):
         listing.left_out["links and devices"] = others
     return listing
+
+
+def _members(tar: tarfile.TarFile, parent: str = "") -> Iterator[tuple[str, str]]:
+    for member in tar:
+        path = os.path.normpath(os.path.join(parent, member.name))
+        stem, suffix = os.path.splitext(path)
+        if not member.isfile():
+            yield path, "folder" if member.isdir() else "other"
+        elif suffix.lower() != ".tar":
+            yield path, "file"
+        else:
+            yield stem, "folder"
+            try:
+                with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                    yield from _members(inner, stem)
+            except tarfile.ReadError as error:
+                raise ValueError(f"{path} in it is no tar file without compression") from error
 
 
 def _sort_out(files: Iterable[str], folders: Iterable[str]) -> Listing:
@@ -111,7 +138,7 @@ def _sort_out(files: Iterable[str], folders: Iterable[str]) -> Listing:
     classes = {os.path.dirname(path) for path in images}
     filled = classes | {str(parent) for name in classes for parent in Path(name).parents}
     empty = []
-    for folder in sorted(folders):
+    for folder in sorted(set(folders)):
         # A folder within a class or within an empty folder is no further class.
         if (
             folder not in filled
@@ -194,10 +221,10 @@ def folders_in_tar(reader: ReaderImageInTar) -> list[str]:
 
 
 def drop_hidden(reader: ReaderImageInTar) -> None:
-    """Drop hidden members of a tar file, such as those that macOS adds."""
-    keep = [not _is_hidden(member.path) for member, *_ in reader.samples]
-    labels = [reader.class_idx_to_name[i] for i in reader.targets[keep]]
-    reader.samples = reader.samples[keep]
+    """Drop hidden members of a tar file, such as those that macOS adds, and name the classes."""
+    reader.samples = reader.samples[[not _is_hidden(ti.path) for ti, *_ in reader.samples]]
+    # timm would call the class '.' for members such as './0.png' of a tar file within a tar file.
+    labels = [os.path.basename(folder) for folder in folders_in_tar(reader)]
     reader.class_name_to_idx = _class_indices(labels)
     reader.class_idx_to_name = {i: name for name, i in reader.class_name_to_idx.items()}
     reader.targets = np.array([reader.class_name_to_idx[label] for label in labels])
@@ -234,7 +261,7 @@ def count_shared(train: Sequence[str], val: Sequence[str]) -> tuple[int, int]:
     candidates = defaultdict(list)
     for path in train:
         candidates[key(path)].append(path)
-    start = cache(_start)
+    start = cache(start_of_file)
     compared = val[:: -(-len(val) // COMPARED)]
     shared = sum(
         any(start(path) == start(other) for other in candidates[key(path)])
@@ -251,7 +278,7 @@ def _size(path: str) -> int:
         return -1
 
 
-def _start(path: str) -> tuple | str:
+def start_of_file(path: str) -> tuple | str:
     """Return the size of a file and a hash of its start."""
     try:
         # Opening a FIFO would wait for its writer.

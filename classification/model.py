@@ -1,6 +1,8 @@
 """The model of a configuration, with its initial weights."""
 
 import difflib
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -15,12 +17,22 @@ from flash_internimage.checkpoint import (
     load_weights,
 )
 
+from .classes import names_of
 from .config import ConfigError, Model
+from .folders import printable
+from .processes import on_first
+from .state import describe_other_classes
 from .strict_yaml import one_line
 
+_logger = logging.getLogger(__name__)
 
-def build_model(options: Model) -> nn.Module:
+
+def build_model(options: Model, classes: Sequence[str] | None = None) -> nn.Module:
     """Build a timm model on the CPU.
+
+    Args:
+        options: Settings of the model.
+        classes: Names of its classes, if they are known; an initial checkpoint may have others.
 
     Raises:
         ConfigError: The name or an argument is unknown, or the initial checkpoint does not fit.
@@ -32,7 +44,7 @@ def build_model(options: Model) -> nn.Module:
         )
     model = create_model(options)
     if options.initial_checkpoint is not None:
-        _load_initial(model, options)
+        _load_initial(model, options, classes)
     if options.grad_checkpointing:
         try:
             model.set_grad_checkpointing()
@@ -121,7 +133,7 @@ def find_not_finite(model: nn.Module) -> str | None:
     return next((name for name, tensor, weight in tensors if broken(tensor, weight)), None)
 
 
-def _load_initial(model: nn.Module, options: Model) -> None:
+def _load_initial(model: nn.Module, options: Model, classes: Sequence[str] | None) -> None:
     class_map = None
     if options.class_map is not None:
         try:
@@ -130,16 +142,50 @@ def _load_initial(model: nn.Module, options: Model) -> None:
             raise ConfigError(f"model.class_map {options.class_map}: {error}") from error
     try:
         checkpoint = load_checkpoint(fetch_checkpoint(options.initial_checkpoint))
-        load_weights(model, clean_state_dict(checkpoint), class_map)
+        weights = clean_state_dict(checkpoint)
+        names = names_of(checkpoint)
+        if names is not None and classes is not None:
+            weights, class_map = _match_names(model, weights, class_map, names, list(classes))
+        load_weights(model, weights, class_map)
         if name := find_not_finite(model):
             raise ValueError(f"{name} of {options.initial_checkpoint} is not finite")
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.initial_checkpoint: {error}") from error
-    classes = checkpoint.get("classes")  # a checkpoint of classification.train names them
-    if isinstance(classes, list):
-        names = classes if class_map is None else [classes[i] for i in class_map]
-        if len(names) == options.num_classes:  # Otherwise the classifier keeps its initial values.
-            model.pretrained_cfg["label_names"] = names
+
+
+def _match_names(
+    model: nn.Module,
+    weights: dict[str, torch.Tensor],
+    class_map: list[int] | None,
+    names: list[str],
+    classes: list[str],
+) -> tuple[dict[str, torch.Tensor], list[int] | None]:
+    """Return weights and class map for a model whose classes have other names than a checkpoint's.
+
+    The same names in another order are put in order. With other names, as with another number of
+    them, the classifier keeps its initial values, unless a class map assigns its rows.
+    """
+    given = names if class_map is None else [names[i] for i in class_map if 0 <= i < len(names)]
+    difference = describe_other_classes(given, classes)
+    if difference is None or len(given) != len(classes):  # load_weights tells of another number
+        return weights, class_map
+    if class_map is not None:
+        message = "model.class_map assigns rows of other classes to those of the data"
+    elif sorted(names) == sorted(classes):
+        message = "the classes of model.initial_checkpoint are put in the order of the data's"
+        class_map = [names.index(name) for name in classes]
+    else:
+        parts = model.pretrained_cfg.get("classifier") or ()
+        parts = (parts,) if isinstance(parts, str) else parts
+        prefixes = tuple(f"{part}." for part in parts)
+        own = {name: t for name, t in model.state_dict().items() if name.startswith(prefixes)}
+        weights = weights | own
+        message = (
+            f"{' and '.join(parts)} keeps its initial values, as model.initial_checkpoint was "
+            "trained for other classes; model.class_map can assign its rows"
+        )
+    _logger.log(on_first(logging.WARNING), "%s (%s)", message, printable(difference))
+    return weights, class_map
 
 
 def pick_device(name: str) -> torch.device:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,15 +108,29 @@ class LogFile(logging.FileHandler):
 
 
 @contextlib.contextmanager
-def log_file(path: Path) -> Iterator[LogFile]:
-    """Append the log of the block to a file."""
-    handler = LogFile(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+def held_log() -> Iterator[MemoryHandler]:
+    """Hold what the block logs for the handler that becomes the target, if one does."""
+    # With a target, this capacity passes each record on at once.
+    handler = MemoryHandler(capacity=1, flushLevel=sys.maxsize)
     logging.getLogger().addHandler(handler)
     try:
         yield handler
     finally:
         logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+@contextlib.contextmanager
+def log_file(path: Path, held: MemoryHandler) -> Iterator[LogFile]:
+    """Append the log of the block, and what has been held before it, to a file."""
+    handler = LogFile(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    held.setTarget(handler)
+    held.flush()
+    try:
+        yield handler
+    finally:
+        held.setTarget(None)
         handler.close()
 
 

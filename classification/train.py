@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 import time
+from logging.handlers import MemoryHandler
 from operator import index
 from pathlib import Path
 
@@ -44,7 +45,15 @@ from .data import (
 from .interruption import Interrupted, stopped_by_signals
 from .model import build_model, check_model, find_not_finite, pick_device
 from .optim import build_criterion, build_optimizer, build_scheduler
-from .output import describe, find_checkpoint, log_file, log_start, own_output, save_config
+from .output import (
+    describe,
+    find_checkpoint,
+    held_log,
+    log_file,
+    log_start,
+    own_output,
+    save_config,
+)
 from .processes import EndedByAnother, all_agree, fail_together, gather, maximum, raise_once
 from .report import Metrics, save_curves, save_predictions, speed
 from .state import (
@@ -145,16 +154,8 @@ class Trainer:
         options = cfg.model
         if not load_initial:
             options = options.model_copy(update={"initial_checkpoint": None, "class_map": None})
-        self.model = build_model(options).to(self.device)
-        loaded = self.model.pretrained_cfg.get("label_names")
-        if loaded and class_to_index(self.train_loader.dataset) and self.rank == 0:
-            difference = describe_other_classes(loaded, self.names)
-            if difference:
-                _logger.warning(
-                    "the classifier of model.initial_checkpoint was trained for other classes than "
-                    "those of data.root (%s); model.class_map can assign its rows",
-                    difference,
-                )
+        named = class_to_index(self.train_loader.dataset)
+        self.model = build_model(options, self.names if named else None).to(self.device)
         check_model(self.model, cfg.data.image_size, cfg.model.num_classes)
         self.criterion = build_criterion(cfg)
         self.optimizer = build_optimizer(self.model, cfg, self.world_size)
@@ -524,12 +525,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def train(cfg: Config, resume: str | None = None) -> None:
+def train(cfg: Config, resume: str | None = None, held: MemoryHandler | None = None) -> None:
     """Run a configuration from its start, or from a checkpoint, to its end.
 
     Args:
         cfg: Configuration of the run.
         resume: Checkpoint to continue from; 'auto' is the output's last.pth if there is one.
+        held: What has been logged for the run, for its log file, from :func:`~.output.held_log`.
 
     Raises:
         Exception: See `_EXPECTED` for what a run may end with, besides `Interrupted`.
@@ -541,6 +543,9 @@ def train(cfg: Config, resume: str | None = None) -> None:
     output = Path(cfg.output)
     log = None
     with contextlib.ExitStack() as stack:
+        held = held or stack.enter_context(held_log())
+        if rank != 0:
+            held.setTarget(logging.NullHandler())
         checkpoint = None
         with fail_together(device):
             if rank == 0:
@@ -555,7 +560,7 @@ def train(cfg: Config, resume: str | None = None) -> None:
                 changes = trainer.resume(checkpoint)
         with fail_together(device):
             if rank == 0:
-                log = stack.enter_context(log_file(output / "train.log"))
+                log = stack.enter_context(log_file(output / "train.log", held))
                 log_start(trainer, checkpoint, changes)
         try:
             with fail_together(device):
@@ -585,8 +590,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     arguments = parse_arguments(argv)
     try:
-        with logging_redirect_tqdm():
-            train(load_config(arguments.config, arguments.overrides), arguments.resume)
+        with logging_redirect_tqdm(), held_log() as held:
+            train(load_config(arguments.config, arguments.overrides), arguments.resume, held)
     except Interrupted as interruption:
         return 128 + interruption.signal_number
     except EndedByAnother:

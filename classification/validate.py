@@ -1,6 +1,6 @@
 """Evaluates a classifier, or measures its speed.
 
-python -m classification.validate MODEL|CONFIG --checkpoint FILE --data DIR
+python -m classification.validate MODEL|CONFIG [key=value ...] --checkpoint FILE --data DIR
 torchrun --nproc-per-node 8 -m classification.validate MODEL|CONFIG --checkpoint FILE --data DIR
 """
 
@@ -20,11 +20,8 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.data import ImageNetInfo, infer_imagenet_subset
-from timm.utils import natural_key
 from timm.utils.distributed import init_distributed_device_so, world_info_from_env
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from flash_internimage.checkpoint import (
@@ -35,17 +32,15 @@ from flash_internimage.checkpoint import (
 )
 from flash_internimage.files import write_atomically
 
+from .classes import names_of, set_labels
 from .config import MAX_WORKERS, Config, ConfigError, Data, Model, load_config
 from .data import (
     SKIPPED,
     build_dataset,
-    class_to_index,
-    match_classes,
     share_unreadable,
     start,
     val_loader,
 )
-from .folders import printable
 from .model import build_model, check_model, create_model, find_not_finite, pick_device
 from .output import describe
 from .processes import EndedByAnother, fail_together, on_first, raise_once, rank, world_size
@@ -53,6 +48,18 @@ from .processes import EndedByAnother, fail_together, on_first, raise_once, rank
 _logger = logging.getLogger(__name__)
 
 MAX_BATCH_SIZE = 65536
+
+# Settings by which a model computes the same as in its training.
+_OF_A_MODEL = {
+    "data": ("image_size", "crop_pct", "interpolation", "mean", "std"),
+    "model": ("name", "args"),
+}
+
+# Settings that the command line can change; the others have an option, or no effect.
+_OVERRIDES = (
+    "data.kind", "data.max_corrupt", "model.num_classes",
+    *(f"{section}.{key}" for section, keys in _OF_A_MODEL.items() for key in keys),
+)  # fmt: skip
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -208,9 +215,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m classification.validate", description="Evaluate a classifier."
     )
     parser.add_argument("model", metavar="MODEL|CONFIG", help="a timm model or a training YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.crop_pct=0.9")
     parser.add_argument("--checkpoint", help="a path or an address (default: released weights)")
     parser.add_argument("--data", help="root of the data set (default: the config's)")
-    parser.add_argument("--split", help="folder under --data (default: val)")
+    parser.add_argument("--split", help="split of the data (default: the config's)")
     parser.add_argument("--limit", type=int, help="images to take, evenly spaced (default: all)")
     parser.add_argument("--batch-size", type=int, default=64, help="per process (default: 64)")
     parser.add_argument("--workers", type=int, default=2)
@@ -224,13 +232,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--throughput", action="store_true", help="measure speed on random images")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
-def _config(name: str) -> Config:
+def _config(name: str, overrides: list[str]) -> Config:
     """The configuration of a YAML file, or of a timm model with its data settings."""
     if name.endswith((".yaml", ".yml")):
-        return load_config(name)
+        return load_config(name, overrides)
+    if overrides:
+        raise ConfigError(f"key=value needs a CONFIG.yaml, got '{name}' and {overrides[0]!r}")
     if not timm.is_model(name):
         raise ConfigError(f"'{name}' is neither a timm model nor a .yaml file")
     cfg = timm.get_pretrained_cfg(name)
@@ -247,72 +257,15 @@ def _config(name: str) -> Config:
     return Config(model=model, data=data)
 
 
-def _names_of(checkpoint: Mapping) -> list[str] | None:
-    """Return the class names of a checkpoint of classification.train, None if it has none."""
-    classes, config = checkpoint.get("classes"), checkpoint.get("config")
-    is_named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    if not is_named or not isinstance(config, dict):
-        return None
-    kind = (config.get("data") or {}).get("kind")
-    unnamed = kind and classes == [str(i) for i in range(len(classes))]
-    return None if unnamed else classes
-
-
-def _set_labels(dataset: Dataset, names: list[str] | None, source: str, num_classes: int) -> None:
-    """Label a data set by the names of a model's classes.
-
-    For weights without names, the data's own may be the synsets of ImageNet or the indices of the
-    classes; else its classes count in their order.
-
-    Raises:
-        ConfigError: The data has a class that the model does not know, or, without names, another
-            number of classes than the model.
-    """
-    own = class_to_index(dataset)
-    if names is None:
-        subset = infer_imagenet_subset({"num_classes": num_classes})
-        synsets = ImageNetInfo(subset).label_names() if subset else []
-        indices = [str(i) for i in range(num_classes)]
-        names = next((known for known in (synsets, indices) if own.keys() <= set(known)), None)
-    if names is not None:
-        match_classes(dataset, names, source)
-    elif own and len(own) != num_classes:
-        raise ConfigError(
-            f"the data must have the {num_classes} classes of {source}, which does not name them, "
-            f"got {len(own)}"
-        )
-    elif own:
-        _warn_of_order(sorted(own, key=own.get), source)
-
-
-def _warn_of_order(names: list[str], source: str) -> None:
-    """Warn if the natural and the lexicographic order of class names differ."""
-    natural, lexicographic = sorted(names, key=natural_key), sorted(names)
-    if natural == lexicographic:
-        return
-    taken, other = ("natural", "lexicographic"), lexicographic
-    if names == lexicographic:
-        taken, other = taken[::-1], natural
-    i = next(i for i, (a, b) in enumerate(zip(names, other, strict=True)) if a != b)
-    _logger.log(
-        on_first(logging.WARNING),
-        "%s does not name its classes: the folders count in %s order, class %d is %s; in %s order "
-        "it would be %s (torchvision's ImageFolder is lexicographic, timm natural)",
-        source, taken[0], i, printable(names[i]), taken[1], printable(other[i]),
-    )  # fmt: skip
-
-
 def _without_initial(options: Model) -> Model:
     return options.model_copy(update={"initial_checkpoint": None, "class_map": None})
 
 
-def _load_model(
-    options: Model, checkpoint: str | None, weights: str
-) -> tuple[nn.Module, list[str] | None]:
-    """Return a model with its weights, and the names of its classes if the checkpoint has them."""
+def _load_model(options: Model, checkpoint: str | None, weights: str) -> tuple[nn.Module, Mapping]:
+    """Return a model with its weights, and what else the checkpoint holds."""
     options = _without_initial(options).model_copy(update={"grad_checkpointing": False})
     if checkpoint is None:
-        return create_model(options, pretrained=True), None
+        return create_model(options, pretrained=True), {}
     model = build_model(options)
     contents = load_checkpoint(fetch_checkpoint(checkpoint))
     state_dict = clean_state_dict(contents, use_ema=weights == "ema")
@@ -323,12 +276,26 @@ def _load_model(
             "a training of your own is evaluated with its YAML in the place of the model's name"
         )
     load_weights(model, state_dict)
-    names = _names_of(contents)
-    if names is not None and len(names) != options.num_classes:
-        raise ConfigError(
-            f"{checkpoint} must name its {options.num_classes} classes, it names {len(names)}"
-        )
-    return model, names
+    return model, contents
+
+
+def _warn_of_other_settings(cfg: Config, checkpoint: Mapping) -> None:
+    """Warn of settings that decide what a model computes and are not those of its training."""
+    trained = checkpoint.get("config")
+    differences = []
+    for section, keys in _OF_A_MODEL.items():
+        before = trained.get(section) if isinstance(trained, dict) else None
+        now = getattr(cfg, section).model_dump(mode="json")
+        for key in keys if isinstance(before, dict) else ():
+            if before.get(key, now[key]) != now[key]:
+                differences.append(f"{section}.{key} is {now[key]}, was {before[key]} in training")
+    if differences:
+        _logger.log(
+            on_first(logging.WARNING),
+            "the checkpoint was trained with other settings: %s; the config.yaml of its run has "
+            "its own",
+            ", ".join(differences),
+        )  # fmt: skip
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -339,8 +306,12 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and not least <= value <= most:
             limits = f"at least {least}" if value < least else f"at most {most}"
             raise ConfigError(f"--{name.replace('_', '-')} must be {limits}, got {value}")
+    for override in arguments.overrides:
+        key = override.partition("=")[0]
+        if key not in _OVERRIDES and not key.startswith("model.args."):
+            raise ConfigError(f"key=value must be of {', '.join(_OVERRIDES)}, got {override!r}")
     if arguments.split == "":  # it would be all splits together
-        raise ConfigError("--split must be a folder under --data, got ''")
+        raise ConfigError("--split must be a split of the data, got ''")
     if arguments.throughput and world_size() > 1:
         raise ConfigError("--throughput measures a single process: run it without torchrun")
     if arguments.json is not None and rank() == 0:
@@ -374,7 +345,7 @@ def run(arguments: argparse.Namespace) -> dict:
         logging.getLogger().setLevel(logging.WARNING)
     with fail_together(device):
         _check(arguments)
-        cfg = _config(arguments.model)
+        cfg = _config(arguments.model, arguments.overrides)
     amp = resolve_amp(arguments.amp, device)
     if arguments.throughput:
         model = build_model(_without_initial(cfg.model)).to(device)
@@ -395,12 +366,13 @@ def run(arguments: argparse.Namespace) -> dict:
         dataset = build_dataset(
             data, data.val_split, is_training=False, batch_size=arguments.batch_size
         )
-        model, names = _load_model(cfg.model, arguments.checkpoint, arguments.weights)
+        model, contents = _load_model(cfg.model, arguments.checkpoint, arguments.weights)
+        _warn_of_other_settings(cfg, contents)
         model = model.to(device)
         source = arguments.checkpoint or cfg.model.name
         if name := find_not_finite(model):
             raise ValueError(f"{name} of {source} is not finite")
-        _set_labels(dataset, names, source, cfg.model.num_classes)
+        set_labels(dataset, names_of(contents), source, cfg.model.num_classes)
         check_model(model, data.image_size, cfg.model.num_classes)
         loader = val_loader(
             dataset, data, arguments.batch_size, device, rank(), world_size(), arguments.limit

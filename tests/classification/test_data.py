@@ -110,6 +110,11 @@ def test_a_missing_folder_or_split_is_named(digits, tmp_path):
         build_dataset(Data(root=str(tmp_path / "nowhere")), "train", True, 8)
     with pytest.raises(ConfigError, match=r"must have a folder 'test', it holds: train, val"):
         build_dataset(Data(root=str(digits)), "test", False, 8)
+    (tmp_path / "val.tar").touch()
+    with pytest.raises(
+        ConfigError, match=r"holds: val\.tar; a split may be a tar file: 'val\.tar'$"
+    ):
+        build_dataset(Data(root=str(tmp_path)), "val", False, 8)
     (tmp_path / "train").mkdir()
     with pytest.raises(ConfigError, match="cannot be read as a data set"):
         build_dataset(Data(root=str(tmp_path)), "train", True, 8)

@@ -173,25 +173,45 @@ def test_links_within_a_tar_are_counted(root, caplog):
     assert "left out: 1 links and devices" in caplog.text
 
 
+def nest_tars(path, classes, mode="w"):
+    """Writes a tar file of one tar file per class."""
+    with tarfile.open(path, "w") as tar:
+        for folder in classes:
+            with tarfile.open(path.with_name(f"{folder.name}.tar"), mode) as inner:
+                inner.add(folder, arcname=".")
+            tar.add(path.with_name(f"{folder.name}.tar"), arcname=f"{folder.name}.tar")
+
+
 def test_a_tar_of_tars_is_read(root, caplog):
-    with tarfile.open(root / "all.tar", "w") as tar:
-        for name in ("cat", "dog"):
-            with tarfile.open(root / f"{name}.tar", "w") as inner:
-                for path in (root / "train" / name).iterdir():
-                    inner.add(path, arcname=path.name)
-            tar.add(root / f"{name}.tar", arcname=f"{name}.tar")
+    nest_tars(root / "all.tar", [root / "train" / name for name in ("cat", "dog")])
     dataset = build_dataset(Data(root=str(root)), "all.tar", True, 2)
     assert (len(dataset), class_to_index(dataset)) == (4, {"cat": 0, "dog": 1})
     assert not caplog.records
 
 
+def test_a_tar_of_tars_is_checked_as_other_tars(root, caplog):
+    (root / "train" / "cat" / "notes.txt").write_text("no image")
+    (root / "train" / "elk").mkdir()
+    nest_tars(root / "all.tar", [root / "train" / name for name in ("cat", "dog", "elk")])
+    assert len(build_dataset(Data(root=str(root)), "all.tar", False, 2)) == 4
+    assert "4 images; left out: 1 .txt" in caplog.text
+    with pytest.raises(ConfigError, match=r"1 of its class folders hold no images: elk \(other"):
+        build_dataset(Data(root=str(root)), "all.tar", True, 2)
+    nest_tars(root / "all.tar", [root / "train" / "cat"], "w:gz")
+    with pytest.raises(ConfigError, match=r": cat\.tar in it is no tar file without compression$"):
+        build_dataset(Data(root=str(root)), "all.tar", False, 2)
+
+
+def test_a_tar_in_a_tar_of_tars_is_not_left_out(root):
+    nest_tars(root / "train" / "deep.tar", [root / "train" / name for name in ("cat", "dog")])
+    nest_tars(root / "all.tar", [root / "train"])
+    with pytest.raises(ConfigError, match=r"timm reads 4 of its 12 images: a tar file within a"):
+        build_dataset(Data(root=str(root)), "all.tar", True, 2)
+
+
 def test_a_class_name_in_two_tars_of_a_tar_is_one_line(root):
     nest(root)
-    with tarfile.open(root / "all.tar", "w") as tar:
-        for name in ("cat", "dog"):
-            with tarfile.open(root / f"{name}.tar", "w") as inner:
-                inner.add(root / "train" / name, arcname=".")
-            tar.add(root / f"{name}.tar", arcname=f"{name}.tar")
+    nest_tars(root / "all.tar", [root / "train" / name for name in ("cat", "dog")])
     with pytest.raises(ConfigError, match=r"'day' is in several folders \(cat/day, dog/day\)"):
         build_dataset(Data(root=str(root)), "all.tar", True, 2)
 
@@ -223,8 +243,13 @@ def of_both_splits(root, **settings):
     warn_of_shared_images(data, *sets)
 
 
-def test_splits_that_share_no_image_are_no_warning(root, caplog):
-    of_both_splits(root)
+@FORMS
+def test_splits_that_share_no_image_are_no_warning(root, caplog, as_tar):
+    if as_tar:
+        for split in ("train", "val"):
+            read(root, split, as_tar)
+    suffix = ".tar" if as_tar else ""
+    of_both_splits(root, train_split=f"train{suffix}", val_split=f"val{suffix}")
     assert not caplog.records
 
 
@@ -241,7 +266,7 @@ def test_validation_images_that_are_training_images_are_counted(root, caplog, mo
     assert "1 of 4 validation images that were compared are also training images" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["same name", "link", "tar"])
+@pytest.mark.parametrize("how", ["same name", "link", "tar", "copy of a tar"])
 def test_the_same_images_for_both_splits_are_a_warning(root, caplog, how):
     data, settings = root, {}
     if how == "same name":
@@ -249,6 +274,10 @@ def test_the_same_images_for_both_splits_are_a_warning(root, caplog, how):
     elif how == "link":
         shutil.rmtree(root / "val")
         (root / "val").symlink_to("train")
+    elif how == "copy of a tar":
+        settings = {"train_split": "train.tar", "val_split": "val.tar"}
+        read(root, "train", as_tar=True)
+        shutil.copy(root / "train.tar", root / "val.tar")
     else:
         data = root / "all.tar"
         with tarfile.open(data, "w") as tar:
@@ -268,14 +297,6 @@ def test_16_bit_images_are_not_clipped(root, as_tar):
         np.testing.assert_array_equal(dataset[i][0][..., 0], ramp >> 4)
     loader = val_loader(dataset, Data(image_size=64, workers=0), 4, torch.device("cpu"))
     assert next(iter(loader))[0].std() > 0.5
-
-
-def test_torchvision_s_folders_are_not_clipped(root):
-    ramp = np.arange(65536).reshape(256, 256).astype(np.uint16)
-    Image.fromarray(ramp).save(root / "val" / "cat" / "0.png")
-    data = Data(root=str(root / "val"), kind="torch/image_folder")
-    image = build_dataset(data, "val", False, 2)[0][0]
-    np.testing.assert_array_equal(np.asarray(image)[..., 2], ramp >> 8)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import resource
+import shutil
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import torch
 import yaml
 
 from classification import report
-from classification.config import ConfigError
+from classification.config import Config, ConfigError
 from classification.output import (
     LogFile,
     describe,
@@ -122,6 +124,49 @@ def test_a_full_disk_is_one_line_and_the_run_is_resumable(
     limited_files()
     assert main([str(tmp_path / "config.yaml"), "--resume", "auto"]) == 0
     assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 1
+
+
+def test_warnings_from_before_the_run_are_in_its_log(settings, digits, tmp_path):
+    """Those of overrides, of the data and of the initial weights come before the log is opened."""
+    root = shutil.copytree(digits, tmp_path / "digits")
+    (root / "train" / "3" / "notes.txt").write_text("no image")
+    settings |= {"schedule": {"epochs": 1, "warmup_epochs": 0}, "ema_decay": None}
+    settings["data"] |= {"root": str(root)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    train(Config.model_validate(settings | {"output": str(tmp_path / "first")}))
+    (root / "train" / "3").rename(root / "train" / "three")
+    overrides = [
+        "seed=1", "seed=2", "data.val_split=train",
+        f"model.initial_checkpoint={tmp_path}/first/last.pth",
+    ]  # fmt: skip
+    assert main([str(tmp_path / "config.yaml"), *overrides]) == 0
+    expected = [
+        "the override seed=1 is replaced by the later seed=2",
+        "60 images; left out: 1 .txt",
+        "data.train_split and data.val_split are the same images",
+        "head keeps its initial values, as model.initial_checkpoint was trained for other classes",
+    ]
+
+    def counts() -> list[int]:
+        log = (tmp_path / "run" / "train.log").read_text()
+        return [log.count(message) for message in expected]
+
+    assert counts() == [1, 2, 1, 1]  # both splits are the one with the other file
+    assert main([str(tmp_path / "config.yaml"), *overrides]) == 2  # refused without --resume
+    assert counts() == [1, 2, 1, 1]
+    assert main([str(tmp_path / "config.yaml"), *overrides, "--resume", "auto"]) == 0
+    assert counts() == [2, 4, 2, 1]
+    assert not any(isinstance(h, MemoryHandler) for h in logging.getLogger().handlers)
+
+
+@pytest.mark.parametrize("override", ["model.num_classes=3", "data.val_split=none", "device=x"])
+def test_a_run_that_is_refused_leaves_nothing(settings, digits, tmp_path, override):
+    root = shutil.copytree(digits, tmp_path / "digits")
+    (root / "train" / "3" / "notes.txt").write_text("no image")
+    settings["data"] |= {"root": str(root)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main([str(tmp_path / "config.yaml"), override]) == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_log_on_a_full_disk_is_one_line(capfd):

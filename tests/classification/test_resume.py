@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -212,8 +213,8 @@ REFUSED = {
     "model.args": (SMALLER | {"channels": 32}, "does not fit the model: .*shape of patch_embed"),
     "schedule.epochs": (1, "schedule.epochs must be at least 2, .* got 1"),
     "data.root": ("renamed", r"only in the checkpoint: 3; only in the data: three"),
-    # torchvision takes the folders of the splits for classes.
-    "data.kind": ("torch/image_folder", r"only in the checkpoint: 0, 1; only in the data: train"),
+    # The digits of each split are in two folders, which are the classes for torchvision.
+    "data.kind": ("torch/image_folder", r"only in the checkpoint: 0, 1; only in the data: a, b"),
 }
 REFUSED_WITHIN_AN_EPOCH = {
     "seed": (7, "seed must be 0 as in the checkpoint, which was saved within an epoch, got 7"),
@@ -258,14 +259,20 @@ def test_a_changed_setting_is_used(key, change, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_a_setting_that_cannot_change_is_refused(key, change, checkpoint, digits, tmp_path):
-    value, message = REFUSED[key]
+    (value, message), others = REFUSED[key], {}
+    if key == "data.kind":
+        others = {"data.root": str(tmp_path)}
+        for folder in digits.glob("*/*"):
+            outer = "a" if int(folder.name) < 5 else "b"
+            shutil.copytree(folder, tmp_path / folder.parent.name / outer / folder.name)
+        build(change(**others)).resume(checkpoint["between"])
     if key == "data.root":
         value = str(tmp_path / value)
         shutil.copytree(digits, value)
         for split in ("train", "val"):
             Path(value, split, "3").rename(Path(value, split, "three"))
     with pytest.raises(ValueError, match=f"cannot resume from .*{message}") as error:
-        build(change(**{key: value})).resume(checkpoint["between"])
+        build(change(**{key: value}, **others)).resume(checkpoint["between"])
     assert "\n" not in str(error.value)
 
 
@@ -532,25 +539,51 @@ def test_a_state_of_another_shape_is_refused_for_any_optimizer(config, name):
         restore_optimizer(other.optimizer, saved)
 
 
-def test_initial_weights_for_other_classes_are_a_warning(
-    change, checkpoint, digits, tmp_path, caplog
+@pytest.mark.parametrize(
+    ("names", "class_map", "rows", "warning"),
+    [
+        ("0123456789", None, "0123456789", None),
+        ("z123456789", None, None, "head keeps its initial values, .*only in the checkpoint: 0; "),
+        ("qrstuvwxyz", None, None, "head keeps .* only in the data: q, r, s, t, u, ..."),
+        ("q123456789", "1 2 3 4 5 6 7 8 9 0", "1234567890", "class_map assigns .*data: q"),
+        ("0123456789", "1 2 3 4 5 6 7 8 9 0", "1234567890", "class_map assigns .*class 0 is 1 in"),
+    ],
+)
+def test_the_classifier_of_initial_weights_is_that_of_the_same_names(
+    change, checkpoint, digits, tmp_path, caplog, names, class_map, rows, warning
 ):
-    def start(**others) -> None:
-        caplog.clear()
-        Trainer(change(**{"model.initial_checkpoint": str(checkpoint["between"]), **others}), CPU)
+    root = shutil.copytree(digits, tmp_path / "digits")
+    for old, new in enumerate(names):
+        for split in ("train", "val"):
+            (root / split / str(old)).rename(root / split / f"_{new}")
+    for folder in root.glob("*/*"):
+        folder.rename(folder.with_name(folder.name[1:]))
+    settings = {"data.root": str(root)}
+    if class_map:
+        (tmp_path / "map.txt").write_text(class_map)
+        settings["model.class_map"] = str(tmp_path / "map.txt")
+    fresh = Trainer(change(**{"data.root": str(root)}), CPU).model.head.weight
+    caplog.clear()
+    initial = str(checkpoint["between"])
+    head = Trainer(change(**{"model.initial_checkpoint": initial, **settings}), CPU).model.head
+    loaded = load_checkpoint(checkpoint["between"])["model_ema"]["head.weight"]
+    assert torch.equal(head.weight, loaded[[int(i) for i in rows]] if rows else fresh)
+    found = [r.getMessage() for r in caplog.records if "checkpoint" in r.getMessage()]
+    assert len(found) == (warning is not None)
+    assert warning is None or re.search(warning, found[0])
 
-    start()
-    assert "other classes" not in caplog.text
-    shutil.copytree(digits, tmp_path / "digits")
-    for split in ("train", "val"):
-        (tmp_path / "digits" / split / "3").rename(tmp_path / "digits" / split / "three")
-    start(**{"data.root": str(tmp_path / "digits")})
-    assert "other classes than those of data.root (only in the checkpoint: 3; only in" in (
-        caplog.text
-    )
-    (tmp_path / "map.txt").write_text("0 1 2 4 5 6 7 8 9 9")
-    start(**{"data.root": str(digits), "model.class_map": str(tmp_path / "map.txt")})
-    assert "only in the data: 3" in caplog.text
+
+def test_initial_weights_of_the_same_names_in_another_order_are_put_in_order(
+    change, checkpoint, tmp_path, caplog
+):
+    state = load_checkpoint(checkpoint["between"])
+    state["classes"] = list("9876543210")
+    save_atomically(state, tmp_path / "initial.pth")
+    options = change(**{"model.initial_checkpoint": str(tmp_path / "initial.pth")})
+    head = Trainer(options, CPU).model.head
+    assert torch.equal(head.weight, state["model_ema"]["head.weight"].flip(0))
+    assert torch.equal(head.bias, state["model_ema"]["head.bias"].flip(0))
+    assert "are put in the order of the data's (class 0 is 9 in the checkpoint" in caplog.text
 
 
 def test_a_resumed_run_does_not_need_its_initial_weights(config, checkpoint, tmp_path):

@@ -52,8 +52,8 @@ def without_batch_norm(monkeypatch):
     """Models whose results do not depend on how images are shared out to batches."""
     build = train_module.build_model
 
-    def build_without(options):
-        model = build(options)
+    def build_without(*arguments):
+        model = build(*arguments)
         model.conv_head[1] = nn.Identity()
         return model
 

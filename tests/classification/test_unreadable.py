@@ -2,10 +2,12 @@
 
 import io
 import os
+import re
 import shutil
 import tarfile
 import traceback
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,6 +242,36 @@ class TestTars:
             with pytest.raises(ConfigError, match=r"val\.tar cannot be read as a data set: ."):
                 dataset_of(tar)
 
+    @pytest.mark.parametrize(
+        ("how", "message"),
+        [
+            ("gz", "it is compressed by gzip"),
+            ("bz2", "it is compressed by bzip2"),
+            ("xz", "it is compressed by xz"),
+            ("zip", "it is a zip file"),
+            ("text", "invalid header"),
+            ("empty", "empty file"),
+        ],
+    )
+    def test_a_file_that_is_no_plain_tar_is_called_what_it_is(self, digits, tmp_path, how, message):
+        path = tmp_path / "val.tar"
+        if how == "zip":
+            shutil.make_archive(str(path), "zip", digits, "val")
+            Path(f"{path}.zip").rename(path)
+        elif how in ("text", "empty"):
+            path.write_text("no tar " * 500 * (how == "text"))
+        else:
+            with tarfile.open(path, f"w:{how}") as tar:
+                tar.add(digits / "val", arcname="val")
+        with pytest.raises(ConfigError, match=f"it must be a tar file without .*: {message}$"):
+            dataset_of(path)
+
+    def test_a_member_may_be_called_like_an_archive(self, digits, tmp_path):
+        with tarfile.open(tmp_path / "val.tar", "w") as tar:
+            for name in ("PK\x03\x04", "BZh"):
+                tar.add(digits / "val" / "3", arcname=name)
+        assert len(dataset_of(tmp_path / "val.tar")) == 4
+
 
 class Reader:
     """Yields images, and raises an error in the place of the second."""
@@ -352,10 +384,10 @@ class TestStreamsToTheirEnd:
         dataset.transform = np.asarray
         assert [label for _, label in dataset] == labels
 
-    @pytest.mark.parametrize("label", [-1, None])
+    @pytest.mark.parametrize("label", [-1, None, "cat", (1, 2)])
     def test_an_image_without_label_is_one_line(self, label):
         dataset = SkippingStream([(Image.new("RGB", (8, 8)), label)], False, "hfids/")
-        with pytest.raises(ValueError, match=rf"labels must be from 0 on, got {label}: the split"):
+        with pytest.raises(ValueError, match=re.escape(f"from 0 on, got {label!r}: the split")):
             next(iter(dataset))
 
     @pytest.fixture

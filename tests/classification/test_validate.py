@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import FakeData
 
 from classification import validate
+from classification.classes import set_labels
 from classification.config import Data
 from classification.data import build_dataset, val_loader
 from classification.model import build_model
@@ -160,7 +161,13 @@ def test_errors_are_one_line_that_says_what_is_wrong(run, digits, tmp_path, capl
         (["--device", "cuda:99"], "got 'cuda:99'"),
         (["--json", "nowhere/result.json"], "--json must be in a folder that can be written, got"),
         (["--json", "."], "--json must be a file, got ."),
-        (["--split", ""], "--split must be a folder under --data, got ''"),
+        (
+            ["data.workers=1"],
+            "key=value must be of data.kind, data.max_corrupt, model.num_classes,",
+        ),
+        (["optimizer.lr=1"], "data.std, model.name, model.args, got 'optimizer.lr=1'"),
+        (["data.crop_pct=2"], "data.crop_pct: Input should be less than or equal to 1, got 2"),
+        (["--split", ""], "--split must be a split of the data, got ''"),
         (["--split", "test"], "must have a folder 'test', it holds: train, val"),
         (
             ["--data", "README.md"],
@@ -178,9 +185,40 @@ def test_a_wrong_argument_is_one_line_before_any_work(run, monkeypatch, caplog, 
     assert "\n" not in record.getMessage()
 
 
+def test_overrides_of_a_model_without_a_config_are_one_line(caplog):
+    assert main(["flash_internimage_tiny", "data.crop_pct=0.9"]) == 2
+    assert (
+        "key=value needs a CONFIG.yaml, got 'flash_internimage_tiny' and 'data.cro" in caplog.text
+    )
+
+
 def test_a_model_that_is_no_classifier_is_one_line(digits, caplog):
     assert main(["vit_small_patch14_dinov2", "--data", str(digits)]) == 2
     assert "MODEL must be a classifier, got 'vit_small_patch14_dinov2'" in caplog.text
+
+
+def test_settings_that_are_not_those_of_training_are_a_warning(run, tmp_path, caplog):
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    arguments = [str(tmp_path / "c.yaml"), "--checkpoint", str(run / "last.pth"), "--workers", "0"]
+
+    def warnings(**data) -> list[str]:
+        changed = settings | {"data": settings["data"] | data}
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(changed))
+        caplog.clear()
+        assert main(arguments) == 0
+        return [r.getMessage() for r in caplog.records if "other settings" in r.getMessage()]
+
+    assert not warnings()
+    assert not warnings(max_corrupt=3, train_split="another")
+    assert main([*arguments, "data.crop_pct=0.5"]) == 0
+    assert "data.crop_pct is 0.5, was 1.0 in training;" in caplog.text
+    others = {
+        "image_size": 40, "crop_pct": 0.5, "interpolation": "nearest", "mean": [0.0, 0.5, 1.0],
+        "std": [1.0, 1.0, 1.0],
+    }  # fmt: skip
+    (line,) = warnings(**others)
+    for key, value in others.items():
+        assert f"data.{key} is {value}, was {settings['data'][key]} in training" in line
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -354,9 +392,8 @@ def test_weights_without_names_need_all_classes_or_indices(run, right, tmp_path,
 )  # fmt: skip
 def test_an_order_that_depends_on_the_library_is_a_warning(tmp_path, caplog, kind, names, warning):
     coloured(tmp_path, "val", dict.fromkeys(names, 0))
-    root = tmp_path / "val" if kind else tmp_path
-    dataset = build_dataset(Data(root=str(root), kind=kind), "val", False, 2)
-    validate._set_labels(dataset, None, "weights.pth", 10)
+    dataset = build_dataset(Data(root=str(tmp_path), kind=kind), "val", False, 2)
+    set_labels(dataset, None, "weights.pth", 10)
     (line,) = [record.getMessage() for record in caplog.records] or [None]
     assert line is None if warning is None else re.search(warning, line)
 
@@ -364,7 +401,7 @@ def test_an_order_that_depends_on_the_library_is_a_warning(tmp_path, caplog, kin
 def test_a_part_of_imagenet_is_labelled_by_its_synsets():
     dataset = FakeData(size=1)
     dataset.class_to_idx = {"n01443537": 0, "n02102040": 1}  # goldfish and English springer
-    validate._set_labels(dataset, None, "flash_internimage_tiny", 1000)
+    set_labels(dataset, None, "flash_internimage_tiny", 1000)
     assert [dataset.target_transform(i) for i in (0, 1)] == [1, 217]
 
 

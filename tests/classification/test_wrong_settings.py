@@ -28,6 +28,7 @@ VIT = {"name": "vit_tiny_patch16_224", "args": {"depth": 1}}
         ({"output": "a\0b"}, r"output cannot be created, got 'a\\x00b': embedded null"),
         ({"output": "x" * 300}, r"output cannot be created, got 'xxx.*: File name too long"),
         ({"data": {"root": "x" * 300}}, "data.root not found: xxx"),
+        ({"data": {"val_split": "x" * 300}}, "must have a folder 'xxx.*', it holds: train, val"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_one_line(config, monkeypatch, changes, message):

@@ -9,8 +9,8 @@ from classification import train
 build_model = train.build_model
 
 
-def build_without(options):
-    model = build_model(options)
+def build_without(*arguments):
+    model = build_model(*arguments)
     model.conv_head[1] = nn.Identity()
     return model
 
