@@ -17,7 +17,7 @@ def _check_links(app: Sphinx) -> None:
     for path in sorted({path for pattern in _PATTERNS for path in root.glob(pattern)}):
         for target in _LINK.findall(path.read_text()):
             if not (path.parent / target).exists():
-                _logger.warning("broken link to %s", target, location=str(path))
+                _logger.warning("%s: broken link to %s", path.relative_to(root), target)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
