@@ -31,6 +31,7 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # included files begin with a heading of their own
 
 # API pages
+autodoc_inherit_docstrings = False  # those of OpenMMLab describe OpenMMLab
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 add_module_names = False
