@@ -81,6 +81,9 @@ class Model(Section):
             raise ValueError(
                 "must hold strings, finite numbers, booleans, lists and mappings"
             ) from error
+        if unset := [name for name, value in args.items() if value is None]:
+            # timm drops these arguments before the model could refuse an unknown one.
+            raise ValueError(f"must not hold null, as '{unset[0]}' has; leave the argument out")
         return args
 
 
@@ -144,8 +147,8 @@ class Optimizer(Section):
     # lr, warmup_lr and min_lr are scaled by the images per update over this; null: not scaled.
     lr_batch: PositiveInt | None = 512
     weight_decay: NonNegative = 0.05
-    betas: tuple[Beta, ...] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    betas: tuple[Beta, ...] | None = None  # null: the optimizer's own, for adamw 0.9 and 0.999
+    eps: Positive | None = None  # null: the optimizer's own, for adamw 1e-8
     clip_grad: Positive | None = 5.0  # norm
     layer_decay: Number | None = Field(None, gt=0, le=1)
     dcn_lr_multiplier: NonNegative = 1.0  # of offset_mask and offset_mask_dw
@@ -164,10 +167,10 @@ class Optimizer(Section):
 
     @field_validator("betas")
     @classmethod
-    def _as_many_as_needed(cls, betas: tuple[float, ...], fields: ValidationInfo):
+    def _as_many_as_needed(cls, betas: tuple[float, ...] | None, fields: ValidationInfo):
         name = fields.data.get("name")  # absent if it is not valid
         info = get_optimizer_info(name) if name else None
-        if info and info.has_betas and len(betas) != info.num_betas:
+        if betas and info and info.has_betas and len(betas) != info.num_betas:
             raise ValueError(f"must be {info.num_betas} values for {name}")
         return betas
 
@@ -256,6 +259,7 @@ def find_ignored(cfg: Config) -> list[str]:
         (schedule, f"schedule.name={schedule.name}", schedule.name != "step", "decay_epochs"),
         (schedule, f"schedule.name={schedule.name}", schedule.name != "step", "decay_rate"),
         (schedule, "schedule.name=step", schedule.name == "step", "min_lr"),
+        (schedule, "warmup_epochs=0", schedule.warmup_epochs == 0, "warmup_lr"),
         (augmentation, "auto_augment", augmentation.auto_augment is not None, "color_jitter"),
     ]
     without = "random_erasing=0", augmentation.random_erasing == 0

@@ -55,8 +55,8 @@ def build_optimizer(model: nn.Module, cfg: config.Config, world_size: int) -> Op
     """Build timm's optimizer of a configuration, with the groups of :func:`parameter_groups`.
 
     Raises:
-        ConfigError: It is not installed or does not accept a setting, or `optimizer.layer_decay` is
-            set for a model whose layers timm does not know.
+        ConfigError: It is not installed or does not accept a setting, or `optimizer.layer_decay` or
+            `optimizer.dcn_lr_multiplier` is set for a model that it does not apply to.
     """
     options = cfg.optimizer
     if options.layer_decay is not None and not hasattr(model, "group_matcher"):
@@ -64,19 +64,22 @@ def build_optimizer(model: nn.Module, cfg: config.Config, world_size: int) -> Op
             f"optimizer.layer_decay must be null for {cfg.model.name}, whose order of layers timm "
             f"does not know, got {options.layer_decay}"
         )
-    groups = parameter_groups(
-        model,
-        options.lr * lr_scale(cfg, world_size),
-        options.weight_decay,
-        options.layer_decay,
-        options.dcn_lr_multiplier,
-    )
+    multiplier = options.dcn_lr_multiplier
+    if multiplier != 1 and not any("offset_mask" in name for name, _ in model.named_parameters()):
+        raise config.ConfigError(
+            f"optimizer.dcn_lr_multiplier must be 1 for {cfg.model.name}, which has no DCNv4, got "
+            f"{multiplier}"
+        )
+    lr = options.lr * lr_scale(cfg, world_size)
+    groups = parameter_groups(model, lr, options.weight_decay, options.layer_decay, multiplier)
     known = get_optimizer_info(options.name)
-    extra = {"betas": options.betas} if known.has_betas else {}
-    extra |= {"eps": options.eps} if known.has_eps else {}
+    extra = {"betas": options.betas} if known.has_betas and options.betas else {}
+    extra |= {"eps": options.eps} if known.has_eps and options.eps else {}
     try:
+        # The groups have their learning rates; Adafactor without one of its own would replace them,
+        # and corrected weight decay is relative to the optimizer's.
         return create_optimizer_v2(
-            groups, opt=options.name, weight_decay=options.weight_decay, **extra
+            groups, opt=options.name, lr=lr, weight_decay=options.weight_decay, **extra
         )
     except Exception as error:  # optimizers raise any kind for settings and missing packages
         raise config.ConfigError(

@@ -207,18 +207,17 @@ class FlashInternImage(nn.Module):
         The fine groups are those of the published layer decay: one layer per block; the stem, norms
         and downsampling belong to the next block, the head to the last one.
         """
-        head = rf"^levels\.{len(self.depths) - 1}\.norm|^conv_head|^head"
+        last = len(self.levels) - 1  # of depths fewer remain after prune_intermediate_layers
+        head = rf"^levels\.{last}\.norm|^conv_head|^head"
         if coarse:
             return {"stem": r"^patch_embed", "blocks": r"^levels\.(\d+)", "head": "^(?:conv_)?head"}
-        between = [
-            (rf"^levels\.{i}\.(?:norm|downsample)", (i + 1, 0)) for i in range(len(self.depths) - 1)
-        ]
+        between = [(rf"^levels\.{i}\.(?:norm|downsample)", (i + 1, 0)) for i in range(last)]
         return {
             "blocks": [
                 (r"^patch_embed", (0, 0)),
                 (r"^levels\.(\d+)\.blocks\.(\d+)", None),
                 *between,
-                (head, (len(self.depths), *MATCH_PREV_GROUP)),
+                (head, (last + 1, *MATCH_PREV_GROUP)),
             ]
         }
 

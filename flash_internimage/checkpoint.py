@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from itertools import groupby, islice
 from pathlib import Path
@@ -30,6 +31,7 @@ _KERNELS = ("foreach", "fused", "capturable", "differentiable", "maximize")
 # Entries in which programs keep averaged weights, and those from which they were averaged.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict")
 _AVERAGED += ("ema_model", "ema")
+_OTHER_AVERAGED = re.compile(r"(^|_)(ema|swa|avg|averaged?)(_|$)")
 _TRAINED = ("state_dict", "model", "model_state_dict", "module", "net")
 # Parts of a model, such as a LightningModule, that are its averaged weights.
 _AVERAGED_PARTS = ("ema_model.", "model_ema.", "ema.")
@@ -73,7 +75,10 @@ def clean_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = True) -> dic
 
 def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool) -> str | None:
     """Return the entry with the wanted weights; None if the checkpoint itself is the weights."""
-    averaged, trained = _AVERAGED, _TRAINED
+    state_dicts = {name: _names_in(value) for name, value in checkpoint.items()}
+    state_dicts = {name: names for name, names in state_dicts.items() if names}
+    averaged = (*_AVERAGED, *(n for n in state_dicts if _OTHER_AVERAGED.search(str(n).lower())))
+    averaged, trained = tuple(dict.fromkeys(averaged)), _TRAINED
     if isinstance(meta := checkpoint.get("meta"), Mapping) and "mmengine_version" in meta:
         averaged, trained = ("state_dict",), ("ema_state_dict",)  # its hook exchanges the two
     entries = [*averaged, *trained] if use_ema else [*trained, *averaged]
@@ -85,9 +90,25 @@ def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool) -> str | None:
     if entries[0] != found[0] and not isinstance(checkpoint[entries[0]], Tensor):
         kind = type(checkpoint[entries[0]]).__name__
         _logger.warning("taking %s: %s is a %s without weights", found[0], entries[0], kind)
-    elif len(found) > 1:
-        _logger.info("taking %s, not %s", found[0], " or ".join(found[1:]))
+    elif others := [*found[1:], *_same_names(state_dicts, found)]:
+        _logger.info("taking %s, not %s", found[0], " or ".join(others))
     return found[0]
+
+
+def _names_in(value: Any) -> set[str]:
+    """Return the names of the model's parts in a state dict, of anything else none."""
+    if not isinstance(value, Mapping):
+        return set()
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
+        return set()
+    return {*unwrap_names({name: name for name in value}).values()}
+
+
+def _same_names(state_dicts: Mapping[str, set[str]], found: list[str]) -> list[str]:
+    """Return the state dicts that could be meant as well as the one found."""
+    chosen = state_dicts.get(found[0])
+    others = (name for name in state_dicts if name not in found)
+    return [str(name) for name in others if state_dicts[name] == chosen]
 
 
 def load_checkpoint(
@@ -300,11 +321,18 @@ def read_pretrained(
             for entries in (expected, weights)
         )
     require_fit(expected, weights)
-    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+    if broken := [name for name, tensor in weights.items() if not is_finite(tensor)]:
         raise ValueError(f"weights must be finite, those of {_shorten(broken)} are not")
     if model.num_classes and not features_only and "head." in fresh:
         _warn_of_initial_values("head", classes, model.num_classes)
     return own | weights
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all elements are finite, in 8-bit floats too."""
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()  # which torch.isfinite does not take
+    return bool(tensor.isfinite().all())
 
 
 def _fresh_parts(model: nn.Module, classes: int, features_only: bool) -> tuple[str, ...]:

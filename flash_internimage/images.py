@@ -16,6 +16,8 @@ MAX_ASPECT_RATIO = 200
 # Formats that Pillow registers but can only identify, or passes to another program.
 _NO_DECODER = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
+_PHOTOMETRIC = 262  # TIFF tag; 0 is "white is zero"
+
 
 class UnreadableImage(ValueError):
     """An image that cannot be used; the message names the file and the reason."""
@@ -34,10 +36,44 @@ def read_image(source: str | os.PathLike | BinaryIO, name: str | None = None) ->
             sides that differ by more than `MAX_ASPECT_RATIO`. Decoders raise exceptions of any
             kind for damaged files; all of them end here.
     """
-    with _unreadable(source, name), Image.open(source) as image:
-        _check_aspect_ratio(image)
-        image.load()
+    return _read(source, name)[0]
+
+
+def read_label_map(source: str | os.PathLike | BinaryIO, name: str | None = None) -> Image.Image:
+    """Decode an image whose pixels are numbers, as in a label map.
+
+    Pillow stretches greyscale of 2 or 4 bits, and PGM files with a maximum other than 255 or 65535,
+    to the full range of 8 or 16 bits. This function returns the numbers in the file.
+
+    Args:
+        source: Path or binary stream.
+        name: How errors call the label map; default `source`.
+
+    Returns:
+        The image; its pixels are integers, indices of a palette, or colours as they are.
+
+    Raises:
+        UnreadableImage: See :func:`read_image`.
+        ValueError: The format may change numbers, or programs disagree on the numbers in it.
+    """
+    image, maximum = _read(source, name)
+    if len(image.getbands()) > 1:
+        return image  # colours are no numbers
+    if image.format in ("JPEG", "MPO", "JPEG2000") or image.info.get("compression") == "jpeg":
+        raise ValueError(
+            f"label map {name or source} must be lossless, such as PNG, got {image.format}"
+        )
+    # Pillow inverts such greyscale of up to 8 bits, other programs do not. A mask of single bits is
+    # black and white in all of them.
+    if image.format == "TIFF" and image.mode != "1" and image.tag_v2.get(_PHOTOMETRIC, 0) == 0:
+        raise ValueError(
+            f"label map {name or source} must have 0 for black, got a TIFF file with 0 for white"
+        )
+    if maximum is None:
         return image
+    stretched = 255 if image.mode == "L" else 65535
+    numbers = np.rint(np.asarray(image) * (maximum / stretched))
+    return Image.fromarray(numbers.astype(np.uint8 if maximum <= 255 else np.uint16))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -102,6 +138,25 @@ def check_image_file(path: str | os.PathLike) -> None:
     except UnreadableImage as error:
         if not isinstance(error.__cause__, UnidentifiedImageError):
             raise
+
+
+def _read(source: str | os.PathLike | BinaryIO, name: str | None) -> tuple[Image.Image, int | None]:
+    """Return a decoded image, and the number that Pillow stretched to its highest value, if any."""
+    with _unreadable(source, name), Image.open(source) as image:
+        _check_aspect_ratio(image)
+        maximum = _stretched_maximum(image)
+        image.load()
+        return image, maximum
+
+
+def _stretched_maximum(image: Image.Image) -> int | None:
+    if image.mode not in ("L", "I") or not image.tile:  # load() empties it
+        return None
+    codec, _, _, args = image.tile[0]
+    if codec in ("ppm", "ppm_plain"):
+        return args[1]
+    raw_mode = args if isinstance(args, str) else args[0]
+    return {"L;2": 3, "L;4": 15}.get(str(raw_mode)[:3])
 
 
 @contextmanager

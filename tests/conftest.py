@@ -1,5 +1,6 @@
 """What the tests of several packages share."""
 
+import gc
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+
+def pytest_collection_finish() -> None:
+    """Keep the imported modules out of garbage collections, which mmengine asks for often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

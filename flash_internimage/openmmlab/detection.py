@@ -1,8 +1,8 @@
 """What the detectors need beside flash_internimage.openmmlab, which is imported with it.
 
-Importing this module replaces four names in mmdet's registries, so that they are right in configs
-and inferencers that use mmdet's own: the image loaders LoadImageFromFile and LoadImageFromNDArray,
-and the metrics CocoMetric and FasterCocoMetric.
+Importing this module replaces five names in mmdet's registries, so that they are right in configs
+and inferencers that use mmdet's own: the image loaders LoadImageFromFile, LoadImageFromNDArray and
+InferencerLoader, and the metrics CocoMetric and FasterCocoMetric.
 
 custom_imports = dict(imports=['flash_internimage.openmmlab.detection'])
 """
@@ -33,6 +33,7 @@ __all__ = [
 
 TRANSFORMS.register_module("LoadImageFromFile", module=LoadCheckedImage, force=True)
 TRANSFORMS.register_module("LoadImageFromNDArray", module=LoadCheckedArray, force=True)
+TRANSFORMS.register_module("InferencerLoader", module=LoadCheckedArray, force=True)
 
 
 class _EveryOtherFrequency(MLP):

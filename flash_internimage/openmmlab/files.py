@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
 import mmcv
 import numpy as np
@@ -18,7 +19,7 @@ from ..images import (
     MAX_ASPECT_RATIO,
     UnreadableImage,
     check_image_file,
-    read_image,
+    read_label_map,
     read_size,
     to_8_bits,
     to_rgb,
@@ -47,15 +48,16 @@ def find_missing(paths: Iterable[str]) -> set[str]:
     return missing
 
 
-def open_image(path: str, backend_args: dict | None = None) -> Image.Image:
-    """Decode an image from wherever the engine reads it.
+def open_label_map(path: str, backend_args: dict | None = None) -> Image.Image:
+    """Decode a label map from wherever the engine reads it.
 
     Raises:
-        UnreadableImage: See :func:`flash_internimage.images.read_image`.
+        UnreadableImage: It cannot be read.
+        ValueError: See :func:`flash_internimage.images.read_label_map`.
     """
     if is_local(path, backend_args):
-        return read_image(path)
-    return read_image(io.BytesIO(get(path, backend_args=backend_args)), name=path)
+        return read_label_map(path)
+    return read_label_map(io.BytesIO(get(path, backend_args=backend_args)), name=path)
 
 
 class LeftOutFiles:
@@ -100,6 +102,9 @@ class LoadCheckedImage(LoadImageFromFile):
       the size of the annotations or the label map.
     - Greyscale of 16 bits keeps its full range, see :func:`flash_internimage.images.to_rgb`.
 
+    Without a path it takes an array, as :class:`LoadCheckedArray` does: mmdet's and mmseg's
+    inference functions choose one of the two by the first image, and keep to it in later calls.
+
     Args:
         kwargs: Arguments of LoadImageFromFile, except for the obsolete `file_client_args`.
     """
@@ -115,8 +120,13 @@ class LoadCheckedImage(LoadImageFromFile):
 
         Raises:
             UnreadableImage: The image cannot be read, or has another size than its annotations say.
+            ValueError: There is neither a path nor an array of an image.
         """
-        path = results["img_path"]
+        path = results.get("img_path")
+        if path is None and "img" in results:
+            return self._take_array(results)
+        if not isinstance(path, str | Path):
+            raise ValueError(_not_an_image(path))
         try:
             if is_local(path, self.backend_args):
                 check_image_file(path)
@@ -137,6 +147,17 @@ class LoadCheckedImage(LoadImageFromFile):
             raise UnreadableImage(_differing_size(path, shape, declared))
         results["img"] = image.astype(np.float32) if self.to_float32 else image
         results["img_shape"] = results["ori_shape"] = shape
+        return results
+
+    def _take_array(self, results: dict) -> dict:
+        image = results["img"]
+        if not isinstance(image, np.ndarray):
+            raise ValueError(_not_an_image(image))
+        if self.color_type != "unchanged":
+            image = _to_bgr(image)
+        results["img_path"] = None
+        results["img"] = image.astype(np.float32) if self.to_float32 else image
+        results["img_shape"] = results["ori_shape"] = image.shape[:2]
         return results
 
     def _read(self, results: dict) -> np.ndarray:
@@ -179,39 +200,44 @@ class LoadCheckedImage(LoadImageFromFile):
 class LoadCheckedArray(LoadCheckedImage):
     """Take an image from an array as LoadCheckedImage does from a file.
 
-    Registered under the name of LoadImageFromNDArray in mmdet and mmseg, whose inferencers look for
-    that name. Greyscale becomes three equal channels, and 16 bits become 8, see
-    :func:`flash_internimage.images.to_8_bits`. With `color_type='unchanged'` any array is taken.
+    Registered under the names of LoadImageFromNDArray and InferencerLoader, which mmdet's and
+    mmseg's inference functions use. Greyscale becomes three equal channels, and 16 bits become 8,
+    see :func:`flash_internimage.images.to_8_bits`. With `color_type='unchanged'` any array
+    is taken. Without an array it loads a path.
     """
 
-    def transform(self, results: dict) -> dict:
-        """Replace `img`, and add `img_path` (None), `img_shape` and `ori_shape`.
+    def transform(self, results: dict | str | Path | np.ndarray) -> dict | None:
+        """Add or replace `img`, `img_path` (None for an array), `img_shape` and `ori_shape`.
 
         Args:
-            results: Its `img` is (H, W), (H, W, 1) or (H, W, 3) BGR, uint8 or uint16.
+            results: Its `img` is (H, W), (H, W, 1) or (H, W, 3) BGR, uint8 or uint16; or it has an
+                `img_path`. Inferencers pass the array or the path itself.
 
         Raises:
+            UnreadableImage: See :class:`LoadCheckedImage`.
             ValueError: `img` is something else, has no pixels, or sides that differ too much.
         """
-        image = results["img"]
-        if self.color_type != "unchanged":
-            image = _to_bgr(image)
-        results["img_path"] = None
-        results["img"] = image.astype(np.float32) if self.to_float32 else image
-        results["img_shape"] = results["ori_shape"] = image.shape[:2]
-        return results
+        if not isinstance(results, dict):
+            results = {"img" if isinstance(results, np.ndarray) else "img_path": results}
+        if "img" in results:
+            results["img_path"] = None
+        return super().transform(results)
+
+
+def _not_an_image(given: object) -> str:
+    is_array = isinstance(given, np.ndarray)
+    return (
+        "img must be a path or an array, (H, W), (H, W, 1) or (H, W, 3), of uint8 or uint16, got "
+        + (f"{given.shape} {given.dtype}" if is_array else type(given).__name__)
+    )
 
 
 def _to_bgr(image: np.ndarray) -> np.ndarray:
     """Return (H, W, 3) uint8."""
-    is_array = isinstance(image, np.ndarray)
-    if not (
-        is_array
-        and image.dtype.newbyteorder("=") in (np.uint8, np.uint16)
-        and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3)))
+    if image.dtype.newbyteorder("=") not in (np.uint8, np.uint16) or not (
+        image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))
     ):
-        got = f"{image.shape} {image.dtype}" if is_array else type(image).__name__
-        raise ValueError(f"img must be (H, W), (H, W, 1) or (H, W, 3) uint8 or uint16, got {got}")
+        raise ValueError(_not_an_image(image))
     shorter, longer = sorted(image.shape[:2])
     if shorter == 0 or longer > MAX_ASPECT_RATIO * shorter:
         raise ValueError(

@@ -22,7 +22,7 @@ from .files import (
     check_size,
     find_missing,
     is_local,
-    open_image,
+    open_label_map,
 )
 
 IGNORED = 255  # mmseg's labels are uint8
@@ -33,7 +33,8 @@ def read_labels(info: dict[str, Any]) -> np.ndarray:
     """Read the label map of an image as training needs it.
 
     Args:
-        info: Entry of a data set of this module.
+        info: Entry of a data set of this module or of mmseg's. The latter do not tell the number of
+            their classes: without a `label_map`, all numbers up to 255 are passed on.
 
     Returns:
         Class indices, (H, W) uint8; 255 is to be ignored, whatever the file has for it.
@@ -42,7 +43,12 @@ def read_labels(info: dict[str, Any]) -> np.ndarray:
         UnreadableImage: It cannot be read.
         ValueError: It has more than one channel, a lossy format, or values that belong to no class.
     """
-    return _decode(open_image(info["seg_map_path"], info["backend_args"]), info)
+    image = open_label_map(info["seg_map_path"], info.get("backend_args"))
+    if "num_classes" not in info:
+        label_map = info["label_map"] or {i: i for i in range(IGNORED - info["reduce_zero_label"])}
+        classes = len({*label_map.values()} - {IGNORED})
+        info = {**info, "ignore_index": IGNORED, "numbers": len(label_map), "num_classes": classes}
+    return _decode(image, info)
 
 
 def _decode(image: Image.Image, info: dict[str, Any]) -> np.ndarray:
@@ -53,8 +59,6 @@ def _decode(image: Image.Image, info: dict[str, Any]) -> np.ndarray:
             f"label map {path} must have one channel, the numbers of the classes, got an array of "
             f"shape {values.shape}"
         )
-    if image.format in ("JPEG", "MPO"):
-        raise ValueError(f"label map {path} must be lossless, such as PNG, got {image.format}")
     if info["ignore_index"] != IGNORED:
         values = np.where(values == info["ignore_index"], IGNORED, values)
     indices = values.astype(np.uint8)
@@ -285,7 +289,7 @@ class CheckedLabelMaps(ReadableImages):
         palettes, unreadable = _Palettes(), []
         for info in some:
             try:
-                image = open_image(info["seg_map_path"], self.backend_args)
+                image = open_label_map(info["seg_map_path"], self.backend_args)
             except UnreadableImage as error:
                 if self.test_mode:
                     raise
@@ -387,9 +391,11 @@ class LoadCheckedAnnotations(BaseTransform):
     """mmseg's LoadAnnotations for label maps that fit their image and the classes.
 
     In training, a label map that is unreadable or not of its image's size is left out with a
-    warning, and the data set draws another image. In tests it is an error. Values that belong to no
-    class are always an error: a GPU would stop at an assertion that names no file. An image without
-    a data set, as in mmseg's inference, has no label map.
+    warning, and the data set draws another image. In tests it is an error, and always for mmseg's
+    own data sets, which do not tell training from tests. Values that belong to no class are an
+    error: a GPU would stop at an assertion that names no file. mmseg's own data sets do not tell
+    the number of their classes, unless they have a choice of them. An image without a data set, as
+    in mmseg's inference, has no label map.
 
     Args:
         max_left_out: Number of label maps per process up to which the training continues.
@@ -402,7 +408,7 @@ class LoadCheckedAnnotations(BaseTransform):
         """Add `gt_seg_map` to `results`.
 
         Args:
-            results: Entry of a data set of this module, with the image's `ori_shape`.
+            results: Entry of a data set of this module or of mmseg's, with the image's `ori_shape`.
 
         Raises:
             ValueError: The label map cannot be used.
@@ -415,7 +421,7 @@ class LoadCheckedAnnotations(BaseTransform):
             if labels.shape != shape:
                 raise UnreadableImage(_differing_sizes(results, labels.shape, shape))
         except UnreadableImage as error:
-            if results["test_mode"]:
+            if results.get("test_mode", True):
                 raise
             self.left_out.add(results["seg_map_path"], error)
             return None

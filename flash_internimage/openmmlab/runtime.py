@@ -26,6 +26,7 @@ from torch import nn
 from ..checkpoint import (
     check_optimizer,
     fetch_checkpoint,
+    is_finite,
     load_checkpoint,
     require_fit,
 )
@@ -369,7 +370,7 @@ class FlashRunner(Runner):
 
 
 def _require_finite(source: str, state_dict: dict) -> None:
-    wrong = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
+    wrong = [name for name, tensor in state_dict.items() if not is_finite(tensor)]
     if wrong:
         raise ValueError(
             f"{len(wrong)} weights of {source} are not finite: {', '.join(wrong[:10])}"

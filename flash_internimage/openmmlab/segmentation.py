@@ -1,7 +1,7 @@
 """What the segmentors need beside flash_internimage.openmmlab, which is imported with it.
 
-Importing this module replaces the image loaders LoadImageFromFile and LoadImageFromNDArray in
-mmseg's registry.
+Importing this module replaces the image loaders LoadImageFromFile, LoadImageFromNDArray and
+InferencerLoader in mmseg's registry.
 
 custom_imports = dict(imports=['flash_internimage.openmmlab.segmentation'])
 """
@@ -31,6 +31,7 @@ __all__ = [
 
 TRANSFORMS.register_module("LoadImageFromFile", module=LoadCheckedImage, force=True)
 TRANSFORMS.register_module("LoadImageFromNDArray", module=LoadCheckedArray, force=True)
+TRANSFORMS.register_module("InferencerLoader", module=LoadCheckedArray, force=True)
 
 
 @MODELS.register_module()

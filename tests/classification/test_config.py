@@ -44,7 +44,7 @@ def test_recipes_of_tiny_small_and_base_are_the_published_ones(name, drop_path):
     assert (cfg.data.crop_pct, cfg.data.interpolation) == (1.0, "bicubic")
     optimizer, schedule, augmentation = cfg.optimizer, cfg.schedule, cfg.augmentation
     assert (optimizer.name, optimizer.lr, optimizer.lr_batch) == ("adamw", 5e-4, 512)
-    assert (optimizer.weight_decay, optimizer.betas, optimizer.eps) == (0.05, (0.9, 0.999), 1e-8)
+    assert (optimizer.weight_decay, optimizer.betas, optimizer.eps) == (0.05, None, None)
     assert (optimizer.clip_grad, optimizer.layer_decay) == (5.0, None)
     assert (schedule.name, schedule.epochs, schedule.warmup_epochs) == ("cosine", 300, 20)
     assert (schedule.warmup_lr, schedule.min_lr) == (5e-7, 5e-6)
@@ -105,7 +105,12 @@ def test_overrides_win_over_the_file(yaml_file):
         ("optimizer: {name: adamww}", r"optimizer\.name: must be .*'adamw'\?, got 'adamww'"),
         ("optimizer: {name: lbfgs}", r"optimizer\.name: must be an optimizer of timm, .*'lbfgs'"),
         ("optimizer: {name: adahessian}", r"optimizer\.name: must .*first derivatives"),
-        ("optimizer: {name: adan}", r"optimizer\.betas: must be 3 values for adan, got \(0.9"),
+        (
+            "optimizer: {name: adan, betas: [0.9, 0.999]}",
+            r"optimizer\.betas: must be 3 values for adan, got \[0.9",
+        ),
+        ("model: {args: {drop_rat: null}}", r"model\.args: must not hold null, as 'drop_rat' has"),
+        ("model: {args: {drop_rate:0.9}}", r"must not hold null, as 'drop_rate:0.9' has"),
         ("optimizer: {betas: [0.9, 1.0]}", r"optimizer\.betas\.1: .*less than 1, got 1.0"),
         ("optimizer: {eps: -1e-8}", r"optimizer\.eps: .*greater than 0, got -1e-08"),
         ("augmentation: {auto_augment: nonsense}", r"auto_augment: must be .*got 'nonsense'"),
@@ -222,6 +227,10 @@ def test_an_override_that_a_later_one_replaces_is_named(yaml_file, overrides, re
         (
             ["schedule.decay_rate=0.5"],
             "schedule.decay_rate has no effect with schedule.name=cosine",
+        ),
+        (
+            ["schedule.warmup_epochs=0", "schedule.warmup_lr=1e-3"],
+            "schedule.warmup_lr has no effect with warmup_epochs=0",
         ),
         (["schedule.name=step", "schedule.min_lr=1"], "schedule.min_lr has no effect with"),
         (

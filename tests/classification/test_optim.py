@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 import flash_internimage  # noqa: F401  (registers the models)
-from classification.config import Config, load_config
+from classification.config import Config, ConfigError, load_config
 from classification.optim import build_optimizer, build_scheduler, lr_scale, parameter_groups
 
 GOLDENS = Path("tests/data/optim")
@@ -65,6 +66,63 @@ def test_any_timm_optimizer_is_built_with_the_groups(name):
     cfg = Config(optimizer={"name": name, "layer_decay": 0.5, "lr_batch": None, "lr": 1.0})
     rates = {group["lr"] for group in build_optimizer(model, cfg, 1).param_groups}
     assert rates == {0.5**i for i in range(5)}  # one per block
+
+
+# Adafactor has a schedule of its own unless it is given a learning rate.
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "cadafactor", "sgd", "lion"])
+def test_an_optimizer_uses_the_learning_rate_of_the_config(name):
+    moves = []
+    for lr in (0.0, 1e-4, 1e-3):
+        model = nn.Linear(4, 4)
+        before = [nn.init.ones_(parameter).clone() for parameter in model.parameters()]
+        cfg = Config(optimizer={"name": name, "lr": lr, "lr_batch": None, "weight_decay": 0})
+        optimizer = build_optimizer(model, cfg, 1)
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        pairs = zip(model.parameters(), before, strict=True)
+        moves.append(sum((new - old).detach().norm().item() for new, old in pairs))
+    assert moves[0] == 0
+    assert moves[1] > 0
+    assert moves[2] == pytest.approx(10 * moves[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("lr", [5e-4, 0.1])
+@pytest.mark.parametrize(
+    ("name", "corrected"),
+    [("adamw", "adamc"), ("nadamw", "nadamc"), ("sgdw", "sgdc"), ("lion", "lionc"),
+     ("laprop", "lapropc"), ("rmsproptfw", "rmsproptfc"), ("novogradw", "novogradc")],
+)  # fmt: skip
+def test_corrected_weight_decay_is_the_usual_one_at_the_highest_learning_rate(name, corrected, lr):
+    decayed = []
+    for each in (name, corrected):
+        model = nn.Linear(4, 4, dtype=torch.float64)
+        nn.init.ones_(model.weight).grad = torch.zeros(4, 4, dtype=torch.float64)
+        options = {"name": each, "lr": lr, "lr_batch": None, "weight_decay": 0.05}
+        build_optimizer(model, Config(optimizer=options), 1).step()
+        decayed.append(1 - float(model.weight[0, 0].detach()))
+    assert decayed == pytest.approx([0.05 * lr] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", "adabelief", "lion", "adopt", "laprop", "adafactor", "sgd"]
+)
+def test_betas_and_eps_are_the_optimizer_s_own(name):
+    model = nn.Linear(4, 4)
+    own = create_optimizer_v2(model.parameters(), opt=name, lr=1e-3).param_groups[0]
+    built = build_optimizer(model, Config(optimizer={"name": name}), 1).param_groups[0]
+    for key in own.keys() & {"betas", "eps", "beta", "beta1", "beta2"}:
+        assert built[key] == own[key]
+
+
+def test_adamw_has_the_published_betas_and_eps():
+    group = build_optimizer(nn.Linear(4, 4), Config(), 1).param_groups[0]
+    assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
+
+
+def test_a_multiplier_for_dcnv4_needs_one():
+    cfg = Config(model={"name": "resnet18"}, optimizer={"dcn_lr_multiplier": 0.1})
+    with pytest.raises(ConfigError, match=r"dcn_lr_multiplier must be 1 for resnet18, .* got 0.1"):
+        build_optimizer(nn.Linear(4, 4), cfg, 1)
 
 
 @pytest.mark.parametrize(

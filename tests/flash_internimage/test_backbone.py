@@ -454,6 +454,16 @@ def test_pruning_may_keep_the_head():
     assert model(x).equal(logits)
 
 
+def test_a_pruned_model_has_the_layers_of_its_stages():
+    model = timm.create_model("flash_internimage_nano")
+    whole = group_parameters(model, model.group_matcher(), reverse=True)
+    model.prune_intermediate_layers([2])
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    assert max(layers.values()) == layers["levels.2.blocks.1.dcn.value_proj.weight"] == 3
+    kept = [name for name in layers if "blocks" in name]
+    assert {name: layers[name] for name in kept} == {name: whole[name] for name in kept}
+
+
 def test_pruned_model_can_be_pruned_again():
     model = small_model()
     model.prune_intermediate_layers([0, 2])

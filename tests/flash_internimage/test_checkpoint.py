@@ -35,6 +35,15 @@ WEIGHTS = {"head.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.ones(
 
 
 AVERAGED = ["state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema"]
+# Names that other programs use; any with "ema", "swa" or "averaged" is taken for one of these.
+AVERAGED += [
+    "swa_state_dict",
+    "swa_model",
+    "ema_weights",
+    "averaged_model",
+    "ema_net",
+    "params_ema",
+]
 TRAINED = ["state_dict", "model", "model_state_dict", "module", "net"]
 OTHER = {name: tensor + 1 for name, tensor in WEIGHTS.items()}
 
@@ -60,6 +69,16 @@ def test_averaged_weights_are_preferred_and_the_log_says_so(averaged, trained, c
     assert caplog.messages == [f"taking {averaged}, not {trained}"]
     assert_equal(clean_state_dict(checkpoint, use_ema=False), OTHER)
     assert caplog.messages[1:] == [f"taking {trained}, not {averaged}"]
+
+
+@pytest.mark.parametrize("name", ["teacher", "best_state", "my_weights"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_that_could_be_meant_as_well_are_named(name, prefix, caplog):
+    caplog.set_level(logging.INFO)
+    others = {f"{prefix}{key}": tensor for key, tensor in OTHER.items()}
+    checkpoint = {"state_dict": WEIGHTS, name: others, "scaler": {"scale": torch.ones(1)}}
+    assert_equal(clean_state_dict(checkpoint), WEIGHTS)
+    assert caplog.messages == [f"taking state_dict, not {name}"]
 
 
 def test_mmengine_keeps_averaged_weights_in_the_place_of_the_others():

@@ -9,11 +9,13 @@ from flash_internimage.images import (
     check_image_file,
     image_suffixes,
     read_image,
+    read_label_map,
     read_size,
     to_rgb,
 )
+from tests.flash_internimage.openmmlab.label_maps import write_grey_png, write_grey_tiff
 
-READERS = pytest.mark.parametrize("read", [read_image, read_size, check_image_file])
+READERS = pytest.mark.parametrize("read", [read_image, read_label_map, read_size, check_image_file])
 
 
 def refused(read, path, reason: str = "") -> None:
@@ -140,6 +142,67 @@ def test_pixels_without_a_known_range_are_refused(pixels, message):
     side = int(pixels.size**0.5)
     with pytest.raises(ValueError, match=message):
         to_rgb(Image.fromarray(pixels.reshape(side, side)))
+
+
+class TestLabelMaps:
+    """Pixels are the numbers in the file, of which Pillow's are multiples in some formats."""
+
+    @pytest.mark.parametrize("write", [write_grey_png, write_grey_tiff])
+    @pytest.mark.parametrize("bits", [1, 2, 4, 8])
+    def test_bits_per_pixel(self, bits, write, tmp_path):
+        numbers = np.arange(9 * 11).reshape(9, 11) % 2**bits
+        write(tmp_path / "1.png", numbers, bits)
+        np.testing.assert_array_equal(read_label_map(tmp_path / "1.png"), numbers)
+        shades = np.array(read_image(tmp_path / "1.png").convert("L"))
+        np.testing.assert_array_equal(shades, numbers * (255 // (2**bits - 1)))
+
+    @pytest.mark.parametrize("magic", ["P2", "P5"])
+    @pytest.mark.parametrize("maximum", [1, 2, 3, 18, 100, 254, 255, 256, 300, 4095, 65534, 65535])
+    def test_maximum_of_pgm(self, maximum, magic, tmp_path):
+        numbers = (np.arange(9 * 11) * 41 % (maximum + 1)).reshape(9, 11)
+        binary = numbers.astype(">u2" if maximum > 255 else np.uint8).tobytes()
+        plain = " ".join(map(str, numbers.ravel().tolist())).encode()
+        header = f"{magic}\n11 9\n{maximum}\n".encode()
+        (tmp_path / "1.pgm").write_bytes(header + (binary if magic == "P5" else plain))
+        np.testing.assert_array_equal(read_label_map(tmp_path / "1.pgm"), numbers)
+
+    @pytest.mark.parametrize("bits", [1, 2, 4, 8])
+    def test_indices_of_a_palette(self, bits, tmp_path):
+        numbers = (np.arange(9 * 11).reshape(9, 11) % 2**bits).astype(np.uint8)
+        image = Image.fromarray(numbers)
+        image.putpalette([value for i in range(2**bits) for value in (255 - i, i, 7)])
+        image.save(tmp_path / "1.png", bits=bits)
+        np.testing.assert_array_equal(read_label_map(tmp_path / "1.png"), numbers)
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+    def test_other_numbers_are_as_in_pillow(self, dtype, tmp_path):
+        numbers = np.arange(99, dtype=dtype).reshape(9, 11)
+        Image.fromarray(numbers).save(tmp_path / "1.tiff", compression="tiff_lzw")
+        np.testing.assert_array_equal(read_label_map(tmp_path / "1.tiff"), numbers)
+
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    def test_white_is_zero(self, bits, tmp_path):
+        write_grey_tiff(tmp_path / "1.tiff", np.zeros((9, 11), int), bits, photometric=0)
+        message = f"label map {tmp_path}/1.tiff must have 0 for black, got a TIFF file with 0 for"
+        with pytest.raises(ValueError, match=message):
+            read_label_map(tmp_path / "1.tiff")
+        assert read_image(tmp_path / "1.tiff").getpixel((0, 0)) == 255
+
+    @pytest.mark.parametrize("compression", ["group4", "tiff_lzw"])
+    def test_masks_of_single_bits(self, compression, tmp_path):
+        mask = np.arange(99).reshape(9, 11) % 3 == 1
+        Image.fromarray(mask).save(tmp_path / "1.tiff", compression=compression)
+        np.testing.assert_array_equal(read_label_map(tmp_path / "1.tiff"), mask)
+
+    @pytest.mark.parametrize(
+        ("suffix", "options", "got"),
+        [("jpg", {}, "JPEG"), ("jp2", {}, "JPEG2000"), ("tiff", {"compression": "jpeg"}, "TIFF")],
+    )
+    def test_lossy_formats(self, suffix, options, got, tmp_path):
+        path = tmp_path / f"1.{suffix}"
+        Image.fromarray(np.zeros((9, 11), np.uint8)).save(path, **options)
+        with pytest.raises(ValueError, match=f"label map {path} must be lossless, .* got {got}$"):
+            read_label_map(path)
 
 
 def test_suffixes_are_those_that_pillow_decodes():

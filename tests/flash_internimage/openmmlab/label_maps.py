@@ -1,5 +1,7 @@
 """Small images with label maps, and the arguments of data sets that read them."""
 
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,38 @@ def label_map(*values: int) -> np.ndarray:
 def write_labels(folder: Path, i: int | str, values: np.ndarray) -> None:
     (folder / "labels").mkdir(exist_ok=True)
     Image.fromarray(values).save(folder / "labels" / f"{i}.png")
+
+
+def packed(values: np.ndarray, bits: int) -> list[bytes]:
+    """The rows of an array with so many bits for each value."""
+    high_to_low = (values[..., None] >> np.arange(bits)[::-1]) & 1
+    rows = high_to_low.astype(np.uint8).reshape(len(values), -1)
+    return [np.packbits(row).tobytes() for row in rows]
+
+
+def write_grey_png(path: Path, values: np.ndarray, bits: int) -> None:
+    """Pillow itself writes no greyscale of 2 or 4 bits."""
+    height, width = values.shape
+    with open(path, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for kind, content in (
+            (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)),
+            (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in packed(values, bits)))),
+            (b"IEND", b""),
+        ):
+            file.write(struct.pack(">I", len(content)) + kind + content)
+            file.write(struct.pack(">I", zlib.crc32(kind + content)))
+
+
+def write_grey_tiff(path: Path, values: np.ndarray, bits: int, photometric: int = 1) -> None:
+    """TIFF without compression; `photometric` is 0 for "white is zero", 1 for "black is zero"."""
+    height, width = values.shape
+    rows = b"".join(packed(values, bits))
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 277: 1, 278: height}
+    tags = sorted({**tags, 273: 8 + 2 + 9 * 12 + 4, 279: len(rows)}.items())
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    path.write_bytes(header + entries + bytes(4) + rows)
 
 
 def arguments(folder: Path, **kwargs) -> dict[str, Any]:

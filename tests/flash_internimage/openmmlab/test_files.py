@@ -8,6 +8,7 @@ import mmdet.registry
 import mmseg.registry
 import numpy as np
 import pytest
+import torch
 from mmengine.registry import DefaultScope
 from PIL import Image
 
@@ -106,6 +107,9 @@ def test_missing_files(tmp_path):
     assert find_missing(paths) == set(paths[1:])
 
 
+MUST_BE = r"^img must be a path or an array, \(H, W\), .* of uint8 or uint16, got "
+
+
 class TestArrays:
     """Arrays that inferencers are given are read as files of the same pixels are."""
 
@@ -157,8 +161,7 @@ class TestArrays:
         ],
     )
     def test_other_arrays(self, image, got, load):
-        message = rf"^img must be \(H, W\), \(H, W, 1\) or \(H, W, 3\) uint8 or uint16, got {got}$"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=MUST_BE + f"{got}$"):
             load(image)
 
     @pytest.mark.parametrize("shape", [(0, 40, 3), (30, 0), (0, 0), (1, 201), (4000, 10, 3)])
@@ -167,3 +170,59 @@ class TestArrays:
             ValueError, match=r"^img must have pixels, and no side longer than 200 "
         ):
             load(np.zeros(shape, np.uint8))
+
+
+LOADERS = pytest.mark.parametrize(
+    "name", ["LoadImageFromFile", "LoadImageFromNDArray", "InferencerLoader"]
+)
+OTHERS = [Image.new("RGB", (40, 30)), torch.zeros(3, 30, 40), None, b"1.png", 7, [["1.png"]]]
+
+
+class TestPathsAndArrays:
+    """Every loader takes both, as inference functions choose one by the first of several images."""
+
+    @pytest.fixture(params=[mmdet, mmseg], ids=lambda library: library.__name__)
+    def build(self, request):
+        """Builds a transform of a library."""
+
+        def build(name, **kwargs):
+            with DefaultScope.overwrite_default_scope(request.param.__name__):
+                return request.param.registry.TRANSFORMS.build({"type": name, **kwargs})
+
+        return build
+
+    @LOADERS
+    def test_in_any_order(self, name, build, tmp_path):
+        pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+        path = tmp_path / "1.png"
+        Image.fromarray(pixels[..., ::-1]).save(path)
+        loader = build(name)
+        for results in ({"img": pixels}, {"img_path": str(path)}, {"img_path": path}) * 2:
+            loaded = loader(dict(results))
+            np.testing.assert_array_equal(loaded["img"], pixels, strict=True)
+            assert loaded["img_path"] == results.get("img_path")
+            assert loaded["img_shape"] == loaded["ori_shape"] == (30, 40)
+
+    @LOADERS
+    @pytest.mark.parametrize("key", ["img", "img_path"])
+    @pytest.mark.parametrize("color_type", ["color", "unchanged"])
+    @pytest.mark.parametrize("image", OTHERS, ids=lambda image: type(image).__name__)
+    def test_something_else(self, image, color_type, key, name, build):
+        with pytest.raises(ValueError, match=MUST_BE + f"{type(image).__name__}$"):
+            build(name, color_type=color_type)({key: image})
+
+    def test_an_inferencer_passes_images_as_they_are(self, build, tmp_path):
+        loader = build("InferencerLoader")
+        Image.new("RGB", (40, 30)).save(tmp_path / "1.png")
+        for image in (np.zeros((30, 40), np.uint8), tmp_path / "1.png", str(tmp_path / "1.png")):
+            assert loader(image)["img"].shape == (30, 40, 3)
+        for image in OTHERS:
+            with pytest.raises(ValueError, match=MUST_BE + f"{type(image).__name__}$"):
+                loader(image)
+
+    def test_a_data_set_has_both(self, build, tmp_path):
+        """The name of the transform decides, as in mmdet and mmseg."""
+        Image.new("L", (4, 3), 7).save(tmp_path / "1.png")
+        both = {"img": np.zeros((3, 4), np.uint8), "img_path": str(tmp_path / "1.png")}
+        assert build("LoadImageFromFile")(dict(both))["img"].max() == 7
+        assert build("LoadImageFromNDArray")(dict(both))["img"].max() == 0

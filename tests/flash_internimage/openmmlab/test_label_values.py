@@ -2,12 +2,16 @@
 
 import logging
 import re
+from functools import partial
 
 import numpy as np
 import pytest
+from mmengine.dataset import ConcatDataset
+from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
+from flash_internimage.images import UnreadableImage
 from flash_internimage.openmmlab.label_maps import (
     CheckedADE20KDataset,
     CheckedSegDataset,
@@ -20,6 +24,7 @@ from tests.flash_internimage.openmmlab.label_maps import (
     both_modes,
     label_map,
     reduced,
+    write_grey_png,
     write_labels,
 )
 
@@ -254,3 +259,73 @@ def test_indices_of_a_palette_and_single_bits_are_labels(folder):
     dataset = CheckedSegDataset(**arguments(folder))
     for i in (0, 1):
         np.testing.assert_array_equal(dataset[i]["gt_seg_map"], values, strict=True)
+
+
+@both_modes
+@pytest.mark.parametrize("bits", [2, 4])
+def test_greyscale_of_few_bits_has_the_numbers_in_the_file(bits, test_mode, folder):
+    highest = 2**bits - 1
+    for i in range(1, 5):
+        write_grey_png(folder / "labels" / f"{i}.png", label_map(0, 1, 2, highest), bits)
+    with pytest.raises(ValueError, match=rf"labels/1.png has the values \[{highest}\]"):
+        CheckedSegDataset(**arguments(folder, test_mode=test_mode))
+    dataset = CheckedSegDataset(**arguments(folder, test_mode=test_mode, ignore_index=highest))
+    expected = label_map(0, 1, 2, 255)
+    np.testing.assert_array_equal(dataset[0]["gt_seg_map"], expected, strict=True)
+
+
+CHOICE = {"metainfo": {"classes": ("floor", "wall")}}
+OF_MMSEG = [
+    (BaseSegDataset, {}, (0, 1, 2, 77, 255)),
+    (BaseSegDataset, {"reduce_zero_label": True}, (0, 1, 2, 77, 255)),
+    (ADE20KDataset, {"metainfo": None}, (*range(151), 255)),
+    (ADE20KDataset, CHOICE, (*range(151), 255)),
+    (ADE20KDataset, CHOICE | {"reduce_zero_label": False}, (*range(150), 255)),
+]
+
+
+class TestDataSetsOfMmseg:
+    """mmseg's own data sets tell a transform neither their classes nor what they ignore."""
+
+    @both_modes
+    @pytest.mark.parametrize(("kind", "kwargs", "values"), OF_MMSEG)
+    def test_labels_are_those_of_mmsegs_transform(self, kind, kwargs, values, test_mode, folder):
+        for i in range(1, 5):
+            write_labels(folder, i, label_map(*values))
+        dataset = kind(**arguments(folder, test_mode=test_mode) | kwargs)
+        results = dataset[0]
+        stock = LoadAnnotations().transform(dataset.get_data_info(0))
+        np.testing.assert_array_equal(results["gt_seg_map"], stock["gt_seg_map"], strict=True)
+        assert results["seg_fields"] == stock["seg_fields"] == ["gt_seg_map"]
+
+    @pytest.mark.parametrize(
+        ("kind", "kwargs", "value", "said"),
+        [
+            (BaseSegDataset, {}, 256, "[256]; with 255 classes"),
+            (ADE20KDataset, CHOICE, 151, "[151]; with 150 classes and reduce_zero_label=True"),
+        ],
+    )
+    def test_values_that_cannot_be_labels(self, kind, kwargs, value, said, folder):
+        dataset = kind(**arguments(folder) | kwargs)
+        write_labels(folder, 1, np.full((HEIGHT, WIDTH), value, np.uint16))
+        with pytest.raises(ValueError, match=re.escape(f"labels/1.png has the values {said}")):
+            dataset[0]
+
+    @both_modes
+    def test_a_label_map_that_cannot_be_read(self, test_mode, folder):
+        dataset = BaseSegDataset(**arguments(folder, test_mode=test_mode))
+        (folder / "labels" / "1.png").write_bytes(b"")
+        with pytest.raises(UnreadableImage, match=rf"^cannot read image {folder}/labels/1.png: "):
+            dataset[0]
+        write_labels(folder, 1, label_map(0).T.copy())
+        with pytest.raises(UnreadableImage, match=r"labels/1.png has \(height, width\) \(16, 12\)"):
+            dataset[0]
+
+
+def test_joined_data_sets_with_and_without_a_number_for_what_is_ignored(folder):
+    build = partial(CheckedSegDataset, **arguments(folder))
+    joined = ConcatDataset(
+        [build(), build(reduce_zero_label=True)], ignore_keys=["reduce_zero_label"]
+    )
+    labels = [joined[i]["gt_seg_map"] for i in (0, 4)]
+    np.testing.assert_array_equal(labels, [label_map(0, 1, 2, 255), label_map(255, 0, 1, 255)])

@@ -1,14 +1,16 @@
-"""Published files in mmdet's and mmseg's own inference, and what does not fit there."""
+"""Published files, paths and arrays in mmdet's and mmseg's own inference."""
 
 import importlib
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
+from PIL import Image
 
 from flash_internimage.conversion import restore_checkpoint
 
@@ -106,3 +108,31 @@ def test_a_classifiers_file_in_a_detector(tmp_path, log):
     load_checkpoint(model, str(tmp_path / "classifier.pth"), "cpu", logger=logging.getLogger("x"))
     count = len(model.backbone.state_dict())
     assert f"FlashInternImageBackbone has {count} tensors; {count} are not in the" in log.text
+
+
+@pytest.mark.parametrize(
+    ("config", "library", "scores"),
+    [
+        (MASK_RCNN, "mmdet", lambda found: found.pred_instances.scores),
+        (UPERNET, "mmseg", lambda found: found.seg_logits.data),
+    ],
+)
+def test_inference_on_paths_and_arrays(config, library, scores, tmp_path):
+    apis = importlib.import_module(f"{library}.apis")
+    if library == "mmdet":
+        model = apis.init_detector(str(CONFIGS / config), None, "random", "cpu")
+        infer = apis.inference_detector
+    else:
+        model = apis.init_model(str(CONFIGS / config), None, "cpu")
+        infer = apis.inference_model
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = str(tmp_path / "1.png")
+    Image.fromarray(pixels[..., ::-1]).save(path)
+    expected = scores(infer(model, path))
+    assert len(expected) > 0
+    for images in ([pixels, path], [path, pixels], path, Path(path)):  # arrays change the pipeline
+        found = infer(model, images)
+        for each in found if isinstance(images, list) else [found]:
+            torch.testing.assert_close(scores(each), expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"^img must be a path or an array, .*, got Image$"):
+        infer(model, Image.new("RGB", (64, 64)))
