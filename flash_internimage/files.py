@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,20 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
         if full := disk_full_error(error, path):
             raise full from error
         raise
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Create a folder if need be.
+
+    Raises:
+        OSError: Nothing can be written there; the message names the option.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{option} {folder} cannot be written: {error.strerror}") from error
 
 
 def disk_full_error(error: BaseException | None, path: str | os.PathLike) -> OSError | None:

@@ -1,6 +1,7 @@
 """Hooks and the optimizer wrapper that the configs of detection and segmentation use."""
 
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,9 +20,9 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..files import write_atomically
-
-CHECKPOINT_NAME = re.compile(r"(?:epoch|iter)_([1-9][0-9]*)\.pth")
+from ..files import require_writable, write_atomically
+from .checkpoint_names import DEFAULT_TEMPLATES, check_checkpoint_names, checkpoint_number
+from .plain import make_plain, restore_histories
 
 
 class _AtomicBackend(LocalBackend):
@@ -31,6 +32,7 @@ class _AtomicBackend(LocalBackend):
         self.unwanted: set[str] = set()
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
+        Path(filepath).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(filepath, lambda file: file.write(obj))
 
     def remove(self, filepath: str | Path) -> None:
@@ -55,11 +57,14 @@ class AtomicCheckpointHook(CheckpointHook):
     uninterrupted run would keep. With several processes, the running statistics of batch norm are
     averaged before they are validated or saved.
 
-    Arguments are those of CheckpointHook, for local files.
+    The files hold only tensors, numbers, text and containers, which :func:`torch.load` reads by
+    default. Arguments are those of CheckpointHook, for local files.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs, backend_args={"backend": "atomic"})
+        check_checkpoint_names(self.out_dir, self.filename_tmpl)
+        self.out_dir = self.out_dir and os.fspath(self.out_dir)
         self._left_over: list[str] = []
 
     def before_train(self, runner: Runner) -> None:
@@ -73,6 +78,8 @@ class AtomicCheckpointHook(CheckpointHook):
                 runner.logger.warning("%s of the checkpoint is no number: %.50r", name, info[name])
                 runner.message_hub.pop_info(name)
         super().before_train(runner)
+        if is_main_process():
+            require_writable(Path(self.out_dir), "the checkpoint hook's out_dir")
         # As soon as there is a better one, the engine removes what the checkpoint calls the best
         # one, be it a file or a folder, and wherever.
         if getattr(self, "best_ckpt_path", None):
@@ -92,6 +99,7 @@ class AtomicCheckpointHook(CheckpointHook):
             runner.val_loop.run()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        restore_histories(checkpoint, "checkpoint")
         names = checkpoint.get("replaced_files")
         self._left_over = names if isinstance(names, list) else []
 
@@ -99,6 +107,7 @@ class AtomicCheckpointHook(CheckpointHook):
         # Their removal follows. A run that is killed before leaves it to the resumed one.
         unwanted = self.file_backend.unwanted if hasattr(self, "file_backend") else ()
         checkpoint["replaced_files"] = [Path(path).name for path in unwanted]
+        make_plain(checkpoint)
 
     def before_val_epoch(self, runner: Runner) -> None:
         _average_running_statistics(runner)
@@ -144,8 +153,12 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def _of_this_run(self, path: object) -> str | None:
         name = Path(path).name if isinstance(path, str) else ""
-        known = rf"best_.*\.pth|{CHECKPOINT_NAME.pattern}"
-        return str(Path(self.out_dir, name)) if re.fullmatch(known, name) else None
+        ends = self.filename_tmpl.rpartition("}")[2], ".pth"
+        known = (name.startswith("best_") and name.endswith(ends)) or any(
+            checkpoint_number(template, name)
+            for template in (self.filename_tmpl, *DEFAULT_TEMPLATES)
+        )
+        return str(Path(self.out_dir, name)) if known else None
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         _average_running_statistics(runner)

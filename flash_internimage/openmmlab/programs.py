@@ -7,7 +7,6 @@ import inspect
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -21,9 +20,9 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
-from ..files import own_folder
+from ..files import own_folder, require_writable
+from .checkpoint_names import check_checkpoint_names, checkpoint_folder, latest_checkpoint
 from .errors import describe, is_from_this_package
-from .hooks import CHECKPOINT_NAME
 from .runtime import FlashRunner
 
 # What the engine and the programs read of a configuration beside the runner's arguments.
@@ -164,45 +163,37 @@ def run_training(args: argparse.Namespace) -> None:
     """Train with the arguments of :func:`training_parser`, as the only run in the work folder.
 
     Raises:
-        OSError: The work folder belongs to another run, or cannot be written.
+        OSError: The work folder, or that of the checkpoints, belongs to another run or cannot be
+            written.
         ValueError: See :func:`training_runner`.
     """
     cfg = _load_config(args)
     _start_processes(cfg)
-    with _own_work_dir(Path(cfg.work_dir)):
+    with _own_folders(cfg):
         _training_runner(args, cfg).train()
 
 
 @contextmanager
-def _own_work_dir(work_dir: Path) -> Iterator[None]:
-    """Own the work folder in the first process; without it, all processes end."""
+def _own_folders(cfg: Config) -> Iterator[None]:
+    """Own the folders of a run in the first process; without them, all processes end."""
+    folders = {"--work-dir": Path(cfg.work_dir)}
+    checkpoints = _checkpoint_folder(cfg)
+    if checkpoints.resolve() != folders["--work-dir"].resolve():
+        folders["default_hooks.checkpoint.out_dir"] = checkpoints
     problem = [None]
     with ExitStack() as stack:
-        if is_main_process():
+        for option, folder in folders.items() if is_main_process() else ():
             try:
-                stack.enter_context(own_folder(work_dir))
+                stack.enter_context(own_folder(folder))
             except OSError as error:
-                problem = [f"--work-dir {work_dir} cannot be written: {error.strerror}"]
+                problem = [f"{option} {folder} cannot be written: {error.strerror}"]
                 if error.filename is None:
                     problem = [describe(error)]
+                break
         broadcast_object_list(problem)
         if problem[0]:
             raise OSError(problem[0]) if is_main_process() else SystemExit(2)
         yield
-
-
-def require_writable(folder: Path, option: str) -> None:
-    """Create a folder if need be.
-
-    Raises:
-        OSError: Nothing can be written there; the message names the option.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"{option} {folder} cannot be written: {error.strerror}") from error
 
 
 def build_runner(cfg: Config) -> FlashRunner:
@@ -367,7 +358,7 @@ def _training_runner(args: argparse.Namespace, cfg: Config) -> FlashRunner:
         cfg.auto_scale_lr.enable = True
     if args.compile:
         _add_hook(cfg, "CompileBackboneHook")
-    last = latest_checkpoint(Path(cfg.work_dir), by_epoch=_counts_epochs(cfg))
+    last = _find_checkpoint(cfg)
     resume = args.resume or (cfg.get("resume") and (cfg.get("load_from") or "auto"))
     if last and not resume:
         raise ValueError(f"{last} exists: pass --resume to go on, or another --work-dir")
@@ -379,40 +370,51 @@ def _training_runner(args: argparse.Namespace, cfg: Config) -> FlashRunner:
             )
         last = last if resume == "auto" else resume
         if last is None:
-            print_log(f"no checkpoint in {cfg.work_dir}: training starts anew", level=logging.INFO)
             cfg.resume = False  # The engine would look for one in its own way.
         else:
             cfg.resume, cfg.load_from = True, str(last)
     if cfg.get("load_from") and "backbone" in cfg.model:
         cfg.model.backbone.init_cfg = None  # else downloaded, and overwritten
-    return build_runner(cfg)
+    runner = build_runner(cfg)
+    if resume and last is None:
+        print_log(
+            f"no checkpoint in {_checkpoint_folder(cfg)}: training starts at the beginning",
+            logger="current",
+            level=logging.INFO,
+        )
+    return runner
 
 
 def _add_hook(cfg: Config, name: str) -> None:
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), {"type": name}]
 
 
-def _counts_epochs(cfg: Config) -> bool:
-    hooks = cfg.get("default_hooks") or {}
-    hook = hooks.get("checkpoint")
-    return hook.get("by_epoch", True) if isinstance(hook, Mapping) else True
+def _checkpoint_hook(cfg: Config) -> Mapping:
+    hook = (cfg.get("default_hooks") or {}).get("checkpoint")
+    return hook if isinstance(hook, Mapping) else {}
 
 
-def latest_checkpoint(work_dir: Path, by_epoch: bool = True) -> Path | None:
-    """The checkpoint of the highest epoch or iteration in a work folder.
+def _checkpoint_folder(cfg: Config) -> Path:
+    """Return where the configured hook saves checkpoints, after a check of its settings."""
+    out_dir, template = map(_checkpoint_hook(cfg).get, ("out_dir", "filename_tmpl"))
+    try:
+        check_checkpoint_names(out_dir, template)
+    except ValueError as error:
+        raise ValueError(f"default_hooks.checkpoint.{error}") from error
+    return Path(checkpoint_folder(cfg.work_dir, out_dir))
 
-    The engine's own note of it, last_checkpoint, may be behind or empty after a kill.
 
-    Args:
-        work_dir: Work folder, which may hold other files.
-        by_epoch: Prefer `epoch_N.pth` to `iter_N.pth`, not the other way round.
-    """
-    found = [
-        (name[0].startswith("epoch") == by_epoch, int(name[1]), path)
-        for path in work_dir.glob("*.pth")
-        if (name := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_file()
-    ]
-    return max(found)[-1] if found else None
+def _find_checkpoint(cfg: Config) -> Path | None:
+    """Return the last checkpoint of the run in the work folder."""
+    hook = _checkpoint_hook(cfg)
+    template, by_epoch = hook.get("filename_tmpl"), hook.get("by_epoch", True)
+    for folder in (_checkpoint_folder(cfg), Path(cfg.work_dir)):
+        if found := latest_checkpoint(folder, template, by_epoch):
+            return found
+    # The engine's note finds those of a run whose out_dir or filename_tmpl was another.
+    note = Path(cfg.work_dir, "last_checkpoint")
+    noted = note.read_text(errors="replace").strip() if note.is_file() else ""
+    return Path(noted) if os.path.isfile(noted) else None
 
 
 def evaluation_config(args: argparse.Namespace) -> Config:

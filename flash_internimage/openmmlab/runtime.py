@@ -8,17 +8,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import is_main_process
-from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.logging import MMLogger
 from mmengine.model import (
     BaseTTAModel,
     MMDistributedDataParallel,
     is_model_wrapper,
     revert_sync_batchnorm,
 )
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import BaseLoop, CheckpointLoader, Runner
 from torch import nn
@@ -33,8 +32,8 @@ from ..checkpoint import (
 from ..conversion import EXECUTED, convert_checkpoint
 from ..downloads import hide_secrets
 from ..files import disk_full_error, write_atomically
-from ..safe_load import Placeholder
 from .errors import describe, end_in_one_line, is_from_this_package, is_users
+from .plain import restore_histories
 from .resume import (
     adapt_checkpoint,
     compare_classes,
@@ -43,8 +42,6 @@ from .resume import (
     set_sampler_seed,
 )
 from .splits import warn_of_shared_images
-
-_HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 
 
 def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dict:
@@ -59,27 +56,8 @@ def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dic
         ValueError: If it is damaged or not a checkpoint.
     """
     checkpoint = load_checkpoint(fetch_checkpoint(source), map_location)
-    if isinstance(hub := checkpoint.get("message_hub"), dict):
-        scalars = hub.get("log_scalars")
-        for name, value in scalars.items() if isinstance(scalars, dict) else ():
-            if isinstance(value, Placeholder) and value.name == _HISTORY:
-                scalars[name] = _restore_history(value.state, f"{source}: log_scalars.{name}")
+    restore_histories(checkpoint, source)
     return checkpoint
-
-
-def _restore_history(state: Any, name: str) -> HistoryBuffer:
-    fields = ("_log_history", "_count_history", "max_length")
-    logs, counts, length = map(state.get if isinstance(state, dict) else {}.get, fields)
-    arrays = isinstance(logs, np.ndarray) and isinstance(counts, np.ndarray)
-    if not (
-        arrays
-        and (logs.ndim, counts.shape) == (1, logs.shape)
-        and {logs.dtype.kind, counts.dtype.kind} <= set("iuf")
-        and type(length) is int
-        and length >= max(1, len(logs))
-    ):
-        raise ValueError(f"{name} must be two arrays of numbers of one length, got {state!r:.200}")
-    return HistoryBuffer(logs, counts, length)
 
 
 def use_safe_checkpoint_reader() -> None:
@@ -241,6 +219,40 @@ class FlashRunner(Runner):
                 f"got {type(optimizer).__name__}"
             )
         return built
+
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
+        """Scale the learning rates with the number of images per update.
+
+        Unlike mmengine's, the number includes the batches that are accumulated.
+
+        Args:
+            optim_wrapper: Optimizer whose schedules have not been built yet.
+            auto_scale_lr: `enable` (default: False), and the `base_batch_size` that the learning
+                rates are made for.
+
+        Raises:
+            ValueError: `base_batch_size` is missing.
+        """
+        if not (auto_scale_lr and auto_scale_lr.get("enable")):
+            return
+        base = auto_scale_lr.get("base_batch_size")
+        if base is None:
+            raise ValueError(
+                "auto_scale_lr.base_batch_size must be the images per update, got None"
+            )
+        loader = self._train_dataloader
+        batch = loader["batch_size"] if isinstance(loader, dict) else loader.batch_size
+        together = isinstance(optim_wrapper, OptimWrapperDict)
+        for wrapper in optim_wrapper.values() if together else [optim_wrapper]:
+            accumulated = wrapper._accumulative_counts
+            images = batch * self.world_size * accumulated
+            self.logger.info(
+                "learning rates x %g: an update has %d images (batch size %d x processes %d x "
+                "accumulative_counts %d), base_batch_size is %d",
+                images / base, images, batch, self.world_size, accumulated, base,
+            )  # fmt: skip
+            for group in wrapper.param_groups:
+                group["lr"] *= images / base
 
     def load_checkpoint(
         self,

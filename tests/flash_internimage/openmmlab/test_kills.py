@@ -10,7 +10,7 @@ import torch
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
 
-from flash_internimage.openmmlab.programs import latest_checkpoint
+from flash_internimage.openmmlab.checkpoint_names import checkpoint_folder, latest_checkpoint
 from flash_internimage.openmmlab.runtime import read_checkpoint
 from tests.flash_internimage.openmmlab.small import Model
 
@@ -56,12 +56,14 @@ def run(runner, tmp_path):
     torch.manual_seed(0)
     initial = Model().state_dict()
 
-    def run(folder: str, unit: str, hooks=(), averages=()):
+    def run(folder: str, unit: str, hooks=(), averages=(), **names):
         model = Model()
         model.load_state_dict(initial)
-        last = latest_checkpoint(tmp_path / folder)
+        saved = Path(checkpoint_folder(tmp_path / folder, names.get("out_dir")))
+        last = latest_checkpoint(saved, names.get("filename_tmpl"))
         hook = {"type": "AtomicCheckpointHook", "by_epoch": unit == "epochs", "max_keep_ckpts": 1}
         hook |= {"interval": 1 if unit == "epochs" else 2, "save_best": "score", "rule": "greater"}
+        hook |= names
         r = runner(
             model,
             work_dir=str(tmp_path / folder),
@@ -73,7 +75,7 @@ def run(runner, tmp_path):
             **({"resume": True, "load_from": str(last)} if last else {}),
         )
         r.train()
-        return tmp_path / folder
+        return saved
 
     return run
 
@@ -81,7 +83,7 @@ def run(runner, tmp_path):
 def contents(folder: Path) -> dict:
     """The checkpoints of a work folder: weights and best figure by name."""
     found = {}
-    for path in folder.glob("*.pth"):
+    for path in [*folder.glob("*.pth"), *folder.glob("*.ckpt")]:
         checkpoint = read_checkpoint(path)
         info = checkpoint["message_hub"]["runtime_info"]
         weights = {name: tensor.tolist() for name, tensor in checkpoint["state_dict"].items()}
@@ -117,9 +119,8 @@ class TestValidation:
         assert contents(run("killed", "epochs", averages=averages)) == contents(whole)
 
 
-@pytest.mark.parametrize("number", range(4, 11))
-def test_a_kill_beside_a_write_leaves_what_an_uninterrupted_run_leaves(number, run, monkeypatch):
-    whole = contents(run("whole", "epochs"))
+def _kill_at(number: int, patch: pytest.MonkeyPatch) -> None:
+    """Kill the run at the nth file that it replaces or removes."""
     calls = {"replace": os.replace, "remove": os.remove}
     left = number
 
@@ -130,12 +131,30 @@ def test_a_kill_beside_a_write_leaves_what_an_uninterrupted_run_leaves(number, r
             raise Killed
         return calls[name](*args)
 
+    for name in calls:
+        patch.setattr(os, name, partial(counted, name))
+
+
+@pytest.mark.parametrize("number", range(4, 11))
+def test_a_kill_beside_a_write_leaves_what_an_uninterrupted_run_leaves(number, run, monkeypatch):
+    whole = contents(run("whole", "epochs"))
     with monkeypatch.context() as patch:
-        for name in calls:
-            patch.setattr(os, name, partial(counted, name))
+        _kill_at(number, patch)
         with pytest.raises(Killed):
             run("killed", "epochs")
     assert contents(run("killed", "epochs")) == whole
+
+
+@pytest.mark.parametrize("number", range(4, 9))
+def test_names_of_its_own(number, run, tmp_path, monkeypatch):
+    names = {"out_dir": tmp_path / "saved", "filename_tmpl": "m{:04d}.ckpt"}
+    whole = contents(run("whole", "epochs", **names))
+    assert whole.keys() == {"m0004.ckpt", *(name for name in whole if name.startswith("best_"))}
+    with monkeypatch.context() as patch:
+        _kill_at(number, patch)
+        with pytest.raises(Killed):
+            run("killed", "epochs", **names)
+    assert contents(run("killed", "epochs", **names)) == whole
 
 
 def test_another_metric_starts_without_a_best(runner, tmp_path, caplog):

@@ -198,6 +198,74 @@ class TestWorkFolder:
         assert (cfg.load_from, cfg.resume) == ("other.pth", True)
 
 
+OUT_DIR = (
+    "default_hooks = dict(checkpoint=dict(out_dir='{}/saved', filename_tmpl='m_{{:03d}}.pth'))"
+)
+
+
+class TestNamesOfItsOwn:
+    """What `out_dir` and `filename_tmpl` of the checkpoint hook change."""
+
+    def test_the_run_is_found(self, to_train, tmp_path):
+        settings = OUT_DIR.format(tmp_path)
+        folder = tmp_path / "saved" / "run"
+        folder.mkdir(parents=True)
+        for number in (9, 10):
+            (folder / f"m_{number:03d}.pth").touch()
+        with pytest.raises(ValueError, match=rf"^{folder}/m_010\.pth exists: pass --resume"):
+            to_train(settings=settings)
+        assert to_train("--resume", settings=settings).load_from == str(folder / "m_010.pth")
+
+    @pytest.mark.parametrize("settings", ["", OUT_DIR])
+    def test_a_run_with_other_names_is_found_by_its_note(self, settings, to_train, tmp_path):
+        settings = settings.format(tmp_path)
+        path = tmp_path / "before_7.pth"
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "last_checkpoint").write_text(str(path))
+        assert to_train(settings=settings).get("load_from") is None
+        path.touch()
+        with pytest.raises(ValueError, match=f"^{path} exists: pass --resume"):
+            to_train(settings=settings)
+        assert to_train("--resume", settings=settings).load_from == str(path)
+
+    def test_a_run_from_before_out_dir_was_set_is_found(self, to_train, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "epoch_7.pth").touch()
+        cfg = to_train("--resume", settings=OUT_DIR.format(tmp_path))
+        assert cfg.load_from == str(tmp_path / "run" / "epoch_7.pth")
+
+    @pytest.mark.parametrize("note", [b"", b"\xff\x00", b"a" * 5000])
+    def test_a_damaged_note_names_nothing(self, note, to_train, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "last_checkpoint").write_bytes(note)
+        assert to_train().get("load_from") is None
+
+    def test_without_any_the_log_says_where_it_looked(self, to_train, tmp_path, log):
+        log.set_level("INFO")
+        to_train("--resume", settings=OUT_DIR.format(tmp_path))
+        assert f"no checkpoint in {tmp_path}/saved/run: training starts at" in log.text
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ("filename_tmpl='last.pth'", "filename_tmpl must be a file name with one {}"),
+            ("out_dir='s3://a'", "out_dir must be a local folder"),
+        ],
+    )
+    def test_settings_that_are_refused(self, setting, message, to_train):
+        with pytest.raises(ValueError, match=f"^default_hooks.checkpoint.{message}"):
+            to_train(settings=f"default_hooks = dict(checkpoint=dict({setting}))")
+
+    def test_a_folder_that_cannot_be_written_is_an_error_before_the_start(self, config, tmp_path):
+        (tmp_path / "saved").touch()
+        config.write_text(CONFIG + OUT_DIR.format(tmp_path))
+        arguments = [str(config), "--work-dir", str(tmp_path / "run")]
+        args = programs.training_parser("train", "").parse_args(arguments)
+        message = f"^default_hooks.checkpoint.out_dir {tmp_path}/saved/run cannot be written: "
+        with pytest.raises(OSError, match=message):
+            programs.run_training(args)
+
+
 def test_scaling_needs_the_number_of_images_that_the_rate_is_made_for(to_train):
     for settings in ("", "auto_scale_lr = dict(enable=False)"):
         with pytest.raises(ValueError, match=r"needs auto_scale_lr\.base_batch_size"):

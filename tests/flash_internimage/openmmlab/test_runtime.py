@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mmengine.evaluator import Evaluator
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from torch import nn
@@ -20,7 +21,7 @@ from flash_internimage.openmmlab import curves, hooks, runtime
 from flash_internimage.openmmlab.programs import latest_checkpoint
 from flash_internimage.openmmlab.runtime import use_safe_checkpoint_reader
 from flash_internimage.safe_load import Placeholder
-from tests.flash_internimage.openmmlab.small import Model
+from tests.flash_internimage.openmmlab.small import Model, Score
 
 
 def files(folder: Path) -> set[str]:
@@ -63,6 +64,48 @@ class TestCheckpoints:
             runner(train_cfg={"by_epoch": True, "max_epochs": 1}).train()
         assert path.read_bytes() == before
 
+    def test_a_folder_that_does_not_exist_is_made(self, runner, tmp_path):
+        hook = {"type": "AtomicCheckpointHook", "interval": 1, "out_dir": tmp_path / "a" / "b"}
+        runner(default_hooks={"checkpoint": hook}).train()
+        assert files(tmp_path / "a" / "b" / "run") == {f"epoch_{i}.pth" for i in (1, 2, 3)}
+
+    def test_a_folder_that_cannot_be_made_is_an_error_before_training(self, runner, tmp_path):
+        (tmp_path / "a").touch()
+        hook = {"type": "AtomicCheckpointHook", "interval": 1, "out_dir": tmp_path / "a"}
+        r = runner(default_hooks={"checkpoint": hook})
+        with pytest.raises(
+            OSError, match=rf"out_dir {tmp_path}/a/run cannot be written: Not a dir"
+        ):
+            r.train()
+        assert r.iter == 0
+
+    @pytest.mark.parametrize("averages", [[], [{"type": "EMAHook", "momentum": 0.3}]])
+    def test_any_program_can_load_them(self, averages, runner, tmp_path):
+        score = Score([np.float64(0.1), np.float32(0.2), np.int64(3)])
+        paramwise = {"custom_keys": {"head": {"lr_mult": np.float64(2)}}}
+        sgd = {"type": "SGD", "lr": 0.01, "momentum": 0.9}
+        r = runner(
+            val_evaluator=Evaluator(score),
+            optim_wrapper={"optimizer": sgd, "paramwise_cfg": paramwise},
+            param_scheduler=[{"type": "ExponentialLR", "gamma": np.float64(0.5)}],
+            custom_hooks=averages,
+        )
+        r.train()
+        for name in ("epoch_3.pth", "best_score_epoch_3.pth"):
+            loaded = torch.load(tmp_path / "run" / name, weights_only=True)
+            assert loaded["message_hub"]["runtime_info"]["best_score"] == 3
+        trained = r.message_hub.log_scalars
+        # mmengine alone restores the histories by the hook, FlashRunner while it reads.
+        hooks.AtomicCheckpointHook().after_load_checkpoint(r, loaded)
+        for checkpoint in (loaded, runtime.read_checkpoint(tmp_path / "run" / "epoch_3.pth")):
+            histories = checkpoint["message_hub"]["log_scalars"]
+            assert {"train/loss", "train/lr"} <= histories.keys()
+            for name, history in histories.items():
+                assert isinstance(history, HistoryBuffer)
+                for array, expected in zip(history.data, trained[name].data, strict=True):
+                    assert array.tolist() == expected.tolist()[: len(array)]
+                    assert len(array) > 0
+
     @pytest.mark.parametrize("averages", [[], [{"type": "EMAHook", "momentum": 0.3}]])
     def test_a_resumed_run_ends_as_an_uninterrupted_one(self, averages, runner, tmp_path):
         torch.manual_seed(0)
@@ -93,6 +136,38 @@ class TestCheckpoints:
             (tmp_path / name).touch()
         (tmp_path / "epoch_13.pth").mkdir()
         assert latest_checkpoint(tmp_path).name == "epoch_10.pth"
+
+
+class TestScaledLearningRates:
+    """The linear rule: rates in proportion to the images of an update."""
+
+    # Batches of 2 images, and rates that are made for 4.
+    @pytest.mark.parametrize(("accumulated", "rate"), [(1, 0.5), (2, 1.0), (8, 4.0), (3, 1.5)])
+    def test_accumulated_batches_count(self, accumulated, rate, runner, caplog):
+        r = runner(
+            optim_wrapper={
+                "optimizer": {"type": "SGD", "lr": 1.0},
+                "accumulative_counts": accumulated,
+                "paramwise_cfg": {"custom_keys": {"head": {"lr_mult": 0.1}}},
+            },
+            auto_scale_lr={"enable": True, "base_batch_size": 4},
+            log_level="INFO",
+        )
+        r.logger.addHandler(caplog.handler)
+        r.train()
+        rates = r.optim_wrapper.get_lr()
+        assert sorted({*rates["lr"]}) == pytest.approx([rate / 10, rate])
+        assert rates["base_lr"] == [rate]
+        assert f"learning rates x {rate:g}: an update has {2 * accumulated} images" in caplog.text
+
+    def test_they_are_not_scaled_unasked(self, runner):
+        r = runner(auto_scale_lr={"base_batch_size": 4})
+        r.train()
+        assert r.optim_wrapper.get_lr()["lr"] == [0.01]
+
+    def test_the_number_that_they_are_made_for_is_needed(self, runner):
+        with pytest.raises(ValueError, match=r"auto_scale_lr\.base_batch_size must be"):
+            runner(auto_scale_lr={"enable": True}).train()
 
 
 def trained(runner, folder: Path) -> Path:

@@ -1,0 +1,73 @@
+"""Checkpoints of mmengine as tensors, numbers, text and containers, which any program can load."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from torch import Tensor
+
+from ..safe_load import Placeholder
+
+_HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
+_FIELDS = ("_log_history", "_count_history", "max_length")
+
+
+def make_plain(checkpoint: dict) -> None:
+    """Replace log histories and numpy scalars, so that `torch.load` needs no special settings.
+
+    Arrays are kept: hooks that store them in the message hub expect arrays when they resume.
+
+    Args:
+        checkpoint: What mmengine is about to save, changed in place.
+    """
+    for name in ("meta", "message_hub", "optimizer", "param_schedulers"):
+        if name in checkpoint:
+            checkpoint[name] = _plain(checkpoint[name])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, HistoryBuffer):
+        logs, counts = map(torch.from_numpy, value.data)
+        return dict(zip(_FIELDS, (logs, counts, value.max_length), strict=True))
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+
+
+def restore_histories(checkpoint: dict, source: object) -> None:
+    """Restore the log histories of a checkpoint, for mmengine to resume with.
+
+    Args:
+        checkpoint: Contents of a file that :func:`make_plain` or mmengine alone made, changed in
+            place.
+        source: What errors name.
+
+    Raises:
+        ValueError: A history is not one.
+    """
+    hub = checkpoint.get("message_hub")
+    scalars = hub.get("log_scalars") if isinstance(hub, dict) else None
+    for name, value in scalars.items() if isinstance(scalars, dict) else ():
+        if isinstance(value, Placeholder) and value.name == _HISTORY:
+            scalars[name] = _restore(value.state, f"{source}: log_scalars.{name}")
+        elif isinstance(value, dict):
+            scalars[name] = _restore(value, f"{source}: log_scalars.{name}")
+
+
+def _restore(state: Any, name: str) -> HistoryBuffer:
+    logs, counts, length = map(state.get if isinstance(state, dict) else {}.get, _FIELDS)
+    if isinstance(logs, Tensor) and isinstance(counts, Tensor):
+        logs, counts = (tensor.detach().cpu().double().numpy() for tensor in (logs, counts))
+    arrays = isinstance(logs, np.ndarray) and isinstance(counts, np.ndarray)
+    if not (
+        arrays
+        and (logs.ndim, counts.shape) == (1, logs.shape)
+        and {logs.dtype.kind, counts.dtype.kind} <= set("iuf")
+        and type(length) is int
+        and length >= max(1, len(logs))
+    ):
+        raise ValueError(f"{name} must be two arrays of numbers of one length, got {state!r:.200}")
+    return HistoryBuffer(logs, counts, length)
