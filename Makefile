@@ -1,4 +1,4 @@
-# demo · demo-detection · demo-segmentation · test · lint · bench, each with the set-up that it needs. PYTHON names the interpreter to use.
+# demo · demo-detection · demo-segmentation · test · lint · bench · docs, each with the set-up that it needs. PYTHON names the interpreter to use.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -22,7 +22,7 @@ TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 # TEST_SEED=default shuffles the tests and seeds them by the time, TEST_SEED=123 by that number.
 TEST_SEED ?=
 
-.PHONY: demo demo-detection demo-segmentation test lint bench sanitize sanitize-cpu clean
+.PHONY: demo demo-detection demo-segmentation test lint bench docs sanitize sanitize-cpu clean
 
 demo: $(VENV)/.package data/digits
 	$(RUN) -m classification.train $(DIGITS) --resume auto
@@ -52,6 +52,10 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.package
 	$(RUN) -m tools.benchmark_op
 	$(RUN) -m tools.benchmark_model
+
+# Warnings, which include broken links and unresolved references, are errors.
+docs: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.docs
+	$(RUN) -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
 
 # On a machine with a GPU: the CUDA kernels under NVIDIA's checkers of memory accesses and races.
 sanitize: $(VENV)/.package $(VENV)/.dev
@@ -113,4 +117,8 @@ $(VENV)/.openmmlab: requirements-openmmlab.txt $(VENV)/.requirements
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.created
 	$(PIP) -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.docs: requirements-docs.txt $(VENV)/.created
+	$(PIP) -r requirements-docs.txt
 	touch $@

@@ -25,6 +25,13 @@ def recipe(name: str):
     return load_config(RECIPES / f"flash_internimage_{name}.yaml")
 
 
+def test_the_guides_config_for_own_data(yaml_file):
+    guide = Path("docs/own-data.md").read_text()
+    cfg = load_config(yaml_file(guide.split("```yaml\n")[1].split("```")[0]))
+    assert (cfg.model.num_classes, cfg.data.root) == (5, "data/flowers")
+    assert cfg.model.initial_checkpoint == "flash_internimage_tiny.in1k"
+
+
 @pytest.mark.parametrize(
     ("name", "drop_path"),
     [("tiny_in1k_224", 0.1), ("small_in1k_224", 0.4), ("base_in1k_224", 0.5)],

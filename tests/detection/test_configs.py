@@ -119,7 +119,7 @@ def test_every_config_has_a_recipe():
 
 
 def test_the_guides_config_for_own_data(tmp_path):
-    guide = (ROOT / "detection" / "README.md").read_text()
+    guide = (ROOT / "docs" / "own-data.md").read_text().partition("## Detection\n")[2]
     code = guide.split("```python\n")[1].split("```")[0]
     path = tmp_path / "parts.py"
     path.write_text(code.replace('"configs/', f'"{ROOT}/configs/'))

@@ -89,15 +89,11 @@ def test_every_config_has_a_recipe():
 # training
 
 
-def guide(language: str) -> str:
-    """The first block of segmentation/README.md in a language."""
-    text = (ROOT / "segmentation" / "README.md").read_text()
-    return text.split(f"```{language}\n")[1].split("```")[0]
-
-
 def test_the_guides_config_for_own_data(tmp_path):
+    guide = (ROOT / "docs" / "own-data.md").read_text().partition("## Segmentation\n")[2]
+    code = guide.split("```python\n")[1].split("```")[0]
     path = tmp_path / "leaves.py"
-    path.write_text(guide("python").replace('"configs/', f'"{ROOT}/configs/'))
+    path.write_text(code.replace('"configs/', f'"{ROOT}/configs/'))
     config = programs._load_config(programs.training_parser("train", "").parse_args([str(path)]))
     loaders = config.train_dataloader, config.val_dataloader, config.test_dataloader
     for loader, split in zip(loaders, ("train", "val", "val"), strict=True):
@@ -113,7 +109,7 @@ def test_the_guides_config_for_own_data(tmp_path):
 
 
 def test_the_guides_options_accumulate_without_changing_the_schedule():
-    text = (ROOT / "segmentation" / "README.md").read_text()
+    text = (ROOT / "docs" / "segmentation.md").read_text()
     options = re.search(r"--cfg-options (optim_wrapper.accumulative_counts=[^`]*)```", text)[1]
     config = copy.deepcopy(load_config(UPERNET_T))
     config.merge_from_dict(dict(option.split("=") for option in options.split()))

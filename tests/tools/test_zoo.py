@@ -356,11 +356,11 @@ def test_wrong_arguments_are_one_error(refused, arguments, message):
     assert message in refused("evaluate", NANO, *arguments)
 
 
-# README.md
+# docs/zoo.md
 
 
 def test_the_commands_of_the_guide_are_accepted():
-    guide = (ROOT / "README.md").read_text()
+    guide = (ROOT / "docs" / "zoo.md").read_text()
     commands = re.findall(r"^\.venv/bin/python -m tools\.zoo (.*)$", guide, re.MULTILINE)
     assert len(commands) == 8
     known = read_zoo()
