@@ -1,14 +1,14 @@
-"""Compiles the kernels against the torch of the environment that the package is installed into.
+"""Compile the kernels against the PyTorch of the environment that the package is installed into.
 
-A library for the CPU and, where nvcc and a CUDA build of torch are found (no GPU is needed), one
-for CUDA. What cannot be compiled is left out: the package is installed all the same and runs on its
-PyTorch reference there. Environment variables:
+Builds one library for the CPU and, if nvcc and a CUDA build of PyTorch are found, one for CUDA; no
+GPU is needed. If a library cannot be compiled, the package is installed without it and falls back
+to Triton or the PyTorch reference. Environment variables:
 
-    TORCH_CUDA_ARCH_LIST          GPU architectures, as for torch, instead of DEFAULT_ARCHITECTURES
-    FORCE_CPU=1                   no CUDA
-    OPS_DCNV4_REQUIRE_COMPILED=1  a failing compiler is an error (a missing nvcc is not)
-    OPS_DCNV4_SANITIZE=1          GCC's checks of memory accesses and undefined behaviour, for
-                                  `make sanitize-cpu`: the library needs libasan in LD_PRELOAD
+    TORCH_CUDA_ARCH_LIST          GPU architectures, as for PyTorch (default: DEFAULT_ARCHITECTURES)
+    FORCE_CPU=1                   do not build the CUDA library
+    OPS_DCNV4_REQUIRE_COMPILED=1  fail if the compiler fails (a missing nvcc is not a failure)
+    OPS_DCNV4_SANITIZE=1          build with GCC's address and undefined-behaviour sanitizers, for
+                                  `make sanitize-cpu`; the library needs libasan in LD_PRELOAD
 """
 
 import os
@@ -19,23 +19,27 @@ import subprocess
 import sys
 import sysconfig
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from setuptools import setup
+from setuptools import Command, Extension, setup
 from setuptools.errors import CompileError
 
 HERE = Path(__file__).parent
 CSRC = HERE / "csrc"
 REQUIRED = os.environ.get("OPS_DCNV4_REQUIRE_COMPILED") == "1"
-# Turing to Blackwell; later GPUs compile the PTX when the library is loaded.
+# Turing to Blackwell. Later GPUs compile the PTX when the library is loaded.
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0+PTX", "10.0", "12.0")
 
 
-def import_cpp_extension():
-    """torch.utils.cpp_extension, or None without torch.
+def import_cpp_extension() -> ModuleType | None:
+    """Return torch.utils.cpp_extension, or None if PyTorch is not installed.
 
-    pip's isolated build hides the packages of the environment, but runs its interpreter; the
-    kernels must be compiled against that environment's torch and no other.
+    pip's build isolation hides the packages of the environment but uses its interpreter. The
+    environment's site-packages are added back, because the kernels must be compiled against the
+    PyTorch that will load them.
     """
     site.addsitedir(sysconfig.get_path("purelib"))
     try:
@@ -54,27 +58,27 @@ def import_cpp_extension():
 
 
 def compiler_flags() -> tuple[list[str], list[str]]:
-    """Flags for the compiler and the linker, OpenMP included where torch uses it."""
+    """Return the compiler and linker flags, with OpenMP where PyTorch uses it."""
     if sys.platform == "win32":
         return ["/O2", "/openmp"], []
     if os.environ.get("OPS_DCNV4_SANITIZE") == "1":
-        # -O1 keeps the kernels inlined as they are used, and compiles in a fraction of the time.
-        # -fno-wrapv: Python passes -fwrapv, which would hide overflows of signed numbers.
+        # -O1 inlines the kernels as release builds do, and compiles in a fraction of the time.
+        # -fno-wrapv: Python passes -fwrapv, which would hide signed overflows.
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         flags = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", "-Wno-psabi", *sanitize]
         return [*flags, "-fopenmp", "-Wno-unknown-pragmas"], ["-fopenmp", *sanitize]
-    # -Wno-psabi: vectors wider than the baseline's registers only pass between inlined functions.
+    # -Wno-psabi: vectors wider than the baseline's registers are only passed to inlined functions.
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-g0", "-Wall", "-Wno-psabi"]
     if sys.platform == "darwin":
         return flags, []
     return [*flags, "-fopenmp", "-Wno-unknown-pragmas"], ["-fopenmp"]
 
 
-def build_ext(cpp_extension):
-    """torch's build_ext, whose failure is raised as the error that `optional` forgives."""
+def build_ext(cpp_extension: ModuleType) -> type[Command]:
+    """Return a build_ext whose compile errors setuptools tolerates for optional extensions."""
 
     class BuildExt(cpp_extension.BuildExtension):
-        def build_extension(self, ext):
+        def build_extension(self, ext: Extension) -> None:
             try:
                 super().build_extension(ext)
             except RuntimeError as error:
@@ -83,7 +87,15 @@ def build_ext(cpp_extension):
     return BuildExt
 
 
-def extension(make, name: str, sources: list[Path], compile_args, link_args, **options):
+def extension(
+    make: Callable[..., Extension],
+    name: str,
+    sources: list[Path],
+    compile_args: list[str] | dict[str, list[str]],
+    link_args: list[str],
+    **options: Any,
+) -> Extension:
+    """Return a torch extension, which is optional unless OPS_DCNV4_REQUIRE_COMPILED is set."""
     return make(
         f"ops_dcnv4.{name}",
         sorted(os.path.relpath(source, HERE) for source in sources),
@@ -97,8 +109,8 @@ def extension(make, name: str, sources: list[Path], compile_args, link_args, **o
     )
 
 
-def find_nvcc(cpp_extension) -> str | None:
-    """nvcc, if CUDA kernels can and shall be built."""
+def find_nvcc(cpp_extension: ModuleType) -> str | None:
+    """Return the path of nvcc, or None if the CUDA library cannot or must not be built."""
     import torch
 
     home = cpp_extension.CUDA_HOME
@@ -116,7 +128,7 @@ def find_nvcc(cpp_extension) -> str | None:
             stacklevel=1,
         )
         return None
-    # What lies on the path may be a script that calls the nvcc of a toolkit elsewhere.
+    # The nvcc found may be a wrapper script for a toolkit in another folder.
     steps = subprocess.run(
         [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], stderr=subprocess.PIPE, text=True
     ).stderr
@@ -126,14 +138,15 @@ def find_nvcc(cpp_extension) -> str | None:
 
 
 def choose_architectures(nvcc: str) -> None:
-    """Sets TORCH_CUDA_ARCH_LIST, unless the user has, to the defaults that this nvcc knows."""
+    """Set TORCH_CUDA_ARCH_LIST, unless already set, to the defaults that this nvcc supports."""
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
     known = {name.removeprefix("sm_") for name in listed.stdout.split()}
     chosen = (a for a in DEFAULT_ARCHITECTURES if a.removesuffix("+PTX").replace(".", "") in known)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(chosen))
 
 
-def build_arguments() -> dict:
+def build_arguments() -> dict[str, Any]:
+    """Return the arguments of `setup` that depend on the environment."""
     cpp_extension = import_cpp_extension()
     if cpp_extension is None:
         return {}

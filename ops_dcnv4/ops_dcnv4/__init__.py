@@ -1,4 +1,4 @@
-"""DCNv4 and deformable attention for PyTorch: fast where there is a kernel, right everywhere."""
+"""DCNv4 and multi-scale deformable attention for PyTorch, on CPUs, GPUs and any other device."""
 
 from . import flops
 from .attention import flash_deform_attn, ms_deform_attn

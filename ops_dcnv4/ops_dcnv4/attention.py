@@ -1,4 +1,4 @@
-"""The functional operators of multi-scale deformable attention and their checks."""
+"""Functional multi-scale deformable attention and its argument checks."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,35 +19,38 @@ def ms_deform_attn(
     attention_weights: Tensor,
     level_start_index: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
-    """Multi-scale deformable attention, in the form of mmcv and Deformable DETR.
+    """Compute multi-scale deformable attention as in mmcv and Deformable DETR.
 
-    Each query is, head by head, the sum over levels and points of an attention weight times the
-    bilinear sample of the level's image at the point's location (arXiv:2010.04159, equation 3,
-    without the projections). What lies outside an image counts as zero.
-    :mod:`ops_dcnv4.reference` spells out the formula.
+    For each query and head, the levels are sampled bilinearly at the given locations, and the
+    samples are summed with the attention weights (arXiv:2010.04159, equation 3, without the
+    projections). Samples outside a level count as zero. :mod:`ops_dcnv4.reference` states the
+    formula.
 
     Args:
-        value: (N, S, M, D), the images of all levels one behind the other, row by row, for M heads
-            of D channels; float32, float64, float16 or bfloat16. 16-bit values are computed and
-            accumulated in float32; only the interpolation between four pixels is done in float16
-            for float16 values on CUDA.
-        spatial_shapes: (H, W) of each of the L levels, in all S pixels: a list of pairs, or a
-            tensor (L, 2) of integers.
-        sampling_locations: (N, Lq, M, L, K, 2), pairs (x, y) for K points in each level, (0, 0) at
-            the top left corner of its image and (1, 1) at the bottom right one; of value's dtype
-            or, beside 16-bit values, float32, which keeps them exact. Autocast does.
-        attention_weights: (N, Lq, M, L, K), already normalised, of value's dtype or float32.
-        level_start_index: (L,) integers, the first pixel of each level; may be left out.
+        value: Feature maps of shape (N, S, M, D): the S pixels of all levels, concatenated level by
+            level and row by row, for M heads of D channels. Float32, float64, float16 or bfloat16.
+            16-bit values are computed and accumulated in float32, except that float16 values on
+            CUDA may be interpolated in float16.
+        spatial_shapes: (H, W) of each of the L levels, S pixels in total, as a list of pairs or an
+            integer tensor of shape (L, 2).
+        sampling_locations: (x, y) of K points per level, of shape (N, Lq, M, L, K, 2). (0, 0) is
+            the top left corner of the level and (1, 1) the bottom right corner. The dtype is that
+            of `value`, or float32 with a 16-bit `value`, which avoids rounding the locations;
+            autocast uses float32.
+        attention_weights: Normalised weights of shape (N, Lq, M, L, K). The dtype is that of
+            `value`, or float32 with a 16-bit `value`.
+        level_start_index: Index of the first pixel of each level, of shape (L,). Computed from
+            `spatial_shapes` by default.
 
     Returns:
-        (N, Lq, M * D) of value's dtype.
+        Tensor of shape (N, Lq, M * D) with the dtype of `value`.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape or device does not fit, a level has no pixels, or the levels do not fill
-            `value`; the message names the argument. The contents of tensors on a GPU are not waited
-            for: there, a level outside of `value` has no pixels, and compiled kernels fail an
-            assertion on the device.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape or device does not match, a level has no pixels, or the levels do not
+            cover `value` exactly; the message names the argument. The contents of GPU tensors are
+            not checked here, to avoid a synchronisation: a level that exceeds `value` is treated as
+            empty, and the compiled kernels fail a device-side assertion.
 
     Example:
         >>> value, locations = torch.randn(2, 8 * 8 + 4 * 4, 4, 16), torch.rand(2, 100, 4, 2, 3, 2)
@@ -73,22 +76,26 @@ def flash_deform_attn(
     sampling_loc_attn: Tensor,
     n_points: int,
 ) -> Tensor:
-    """The same with locations and attention logits in one tensor, as in the DCNv4 package.
+    """Compute multi-scale deformable attention as in the DCNv4 package.
 
-    The softmax over levels and points is part of the operator.
+    Locations and attention logits share one tensor, and the softmax over levels and points is part
+    of the operator.
 
     Args:
-        value, spatial_shapes, level_start_index: as for :func:`ms_deform_attn`.
-        sampling_loc_attn: (N, Lq, M, 3 * L * K), for each query and head the 2 * L * K numbers of
-            its locations, level by level and point by point, then L * K logits; of value's dtype
-            or, beside 16-bit values, float32.
-        n_points: K, the points per level.
+        value: See :func:`ms_deform_attn`.
+        spatial_shapes: See :func:`ms_deform_attn`.
+        level_start_index: See :func:`ms_deform_attn`.
+        sampling_loc_attn: Tensor of shape (N, Lq, M, 3 * L * K): for each query and head, 2 * L * K
+            location coordinates, ordered by level and point, followed by L * K logits. The dtype is
+            that of `value`, or float32 with a 16-bit `value`.
+        n_points: Number of points per level, K.
 
     Returns:
-        (N, Lq, M * D) of value's dtype.
+        Tensor of shape (N, Lq, M * D) with the dtype of `value`.
 
     Raises:
-        TypeError, ValueError: as :func:`ms_deform_attn`.
+        TypeError: See :func:`ms_deform_attn`.
+        ValueError: See :func:`ms_deform_attn`.
 
     Example:
         >>> value, packed = torch.randn(2, 8 * 8 + 4 * 4, 4, 16), torch.rand(2, 100, 4, 3 * 2 * 8)
@@ -105,7 +112,10 @@ def flash_deform_attn(
 def _levels(
     value: Tensor, spatial_shapes: SpatialShapes, level_start_index: Tensor | Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
-    """Both as tensors of int64 on value's device, checked where they can be read at once."""
+    """Return the shapes and start indices as int64 tensors on the device of `value`.
+
+    Their contents are checked if they can be read without synchronising.
+    """
     shapes = to_integers("spatial_shapes", spatial_shapes)
     readable = _is_readable(spatial_shapes) and _is_readable(level_start_index)
     if shapes.dim() != 2 or shapes.shape[1] != 2 or shapes.shape[0] == 0:
@@ -128,25 +138,25 @@ def _levels(
             raise ValueError(f"{name} must have numbers like value, got a meta tensor")
     if readable:
         _check_levels(_as_list(spatial_shapes), _as_list(level_start_index), value.shape[1])
-    # From the CPU's memory without waiting for what the GPU has to do before.
+    # A blocking copy would wait for the work that is queued on the GPU.
     return tuple(t.to(value.device, torch.int64, non_blocking=True) for t in (shapes, start))
 
 
-def _is_readable(numbers) -> bool:
-    """Whether the contents can be had without waiting, or ending a compiled graph."""
+def _is_readable(numbers: Tensor | Sequence | None) -> bool:
+    """Return whether the contents can be read without a synchronisation or a graph break."""
     if not isinstance(numbers, Tensor):
         return True
-    # Subclasses stand for tensors without contents while a graph is traced.
+    # Tracing uses tensor subclasses that have no contents.
     is_plain = type(numbers) in (Tensor, Parameter) and numbers.device.type == "cpu"
     return is_plain and not torch.compiler.is_compiling()
 
 
-def _as_list(numbers) -> list | None:
+def _as_list(numbers: Tensor | Sequence | None) -> Sequence | None:
     return numbers.tolist() if isinstance(numbers, Tensor) else numbers
 
 
 def to_integers(name: str, numbers: Tensor | Sequence) -> Tensor:
-    """Return whole numbers as a tensor, those of lists in the CPU's memory."""
+    """Convert integers to a tensor (on the CPU, for sequences); errors name the argument `name`."""
     if not isinstance(numbers, Tensor):
         try:
             dtype = None if len(numbers) else torch.int64
@@ -185,9 +195,10 @@ def check_raw_ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[int, ...]:
-    """Check the arguments of the operator in torch.ops, and return the shape of its output.
+    """Check the arguments of the operator in torch.ops and return the shape of its output.
 
-    Like the compiled kernels, but for the contents of `spatial_shapes` and `level_start_index`.
+    The compiled kernels perform the same checks. The contents of `spatial_shapes` and
+    `level_start_index` are not checked.
     """
     levels = _check_raw_levels(value, spatial_shapes, level_start_index)
     _check_split(value, levels, sampling_locations, attention_weights)
@@ -207,7 +218,7 @@ def check_raw_flash_deform_attn(
     sampling_loc_attn: Tensor,
     n_points: int,
 ) -> tuple[int, ...]:
-    """The same for the fused form."""
+    """Check the arguments of the fused operator in torch.ops and return the shape of its output."""
     levels = _check_raw_levels(value, spatial_shapes, level_start_index)
     _check_fused(value, levels, sampling_loc_attn, n_points)
     _check_sizes(value, levels, sampling_loc_attn.shape[1], n_points)
@@ -217,7 +228,7 @@ def check_raw_flash_deform_attn(
 def check_levels_lie_in_value(
     value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor
 ) -> None:
-    """Raise an error for levels outside of value, if they are in the CPU's memory."""
+    """Raise ValueError if a level exceeds `value`; index tensors on other devices are skipped."""
     if spatial_shapes.device.type != "cpu":
         return
     length, starts = value.shape[1], level_start_index.tolist()
@@ -312,7 +323,7 @@ def _check_beside_value(value: Tensor, name: str, tensor: Tensor) -> None:
         )
     if tensor.dtype == value.dtype:
         return
-    has_double = torch.float64 in (tensor.dtype, value.dtype)  # which autocast leaves alone
+    has_double = torch.float64 in (tensor.dtype, value.dtype)  # autocast does not cast float64
     if has_double or (tensor.dtype != torch.float32 and not autocasts(value.device.type)):
         raise TypeError(
             f"{name} must have value's dtype, or float32 beside 16-bit values, got {tensor.dtype} "

@@ -1,7 +1,7 @@
-"""The operators' registration with torch.library, and the choice of what computes them.
+"""Operator registration with torch.library and the choice of backend.
 
-The schemas are defined here, so that the operators exist without the compiled libraries too; those
-add their kernels for a device type each. What they do not cover comes to `_compute` below.
+The schemas are defined here, so that the operators also exist without the compiled libraries. Each
+compiled library registers its kernels for one device type; all other calls reach `_compute` below.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -52,11 +53,11 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-# What computes
+# Backends
 
 
 def _import_library(module: str) -> str | None:
-    """Imports a compiled library, which registers its kernels; the reason if there is none."""
+    """Import a compiled library, which registers its kernels; return the error message if any."""
     try:
         importlib.import_module(f"ops_dcnv4.{module}")
     except (ImportError, OSError) as error:
@@ -71,13 +72,13 @@ _overrides: Library | None = None
 
 
 def is_compiled(device: str | torch.device = "cpu") -> bool:
-    """Whether the compiled kernels for a device were found; "cuda" stands for any of its GPUs."""
+    """Return whether compiled kernels were found for a device; the device index is ignored."""
     return _why_not_compiled.get(torch.device(device).type, "") is None
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton can be imported, and has the C compiler that it needs (not for CUDA code)."""
+    """Return whether Triton and the host C compiler that it requires are available."""
     compilers = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if not compilers and os.environ.get("TRITON_INTERPRET") != "1":
         return False
@@ -89,10 +90,10 @@ def has_triton() -> bool:
 
 
 def choose_backend(device: str | torch.device) -> str:
-    """What computes on tensors of a device: "compiled", "triton" or "reference".
+    """Return the backend that is used on a device: "compiled", "triton" or "reference".
 
-    The order is: what :func:`use_backend` or OPS_DCNV4_BACKEND names, the compiled kernels, Triton
-    for CUDA, the PyTorch reference.
+    The backend selected by :func:`use_backend` or OPS_DCNV4_BACKEND takes precedence, followed by
+    the compiled kernels, Triton (CUDA only) and the PyTorch reference.
     """
     if _forced is not None:
         return _forced
@@ -104,19 +105,19 @@ def choose_backend(device: str | torch.device) -> str:
 
 
 def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
-    """Context in which one backend computes all operators, for tests and comparisons.
+    """Return a context manager that runs all operators on one backend.
 
-    Holds for every thread and device, gradients included, until the context is left. The variable
-    OPS_DCNV4_BACKEND of the environment does the same from the import on. The Triton kernels run on
-    the CPU only in Triton's interpreter (TRITON_INTERPRET=1).
+    Meant for tests and comparisons. Applies to all threads and devices, and to gradients. The
+    environment variable OPS_DCNV4_BACKEND selects a backend from import on. On the CPU, the Triton
+    kernels run only in Triton's interpreter (TRITON_INTERPRET=1).
 
     Args:
         name: "compiled", "triton" or "reference".
 
     Raises:
-        ValueError: there is no backend of that name.
-        RuntimeError: the backend is not there: at the call of an operator for compiled kernels,
-            which may be there for one device and not for another, at once for Triton.
+        ValueError: If there is no backend of that name.
+        RuntimeError: If the backend is not available. For Triton, this is raised immediately; for
+            compiled kernels, which may exist for some devices only, when an operator is called.
     """
     _check_backend(name, "name")
     return _use_backend(name)
@@ -140,7 +141,7 @@ def _check_backend(name: str, argument: str) -> None:
 
 
 def _force(name: str | None) -> None:
-    """Puts `_compute` in the place of compiled kernels, or these back where `name` wants them."""
+    """Select a backend: override the compiled kernels with `_compute`, or restore them."""
     global _forced, _overrides
     if _overrides is not None:
         _overrides._destroy()
@@ -156,8 +157,8 @@ def _force(name: str | None) -> None:
             _overrides.impl(operator, kernel, device_type.upper(), allow_override=True)
 
 
-def _compute(operator: str, *arguments):
-    """An operator on tensors of a device that no compiled kernel is registered for, or forced."""
+def _compute(operator: str, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
+    """Run an operator that has no compiled kernel, or whose compiled kernel is overridden."""
     _check(operator, arguments)
     if "deform_attn" in operator:
         check_levels_lie_in_value(*_inputs(operator, arguments)[:3])
@@ -173,7 +174,7 @@ _CHECKS = {
 
 
 def _check(operator: str, arguments: tuple) -> tuple[int, ...]:
-    """Check the arguments as the compiled kernels do, and return the shape of the output."""
+    """Check the arguments as the compiled kernels do; return the shape of the forward output."""
     inputs = _inputs(operator, arguments)
     shape = _CHECKS[operator.removesuffix("_backward")](*inputs)
     if operator.endswith("_backward"):
@@ -182,12 +183,12 @@ def _check(operator: str, arguments: tuple) -> tuple[int, ...]:
 
 
 def _inputs(operator: str, arguments: tuple) -> tuple:
-    """Return the arguments of the forward operator, which those of its backward end with."""
+    """Return the forward operator's arguments; backward operators take grad_output before them."""
     return arguments[1:] if operator.endswith("_backward") else arguments
 
 
 def _module(backend: str, device_type: str) -> ModuleType:
-    """Where a backend's functions are; one name and one signature for each operator."""
+    """Return the module that implements a backend, with one function per operator."""
     if backend == "triton":
         if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(
@@ -223,24 +224,24 @@ def _why_slow(device_type: str) -> str:
 
 for _name in _SCHEMAS:
     _kernel = functools.partial(_compute, _name)
-    # Nested tensors are in no backend: they get as far as the check of the arguments.
+    # No backend supports nested tensors; registering the key lets the argument check reject them.
     for _key in ("CompositeExplicitAutograd", "AutogradNestedTensor"):
         _library.impl(_name, _kernel, _key)
 
 
-# Shapes of results
+# Shapes for tracing
 
 
-def _fake(operator: str, *arguments) -> Tensor:
+def _fake(operator: str, *arguments: Any) -> Tensor:
     return arguments[0].new_empty(_check(operator, arguments))
 
 
-def _fake_backward(operator: str, *arguments) -> tuple[Tensor, ...]:
+def _fake_backward(operator: str, *arguments: Any) -> tuple[Tensor, ...]:
     _check(operator, arguments)
     return tuple(t.new_empty(t.shape) for t in arguments[1:] if _is_differentiable(t))
 
 
-def _is_differentiable(argument) -> bool:
+def _is_differentiable(argument: Any) -> bool:
     return isinstance(argument, Tensor) and argument.is_floating_point()
 
 
@@ -255,7 +256,7 @@ for _name in DIFFERENTIABLE:
 # Gradients and autocast
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
     tensors = [argument for argument in inputs if isinstance(argument, Tensor)]
     ctx.save_for_backward(*tensors)
     ctx.parameters = inputs[len(tensors) :]
@@ -264,7 +265,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
 def _backward_of(name: str) -> Callable:
     operator = getattr(torch.ops.ops_dcnv4, f"{name}_backward")
 
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         inputs = (*ctx.saved_tensors, *ctx.parameters)
         grads = iter(operator(grad_output, *inputs))
         return tuple(next(grads) if _is_differentiable(t) else None for t in inputs)
@@ -273,7 +274,7 @@ def _backward_of(name: str) -> Callable:
 
 
 def _refuse_second_derivative(name: str) -> Callable:
-    def refuse(ctx, *grads):
+    def refuse(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(
             f"{name} has no second derivative: call backward or autograd.grad without "
             "create_graph=True"
@@ -283,10 +284,10 @@ def _refuse_second_derivative(name: str) -> Callable:
 
 
 def _cast(name: str, inputs: tuple, dtype: torch.dtype) -> list:
-    """Inputs in the dtype of the surrounding linear layers; float64 stays as it is.
+    """Cast the inputs to the autocast dtype; float64 inputs are left unchanged.
 
-    Only the value of attention is cast to 16 bits: rounded locations would be fractions of a pixel
-    off.
+    For attention, only `value` is cast to 16 bits: rounding the locations would shift them by
+    fractions of a pixel.
     """
     if inputs[0].dtype == torch.float64:
         return list(inputs)
@@ -301,7 +302,7 @@ def _register_autocast(name: str, device_type: str, key: str) -> None:
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     operator = getattr(torch.ops.ops_dcnv4, name)
 
-    def autocast(*inputs) -> Tensor:
+    def autocast(*inputs: Any) -> Tensor:
         casted = _cast(name, inputs, torch.get_autocast_dtype(device_type))
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return operator(*casted)
@@ -320,7 +321,7 @@ def _register_autograd_and_autocast() -> None:
         _register_autocast(name, "cuda", "AutocastCUDA")
 
 
-if not is_compiled():  # csrc/autograd.cpp has the same, at less cost per call
+if not is_compiled():  # otherwise csrc/autograd.cpp does the same with less overhead per call
     _register_autograd_and_autocast()
 
 if _name := os.environ.get(ENVIRONMENT_VARIABLE):

@@ -1,11 +1,11 @@
-"""Operation counts for FLOP counters.
+"""FLOP counts of the operators.
 
-For each channel of each sampled point, the bilinear interpolation counts as four multiply-adds and
-the weight as one, which is what InternImage's authors count for DCNv3. Coordinates and softmax are
-not counted, and the backward operators count twice the forward, as torch does for convolutions.
+A sample counts as five multiply-adds per channel, four for the bilinear interpolation and one for
+the weight, as InternImage's authors count DCNv3. Coordinates and softmax are not counted. Backward
+operators count twice as much as forward operators, as for PyTorch's convolutions.
 
-`torch.utils.flop_counter` counts two operations per multiply-add, and the operators from the import
-of this package on. fvcore and mmengine count one, and take :data:`HANDLES`:
+Importing this package registers the operators with `torch.utils.flop_counter`, which counts two
+operations per multiply-add. fvcore and mmengine count one and use :data:`HANDLES`:
 
     FlopCountAnalysis(model, inputs).set_op_handle(**ops_dcnv4.flops.HANDLES).total()
 """
@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def dcnv4_multiply_adds(
     offset_scale: float,
     remove_center: bool,
 ) -> int:
-    """Return the multiply-adds of the operator with tensors of these shapes."""
+    """Return the multiply-adds of `dcnv4` for tensors of these shapes."""
     taps = math.prod(kernel_size) - bool(remove_center)
     return MULTIPLY_ADDS_PER_SAMPLE * math.prod(offset_mask[:3]) * value[3] * taps
 
@@ -48,7 +49,7 @@ def ms_deform_attn_multiply_adds(
     sampling_locations: Shape,
     attention_weights: Shape,
 ) -> int:
-    """Return the multiply-adds of the operator with tensors of these shapes."""
+    """Return the multiply-adds of `ms_deform_attn` for tensors of these shapes."""
     return MULTIPLY_ADDS_PER_SAMPLE * math.prod(attention_weights) * value[3]
 
 
@@ -59,7 +60,7 @@ def flash_deform_attn_multiply_adds(
     sampling_loc_attn: Shape,
     n_points: int,
 ) -> int:
-    """Return the multiply-adds of the operator with tensors of these shapes."""
+    """Return the multiply-adds of `flash_deform_attn` for tensors of these shapes."""
     return MULTIPLY_ADDS_PER_SAMPLE * math.prod(sampling_loc_attn) // 3 * value[3]
 
 
@@ -70,8 +71,8 @@ _MULTIPLY_ADDS = {
 }
 
 
-def _argument(value: torch._C.Value):
-    """Return the shape of a tensor, or the constants of another argument, of a traced graph."""
+def _argument(value: torch._C.Value) -> Any:
+    """Return the shape of a tensor in a traced graph, or the value of a constant."""
     if isinstance(value.type(), torch._C.TensorType):
         return value.type().sizes()
     if value.node().kind() == "prim::ListConstruct":
@@ -83,12 +84,12 @@ def _handle(multiply_adds: Callable[..., int]) -> Callable[[list, list], int]:
     return lambda inputs, outputs: multiply_adds(*map(_argument, inputs))
 
 
-#: For `set_op_handle` of fvcore's FlopCountAnalysis and mmengine's FlopAnalyzer.
+#: Handles for `set_op_handle` of fvcore's FlopCountAnalysis and mmengine's FlopAnalyzer.
 HANDLES = {f"ops_dcnv4::{name}": _handle(count) for name, count in _MULTIPLY_ADDS.items()}
 
 
 def _import_flop_counter() -> ModuleType:
-    """Import torch's FLOP counter without its warning that there is no Triton."""
+    """Import torch's FLOP counter without its warning about missing Triton."""
     logger = logging.getLogger("torch.utils.flop_counter")
     disabled, logger.disabled = logger.disabled, True
     try:
@@ -101,11 +102,11 @@ def _register(name: str, multiply_adds: Callable[..., int]) -> None:
     register = _import_flop_counter().register_flop_formula
 
     @register(getattr(torch.ops.ops_dcnv4, name))
-    def forward(*shapes, out_shape=None) -> int:
+    def forward(*shapes: Any, out_shape: Any = None) -> int:
         return 2 * multiply_adds(*shapes)
 
     @register(getattr(torch.ops.ops_dcnv4, f"{name}_backward"))
-    def backward(grad_output, *shapes, out_shape=None) -> int:
+    def backward(grad_output: Any, *shapes: Any, out_shape: Any = None) -> int:
         return 2 * 2 * multiply_adds(*shapes)
 
 

@@ -1,4 +1,4 @@
-"""Layers around the operators: the published modules and a drop-in for nn.Conv2d."""
+"""DCNv4 and deformable attention layers, and a drop-in replacement for nn.Conv2d."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from .ops import check_dense, checked_output_size, dcnv4, to_bool, to_float, to_
 
 
 class _NotScriptable(nn.Module):
-    """Base of the layers, which torch.jit.script is told about before it compiles anything."""
+    """Base class that makes torch.jit.script fail with a clear error before compiling anything."""
 
     def __prepare_scriptable__(self) -> None:
         raise NotImplementedError(
@@ -22,37 +22,41 @@ class _NotScriptable(nn.Module):
 
 
 def offset_mask_channels(groups: int, taps: int) -> int:
-    """Channels of offset_mask for `taps` kernel taps, padded to a multiple of 8 as published."""
+    """Return the number of `offset_mask` channels, padded to a multiple of 8 as published."""
     return math.ceil(groups * taps * 3 / 8) * 8
 
 
 class DCNv4(_NotScriptable):
-    """The DCNv4 layer (arXiv:2401.06197): value projection, operator, output projection.
+    """DCNv4 layer (arXiv:2401.06197): value projection, DCNv4 operator and output projection.
 
-    Offsets and modulation are predicted from the input, by a linear layer behind an optional
-    depth-wise convolution. Argument names and state-dict keys are the published ones. Offsets and
-    modulation start at zero, as published: the operator of a fresh layer returns zeros, and the
-    value projection gets no gradient in the very first step.
+    Offsets and modulation are predicted from the input by a linear layer, optionally preceded by a
+    depth-wise convolution. Argument names and state-dict keys are those of the published layer. As
+    published, offsets and modulation are initialised to zero: the operator of a fresh layer returns
+    zeros, and the value projection receives no gradient in the very first step.
 
     Args:
-        channels: of input and output.
-        kernel_size, stride, pad, dilation: of the kernel window, as for nn.Conv2d.
-        group: number of channel groups; divides `channels`. The published models use 16 channels
-            per group.
-        offset_scale: factor on the tap grid and the learned offsets.
-        dw_kernel_size: size of the depth-wise convolution that precedes the offset prediction, odd;
-            None leaves it out.
-        center_feature_scale: blend output and value by a learned gate per group.
-        remove_center: drop the kernel's middle tap.
-        output_bias: whether the output projection has a bias.
-        without_pointwise: leave out the value and output projections.
-        initial_modulation: where the modulation scalars start; 1 / taps makes a fresh layer average
-            its window, which helps where the published zero start does not train.
-        device, dtype: of the parameters.
+        channels: Number of input and output channels.
+        kernel_size: Size of the kernel window.
+        stride: Stride of the kernel window.
+        pad: Zero padding on each side of the input.
+        dilation: Spacing between kernel taps.
+        group: Number of channel groups; must divide `channels`. The published models use 16
+            channels per group.
+        offset_scale: Factor on both the tap grid and the learned offsets.
+        dw_kernel_size: Odd kernel size of the depth-wise convolution before the offset prediction.
+            None omits the convolution.
+        center_feature_scale: Blend the output with the value by a learned gate per group.
+        remove_center: Omit the centre tap of the kernel.
+        output_bias: Add a learnable bias in the output projection.
+        without_pointwise: Omit the value and output projections.
+        initial_modulation: Initial value of the modulation scalars. With 1 / taps, a fresh layer
+            averages over its window, which helps where the published initialisation does not train.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: `group` does not divide `channels`, or `dw_kernel_size` is even.
+        TypeError: If an argument has the wrong type.
+        ValueError: If `group` does not divide `channels`, or `dw_kernel_size` is even.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class DCNv4(_NotScriptable):
         initial_modulation: float = 0.0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-    ):
+    ) -> None:
         super().__init__()
         channels, group = to_int(channels, "channels", minimum=1), to_int(group, "group")
         if group < 1 or channels % group:
@@ -118,7 +122,7 @@ class DCNv4(_NotScriptable):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Published initialisation; the depth-wise convolution has nn.Conv2d's."""
+        """Initialise as published; the depth-wise convolution is initialised like nn.Conv2d."""
         if self.dw_kernel_size is not None:
             self.offset_mask_dw.reset_parameters()
         nn.init.zeros_(self.offset_mask.weight)
@@ -137,16 +141,17 @@ class DCNv4(_NotScriptable):
             nn.init.zeros_(self.center_feature_scale_proj_bias)
 
     def forward(self, input: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """
+        """Apply the layer.
+
         Args:
-            input: (N, H, W, C), or (N, L, C) with L = H * W.
-            shape: (H, W) of an (N, L, C) input; may be left out if that image is square.
+            input: Features of shape (N, H, W, C), or (N, L, C) with L = H * W.
+            shape: (H, W) of an (N, L, C) input. May be omitted if the image is square.
 
         Returns:
-            (N, H_out, W_out, C), or (N, H_out * W_out, C), like the input.
+            Features of shape (N, H_out, W_out, C), or (N, H_out * W_out, C) for (N, L, C) input.
 
         Raises:
-            ValueError: `input` or `shape` does not fit.
+            ValueError: If the shape of `input` is invalid or does not match `shape`.
         """
         x = self._as_image(input, shape)
         value = x if self.without_pointwise else self.value_proj(x)
@@ -198,14 +203,20 @@ class DCNv4(_NotScriptable):
         return input.unflatten(1, (height, width))
 
     def predict_offset_mask(self, x: Tensor) -> Tensor:
-        """offset_mask (N, H_out, W_out, P) for an input (N, H, W, C), read around the centre of
-        each output pixel's window."""
+        """Predict offsets and modulation at the centre of each output pixel's window.
+
+        Args:
+            x: Features of shape (N, H, W, C).
+
+        Returns:
+            `offset_mask` of shape (N, H_out, W_out, P).
+        """
         if self.dw_kernel_size is None:
             return self.offset_mask(self._at_output_centers(x))
         conv = self.offset_mask_dw
         pads = self._padding_for(x, self.dw_kernel_size)
         x = x.permute(0, 3, 1, 2)
-        # The convolution's own padding where it amounts to the same: it copies nothing.
+        # The convolution's own padding avoids a copy, so use it where it is equivalent.
         if self._has_odd_window() and all(before >= 0 for before, _ in pads):
             padding = (pads[0][0], pads[1][0])
         else:
@@ -214,8 +225,11 @@ class DCNv4(_NotScriptable):
         return self.offset_mask(x.permute(0, 2, 3, 1))
 
     def _padding_for(self, x: Tensor, window: int) -> list[tuple[int, int]]:
-        """(before, after) of H and of W, negative to crop, with which an unpadded strided sliding
-        `window` over x (N, H, W, C) has the operator's output size and window centres."""
+        """Return the padding that aligns a strided sliding `window` with the operator's windows.
+
+        With x (N, H, W, C) padded by (before, after) in H and in W, the sliding window has the same
+        output size and centres as the operator. Negative padding crops.
+        """
         size, out = x.shape[1:3], self._output_size(x)
         pads = []
         for axis in range(2):
@@ -236,11 +250,11 @@ class DCNv4(_NotScriptable):
         )
 
     def _at_output_centers(self, x: Tensor) -> Tensor:
-        """x (N, H, W, C) at the centre of each output pixel's window, zero outside the image."""
+        """Return x (N, H, W, C) at the centres of the output pixels' windows, zero-padded."""
         pads, out = self._padding_for(x, window=1), self._output_size(x)
         if not (self._has_odd_window() and all(before == 0 for before, _ in pads)):
             x = F.pad(x, (0, 0, *pads[1], *pads[0]))
-        # Not by slices: sizes of slices are not the operator's output size to symbolic tracing.
+        # Symbolic tracing cannot prove that the size of a slice equals the operator's output size.
         for axis in range(2):
             if self.stride[axis] > 1:
                 index = torch.arange(out[axis], device=x.device) * self.stride[axis]
@@ -255,6 +269,7 @@ class DCNv4(_NotScriptable):
         return output * (1 - gate) + self._at_output_centers(value) * gate
 
     def extra_repr(self) -> str:
+        """Return the arguments to show in the string representation."""
         return (
             f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"pad={self.pad}, dilation={self.dilation}, group={self.group}, "
@@ -263,24 +278,32 @@ class DCNv4(_NotScriptable):
 
 
 class DCNv4Conv2d(DCNv4):
-    """A drop-in for nn.Conv2d that aggregates with DCNv4.
+    """Drop-in replacement for nn.Conv2d that aggregates with DCNv4.
 
-    Unlike the published layer it starts as an average over its window. It has the attributes of
-    nn.Conv2d but `weight`.
+    Unlike the published layer, a fresh layer averages over its window. The layer has the attributes
+    of nn.Conv2d except `weight`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, bias, device, dtype: as
-            for nn.Conv2d; `padding` may be 'valid', or 'same' with stride 1.
-        groups: number of groups of input channels that share their offsets (not nn.Conv2d's groups:
-            every output channel sees every input channel, and 1 is one group). None takes 16
-            channels per group, as the published models do, where that divides `in_channels`, else
-            one group.
-        padding_mode: 'zeros'.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        kernel_size: Size of the kernel window.
+        stride: Stride of the kernel window.
+        padding: Zero padding on each side of the input; 'valid', or 'same' with stride 1 and an odd
+            window.
+        dilation: Spacing between kernel taps.
+        groups: Number of groups of input channels that share their offsets. Unlike with nn.Conv2d,
+            every output channel depends on every input channel. By default, each group has 16
+            channels, as in the published models; if 16 does not divide `in_channels`, there is one
+            group.
+        bias: Add a learnable bias to the output.
+        padding_mode: Only 'zeros' is supported.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: `groups` does not divide `in_channels`, or `padding` or `padding_mode` is not
-            accepted.
+        TypeError: If an argument has the wrong type.
+        ValueError: If `groups` does not divide `in_channels`, or `padding` or `padding_mode` is not
+            supported.
 
     Example:
         >>> DCNv4Conv2d(32, 64, kernel_size=3, stride=2, padding=1)(torch.randn(1, 32, 8, 8)).shape
@@ -304,7 +327,7 @@ class DCNv4Conv2d(DCNv4):
         padding_mode: str = "zeros",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-    ):
+    ) -> None:
         in_channels = to_int(in_channels, "in_channels", minimum=1)
         out_channels = to_int(out_channels, "out_channels", minimum=1)
         if padding_mode != "zeros":
@@ -343,11 +366,21 @@ class DCNv4Conv2d(DCNv4):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """What is added to each output channel: the bias of the output projection."""
+        """Return the bias of the output projection."""
         return self.output_proj.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H_out, W_out), in channels-last memory."""
+        """Apply the layer.
+
+        Args:
+            input: Features of shape (N, C_in, H, W).
+
+        Returns:
+            Features of shape (N, C_out, H_out, W_out) in channels-last memory format.
+
+        Raises:
+            ValueError: If the shape of `input` is invalid.
+        """
         check_dense("input", input)
         if input.dim() != 4 or input.shape[1] != self.in_channels:
             raise ValueError(
@@ -356,6 +389,7 @@ class DCNv4Conv2d(DCNv4):
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
+        """Return the arguments to show in the string representation."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
@@ -380,19 +414,20 @@ def _named_padding(
 class FlashDeformAttn(_NotScriptable):
     """Multi-scale deformable attention (arXiv:2010.04159, section 4.1) as in the DCNv4 package.
 
-    Argument names and state-dict keys are the published ones. Unlike the published layer it never
-    rounds sampling locations to float16, under autocast neither.
+    Argument names and state-dict keys are those of the published layer. Unlike the published layer,
+    it never rounds sampling locations to float16, not even under autocast.
 
     Args:
-        d_model: channels of queries, inputs and outputs.
-        n_levels: feature maps that are sampled.
-        n_heads: heads; divides `d_model`.
-        n_points: sampling points per query, head and level.
-        device, dtype: of the parameters.
+        d_model: Number of channels of queries, inputs and outputs.
+        n_levels: Number of feature levels.
+        n_heads: Number of attention heads; must divide `d_model`.
+        n_points: Number of sampling points per query, head and level.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: a number is below 1, or `n_heads` does not divide `d_model`.
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is below 1, or `n_heads` does not divide `d_model`.
     """
 
     def __init__(
@@ -403,7 +438,7 @@ class FlashDeformAttn(_NotScriptable):
         n_points: int = 4,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-    ):
+    ) -> None:
         super().__init__()
         d_model = to_int(d_model, "d_model", minimum=1)
         n_levels, n_points = to_int(n_levels, "n_levels", 1), to_int(n_points, "n_points", 1)
@@ -422,7 +457,11 @@ class FlashDeformAttn(_NotScriptable):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Deformable DETR's: head by head the points lie in one direction, 1, 2, ... pixels off."""
+        """Initialise as in Deformable DETR.
+
+        The points of each head start 1, 2, ... pixels away from the reference point, in one
+        direction per head.
+        """
         nn.init.zeros_(self.sampling_offsets.weight)
         with torch.no_grad():
             bias = self.sampling_offsets.bias.view(self.n_heads, self.n_levels, self.n_points, 2)
@@ -442,23 +481,26 @@ class FlashDeformAttn(_NotScriptable):
         input_level_start_index: Tensor | Sequence[int] | None = None,
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """
+        """Apply the layer.
+
         Args:
-            query: (N, Lq, C).
-            reference_points: (N, Lq, L, 2), points (x, y), (0, 0) at the top left corner of the
-                images and (1, 1) at the bottom right one, or (N, Lq, L, 4), boxes (x, y, w, h)
-                around such points, in whose sizes the offsets are then measured. N, Lq and L may
-                be 1 there, for all images, queries or levels.
-            input_flatten: (N, S, C), the feature maps of all levels one behind the other.
-            input_spatial_shapes: (L, 2), (H, W) of each level.
-            input_level_start_index: (L,), the first pixel of each level; may be left out.
-            input_padding_mask: (N, S), True for pixels that count as zero.
+            query: Queries of shape (N, Lq, C).
+            reference_points: Points (x, y) of shape (N, Lq, L, 2), where (0, 0) is the top left
+                corner of the image and (1, 1) the bottom right corner, or boxes (x, y, w, h) of
+                shape (N, Lq, L, 4), where (x, y) is the centre and offsets are relative to the box
+                size. Points or boxes may be shared between images, queries or levels (a size of 1).
+            input_flatten: Feature maps of shape (N, S, C), the levels concatenated.
+            input_spatial_shapes: (H, W) of each level, of shape (L, 2).
+            input_level_start_index: Index of the first pixel of each level, of shape (L,). Computed
+                from `input_spatial_shapes` by default.
+            input_padding_mask: Boolean mask of shape (N, S), True for pixels that count as zero.
 
         Returns:
-            (N, Lq, C).
+            Output of shape (N, Lq, C).
 
         Raises:
-            ValueError: an argument does not fit; the message names it.
+            ValueError: If the shape or dtype of an argument is invalid; the message names the
+                argument.
         """
         for name, tensor in (("query", query), ("input_flatten", input_flatten)):
             check_dense(name, tensor)
@@ -497,6 +539,7 @@ class FlashDeformAttn(_NotScriptable):
         return self.output_proj(output)
 
     def extra_repr(self) -> str:
+        """Return the arguments to show in the string representation."""
         return (
             f"{self.d_model}, n_levels={self.n_levels}, n_heads={self.n_heads}, "
             f"n_points={self.n_points}"
@@ -504,8 +547,10 @@ class FlashDeformAttn(_NotScriptable):
 
 
 def initial_offsets(heads: int, points: int, device: torch.device) -> Tensor:
-    """(heads, points, 2): point k of head m lies k + 1 pixels away in direction 2 * pi * m / heads,
-    in the maximum norm."""
+    """Return Deformable DETR's initial sampling offsets, of shape (heads, points, 2) in pixels.
+
+    Point k of head m lies k + 1 pixels away (in the maximum norm) in direction 2 * pi * m / heads.
+    """
     angles = torch.arange(heads, device=device) * (2 * math.pi / heads)
     directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
     directions = directions / directions.abs().amax(-1, keepdim=True)
@@ -515,17 +560,21 @@ def initial_offsets(heads: int, points: int, device: torch.device) -> Tensor:
 def sampling_locations(
     offsets: Tensor, reference_points: Tensor, spatial_shapes: SpatialShapes
 ) -> Tensor:
-    """Locations (N, Lq, M, L, K, 2) from 0 to 1, in float32 for 16-bit offsets.
+    """Compute sampling locations from predicted offsets and reference points or boxes.
 
     Args:
-        offsets: (N, Lq, M, L, K, 2), in pixels of the level around reference points, in halves of a
-            reference box divided by K.
-        reference_points: (N, Lq, L, 2) points or (N, Lq, L, 4) boxes (x, y, w, h); the first three
-            dimensions may be 1.
-        spatial_shapes: (L, 2), (H, W) of each level.
+        offsets: Offsets of shape (N, Lq, M, L, K, 2): pixels of the level for reference points;
+            half the box size divided by K for reference boxes.
+        reference_points: Points of shape (N, Lq, L, 2) or boxes (x, y, w, h) of shape
+            (N, Lq, L, 4); N, Lq and L may be 1.
+        spatial_shapes: (H, W) of each level, of shape (L, 2).
+
+    Returns:
+        Locations of shape (N, Lq, M, L, K, 2), where 0 to 1 spans the level. Float32 if the offsets
+        have 16 bits.
 
     Raises:
-        ValueError: `reference_points` or `spatial_shapes` does not fit the offsets.
+        ValueError: If `reference_points` or `spatial_shapes` does not match the offsets.
     """
     n, queries, _, levels, points, _ = offsets.shape
     sizes = to_integers("spatial_shapes", spatial_shapes).to(offsets.device, non_blocking=True)

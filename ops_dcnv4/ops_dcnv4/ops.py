@@ -1,4 +1,4 @@
-"""The functional DCNv4 operator and its checks."""
+"""Functional DCNv4 and its argument checks."""
 
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -6,8 +6,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-# Limits of csrc/checks.h and csrc/geometry.cpp: float32, in which coordinates are computed, holds
-# all whole numbers up to MAX_SIDE, and 32 bits count the rest.
+# Same limits as in csrc/checks.h and csrc/geometry.cpp. Coordinates are computed in float32, which
+# represents all integers up to MAX_SIDE; the other limits keep 32-bit arithmetic from overflowing.
 MAX_SIDE = 2**24
 MAX_PARAMETER = 2**27
 MAX_COUNT = (2**31 - 1) // 4
@@ -24,39 +24,41 @@ def dcnv4(
     offset_scale: float = 1.0,
     remove_center: bool = False,
 ) -> Tensor:
-    """Deformable aggregation of DCNv4 (arXiv:2401.06197, section 3.1).
+    """Compute the deformable aggregation of DCNv4 (arXiv:2401.06197, section 3.1).
 
-    Each output pixel is, group by group, the sum over the K kernel taps of a modulation scalar
-    times the bilinear sample of `value` at the tap's position plus a learned offset. Neither the
-    offsets nor the scalars are normalised. :mod:`ops_dcnv4.reference` spells out the formula.
+    For each output pixel, channel group and tap of the kernel window, `value` is sampled bilinearly
+    at the tap's position plus a learned offset, multiplied by a learned modulation scalar, and
+    summed over the taps. Neither offsets nor scalars are normalised. :mod:`ops_dcnv4.reference`
+    states the formula.
 
     Args:
-        value: (N, H, W, C) with C = groups * group_channels; float32, float64, float16 or bfloat16.
-            16-bit inputs are computed and accumulated in float32; only the interpolation between
-            four pixels is done in float16 for float16 inputs on CUDA.
-        offset_mask: (N, H_out, W_out, P) of the same dtype and device, P >= 3 * groups * K with
-            K = kernel_h * kernel_w - remove_center. Group g owns channels 3*K*g to 3*K*(g + 1):
-            K pairs (dx, dy) in pixels, kernel column by column, then K modulation scalars.
-            Further channels are padding: ignored, with zero gradient.
-        kernel_size: height and width of the kernel window; any size, odd or even.
-        stride: of the output grid, in pixels.
-        padding: pixels by which the first window starts outside the image.
-        dilation: distance between kernel taps, in pixels.
-        groups: number of channel groups, each with its own offsets and modulation.
-        offset_scale: factor on the regular tap grid and the learned offsets alike.
-        remove_center: drop the kernel's middle tap.
+        value: Features of shape (N, H, W, C) with C = groups * group_channels. Float32, float64,
+            float16 or bfloat16. 16-bit inputs are computed and accumulated in float32, except that
+            float16 inputs on CUDA may be interpolated in float16.
+        offset_mask: Offsets and modulation of shape (N, H_out, W_out, P), with the dtype and device
+            of `value`; P >= 3 * groups * K with K = kernel_h * kernel_w - remove_center. Group g
+            owns channels 3*K*g to 3*K*(g + 1): K pairs (dx, dy) in pixels, ordered column by column
+            of the window, then K modulation scalars. Further channels are padding; they are ignored
+            and their gradient is zero.
+        kernel_size: Size of the kernel window, odd or even.
+        stride: Stride of the kernel window, in pixels.
+        padding: Zero padding on each side of the input, in pixels.
+        dilation: Spacing between kernel taps, in pixels.
+        groups: Number of channel groups, each with its own offsets and modulation.
+        offset_scale: Factor on both the regular tap grid and the learned offsets.
+        remove_center: Omit the centre tap of the kernel.
 
     Returns:
-        (N, H_out, W_out, C) with the sizes given by :func:`output_size`.
+        Tensor of shape (N, H_out, W_out, C); :func:`output_size` computes H_out and W_out.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype, or the dtypes differ.
-        ValueError: a shape, device or parameter does not fit, or an image has no pixels; the
-            message names it.
+        TypeError: If an argument has the wrong type or dtype, or the dtypes differ.
+        ValueError: If a shape, device or parameter is invalid, or an image has no pixels; the
+            message names the argument.
 
     Example:
         >>> value = torch.randn(2, 14, 14, 32)
-        >>> offset_mask = torch.zeros(2, 14, 14, 56)  # 3 * 2 groups * 9 taps, padded to 8s
+        >>> offset_mask = torch.zeros(2, 14, 14, 56)  # 3 * 2 groups * 9 taps, padded to 56
         >>> dcnv4(value, offset_mask, groups=2).shape
         torch.Size([2, 14, 14, 32])
     """
@@ -76,7 +78,7 @@ def dcnv4(
 
 
 def to_int(number: int, name: str, minimum: int | None = None) -> int:
-    """Return an integer of Python or NumPy as an int; errors name the argument `name`."""
+    """Convert a Python or NumPy integer to an int; errors name the argument `name`."""
     if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt, Integral)):
         raise TypeError(f"{name} must be an int, got {number!r}")
     if minimum is not None and number < minimum:
@@ -85,7 +87,7 @@ def to_int(number: int, name: str, minimum: int | None = None) -> int:
 
 
 def to_pair(number: int | Sequence[int], name: str, minimum: int) -> tuple[int, int]:
-    """Return (height, width) from one number or two; errors name the argument `name`."""
+    """Convert an int or a pair of ints to (height, width); errors name the argument `name`."""
     numbers = tuple(number) if isinstance(number, (tuple, list)) else (number, number)
     try:
         height, width = (to_int(n, name) for n in numbers)
@@ -99,7 +101,7 @@ def to_pair(number: int | Sequence[int], name: str, minimum: int) -> tuple[int, 
 
 
 def to_float(number: float, name: str) -> float:
-    """Return a real number of Python or NumPy as a float; errors name the argument `name`."""
+    """Convert a real Python or NumPy number to a float; errors name the argument `name`."""
     accepted = (int, float, torch.SymFloat, Real)
     if isinstance(number, bool) or not isinstance(number, accepted):
         raise TypeError(f"{name} must be a number, got {number!r}")
@@ -107,7 +109,7 @@ def to_float(number: float, name: str) -> float:
 
 
 def to_bool(flag: bool, name: str) -> bool:
-    """Return a flag, also one of NumPy or 0 or 1, as a bool; errors name the argument `name`."""
+    """Convert a Python or NumPy bool, 0 or 1 to a bool; errors name the argument `name`."""
     if isinstance(flag, (str, Tensor)) or flag not in (False, True):
         raise TypeError(f"{name} must be a bool, got {flag!r}")
     return bool(flag)
@@ -120,7 +122,18 @@ def output_size(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> tuple[int, int]:
-    """(H_out, W_out) of an input of `size` (H, W), as for a convolution."""
+    """Return the output size of :func:`dcnv4`, which is that of a convolution.
+
+    Args:
+        size: (H, W) of the input.
+        kernel_size: (height, width) of the kernel window.
+        stride: Stride in (height, width).
+        padding: Padding in (height, width).
+        dilation: Dilation in (height, width).
+
+    Returns:
+        (H_out, W_out), which may be zero or negative if the window does not fit.
+    """
     height, width = (
         (n + 2 * p - (d * (k - 1) + 1)) // s + 1
         for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
@@ -131,10 +144,10 @@ def output_size(
 def checked_output_size(
     name: str, size: tuple[int, int], *window: tuple[int, int]
 ) -> tuple[int, int]:
-    """Return the :func:`output_size` of the tensor `name` for a window that fits into it.
+    """Return the :func:`output_size` of the argument `name`, requiring at least one output pixel.
 
     Raises:
-        ValueError: There would be no output pixel.
+        ValueError: If the output would be empty.
     """
     height, width = output_size(size, *window)
     if height < 1 or width < 1:
@@ -150,7 +163,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[str, ...]) -> None:
-    """Raises an error that names the argument unless it is a floating-point tensor of `shape`."""
+    """Raise an error unless argument `name` is a dense floating-point tensor of rank len(shape)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     check_dense(name, tensor)
@@ -163,7 +176,7 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[str, ...]) -> None:
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Raise an error that names the argument if it is sparse, nested or in oneDNN's layout."""
+    """Raise TypeError if argument `name` is sparse, nested or in oneDNN layout."""
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense tensor, got a {kind}")
@@ -180,10 +193,10 @@ def check_raw_dcnv4(
     offset_scale: float,
     remove_center: bool,
 ) -> tuple[int, ...]:
-    """Check the arguments of the operator in torch.ops, and return the shape of its output.
+    """Check the arguments of the operator in torch.ops and return the shape of its output.
 
-    The compiled kernels do the same. Symbolic sizes may have any value within the limits: they are
-    bounded when the operator runs.
+    The compiled kernels perform the same checks. Upper limits of symbolic sizes are checked when
+    the operator runs.
     """
     pairs = {"kernel_size": (kernel_size, 1), "stride": (stride, 1), "padding": (padding, 0)}
     pairs["dilation"] = dilation, 1
@@ -208,13 +221,13 @@ def check_raw_dcnv4(
 
 
 def check_size(name: str, size: int, limit: int = MAX_COUNT) -> None:
-    """Raise an error that names a size above the limit; symbolic sizes pass."""
+    """Raise ValueError if a size exceeds the limit; symbolic sizes are not checked."""
     if isinstance(size, int) and size > limit:
         raise ValueError(f"{name} must be at most {limit}, got {size}")
 
 
 def check_raw_grad_output(grad_output: Tensor, value: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise an error unless a gradient is like the output, which has `shape`."""
+    """Raise an error unless `grad_output` is a dense tensor like the output, which has `shape`."""
     check_dense("grad_output", grad_output)
     if (grad_output.dtype, grad_output.device) != (value.dtype, value.device):
         raise ValueError(
@@ -250,7 +263,7 @@ def _check_tensors(value: Tensor, offset_mask: Tensor) -> None:
             "value and offset_mask must be on one device, got "
             f"{value.device} and {offset_mask.device}"
         )
-    has_double = torch.float64 in (value.dtype, offset_mask.dtype)  # which autocast leaves alone
+    has_double = torch.float64 in (value.dtype, offset_mask.dtype)  # autocast does not cast float64
     if value.dtype != offset_mask.dtype and (has_double or not autocasts(value.device.type)):
         raise TypeError(
             f"value and offset_mask must have one dtype, got {value.dtype} and {offset_mask.dtype}"
@@ -258,7 +271,7 @@ def _check_tensors(value: Tensor, offset_mask: Tensor) -> None:
 
 
 def autocasts(device_type: str) -> bool:
-    """Whether autocast is active for a device type."""
+    """Return whether autocast is active for a device type."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 

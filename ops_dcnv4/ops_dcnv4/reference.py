@@ -1,33 +1,33 @@
-"""The operators in plain PyTorch: the specification of the compiled kernels.
+"""Plain PyTorch implementation of the operators: the specification of all backends.
 
-**DCNv4.** For output pixel (r, c), group g and kernel tap k in column i and row j of the kernel,
+**DCNv4.** For output pixel (r, c), group g and kernel tap k in column i and row j of the window,
 
     x = c * stride_w - padding_w + center_w + offset_scale * (i * dilation_w - center_w + dx[k])
     y = r * stride_h - padding_h + center_h + offset_scale * (j * dilation_h - center_h + dy[k])
     output[r, c, g] = sum over k of modulation[k] * bilinear(value[:, :, g], y, x)
 
 with center = dilation * (kernel_size - 1) // 2. The modulation is not normalised (DCNv4,
-arXiv:2401.06197, section 3.1). Taps are ordered column by column; remove_center drops the middle
-one. Of offset_mask's channels, group g owns [3*K*g, 3*K*(g + 1)) for K taps: K pairs (dx, dy),
-then K modulation scalars; channels from 3*K*groups on are padding.
+arXiv:2401.06197, section 3.1). Taps are ordered column by column; remove_center omits the centre
+tap. With K taps, group g owns channels [3*K*g, 3*K*(g + 1)) of offset_mask: K pairs (dx, dy), then
+K modulation scalars. Channels from 3*K*groups on are padding.
 
 **Multi-scale deformable attention** (Deformable DETR, arXiv:2010.04159, section 4.1, equation 3,
-without the projections). For query q, head m and point k of level l, whose image of H_l x W_l
-pixels starts at level_start_index[l] of the S pixels of value,
+without the projections). For query q, head m and point k of level l, which has H_l x W_l pixels and
+starts at pixel level_start_index[l] of value,
 
     x = sampling_locations[q, m, l, k, 0] * W_l - 0.5
     y = sampling_locations[q, m, l, k, 1] * H_l - 0.5
     output[q, m] = sum over l, k of attention_weights[q, m, l, k] * bilinear(value_l[:, m], y, x)
 
-The fused form packs, for each query and head, the 2*L*K locations in that order, then L*K logits,
-whose softmax over all levels and points are the weights.
+The fused form packs, for each query and head, 2*L*K location coordinates in that order, then L*K
+logits. The weights are the softmax of the logits over all levels and points.
 
-**Both.** A point counts if -1 < y < H and -1 < x < W, and each of its four pixels if it lies
-inside the image. Gradients are those of the cell that starts at floor(coordinate). float16 and
-bfloat16 are computed in float32.
+**Both.** A point contributes if -1 < y < H and -1 < x < W; of its four neighbouring pixels, those
+outside the image count as zero. Gradients are those of the cell that starts at floor(coordinate).
+Float16 and bfloat16 are computed in float32.
 
-The functions change nothing in place and make no constants, so that they serve as decompositions
-of the operators in exported and traced graphs.
+The functions modify nothing in place and create no constants, so that they can serve as
+decompositions of the operators in exported and traced graphs.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ Pair = tuple[int, int]
 class Corner(NamedTuple):
     """One of the four pixels around each sampling point; all tensors have the points' shape."""
 
-    index: Tensor  # into the pixels of value's image or levels, 0 where the pixel lies outside
+    index: Tensor  # of the pixel in the image or levels; 0 if the pixel is outside
     inside: Tensor
     weight: Tensor
     weight_dx: Tensor  # derivative of the weight with respect to x
@@ -60,7 +60,11 @@ def sampling_points(
     offset_scale: float,
     remove_center: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Coordinates x, y in pixels and modulation of every tap, each (N, H_out, W_out, G, K)."""
+    """Return the sampling points of DCNv4; arguments as in :func:`ops_dcnv4.dcnv4`.
+
+    Returns:
+        x and y in pixels, and the modulation, each of shape (N, H_out, W_out, G, K).
+    """
     height_out, width_out = offset_mask.shape[1:3]
     device = offset_mask.device
     tap = torch.arange(kernel_size[0] * kernel_size[1] - remove_center, device=device)
@@ -82,13 +86,19 @@ def sampling_points(
     return x, y, modulation
 
 
-def corners(x: Tensor, y: Tensor, height, width, start=0) -> Iterator[Corner]:
-    """The four pixels around the points (x, y), with their bilinear weights.
+def corners(
+    x: Tensor, y: Tensor, height: int | Tensor, width: int | Tensor, start: int | Tensor = 0
+) -> Iterator[Corner]:
+    """Yield the four pixels around the points (x, y), with their bilinear weights.
 
-    The image has `height` rows of `width` pixels from pixel `start` on: numbers, or tensors that
-    broadcast with the points.
+    Args:
+        x: Horizontal coordinates in pixels.
+        y: Vertical coordinates in pixels.
+        height: Height of the image; an int, or a tensor that broadcasts with the points.
+        width: Width of the image, likewise.
+        start: Index of the first pixel of the image, likewise.
     """
-    # Not finite: every comparison is false, and zeros keep the arithmetic below free of NaN.
+    # NaN and infinite points fail the comparisons. Zeros keep NaN out of the weights.
     in_range = (y > -1) & (y < height) & (x > -1) & (x < width)
     x, y = (torch.where(in_range, coordinate, 0) for coordinate in (x, y))
     left, top = x.detach().floor(), y.detach().floor()
@@ -108,7 +118,7 @@ def corners(x: Tensor, y: Tensor, height, width, start=0) -> Iterator[Corner]:
 
 
 def gather_index(corner: Corner) -> tuple[Tensor, Tensor, Tensor]:
-    """What points (N, ..., G, K) read at a corner, as an index of pixels (N, P, G, D)."""
+    """Return the index into pixels (N, P, G, D) that reads a corner of points (N, ..., G, K)."""
     shape, device = corner.index.shape, corner.index.device
     image = torch.arange(shape[0], device=device).view(-1, *[1] * (len(shape) - 1))
     group = torch.arange(shape[-2], device=device).view(-1, 1)
@@ -116,12 +126,12 @@ def gather_index(corner: Corner) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gather(pixels: Tensor, corner: Corner) -> Tensor:
-    """Pixels (N, P, G, D) at the corner of points (N, ..., G, K), zero outside the image."""
+    """Read pixels (N, P, G, D) at a corner of points (N, ..., G, K), zero outside the image."""
     return torch.where(corner.inside[..., None], pixels[gather_index(corner)], 0)
 
 
 def aggregate(pixels: Tensor, around: Iterator[Corner], modulation: Tensor) -> Tensor:
-    """Sums over the points: samples of pixels (N, P, G, D) times modulation (N, ..., G, K)."""
+    """Sum the samples of pixels (N, P, G, D), weighted by modulation (N, ..., G, K), over K."""
     output = 0
     for corner in around:
         weight = torch.where(corner.inside, corner.weight * modulation, 0)
@@ -132,7 +142,7 @@ def aggregate(pixels: Tensor, around: Iterator[Corner], modulation: Tensor) -> T
 def aggregate_backward(
     grad: Tensor, pixels: Tensor, around: Iterator[Corner], modulation: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of pixels, x, y and modulation for a gradient (N, ..., G, D) of the sums."""
+    """Return the gradients of pixels, x, y and modulation; `grad` (N, ..., G, D) is of the sums."""
     grad = grad.unsqueeze(-2)
     grad_pixels, grad_x, grad_y, grad_modulation = torch.zeros_like(pixels), 0, 0, 0
     for corner in around:
@@ -149,7 +159,7 @@ def aggregate_backward(
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that tensors of `dtype` are computed and accumulated in."""
+    """Return the dtype in which tensors of `dtype` are computed and accumulated."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -164,7 +174,7 @@ def dcnv4(
     offset_scale: float,
     remove_center: bool,
 ) -> Tensor:
-    """The operator; arguments as in :func:`ops_dcnv4.dcnv4`. Differentiable by autograd."""
+    """Compute DCNv4; arguments as in :func:`ops_dcnv4.dcnv4`. Differentiable by autograd."""
     dtype = compute_dtype(value.dtype)
     x, y, modulation = sampling_points(
         offset_mask.to(dtype),
@@ -187,7 +197,7 @@ def dcnv4_backward(
     offset_scale: float,
     remove_center: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of value and offset_mask, in their shapes and dtypes."""
+    """Return the gradients of value and offset_mask, in their shapes and dtypes."""
     dtype = compute_dtype(value.dtype)
     x, y, modulation = sampling_points(
         offset_mask.to(dtype),
@@ -209,7 +219,7 @@ def dcnv4_backward(
 def corners_of_levels(
     sampling_locations: Tensor, spatial_shapes: Tensor, level_start_index: Tensor
 ) -> Iterator[Corner]:
-    """The four pixels around every location; tensors are (N, Lq, M, L * K)."""
+    """Yield the four pixels around each location; the tensors have shape (N, Lq, M, L * K)."""
     points = sampling_locations.shape[4]
     height, width = spatial_shapes.repeat_interleave(points, dim=0).T
     start = level_start_index.repeat_interleave(points)
@@ -224,7 +234,10 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """The operator; arguments as its namesake in ops_dcnv4. Differentiable by autograd."""
+    """Compute multi-scale deformable attention. Differentiable by autograd.
+
+    Arguments as in :func:`ops_dcnv4.ms_deform_attn`.
+    """
     dtype = compute_dtype(value.dtype)
     around = corners_of_levels(sampling_locations.to(dtype), spatial_shapes, level_start_index)
     output = aggregate(value.to(dtype), around, attention_weights.to(dtype).flatten(3))
@@ -239,7 +252,7 @@ def ms_deform_attn_backward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, sampling_locations and attention_weights, in their shapes and dtypes."""
+    """Return the gradients of value, locations and weights, in their shapes and dtypes."""
     dtype = compute_dtype(value.dtype)
     grad_value, grad_x, grad_y, grad_weights = aggregate_backward(
         grad_output.to(dtype).unflatten(-1, value.shape[2:]),
@@ -257,7 +270,7 @@ def ms_deform_attn_backward(
 
 
 def unpack(sampling_loc_attn: Tensor, levels: int, n_points: int) -> tuple[Tensor, Tensor]:
-    """sampling_locations (N, Lq, M, L, K, 2) and attention_weights (N, Lq, M, L, K)."""
+    """Return sampling_locations (N, Lq, M, L, K, 2) and attention_weights (N, Lq, M, L, K)."""
     shape, count = (levels, n_points), levels * n_points
     locations, logits = sampling_loc_attn.split([2 * count, count], dim=-1)
     return locations.unflatten(-1, (*shape, 2)), logits.softmax(-1).unflatten(-1, shape)
@@ -270,7 +283,10 @@ def flash_deform_attn(
     sampling_loc_attn: Tensor,
     n_points: int,
 ) -> Tensor:
-    """The operator; arguments as its namesake in ops_dcnv4. Differentiable by autograd."""
+    """Compute fused multi-scale deformable attention. Differentiable by autograd.
+
+    Arguments as in :func:`ops_dcnv4.flash_deform_attn`.
+    """
     packed = sampling_loc_attn.to(compute_dtype(value.dtype))
     unpacked = unpack(packed, spatial_shapes.shape[0], n_points)
     return ms_deform_attn(value, spatial_shapes, level_start_index, *unpacked)
@@ -284,7 +300,7 @@ def flash_deform_attn_backward(
     sampling_loc_attn: Tensor,
     n_points: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of value and sampling_loc_attn, in their shapes and dtypes."""
+    """Return the gradients of value and sampling_loc_attn, in their shapes and dtypes."""
     packed = sampling_loc_attn.to(compute_dtype(value.dtype))
     locations, weights = unpack(packed, spatial_shapes.shape[0], n_points)
     grad_value, grad_locations, grad_weights = ms_deform_attn_backward(

@@ -1,11 +1,12 @@
-"""The operators as Triton kernels, for GPUs where the compiled CUDA library is missing.
+"""Triton kernels of the operators, for GPUs without the compiled CUDA library.
 
-The functions are those of :mod:`ops_dcnv4.reference`, which spells out the formulas. The work is
-divided into units of one output pixel and group, or one query and head. A program takes UNITS of an
-image's units and CHANNELS of their channels at a time, and follows their points one by one.
+The functions match those of :mod:`ops_dcnv4.reference`, which states the formulas. A unit of work
+is one output pixel and group, or one query and head. A program processes UNITS units of one image
+and CHANNELS of their channels at a time, and iterates over the points.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +21,7 @@ Pair = tuple[int, int]
 
 @triton.jit
 def _neighbours(coordinate, size, in_range, INDEX: tl.constexpr):
-    """Of the pixels before and after a coordinate: indices, whether they are inside, weights."""
+    """Return indices, inside flags and weights of the pixels before and after a coordinate."""
     floor = tl.floor(coordinate)
     before, weight = floor.to(INDEX), coordinate - floor
     inside = in_range & (before >= 0), in_range & (before + 1 < size)
@@ -30,8 +31,8 @@ def _neighbours(coordinate, size, in_range, INDEX: tl.constexpr):
 
 @triton.jit
 def _cell(x, y, height, width, exists, INDEX: tl.constexpr):
-    """Columns and rows of the four pixels around points (x, y), each as from _neighbours."""
-    # Not finite: every comparison is false, and zeros keep the arithmetic below free of NaN.
+    """Return columns and rows of the four pixels around points (x, y), each as _neighbours does."""
+    # NaN and infinite points fail the comparisons. Zeros keep NaN out of the weights.
     in_range = exists & (y > -1) & (y < height) & (x > -1) & (x < width)
     x, y = tl.where(in_range, x, 0), tl.where(in_range, y, 0)
     return _neighbours(x, width, in_range, INDEX), _neighbours(y, height, in_range, INDEX)
@@ -39,7 +40,7 @@ def _cell(x, y, height, width, exists, INDEX: tl.constexpr):
 
 @triton.jit
 def _corner(cell, width, below: tl.constexpr, right: tl.constexpr):
-    """One of a cell's four pixels: its index, whether it is inside, its weight's factors."""
+    """Return index, inside flag and the two factors of the weight of one pixel of a cell."""
     columns, has_column, weights_x = cell[0]
     rows, has_row, weights_y = cell[1]
     index = rows[below] * width + columns[right]
@@ -48,9 +49,9 @@ def _corner(cell, width, below: tl.constexpr, right: tl.constexpr):
 
 @triton.jit
 def _sample(image, width, stride, cell, modulation, channel, has_channel):
-    """The samples of some channels times modulation, (UNITS, CHANNELS).
+    """Return the modulated samples of a block of channels, of shape (UNITS, CHANNELS).
 
-    `image` points at each unit's channels of the first pixel; pixels are `stride` apart.
+    `image` points to each unit's channels in the first pixel; pixels are `stride` elements apart.
     """
     sample = tl.zeros([modulation.shape[0], channel.shape[0]], modulation.dtype)
     for below in tl.static_range(2):
@@ -68,7 +69,10 @@ def _sample_backward(
     grad_output, image, grad_image, width, stride, cell, modulation, exists,
     GROUP_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x, y and modulation, (UNITS,). Those of the pixels are added to grad_image."""
+    """Return the gradients of x, y and modulation; add the pixels' gradients to `grad_image`.
+
+    The returned gradients have shape (UNITS,).
+    """
     ACC: tl.constexpr = modulation.dtype
     grad_x, grad_y = tl.zeros_like(modulation), tl.zeros_like(modulation)
     grad_modulation = tl.zeros_like(modulation)
@@ -91,31 +95,40 @@ def _sample_backward(
                 weight = tl.where(inside, weight_x * weight_y * modulation, 0)
                 share = weight[:, None] * grad
                 tl.atomic_add(grad_image[:, None] + where, share, mask, sem="relaxed")
-    if modulation.shape[0] == 1:  # in order: these sums before those of the next point
+    if modulation.shape[0] == 1:  # deterministic mode: finish before the next point adds
         tl.debug_barrier()
     return grad_x, grad_y, grad_modulation
 
 
 # Launching
 
-PROGRAM_BYTES = 128 * 16  # of a pixel of every unit: 16 in each of 128 threads
+PROGRAM_BYTES = 128 * 16  # that a program loads per corner: 16 in each of 128 threads
 MAX_CHANNELS = 128
-MAX_INT32 = 2**30  # leaves room to count units a little beyond an image's last
+MAX_INT32 = 2**30  # leaves room for unit indices beyond the last unit of an image
 
 
 def _launch(
-    kernel,
+    kernel: Any,
     tensors: tuple[Tensor, ...],
     units: int,
     groups: int,
     group_channels: int,
     *sizes: int,
     in_order: bool = False,
-    **constants,
+    **constants: Any,
 ) -> None:
-    """Launches a kernel on `units` units of each image of the tensors, the first of which is value.
+    """Launch a kernel on `units` units per image.
 
-    In order, a program follows the units of one group one by one, so that sums do not change.
+    Args:
+        kernel: Triton kernel.
+        tensors: Tensors to pass to the kernel, starting with value.
+        units: Number of units per image.
+        groups: Number of channel groups or heads.
+        group_channels: Number of channels per group or head.
+        *sizes: Further sizes to pass to the kernel.
+        in_order: Let one program process all units of a group one by one, so that gradients are
+            summed in a deterministic order.
+        **constants: Further compile-time constants of the kernel.
     """
     value = tensors[0]
     if value.shape[0] * units == 0:
@@ -146,14 +159,17 @@ def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _empty(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Memory for a result. Triton's interpreter cannot round to bfloat16: there, torch must."""
+    """Allocate a result.
+
+    Triton's interpreter cannot round to bfloat16, so there the result is float32 and cast later.
+    """
     interpreted = like.dtype == torch.bfloat16 and triton.knobs.runtime.interpret
     dtype = torch.float32 if interpreted else like.dtype
     return like.new_empty(like.shape if shape is None else shape, dtype=dtype)
 
 
 def _zeros(like: Tensor) -> Tensor:
-    """Memory for sums, which are rounded afterwards."""
+    """Allocate an accumulator, at least float32, that is cast to the result's dtype later."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return like.new_zeros(like.shape, dtype=dtype)
 
@@ -163,11 +179,14 @@ def _zeros(like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Window:
-    """Where taps lie: at stride * pixel + start + scale * (dilation * tap - center + offset)."""
+    """Geometry of the kernel window.
+
+    Taps are at stride * pixel + start + scale * (dilation * tap - center + offset).
+    """
 
     rows: int
     taps: int
-    removed: int  # the place in the window that remove_center drops
+    removed: int  # index in the window of the tap that remove_center omits; taps if none
     stride: Pair
     start: Pair
     dilation: Pair
@@ -199,7 +218,7 @@ def _window(
 
 
 def _sizes(value: Tensor, offset_mask: Tensor, groups: int) -> tuple[int, ...]:
-    """Arguments of _launch, from `units` on."""
+    """Return the arguments of _launch from `units` on."""
     _, height, width, channels = value.shape
     _, height_out, width_out, offset_channels = offset_mask.shape
     units = height_out * width_out * groups
@@ -208,7 +227,7 @@ def _sizes(value: Tensor, offset_mask: Tensor, groups: int) -> tuple[int, ...]:
 
 @triton.jit
 def _tap(offsets, tap, row, column, exists, WINDOW: tl.constexpr, ACC: tl.constexpr):
-    """Coordinates and modulation of a tap; `offsets` points at each unit's part of offset_mask."""
+    """Return x, y and modulation of a tap; `offsets` points to each unit's part of offset_mask."""
     in_window = tl.where(tap >= WINDOW.removed, tap + 1, tap)
     grid_x = in_window // WINDOW.rows * WINDOW.dilation[1] - WINDOW.center[1]
     grid_y = in_window % WINDOW.rows * WINDOW.dilation[0] - WINDOW.center[0]
@@ -295,7 +314,7 @@ def dcnv4(
     offset_scale: float,
     remove_center: bool,
 ) -> Tensor:
-    """The operator; arguments as in :func:`ops_dcnv4.dcnv4`."""
+    """Compute DCNv4; arguments as in :func:`ops_dcnv4.dcnv4`."""
     value, offset_mask = _contiguous(value, offset_mask)
     output = _empty(value, (*offset_mask.shape[:3], value.shape[3]))
     _launch(
@@ -319,7 +338,7 @@ def dcnv4_backward(
     offset_scale: float,
     remove_center: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of value and offset_mask, in their shapes and dtypes."""
+    """Return the gradients of value and offset_mask, in their shapes and dtypes."""
     tensors = value, offset_mask, grad_output = _contiguous(value, offset_mask, grad_output)
     grad_value, grad_offset_mask = _zeros(value), _empty(offset_mask)
     window = _window(kernel_size, stride, padding, dilation, offset_scale, remove_center)
@@ -339,7 +358,7 @@ def dcnv4_backward(
 
 @triton.jit
 def _level(spatial_shapes, level_start_index, level, pixels, INDEX: tl.constexpr):
-    """Height, width and first pixel of a level. One that does not lie in value has no pixels."""
+    """Return height, width and first pixel of a level; a level that exceeds value has size 0."""
     height = tl.load(spatial_shapes + 2 * level)
     width = tl.load(spatial_shapes + 2 * level + 1)
     start = tl.load(level_start_index + level)
@@ -351,7 +370,7 @@ def _level(spatial_shapes, level_start_index, level, pixels, INDEX: tl.constexpr
 
 @triton.jit
 def _softmax(logits, count, exists, SOFTMAX: tl.constexpr, ACC: tl.constexpr):
-    """Maximum and sum that make weights of each unit's logits; without SOFTMAX, they are unused."""
+    """Return each unit's largest logit and sum of exponentials; both are unused without SOFTMAX."""
     largest = tl.full([exists.shape[0]], float("-inf"), ACC)
     total = tl.zeros([exists.shape[0]], ACC)
     if SOFTMAX:
@@ -364,7 +383,7 @@ def _softmax(logits, count, exists, SOFTMAX: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _weight(weights, point, exists, softmax, SOFTMAX: tl.constexpr, ACC: tl.constexpr):
-    """A point's weights, for which `softmax` comes from _softmax."""
+    """Return the attention weights of a point; `softmax` is the result of _softmax."""
     weight = tl.load(weights + point, exists, other=0).to(ACC)
     if SOFTMAX:
         weight = tl.exp(weight - softmax[0]) / softmax[1]
@@ -373,7 +392,7 @@ def _weight(weights, point, exists, softmax, SOFTMAX: tl.constexpr, ACC: tl.cons
 
 @triton.jit
 def _location(locations, point, height, width, exists, INDEX: tl.constexpr, ACC: tl.constexpr):
-    """The cell around a point."""
+    """Return the cell around a point."""
     x = tl.load(locations + 2 * point, exists, other=0).to(ACC) * width - 0.5
     y = tl.load(locations + 2 * point + 1, exists, other=0).to(ACC) * height - 0.5
     return _cell(x, y, height, width, exists, INDEX)
@@ -449,7 +468,8 @@ def _attention_backward_kernel(
                 tl.store(grad_weights + own_weights + point, grad_weight, exists)
                 mean += weight * grad_weight
         if SOFTMAX:
-            tl.debug_barrier()  # all threads see the gradients of the weights, and replace them
+            # Other threads may have stored the weight gradients that are read and replaced below.
+            tl.debug_barrier()
             for point in range(levels * points):
                 weight = _weight(weights + own_weights, point, exists, softmax, SOFTMAX, ACC)
                 grad_logits = grad_weights + own_weights + point
@@ -460,7 +480,10 @@ def _attention_backward_kernel(
 def _attention_sizes(
     value: Tensor, spatial_shapes: Tensor, queries: int, points: int, packed: bool
 ) -> tuple[int, ...]:
-    """Arguments of _launch, from `units` on. Packed, the weights lie behind the locations."""
+    """Return the arguments of _launch from `units` on.
+
+    If packed, locations and weights share one tensor.
+    """
     _, pixels, heads, channels = value.shape
     levels = len(spatial_shapes)
     count = levels * points
@@ -475,7 +498,7 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """The operator; arguments as in :func:`ops_dcnv4.ms_deform_attn`."""
+    """Compute deformable attention; arguments as in :func:`ops_dcnv4.ms_deform_attn`."""
     tensors = value, spatial_shapes, *_ = _contiguous(
         value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     )
@@ -494,7 +517,7 @@ def ms_deform_attn_backward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, sampling_locations and attention_weights, in their shapes and dtypes."""
+    """Return the gradients of value, locations and weights, in their shapes and dtypes."""
     inputs = value, sampling_locations, attention_weights
     tensors = _contiguous(
         value, spatial_shapes, level_start_index, sampling_locations, attention_weights, grad_output
@@ -519,7 +542,7 @@ def flash_deform_attn(
     sampling_loc_attn: Tensor,
     n_points: int,
 ) -> Tensor:
-    """The operator; arguments as in :func:`ops_dcnv4.flash_deform_attn`."""
+    """Compute fused attention; arguments as in :func:`ops_dcnv4.flash_deform_attn`."""
     *tensors, packed = _contiguous(value, spatial_shapes, level_start_index, sampling_loc_attn)
     logits = packed[..., 2 * len(spatial_shapes) * n_points :]
     queries = packed.shape[1]
@@ -537,12 +560,13 @@ def flash_deform_attn_backward(
     sampling_loc_attn: Tensor,
     n_points: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of value and sampling_loc_attn, in their shapes and dtypes."""
+    """Return the gradients of value and sampling_loc_attn, in their shapes and dtypes."""
     *tensors, packed, grad_output = _contiguous(
         value, spatial_shapes, level_start_index, sampling_loc_attn, grad_output
     )
     first_logit = 2 * len(spatial_shapes) * n_points
-    grad_value, grad_packed = _zeros(value), _zeros(packed)  # which also holds intermediate results
+    # grad_packed holds intermediate results too, so it is not rounded to 16 bits.
+    grad_value, grad_packed = _zeros(value), _zeros(packed)
     sizes = _attention_sizes(value, spatial_shapes, packed.shape[1], n_points, packed=True)
     _launch(
         _attention_backward_kernel,
