@@ -1,5 +1,5 @@
-// Gradients and autocast of the operators. backends.py has the same in Python for installations
-// without this library; here a call costs the tenth of it.
+// Autograd and autocast of the operators. backends.py implements the same in Python for
+// installations without this library; in C++, a call costs a tenth.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -15,7 +15,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// An operator through the dispatcher, that is on any device.
+// Looks up an operator in the dispatcher, which selects the kernel for the device.
 template <typename Signature>
 auto find(const char* name, const char* suffix = "") {
   const std::string full = std::string("ops_dcnv4::") + name + suffix;
@@ -35,14 +35,14 @@ const auto& backward_of() {
   return handle;
 }
 
-// Below the gradients, where the kernels are.
+// Calls an operator below the autograd dispatch keys.
 template <typename Operator, typename... Arguments>
 auto call_kernel(const Operator& handle, const Arguments&... arguments) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   return handle.call(arguments...);
 }
 
-// Each operator: its name and, below the gradients, how it runs forward and backward.
+// The autograd functions, one per operator.
 struct Dcnv4Function : torch::autograd::Function<Dcnv4Function> {
   using Signature = Dcnv4;
   using BackwardSignature = Dcnv4Backward;
@@ -73,7 +73,7 @@ struct Dcnv4Function : torch::autograd::Function<Dcnv4Function> {
         grad_outputs[0], saved[0], saved[1], data["kernel_size"].toIntVector(),
         data["stride"].toIntVector(), data["padding"].toIntVector(), data["dilation"].toIntVector(),
         data["groups"].toInt(), data["offset_scale"].toDouble(), data["remove_center"].toBool());
-    variable_list grads(9);  // undefined for the parameters
+    variable_list grads(9);  // undefined for all arguments that are not tensors
     grads[0] = grad_value;
     grads[1] = grad_offset_mask;
     return grads;
@@ -126,7 +126,7 @@ struct FlashDeformAttnFunction : torch::autograd::Function<FlashDeformAttnFuncti
   }
 };
 
-// The gradients of an operator, which are not differentiated again.
+// Calls a backward operator; its result cannot be differentiated again.
 template <typename Function>
 struct Once : torch::autograd::Function<Once<Function>> {
   template <typename... Arguments>
@@ -142,7 +142,7 @@ struct Once : torch::autograd::Function<Once<Function>> {
   }
 };
 
-// Brings tensors to the dtype of the surrounding linear layers; float64 stays as it is.
+// Casts tensors to the autocast dtype; float64 is left unchanged.
 template <c10::DeviceType device>
 struct Cast {
   at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
@@ -151,14 +151,14 @@ struct Cast {
     return at::autocast::cached_cast(dtype, tensor, device);
   }
 
-  // Where attention samples is not rounded: in 16 bits it would be fractions of a pixel off.
+  // Locations are never rounded to 16 bits, which would shift them by fractions of a pixel.
   at::Tensor points(const at::Tensor& tensor) const {
     if (tensor.scalar_type() == dtype) return tensor;
     return at::autocast::cached_cast(at::kFloat, tensor, device);
   }
 };
 
-// What the dispatcher calls, with the operators' signatures.
+// The functions that are registered with the dispatcher; they have the operators' signatures.
 template <typename Function, typename Signature = typename Function::Signature>
 struct Forward;
 
@@ -166,7 +166,7 @@ template <typename Function, typename... Arguments>
 struct Forward<Function, at::Tensor(Arguments...)> {
   static at::Tensor autograd(Arguments... arguments) { return Function::apply(arguments...); }
 
-  // cast_all(cast, arguments...) returns the arguments as a tuple.
+  // cast_all(cast, arguments...) returns the cast arguments as a tuple.
   template <c10::DeviceType device, c10::DispatchKey key>
   static at::Tensor autocast(Arguments... arguments) {
     const c10::impl::ExcludeDispatchKeyGuard guard(key);

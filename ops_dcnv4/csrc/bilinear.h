@@ -1,5 +1,4 @@
-// Where the operators sample. The CPU kernels share the geometry, and apply the rule of `locate`
-// to several points at a time (cpu/plan.h).
+// Window geometry and bilinear cells. The CPU kernels vectorise `locate` in cpu/plan.h.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -24,24 +23,25 @@ struct Axis {
   // Distance from the first kernel tap to the window's centre, in pixels.
   OPS_DCNV4_INLINE int center() const { return dilation * (kernel - 1) / 2; }
 
-  // The tap's distance from the window's centre.
+  // Distance of a tap from the window's centre, in pixels.
   OPS_DCNV4_INLINE int grid(int tap) const { return tap * dilation - center(); }
 
-  // Input coordinate of the window's centre for output position `out`.
+  // Input coordinate of the window's centre for output coordinate `out`.
   OPS_DCNV4_INLINE int center_of(int out) const { return out * stride - padding + center(); }
 };
 
-// Row and column of a point that reaches no pixel: neither -2 nor -1 lies inside an image.
+// Row and column of a cell without pixels: neither -2 nor the next coordinate, -1, is inside an
+// image.
 constexpr int outside = -2;
 
-// The cell of four pixels around a point (y, x) of an image.
+// The cell of four pixels around a point (y, x).
 template <typename T>
 struct Cell {
-  int row, col;  // of the top-left pixel; -1 where only the cell's other half lies inside
+  int row, col;  // of the top-left pixel; -1 if only the other half of the cell is inside
   T dy, dx;      // position of the point within the cell, in [0, 1]
 };
 
-// Rounds down: one instruction on a GPU, no call of a function elsewhere.
+// Rounds down, with one instruction on a GPU and without a library call elsewhere.
 template <typename T>
 OPS_DCNV4_INLINE int floor_to_int(T a) {
 #if defined(__CUDA_ARCH__)
@@ -52,8 +52,8 @@ OPS_DCNV4_INLINE int floor_to_int(T a) {
 #endif
 }
 
-// Points count if -1 < y < height and -1 < x < width. The test is false for NaN, and comes before
-// the conversion to int, so that huge coordinates are safe.
+// Returns the cell of a point, which contributes if -1 < y < height and -1 < x < width. The test is
+// false for NaN and precedes the conversion to int, so that huge coordinates are safe.
 template <typename T>
 OPS_DCNV4_INLINE Cell<T> locate(T y, T x, int height, int width) {
   const bool counts = (y > T(-1)) & (y < T(height)) & (x > T(-1)) & (x < T(width));

@@ -1,4 +1,4 @@
-// Checks that the operators share.
+// Argument checks shared by the operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,8 +8,9 @@
 
 namespace ops_dcnv4 {
 
-// Rows and columns of an image. float32, in which coordinates are computed, holds all whole numbers
-// up to here: a larger size could be rounded up, and a pixel beyond the border be read.
+// Largest height and width of an image. Coordinates are computed in float32, which represents all
+// integers up to this limit. A larger size could be rounded up, so that a pixel beyond the border
+// would be read.
 constexpr int64_t largest_side = 1 << 24;
 
 inline bool is_side(int64_t number) { return number > 0 && number <= largest_side; }
@@ -36,7 +37,7 @@ inline void check_grad_output(at::IntArrayRef shape, const at::Tensor& grad_outp
                     "grad_output must have the shape, dtype and device of the output");
 }
 
-// The numbers one after the other, aligned to their type, which memory from elsewhere need not be.
+// Returns a contiguous tensor that is aligned to its element type; external memory may not be.
 inline at::Tensor dense(const at::Tensor& tensor) {
   const at::Tensor contiguous = tensor.contiguous();
   const auto address = reinterpret_cast<std::uintptr_t>(contiguous.const_data_ptr());

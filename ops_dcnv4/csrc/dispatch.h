@@ -1,4 +1,4 @@
-// From a tensor's dtype to the types that a kernel is compiled for.
+// Dispatch from a tensor's dtype to the types that a kernel is compiled for.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -10,7 +10,7 @@
 
 namespace ops_dcnv4 {
 
-// Calls function(element, accumulator) with a zero of each type: 16 bits are summed up in 32.
+// Calls function(element, accumulator) with a zero of each type. 16-bit types accumulate in float.
 template <typename Function>
 void dispatch(at::ScalarType dtype, const Function& function) {
   switch (dtype) {
@@ -28,8 +28,8 @@ void dispatch(at::ScalarType dtype, const Function& function) {
   }
 }
 
-// The same for attention: function(element, accumulator, element of the points), which is that of
-// value or the accumulator.
+// Calls function(element, accumulator, point element) for attention, where the points have the
+// dtype of value or that of the accumulator.
 template <typename Function>
 void dispatch(at::ScalarType dtype, at::ScalarType points, const Function& function) {
   dispatch(dtype, [&](auto scalar, auto acc) {

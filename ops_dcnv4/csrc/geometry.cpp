@@ -5,7 +5,7 @@
 namespace ops_dcnv4 {
 namespace {
 
-// With images of the largest sides, coordinates of windows still fit in 32 bits.
+// With this limit, window coordinates fit in 32 bits even for images of the largest size.
 constexpr int64_t largest_parameter = 1 << 27;
 
 int parameter(int64_t number, bool may_be_zero, const char* name) {
@@ -26,7 +26,7 @@ int to_side(int64_t number, const char* what) {
   return static_cast<int>(number);
 }
 
-// The rule of output_size in ops.py.
+// Same rule as output_size in ops.py.
 int output_size(int size, const Axis& axis, int64_t given, const char* what) {
   const int64_t window = int64_t(axis.dilation) * (axis.kernel - 1) + 1;
   const int64_t room = size + 2 * int64_t(axis.padding) - window;

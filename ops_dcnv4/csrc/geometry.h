@@ -1,4 +1,4 @@
-// The geometry of one DCNv4 call, shared by every compiled backend.
+// Geometry of a DCNv4 call, shared by the CPU and CUDA kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,7 +14,7 @@ struct Geometry {
   int64_t batch;
   int height, width, out_height, out_width;
   int64_t groups, group_channels;
-  int64_t offset_channels;  // of offset_mask, padding channels included
+  int64_t offset_channels;  // of offset_mask, including padding channels
   Axis y, x;
   double offset_scale;
   bool remove_center;
@@ -28,7 +28,8 @@ struct Geometry {
   }
 };
 
-// Checks what keeps the kernels inside their tensors; ops.py checks with friendlier texts.
+// Validates everything that keeps the kernels within their tensors. ops.py performs the same checks
+// with more helpful messages.
 Geometry make_geometry(const at::Tensor& value, const at::Tensor& offset_mask,
                        at::IntArrayRef kernel_size, at::IntArrayRef stride,
                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,

@@ -1,5 +1,5 @@
-// Binds the compiled kernels to the operators, whose schemas backends.py defines.
-// A library per device.
+// Registers the compiled kernels for the operators, whose schemas are defined in backends.py. There
+// is one library per device.
 #include <Python.h>
 #include <torch/library.h>
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-// Importing a module only runs the registration.
+// Importing a module only runs the registration below.
 PyObject* make_module(const char* name) {
   static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, name, nullptr, -1, nullptr};
   return PyModule_Create(&module);

@@ -1,4 +1,4 @@
-// The compiled kernels behind the operators, with one signature on every device.
+// Declarations of the compiled operators, which have the same signature on every device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -32,7 +32,7 @@ using MsDeformAttnBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor& level_start_index, const at::Tensor& sampling_locations,
     const at::Tensor& attention_weights);
 
-// The same with both in one tensor, the weights as logits: sampling_loc_attn (N, Lq, M, 3*L*K)
+// Fused form, with locations and logits in one tensor: sampling_loc_attn (N, Lq, M, 3*L*K)
 using FlashDeformAttn = at::Tensor(const at::Tensor& value, const at::Tensor& spatial_shapes,
                                    const at::Tensor& level_start_index,
                                    const at::Tensor& sampling_loc_attn, int64_t n_points);

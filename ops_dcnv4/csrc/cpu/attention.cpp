@@ -29,7 +29,7 @@ void check_levels(const Attention& a, const at::Tensor& shapes, const at::Tensor
   }
 }
 
-// The kernels' view of a call: everything contiguous, locations and normalised weights in the
+// The inputs as the kernels expect them: contiguous, with locations and normalised weights in the
 // accumulator's type.
 struct Inputs {
   at::Tensor value, spatial_shapes, level_start_index, locations, weights;

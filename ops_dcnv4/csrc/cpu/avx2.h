@@ -1,4 +1,4 @@
-// What AVX2 and F16C do better than simd.h's portable code.
+// Specialisations of simd.h for AVX2 and F16C.
 #pragma once
 
 #include "cpu/simd.h"

@@ -1,4 +1,4 @@
-// What AVX-512 does better than simd.h's portable code.
+// Specialisations of simd.h for AVX-512.
 #pragma once
 
 #include "cpu/simd.h"
@@ -11,7 +11,7 @@ OPS_DCNV4_INLINE __m512 widen(__m256i bits, at::BFloat16) {
 }
 OPS_DCNV4_INLINE __m512 widen(__m256i bits, at::Half) { return _mm512_cvtph_ps(bits); }
 
-// Rounds to the nearest, ties to even, as c10 does.
+// Rounds to nearest, ties to even, like c10.
 OPS_DCNV4_INLINE __m256i narrow(__m512 v, at::BFloat16) {
   const __m512i bits = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
@@ -24,7 +24,7 @@ OPS_DCNV4_INLINE __m256i narrow(__m512 v, at::Half) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-// A bit for each of the first `count` lanes.
+// Returns a mask of the first `count` lanes.
 OPS_DCNV4_INLINE unsigned first_bits(int64_t count, int width) {
   return count >= width ? (1u << width) - 1 : (1u << (count > 0 ? count : 0)) - 1;
 }

@@ -1,4 +1,4 @@
-// The backward pass.
+// Backward pass.
 #pragma once
 
 #include "cpu/channels.h"
@@ -8,8 +8,8 @@
 namespace ops_dcnv4 {
 namespace {
 
-// One group of one image between its tensor, where pixels are all channels apart, and memory of its
-// own, where they are the group's channels apart.
+// Copies one group of one image between its tensor, where a pixel has all channels, and a worker's
+// memory, where it only has those of the group.
 template <typename To, typename From>
 OPS_DCNV4_INLINE void copy_slice(To* to, int64_t to_channels, const From* from,
                                  int64_t from_channels, int64_t pixels, int64_t channels) {
@@ -23,7 +23,7 @@ OPS_DCNV4_INLINE void copy_slice(To* to, int64_t to_channels, const From* from,
   }
 }
 
-// Fetches the slice's value and clears its gradient.
+// Copies a slice of value to the worker's memory and clears its gradient there.
 template <typename scalar_t, typename acc_t>
 void begin_slice(const Scratch<acc_t>& scratch, const scalar_t* value, int64_t value_channels,
                  int64_t pixels, int64_t channels) {
@@ -31,7 +31,7 @@ void begin_slice(const Scratch<acc_t>& scratch, const scalar_t* value, int64_t v
   std::memset(static_cast<void*>(scratch.grad_value), 0, pixels * channels * sizeof(acc_t));
 }
 
-// The gradient of one image's padding channels.
+// Clears the gradient of the padding channels of one image.
 template <typename scalar_t>
 void clear_padding(const Geometry& g, scalar_t* grad_offset_mask) {
   const int64_t used = 3 * g.taps() * g.groups, padding = g.offset_channels - used;
@@ -41,8 +41,8 @@ void clear_padding(const Geometry& g, scalar_t* grad_offset_mask) {
   }
 }
 
-// Gradient of a unit's points and modulation, from the plan's products of grad_output with the
-// pixels of each cell.
+// Computes the gradients of a unit's points and modulation from the plan's dot products of
+// grad_output with the pixels of each cell.
 template <typename T, typename acc_t, typename Count, typename Images>
 OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Images& images,
                                     bool inside, T* grad_points, T* grad_modulation) {
@@ -60,7 +60,7 @@ OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Images&
     auto top_right = L::template permute<EveryOther<0>>(right_low, right_high);
     auto bottom_left = L::template permute<EveryOther<1>>(left_low, left_high);
     auto bottom_right = L::template permute<EveryOther<1>>(right_low, right_high);
-    if (!inside) {  // pixels outside the image are zero
+    if (!inside) {  // pixels outside the image count as zero
       const auto image = images.image(k);
       const auto zero = L::zero(), col = L::load(plan.col() + k), row = L::load(plan.row() + k);
       const auto left = col >= acc_t(0), top = row >= acc_t(0);
@@ -88,14 +88,14 @@ OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Images&
   }
 }
 
-// One unit's share of grad_value, and its products with the pixels of its cells. `value` and
-// `grad_value` are the slice's own memory.
+// Adds a unit's contribution to grad_value, and computes the dot products of grad_output with the
+// pixels of its cells. `value` and `grad_value` are the worker's copies of the slice.
 template <typename scalar_t, typename acc_t, typename Count, typename Channels>
 OPS_DCNV4_INLINE void spread(const Plan<acc_t, Count> plan, bool inside,
                              const scalar_t* grad_output, const acc_t* value, acc_t* grad_value,
                              Channels right, int64_t below) {
-  const acc_t zeros[wide_block<acc_t>] = {};  // stands in for pixels outside the image,
-  acc_t nowhere[wide_block<acc_t>] = {};      // and this for their gradients
+  const acc_t zeros[wide_block<acc_t>] = {};  // read in place of pixels outside the image
+  acc_t nowhere[wide_block<acc_t>] = {};      // receives their gradients
   for_channel_blocks<acc_t>(right, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
     using L = Lanes<acc_t, width.value>;
     const auto grad = L::load(grad_output + c);
@@ -127,7 +127,7 @@ OPS_DCNV4_INLINE void spread(const Plan<acc_t, Count> plan, bool inside,
   });
 }
 
-// `width` is that of the image where units are inside.
+// `width` is the image width. It is only used for units whose cells are all inside the image.
 template <typename scalar_t, typename acc_t, typename Count>
 OPS_DCNV4_NOINLINE void spread_strip(const Plan<acc_t, Count> first, int64_t width,
                                      int64_t channels, int64_t group_channels,
@@ -154,7 +154,8 @@ OPS_DCNV4_NOINLINE void differentiate_strip(Plan<acc_t, Count> plan, const Frame
   }
 }
 
-// (image, group) slices [begin, end), counted over the batch: a worker owns all that it writes.
+// Processes (image, group) slices [begin, end), counted over the batch. Only one worker writes to a
+// slice.
 template <typename scalar_t, typename acc_t, typename Count>
 void backward(const Geometry& g, const Dcnv4Tensors<scalar_t>& t, const Scratch<acc_t>& scratch,
               Count taps, int64_t begin, int64_t end) {
@@ -191,7 +192,8 @@ OPS_DCNV4_NOINLINE void differentiate_queries(Plan<acc_t, Count> plan, const Lev
   }
 }
 
-// (image, head) slices [begin, end), counted over the batch: a worker owns all that it writes.
+// Processes (image, head) slices [begin, end), counted over the batch. Only one worker writes to a
+// slice.
 template <typename scalar_t, typename acc_t, typename Count>
 void backward(const Attention& a, const AttentionTensors<scalar_t>& t,
               const Scratch<acc_t>& scratch, Count taps, int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// Loops that the forward and the backward pass share.
+// Loops over channels, shared by the forward and backward passes.
 #pragma once
 
 #include "cpu/simd.h"
@@ -6,7 +6,7 @@
 namespace ops_dcnv4 {
 namespace {
 
-// The channels of a wide block: 64 bytes.
+// Number of channels in a wide block of 64 bytes.
 template <typename acc_t>
 constexpr int wide_block = 64 / sizeof(acc_t);
 
@@ -23,7 +23,8 @@ OPS_DCNV4_INLINE void for_channel_blocks(int64_t channels, const Body& body) {
   for (; c < channels; ++c) body(std::integral_constant<int, 1>(), c);
 }
 
-// Calls body with the channels of a group: a constant for the usual 16 and, of attention, 32.
+// Calls body with the number of channels per group, as a constant for the usual 16 (DCNv4) and 32
+// (attention).
 template <typename Body>
 OPS_DCNV4_INLINE void with_group_channels(int64_t group_channels, const Body& body) {
   if (group_channels == 16) return body(std::integral_constant<int64_t, 16>());

@@ -1,4 +1,4 @@
-// The forward pass.
+// Forward pass.
 #pragma once
 
 #include "cpu/channels.h"
@@ -8,11 +8,12 @@
 namespace ops_dcnv4 {
 namespace {
 
-// Two wide blocks at a time where the registers are as wide: fewer indices, longer reads.
+// If registers hold a wide block, two blocks are processed at a time: fewer index loads and longer
+// reads.
 template <typename acc_t>
 constexpr int widest_block = (OPS_DCNV4_VECTOR_BYTES == 64 ? 2 : 1) * wide_block<acc_t>;
 
-// The output of one unit, `value` and `output` pointing at its group's first channel.
+// Computes the output of one unit. `value` and `output` point to the first channel of its group.
 template <bool inside, typename scalar_t, typename acc_t, typename Count, typename Channels>
 OPS_DCNV4_INLINE void sum_taps(const Plan<acc_t, Count> plan, const scalar_t* value,
                                scalar_t* output, Channels group_channels, int64_t right,
@@ -21,7 +22,7 @@ OPS_DCNV4_INLINE void sum_taps(const Plan<acc_t, Count> plan, const scalar_t* va
     constexpr int parts = width.value > wide_block<acc_t> ? 2 : 1;
     constexpr int lanes = width.value / parts;
     using L = Lanes<acc_t, lanes>;
-    // A sum per corner: short chains of dependent additions instead of a long one.
+    // One sum per corner makes short chains of dependent additions instead of a long one.
     typename L::type sums[4][parts];
     for (int i = 0; i < 4 * parts; ++i) sums[i / parts][i % parts] = L::zero();
     for (int64_t k = 0; k < plan.taps; ++k) {
@@ -45,13 +46,14 @@ OPS_DCNV4_INLINE void sum_taps(const Plan<acc_t, Count> plan, const scalar_t* va
   for_channel_blocks<acc_t, widest_block<acc_t>>(group_channels, sum_block);
 }
 
-// `width` is that of the image where units are inside.
+// `width` is the image width. It is only used for units whose cells are all inside the image.
 template <typename scalar_t, typename acc_t, typename Count>
 OPS_DCNV4_NOINLINE void sum_strip(const Plan<acc_t, Count> first, int64_t pixels, int64_t width,
                                   int64_t channels, int64_t channels_of_group,
                                   const scalar_t* values, scalar_t* outputs, const Unit* units,
                                   int64_t count) {
-  const scalar_t zeros[widest_block<acc_t>] = {};  // read by points outside: nothing to mispredict
+  // Read for points outside the image, which avoids a branch that could be mispredicted.
+  const scalar_t zeros[widest_block<acc_t>] = {};
   with_group_channels(channels_of_group, [&](auto group_channels) OPS_DCNV4_INLINE_LAMBDA {
     Plan<acc_t, Count> plan = first;
     for (int64_t i = 0; i < count; ++i, plan = plan.template next<false>()) {
@@ -67,7 +69,7 @@ OPS_DCNV4_NOINLINE void sum_strip(const Plan<acc_t, Count> first, int64_t pixels
   });
 }
 
-// Output pixels [begin, end), counted over the batch.
+// Processes output pixels [begin, end), counted over the batch.
 template <typename scalar_t, typename acc_t, typename Count>
 void forward(const Geometry& g, const Dcnv4Tensors<scalar_t>& t, const Scratch<acc_t>& scratch,
              Count taps, int64_t begin, int64_t end) {
@@ -85,10 +87,11 @@ void forward(const Geometry& g, const Dcnv4Tensors<scalar_t>& t, const Scratch<a
   }
 }
 
-// Head by head, as many queries: what they read of one head the second-level cache can hold.
+// Number of queries that are processed head by head. What they read of one head fits in the L2
+// cache.
 constexpr int64_t block_queries = 1024;
 
-// Queries [begin, end), counted over the batch.
+// Processes queries [begin, end), counted over the batch.
 template <typename scalar_t, typename acc_t, typename Count>
 void forward(const Attention& a, const AttentionTensors<scalar_t>& t,
              const Scratch<acc_t>& scratch, Count taps, int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// The kernels in the instruction set of the including file.
+// Instantiates the kernels for the instruction set of the including file.
 #pragma once
 
 #include "cpu/backward.h"
@@ -7,7 +7,7 @@
 namespace ops_dcnv4 {
 namespace {
 
-// The usual windows, 3 x 3, and 4 points in each of 4 levels have kernels of their own.
+// 3 x 3 windows, and 4 points in each of 4 levels, have specialised kernels.
 constexpr int usual_taps(const Geometry*) { return 9; }
 constexpr int usual_taps(const Attention*) { return 16; }
 

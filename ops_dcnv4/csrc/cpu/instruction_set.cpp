@@ -1,4 +1,4 @@
-// The choice among the kernels' instruction sets.
+// Selection of the instruction set at run time.
 #include <cstdlib>
 #include <string_view>
 
@@ -13,18 +13,18 @@ namespace {
 
 #if defined(OPS_DCNV4_X86)
 
-// Some compilers do not know it as a feature for __builtin_cpu_supports.
+// Not all compilers accept "f16c" in __builtin_cpu_supports.
 bool supports_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
 }
 
-// Everything that kernels_avx2.cpp is compiled with. A test compares the two.
+// Checks for everything that kernels_avx2.cpp is compiled with. A test compares the two lists.
 bool supports_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c();
 }
 
-// Everything that kernels_avx512.cpp is compiled with.
+// Checks for everything that kernels_avx512.cpp is compiled with.
 bool supports_avx512() {
   return supports_avx2() && __builtin_cpu_supports("avx512f") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

@@ -1,4 +1,4 @@
-// The kernels of every instruction set, and the choice among them.
+// The kernels of all instruction sets, and the choice among them.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -16,7 +16,7 @@
 
 namespace ops_dcnv4 {
 
-// 16-bit numbers are computed and accumulated in 32 bits.
+// 16-bit types are computed and accumulated in float32.
 template <typename scalar_t>
 using Accumulated = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
@@ -30,8 +30,8 @@ struct Dcnv4Tensors {
   scalar_t* grad_offset_mask;   // backward
 };
 
-// Locations and weights are in the accumulator's type, and normalised. Weights have no gaps between
-// them; locations lie Attention::location_stride apart from one (query, head) to the next.
+// Locations and normalised weights have the accumulator's type. Weights are contiguous. Locations
+// are Attention::location_stride apart from one (query, head) to the next.
 template <typename scalar_t>
 struct AttentionTensors {
   using acc_t = Accumulated<scalar_t>;
@@ -44,22 +44,22 @@ struct AttentionTensors {
   acc_t *grad_locations, *grad_weights;  // backward
 };
 
-// A worker's memory, aligned to whole vectors.
+// Memory of a worker, aligned to whole vectors.
 template <typename acc_t>
 struct Scratch {
   acc_t* numbers;
   int32_t* indices;
   acc_t* value;       // backward: one group or head of one image
-  acc_t* grad_value;  // the same
+  acc_t* grad_value;  // backward: its gradient
 };
 
-// The taps of a plan (there may be none), rounded up to whole vectors of any width.
+// Number of taps in a plan, possibly zero, rounded up to whole vectors of any width.
 constexpr int64_t plan_stride(int64_t taps) { return taps > 0 ? (taps + 15) / 16 * 16 : 16; }
 
-// Plans made at a time: few enough to stay in the first-level cache.
+// Number of plans that are made at a time, few enough to stay in the L1 cache.
 constexpr int64_t strip_plans(int64_t taps) { return taps <= 64 ? 128 / plan_stride(taps) : 1; }
 
-// Sizes of Scratch's numbers and indices: what all plans share, and the plans of a strip.
+// Sizes of Scratch's numbers and indices: the arrays shared by all plans, and the plans of a strip.
 constexpr int64_t shared_arrays = 2;
 constexpr int64_t scratch_numbers(int64_t taps) {
   return (shared_arrays + 13 * strip_plans(taps)) * plan_stride(taps);
@@ -70,7 +70,7 @@ constexpr int64_t scratch_indices(int64_t taps) {
 
 template <typename scalar_t>
 struct Kernels {
-  // All may be called for several ranges at once.
+  // Kernels may be called for several ranges concurrently.
   template <typename Sizes, typename Tensors>
   using Function = void(const Sizes&, const Tensors&, const Scratch<Accumulated<scalar_t>>&,
                         int64_t begin, int64_t end);
@@ -97,7 +97,8 @@ struct InstructionSet {
 
 extern const InstructionSet baseline, avx2, avx512;
 
-// The best that the processor has, or that ATEN_CPU_CAPABILITY allows, as for PyTorch's kernels.
+// Returns the best instruction set that the processor supports and ATEN_CPU_CAPABILITY allows, as
+// for PyTorch's own kernels.
 const InstructionSet& instruction_set();
 
 }  // namespace ops_dcnv4

@@ -1,4 +1,4 @@
-// The kernels for x86 processors with AVX2.
+// Kernels for x86 processors with AVX2, FMA and F16C.
 #include "cpu/kernels.h"
 
 #if defined(OPS_DCNV4_X86)

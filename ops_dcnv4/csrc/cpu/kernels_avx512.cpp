@@ -1,4 +1,4 @@
-// The kernels for x86 processors with AVX-512 (F, BW, DQ, VL).
+// Kernels for x86 processors with AVX-512 (F, BW, DQ, VL).
 #include "cpu/kernels.h"
 
 #if defined(OPS_DCNV4_X86)
@@ -12,7 +12,7 @@
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
     apply_to = function)
 #else
-// GCC 12 finds its own intrinsics' deliberately undefined operands.
+// GCC 12 warns about operands that its own intrinsics leave undefined on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif

@@ -1,4 +1,4 @@
-// The kernels for every processor of the platform.
+// Kernels for every processor of the platform.
 #include "cpu/kernels.h"
 
 #define OPS_DCNV4_VECTOR_BYTES 16

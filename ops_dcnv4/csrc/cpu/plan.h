@@ -1,9 +1,9 @@
-// Where and with which weights taps sample, several taps at a time.
+// Sampling plans: the pixels and weights of taps, computed for several taps at a time.
 //
-// The work is divided into units: an output pixel and a group of channels of DCNv4 (window.h), or a
-// query and a head of attention (query.h). Those know
-//   where the taps from k on lie, as many as a vector holds:  points(k), modulation(k)
-//   what images the taps sample:                              image(k), scale_x(k), scale_y(k)
+// A unit of work is one output pixel and channel group of DCNv4 (window.h), or one query and head
+// of attention (query.h). These files provide, for as many taps from k on as a vector holds,
+//   points(k), modulation(k)          the sampling points
+//   image(k), scale_x(k), scale_y(k)  the sampled images, and factors on the points' gradients
 #pragma once
 
 #include "cpu/kernels.h"
@@ -13,36 +13,36 @@ namespace ops_dcnv4 {
 namespace {
 
 struct Unit {
-  int64_t image, pixel, group;  // pixels (or queries) of the output, counted over the batch
-  bool inside;                  // all pixels of all its cells are inside the image
+  int64_t image, pixel, group;  // output pixels (or queries) are counted over the batch
+  bool inside;                  // whether all pixels of all its cells are inside the image
 };
 
-// Where the taps of a unit sample: an array per quantity. Count is a number or a constant, which
-// makes all distances constant.
+// What the taps of a unit sample, one array per quantity. Count is a number or a compile-time
+// constant, which makes the distances between the arrays constant too.
 template <typename acc_t, typename Count>
 struct Plan {
   acc_t* numbers;
   int32_t* indices;
   Count taps;
 
-  // Of the cell's pixels: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
+  // Corners: 0 top left, 1 top right, 2 bottom left, 3 bottom right.
   OPS_DCNV4_INLINE acc_t* weight(int corner) const { return number(corner); }
-  OPS_DCNV4_INLINE int32_t* pixel() const { return index(0); }  // the top left one
+  OPS_DCNV4_INLINE int32_t* pixel() const { return index(0); }  // top left
 
-  // In plans of cells that are not all inside the image. A cell with a half outside has the other
-  // half twice, with half the weight. A cell without a pixel inside has a negative pixel.
+  // Only if not all cells are inside the image. If half of a cell is outside, the other half is
+  // read twice, with half the weight. If no pixel of a cell is inside, pixel() is negative.
   OPS_DCNV4_INLINE int32_t* step_x() const { return index(1); }  // from left to right: 1 or 0
   OPS_DCNV4_INLINE int32_t* step_y() const { return index(2); }  // from top to bottom: a row or 0
 
-  // For the backward pass only.
+  // Only for the backward pass.
   OPS_DCNV4_INLINE acc_t* dx() const { return number(4); }  // position within the cell
   OPS_DCNV4_INLINE acc_t* dy() const { return number(5); }
   OPS_DCNV4_INLINE acc_t* modulation() const { return number(6); }
   OPS_DCNV4_INLINE acc_t* col() const { return number(7); }  // of the top left pixel,
-  OPS_DCNV4_INLINE acc_t* row() const { return number(8); }  // where not all cells are inside
+  OPS_DCNV4_INLINE acc_t* row() const { return number(8); }  // if not all cells are inside
   OPS_DCNV4_INLINE acc_t* dots() const { return number(9); }  // four per tap, one per corner
 
-  // The next plan of the strip.
+  // Returns the next plan of the strip.
   template <bool backward>
   OPS_DCNV4_INLINE Plan next() const {
     const int64_t stride = plan_stride(taps);
@@ -54,34 +54,34 @@ struct Plan {
   OPS_DCNV4_INLINE int32_t* index(int i) const { return indices + i * plan_stride(taps); }
 };
 
-// The first plan of a strip, behind what all plans share.
+// Returns the first plan of a strip, which follows the arrays shared by all plans.
 template <typename acc_t, typename Count>
 Plan<acc_t, Count> first_plan(const Scratch<acc_t>& scratch, Count taps) {
   const int64_t shared = shared_arrays * plan_stride(taps);
   return {scratch.numbers + shared, scratch.indices + shared, taps};
 }
 
-// As many lanes as a register has.
+// Number of lanes in a register.
 template <typename acc_t>
 constexpr int native_width = OPS_DCNV4_VECTOR_BYTES / sizeof(acc_t);
 
 template <typename acc_t>
 using Native = Lanes<acc_t, native_width<acc_t>>;
 
-// Coordinates in pixels of a vector of taps.
+// Coordinates of a vector of taps, in pixels.
 template <typename acc_t>
 struct Coordinates {
   typename Native<acc_t>::type x, y;
 };
 
-// The images that a vector of taps samples: numbers, or vectors where every tap has its own.
+// The images that a vector of taps samples: numbers, or vectors if each tap has its own image.
 template <typename Number, typename Index>
 struct Image {
   Number width, height;
   Index row_pixels, first_pixel;
 };
 
-// Pairs (x, y) of the taps from `first` on; zeros behind the last.
+// Loads the pairs (x, y) of the taps from `first` on, and zeros beyond the last tap.
 template <typename acc_t, typename T>
 OPS_DCNV4_INLINE Coordinates<acc_t> load_pairs(const T* pairs, int64_t taps, int64_t first) {
   using L = Native<acc_t>;
@@ -103,14 +103,14 @@ OPS_DCNV4_INLINE void store_weights(const Plan<acc_t, Count>& plan, int64_t k,
   L::store(plan.weight(3) + k, bottom * right);
 }
 
-// One axis of cells that may lie partly or wholly outside the image, whose last pixel is `last`.
+// One axis of cells that may be partly or entirely outside the image, whose last pixel is `last`.
 template <typename acc_t>
 struct BorderAxis {
   using L = Native<acc_t>;
   using Vec = typename L::type;
-  Vec first, distance;        // the cell's first pixel, the distance from there
+  Vec first, distance;        // the cell's first pixel, and the distance of the point from it
   Vec weight_first, weight_second;              // weights of the first and the second pixel
-  Vec clamped, step;          // the first pixel to be read, and how many on is the second
+  Vec clamped, step;          // the first pixel to read, and the step to the second
 
   template <typename Number>
   OPS_DCNV4_INLINE BorderAxis(Vec coordinate, Number last) {
@@ -128,7 +128,7 @@ struct BorderAxis {
   }
 };
 
-// Fills the plan of a unit whose cells may lie beyond the image's border.
+// Fills the plan of a unit whose cells may extend beyond the image.
 template <bool backward, typename acc_t, typename Count, typename Images, typename Source>
 OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count> plan, const Images& images,
                                   const Source& source) {
@@ -137,7 +137,7 @@ OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count> plan, const Images& i
   for (int64_t k = 0; k < plan.taps; k += native_width<acc_t>) {
     const auto at = source.points(k);
     const auto image = images.image(k);
-    // False for NaN, and before the conversion to int, so that huge coordinates are safe.
+    // False for NaN. Precedes the conversion to int, so that huge coordinates are safe.
     const auto counts = (at.x > acc_t(-1)) & (at.x < image.width) & (at.y > acc_t(-1)) &
                         (at.y < image.height);
     const auto nowhere = L::fill(acc_t(outside));
@@ -161,8 +161,8 @@ OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count> plan, const Images& i
   }
 }
 
-// Asks for the cache lines of `count` numbers, `distance` from an address; beyond the ends of a
-// tensor this does no harm. Distances are unsigned, and wrap around.
+// Prefetches `count` elements, `distance` elements from an address. Addresses outside the tensor
+// are harmless. Distances are unsigned and wrap around.
 template <typename T>
 OPS_DCNV4_INLINE void prefetch(const T* from, uintptr_t distance, int64_t count) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(from) + distance * sizeof(T);

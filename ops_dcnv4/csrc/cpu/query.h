@@ -1,4 +1,4 @@
-// Where the points of attention's queries lie.
+// Sampling points of attention queries.
 #pragma once
 
 #include "cpu/plan.h"
@@ -6,7 +6,7 @@
 namespace ops_dcnv4 {
 namespace {
 
-// The images of the taps, which are the points of all levels; zeros behind the last.
+// The images of the taps, which are the points of all levels. Arrays are padded with zeros.
 template <typename acc_t>
 struct Levels {
   const acc_t *width, *height;
@@ -39,7 +39,7 @@ struct Levels {
   OPS_DCNV4_INLINE auto scale_y(int64_t k) const { return Native<acc_t>::load(height + k); }
 };
 
-// The points of one unit.
+// The sampling points of one unit.
 template <typename acc_t, typename Count>
 struct Query {
   const Levels<acc_t>& levels;
@@ -57,7 +57,7 @@ struct Query {
   }
 };
 
-// Plans one head of `count` queries. `unit` counts heads of queries over the batch.
+// Plans one head of `count` queries. `unit` is the first (query, head), counted over the batch.
 template <bool backward, typename scalar_t, typename acc_t, typename Count>
 OPS_DCNV4_NOINLINE void plan_queries(Plan<acc_t, Count> plan, const Levels<acc_t> levels,
                                      const Attention& a, const AttentionTensors<scalar_t>& t,

@@ -1,6 +1,6 @@
-// Vectors of fixed width, in GCC's and clang's vector types or in plain C++.
-// Included once the instruction set is chosen (see kernels_*.cpp), and local to the including
-// file, so that no linker can mix the code of two instruction sets.
+// Vectors of fixed width, implemented with the vector types of GCC and Clang or in plain C++.
+// Include after choosing the instruction set (see kernels_*.cpp). Everything is local to the
+// including file, so that the linker cannot mix code of different instruction sets.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -28,7 +28,7 @@
 namespace ops_dcnv4 {
 namespace {
 
-// What a comparison of two T makes: all bits set, or none.
+// Result of comparing two T: all bits set, or none.
 template <typename T>
 using Mask = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
 
@@ -47,7 +47,7 @@ OPS_DCNV4_INLINE V select(M mask, V a, V b) {
   return mask ? a : b;
 }
 
-// The lanes that Pattern picks from `a` and, from `width` on, from `b`.
+// Returns the lanes that Pattern selects from `a` and, for indices from `width` on, from `b`.
 template <typename Pattern, typename T, int width, size_t... i>
 OPS_DCNV4_INLINE Vector<T, width> pick(Vector<T, width> a, Vector<T, width> b,
                                        std::index_sequence<i...>) {
@@ -124,13 +124,13 @@ inline Vector<T, width> pick(const Vector<T, width>& a, const Vector<T, width>& 
 
 #endif
 
-// Patterns of `pick`: every other lane of a and b, from `first` on.
+// Patterns for `pick`. Every other lane of a and b, from `first` on.
 template <int first>
 struct EveryOther {
   static constexpr int lane(int i, int) { return 2 * i + first; }
 };
 
-// Runs of `run` lanes taken from a and b in turn; the first or the second run of each pair of runs.
+// Runs of `run` lanes, alternately from a and b: the first or second run of each pair of runs.
 template <int run, int second>
 struct Alternate {
   static constexpr int lane(int i, int width) {
@@ -138,7 +138,7 @@ struct Alternate {
   }
 };
 
-// The first (half = 0) or second half of a and b with their lanes in turn.
+// The first (half = 0) or second half of a and b, interleaved.
 template <int half>
 struct Interleave {
   static constexpr int lane(int i, int width) { return i % 2 * width + half * width / 2 + i / 2; }
@@ -147,7 +147,7 @@ struct Interleave {
 template <typename T, int width>
 struct Lanes;
 
-// What all instruction sets can do, to be had through Lanes.
+// Implementation for all instruction sets; use it through Lanes.
 template <typename T, int width>
 struct PortableLanes {
   using type = Vector<T, width>;
@@ -184,7 +184,7 @@ struct PortableLanes {
     }
   }
 
-  // The first `count` lanes, zeros for the others if there are fewer.
+  // Loads the first `count` lanes, and zeros in the others.
   template <typename Storage>
   static OPS_DCNV4_INLINE type load_first(const Storage* from, int64_t count) {
     if (count >= width) return Lanes<T, width>::load(from);
@@ -216,14 +216,14 @@ struct PortableLanes {
     return pick<Pattern, T, width>(a, b, std::make_index_sequence<width>());
   }
 
-  // Of numbers that an int can hold.
+  // Only for values in the range of int.
   static OPS_DCNV4_INLINE type floor(type v) {
     using Ints = Vector<int32_t, width>;
     const type truncated = convert<type>(convert<Ints>(v));
     return truncated - select(truncated > v, fill(T(1)), zero());
   }
 
-  // Whether lower <= v < upper in each of the first `count` lanes. False for NaN.
+  // Returns whether lower <= v < upper in each of the first `count` lanes. False for NaN.
   static OPS_DCNV4_INLINE bool all_within(type v, T lower, T upper, int64_t count) {
     const auto within = (v >= lower) & (v < upper);
     bool all = true;
@@ -231,7 +231,7 @@ struct PortableLanes {
     return all;
   }
 
-  // The sums of four vectors.
+  // Returns the sums over the lanes of four vectors.
   static OPS_DCNV4_INLINE Vector<T, 4> sums(type a, type b, type c, type d) {
     if constexpr (width > 4 && !fits_register) {
       return Half::sums(low(a) + high(a), low(b) + high(b), low(c) + high(c), low(d) + high(d));
@@ -257,7 +257,7 @@ struct PortableLanes {
   }
 
  public:
-  // Lanes i, i + 4, i + 8, ... summed.
+  // Sums lanes i, i + 4, i + 8, ...
   static OPS_DCNV4_INLINE Vector<T, 4> fold(type v) {
     if constexpr (width == 4) {
       return v;
@@ -270,7 +270,7 @@ struct PortableLanes {
 template <typename T, int width>
 struct Lanes : PortableLanes<T, width> {};
 
-// A single lane is the scalar itself.
+// A single lane is a plain scalar.
 template <typename T>
 struct Lanes<T, 1> {
   using type = T;

@@ -1,4 +1,4 @@
-// Where the taps of DCNv4's windows lie.
+// Sampling points of DCNv4 windows.
 #pragma once
 
 #include "cpu/plan.h"
@@ -6,11 +6,11 @@
 namespace ops_dcnv4 {
 namespace {
 
-// What all windows have in common, in copies: stores to plans cannot change them.
+// What all windows have in common. Copies, which stores to plans cannot change.
 template <typename acc_t>
 struct Frame {
   int row_pixels;                        // of an image
-  int reach;  // from a window's centre to the first row that it does not read, but for offsets
+  int reach;  // from a window's centre down to the first row that it does not read without offsets
   acc_t width, height;                   // of an image
   int start_x, step_x, start_y, step_y;  // of the windows' centres
   acc_t scale;
@@ -66,7 +66,7 @@ struct Window {
   }
 };
 
-// Fills the plan of a window, and returns whether all pixels of all its cells lie inside the image.
+// Fills the plan of a window. Returns whether all pixels of all its cells are inside the image.
 template <bool backward, typename scalar_t, typename acc_t, typename Count>
 OPS_DCNV4_INLINE bool make_plan(const Plan<acc_t, Count> plan, const Frame<acc_t>& frame,
                                 const Window<scalar_t, acc_t, Count> window) {
@@ -99,7 +99,7 @@ OPS_DCNV4_INLINE bool make_plan(const Plan<acc_t, Count> plan, const Frame<acc_t
   return true;
 }
 
-// Output pixel by output pixel, and for each its groups [first_group, last_group).
+// Iterates over output pixels and, for each pixel, over the groups [first_group, last_group).
 class Walk {
  public:
   Walk(const Geometry& g, int64_t pixel, int64_t first_group, int64_t last_group)
@@ -131,8 +131,8 @@ class Walk {
   int row, col;
 };
 
-// Plans `count` units, so that the processor has several to work on side by side: the computations
-// of a single one all wait for each other.
+// Plans `count` units, so that the processor can overlap the computations of several units: those
+// of a single unit all depend on each other.
 template <bool backward, typename scalar_t, typename acc_t, typename Count>
 OPS_DCNV4_NOINLINE void plan_strip(Plan<acc_t, Count> plan, const Frame<acc_t> frame,
                                    const Geometry& g, const Dcnv4Tensors<scalar_t>& t, Walk& walk,
@@ -140,13 +140,13 @@ OPS_DCNV4_NOINLINE void plan_strip(Plan<acc_t, Count> plan, const Frame<acc_t> f
   const int64_t offset_channels = g.offset_channels, channels = g.channels();
   const int64_t image = int64_t(g.height) * g.width * channels;
   Walk w = walk;
-  // To the same place in the next strip: the hardware does not foresee where a slice goes on.
+  // Prefetch the same place of the next strip: the hardware cannot predict where a slice continues.
   const int64_t ahead = strip_plans(plan.taps) * (backward ? offset_channels : 3 * plan.taps);
   for (int64_t i = 0; i < count; ++i, w.next(), plan = plan.template next<backward>()) {
     const scalar_t* offsets =
         t.offset_mask + w.at.pixel * offset_channels + w.at.group * 3 * plan.taps;
     prefetch(offsets, ahead, 3 * plan.taps);
-    if (!backward) {  // the pixel that the windows of the next row will be the first to read
+    if (!backward) {  // prefetch the pixel that the windows of the next row will read first
       const uintptr_t row = frame.start_y + w.row * frame.step_y + frame.reach;
       const uintptr_t col = frame.start_x + w.col * frame.step_x;
       const uintptr_t pixel = row * frame.row_pixels + col;

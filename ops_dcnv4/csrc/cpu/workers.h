@@ -1,4 +1,4 @@
-// What the operators' calls of the kernels share.
+// What the operators share when they call the kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,7 +10,7 @@
 
 namespace ops_dcnv4 {
 
-// Memory of one worker; the backward pass has slices in it.
+// Memory of one worker; the backward pass also stores slices of value and its gradient in it.
 template <typename acc_t>
 class Memory {
  public:
@@ -20,7 +20,7 @@ class Memory {
     const int64_t slice = (slice_numbers * sizeof(acc_t) + 63) / 64 * 64;
     memory_ = c10::GetCPUAllocator()->allocate(numbers + indices + 2 * slice);
     char* start = static_cast<char*>(memory_.get());
-    // Lanes beyond the last tap are computed and ignored; as denormal numbers they would be slow.
+    // Lanes beyond the last tap are computed and ignored. Denormal numbers there would be slow.
     std::memset(start, 0, numbers + indices);
     scratch = {reinterpret_cast<acc_t*>(start), reinterpret_cast<int32_t*>(start + numbers),
                reinterpret_cast<acc_t*>(start + numbers + indices),
@@ -33,7 +33,7 @@ class Memory {
   at::DataPtr memory_;
 };
 
-// About this many multiply-adds make a thread worth waking.
+// Approximate number of multiply-adds that makes it worthwhile to wake a thread.
 constexpr int64_t grain = 1 << 15;
 
 }  // namespace ops_dcnv4

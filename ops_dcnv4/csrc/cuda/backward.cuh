@@ -1,4 +1,5 @@
-// The backward kernels of the operators, which differ in where their taps sample.
+// Backward kernels, parameterised by the sampler of the operator: Windows (DCNv4) or Levels
+// (attention).
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 
 namespace ops_dcnv4 {
 
-// What the gradients of a tap are computed from.
+// The data from which the gradients of a tap are computed.
 template <typename acc_t>
 struct Sample {
   acc_t dx, dy, weight;
@@ -45,13 +46,13 @@ struct Sample {
   }
 };
 
-// Gradients of a tap's place, in pixels, and weight.
+// Gradients of the location of a tap, in pixels, and of its weight.
 template <typename acc_t>
 struct TapGradients {
   acc_t x = 0, y = 0, weight = 0;
 
   TapGradients() = default;
-  // `dots` are the products of grad_output with the corners.
+  // `dots` are the dot products of grad_output with the corners.
   __device__ __forceinline__ TapGradients(const Sample<acc_t>& tap, const acc_t (&dots)[4]) {
     acc_t d[4];
 #pragma unroll
@@ -64,7 +65,7 @@ struct TapGradients {
     weight = (1 - tap.dy) * top + tap.dy * bottom;
   }
 
-  // Adds up the shares of a unit's lanes, in each of them.
+  // Sums the shares of a unit's lanes; each lane receives the sum.
   __device__ __forceinline__ void reduce(int lanes) {
     const auto sum = [lanes](acc_t share) {
       return over_lanes(share, lanes, [](acc_t a, acc_t b) { return a + b; });
@@ -75,8 +76,9 @@ struct TapGradients {
   }
 };
 
-// The gradients of what the sampler reads, without atomics: the threads of a unit hold all that
-// they depend on. With `scatter` also grad_value, zero at the start, in any order.
+// Computes the gradients of the tensors that the sampler reads. This needs no atomics, because the
+// threads of a unit hold everything these gradients depend on. With `scatter`, also adds to
+// grad_value, which must be zero at the start, in any order.
 template <typename Sampler, bool scatter, typename S = typename Sampler::Compiled,
           typename scalar_t = typename S::scalar_t, typename acc_t = typename S::acc_t,
           typename point_t = typename Sampler::point_t,
@@ -151,8 +153,8 @@ __global__ void __launch_bounds__(block_threads)
   sampler.check();
 }
 
-// grad_value alone, in a fixed order: a warp owns a group of an image, a thread its channels. The
-// 32 threads plan a tap each, which are then followed one by one.
+// Computes only grad_value, in a fixed order. A warp owns a group of an image, and a thread some of
+// its channels. Each of the 32 threads plans a tap; these taps are then processed one by one.
 template <typename Sampler, typename S = typename Sampler::Compiled,
           typename scalar_t = typename S::scalar_t, typename acc_t = typename S::acc_t,
           typename point_t = typename Sampler::point_t>
@@ -192,7 +194,7 @@ __global__ void __launch_bounds__(block_threads)
         tap.get_weights(weights);
         for (int c = lane; c < group_channels; c += warp_size) {
           const acc_t grad = static_cast<acc_t>(grads[c]);
-          acc_t sums[4];  // of different pixels: all are loaded before the first is stored
+          acc_t sums[4];  // of different pixels, so all can be loaded before the first is stored
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
             if (tap.is_inside(corner)) sums[corner] = image[place.offset(corner) + c];
@@ -209,7 +211,7 @@ __global__ void __launch_bounds__(block_threads)
   }
 }
 
-// Adds to grad_value, zero at the start, and writes the other gradients.
+// Adds to grad_value, which must be zero at the start, and writes the other gradients.
 template <typename Sampler, typename scalar_t, typename acc_t, typename point_t,
           typename grad_point_t>
 void launch_backward(const Sampler& sampler, bool in_order, const scalar_t* grad_output,

@@ -1,4 +1,5 @@
-// The forward kernel of the operators, which differ in where their taps sample.
+// Forward kernel, parameterised by the sampler of the operator: Windows (DCNv4) or Levels
+// (attention).
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 
 namespace ops_dcnv4 {
 
-// How a tap weights the four pixels of its cell.
+// Weights of the four pixels of a tap's cell.
 template <typename acc_t>
 struct Weights {
   acc_t at[4];
@@ -34,7 +35,7 @@ struct Weights {
     return result;
   }
 
-  // sum += the weighted pixels, if the tap reaches any.
+  // Adds the weighted pixels to sum, if the tap reaches any.
   template <typename scalar_t, int n>
   __device__ __forceinline__ void add_sample(const Pack<scalar_t, n> (&pixels)[4], bool reaches,
                                              Pack<acc_t, n>& sum) const {
@@ -48,9 +49,9 @@ struct Weights {
   }
 };
 
-// The same for halves, which are interpolated two at a time in 16 bits, the precision of the
-// pixels, then modulated and summed up over the taps in 32. Samples lie within the range of their
-// pixels, but for rounding: pixels within 0.2 % of the largest half may overflow.
+// Weights for halves, which are interpolated two at a time in 16 bits (the precision of the
+// pixels), then modulated and accumulated over the taps in 32 bits. Up to rounding, samples are
+// within the range of their pixels: pixels within 0.2 % of the largest half may overflow.
 struct HalfWeights {
   unsigned top, bottom;  // pairs of halves: left, right
   float modulation;
@@ -90,8 +91,8 @@ struct HalfWeights {
       for (int corner = 1; corner < 4; ++corner) {
         sample = __hfma2(weights[corner], pair(corner), sample);
       }
-      // The sample of any pixel, maybe infinite. Instead of a branch, which would keep the pixels
-      // of several taps from being loaded at once.
+      // Arbitrary pixels were loaded for such a tap, and the sample may be infinite. A branch
+      // around the loads would keep the pixels of several taps from being loaded at once.
       if (!reaches) sample = __floats2half2_rn(0, 0);
       const float2 wide = __half22float2(sample);
       sum.at[i] += modulation * wide.x;
@@ -105,7 +106,8 @@ using WeightsOf = std::conditional_t<
     std::is_same_v<typename S::scalar_t, at::Half> && S::vec % 2 == 0, HalfWeights,
     Weights<typename S::acc_t>>;
 
-// output (N, ..., C), from value and what the sampler reads of its taps, in one tensor or two
+// Computes output (N, ..., C) from value and the tensors that the sampler reads, which may be the
+// same tensor twice.
 template <typename Sampler, typename S = typename Sampler::Compiled,
           typename scalar_t = typename S::scalar_t, typename point_t = typename Sampler::point_t>
 __global__ void __launch_bounds__(block_threads)

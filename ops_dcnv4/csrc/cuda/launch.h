@@ -1,5 +1,5 @@
-// What the kernels need of CUDA. Without nvcc they compile as C++ against the tests' serial model
-// of CUDA's execution, whose folder the include path then names.
+// The parts of CUDA that the kernels use. Without nvcc, the kernels compile as C++ for the tests'
+// serial emulator of CUDA's execution model, whose folder must be on the include path.
 #pragma once
 
 #include <c10/macros/Macros.h>

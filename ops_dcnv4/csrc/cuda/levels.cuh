@@ -1,4 +1,4 @@
-// Where multi-scale deformable attention samples: the points of every query in each level of value.
+// Sampling points of multi-scale deformable attention: those of each query in each level of value.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,23 +14,23 @@
 
 namespace ops_dcnv4 {
 
-// What spatial_shapes and level_start_index hold, on the GPU.
+// The contents of spatial_shapes and level_start_index, in GPU memory.
 struct LevelTensors {
   const int64_t* shapes;
   const int64_t* starts;
 };
 
-// The height of an image that no point lies in.
+// The height of an image that contains no point.
 constexpr int nowhere = -1;
 
-// The other of the two samplers that the kernels are made for. In the fused form locations and
-// weights lie in one tensor, and the weights are logits, to be normalised by a softmax.
+// Sampler for attention; that for DCNv4 is Windows. In the fused form, locations and weights share
+// a tensor, and the weights are logits to be normalised by a softmax.
 template <typename S, typename point>
 struct Levels {
   using Compiled = S;
   using acc_t = typename S::acc_t;
   using point_t = point;
-  using grad_point_t = acc_t;  // not of 16 bits: the softmax's gradient is computed in place
+  using grad_point_t = acc_t;  // not 16 bits, since the softmax's gradient is computed in place
   using index_t = typename S::index_t;
   static constexpr int tile_width = queries_in_a_row;
 
@@ -52,7 +52,7 @@ struct Levels {
   }
   __device__ __forceinline__ int64_t pixels() const { return a.pixels; }
 
-  // Pairs (x, y), and weights or logits, of a unit.
+  // Locations (x, y) and weights or logits of a unit.
   template <typename T>
   struct Points {
     T* locations;
@@ -69,7 +69,7 @@ struct Levels {
             at_unit<index_t>(weights, output, unit, heads * weight_stride, weight_stride)};
   }
 
-  // A function from k to tap k of a unit.
+  // Returns a function that maps k to tap k of a unit.
   __device__ __forceinline__ auto taps_of(const Unit& unit, const Extents& output, int lanes,
                                           const point_t* locations, const point_t* weights) const {
     const Points<const point_t> at_k = at(locations, weights, output, unit);
@@ -96,19 +96,20 @@ struct Levels {
     };
   }
 
-  // A level, without pixels if it does not lie within value: the host does not wait for its size.
+  // Returns a level, which has no pixels if it exceeds value. The host does not check the sizes,
+  // because it would have to synchronise.
   __device__ __forceinline__ Image image_of(int level) const {
     const int64_t height = levels.shapes[2 * level], width = levels.shapes[2 * level + 1];
     const int64_t start = levels.starts[level];
-    const bool is_small = (height | width | start) >> 32 == 0;  // and none is negative
+    const bool is_small = (height | width | start) >> 32 == 0;  // and not negative
     const uint64_t end = uint64_t(unsigned(height)) * unsigned(width) + unsigned(start);
     const bool fits = is_small && end > uint64_t(start) && end <= uint64_t(a.pixels);
     return {fits ? static_cast<int>(height) : nowhere, static_cast<int>(width),
             static_cast<int>(start)};
   }
 
-  // Ends the program for such a level. The first block does it when all else is done: an assertion
-  // before a shuffle would make all threads gather there.
+  // Fails an assertion if a level exceeds value. Only the first block checks this, and only at the
+  // end, because an assertion before a shuffle would make all threads reconverge there.
   __device__ __forceinline__ void check() const {
     if (blockIdx.x + blockIdx.y + blockIdx.z != 0) return;
     for (int level = threadIdx.x; level < a.levels; level += block_threads) {
@@ -117,13 +118,13 @@ struct Levels {
     }
   }
 
-  // Where a unit's gradients go.
+  // Destination of a unit's gradients.
   struct Gradients {
     const Levels& sampler;
     const Unit& unit;
     Points<acc_t> at;
 
-    // Of x and y in pixels, and of the weight, of tap k.
+    // Stores the gradients of x and y, in pixels, and of the weight of tap k.
     __device__ __forceinline__ void store(int k, acc_t x, acc_t y, acc_t weight) const {
       const int64_t* shape = sampler.levels.shapes + 2 * sampler.points.divide(k);
       at.locations[2 * k] = static_cast<int>(shape[1]) * x;
@@ -131,8 +132,8 @@ struct Levels {
       at.weights[k] = weight;
     }
 
-    // In the fused form, from the gradients of the weights to those of the logits. Each thread
-    // reads what it stored itself.
+    // In the fused form, replaces the gradients of the weights by those of the logits. Each thread
+    // only reads what it stored itself.
     template <typename TapOf>
     __device__ __forceinline__ void finish(int lanes, const TapOf& tap_of) const {
       if (!sampler.a.fused) return;
@@ -153,7 +154,7 @@ struct Levels {
   }
 };
 
-// Calls body with the sampler of the kernels that fit; `bytes` of channels per thread.
+// Calls body with the sampler of the matching kernels. A thread holds up to `bytes` of channels.
 template <typename scalar_t, typename acc_t, typename point_t, int bytes, typename Body>
 void with_levels(const Attention& a, const LevelTensors& levels,
                  std::initializer_list<const at::Tensor*> tensors, const Body& body) {

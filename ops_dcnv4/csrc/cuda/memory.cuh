@@ -1,4 +1,4 @@
-// Loads, stores and additions of several numbers at once.
+// Vectorised loads, stores and atomic additions.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -9,7 +9,7 @@
 
 namespace ops_dcnv4 {
 
-// Keeps nvcc from adding the parts of a pointer (to global memory) anew for every load.
+// Keeps nvcc from recomputing a pointer to global memory for every load.
 template <typename T>
 __device__ __forceinline__ const T* computed(const T* pointer) {
 #if defined(__CUDA_ARCH__)
@@ -19,7 +19,7 @@ __device__ __forceinline__ const T* computed(const T* pointer) {
   return pointer;
 }
 
-// n elements, which are loaded and stored together where they take 8 or 16 bytes.
+// n elements, loaded and stored at once if they take 8 or 16 bytes.
 template <typename T, int n>
 struct Pack {
   using Word = std::conditional_t<sizeof(T) * n == 16, uint4,
@@ -38,7 +38,7 @@ struct Pack {
   __device__ __forceinline__ void store(T* to) const {
     static_assert(sizeof(Word) == sizeof(T) * n, "not a size that is stored at once");
 #if defined(__CUDA_ARCH__)
-    if constexpr (sizeof(Word) == 16) {  // which nvcc would otherwise cut into four
+    if constexpr (sizeof(Word) == 16) {  // nvcc would otherwise split the store into four
       asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                    "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w));
       return;
@@ -66,7 +66,7 @@ struct Pack {
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-// Four numbers in one reduction.
+// Adds four numbers with one reduction.
 __device__ __forceinline__ void atomic_add(float* to, float a, float b, float c, float d) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
                    __cvta_generic_to_global(to)),
@@ -82,7 +82,7 @@ __device__ __forceinline__ void atomic_add(T* to, T a, T b, T c, T d) {
 }
 #endif
 
-// *to += v, by many threads at once and in any order.
+// Adds v to *to atomically; many threads may do so at once, in any order.
 template <typename T, int n>
 __device__ __forceinline__ void atomic_add(T* to, const Pack<T, n>& v) {
   if constexpr (n % 4 == 0) {

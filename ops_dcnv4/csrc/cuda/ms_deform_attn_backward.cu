@@ -13,8 +13,8 @@
 namespace ops_dcnv4 {
 namespace {
 
-// Writes the gradients of locations and weights, which are one tensor in the fused form and have
-// the accumulator's dtype, and returns that of value.
+// Writes the gradients of locations and weights (one tensor in the fused form) in the accumulator's
+// dtype, and returns the gradient of value.
 at::Tensor differentiate(const Attention& a, const at::Tensor& grad_output, const at::Tensor& value,
                          const at::Tensor& spatial_shapes, const at::Tensor& level_start_index,
                          const at::Tensor& locations, const at::Tensor& weights,
@@ -35,8 +35,8 @@ at::Tensor differentiate(const Attention& a, const at::Tensor& grad_output, cons
     using scalar_t = decltype(scalar);
     using acc_t = decltype(acc);
     using point_t = decltype(point);
-    // A thread has the channels that it adds to grad_value at once: together, the threads of a unit
-    // add to whole sectors of memory.
+    // A thread holds as many channels as it adds to grad_value at once, so that the threads of a
+    // unit together add to whole memory sectors.
     constexpr int bytes = 16 / sizeof(acc_t) * sizeof(scalar_t);
     with_levels<scalar_t, acc_t, point_t, bytes>(a, levels, {&v, &go}, [&](auto sampler) {
       launch_backward(sampler, in_order, go.const_data_ptr<scalar_t>(),

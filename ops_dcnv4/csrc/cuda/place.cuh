@@ -1,4 +1,4 @@
-// Which four pixels a point reads.
+// The four pixels that a tap reads.
 #pragma once
 
 #include "bilinear.h"
@@ -7,26 +7,26 @@
 
 namespace ops_dcnv4 {
 
-// One of value's images: all of it, or a level.
+// An image that taps sample: all of an image of value, or one of its levels.
 struct Image {
   int height, width;
   int start;  // the first pixel
 };
 
-// A point (y, x) in pixels of an image, and its factor: modulation or attention weight.
+// A point (y, x) in pixels of an image, and its modulation or attention weight.
 template <typename acc_t>
 struct Tap {
   acc_t y, x, weight;
   Image image;
 };
 
-// Where the four pixels of a cell lie: distances in memory from the image's first pixel. A pixel
-// outside the image is replaced by its neighbour inside, to be given the weight zero: loads need no
-// branch, and read no pixel that the sample does not depend on.
+// The four pixels of a cell, as offsets in memory from the image's first pixel. A pixel outside the
+// image is replaced by its neighbour inside, whose weight is then zero: loads need no branch, and
+// read no pixel that the sample does not depend on.
 template <typename index_t>
 struct Place {
-  index_t first;         // of the top-left pixel; -1 where the tap reaches no pixel
-  index_t right, below;  // steps to the neighbours, 0 if there is none
+  index_t first;         // offset of the top-left pixel; -1 if the tap reaches no pixel
+  index_t right, below;  // steps to the neighbours; 0 if there is none
 
   __device__ __forceinline__ bool is_none() const { return first < 0; }
 
@@ -35,12 +35,12 @@ struct Place {
             ops_dcnv4::from_lane(below, lane, lanes)};
   }
 
-  // To a corner: top left, top right, bottom left, bottom right.
+  // Returns the offset of a corner: top left, top right, bottom left, bottom right.
   __device__ __forceinline__ index_t offset(int corner) const {
     return first + (corner & 1 ? right : 0) + (corner & 2 ? below : 0);
   }
 
-  // The four pixels; any, for a tap that reaches none.
+  // Loads the four pixels, which are arbitrary for a tap that reaches none.
   template <typename scalar_t, int n>
   __device__ __forceinline__ void load(const scalar_t* image,
                                        Pack<scalar_t, n> (&pixels)[4]) const {
@@ -52,12 +52,12 @@ struct Place {
   }
 };
 
-// Which pixels of a cell lie inside the image.
+// Which pixels of a cell are inside the image.
 struct Inside {
   bool left, right, top, bottom;
 };
 
-// Finds the place of a tap and calls make(inside, cell, weight) for its numbers.
+// Returns the place of a tap, and passes the rest of its plan to make(inside, cell, weight).
 template <typename index_t, typename acc_t, typename Make>
 __device__ __forceinline__ Place<index_t> place_tap(const Tap<acc_t>& tap, index_t channels,
                                                     const Make& make) {

@@ -1,4 +1,4 @@
-// The sizes that kernels are compiled for, and the choice among them.
+// Sizes that kernels are compiled for, and the choice among them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,7 +12,7 @@
 
 namespace ops_dcnv4 {
 
-// What is known of a call when its kernels are compiled; 0 stands for "nothing".
+// What is known about a call at compile time; 0 means unknown.
 template <typename scalar, typename acc, int vec_, int group_channels_, int taps_>
 struct Static {
   using scalar_t = scalar;
@@ -20,8 +20,8 @@ struct Static {
   static constexpr int vec = vec_;  // channels per thread
   static constexpr int group_channels = group_channels_;
   static constexpr int taps = taps_;
-  // The type of distances within an image. The host takes the general kernels where 32 bits are
-  // too few.
+  // Type of offsets within an image. The host chooses the general kernels if 32 bits do not
+  // suffice.
   using index_t = std::conditional_t<taps != 0, int, int64_t>;
 
   using General = Static<scalar, acc, 1, 0, 0>;
@@ -31,7 +31,7 @@ struct Static {
   }
 };
 
-// Threads that hold all channels of a unit, or the whole warp.
+// Returns the number of threads that hold all channels of a unit, at most a warp.
 inline int lanes_for(int64_t group_channels, int vec) {
   int lanes = 1;
   while (lanes < warp_size && lanes * vec < group_channels) lanes *= 2;
@@ -44,15 +44,16 @@ Layout layout_of(const Sampler& sampler) {
   return Layout(sampler.output(), lanes, Sampler::tile_width);
 }
 
-// A call's sizes that decide on its kernels.
+// Sizes of a call that determine its kernels.
 struct Sizes {
   int64_t group_channels;
-  int taps;          // 0 for windows that no kernel is compiled for
-  int64_t distance;  // the largest within an image, in elements
+  int taps;          // 0 for windows without a specialised kernel
+  int64_t distance;  // largest offset within an image, in elements
 };
 
-// Calls body with the Static that fits: `vec` channels at once if all tensors are aligned to that,
-// and the sizes of the published models, with one of these numbers of taps, by name.
+// Calls body with the matching Static: `vec` channels per thread if all tensors are aligned to that
+// many, and constant sizes for the group widths of the published models with one of these numbers
+// of taps.
 template <typename scalar_t, typename acc_t, int vec, int... taps, typename Body>
 void with_static(const Sizes& sizes, std::initializer_list<const at::Tensor*> tensors,
                  const Body& body) {

@@ -1,4 +1,4 @@
-// Who computes what: shared by the forward and backward kernels.
+// Distribution of work over threads, shared by the forward and backward kernels.
 #pragma once
 
 #include <algorithm>
@@ -8,27 +8,27 @@
 
 namespace ops_dcnv4 {
 
-// The work is divided into units of one output pixel, or query, and one group of channels, or head.
-// The `lanes` neighbouring threads of a unit hold up to 16 bytes of channels each; each plans every
-// lanes-th tap, and they pass the plans round in registers. A block takes as many groups as fill a
-// cache line of 128 bytes, of the pixels of a tile: warps read whole lines, and neighbours find
-// each other's pixels in the L1 cache. It is small, four warps for a tile of 4 x 4 pixels or 16
-// queries, so that the small images of late stages still spread over many multiprocessors. Tensor
-// sizes decide nothing but the grid. (Groups of more than 128 bytes have tiles of fewer pixels, and
-// beyond 32 lanes several rounds; where groups are not aligned, a thread holds one channel at a
-// time.)
+// A unit of work is one output pixel (or query) and one channel group (or head). The `lanes`
+// neighbouring threads of a unit hold up to 16 bytes of channels each. Each of them plans every
+// lanes-th tap, and they exchange the plans in registers. A block processes the pixels of a tile,
+// and as many groups as fill a cache line of 128 bytes: warps read whole lines, and neighbours find
+// each other's pixels in the L1 cache. Blocks are small, four warps for a tile of 4 x 4 pixels or
+// 16 queries, so that the small images of late stages are still distributed over many
+// multiprocessors. Tensor sizes only determine the grid. (Groups of more than 128 bytes have tiles
+// of fewer pixels and, beyond 32 lanes, take several rounds. If groups are not aligned, a thread
+// holds one channel at a time.)
 constexpr int block_threads = 128;
 
-// How the pixels of a tile lie: in rows of so many of an image, or as a part of a single row.
+// Width of a tile in pixels; 0 if a tile is part of a single row.
 constexpr int square_tiles = 4, queries_in_a_row = 0;
 
-// The output's size; of attention, a row of queries.
+// Size of the output; for attention, a row of queries.
 struct Extents {
   int64_t batch;
   int height, width, groups;
 };
 
-// Divides numbers below 2^31 by a multiplication and a shift (Granlund and Montgomery, 1994).
+// Divides numbers below 2^31 with a multiplication and a shift (Granlund and Montgomery, 1994).
 struct Divisor {
   unsigned by, magic = 1, shift = 0;
 
@@ -47,11 +47,11 @@ constexpr int tile_pixels(int lanes) { return block_threads / (lanes < 8 ? 8 : l
 
 struct Layout {
   Extents output;
-  int lanes;  // threads of a unit, a power of two up to 32
+  int lanes;  // threads per unit, a power of two up to 32
   Divisor groups, tiles_x;
   int tiles;
 
-  // The groups are spread evenly over as few blocks as can hold them.
+  // Distributes the groups evenly over as few blocks as can hold them.
   Layout(const Extents& output, int lanes, int tile_width)
       : output(output),
         lanes(lanes),
@@ -62,21 +62,22 @@ struct Layout {
   }
 
   dim3 grid() const {
-    const int64_t limit = 65535;  // of y and z; the kernels loop over what is beyond
+    const int64_t limit = 65535;  // of y and z; the kernels loop over the rest
     return dim3(tiles, std::min(divide_up(output.groups, groups.by), limit),
                 std::min(output.batch, limit));
   }
 };
 
 struct Unit {
-  int lane;     // of this thread among the unit's
-  bool exists;  // threads at the rim of the image or of the groups have none, but take part
+  int lane;     // index of this thread within the unit
+  bool exists;  // false for threads beyond the image or the groups, which still join in shuffles
   int64_t image;
   int group, row, col;
 };
 
-// Calls body(unit) for this thread's unit, in whole warps: one, or several if there are more groups
-// or images than the grid has rows and layers. `lanes` is the layout's, as a constant if it is one.
+// Calls body(unit) for this thread's unit, or for several units if there are more groups or images
+// than the grid has rows and layers. Whole warps call body together. `lanes` is that of the layout,
+// as a constant if it is known at compile time.
 template <int tile_width, typename Body>
 __device__ __forceinline__ void for_units(const Layout& layout, int lanes, const Body& body) {
   const int in_block = threadIdx.x / lanes;
@@ -106,8 +107,9 @@ __device__ __forceinline__ void for_units(const Layout& layout, int lanes, const
   }
 }
 
-// The first element of a unit's part of a tensor of the output's size, `channels` per pixel and
-// `group_channels` per group. Where there is no unit, that of the first: it may be read.
+// Returns the first element of a unit's part of a tensor of the output's size, with `channels` per
+// pixel and `group_channels` per group. For a unit that does not exist, returns the start of the
+// tensor, which is safe to read.
 template <typename index_t, typename T>
 __device__ __forceinline__ T* at_unit(T* tensor, const Extents& output, const Unit& unit,
                                       index_t channels, int group_channels) {
@@ -117,13 +119,13 @@ __device__ __forceinline__ T* at_unit(T* tensor, const Extents& output, const Un
   return unit.exists ? image + in_image : tensor;
 }
 
-// The value of another lane of the unit.
+// Returns the value of another lane of the unit.
 template <typename T>
 __device__ __forceinline__ T from_lane(T v, int lane, int lanes) {
   return __shfl_sync(0xffffffff, v, lane, lanes);
 }
 
-// The sum, or what `combine` makes of two, of the values of a unit's lanes, in each of them.
+// Reduces the values of a unit's lanes with `combine`; each lane receives the result.
 template <typename T, typename Combine>
 __device__ __forceinline__ T over_lanes(T v, int lanes, const Combine& combine) {
 #pragma unroll

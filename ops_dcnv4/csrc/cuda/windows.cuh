@@ -1,4 +1,4 @@
-// Where DCNv4 samples: the taps of a window around every output pixel.
+// Sampling points of DCNv4: the taps of a window around each output pixel.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace ops_dcnv4 {
 
-// One of the two samplers that the kernels are made for (the other is Levels). offset_mask holds
-// locations and weights: the kernels are given it for both.
+// Sampler for DCNv4; that for attention is Levels. offset_mask contains locations and weights, and
+// is passed to the kernels as both.
 template <typename S>
 struct Windows {
   using Compiled = S;
@@ -37,14 +37,15 @@ struct Windows {
 
   __device__ __forceinline__ void check() const {}
 
-  // A unit's part of offset_mask: pairs of offsets column by column of the window, then modulation.
+  // Returns a unit's part of offset_mask: offset pairs, column by column of the window, and then
+  // modulation scalars.
   template <typename T>
   __device__ __forceinline__ T* at(T* offset_mask, const Extents& output, const Unit& unit) const {
     using index_t = typename S::index_t;
     return at_unit<index_t>(offset_mask, output, unit, g.offset_channels, 3 * taps());
   }
 
-  // A function from k to tap k of a unit.
+  // Returns a function that maps k to tap k of a unit.
   __device__ __forceinline__ auto taps_of(const Unit& unit, const Extents& output, int,
                                           const point_t* offset_mask, const point_t*) const {
     return [this, &unit, offsets = at(offset_mask, output, unit)](int k) -> Tap<acc_t> {
@@ -52,7 +53,7 @@ struct Windows {
       const int center = S::taps ? 4 : g.x.kernel / 2 * rows + g.y.kernel / 2;
       const bool remove_center = S::taps ? S::taps == 8 : g.remove_center;
       const int in_window = remove_center && k >= center ? k + 1 : k;
-      const int tap_x = S::taps ? in_window * 11 >> 5 : in_window / rows;  // a cheap third
+      const int tap_x = S::taps ? in_window * 11 >> 5 : in_window / rows;  // cheap division by 3
       const int tap_y = in_window - tap_x * rows;
       const acc_t x = g.x.center_of(unit.col) +
                       offset_scale * (g.x.grid(tap_x) + static_cast<acc_t>(offsets[2 * k]));
@@ -62,20 +63,20 @@ struct Windows {
     };
   }
 
-  // Where a unit's gradients go.
+  // Destination of a unit's gradients.
   struct Gradients {
     const Windows& sampler;
     const Unit& unit;
     point_t* offsets;
 
-    // Of x and y in pixels, and of the modulation, of tap k.
+    // Stores the gradients of x and y, in pixels, and of the modulation of tap k.
     __device__ __forceinline__ void store(int k, acc_t x, acc_t y, acc_t modulation) const {
       offsets[2 * k] = static_cast<point_t>(sampler.offset_scale * x);
       offsets[2 * k + 1] = static_cast<point_t>(sampler.offset_scale * y);
       offsets[2 * sampler.taps() + k] = static_cast<point_t>(modulation);
     }
 
-    // Padding channels have no gradient.
+    // Clears the gradient of the padding channels.
     template <typename TapOf>
     __device__ __forceinline__ void finish(int lanes, const TapOf&) const {
       const Geometry& g = sampler.g;
@@ -94,7 +95,7 @@ struct Windows {
   }
 };
 
-// Calls body with the sampler of the kernels that fit.
+// Calls body with the sampler of the matching kernels.
 template <typename scalar_t, typename acc_t, typename Body>
 void with_windows(const Geometry& g, std::initializer_list<const at::Tensor*> tensors,
                   const Body& body) {
