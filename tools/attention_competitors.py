@@ -1,13 +1,13 @@
-"""Multi-scale deformable attention for the operator benchmark: ours, the reference and mmcv's.
+"""Shapes, inputs and implementations for the benchmark of multi-scale deformable attention.
 
-Beside 16-bit values, locations and weights are float32, which is what autocast gives: rounded to
-16 bits, locations would be fractions of a pixel off.
+With 16-bit values, locations and weights are float32, as under autocast: rounding locations to
+16 bits would shift them by fractions of a pixel.
 """
 
 import importlib
 import re
 from types import ModuleType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -16,19 +16,21 @@ from ops_dcnv4 import flash_deform_attn, ms_deform_attn, reference
 from tools.competitors import TOLERANCES, Competitor, away_from_integers, by_image
 
 OURS = "ms_deform_attn"
-SPREAD = 3  # pixels of each level, standard deviation of the points around their query's
+SPREAD = 3  # standard deviation of the points around their query, in pixels of each level
 IMAGES_PER_STEP = 64  # mmcv's default
-# mmcv's CUDA operator computes in float16 where value is. Coordinates of a hundred pixels are then
-# up to an eighth of a pixel off, which alone moves results by up to 8 % of the largest. That is its
-# precision, no mistake.
+# mmcv's CUDA operator computes in float16 if value is float16. Coordinates of a hundred pixels are
+# then off by up to an eighth of a pixel, which alone changes results by up to 8 % of the largest.
+# This is limited precision, not an error.
 MMCV_TOLERANCES = TOLERANCES | {"float16": 0.15}
 
 
 class Shape(NamedTuple):
+    """Size of a call of multi-scale deformable attention."""
+
     n: int
     name: str
     levels: tuple[tuple[int, int], ...] = ((100, 134), (50, 67), (25, 34), (13, 17))
-    decoder_queries: int | None = None  # None in an encoder, where all pixels are queries
+    decoder_queries: int | None = None  # None for an encoder, where all pixels are queries
     heads: int = 8
     head_channels: int = 32
     points: int = 4
@@ -38,6 +40,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
+        """Parse a shape; return None if `text` has another form."""
         found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z-]+)", text)
         if not found or found[2] not in SHAPES:
             return None
@@ -48,21 +51,26 @@ class Shape(NamedTuple):
 
     @property
     def competitors(self) -> dict[str, Competitor]:
+        """Return the implementations to compare, by name."""
         return COMPETITORS
 
     @property
     def pixels(self) -> int:
+        """Return the number of pixels of all levels of an image."""
         return sum(height * width for height, width in self.levels)
 
     @property
     def queries(self) -> int:
+        """Return the number of queries per image."""
         return self.decoder_queries or self.pixels
 
     @property
     def all_points(self) -> int:
+        """Return the number of sampling points of all images."""
         return self.n * self.queries * self.heads * len(self.levels) * self.points
 
     def bytes_touched(self, dtype: torch.dtype) -> dict[str, int]:
+        """Return the bytes per pass if each tensor and gradient is accessed once."""
         row = self.n * self.heads * self.head_channels * dtype.itemsize
         value, output = row * self.pixels, row * self.queries
         points = 3 * self.all_points * reference.compute_dtype(dtype).itemsize  # x, y and weight
@@ -70,10 +78,11 @@ class Shape(NamedTuple):
         return touched | {"forward+backward": sum(touched.values())}
 
     def bytes_gathered(self, dtype: torch.dtype) -> int:
+        """Return the bytes that the forward pass gathers from value: four pixels per point."""
         return self.all_points * 4 * self.head_channels * dtype.itemsize
 
     def reference_points(self, device: torch.device) -> Tensor:
-        """Of each query, (N, Lq, 2): in an encoder the centres of all pixels, else random."""
+        """Return reference points (N, Lq, 2): all pixel centres in an encoder, else random."""
         if self.decoder_queries:
             return torch.rand(self.n, self.decoder_queries, 2, device=device)
         centres = []
@@ -83,6 +92,7 @@ class Shape(NamedTuple):
         return torch.cat(centres).expand(self.n, -1, -1)
 
     def random_inputs(self, dtype: torch.dtype, device: torch.device) -> "Inputs":
+        """Return random inputs that require gradients."""
         value_options = {"dtype": dtype, "device": device}
         point_options = {"dtype": reference.compute_dtype(dtype), "device": device}
         spatial_shapes = torch.tensor(self.levels, device=device)
@@ -112,6 +122,7 @@ class Shape(NamedTuple):
         )
 
     def expected_results(self, inputs: "Inputs") -> dict[str, Tensor]:
+        """Return output and gradients of the reference."""
         levels = inputs.spatial_shapes, inputs.level_start_index
 
         def of_image(
@@ -139,10 +150,12 @@ SHAPES = {
 
 
 class Inputs(NamedTuple):
+    """Inputs of all implementations."""
+
     value: Tensor  # (N, S, M, D)
     locations: Tensor  # (N, Lq, M, L, K, 2)
     weights: Tensor  # (N, Lq, M, L, K)
-    packed: Tensor  # (N, Lq, M, 3 * L * K), the locations and the logits of the weights
+    packed: Tensor  # (N, Lq, M, 3 * L * K), locations and logits of the weights
     spatial_shapes: Tensor  # (L, 2)
     level_start_index: Tensor  # (L,)
     grad_output: Tensor  # (N, Lq, M * D)
@@ -154,6 +167,7 @@ FUSED = ("value", "packed")
 
 
 def run_ms_deform_attn(inputs: Inputs) -> Tensor:
+    """Run :func:`ops_dcnv4.ms_deform_attn`."""
     return ms_deform_attn(
         inputs.value,
         inputs.spatial_shapes,
@@ -164,29 +178,35 @@ def run_ms_deform_attn(inputs: Inputs) -> Tensor:
 
 
 def run_flash_deform_attn(inputs: Inputs) -> Tensor:
+    """Run :func:`ops_dcnv4.flash_deform_attn`."""
     levels = inputs.spatial_shapes, inputs.level_start_index
     return flash_deform_attn(inputs.value, *levels, inputs.packed, inputs.shape.points)
 
 
 class Reference(torch.autograd.Function):
+    """The reference with its explicit backward pass."""
+
     @staticmethod
-    def forward(ctx, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        """Compute the output."""
         ctx.save_for_backward(*inputs)
         return reference.ms_deform_attn(*inputs)
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients."""
         grads = reference.ms_deform_attn_backward(grad_output, *ctx.saved_tensors)
         return grads[0], None, None, *grads[1:]
 
 
 def run_reference(inputs: Inputs) -> Tensor:
+    """Run the reference."""
     levels = inputs.spatial_shapes, inputs.level_start_index
     return Reference.apply(inputs.value, *levels, inputs.locations, inputs.weights)
 
 
 def mmcv_module(name: str) -> ModuleType | None:
-    """A module of mmcv's operators, None where it cannot be imported."""
+    """Return a module of mmcv, or None if it cannot be imported."""
     try:
         return importlib.import_module(name)
     except (ImportError, OSError):
@@ -194,11 +214,12 @@ def mmcv_module(name: str) -> ModuleType | None:
 
 
 def mmcv_attention() -> ModuleType | None:
+    """Return mmcv's module of multi-scale deformable attention, or None without mmcv."""
     return mmcv_module("mmcv.ops.multi_scale_deform_attn")
 
 
 def run_mmcv_pytorch(inputs: Inputs) -> Tensor:
-    """In the dtype of the locations, as under autocast."""
+    """Run mmcv's PyTorch implementation in the dtype of the locations, as under autocast."""
     value = inputs.value.to(inputs.locations.dtype)
     output = mmcv_attention().multi_scale_deformable_attn_pytorch(
         value, inputs.spatial_shapes, inputs.locations, inputs.weights
@@ -207,7 +228,7 @@ def run_mmcv_pytorch(inputs: Inputs) -> Tensor:
 
 
 def run_mmcv_cuda(inputs: Inputs) -> Tensor:
-    """Casts locations and weights to the dtype of value."""
+    """Run mmcv's CUDA operator, which casts locations and weights to the dtype of value."""
     levels = inputs.spatial_shapes, inputs.level_start_index
     return mmcv_attention().MultiScaleDeformableAttnFunction.apply(
         inputs.value, *levels, inputs.locations, inputs.weights, IMAGES_PER_STEP
@@ -215,10 +236,12 @@ def run_mmcv_cuda(inputs: Inputs) -> Tensor:
 
 
 def why_not_mmcv(inputs: Inputs) -> str | None:
+    """Return why mmcv's PyTorch implementation is not available, or None if it is."""
     return None if mmcv_attention() else "not installed"
 
 
 def why_not_mmcv_cuda(inputs: Inputs) -> str | None:
+    """Return why mmcv's CUDA operator cannot run on the inputs, or None if it can."""
     if not mmcv_attention():
         return "not installed"
     if inputs.value.device.type != "cuda":

@@ -1,9 +1,9 @@
-"""Images per second and peak memory of FlashInternImage, beside timm's ConvNeXt and Swin.
+"""Measure images per second and peak memory of FlashInternImage, ConvNeXt and Swin.
 
     python -m tools.benchmark_model
     python -m tools.benchmark_model --models small base --dtypes bfloat16 --modes eager compiled
 
-Each measurement runs in a process of its own: one that fails leaves the others alone.
+Each measurement runs in a process of its own, so that a failure does not affect the others.
 """
 
 import argparse
@@ -52,6 +52,8 @@ MEMORY = {
 
 
 class Case(NamedTuple):
+    """A case to measure."""
+
     task: str
     dtype: str
     mode: str
@@ -59,6 +61,8 @@ class Case(NamedTuple):
 
 
 class Settings(NamedTuple):
+    """Settings of all cases."""
+
     device: torch.device
     batch_size: int
     threads: int
@@ -66,7 +70,7 @@ class Settings(NamedTuple):
 
 
 def build(case: Case, settings: Settings) -> tuple[nn.Module, Tensor]:
-    """The model, compiled if the case says so, and images for it."""
+    """Return the model of a case, compiled if requested, and images for it."""
     model = timm.create_model(case.model)
     images = torch.randn(settings.batch_size, *model.default_cfg["input_size"])
     dtype = getattr(torch, case.dtype) if case.task == "inference" else torch.float32
@@ -77,12 +81,13 @@ def build(case: Case, settings: Settings) -> tuple[nn.Module, Tensor]:
 
 
 def infer(model: nn.Module, images: Tensor) -> None:
+    """Run the model in inference mode."""
     with torch.inference_mode():
         model(images)
 
 
 def train(model: nn.Module, images: Tensor, targets: Tensor, dtype: torch.dtype) -> None:
-    """Without the optimizer's step, which is the same for every model."""
+    """Run forward and backward, without the optimizer step, which is the same for all models."""
     model.zero_grad(set_to_none=True)
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         loss = F.cross_entropy(model(images), targets)
@@ -90,6 +95,7 @@ def train(model: nn.Module, images: Tensor, targets: Tensor, dtype: torch.dtype)
 
 
 def make_step(case: Case, model: nn.Module, images: Tensor) -> Callable[[], None]:
+    """Return the step to time."""
     if case.task == "inference":
         return functools.partial(infer, model, images)
     targets = torch.randint(10, (len(images),), device=images.device)
@@ -97,7 +103,7 @@ def make_step(case: Case, model: nn.Module, images: Tensor) -> Callable[[], None
 
 
 def resident_bytes(field: str) -> int | None:
-    """VmRSS (now) or VmHWM (highest) of this process, None where the system does not tell."""
+    """Return VmRSS (current) or VmHWM (peak) of this process, or None if it is unknown."""
     try:
         found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
     except OSError:
@@ -106,6 +112,7 @@ def resident_bytes(field: str) -> int | None:
 
 
 def reset_peak(device: torch.device) -> None:
+    """Reset the peak memory of the device, or of this process on the CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -114,14 +121,14 @@ def reset_peak(device: torch.device) -> None:
 
 
 def measure(case: Case, settings: Settings) -> dict:
-    """Speed and peak memory of one case; meant for a process of its own."""
+    """Measure speed and peak memory of one case; meant for a process of its own."""
     torch.manual_seed(0)
     torch.set_num_threads(settings.threads)
     torch.backends.cudnn.benchmark = True
     before = resident_bytes("VmRSS")
     model, images = build(case, settings)
     step = make_step(case, model, images)
-    step()  # compiles, tunes, and allocates what stays
+    step()  # compiles, autotunes, and makes the lasting allocations
     reset_peak(settings.device)
     timing = benchmarking.measure(lambda step: step, [step], settings.device, settings.min_time)
     if settings.device.type == "cuda":
@@ -138,15 +145,16 @@ def measure(case: Case, settings: Settings) -> dict:
 
 
 def send_result(connection: Connection, case: Case, settings: Settings) -> None:
+    """Measure a case and send the result, or why there is none."""
     try:
         connection.send({"status": "ok", **measure(case, settings)})
-    except Exception as error:  # from a compiler, a driver or a model
+    except Exception as error:  # compilers, drivers and models raise all kinds
         _logger.warning("%s failed: %s", " ".join(case), error)
         connection.send({"status": "failed", "note": benchmarking.reason(error)})
 
 
 def measure_isolated(case: Case, settings: Settings, timeout: float) -> dict:
-    """The result of `measure` in a new process, or why there is none."""
+    """Return the result of `measure` in a new process, or why there is none."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["timm", "flash_internimage", "matplotlib"])
     receiver, sender = context.Pipe(duplex=False)
@@ -158,13 +166,14 @@ def measure_isolated(case: Case, settings: Settings, timeout: float) -> dict:
             return receiver.recv()
         return {"status": "failed", "note": f"over {timeout:g} s"}
     except EOFError:
-        return {"status": "failed", "note": "killed"}  # by the system: out of memory, mostly
+        return {"status": "failed", "note": "killed"}  # by the system, usually out of memory
     finally:
         process.kill()
         process.join()
 
 
 def cell(result: dict) -> str:
+    """Format a result for the table."""
     if result["status"] != "ok":
         return f"({result['note']})"
     peak = "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**30:.2f} GiB"
@@ -174,7 +183,7 @@ def cell(result: dict) -> str:
 
 
 def draw(record: dict, file: Path) -> None:
-    """Bars of images per second, a panel for each task, dtype and mode."""
+    """Draw bars of images per second, with a panel for each task, dtype and mode."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -195,7 +204,7 @@ def draw(record: dict, file: Path) -> None:
         axis.bar_label(bars, fmt=lambda speed: f"{speed:.4g}" if speed else "-", padding=3)
         axis.margins(x=0.2)
         axis.set_title(f"{task}, {', '.join(kind)}", fontsize="medium")
-    axes[0, 0].invert_yaxis()  # shared
+    axes[0, 0].invert_yaxis()  # shared by all panels
     name = benchmarking.machine_name(record["machine"])
     figure.suptitle(
         f"Images per second, batch {record['settings']['batch_size']}\n"
@@ -207,7 +216,7 @@ def draw(record: dict, file: Path) -> None:
 
 
 def parse_model(text: str) -> tuple[str, ...]:
-    """The models that a size stands for, or the model of that name."""
+    """Return the models that a size stands for, or the model of that name."""
     if text in SIZES:
         return SIZES[text]
     if timm.is_model(text):
@@ -220,6 +229,7 @@ def parse_model(text: str) -> tuple[str, ...]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line and fill in the defaults of the device."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.benchmark_model", description=__doc__.splitlines()[0]
     )
@@ -253,6 +263,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark."""
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
     settings = Settings(args.device, args.batch_size, args.threads, args.min_time)

@@ -1,13 +1,13 @@
-"""Times DCNv4 and deformable attention against what else computes them.
+"""Benchmark DCNv4 and deformable attention against alternative implementations.
 
     python -m tools.benchmark_op
     python -m tools.benchmark_op --shapes 1x56x56x64 64x56x56x128/32 --dtypes float32 float16
     python -m tools.benchmark_op --shapes dino-encoder 2xdino-decoder
 
-DCNv4's shapes are NxHxWxC/D with D channels per group, 16 if left out; there are other operators of
-like size beside it. Shapes of multi-scale deformable attention are those of DINO's encoder and
-decoder, batch size first, 1 if left out. Every competitor that computes the same is checked before
-it is timed, output and gradients.
+DCNv4 shapes are NxHxWxC/D with D channels per group (16 by default); other operators of similar
+size are included as yardsticks. Shapes of multi-scale deformable attention are those of DINO's
+encoder and decoder, preceded by the batch size (1 by default). Before timing, output and gradients
+of all implementations except the yardsticks are verified.
 """
 
 import argparse
@@ -52,6 +52,7 @@ attention in 7x7 windows or global, {op_competitors.HEAD_CHANNELS} channels a he
 
 
 def parse_shape(text: str) -> Shape:
+    """Parse a shape of either operator."""
     for kind in KINDS:
         if shape := kind.parse(text):
             return shape
@@ -60,28 +61,32 @@ def parse_shape(text: str) -> Shape:
 
 
 def forward(competitor: Competitor, inputs: Inputs) -> Callable[[], Tensor]:
+    """Return a step that runs the forward pass without gradients."""
     return torch.no_grad()(functools.partial(competitor.run, inputs))
 
 
 def gradients(output: Tensor, competitor: Competitor, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Return the gradients of the leaves."""
     leaves = [getattr(inputs, name) for name in competitor.leaves]
     return torch.autograd.grad(output, leaves, inputs.grad_output)
 
 
 def backward(competitor: Competitor, inputs: Inputs) -> Callable[[], tuple]:
+    """Run the forward pass and return a step that runs the backward pass."""
     return functools.partial(gradients, competitor.run(inputs), competitor, inputs)
 
 
 def forward_backward(competitor: Competitor, inputs: Inputs) -> Callable[[], tuple]:
+    """Return a step that runs both passes."""
     return lambda: gradients(competitor.run(inputs), competitor, inputs)
 
 
-# Each makes the step that is timed; what happens before that is not.
+# Functions that prepare the step to time. Only the step itself is timed.
 PASSES = {"forward": forward, "backward": backward, "forward+backward": forward_backward}
 
 
 def is_right(competitor: Competitor, inputs: Inputs, expected: dict[str, Tensor]) -> bool:
-    """Whether output and gradients are as expected; the gradient of padding may be anything."""
+    """Return whether output and gradients are as expected; gradients of padding are ignored."""
     tolerance = competitor.tolerances[str(inputs.value.dtype).removeprefix("torch.")]
     output = forward(competitor, inputs)()
     grads = forward_backward(competitor, inputs)()
@@ -95,29 +100,31 @@ def is_right(competitor: Competitor, inputs: Inputs, expected: dict[str, Tensor]
 
 
 def input_sets(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
-    """So many that the caches do not hold them all."""
+    """Return so many sets of inputs that they do not all fit in the caches."""
     cached = 2 * benchmarking.cache_bytes(device) / shape.bytes_touched(dtype)["forward"]
     count = max(MIN_INPUT_SETS, math.ceil(cached))
     return [shape.random_inputs(dtype, device) for _ in range(count)]
 
 
 def examine(name: str, inputs: Inputs, expected: dict[str, Tensor]) -> tuple[str, str | None]:
-    """Status of a competitor and, if it cannot be timed, the reason."""
+    """Return the status of a competitor and, if it cannot be timed, the reason."""
     competitor = inputs.shape.competitors[name]
     if why_not := competitor.why_not(inputs):
         return "skipped", why_not
     try:
         right = competitor.yardstick or is_right(competitor, inputs, expected)
         return "ok" if right else "wrong", None
-    except Exception as error:  # whatever a foreign package raises
+    except Exception as error:  # third-party packages raise all kinds
         return "failed", benchmarking.reason(error)
 
 
 def time_pass(
     make_step: Callable, names: Sequence[str], inputs: list[Inputs], min_time: float
 ) -> dict[str, dict]:
-    """What is measured of each competitor. They take turns, so that a machine that changes its
-    speed changes it for all of them."""
+    """Time one pass of each competitor.
+
+    The competitors take turns, so that changes in the machine's speed affect all of them.
+    """
     competitors, device = inputs[0].shape.competitors, inputs[0].value.device
     measurements, failures = {}, {}
     for turn in range(TURNS + 1):
@@ -136,7 +143,7 @@ def time_pass(
 def time_competitors(
     names: Sequence[str], inputs: list[Inputs], expected: dict[str, Tensor], min_time: float
 ) -> list[dict]:
-    """A result for each competitor and pass."""
+    """Return a result for each competitor and pass."""
     shape = inputs[0].shape
     statuses = {name: examine(name, inputs[0], expected) for name in names}
     status, note = statuses[shape.ours]
@@ -156,7 +163,7 @@ def time_competitors(
 
 
 def l1_floor(shape: Shape, dtype: torch.dtype, device: torch.device) -> float | None:
-    """Seconds of the forward's gathers if every SM reads 128 bytes per clock."""
+    """Return the seconds that the forward's gathers take if each SM reads 128 bytes per clock."""
     if device.type != "cuda":
         return None
     gpu = torch.cuda.get_device_properties(device)
@@ -164,7 +171,7 @@ def l1_floor(shape: Shape, dtype: torch.dtype, device: torch.device) -> float | 
 
 
 def compare(results: list[dict], shape: Shape, floors: dict[str, float]) -> None:
-    """Adds each result's ratio to ours and share of the floor."""
+    """Add to each result its ratio to ours and its share of the memory floor."""
     timed = [r for r in results if "seconds" in r]
     ours = {r["pass"]: r["seconds"] for r in timed if r["competitor"] == shape.ours}
     for result in timed:
@@ -176,6 +183,7 @@ def compare(results: list[dict], shape: Shape, floors: dict[str, float]) -> None
 
 
 def cell(result: dict) -> str:
+    """Format a result for the table."""
     if "seconds" not in result:
         return f"({result['note']})"
     share = f"{result['share_of_floor']:.0%}" if "share_of_floor" in result else ""
@@ -186,13 +194,14 @@ def cell(result: dict) -> str:
 
 
 def write_row(name: str, cells: Iterable[str]) -> None:
+    """Write a row of the table."""
     write(f"{name:17}" + "".join(f"{text:>29}" for text in cells))
 
 
 def benchmark(
     shape: Shape, dtype_name: str, bandwidth: float, args: argparse.Namespace
 ) -> list[dict]:
-    """Times the competitors at one shape, one line of the table each."""
+    """Time the competitors at one shape, and write a row of the table for each."""
     dtype = getattr(torch, dtype_name)
     inputs = input_sets(shape, dtype, args.device)
     expected = shape.expected_results(inputs[0])
@@ -213,13 +222,13 @@ def benchmark(
 
 
 def competitor_names(shapes: Sequence[Shape]) -> list[str]:
-    """Of all shapes, without ours."""
+    """Return the names of the competitors at all shapes, without ours."""
     names = dict.fromkeys(name for shape in shapes for name in shape.competitors)
     return [name for name in names if name not in {shape.ours for shape in shapes}]
 
 
 def draw(record: dict, file: Path) -> None:
-    """A dot for each competitor: how many times as long as ours it takes."""
+    """Draw a dot for each competitor: how many times as long as ours it takes."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -247,6 +256,7 @@ def draw(record: dict, file: Path) -> None:
 
 
 def draw_panel(axis: Axes, results: list[dict], shapes: list[Shape]) -> None:
+    """Draw the panel of one dtype and pass."""
     tab20 = matplotlib.color_sequences["tab20"]
     colors = dict(zip(competitor_names(shapes), tab20[::2] + tab20[1::2], strict=False))
     rows = list(map(str, shapes))
@@ -267,6 +277,7 @@ def draw_panel(axis: Axes, results: list[dict], shapes: list[Shape]) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line and fill in the defaults of the device."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.benchmark_op", description=__doc__.splitlines()[0]
     )
@@ -296,6 +307,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark."""
     args = parse_arguments(argv)
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)

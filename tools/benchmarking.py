@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, the description of the machine, options and files."""
+"""Shared code of the benchmarks: timing, the description of the machine, options and files."""
 
 import argparse
 import itertools
@@ -27,19 +27,21 @@ WARM_UP_CALLS, MIN_CALLS, MAX_CALLS = 3, 5, 1000
 
 
 class Timing(NamedTuple):
-    seconds: float  # the median
-    low: float  # the quartiles
-    high: float
+    """Time per call, in seconds."""
+
+    seconds: float  # median
+    low: float  # first quartile
+    high: float  # third quartile
     calls: int
 
 
 def is_unsteady(result: dict) -> bool:
-    """Whether the quartiles are so far apart that something else seems to have used the machine."""
+    """Return whether the quartiles are so far apart that the machine was probably shared."""
     return result["high"] - result["low"] > 0.2 * result["seconds"]
 
 
 def time_each(steps: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
-    """Seconds of each step: between CUDA events on a GPU, by the clock elsewhere."""
+    """Return the seconds of each step: between CUDA events on a GPU, by the clock elsewhere."""
     if device.type != "cuda":
         marks = [time.perf_counter()]
         for step in steps:
@@ -57,7 +59,14 @@ def time_each(steps: Sequence[Callable[[], object]], device: torch.device) -> li
 
 
 class Measurement(Generic[Input]):
-    """Times the steps that `prepare` makes of inputs that take turns; `prepare` is not timed."""
+    """Timing of a step on inputs that take turns.
+
+    Args:
+        prepare: Returns the step for an input. Not timed itself.
+        inputs: Inputs of the steps.
+        device: Device on which the steps run.
+        min_time: Total time to measure, in seconds, within limits for the number of calls.
+    """
 
     def __init__(
         self,
@@ -74,15 +83,16 @@ class Measurement(Generic[Input]):
         self.times: list[float] = []
 
     def advance(self, share: float) -> None:
-        """Times as many calls as are missing to `share` of all, in whole rounds."""
+        """Time as many calls as are missing to `share` of all calls, in whole rounds of inputs."""
         while len(self.times) < share * self.calls:
-            # All of a round is prepared first, so that no step finds its input in a cache.
+            # Prepare the whole round first, so that no step finds its input in a cache.
             count = min(self.round, self.calls - len(self.times))
             steps = [self.prepare(next(self.inputs)) for _ in range(count)]
             self.times += time_each(steps, self.device)
 
     @property
     def timing(self) -> Timing:
+        """Return the median and the quartiles of the calls so far."""
         low, median, high = statistics.quantiles(self.times, n=4)
         return Timing(median, low, high, len(self.times))
 
@@ -93,14 +103,14 @@ def measure(
     device: torch.device,
     min_time: float,
 ) -> Timing:
-    """A measurement in one go."""
+    """Time a step on inputs that take turns; arguments as in :class:`Measurement`."""
     measurement = Measurement(prepare, inputs, device, min_time)
     measurement.advance(1)
     return measurement.timing
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last-level cache; 32 MiB where the system does not tell."""
+    """Return the size of the last-level cache, or 32 MiB if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [
@@ -111,7 +121,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a copy that no cache holds."""
+    """Return the bytes read and written per second by a copy that does not fit in the caches."""
     size = max(8 * cache_bytes(device), 256 * 2**20)
     buffers = [torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2)]
     timing = measure(lambda pair: lambda: pair[1].copy_(pair[0]), [buffers], device, min_time=0.5)
@@ -137,12 +147,13 @@ def _cpu_name() -> str:
 
 
 def describe_machine(device: torch.device) -> dict:
+    """Return the properties of the machine that affect the results."""
     machine = {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
-        "load_at_start": round(os.getloadavg()[0], 2),  # others' work makes the figures useless
+        "load_at_start": round(os.getloadavg()[0], 2),  # other work would invalidate the results
     }
     if device.type == "cuda":
         query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -154,13 +165,13 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def machine_name(machine: dict) -> str:
-    """For titles: the GPU, or the CPU and its threads in use."""
+    """Return a name for titles: the GPU, or the CPU and the number of threads."""
     threads = machine["threads"]
     return machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' * (threads > 1)}"
 
 
 def describe_software() -> dict:
-    """Versions of what is installed, and the commit, marked where files of it were changed."""
+    """Return the versions of the packages and the commit, marked if files have changed since."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -175,7 +186,7 @@ def describe_software() -> dict:
 
 
 def describe_run(benchmark: str, device: torch.device, settings: dict) -> dict:
-    """What a file of results says besides the results."""
+    """Return the record of a run, to which the results are added."""
     return {
         "benchmark": benchmark,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -187,12 +198,12 @@ def describe_run(benchmark: str, device: torch.device, settings: dict) -> dict:
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Whether the compiled operators run on the device, and not Triton or the reference."""
+    """Return whether the compiled operators run on the device, not Triton or the reference."""
     return choose_backend(device) == "compiled"
 
 
 def reason(error: Exception) -> str:
-    """What a table says of a measurement that failed; without paths, which messages can hold."""
+    """Return why a measurement failed, for tables; without the paths that messages may contain."""
     for known in ("out of memory", "can't allocate memory", "not implemented"):
         if known in str(error):
             return known
@@ -200,42 +211,45 @@ def reason(error: Exception) -> str:
 
 
 def slug(name: str) -> str:
-    """`name` in letters, digits and hyphens, without trademarks."""
+    """Return `name` in letters, digits and hyphens, without trademark signs."""
     plain = re.sub(r"\((?:r|tm)\)|\b(?:cpu|processor)\b", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
 def output_files(record: dict, folder: Path) -> tuple[Path, Path]:
-    """The JSON file and the chart of a run, named after benchmark and machine."""
+    """Return the JSON file and the chart of a run, named after benchmark and machine."""
     stem = folder / f"{record['benchmark']}_{slug(machine_name(record['machine']))}"
     return stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".png")
 
 
 def save(record: dict, folder: Path) -> None:
-    """Writes the results so far, so that a run that is stopped keeps them."""
+    """Write the results so far, so that an interrupted run keeps them."""
     folder.mkdir(parents=True, exist_ok=True)
     output_files(record, folder)[0].write_text(json.dumps(record, indent=1) + "\n")
 
 
 def finish(record: dict, draw: Callable[[dict, Path], None], folder: Path) -> None:
+    """Draw the chart of a run and write the names of the files."""
     json_file, chart = output_files(record, folder)
     draw(record, chart)
     write(f"\nwritten: {json_file} and {chart.name}")
 
 
 def write(line: str) -> None:
+    """Write a line to standard output at once."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def write_heading(record: dict) -> None:
+    """Write the machine, the date and the versions of a run."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     machine = record["machine"]
     write(f"{machine_name(machine)}; {record['date']}; load {machine['load_at_start']}\n{versions}")
 
 
 def positive(kind: type) -> Callable[[str], int | float]:
-    """argparse type for numbers above zero."""
+    """Return an argparse type for numbers above zero."""
 
     def parse(text: str) -> int | float:
         try:
@@ -251,7 +265,7 @@ def positive(kind: type) -> Callable[[str], int | float]:
 
 
 def parse_device(text: str) -> torch.device:
-    """argparse type for `auto`, `cpu` and `cuda`."""
+    """Convert `auto`, `cpu` or `cuda` to a device; an argparse type."""
     accepted = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
     if text not in accepted:
         raise argparse.ArgumentTypeError(f"{text!r} must be one of {', '.join(accepted)} here")
@@ -259,6 +273,7 @@ def parse_device(text: str) -> torch.device:
 
 
 def add_common_options(parser: argparse.ArgumentParser, min_time: float) -> None:
+    """Add the options that all benchmarks have."""
     parser.add_argument("--device", type=parse_device, default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=positive(int), default=torch.get_num_threads())
     parser.add_argument(

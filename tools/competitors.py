@@ -1,4 +1,4 @@
-"""What the operator benchmark asks of an operator: its shapes, with inputs and competitors."""
+"""Interfaces of the operator benchmark: shapes, inputs and competing implementations."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, Self
@@ -6,58 +6,67 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-# Of outputs and gradients, relative to the largest expected magnitude.
+# Tolerances of outputs and gradients, relative to the largest expected magnitude.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-10, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 class Competitor(NamedTuple):
-    run: Callable[[Any], Tensor]  # of inputs
-    leaves: tuple[str, ...]  # the inputs that get a gradient
-    why_not: Callable[[Any], str | None] = lambda inputs: None
-    yardstick: bool = False  # computes something else
+    """An implementation to compare."""
+
+    run: Callable[[Any], Tensor]  # computes the output from the inputs
+    leaves: tuple[str, ...]  # names of the inputs that receive a gradient
+    why_not: Callable[[Any], str | None] = lambda inputs: None  # why it cannot run on the inputs
+    yardstick: bool = False  # whether it computes something else
     tolerances: dict[str, float] = TOLERANCES
 
 
 class Inputs(Protocol):
-    """A named tuple of these and of the leaves."""
+    """Inputs of all implementations: a named tuple of these fields and the leaves."""
 
-    value: Tensor  # tells dtype and device
+    value: Tensor  # determines dtype and device
     grad_output: Tensor
     shape: "Shape"
 
 
 class Shape(Protocol):
-    """A size of one operator; as a string it is what `parse` reads."""
+    """Size of a call of one operator; `str` returns what `parse` accepts."""
 
-    form: str  # how to write it
-    ours: str  # one of the competitors, beside which the others are put
+    form: str  # description of what `parse` accepts
+    ours: str  # the competitor that the others are compared with
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """None where `text` does not look like a shape of this kind."""
+        """Parse a shape; return None if `text` has another form."""
 
     @property
-    def competitors(self) -> dict[str, Competitor]: ...
+    def competitors(self) -> dict[str, Competitor]:
+        """Return the implementations to compare, by name."""
+        ...
 
-    def random_inputs(self, dtype: torch.dtype, device: torch.device) -> Inputs: ...
+    def random_inputs(self, dtype: torch.dtype, device: torch.device) -> Inputs:
+        """Return random inputs that require gradients."""
+        ...
 
     def expected_results(self, inputs: Inputs) -> dict[str, Tensor]:
-        """The output, by that name, and the gradient of each leaf, up to its padding."""
+        """Return "output" and the gradient of each leaf, by name and without padding."""
 
     def bytes_touched(self, dtype: torch.dtype) -> dict[str, int]:
-        """By each pass, if it touches every tensor and gradient once."""
+        """Return the bytes per pass if each tensor and gradient is accessed once."""
 
     def bytes_gathered(self, dtype: torch.dtype) -> int:
-        """By the forward, from value: four pixels for each point."""
+        """Return the bytes that the forward pass gathers from value: four pixels per point."""
 
 
 def away_from_integers(positions: Tensor) -> Tensor:
-    """At least a tenth away from where the gradient jumps and rounding decides its side."""
+    """Move positions at least 0.1 away from integers.
+
+    The gradient jumps at integers, where rounding would decide on which side a position is.
+    """
     pixels = positions.floor()
     return pixels + 0.1 + 0.8 * (positions - pixels)
 
 
 def by_image(compute: Callable[..., dict[str, Tensor]], *tensors: Tensor) -> dict[str, Tensor]:
-    """Computes one image at a time, which saves memory."""
+    """Compute results one image at a time, which saves memory."""
     images = [compute(*image) for image in zip(*(t.split(1) for t in tensors), strict=True)]
     return {name: torch.cat([image[name] for image in images]) for name in images[0]}

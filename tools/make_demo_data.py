@@ -1,16 +1,16 @@
-"""Writes demo data sets of real images that need no download: they come with scikit-learn.
+"""Write demo data sets of real images. The images are part of scikit-learn; nothing is downloaded.
 
     python -m tools.make_demo_data [digits | digits-scenes | digits-scenes-ade20k] [--root data/...]
 
 digits                an ImageFolder of handwritten digits: root/{train,val}/{0..9}/NNNN.png, 1,437
                       and 360 images, a fixed stratified split
-digits-scenes         these digits on photographs, for detection and instance segmentation as in
-                      COCO: root/annotations/instances_{train,val}.json, root/{train,val}/*.jpg, 400
-                      and 60 images
-digits-scenes-ade20k  the same scenes for semantic segmentation as in ADE20K:
+digits-scenes         these digits on photographs, for detection and instance segmentation in COCO
+                      format: root/annotations/instances_{train,val}.json, root/{train,val}/*.jpg,
+                      400 and 60 images
+digits-scenes-ade20k  the same scenes for semantic segmentation in ADE20K format:
                       root/images/{training,validation}/*.jpg and
-                      root/annotations/{training,validation}/*.png, of values 0: to be ignored
-                      (crowds), 1: background, 2 to 11: the digits 0 to 9
+                      root/annotations/{training,validation}/*.png, where 0 is the ignore index
+                      (crowds), 1 the background, and 2 to 11 the digits 0 to 9
 """
 
 import argparse
@@ -31,13 +31,13 @@ from tools.scenes import Material, Scene, make_scenes, to_coco
 
 _logger = logging.getLogger(__name__)
 
-# Ten hues, bright and dark by turns.
+# Ten hues, alternately bright and dark.
 _INKS = np.array([hsv_to_rgb(k / 10, 1, (255, 140)[k % 2]) for k in range(10)])
-_PHOTO_SPLIT = 440  # training sees what is left of this column, validation the rest
+_PHOTO_SPLIT = 440  # training uses the photographs left of this column, validation the rest
 
 
 def write_digits(root: Path, size: int = 32) -> None:
-    """Writes the digits, scaled from 8 x 8 to `size` pixels; complete or not at all."""
+    """Write the digits, scaled from 8 x 8 to `size` pixels. `root` is only created if complete."""
     digits = load_digits()
     with _complete_or_not_at_all(root) as partial:
         for split, chosen in _split(digits.target).items():
@@ -50,9 +50,15 @@ def write_digits(root: Path, size: int = 32) -> None:
 
 
 def write_digits_scenes(root: Path, train: int = 400, val: int = 60) -> None:
-    """Writes that many scenes and their COCO annotations; complete or not at all.
+    """Write scenes and their COCO annotations.
 
-    The splits share neither digits nor parts of the photographs.
+    The splits share neither digits nor parts of the photographs. `root` is only created if
+    complete.
+
+    Args:
+        root: Folder to create.
+        train: Number of training scenes.
+        val: Number of validation scenes.
     """
     with _complete_or_not_at_all(root) as partial:
         (partial / "annotations").mkdir(parents=True)
@@ -63,10 +69,11 @@ def write_digits_scenes(root: Path, train: int = 400, val: int = 60) -> None:
 
 
 def write_digits_scenes_ade20k(root: Path, train: int = 400, val: int = 60) -> None:
-    """Writes the scenes of :func:`write_digits_scenes` and their label maps in ADE20K's layout.
+    """Write the scenes of :func:`write_digits_scenes` and their label maps in ADE20K's layout.
 
-    Here each digit has an ink of its own, which a segmentor learns in minutes on a CPU. By their
-    shape alone the demo's reached an mIoU of 16.5 % in 2,400 iterations, ten minutes.
+    Unlike there, each of the ten digits has its own colour, which a segmentor learns in minutes on
+    a CPU. From shape alone, the demo's segmentor only reached 16.5 % mIoU in 2,400 iterations,
+    which took ten minutes.
     """
     names = {"train": "training", "val": "validation"}
     with _complete_or_not_at_all(root) as partial:
@@ -82,7 +89,7 @@ def write_digits_scenes_ade20k(root: Path, train: int = 400, val: int = 60) -> N
 def _split_scenes(
     train: int, val: int, inks: np.ndarray | None = None
 ) -> dict[str, list[tuple[str, Scene]]]:
-    """The scenes of each split and the names of their images."""
+    """Return the scenes of each split, with the names of their images."""
     digits, photos = load_digits(), load_sample_images().images
     chosen = _split(digits.target)
     views = {
@@ -113,7 +120,7 @@ def _split(labels: np.ndarray) -> dict[str, np.ndarray]:
 
 @contextmanager
 def _complete_or_not_at_all(root: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `root` when all is written."""
+    """Yield a folder to write to, which is renamed to `root` when everything is written."""
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
@@ -121,6 +128,7 @@ def _complete_or_not_at_all(root: Path) -> Iterator[Path]:
 
 
 def main() -> None:
+    """Write the data set that the command line names, unless its folder exists."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     writers = {
         "digits": write_digits,

@@ -1,11 +1,11 @@
-"""DCNv4 for the operator benchmark: in several implementations, and beside yardsticks."""
+"""Shapes, inputs, implementations and yardsticks for the benchmark of DCNv4."""
 
 import argparse
 import functools
 import importlib
 import math
 import re
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,12 @@ from tools.competitors import Competitor, away_from_integers, by_image
 
 OURS = "ops_dcnv4"
 TAPS, WINDOW, HEAD_CHANNELS = 9, 7, 32
-CPU_TOKENS = 4096  # more are too slow there for global attention
+CPU_TOKENS = 4096  # limit for global attention on the CPU, which is too slow with more
 
 
 class Shape(NamedTuple):
+    """Size of a call of DCNv4."""
+
     n: int
     height: int
     width: int
@@ -32,6 +34,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
+        """Parse a shape; return None if `text` has another form."""
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}(/[1-9]\d*)?", text):
             return None
         shape = cls(*map(int, re.split("[x/]", text)))
@@ -47,18 +50,21 @@ class Shape(NamedTuple):
 
     @property
     def competitors(self) -> dict[str, Competitor]:
+        """Return the implementations to compare, by name."""
         return COMPETITORS
 
     @property
     def groups(self) -> int:
+        """Return the number of channel groups."""
         return self.channels // self.group_channels
 
     @property
     def offset_mask_channels(self) -> int:
-        """Padded to a multiple of 8, like those of the DCNv4 module."""
+        """Return the channels of offset_mask, padded to a multiple of 8 as in the DCNv4 layer."""
         return math.ceil(3 * TAPS * self.groups / 8) * 8
 
     def bytes_touched(self, dtype: torch.dtype) -> dict[str, int]:
+        """Return the bytes per pass if each tensor and gradient is accessed once."""
         pixel, packed = self.channels, self.offset_mask_channels
         elements = {"forward": 2 * pixel + packed, "backward": 3 * pixel + 2 * packed}
         elements["forward+backward"] = sum(elements.values())
@@ -66,9 +72,11 @@ class Shape(NamedTuple):
         return {name: scale * count for name, count in elements.items()}
 
     def bytes_gathered(self, dtype: torch.dtype) -> int:
+        """Return the bytes that the forward pass gathers from value: four pixels per point."""
         return self.n * self.height * self.width * self.channels * 4 * TAPS * dtype.itemsize
 
     def random_inputs(self, dtype: torch.dtype, device: torch.device) -> "Inputs":
+        """Return random inputs that require gradients."""
         size, channels = self[:3], self.channels
         options = {"dtype": dtype, "device": device}
         packed = torch.randn(*size, self.groups, 3 * TAPS, device=device)
@@ -84,6 +92,8 @@ class Shape(NamedTuple):
         return Inputs(*(leaf.requires_grad_() for leaf in leaves), grad_output, self)
 
     def expected_results(self, inputs: "Inputs") -> dict[str, Tensor]:
+        """Return output and gradients of the reference."""
+
         def of_image(grad_output: Tensor, *image: Tensor) -> dict[str, Tensor]:
             grads = reference.dcnv4_backward(grad_output, *image, *inputs.parameters)
             return {
@@ -97,55 +107,66 @@ class Shape(NamedTuple):
 
 
 class Inputs(NamedTuple):
+    """Inputs of all implementations and yardsticks."""
+
     value: Tensor  # (N, H, W, C)
     offset_mask: Tensor  # (N, H, W, 3 * groups * TAPS, padded)
-    qkv: Tensor  # (N, H, W, 3 * C), of attention
-    weight: Tensor  # (C, 1, 7, 7), of the depth-wise convolution
+    qkv: Tensor  # (N, H, W, 3 * C), for attention
+    weight: Tensor  # (C, 1, 7, 7), for the depth-wise convolution
     grad_output: Tensor  # (N, H, W, C)
     shape: Shape
 
     @property
     def parameters(self) -> tuple:
-        """The operator's other arguments: a 3x3 window that keeps the image size."""
+        """Return the operator's other arguments: a 3x3 window that keeps the image size."""
         return (3, 3), (1, 1), (1, 1), (1, 1), self.shape.groups, 1.0, False
 
     @property
     def packed(self) -> Tensor:
-        """The offsets and scalars of each group, (N, H, W, groups, 3 * TAPS)."""
+        """Return offsets and scalars of each group, (N, H, W, groups, 3 * TAPS)."""
         used = self.offset_mask[..., : 3 * TAPS * self.shape.groups]
         return used.unflatten(3, (self.shape.groups, -1))
 
 
 def run_ops_dcnv4(inputs: Inputs) -> Tensor:
+    """Run :func:`ops_dcnv4.dcnv4`."""
     return dcnv4(inputs.value, inputs.offset_mask, *inputs.parameters)
 
 
 class Reference(torch.autograd.Function):
+    """The reference with its explicit backward pass."""
+
     @staticmethod
-    def forward(ctx, value: Tensor, offset_mask: Tensor, *parameters) -> Tensor:
+    def forward(ctx: Any, value: Tensor, offset_mask: Tensor, *parameters: Any) -> Tensor:
+        """Compute the output."""
         ctx.save_for_backward(value, offset_mask)
         ctx.parameters = parameters
         return reference.dcnv4(value, offset_mask, *parameters)
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients."""
         grads = reference.dcnv4_backward(grad_output, *ctx.saved_tensors, *ctx.parameters)
         return *grads, *(None for _ in ctx.parameters)
 
 
 def run_reference(inputs: Inputs) -> Tensor:
+    """Run the reference."""
     return Reference.apply(inputs.value, inputs.offset_mask, *inputs.parameters)
 
 
 def images_of_groups(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    """(N * groups, D, H, W)."""
+    """Return the groups of value as separate images, (N * groups, D, H, W)."""
     value = inputs.value.to(dtype).unflatten(3, (inputs.shape.groups, -1))
     return value.permute(0, 3, 4, 1, 2).flatten(0, 1)
 
 
 def run_grid_sample(inputs: Inputs) -> Tensor:
-    """The operator as one writes it without a kernel, like the fallbacks of DCNv3 and Deformable
-    DETR: one row of the grid per output pixel. 16-bit inputs are sampled in float32."""
+    """Run the usual implementation without a kernel, around `grid_sample`.
+
+    Like the fallbacks of DCNv3 and Deformable DETR, it has one row of the grid per output pixel.
+    16-bit inputs are sampled in float32.
+    """
     n, height, width, _, _ = inputs.shape
     dtype = reference.compute_dtype(inputs.value.dtype)
     x, y, modulation = reference.sampling_points(inputs.offset_mask.to(dtype), *inputs.parameters)
@@ -159,7 +180,7 @@ def run_grid_sample(inputs: Inputs) -> Tensor:
 
 @functools.cache
 def regular_grid(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normalised positions (x, y) of the taps without offsets, (H, TAPS, W, 2)."""
+    """Return the normalised positions (x, y) of the taps without offsets, (H, TAPS, W, 2)."""
     rows, columns = (torch.arange(n, dtype=dtype, device=device) for n in (height, width))
     column_steps, row_steps = torch.cartesian_prod(*[torch.arange(-1, 2, device=device)] * 2).T
     x = (2 * (columns + column_steps[:, None]) + 1) / width - 1
@@ -168,8 +189,11 @@ def regular_grid(height: int, width: int, dtype: torch.dtype, device: torch.devi
 
 
 def run_tuned_grid_sample(inputs: Inputs) -> Tensor:
-    """The same with a constant regular grid, and with taps beside rows: neighbours in memory are
-    neighbours in the image."""
+    """Run an optimised implementation around `grid_sample`.
+
+    The regular grid is cached, and the grid is ordered by row, tap and column, so that neighbours
+    in memory are neighbours in the image.
+    """
     n, height, width, _, _ = inputs.shape
     dtype, device = reference.compute_dtype(inputs.value.dtype), inputs.value.device
     packed = inputs.packed.to(dtype).permute(0, 3, 1, 4, 2)  # (N, groups, H, 3 * TAPS, W)
@@ -185,8 +209,10 @@ def run_tuned_grid_sample(inputs: Inputs) -> Tensor:
 
 
 def run_deform_conv2d(inputs: Inputs) -> Tensor:
-    """Depth-wise with all weights one, torchvision's modulated convolution is DCNv4. Its taps are
-    ordered row by row and its offsets are (dy, dx)."""
+    """Run torchvision's modulated deformable convolution, depth-wise with all weights equal to one.
+
+    This computes the same as DCNv4. Its taps are ordered row by row, and its offsets are (dy, dx).
+    """
     offsets, modulation = inputs.packed.split([2 * TAPS, TAPS], dim=4)
     offsets = offsets.unflatten(4, (3, 3, 2)).permute(0, 3, 5, 4, 6, 1, 2).flip(4)
     modulation = modulation.unflatten(4, (3, 3)).permute(0, 3, 5, 4, 1, 2)
@@ -201,7 +227,7 @@ def run_deform_conv2d(inputs: Inputs) -> Tensor:
 
 
 def published_function() -> type[torch.autograd.Function] | None:
-    """The operator of the published package, None where that cannot be imported."""
+    """Return the operator of the published package, or None if it cannot be imported."""
     try:
         return importlib.import_module("DCNv4.functions").DCNv4Function
     except (ImportError, OSError, AttributeError):
@@ -209,19 +235,21 @@ def published_function() -> type[torch.autograd.Function] | None:
 
 
 def run_published(inputs: Inputs) -> Tensor:
+    """Run the operator of the published package."""
     pairs, shape = (3, 3, 1, 1, 1, 1, 1, 1), inputs.shape
     parameters = (*pairs, shape.groups, shape.group_channels, 1.0, 256, 0)
     return published_function().apply(inputs.value, inputs.offset_mask, *parameters)
 
 
 def run_depthwise(inputs: Inputs) -> Tensor:
+    """Run a 7x7 depth-wise convolution."""
     image = inputs.value.permute(0, 3, 1, 2)  # channels-last memory
     output = F.conv2d(image, inputs.weight, padding=WINDOW // 2, groups=inputs.shape.channels)
     return output.permute(0, 2, 3, 1)
 
 
 def run_window_attention(inputs: Inputs) -> Tensor:
-    """Swin's, with its partition into windows."""
+    """Run Swin's window attention, including the partition into windows."""
     n, height, width, _, _ = inputs.shape
     windows = inputs.qkv.view(
         n, height // WINDOW, WINDOW, width // WINDOW, WINDOW, 3, -1, HEAD_CHANNELS
@@ -233,25 +261,30 @@ def run_window_attention(inputs: Inputs) -> Tensor:
 
 
 def run_global_attention(inputs: Inputs) -> Tensor:
+    """Run attention over all pixels."""
     tokens = inputs.qkv.flatten(1, 2).unflatten(2, (3, -1, HEAD_CHANNELS)).permute(2, 0, 3, 1, 4)
     output = F.scaled_dot_product_attention(*tokens)
     return output.transpose(1, 2).flatten(2).view(inputs.value.shape)
 
 
 def why_not_published(inputs: Inputs) -> str | None:
+    """Return why the published package is not available, or None if it is."""
     return None if published_function() else "not installed"
 
 
 def why_not_attention(inputs: Inputs) -> str | None:
+    """Return why attention cannot run on the inputs, or None if it can."""
     return "heads of 32 channels" if inputs.shape.channels % HEAD_CHANNELS else None
 
 
 def why_not_window(inputs: Inputs) -> str | None:
+    """Return why window attention cannot run on the inputs, or None if it can."""
     uneven = inputs.shape.height % WINDOW or inputs.shape.width % WINDOW
     return "windows of 7x7" if uneven else why_not_attention(inputs)
 
 
 def why_not_global(inputs: Inputs) -> str | None:
+    """Return why global attention cannot run on the inputs, or None if it can."""
     tokens = inputs.shape.height * inputs.shape.width
     if inputs.value.device.type == "cpu" and tokens > CPU_TOKENS:
         return f"over {CPU_TOKENS} tokens"

@@ -1,7 +1,7 @@
-"""Scenes of real handwritten digits on real photographs, their COCO annotations and label maps.
+"""Scenes of handwritten digits on photographs, with COCO annotations and label maps.
 
-The digits (8 x 8 pixels, 0 to 16) are scaled, rotated and painted one over another, so that every
-instance has an exact mask: its ink, as far as later digits leave it visible.
+The digits (8 x 8 pixels, 0 to 16) are scaled, rotated and painted over one another, so that each
+instance has an exact mask: the part of its ink that later digits leave visible.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,27 +12,27 @@ import numpy as np
 from contourpy import FillType, contour_generator
 from PIL import Image
 
-IMAGE_SIZES = (128, 160)  # pixels, of either side
-DIGIT_SIZES = (24, 52)  # pixels, of the height before the rotation
+IMAGE_SIZES = (128, 160)  # height and width, in pixels
+DIGIT_SIZES = (24, 52)  # height before the rotation, in pixels
 DIGITS_PER_SCENE = (2, 7)
 CROWD_DIGIT_SIZES = (10, 14)
 DIGITS_PER_CROWD = (12, 20)
-CROWD_SIZE = 64  # pixels, of either side of the square in which a crowd stands
-MAX_ROTATION = 25.0  # degrees: a 6 stays a 6
-MIN_VISIBLE = 0.5  # of an instance's ink
-EDGE = 0.45  # of full ink: where the stroke of a digit ends
-PERIOD = 20  # of the scenes one has a crowd, and one nothing
+CROWD_SIZE = 64  # side of the square that contains a crowd, in pixels
+MAX_ROTATION = 25.0  # degrees; small enough to tell a 6 from a 9
+MIN_VISIBLE = 0.5  # share of an instance's ink
+EDGE = 0.45  # share of full ink at the edge of a stroke
+PERIOD = 20  # of so many scenes, one has a crowd and one has no objects
 
 
 @dataclass(frozen=True)
 class Material:
-    """What the scenes of a split are made of: K digits, and photographs of (H, W, 3) uint8."""
+    """The K digits and the photographs, (H, W, 3) uint8, from which a split is made."""
 
     digits: np.ndarray  # (K, 8, 8), 0 to 16
     labels: np.ndarray  # (K,), 0 to 9
     indices: np.ndarray  # (K,), in scikit-learn's load_digits
     photos: list[np.ndarray]
-    inks: np.ndarray | None = None  # (10, 3), 0 to 255: a colour for each digit, else any
+    inks: np.ndarray | None = None  # (10, 3), 0 to 255: colours of the ten digits, or random
 
 
 @dataclass(frozen=True)
@@ -40,29 +40,31 @@ class Instance:
     """A digit in a scene, or a crowd of digits with one label."""
 
     label: int
-    mask: np.ndarray  # (H, W) bool, what is visible
+    mask: np.ndarray  # (H, W) bool, the visible part
     sources: tuple[int, ...]  # indices in load_digits
     crowd: bool = False
 
 
 @dataclass(frozen=True)
 class Scene:
+    """An image and its instances."""
+
     image: np.ndarray  # (H, W, 3) uint8
     instances: list[Instance]
 
     def label_map(self) -> np.ndarray:
-        """The semantic segmentation as in ADE20K, (H, W) uint8, where 0 is what to ignore: crowds.
+        """Return the label map in ADE20K format, (H, W) uint8.
 
-        1 is background, 2 to 11 are the digits 0 to 9.
+        0 is the ignore index (crowds), 1 the background, and 2 to 11 are the digits 0 to 9.
         """
         labels = np.ones(self.image.shape[:2], np.uint8)
-        for instance in self.instances:  # their masks are disjoint
+        for instance in self.instances:  # masks are disjoint
             labels[instance.mask] = 0 if instance.crowd else instance.label + 2
         return labels
 
 
 def make_scenes(material: Material, count: int, seed: int) -> Iterator[Scene]:
-    """Scenes that depend on the material, the seed and their position alone, not on the count."""
+    """Yield scenes, each of which depends on the material, the seed and its position only."""
     for i in range(count):
         rng = np.random.default_rng((seed, i))
         objects = 0 if i % PERIOD == PERIOD // 2 else _uniform(rng, DIGITS_PER_SCENE)
@@ -114,13 +116,13 @@ def _crop(photos: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
 
 
 def _opacity(digit: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The ink of an 8 x 8 digit as opacity in [0, 1], `size` pixels high, rotated and trimmed."""
+    """Return the opacity, in [0, 1], of a digit scaled to `size` pixels, rotated and trimmed."""
     padded = Image.fromarray(np.pad(digit / 16, 1).astype(np.float32))
     side = round(size * padded.height / 8)
     ink = padded.resize((side, side), Image.Resampling.BICUBIC).rotate(
         rng.uniform(-MAX_ROTATION, MAX_ROTATION), Image.Resampling.BICUBIC, expand=True
     )
-    # As ink fades over some size / 8 pixels, this slope makes the edge about a pixel wide.
+    # Ink fades over about size / 8 pixels; this slope makes the edge about one pixel wide.
     opacity = np.clip(0.5 + (np.asarray(ink) - EDGE) * size / 8, 0, 1)
     rows, columns = (np.flatnonzero(opacity.any(axis)) for axis in (1, 0))
     return opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -141,8 +143,11 @@ def _ink(material: Material, label: int) -> np.ndarray | None:
 def _paint(
     image: np.ndarray, opacity: np.ndarray, rng: np.random.Generator, ink: np.ndarray | None
 ) -> None:
-    """Paints in place, with an ink that varies a little, or else with that of a few random colours
-    which differs most from what is there."""
+    """Paint a digit in place.
+
+    The colour is a slight variation of `ink` or, without one, that of a few random colours which
+    differs most from the background.
+    """
     there = np.tensordot(opacity, image) / opacity.sum()
     colors = rng.uniform(0, 255, (8, 3))
     color = colors[np.argmax(np.linalg.norm(colors - there, axis=1))]
@@ -152,7 +157,7 @@ def _paint(
 
 
 def to_coco(scenes: Iterable[tuple[str, Scene]]) -> dict[str, Any]:
-    """COCO's instance annotations of named scenes; category i + 1 is the digit i.
+    """Return COCO instance annotations of named scenes; category i + 1 is the digit i.
 
     Each annotation also has `sources`, the indices of its digits in scikit-learn's load_digits.
     """
@@ -186,8 +191,8 @@ def to_coco(scenes: Iterable[tuple[str, Scene]]) -> dict[str, Any]:
 def _annotation(instance: Instance) -> dict[str, Any]:
     rows, columns = (np.flatnonzero(instance.mask.any(axis)) for axis in (1, 0))
     top, left = int(rows[0]), int(columns[0])
-    # A crowd has runs, as in COCO; so has a digit with holes, which COCO's polygons, whose union
-    # counts, cannot express, and which belong to what makes a 0, 6, 8 or 9.
+    # Crowds are run-length encoded, as in COCO. So are digits with holes, such as 0, 6, 8 and 9:
+    # COCO takes the union of polygons, which cannot express holes.
     polygons = None if instance.crowd else _polygons(instance.mask)
     return {
         "category_id": instance.label + 1,
@@ -200,18 +205,18 @@ def _annotation(instance: Instance) -> dict[str, Any]:
 
 
 def _polygons(mask: np.ndarray) -> list[list[float]] | None:
-    """The outlines [x0, y0, x1, y1, ...] of the parts of a mask; None if a part has a hole."""
+    """Return the outlines [x0, y0, x1, y1, ...] of a mask's parts, or None if a part has a hole."""
     tracer = contour_generator(z=np.pad(mask, 1).astype(float), fill_type=FillType.OuterOffset)
     parts, offsets = tracer.filled(0.5, np.inf)
     if any(len(boundaries) > 2 for boundaries in offsets):
         return None
-    # Indices into the padded mask become coordinates, in which the first pixel is centred at 0.5.
-    # The last point repeats the first.
+    # Convert indices into the padded mask to coordinates, in which the centre of the first pixel is
+    # at 0.5. The last point repeats the first.
     return [(points[:-1] - 0.5).ravel().tolist() for points in parts]
 
 
 def _run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's uncompressed RLE: the lengths of runs of zeros and ones by turns, down the columns."""
+    """Return COCO's uncompressed RLE: lengths of alternating runs of zeros and ones, by column."""
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(np.diff(flat, prepend=False))
     counts = np.diff(changes, prepend=0, append=flat.size)

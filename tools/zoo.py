@@ -1,4 +1,4 @@
-"""The released checkpoints: what there is, downloaded, converted and evaluated.
+"""List, download, convert and evaluate the released checkpoints.
 
 python -m tools.zoo list
 python -m tools.zoo info NAME
@@ -42,21 +42,21 @@ from tools.zoo_entries import ROOT, Entry, find, read_zoo
 
 _logger = logging.getLogger(__name__)
 
-# In percentage points, between a measured and a published figure. Published ones are rounded to
-# 0.1, and the kernel that they were measured with mixed up some pixels of the images in a batch.
+# Accepted difference of a measured from a published figure, in percentage points. Published figures
+# are rounded to 0.1, and the kernel used for them mixed up some pixels of the images in a batch.
 TOLERANCE = 0.2
 
-# Of the whole data sets.
+# Number of images in the complete data sets.
 IMAGES = {"classification": 50_000, "detection": 5_000, "segmentation": 2_000}
 
-# What mmdet and mmseg call the figures, and what makes them percents.
+# Names of the figures in mmdet and mmseg, and the factors that convert them to percent.
 _METRICS = {
     "box_ap": ("coco/bbox_mAP", 100),
     "mask_ap": ("coco/segm_mAP", 100),
     "miou": ("mIoU", 1),
 }
 
-# What the names of a detector or a segmentor begin with, beside the backbone's.
+# Prefixes of the parameter names of detectors and segmentors, except the backbone's.
 _HEADS = ("neck.", "roi_head.", "bbox_head.", "decode_head.", "memory_trans_fc.")
 
 
@@ -66,7 +66,7 @@ def _say(text: str = "") -> None:
 
 
 def build_model(name: str, entry: Entry) -> nn.Module:
-    """The model of an entry, without memory for its weights."""
+    """Return the model of an entry, on the meta device to save the memory of its weights."""
     with torch.device("meta"):
         if entry.task == "classification":
             return timm.create_model(name)
@@ -85,22 +85,24 @@ def convert(
     published: bool = False,
     partial: bool = False,
 ) -> list[str]:
-    """Writes the weights of a checkpoint under the names of this project, or the published ones.
+    """Convert a checkpoint to the current or the published parameter names.
 
     Args:
-        source: a classifier's checkpoint, or a detector's or segmentor's, of any age.
-        out: *.safetensors, or *.pth: a container with `state_dict` and `meta`, in which the names
-            and colours of the classes are where the current engine, or the old one, has them.
-        model: that the weights are to fit; None compares nothing.
-        published: write the published names instead of the current ones.
-        partial: write the weights that fit where others do not.
+        source: Checkpoint of a classifier, detector or segmentor, with current or published names.
+        out: File to write: *.safetensors, or *.pth, which contains `state_dict` and `meta`. The
+            names and colours of the classes are stored where the current engine expects them or,
+            with `published`, the old one.
+        model: Model that the weights should fit. None skips the comparison.
+        published: Write the published names instead of the current ones.
+        partial: Write the weights that fit even if others do not.
 
     Returns:
-        What did not fit: each name that was missing, unexpected or of another shape.
+        The mismatches: a line for each parameter that is missing, unexpected or of another shape.
 
     Raises:
-        ValueError: the source cannot be read or converted, or does not fit; the message lists
-            every name.
+        ValueError: If the source cannot be read or converted, or does not fit; the message then
+            lists all mismatches.
+        FileNotFoundError: If the folder of `out` does not exist.
     """
     if out.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"--output must end in .safetensors or .pth, got {out}")
@@ -134,7 +136,7 @@ def convert(
 
 
 def _is_of_openmmlab(checkpoint: dict[str, Any]) -> bool:
-    """Whether it is of a detector or a segmentor, and not of a classifier or a backbone alone."""
+    """Return whether a checkpoint is a detector's or segmentor's, not a classifier's."""
     weights = checkpoint.get("state_dict", checkpoint)
     if not isinstance(weights, dict):
         return False
@@ -145,7 +147,7 @@ def _is_of_openmmlab(checkpoint: dict[str, Any]) -> bool:
 def _write(checkpoint: dict[str, dict], out: Path) -> None:
     if out.suffix == ".pth":
         return save_atomically(checkpoint, out)
-    # which takes no tensors that share memory
+    # safetensors rejects tensors that share memory.
     weights = {
         name: tensor.contiguous().clone() for name, tensor in checkpoint["state_dict"].items()
     }
@@ -157,9 +159,17 @@ def _write(checkpoint: dict[str, dict], out: Path) -> None:
 def evaluate(
     name: str, entry: Entry, checkpoint: Path, arguments: argparse.Namespace
 ) -> tuple[dict[str, float], int]:
-    """The figures of a checkpoint on a data set, and on how many images.
+    """Evaluate a checkpoint on a data set.
 
-    Figures are in percent, named as in :class:`Figures`.
+    Args:
+        name: Name of the entry.
+        entry: Entry of the zoo.
+        checkpoint: Checkpoint to evaluate.
+        arguments: Arguments of the command line.
+
+    Returns:
+        The figures in percent, named as in :class:`~tools.zoo_entries.Figures`, and the number of
+        images.
     """
     if entry.task == "classification":
         model = str(ROOT / entry.config) if entry.config else name
@@ -189,7 +199,7 @@ def evaluate(
 
 
 def _use_device(name: str) -> None:
-    """The engine has no setting for it."""
+    """Select the device on which mmengine runs, for which it has no setting."""
     import mmengine.device.utils
 
     device = pick_device(name)
@@ -203,7 +213,7 @@ def _detection_data(config: Path, data: Path, limit: int | None, work_dir: Path)
 
     ann_file = data / Config.fromfile(config).test_dataloader.dataset.ann_file
     if limit and ann_file.is_file():
-        # the metric counts every image of its file
+        # The metric counts all images of its annotation file, so limit the file itself.
         truth = json.loads(ann_file.read_text())
         truth["images"] = [truth["images"][i] for i in spread(len(truth["images"]), limit)]
         kept = {image["id"] for image in truth["images"]}
@@ -233,9 +243,16 @@ def _segmentation_data(
 
 
 def compare(entry: Entry, measured: dict[str, float], whole: bool) -> dict[str, dict[str, Any]]:
-    """Per figure what was measured, what is published, and whether that is reproduced.
+    """Compare measured with published figures.
 
-    Only figures of a whole data set are, and only by those who publish one.
+    Args:
+        entry: Entry of the zoo.
+        measured: Measured figures, in percent.
+        whole: Whether they were measured on the whole data set.
+
+    Returns:
+        For each figure `measured` and, if a figure was published, `published`, `difference` and
+        `reproduced`. The latter is None unless `whole`.
     """
     published = entry.published.known()
     figures = {}
@@ -334,6 +351,7 @@ def _generate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.zoo", description="The released checkpoints."
     )
@@ -379,8 +397,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run a command and return the exit code."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    huggingface_hub.utils.logging.disable_propagation()  # it has a handler of its own
+    huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
     arguments = parse_arguments(argv)
     try:
         arguments.run(read_zoo(), arguments)

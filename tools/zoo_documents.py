@@ -1,4 +1,4 @@
-"""What is generated from the zoo's entries: README's tables, OpenMMLab's and timm's metadata."""
+"""Documents generated from the zoo: tables of the README, metadata for OpenMMLab and timm."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import yaml
 
 from tools.zoo_entries import ROOT, Entry
 
-# Per task the columns of its table in README.md.
+# Columns of each task's table in README.md.
 _COLUMNS = {
     "classification": (
         "model",
@@ -20,7 +20,7 @@ _COLUMNS = {
     "detection": ("detector", "backbone", "schedule", "box AP", "mask AP", "config"),
     "segmentation": ("segmentor", "backbone", "crop", "mIoU", "several scales", "config"),
 }
-# Per figure what OpenMMLab calls task, data set and metric.
+# OpenMMLab's names of task, data set and metric of each figure.
 _RESULTS = {
     "top1": ("Image Classification", "ImageNet-1K", "Top 1 Accuracy"),
     "box_ap": ("Object Detection", "COCO", "box AP"),
@@ -108,7 +108,7 @@ def _timm(zoo: dict[str, Entry]) -> str:
 
 
 def documents(zoo: dict[str, Entry]) -> dict[Path, str]:
-    """The contents of all generated files, and of README.md with its tables."""
+    """Return the contents of all generated files, including README.md with its tables."""
     metafiles = {f"configs/{task}/metafile.yml": _metafile(task, zoo) for task in _COLUMNS}
     metafiles["model-index.yml"] = {"Import": list(metafiles)}
     written = {

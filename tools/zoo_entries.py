@@ -1,4 +1,4 @@
-"""configs/zoo.yaml, strictly read."""
+"""Entries of the zoo, read and validated from configs/zoo.yaml."""
 
 import difflib
 from pathlib import Path
@@ -16,7 +16,7 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 class Figures(Section):
-    """In percent: accuracy on ImageNet-1K val, COCO's AP on val2017, mIoU on ADE20K val."""
+    """Figures in percent: ImageNet-1K val accuracy, COCO val2017 AP and ADE20K val mIoU."""
 
     top1: Percent | None = None
     box_ap: Percent | None = None
@@ -25,6 +25,7 @@ class Figures(Section):
     miou_several_scales: Percent | None = None
 
     def known(self) -> dict[str, float]:
+        """Return the figures that are known, by name."""
         return self.model_dump(exclude_none=True)
 
 
@@ -52,11 +53,11 @@ class Entry(Section):
 
 
 def read_zoo(path: Path = ZOO) -> dict[str, Entry]:
-    """Return the entries by their names.
+    """Read the entries of the zoo, by name.
 
     Raises:
-        ConfigError: The file is not valid YAML, has a key twice, or a key or a value is not
-            accepted; the message says where and why.
+        ConfigError: If the file is not valid YAML, or a key is duplicate or unknown, or a value is
+            invalid; the message says where and why.
     """
     contents = load_yaml(path.read_bytes(), path)
     if not isinstance(contents, dict):
@@ -71,10 +72,10 @@ def read_zoo(path: Path = ZOO) -> dict[str, Entry]:
 
 
 def find(zoo: dict[str, Entry], name: str) -> Entry:
-    """Return an entry.
+    """Return the entry `name`.
 
     Raises:
-        ConfigError: There is no such entry.
+        ConfigError: If there is no such entry.
     """
     if name not in zoo:
         close = difflib.get_close_matches(name, zoo, n=1, cutoff=0.5)
