@@ -148,7 +148,7 @@ def send_result(connection: Connection, case: Case, settings: Settings) -> None:
     """Measure a case and send the result, or why there is none."""
     try:
         connection.send({"status": "ok", **measure(case, settings)})
-    except Exception as error:  # compilers, drivers and models raise all kinds
+    except Exception as error:  # compilers, drivers and models may raise anything
         _logger.warning("%s failed: %s", " ".join(case), error)
         connection.send({"status": "failed", "note": benchmarking.reason(error)})
 

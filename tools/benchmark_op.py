@@ -114,7 +114,7 @@ def examine(name: str, inputs: Inputs, expected: dict[str, Tensor]) -> tuple[str
     try:
         right = competitor.yardstick or is_right(competitor, inputs, expected)
         return "ok" if right else "wrong", None
-    except Exception as error:  # third-party packages raise all kinds
+    except Exception as error:  # third-party packages may raise anything
         return "failed", benchmarking.reason(error)
 
 

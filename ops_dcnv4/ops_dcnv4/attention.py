@@ -33,10 +33,10 @@ def ms_deform_attn(
             CUDA may be interpolated in float16.
         spatial_shapes: (H, W) of each of the L levels, S pixels in total, as a list of pairs or an
             integer tensor of shape (L, 2).
-        sampling_locations: (x, y) of K points per level, of shape (N, Lq, M, L, K, 2). (0, 0) is
-            the top left corner of the level and (1, 1) the bottom right corner. The dtype is that
-            of `value`, or float32 with a 16-bit `value`, which avoids rounding the locations;
-            autocast uses float32.
+        sampling_locations: Coordinates (x, y) of K points per level, of shape
+            (N, Lq, M, L, K, 2). (0, 0) is the top left corner of the level and (1, 1) the bottom
+            right corner. The dtype is that of `value`, or float32 with a 16-bit `value`, which
+            avoids rounding the locations; autocast uses float32.
         attention_weights: Normalised weights of shape (N, Lq, M, L, K). The dtype is that of
             `value`, or float32 with a 16-bit `value`.
         level_start_index: Index of the first pixel of each level, of shape (L,). Computed from

@@ -288,8 +288,8 @@ class DCNv4Conv2d(DCNv4):
         out_channels: Number of output channels.
         kernel_size: Size of the kernel window.
         stride: Stride of the kernel window.
-        padding: Zero padding on each side of the input; 'valid', or 'same' with stride 1 and an odd
-            window.
+        padding: Zero padding on each side of the input, 'valid', or 'same' (only with stride 1 and
+            an odd window).
         dilation: Spacing between kernel taps.
         groups: Number of groups of input channels that share their offsets. Unlike with nn.Conv2d,
             every output channel depends on every input channel. By default, each group has 16
@@ -549,7 +549,7 @@ class FlashDeformAttn(_NotScriptable):
 def initial_offsets(heads: int, points: int, device: torch.device) -> Tensor:
     """Return Deformable DETR's initial sampling offsets, of shape (heads, points, 2) in pixels.
 
-    Point k of head m lies k + 1 pixels away (in the maximum norm) in direction 2 * pi * m / heads.
+    Point k of head m is k + 1 pixels away (in the maximum norm) in direction 2 * pi * m / heads.
     """
     angles = torch.arange(heads, device=device) * (2 * math.pi / heads)
     directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
@@ -563,8 +563,8 @@ def sampling_locations(
     """Compute sampling locations from predicted offsets and reference points or boxes.
 
     Args:
-        offsets: Offsets of shape (N, Lq, M, L, K, 2): pixels of the level for reference points;
-            half the box size divided by K for reference boxes.
+        offsets: Offsets of shape (N, Lq, M, L, K, 2), in pixels of the level for reference points,
+            or in units of half the box size divided by K for reference boxes.
         reference_points: Points of shape (N, Lq, L, 2) or boxes (x, y, w, h) of shape
             (N, Lq, L, 4); N, Lq and L may be 1.
         spatial_shapes: (H, W) of each level, of shape (L, 2).
