@@ -191,7 +191,10 @@ def test_resuming_another_model_is_refused(config, tmp_path):
     ],
 )
 def test_what_cannot_be_resumed_is_one_error(config, tmp_path, changes, message):
-    train(config())
+    trainer = Trainer(config(), CPU)
+    trainer.output.mkdir()
+    trainer.epoch = 1
+    trainer.save()
     last = tmp_path / "run" / "last.pth"
     torch.save(load_checkpoint(last) | changes, last)
     with pytest.raises(ValueError, match=rf"cannot resume from {last}: .*{message}"):
