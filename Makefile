@@ -1,4 +1,5 @@
-# demo · demo-detection · demo-segmentation · test · lint · bench · docs, each with the set-up that it needs. PYTHON names the interpreter to use.
+# Targets: demo, demo-detection, demo-segmentation, test, lint, bench and docs. Each installs what it needs.
+# PYTHON is the interpreter from which the virtual environment is created.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -10,16 +11,16 @@ SCENE_MAPS := configs/segmentation/upernet_flash_internimage_nano_digits_scenes.
 OPS_SOURCES := $(shell find ops_dcnv4/csrc ops_dcnv4/ops_dcnv4 -name '*.cpp' -o -name '*.cu*' -o -name '*.h' -o -name '*.py') \
 	ops_dcnv4/setup.py ops_dcnv4/pyproject.toml
 
-# CUDA kernels are built where nvcc is found: for the GPUs at hand or, where there are none, for one
-# architecture to show that they compile. setup.py's own default covers them all.
+# CUDA kernels are built if nvcc is found: for the GPUs of this machine or, without any, for a single
+# architecture to verify that they compile. The default of setup.py covers all architectures.
 GPU_ARCHITECTURES := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$$' | sort -u | paste -sd ';')
 export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURES),9.0)
 
-# Two processes test, in which most tests have one thread; a GPU is one process's alone.
+# Tests run in two processes, most of them with one thread. With a GPU, there is only one process.
 TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 
-# Modules run in the order of their names: sorted by their number of tests, the longest ran last, alone.
-# TEST_SEED=default shuffles the tests and seeds them by the time, TEST_SEED=123 by that number.
+# Modules run in alphabetical order: sorted by their number of tests, the slowest would run last, alone.
+# TEST_SEED=123 shuffles and seeds the tests with that number, TEST_SEED=default with the time.
 TEST_SEED ?=
 
 .PHONY: demo demo-detection demo-segmentation test lint bench docs sanitize sanitize-cpu clean
@@ -40,7 +41,7 @@ test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev $(VENV)/.cuda_model
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
 	  $(if $(TEST_SEED),--randomly-seed=$(TEST_SEED),-p no:randomly)
 
-# The CUDA kernels as C++ on a serial model of CUDA, which the tests run.
+# The tests run the CUDA kernels, compiled as C++, on a serial emulator of CUDA.
 $(VENV)/.cuda_model: $(OPS_SOURCES) $(wildcard tests/cuda_model/*.cpp tests/cuda_model/*.h) $(VENV)/.package $(VENV)/.dev
 	$(RUN) -m tests.cuda_model.build
 	touch $@
@@ -53,21 +54,21 @@ bench: $(VENV)/.package
 	$(RUN) -m tools.benchmark_op
 	$(RUN) -m tools.benchmark_model
 
-# Warnings, which include broken links and unresolved references, are errors.
+# Warnings, including broken links and unresolved references, are errors.
 docs: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.docs
 	$(RUN) -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
 
-# On a machine with a GPU: the CUDA kernels under NVIDIA's checkers of memory accesses and races.
+# Run the CUDA kernels under NVIDIA's memory, race, initialisation and synchronisation checkers on a GPU.
 sanitize: $(VENV)/.package $(VENV)/.dev
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) -m tests.gpu.sanitize || exit 1; done
 
-# The CPU kernels under GCC's sanitizers, in every instruction set that the processor has: random
-# calls, most of them hostile, must be computed as in float64 or refused.
+# Run the CPU kernels under GCC's sanitizers, in every instruction set of the CPU. Random calls, most
+# of them hostile, must either match the float64 result or be rejected.
 SANITIZED := build/sanitize
 SANITIZE_CASES ?= 3000
 SANITIZE_SEED ?= 0
-# PyTorch runs what ATEN_CPU_CAPABILITY names, whether the processor has it or not.
+# PyTorch uses the instruction set in ATEN_CPU_CAPABILITY even if the CPU does not support it.
 PRINT_INSTRUCTION_SETS := import torch; print(dict(AVX2="avx2", AVX512="avx2 avx512").get(torch.backends.cpu.get_cpu_capability(), ""))
 
 sanitize-cpu: $(SANITIZED)/.built $(VENV)/.dev
@@ -101,7 +102,7 @@ $(VENV)/.requirements: requirements.txt $(VENV)/.created
 	$(PIP) -r requirements.txt
 	touch $@
 
-# Compiled against the torch of requirements.txt; a failing compiler is an error, not a slow fallback.
+# Compiled against the torch in requirements.txt. A compiler failure is an error, not a slow fallback.
 $(VENV)/.operators: $(OPS_SOURCES) $(VENV)/.requirements
 	OPS_DCNV4_REQUIRE_COMPILED=1 $(PIP) --force-reinstall --no-deps ./ops_dcnv4
 	touch $@

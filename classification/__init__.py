@@ -1,1 +1,1 @@
-"""Training and evaluation of FlashInternImage classifiers."""
+"""Train and evaluate FlashInternImage classifiers."""

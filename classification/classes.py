@@ -1,4 +1,4 @@
-"""The names of classes: which label of a data set is which output of a model."""
+"""Match the labels of a data set to the outputs of a model by class name."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,19 +15,25 @@ _logger = logging.getLogger(__name__)
 
 
 def class_to_index(dataset: Dataset) -> dict[str, int]:
-    """Return the indices of a data set's classes by their names; empty if it has no names."""
+    """Return the class indices of a data set by class name; empty if it has no names."""
     source = getattr(dataset, "reader", dataset)
-    for name in ("class_to_idx", "class_name_to_idx"):  # the latter is that of tar files
+    for name in ("class_to_idx", "class_name_to_idx"):  # the second is that of timm's tar reader
         if getattr(source, name, None):
             return getattr(source, name)
     return {}
 
 
 def class_names(dataset: Dataset, num_classes: int) -> list[str]:
-    """Return the names of a model's classes: those of its training data, then their numbers.
+    """Return the class names of a model, in the order of its outputs.
+
+    They are those of its training data; classes beyond these are named by their index.
+
+    Args:
+        dataset: Training data of timm or torchvision.
+        num_classes: Number of classes of the model.
 
     Raises:
-        ConfigError: The data set has more classes than the model, or a single one.
+        ConfigError: If the data set has more classes than the model, or only one.
     """
     class_to_idx = class_to_index(dataset)
     if len(class_to_idx) > num_classes:
@@ -50,15 +56,17 @@ def class_names(dataset: Dataset, num_classes: int) -> list[str]:
 
 
 def match_classes(dataset: Dataset, names: Sequence[str], source: str) -> None:
-    """Map the labels of a data set to a model's classes by name; classes may be missing.
+    """Map the labels of a data set to the classes of a model by name, in place.
+
+    The data set may lack classes, which is logged as a warning.
 
     Args:
-        dataset: A data set of timm or torchvision; one without names keeps its labels.
-        names: Names of the classes, in the order of the model's outputs.
-        source: Where the names come from, for messages.
+        dataset: Data set of timm or torchvision. Without class names, it keeps its labels.
+        names: Class names of the model, in the order of its outputs.
+        source: Origin of the names, for messages.
 
     Raises:
-        ConfigError: A class of the data set is unknown, or a name is used twice.
+        ConfigError: If a class of the data set is unknown, or two classes have the same name.
     """
     class_to_idx = class_to_index(dataset)
     if not class_to_idx or list(names) == sorted(class_to_idx, key=class_to_idx.get):
@@ -82,7 +90,7 @@ def match_classes(dataset: Dataset, names: Sequence[str], source: str) -> None:
 
 
 def names_of(checkpoint: Mapping) -> list[str] | None:
-    """Return the class names of a checkpoint of classification.train, None if it has none."""
+    """Return the class names in a checkpoint of classification.train, or None if there are none."""
     classes, config = checkpoint.get("classes"), checkpoint.get("config")
     is_named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     if not is_named or not isinstance(config, dict):
@@ -93,14 +101,20 @@ def names_of(checkpoint: Mapping) -> list[str] | None:
 
 
 def set_labels(dataset: Dataset, names: list[str] | None, source: str, num_classes: int) -> None:
-    """Label a data set by the names of a model's classes.
+    """Map the labels of a data set to the classes of a model, in place.
 
-    For weights without names, the data's own may be the synsets of ImageNet or the indices of the
-    classes; else its classes count in their order.
+    For weights without class names, the data set may name its classes by ImageNet synset or by
+    class index. Otherwise its classes are taken in their order.
+
+    Args:
+        dataset: Data set of timm or torchvision.
+        names: Class names of the model, in the order of its outputs; None if unknown.
+        source: Origin of the names or weights, for messages.
+        num_classes: Number of classes of the model.
 
     Raises:
-        ConfigError: The names are not as many as the model's classes, the data has a class that the
-            model does not know, or, without names, another number of classes than the model.
+        ConfigError: If the number of names differs from the number of classes, or the data set has
+            a class that the model does not know or, without names, another number of classes.
     """
     if names is not None and len(names) != num_classes:
         raise ConfigError(f"{source} must name its {num_classes} classes, it names {len(names)}")
@@ -122,7 +136,7 @@ def set_labels(dataset: Dataset, names: list[str] | None, source: str, num_class
 
 
 def _warn_of_order(names: list[str], source: str) -> None:
-    """Warn if the natural and the lexicographic order of class names differ."""
+    """Warn if the natural and the lexicographic order of the class names differ."""
     natural, lexicographic = sorted(names, key=natural_key), sorted(names)
     if natural == lexicographic:
         return

@@ -1,4 +1,4 @@
-"""The configuration of a training run: YAML, strictly checked, with `key=value` overrides."""
+"""Configuration of a training run: strictly validated YAML with `key=value` overrides."""
 
 import difflib
 import json
@@ -28,11 +28,11 @@ _logger = logging.getLogger(__name__)
 
 MAX_FILE_SIZE = 100_000  # bytes
 MAX_WORKERS = 1024
-MAX_IMAGE_SIZE = 8192  # a batch of one image takes 0.8 GB as numbers
+MAX_IMAGE_SIZE = 8192  # one image in float32 takes 0.8 GB
 MAX_CLASSES = 1_000_000
-DATA_KINDS = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")  # of timm
+DATA_KINDS = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")  # timm's prefixes
 
-# Strict: true is no number here, and neither are NaN and infinity.
+# Strict types: booleans, NaN and infinity are not accepted as numbers.
 Integer = Annotated[int, Field(strict=True, le=2**31 - 1)]
 NonNegativeInt = Annotated[Integer, Field(ge=0)]
 PositiveInt = Annotated[Integer, Field(gt=0)]
@@ -57,17 +57,21 @@ Range = Annotated[tuple[Positive, Positive], AfterValidator(_in_order)]
 
 
 class Section(BaseModel):
+    """Base class of all sections, which reject unknown keys."""
+
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
 class Model(Section):
+    """Settings of the model and its initial weights."""
+
     name: str = Field("flash_internimage_tiny", min_length=1)
     num_classes: int = Field(1000, strict=True, ge=2, le=MAX_CLASSES)
     drop_path_rate: Number = Field(0.1, ge=0, lt=1)
     args: dict[str, Any] = {}  # further arguments of the timm model
     initial_checkpoint: str | None = None
-    # A text file with one class index of the initial checkpoint per class of this model: keeps
-    # those rows of its classifier. Without it, a classifier of another size starts anew.
+    # Text file with the index in the initial checkpoint of each class of this model, which selects
+    # rows of the classifier. Without it, a classifier of another size keeps its initial values.
     class_map: str | None = None
     grad_checkpointing: bool = False
     compile: bool = False
@@ -82,14 +86,16 @@ class Model(Section):
                 "must hold strings, finite numbers, booleans, lists and mappings"
             ) from error
         if unset := [name for name, value in args.items() if value is None]:
-            # timm drops these arguments before the model could refuse an unknown one.
+            # timm drops these arguments before the model can reject unknown ones.
             raise ValueError(f"must not hold null, as '{unset[0]}' has; leave the argument out")
         return args
 
 
 class Data(Section):
+    """Settings of the data sets, their preprocessing and loading."""
+
     root: str = Field("data/imagenet", min_length=1)
-    kind: str = ""  # a timm dataset prefix such as 'hfds/' or 'wds/'; empty for folders and tars
+    kind: str = ""  # timm's prefix, such as 'hfds/' or 'wds/'; empty for folders and tar files
     train_split: str = Field("train", min_length=1)
     val_split: str = Field("val", min_length=1)
     image_size: int = Field(224, strict=True, gt=0, le=MAX_IMAGE_SIZE)
@@ -98,7 +104,7 @@ class Data(Section):
     mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     workers: int = Field(8, strict=True, ge=0, le=MAX_WORKERS)  # per process
-    max_corrupt: NonNegativeInt = 100  # more unreadable files in a split stop the run
+    max_corrupt: NonNegativeInt = 100  # the run stops if more files of a split are unreadable
 
     @field_validator("kind")
     @classmethod
@@ -109,11 +115,13 @@ class Data(Section):
 
 
 class Augmentation(Section):
+    """Settings of the augmentation of training images and labels."""
+
     scale: Range = (0.08, 1.0)
     ratio: Range = (3 / 4, 4 / 3)
     hflip: Probability = 0.5
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    color_jitter: NonNegative = 0.4  # without effect beside auto_augment
+    color_jitter: NonNegative = 0.4  # has no effect with auto_augment
     random_erasing: Probability = 0.25
     random_erasing_mode: Literal["pixel", "const", "rand"] = "pixel"
     random_erasing_count: PositiveInt = 1
@@ -127,7 +135,7 @@ class Augmentation(Section):
     @field_validator("auto_augment")
     @classmethod
     def _known_policy(cls, policy: str | None) -> str | None:
-        # timm ignores the parts of a policy that it does not know.
+        # timm ignores unknown parts of a policy.
         known = r"(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z]+\d[\d.]*|-t[a-z]+)*"
         if policy is not None and not re.fullmatch(known, policy):
             raise ValueError(
@@ -138,20 +146,23 @@ class Augmentation(Section):
 
     @property
     def mixes(self) -> bool:
+        """Whether mixup or CutMix is enabled."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 class Optimizer(Section):
+    """Settings of the optimizer and gradient clipping."""
+
     name: str = "adamw"
     lr: NonNegative = 5e-4  # for lr_batch images per update
-    # lr, warmup_lr and min_lr are scaled by the images per update over this; null: not scaled.
+    # lr, warmup_lr and min_lr are multiplied by (images per update / lr_batch); null: unscaled.
     lr_batch: PositiveInt | None = 512
     weight_decay: NonNegative = 0.05
-    betas: tuple[Beta, ...] | None = None  # null: the optimizer's own, for adamw 0.9 and 0.999
-    eps: Positive | None = None  # null: the optimizer's own, for adamw 1e-8
-    clip_grad: Positive | None = 5.0  # norm
+    betas: tuple[Beta, ...] | None = None  # null: the optimizer's own; 0.9, 0.999 for adamw
+    eps: Positive | None = None  # null: the optimizer's own; 1e-8 for adamw
+    clip_grad: Positive | None = 5.0  # maximum norm
     layer_decay: Number | None = Field(None, gt=0, le=1)
-    dcn_lr_multiplier: NonNegative = 1.0  # of offset_mask and offset_mask_dw
+    dcn_lr_multiplier: NonNegative = 1.0  # applies to offset_mask and offset_mask_dw
 
     @field_validator("name")
     @classmethod
@@ -167,8 +178,10 @@ class Optimizer(Section):
 
     @field_validator("betas")
     @classmethod
-    def _as_many_as_needed(cls, betas: tuple[float, ...] | None, fields: ValidationInfo):
-        name = fields.data.get("name")  # absent if it is not valid
+    def _as_many_as_needed(
+        cls, betas: tuple[float, ...] | None, fields: ValidationInfo
+    ) -> tuple[float, ...] | None:
+        name = fields.data.get("name")  # absent if invalid
         info = get_optimizer_info(name) if name else None
         if betas and info and info.has_betas and len(betas) != info.num_betas:
             raise ValueError(f"must be {info.num_betas} values for {name}")
@@ -176,21 +189,27 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
+    """Settings of the learning-rate schedule."""
+
     name: Literal["cosine", "linear", "step"] = "cosine"
     epochs: PositiveInt = 300
     warmup_epochs: NonNegative = 20
     warmup_lr: NonNegative = 5e-7
     min_lr: NonNegative = 5e-6
-    decay_epochs: Positive = 30  # of 'step'
-    decay_rate: Number = Field(0.1, gt=0, le=1)  # of 'step'
+    decay_epochs: Positive = 30  # for 'step'
+    decay_rate: Number = Field(0.1, gt=0, le=1)  # for 'step'
 
 
 class Checkpoints(Section):
-    every_epochs: NonNegativeInt = 0  # keep a copy every so many epochs; 0: none
-    every_updates: NonNegativeInt = 0  # save `last` within an epoch too; 0: at its end alone
+    """Settings of additional checkpoints."""
+
+    every_epochs: NonNegativeInt = 0  # interval of checkpoints to keep; 0: none
+    every_updates: NonNegativeInt = 0  # interval of saving `last`; 0: only at the end of an epoch
 
 
 class Config(Section):
+    """Configuration of a run; the defaults are the published settings that T, S and B share."""
+
     output: str = Field("output", min_length=1)
     seed: int = Field(0, strict=True, ge=0, lt=2**63)
     device: str = "auto"
@@ -199,7 +218,7 @@ class Config(Section):
     accumulation_steps: PositiveInt = 1
     amp: Annotated[Literal["auto", "off", "bf16", "fp16"], BeforeValidator(_off)] = "auto"
     ema_decay: Number | None = Field(0.9999, ge=0, lt=1)
-    max_nonfinite: PositiveInt = 20  # updates in a row without a finite loss that stop the run
+    max_nonfinite: PositiveInt = 20  # consecutive updates without a finite loss that stop the run
     model: Model = Model()
     data: Data = Data()
     augmentation: Augmentation = Augmentation()
@@ -220,12 +239,12 @@ class Config(Section):
 
 
 def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file and apply `key=value` overrides, such as `optimizer.lr=1e-3`.
+    """Load a YAML file and apply `key=value` overrides such as `optimizer.lr=1e-3`.
 
-    Of two overrides of one key the last counts, and a warning names the other.
+    If a key is overridden twice, the last override wins and a warning names the other.
 
     Raises:
-        ConfigError: The file is missing or no YAML, or a key or value is not accepted.
+        ConfigError: If the file is missing or not YAML, or a key or value is not accepted.
     """
     try:
         with open(path, "rb") as file:
@@ -250,7 +269,7 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> 
 
 
 def find_ignored(cfg: Config) -> list[str]:
-    """Return a line for each setting that was changed and has no effect beside the others."""
+    """Return a line for each changed setting that has no effect in combination with the others."""
     optimizer, schedule, augmentation = cfg.optimizer, cfg.schedule, cfg.augmentation
     info = get_optimizer_info(optimizer.name)
     rules = [
@@ -274,10 +293,10 @@ def find_ignored(cfg: Config) -> list[str]:
 
 
 def check_output(output: str) -> None:
-    """Check that a run can write to its `output`, which need not exist.
+    """Check that a run can write to its output folder, which need not exist.
 
     Raises:
-        ConfigError: It is a file, or it or the folder that it would be in cannot be written.
+        ConfigError: If `output` is a file, or it or its closest existing parent is not writable.
     """
     path = Path(output).absolute()
     existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
@@ -311,13 +330,13 @@ def _apply(content: dict, override: str) -> None:
 
 
 def _annotation(section: Any, key: str) -> Any:
-    """Return the type of a setting, or None within settings of any type and for unknown keys."""
+    """Return the type of a setting; None for unknown keys and within settings of any type."""
     fields = getattr(section, "model_fields", {})
     return fields[key].annotation if key in fields else None
 
 
 def _read_value(value: str, override: str, annotation: Any) -> Any:
-    """Read the value of an override; text is taken as typed, without quotes around it."""
+    """Parse the value of an override; strings are taken literally, without enclosing quotes."""
     if not accepts(annotation, str):
         return load_yaml(value, override, annotation)
     if accepts(annotation, NoneType) and value.strip().lower() in OFF:
@@ -327,7 +346,13 @@ def _read_value(value: str, override: str, annotation: Any) -> Any:
 
 
 def explain(error: ValidationError, section: type[Section], where: str | os.PathLike) -> str:
-    """Return one line for each key or value that a section rejects, with a suggestion if any."""
+    """Return one line for each rejected key or value, with a suggestion for misspelt keys.
+
+    Args:
+        error: Error raised by validating the section.
+        section: Type of the section.
+        where: Origin of the settings, which begins each line.
+    """
     return "\n".join(f"{where}: {_explain(one, section)}" for one in error.errors())
 
 

@@ -1,13 +1,15 @@
-"""The data of a run: loaders over data sets, with timm's transforms."""
+"""Data loaders with timm's transforms."""
 
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from timm.data import IterableImageDataset, Mixup, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -49,18 +51,24 @@ __all__ = [
 
 
 def spread(length: int, limit: int | None) -> list[int]:
-    """At most `limit` indices, evenly spaced, for data sets that are sorted by class."""
+    """Return at most `limit` evenly spaced indices, as data sets are often sorted by class."""
     limit = length if limit is None else min(limit, length)
     return [i * length // limit for i in range(limit)]
 
 
 class EveryNth(Sampler[int]):
-    """The part of a data set that one of several processes evaluates: nothing twice."""
+    """Sampler that distributes indices over processes without repeating any.
 
-    def __init__(self, indices: Sequence[int], rank: int, world_size: int):
+    Args:
+        indices: Indices to distribute.
+        rank: Rank of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, indices: Sequence[int], rank: int, world_size: int) -> None:
         self.indices = indices[rank::world_size]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
 
     def __len__(self) -> int:
@@ -75,11 +83,18 @@ def _erasing(augmentation: Augmentation) -> dict:
     }
 
 
-def train_transform(data: Data, augmentation: Augmentation, for_prefetcher: bool):
-    """Build the augmentation of training images.
+def train_transform(
+    data: Data, augmentation: Augmentation, for_prefetcher: bool
+) -> Callable[[Image.Image], Any]:
+    """Build the transform that augments training images.
+
+    Args:
+        data: Settings of the data.
+        augmentation: Settings of the augmentation.
+        for_prefetcher: Leave normalisation and random erasing to timm's prefetcher.
 
     Raises:
-        ConfigError: timm does not accept a setting.
+        ConfigError: If timm does not accept a setting.
     """
     try:
         return create_transform(
@@ -103,8 +118,13 @@ def train_transform(data: Data, augmentation: Augmentation, for_prefetcher: bool
         ) from error
 
 
-def eval_transform(data: Data, for_prefetcher: bool = False):
-    """Resize of the shorter side and centre crop."""
+def eval_transform(data: Data, for_prefetcher: bool = False) -> Callable[[Image.Image], Any]:
+    """Build the transform that resizes the shorter side and takes the centre crop.
+
+    Args:
+        data: Settings of the data.
+        for_prefetcher: Leave normalisation to timm's prefetcher.
+    """
     return create_transform(
         data.image_size,
         interpolation=data.interpolation,
@@ -116,16 +136,16 @@ def eval_transform(data: Data, for_prefetcher: bool = False):
 
 
 def _uses_prefetcher(device: torch.device) -> bool:
-    # On a GPU, timm's prefetcher moves bytes and normalises and erases there. On the CPU all of it
-    # happens in the data set, where a resumed run repeats it exactly.
+    # timm's prefetcher copies bytes to the GPU, and normalises and erases there. On the CPU, the
+    # data set does all of this, so that a resumed run repeats it exactly.
     return device.type == "cuda"
 
 
 def _stop_only_with_the_main_process(worker_id: int) -> None:
-    # Terminals and batch systems signal every process of a run. A worker that died of it would take
-    # the main process down within an update, before that has saved.
+    # Terminals and batch systems signal every process of a run. A worker killed by the signal would
+    # bring the main process down within an update, before it has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # tells who sent a signal
+    if hasattr(signal, "sigwaitinfo"):  # identifies the sender of a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_when_the_main_process_asks, daemon=True).start()
 
@@ -137,10 +157,10 @@ def _exit_when_the_main_process_asks() -> None:
 
 
 def start(loader: DataLoader | PrefetchLoader) -> Iterator:
-    """An iterator over a loader, its worker processes safe from SIGTERM from their start on."""
+    """Return an iterator over a loader whose workers block SIGTERM from the start."""
     if not hasattr(signal, "pthread_sigmask"):
         return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # workers inherit it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by the workers
     try:
         return iter(loader)
     finally:
@@ -154,10 +174,10 @@ def _loader(
     device: torch.device,
     sampler: Sampler,
     drop_last: bool,
-    **erasing,
+    **erasing: Any,
 ) -> DataLoader | PrefetchLoader:
     if isinstance(dataset, IterableImageDataset):
-        sampler = None  # its reader shuffles and shares out
+        sampler = None  # the reader shuffles and distributes
         dataset.set_loader_cfg(num_workers=data.workers)
     prefetch = _uses_prefetcher(device)
     loader = DataLoader(
@@ -180,16 +200,26 @@ def _loader(
 def train_loader(
     dataset: Dataset, cfg: Config, device: torch.device, rank: int, world_size: int
 ) -> DataLoader | PrefetchLoader:
-    """Shuffled, augmented, complete batches. `set_epoch` draws the order of the next epoch.
+    """Build the training loader, which yields full batches of shuffled and augmented images.
+
+    Call :func:`set_epoch` before every epoch to shuffle the images.
+
+    Args:
+        dataset: Training split; its transform is set.
+        cfg: Configuration of the run.
+        device: Device of the model.
+        rank: Rank of this process.
+        world_size: Number of processes.
 
     Raises:
-        ConfigError: the data set is smaller than one update.
+        ConfigError: If the data set is smaller than one update or, as a stream, does not state its
+            length, or if `data.workers` is 0 for `tfds/` on several processes.
     """
     is_stream = isinstance(dataset, IterableImageDataset)
     if is_stream and not len(dataset):
         raise ConfigError(f"data.kind={cfg.data.kind} must tell the number of training images")
     if cfg.data.kind.lower().startswith("tfds/") and world_size > 1 and not cfg.data.workers:
-        # Outside of workers, timm's reader would give every process the same images.
+        # Without workers, timm's reader would give every process the same images.
         raise ConfigError("data.workers must be at least 1 for tfds/ on several processes, got 0")
     images = cfg.batch_size * cfg.accumulation_steps * (1 if is_stream else world_size)
     if len(dataset) < images:
@@ -204,20 +234,20 @@ def train_loader(
 
 
 def share_unreadable(loader: DataLoader | PrefetchLoader) -> None:
-    """Count the unreadable images of all processes together; every process must call this.
+    """Share the unreadable images among all processes; every process must call this.
 
     Raises:
-        TooManyCorruptImages: They are more than `data.max_corrupt`.
+        TooManyCorruptImages: If there are more than `data.max_corrupt`.
     """
     if dist.is_initialized() and isinstance(loader.dataset, SkippingImageDataset):
         loader.dataset.share_unreadable(getattr(loader, "device", torch.device("cpu")))
 
 
 def set_epoch(loader: DataLoader | PrefetchLoader, epoch: int) -> None:
-    """Draw the order of an epoch's images; with several processes, all of them must call this.
+    """Shuffle the images for an epoch; with several processes, all of them must call this.
 
     Raises:
-        TooManyCorruptImages: The processes together have met too many.
+        TooManyCorruptImages: If the processes together have found more than `data.max_corrupt`.
     """
     share_unreadable(loader)
     if hasattr(loader.dataset, "set_epoch"):
@@ -235,10 +265,21 @@ def val_loader(
     world_size: int = 1,
     limit: int | None = None,
 ) -> DataLoader | PrefetchLoader:
-    """Every image, or `limit` of them, once, resized and centre-cropped.
+    """Build the evaluation loader, which yields every image, or `limit` of them, exactly once.
+
+    Images are resized and centre-cropped.
+
+    Args:
+        dataset: Split to evaluate; its transform is set.
+        data: Settings of the data.
+        batch_size: Images per batch and process.
+        device: Device of the model.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        limit: Maximum number of images, evenly spaced; None for all.
 
     Raises:
-        ConfigError: a data set that is read as a stream has no limit.
+        ConfigError: If there is a limit for a data set that is read as a stream.
     """
     if limit is not None and isinstance(dataset, IterableImageDataset):
         raise ConfigError(f"data.kind={data.kind} is read as a stream and takes no limit")
@@ -248,6 +289,7 @@ def val_loader(
 
 
 def build_mixup(augmentation: Augmentation, num_classes: int) -> Mixup | None:
+    """Build timm's mixup and CutMix, or return None if both are disabled."""
     if not augmentation.mixes:
         return None
     return Mixup(
@@ -262,6 +304,6 @@ def build_mixup(augmentation: Augmentation, num_classes: int) -> Mixup | None:
 
 
 def denormalize(image: torch.Tensor, data: Data) -> np.ndarray:
-    """(3, H, W), normalised -> (H, W, 3) in [0, 1]."""
+    """Convert a normalised image (3, H, W) to an array (H, W, 3) with values in [0, 1]."""
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (data.mean, data.std))
     return (image.cpu().float() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()

@@ -1,10 +1,11 @@
-"""Data sets of timm, torchvision, folders and tar files; unreadable images are skipped."""
+"""Data sets of timm, torchvision, folders and tar files that skip unreadable images."""
 
 import importlib.util
 import itertools
 import logging
 import os
 import tarfile
+from collections.abc import Iterator
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,9 @@ from .strict_yaml import one_line
 
 _logger = logging.getLogger(__name__)
 
-SKIPPED = -1  # the label of an image that could not be read, in evaluation
+SKIPPED = -1  # label of unreadable images in evaluation
 
-# What timm needs for each prefix of `data.kind`: the module, and the packages to install for it.
+# Module that timm needs for each prefix of `data.kind`, and the packages that provide it.
 _PACKAGES = {
     "hfds": ("datasets", "datasets"),
     "hfids": ("datasets", "datasets"),
@@ -54,8 +55,8 @@ _PACKAGES = {
     "wds": ("webdataset", "webdataset"),
 }
 
-# Data sets of torchvision that timm reads. Of those with training and test images, it would return
-# the test images for every name of a split but `_TRAIN_NAMES`.
+# torchvision's data sets that timm supports. For those with a training and a test split, timm would
+# return the test split for every name that is not in `_TRAIN_NAMES`.
 _TRAIN_AND_TEST = ("cifar10", "cifar100", "fashion_mnist", "kmnist", "mnist", "qmnist")
 _TORCHVISION = (
     *_TRAIN_AND_TEST, "folder", "image_folder", "imagenet", "inat", "inaturalist", "places365",
@@ -63,7 +64,7 @@ _TORCHVISION = (
 _TRAIN_NAMES = ("train", "training")
 _TEST_NAMES = ("test", "val", "valid", "validation", "eval", "evaluation")
 
-# First bytes of files that are taken for tar files.
+# First bytes of files that are mistaken for plain tar files.
 _ARCHIVES = (
     (b"\x1f\x8b", "it is compressed by gzip"),
     (b"BZh", "it is compressed by bzip2"),
@@ -74,15 +75,19 @@ _ARCHIVES = (
 
 
 class TooManyCorruptImages(RuntimeError):
-    """Unreadable images stop the run: more files than `data.max_corrupt`, all, or a stream's."""
+    """Raised if unreadable images stop the run.
 
-    def __init__(self, message: str):
-        # A DataLoader re-raises errors of its workers with their traceback as the message.
+    More files than `data.max_corrupt`, or all files of a split, cannot be read, or a stream fails
+    or ends before the first update.
+    """
+
+    def __init__(self, message: str) -> None:
+        # DataLoader re-raises errors of its workers with their traceback as the message.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class WrongLabel(ValueError):
-    """An image without a class, such as those of test splits that are published without labels."""
+    """Raised for an image without a class, as in test splits that are published without labels."""
 
 
 def _checked_label(label: Any) -> int:
@@ -98,13 +103,18 @@ def _checked_label(label: Any) -> int:
 
 
 class SkippingImageDataset(ImageDataset):
-    """A timm ImageDataset that survives unreadable images, logs their paths and counts them.
+    """timm ImageDataset that skips unreadable images, logs their paths and counts them.
 
-    In training the next readable image takes the place; in evaluation a black image labelled
-    `SKIPPED`, so that no image counts twice.
+    In training, they are replaced by the next readable image; in evaluation, by a black image
+    labelled `SKIPPED`, so that no image counts twice.
+
+    Args:
+        reader: Reader of timm, or data set of torchvision.
+        is_training: Whether the images are used for training.
+        max_corrupt: Number of unreadable images that are tolerated.
     """
 
-    def __init__(self, reader, is_training: bool, max_corrupt: int):
+    def __init__(self, reader: Any, is_training: bool, max_corrupt: int) -> None:
         super().__init__(root=None, reader=reader)
         self.is_training = is_training
         self.max_corrupt = max_corrupt
@@ -113,10 +123,10 @@ class SkippingImageDataset(ImageDataset):
 
     @property
     def corrupt(self) -> int:
-        """Number of different images that could not be read so far."""
+        """Number of distinct images that could not be read so far."""
         return int(self._unreadable.sum())
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         for i in range(index, index + len(self)):
             try:
                 image, target = self.read(i % len(self))
@@ -133,22 +143,27 @@ class SkippingImageDataset(ImageDataset):
         return self.transform(image), target
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """Return an image in RGB and its label; an image that cannot be used is an error."""
+        """Return an image in RGB and its label.
+
+        Raises:
+            UnreadableImage: If the image cannot be used.
+            WrongLabel: If the image has no class.
+        """
         name = self._name(index)
         try:
             if isinstance(self.reader, ReaderImageFolder):
-                # The reader would open the file, and wait for ever if it is a FIFO.
+                # The reader would open the file and block forever if it is a FIFO.
                 source, target = self.reader.samples[index]
                 return to_rgb(read_image(source, name)), target
             source, target = self.reader[index]
             with source:
-                # Data sets of torchvision have images, all others binary streams.
+                # torchvision's data sets return images, all others binary streams.
                 is_image = isinstance(source, Image.Image)
                 image = source if is_image else read_image(source, name)
                 return to_rgb(image), _checked_label(target)
         except (UnreadableImage, WrongLabel):
             raise
-        except Exception as error:  # of a tar file or of the conversion
+        except Exception as error:  # of the tar file or the conversion
             raise UnreadableImage(f"cannot read image {name}: {one_line(error)}") from error
 
     def _name(self, index: int) -> str:
@@ -174,11 +189,14 @@ class SkippingImageDataset(ImageDataset):
             )
 
     def share_unreadable(self, device: torch.device) -> None:
-        """Count what other processes could not read; every process must call this.
+        """Share the unreadable images among all processes; every process must call this.
+
+        Args:
+            device: Device for the communication.
 
         Raises:
-            TooManyCorruptImages: They are too many together; EndedByAnother elsewhere than on the
-                first process.
+            TooManyCorruptImages: If there are too many together, on the first process.
+            EndedByAnother: In this case, on the other processes.
         """
         flags = self._unreadable.to(device, torch.uint8)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -188,14 +206,19 @@ class SkippingImageDataset(ImageDataset):
 
 
 class SkippingStream(IterableImageDataset):
-    """A timm IterableImageDataset, whose reader decodes images itself.
+    """timm IterableImageDataset that skips unusable images; its reader decodes them.
 
-    Images that could not be resized within bounded memory or converted to RGB are skipped in
-    training, and labelled `SKIPPED` in evaluation. In training the reader shares the images out
-    among processes; in evaluation each process reads all and yields its part, none twice.
+    Images that cannot be resized within bounded memory or converted to RGB are skipped in training
+    and labelled `SKIPPED` in evaluation. In training, the reader distributes the images over the
+    processes. In evaluation, each process reads all images and yields its share, none twice.
+
+    Args:
+        reader: Reader of timm.
+        is_training: Whether the images are used for training.
+        kind: Value of `data.kind`, for error messages.
     """
 
-    def __init__(self, reader, is_training: bool, kind: str):
+    def __init__(self, reader: Any, is_training: bool, kind: str) -> None:
         super().__init__(root=None, reader=reader)
         self.is_training = is_training
         self.kind = kind
@@ -206,7 +229,7 @@ class SkippingStream(IterableImageDataset):
     def __len__(self) -> int:
         return len(range(self.rank, super().__len__(), self.world_size))
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
         images = itertools.islice(iter(self.reader), self.rank, None, self.world_size)
         while True:
             try:
@@ -214,7 +237,7 @@ class SkippingStream(IterableImageDataset):
             except StopIteration:
                 return
             except Exception as error:
-                # Readers skip what they can; after another error they cannot continue.
+                # Readers skip what they can, and cannot continue after any other error.
                 raise TooManyCorruptImages(
                     f"data.kind={self.kind}: cannot read the stream: "
                     f"{type(error).__name__}: {one_line(error)}"
@@ -240,11 +263,18 @@ def _placeholder() -> Image.Image:
 
 
 def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) -> Dataset:
-    """Build the `split` of a data set, without its transform.
+    """Build the data set of a split, without a transform.
+
+    Args:
+        data: Settings of the data.
+        split: Name of the split.
+        is_training: Whether the images are used for training.
+        batch_size: Images per batch, which some of timm's readers need.
 
     Raises:
-        ConfigError: There is no such folder or split, no images in it, a loop of links or a damaged
-            tar, or a class folder of a training split is empty, or a package is not installed.
+        ConfigError: If there is no such folder or split, it contains no images, a loop of links or
+            a damaged tar file, a class folder of a training split is empty, or a package is not
+            installed.
     """
     root, source = Path(data.root), source_of(data, split)
     if _is_folder_kind(data) and not os.path.exists(root):
@@ -258,7 +288,7 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
     _check_torchvision(data.kind, split)
     try:
         dataset = _build(data, split, is_training, batch_size)
-    except Exception as error:  # timm, tarfile and packages of data sets raise any kind
+    except Exception as error:  # timm, tarfile and other packages raise errors of any type
         raise ConfigError(
             f"data.root={source} cannot be read as a data set"
             f"{f' of data.kind={data.kind}' if data.kind else ''}: {one_line(error)}"
@@ -268,8 +298,8 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
     return SkippingImageDataset(dataset, is_training, data.max_corrupt)
 
 
-def _build(data: Data, split: str, is_training: bool, batch_size: int):
-    """Return a reader of images in any order, or the data set of a stream."""
+def _build(data: Data, split: str, is_training: bool, batch_size: int) -> Any:
+    """Return a map-style reader of images, or the data set of a stream."""
     source = source_of(data, split)
     if _is_folder_kind(data):
         if data.kind or source.is_dir():
@@ -282,20 +312,20 @@ def _build(data: Data, split: str, is_training: bool, batch_size: int):
         is_training=is_training,
         batch_size=batch_size,
         search_split=False,
-        # Readers of other streams pass images on as they are, for to_rgb.
+        # Readers of other streams return images in their own mode, for to_rgb.
         input_img_mode="RGB" if data.kind.lower().startswith("tfds/") else "",
     )
-    if hasattr(dataset, "loader"):  # torchvision's data sets of files
+    if hasattr(dataset, "loader"):  # data sets of torchvision that read files
         dataset.loader = read_image
-    if hasattr(dataset, "wnid_to_idx"):  # ImageNet, whose classes have several names each
+    if hasattr(dataset, "wnid_to_idx"):  # ImageNet, where each class has several names
         dataset.class_to_idx = dataset.wnid_to_idx
     return dataset.reader if type(dataset) is ImageDataset else dataset
 
 
 def source_of(data: Data, split: str) -> Path:
-    """Return the folder or tar file of a split; splits of a single tar file or kind share one."""
+    """Return the path of a split, which is `data.root` for single tar files and most kinds."""
     root = Path(data.root)
-    # Methods of Path raise errors for long names.
+    # Methods of Path raise errors for names that are too long.
     return root / split if _is_folder_kind(data) and os.path.isdir(root) else root
 
 
@@ -304,7 +334,7 @@ def _is_folder_kind(data: Data) -> bool:
 
 
 def _torchvision_name(kind: str) -> str | None:
-    """Return the name of a data set of torchvision, as timm reads it; None for other kinds."""
+    """Return the name of a torchvision data set as timm parses it; None for other kinds."""
     return kind.split("/", 2)[-1].lower() if kind.lower().startswith("torch/") else None
 
 
@@ -330,7 +360,7 @@ def _check_package(kind: str) -> None:
 
 def _folder_reader(folder: Path, is_training: bool, outermost: bool) -> FolderReader:
     listing = list_folder(folder)
-    if outermost:  # a folder within a class needs no images
+    if outermost:  # folders within a class may be empty
         listing = listing._replace(empty=[name for name in listing.empty if os.sep not in name])
     else:
         check_class_folders(map(os.path.dirname, listing.images))
@@ -365,7 +395,7 @@ def _check_tar(path: Path) -> None:
             start = file.read(8)
             found = next((name for magic, name in _ARCHIVES if start.startswith(magic)), error)
             raise ValueError(f"it must be a tar file without compression: {found}") from error
-        # tarfile takes a file that ends between two members for a whole one.
+        # tarfile accepts a file that is truncated between two members.
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1024, 0))
         if size < 1024 or file.read().strip(b"\0"):
@@ -373,10 +403,15 @@ def _check_tar(path: Path) -> None:
 
 
 def warn_of_shared_images(data: Data, train_set: Dataset, val_set: Dataset) -> None:
-    """Warn if the validation split has images of the training split.
+    """Warn if the validation split contains training images.
 
-    Folders are compared image by image. Of tar files and other data sets a part is, which finds
-    splits that are the same images under two names; streams have nothing but their names.
+    Folders are compared image by image. For tar files and other map-style data sets, a sample is
+    compared, which detects identical splits. For streams, only the names are compared.
+
+    Args:
+        data: Settings of the data.
+        train_set: Data set of the training split.
+        val_set: Data set of the validation split.
     """
     train, val = (source_of(data, split) for split in (data.train_split, data.val_split))
     readers = [dataset.reader for dataset in (train_set, val_set)]
@@ -402,7 +437,7 @@ def warn_of_shared_images(data: Data, train_set: Dataset, val_set: Dataset) -> N
 
 
 def _are_alike(one: Dataset, other: Dataset) -> bool:
-    """Return whether two data sets seem to hold the same images, in the same order."""
+    """Return whether two data sets appear to contain the same images in the same order."""
     tars = [d.reader.root for d in (one, other) if isinstance(d.reader, ReaderImageInTar)]
     if tars:  # Reading images would open files that worker processes must not share.
         return len(tars) == 2 and start_of_file(tars[0]) == start_of_file(tars[1])

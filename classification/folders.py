@@ -1,4 +1,4 @@
-"""Image files in class folders: which count, which are left out, and which are in two splits."""
+"""List the images in class folders, and find images that two splits share."""
 
 import hashlib
 import logging
@@ -22,17 +22,17 @@ from .processes import on_first
 
 _logger = logging.getLogger(__name__)
 
-COMPARED = 1000  # images of a split that are looked for in the other
-_LARGE = 20_000  # images; in a larger split only files of the same name are compared
+COMPARED = 1000  # validation images that are compared with the training images
+_LARGE = 20_000  # training images; beyond this, only files of the same name are compared
 
 
 class Listing(NamedTuple):
-    """The files of a folder or tar file.
+    """Files in a folder or tar file.
 
     Attributes:
         images: Relative paths of the images.
-        left_out: Number of other files by their kind.
-        empty: Folders in the place of class folders that hold no image.
+        left_out: Number of other files by kind, such as their suffix.
+        empty: Folders in the place of class folders that contain no images.
     """
 
     images: list[str]
@@ -41,16 +41,17 @@ class Listing(NamedTuple):
 
 
 class FolderReader(ReaderImageFolder):
-    """timm's reader of class folders for all formats that Pillow decodes, without hidden files.
+    """timm ReaderImageFolder for all formats that Pillow decodes, without hidden files.
 
     Args:
-        root: Folder that holds the class folders.
-        listing: Its files.
-        outermost: Whether the outermost folders are the classes, in lexicographic order, as for
-            torchvision's ImageFolder; otherwise the folders that hold the images, in natural order.
+        root: Folder that contains the class folders.
+        listing: Files in `root`.
+        outermost: Use the outermost folders as classes, in lexicographic order, like torchvision's
+            ImageFolder. Otherwise, the folders that directly contain the images are the classes, in
+            natural order.
     """
 
-    def __init__(self, root: str, listing: Listing, outermost: bool = False):
+    def __init__(self, root: str, listing: Listing, outermost: bool = False) -> None:
         self.root = root
         if outermost:
             labels = [path.partition(os.sep)[0] for path in listing.images]
@@ -69,7 +70,7 @@ def list_folder(folder: Path) -> Listing:
     """List the files below a folder.
 
     Raises:
-        OSError: A folder cannot be read, or links form a loop.
+        OSError: If a folder cannot be read, or links form a loop.
     """
 
     def fail(error: OSError) -> None:
@@ -91,12 +92,12 @@ def list_folder(folder: Path) -> Listing:
 
 
 def list_tar(path: Path) -> Listing:
-    """List the members of a tar file; a tar file within it counts as a folder.
+    """List the members of a tar file; nested tar files count as folders.
 
     Raises:
-        OSError: It cannot be read.
-        tarfile.TarError: It is damaged.
-        ValueError: A tar file within it is damaged or compressed.
+        OSError: If the tar file cannot be read.
+        tarfile.TarError: If it is damaged.
+        ValueError: If a nested tar file is damaged or compressed.
     """
     with tarfile.open(path, "r:") as tar:
         members = list(_members(tar))
@@ -139,7 +140,7 @@ def _sort_out(files: Iterable[str], folders: Iterable[str]) -> Listing:
     filled = classes | {str(parent) for name in classes for parent in Path(name).parents}
     empty = []
     for folder in sorted(set(folders)):
-        # A folder within a class or within an empty folder is no further class.
+        # A folder within a class or within an empty folder does not count as another class.
         if (
             folder not in filled
             and not _is_hidden(folder)
@@ -151,23 +152,27 @@ def _sort_out(files: Iterable[str], folders: Iterable[str]) -> Listing:
 
 
 def printable(text: str) -> str:
-    """Return text that any log or picture can show, for names of files that are not UTF-8."""
+    """Return text that every log and figure can show, even for file names that are not UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def check_listing(listing: Listing, is_training: bool) -> None:
-    """Log the files that are skipped and check that every class has images.
+    """Check that every class has images, and log the files that are skipped.
+
+    Args:
+        listing: Files of a split.
+        is_training: Whether the split is used for training.
 
     Raises:
-        ValueError: There is no image, one outside of class folders, or, in training, a class
-            folder without any.
+        ValueError: If there are no images, images outside of class folders or, in training, class
+            folders without images.
     """
     left_out = sorted(listing.left_out.items(), key=lambda item: (-item[1], item[0]))
     counts = printable(", ".join(f"{n} {kind}" for kind, n in left_out))
     if not listing.images:
         raise ValueError(f"it holds no images (other files: {counts or 'none'})")
     if any(not _label(path) for path in listing.images):
-        # timm would make them a class of their own, the first one.
+        # timm would make these images an additional first class.
         raise ValueError("it must hold a folder per class, but has images outside of them")
     if listing.empty and is_training:
         names = printable(", ".join(listing.empty[:5])) + ", ..." * (len(listing.empty) > 5)
@@ -181,13 +186,13 @@ def check_listing(listing: Listing, is_training: bool) -> None:
 
 
 def check_class_folders(folders: Iterable[str]) -> None:
-    """Check that the folders that hold images are different classes; warn if they are nested.
+    """Check that the folders with images are distinct classes; warn if their parents differ.
 
     Args:
-        folders: Relative paths of the folders that hold images.
+        folders: Relative paths of the folders that directly contain images.
 
     Raises:
-        ValueError: Folders in several places have the same name.
+        ValueError: If folders in different places have the same name.
     """
     places, parents = defaultdict(list), {}
     for folder in sorted(set(folders)):
@@ -211,7 +216,7 @@ def check_class_folders(folders: Iterable[str]) -> None:
 
 
 def folders_in_tar(reader: ReaderImageInTar) -> list[str]:
-    """Return the folder of each image; a tar file within a tar file is one, too."""
+    """Return the folder of each image in a tar file; nested tar files count as folders."""
     return [
         os.path.normpath(
             os.path.join(os.path.splitext(tar.name)[0] if tar else "", os.path.dirname(member.path))
@@ -221,9 +226,9 @@ def folders_in_tar(reader: ReaderImageInTar) -> list[str]:
 
 
 def drop_hidden(reader: ReaderImageInTar) -> None:
-    """Drop hidden members of a tar file, such as those that macOS adds, and name the classes."""
+    """Drop hidden members of a tar file, such as those added by macOS, and rebuild the classes."""
     reader.samples = reader.samples[[not _is_hidden(ti.path) for ti, *_ in reader.samples]]
-    # timm would call the class '.' for members such as './0.png' of a tar file within a tar file.
+    # timm would name the class '.' for members such as './0.png' of a nested tar file.
     labels = [os.path.basename(folder) for folder in folders_in_tar(reader)]
     reader.class_name_to_idx = _class_indices(labels)
     reader.class_idx_to_name = {i: name for name, i in reader.class_name_to_idx.items()}
@@ -242,20 +247,22 @@ def _label(path: str) -> str:
 
 
 def _class_indices(labels: Iterable[str]) -> dict[str, int]:
-    # Names that differ in case or leading zeros alone have the same natural key.
+    # Names that only differ in case or leading zeros have the same natural key.
     ordered = sorted(set(labels), key=lambda name: (natural_key(name), name))
     return {name: i for i, name in enumerate(ordered)}
 
 
 def count_shared(train: Sequence[str], val: Sequence[str]) -> tuple[int, int]:
-    """Count validation images that are training images too, byte for byte.
+    """Count validation images that are also training images.
+
+    Files of the same size and the same first 64 KiB count as identical.
 
     Args:
         train: Paths of the training images.
         val: Paths of the validation images; at most `COMPARED` of them, evenly spaced, are read.
 
     Returns:
-        The number of shared images and of compared ones.
+        Number of shared images and number of compared images.
     """
     key = os.path.basename if len(train) > _LARGE else _size
     candidates = defaultdict(list)
@@ -279,9 +286,9 @@ def _size(path: str) -> int:
 
 
 def start_of_file(path: str) -> tuple | str:
-    """Return the size of a file and a hash of its start."""
+    """Return the size of a file and a hash of its first 64 KiB, or its path if it is unreadable."""
     try:
-        # Opening a FIFO would wait for its writer.
+        # Opening a FIFO would block until it has a writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             return _size(path), hashlib.sha256(file.read(65536)).digest()
     except OSError:

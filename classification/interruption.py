@@ -1,30 +1,35 @@
-"""Stopping at a signal: the running update is finished and the state saved."""
+"""Stop a run on a signal, after it has finished the current update and saved its state."""
 
 import contextlib
 import signal
 from collections.abc import Iterator
+from types import FrameType
 from typing import Protocol
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; the state has been saved."""
+    """Raised after SIGINT or SIGTERM, once the state has been saved.
 
-    def __init__(self, signal_number: int):
+    Args:
+        signal_number: Number of the signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
         self.signal_number = signal_number
 
 
 class Stoppable(Protocol):
-    """What stops after its running update once `signal_number` is set."""
+    """Object that stops after its current update once `signal_number` is set."""
 
     signal_number: int
 
 
 @contextlib.contextmanager
 def stopped_by_signals(trainer: Stoppable) -> Iterator[None]:
-    """Make SIGINT and SIGTERM in the block set the trainer's `signal_number`."""
+    """Let SIGINT and SIGTERM set the trainer's `signal_number` within the block."""
 
-    def on_signal(number: int, frame) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         trainer.signal_number = number
 
     before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}

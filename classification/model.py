@@ -1,4 +1,4 @@
-"""The model of a configuration, with its initial weights."""
+"""Build the model of a configuration with its initial weights."""
 
 import difflib
 import logging
@@ -32,10 +32,10 @@ def build_model(options: Model, classes: Sequence[str] | None = None) -> nn.Modu
 
     Args:
         options: Settings of the model.
-        classes: Names of its classes, if they are known; an initial checkpoint may have others.
+        classes: Class names of the data if known, to match those of an initial checkpoint.
 
     Raises:
-        ConfigError: The name or an argument is unknown, or the initial checkpoint does not fit.
+        ConfigError: If the name or an argument is unknown, or the initial checkpoint does not fit.
     """
     if options.class_map is not None and options.initial_checkpoint is None:
         raise ConfigError(
@@ -56,10 +56,14 @@ def build_model(options: Model, classes: Sequence[str] | None = None) -> nn.Modu
 
 
 def create_model(options: Model, pretrained: bool = False) -> nn.Module:
-    """Create a timm model, with its initial or its released weights.
+    """Create a timm model with random or released weights.
+
+    Args:
+        options: Settings of the model.
+        pretrained: Load the released weights.
 
     Raises:
-        ConfigError: The name or an argument is unknown, or the released weights do not load.
+        ConfigError: If the name or an argument is unknown, or the released weights do not load.
     """
     if not timm.is_model(options.name):
         close = difflib.get_close_matches(options.name, timm.list_models(), n=1)
@@ -81,7 +85,7 @@ def create_model(options: Model, pretrained: bool = False) -> nn.Module:
             return timm.create_model(options.name, **arguments, **options.args)
     except ConfigError:
         raise
-    except Exception as error:  # models raise errors of any kind for arguments that do not fit
+    except Exception as error:  # models raise errors of any type for unsuitable arguments
         raise ConfigError(
             f"model.args {options.args} do not fit model.name={options.name}: {one_line(error)}"
         ) from error
@@ -89,15 +93,15 @@ def create_model(options: Model, pretrained: bool = False) -> nn.Module:
 
 @torch.no_grad()
 def check_model(model: nn.Module, image_size: int, num_classes: int) -> None:
-    """Check that a model classifies images, by trying one.
+    """Check that a model classifies images by running it on a blank one.
 
     Args:
-        model: On the device where it will run; its mode is kept.
-        image_size: Height and width.
-        num_classes: Logits that it should return.
+        model: Model on the device where it will run; its training mode is preserved.
+        image_size: Height and width in pixels.
+        num_classes: Expected number of logits.
 
     Raises:
-        ConfigError: It does not take the image, or returns something else.
+        ConfigError: If the model does not accept the image or returns another shape.
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
@@ -121,10 +125,10 @@ def check_model(model: nn.Module, image_size: int, num_classes: int) -> None:
 
 
 def find_not_finite(model: nn.Module) -> str | None:
-    """Return the name of the first weight that is NaN or infinite, or buffer that is NaN."""
+    """Return the name of the first weight that is not finite or buffer that is NaN, or None."""
 
     def broken(tensor: torch.Tensor, is_weight: bool) -> bool:
-        # An infinite buffer can be right, such as the mask of an attention.
+        # Infinite buffers can be valid, such as attention masks.
         bad = ~torch.isfinite(tensor) if is_weight else torch.isnan(tensor)
         return bool(bad.any())
 
@@ -160,14 +164,15 @@ def _match_names(
     names: list[str],
     classes: list[str],
 ) -> tuple[dict[str, torch.Tensor], list[int] | None]:
-    """Return weights and class map for a model whose classes have other names than a checkpoint's.
+    """Adapt weights and class map to a model whose class names differ from the checkpoint's.
 
-    The same names in another order are put in order. With other names, as with another number of
-    them, the classifier keeps its initial values, unless a class map assigns its rows.
+    If only the order differs, the rows of the classifier are reordered. If the names differ, it
+    keeps its initial values, as with another number of classes, unless a class map assigns its
+    rows.
     """
     given = names if class_map is None else [names[i] for i in class_map if 0 <= i < len(names)]
     difference = describe_other_classes(given, classes)
-    if difference is None or len(given) != len(classes):  # load_weights tells of another number
+    if difference is None or len(given) != len(classes):  # load_weights reports another number
         return weights, class_map
     if class_map is not None:
         message = "model.class_map assigns rows of other classes to those of the data"
@@ -189,10 +194,10 @@ def _match_names(
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of a name; 'auto' takes an accelerator if there is one.
+    """Return the device of a name; 'auto' selects the accelerator if there is one.
 
     Raises:
-        ConfigError: There is no such device.
+        ConfigError: If there is no such device.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":

@@ -1,4 +1,4 @@
-"""Loss, parameter groups and learning-rate schedules of the published classification recipes."""
+"""Loss, optimizer and learning-rate schedule of the published classification recipes."""
 
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models._manipulate import group_parameters
@@ -19,12 +19,22 @@ def parameter_groups(
     layer_decay: float | None = None,
     dcn_lr_multiplier: float = 1.0,
 ) -> list[dict]:
-    """One group per learning rate and weight decay, in the order of the parameters.
+    """Group parameters by learning rate and weight decay, in the order of the model.
 
-    Parameters of one dimension have no weight decay. With `layer_decay` the learning rate falls by
-    that factor from layer to layer, counted from the last by the model's `group_matcher`. The
-    multiplier applies to what predicts DCNv4's offsets and modulation. Unlike timm's groups these
-    carry their learning rate itself, for the published warm-up and floor are the same for all.
+    Unlike timm's groups, which contain a scale, these contain the learning rate itself, as the
+    published warm-up and minimum learning rates are the same for all groups.
+
+    Args:
+        model: Model to train.
+        lr: Base learning rate.
+        weight_decay: Weight decay of parameters with at least two dimensions; others have none.
+        layer_decay: Factor on the learning rate from each layer to the one before it, starting at
+            the last. The layers are those of the model's `group_matcher`. None disables it.
+        dcn_lr_multiplier: Factor on the learning rate of the parameters that predict DCNv4's
+            offsets and modulation.
+
+    Returns:
+        Groups with `params`, `names` of the parameters, `lr` and `weight_decay`.
     """
     layers = {}
     if layer_decay is not None:
@@ -45,18 +55,18 @@ def parameter_groups(
 
 
 def lr_scale(cfg: config.Config, world_size: int) -> float:
-    """Factor on lr, warmup_lr and min_lr: images per update over `optimizer.lr_batch`."""
+    """Return images per update / `optimizer.lr_batch`, the factor on lr, warmup_lr and min_lr."""
     if cfg.optimizer.lr_batch is None:
         return 1.0
     return cfg.batch_size * cfg.accumulation_steps * world_size / cfg.optimizer.lr_batch
 
 
 def build_optimizer(model: nn.Module, cfg: config.Config, world_size: int) -> Optimizer:
-    """Build timm's optimizer of a configuration, with the groups of :func:`parameter_groups`.
+    """Build the timm optimizer of a configuration with the groups of :func:`parameter_groups`.
 
     Raises:
-        ConfigError: It is not installed or does not accept a setting, or `optimizer.layer_decay` or
-            `optimizer.dcn_lr_multiplier` is set for a model that it does not apply to.
+        ConfigError: If the optimizer is not installed or does not accept a setting, or
+            `optimizer.layer_decay` or `optimizer.dcn_lr_multiplier` does not apply to the model.
     """
     options = cfg.optimizer
     if options.layer_decay is not None and not hasattr(model, "group_matcher"):
@@ -76,12 +86,12 @@ def build_optimizer(model: nn.Module, cfg: config.Config, world_size: int) -> Op
     extra = {"betas": options.betas} if known.has_betas and options.betas else {}
     extra |= {"eps": options.eps} if known.has_eps and options.eps else {}
     try:
-        # The groups have their learning rates; Adafactor without one of its own would replace them,
-        # and corrected weight decay is relative to the optimizer's.
+        # The groups have learning rates. lr is still needed: without it, Adafactor would replace
+        # them, and corrected weight decay is relative to it.
         return create_optimizer_v2(
             groups, opt=options.name, lr=lr, weight_decay=options.weight_decay, **extra
         )
-    except Exception as error:  # optimizers raise any kind for settings and missing packages
+    except Exception as error:  # optimizers raise errors of any type
         raise config.ConfigError(
             f"optimizer.name={options.name} cannot be used: {one_line(error)}"
         ) from error
@@ -90,9 +100,17 @@ def build_optimizer(model: nn.Module, cfg: config.Config, world_size: int) -> Op
 def build_scheduler(
     optimizer: Optimizer, cfg: config.Config, world_size: int, updates_per_epoch: int
 ) -> Scheduler:
-    """A schedule stepped by `step_update(i)` after update i, as in the published code: the first
-    two updates therefore share `warmup_lr`, and the decay does not start after the warm-up but runs
-    from update 0."""
+    """Build the learning-rate schedule of a configuration.
+
+    As in the published code, call `step_update(i)` after update i. The first two updates therefore
+    share `warmup_lr`, and the decay runs from update 0 instead of the end of the warm-up.
+
+    Args:
+        optimizer: Optimizer with the groups of :func:`parameter_groups`.
+        cfg: Configuration of the run.
+        world_size: Number of processes.
+        updates_per_epoch: Number of optimizer steps per epoch.
+    """
     schedule, scale = cfg.schedule, lr_scale(cfg, world_size)
     common = {
         "warmup_t": round(schedule.warmup_epochs * updates_per_epoch),
@@ -109,7 +127,7 @@ def build_scheduler(
 
 
 def build_criterion(cfg: config.Config) -> nn.Module:
-    """Build the loss: on mixed labels, or with or without label smoothing."""
+    """Build the cross-entropy loss: for mixed labels, or with or without label smoothing."""
     if cfg.augmentation.mixes:
         return SoftTargetCrossEntropy()
     if cfg.augmentation.label_smoothing > 0:

@@ -1,4 +1,4 @@
-"""The output folder of a run: its owner, its configuration, its checkpoint and its log."""
+"""Output folder of a run: ownership, configuration, last checkpoint and log."""
 
 import contextlib
 import logging
@@ -23,11 +23,11 @@ _logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def own_output(output: Path) -> Iterator[None]:
-    """Own the output folder of a run, and remove a new one that the run leaves empty.
+    """Lock the output folder of a run, and remove a new folder that the run leaves empty.
 
     Raises:
-        OSError: Another run owns the folder.
-        ConfigError: The folder cannot be created.
+        OSError: If another run owns the folder.
+        ConfigError: If the folder cannot be created.
     """
     is_new = not os.path.exists(output)
     try:
@@ -48,11 +48,11 @@ def find_checkpoint(resume: str | None, last: Path) -> Path | None:
     """Return the checkpoint to resume from, if any.
 
     Args:
-        resume: A file, or 'auto' for `last` if it exists, or None for a new run.
-        last: Checkpoint of the output.
+        resume: Checkpoint file, 'auto' for `last` if it exists, or None for a new run.
+        last: Path of the last checkpoint in the output folder.
 
     Raises:
-        ConfigError: the output belongs to a run that this one would overwrite.
+        ConfigError: If the output folder contains a run that this one would overwrite.
     """
     if resume == "auto":
         return last if last.exists() else None
@@ -65,14 +65,14 @@ def find_checkpoint(resume: str | None, last: Path) -> Path | None:
 
 
 def save_config(cfg: Config) -> None:
-    """Write the configuration of a run to its output."""
+    """Write the configuration of a run to config.yaml in its output folder."""
     text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
     path = Path(cfg.output) / "config.yaml"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def describe(error: BaseException) -> str:
-    """Return the message of an error without the traceback that a loader's worker adds to it."""
+    """Return an error message without the traceback that DataLoader adds to errors of workers."""
     message = str(error)
     if message.startswith("Caught ") and "\nOriginal Traceback" in message:
         message = message.rstrip().splitlines()[-1].partition(": ")[2]
@@ -80,11 +80,12 @@ def describe(error: BaseException) -> str:
 
 
 class LogFile(logging.FileHandler):
-    """A log file that says once, on stderr, that it cannot be written."""
+    """Log file that reports write errors on stderr, once."""
 
     failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:
+        """Report the first OSError on stderr and ignore further ones."""
         error = sys.exception()
         if not isinstance(error, OSError):
             super().handleError(record)
@@ -93,11 +94,12 @@ class LogFile(logging.FileHandler):
             sys.stderr.write(f"WARNING cannot write {self.baseFilename}: {error.strerror}\n")
 
     def close(self) -> None:
+        """Close the file."""
         with contextlib.suppress(OSError):  # handleError has reported it
             super().close()
 
     def add_error(self, error: Exception, with_traceback: bool) -> None:
-        """Write an error that the caller itself reports to the terminal."""
+        """Write an error that the caller reports to the terminal itself."""
         record = {
             "levelno": logging.ERROR,
             "levelname": "ERROR",
@@ -109,8 +111,8 @@ class LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def held_log() -> Iterator[MemoryHandler]:
-    """Hold what the block logs for the handler that becomes the target, if one does."""
-    # With a target, this capacity passes each record on at once.
+    """Buffer the log of the block until the returned handler gets a target."""
+    # Once there is a target, this capacity forwards every record immediately.
     handler = MemoryHandler(capacity=1, flushLevel=sys.maxsize)
     logging.getLogger().addHandler(handler)
     try:
@@ -122,7 +124,7 @@ def held_log() -> Iterator[MemoryHandler]:
 
 @contextlib.contextmanager
 def log_file(path: Path, held: MemoryHandler) -> Iterator[LogFile]:
-    """Append the log of the block, and what has been held before it, to a file."""
+    """Append the log of the block, and the records held before it, to a file."""
     handler = LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     held.setTarget(handler)
@@ -135,12 +137,12 @@ def log_file(path: Path, held: MemoryHandler) -> Iterator[LogFile]:
 
 
 def suitable_ema_decay(updates: int) -> str:
-    """Return the decay after which averaged weights hold about 1 % of the initial ones."""
+    """Return the EMA decay that leaves about 1 % of the initial weights after all updates."""
     return f"{1 - float(f'{1 - 0.01 ** (1 / updates):.2g}'):.9g}"
 
 
 def log_start(trainer: "Trainer", checkpoint: Path | None, changes: list[str]) -> None:
-    """Log the model, the checkpoint a run resumes from and its changed settings."""
+    """Log the model, changed and ignored settings, and the checkpoint that a run resumes from."""
     cfg, parameters = trainer.cfg, sum(p.numel() for p in trainer.model.parameters())
     _logger.info(
         "%s, %.1f M parameters; %d x %d images per update on %s with amp=%s; %d updates per epoch",

@@ -1,4 +1,4 @@
-"""Agreement between the processes of a run; each function does the least for a single process."""
+"""Coordinate the processes of a run; a single process never communicates."""
 
 import contextlib
 import logging
@@ -10,26 +10,26 @@ import torch.distributed as dist
 
 
 class EndedByAnother(Exception):
-    """Another process of the run failed; that one reports why."""
+    """Raised if another process failed; that process reports the reason."""
 
 
 def rank() -> int:
-    """Return the number of this process."""
+    """Return the rank of this process, 0 without torch.distributed."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Return the number of processes."""
+    """Return the number of processes, 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def on_first(level: int) -> int:
-    """Return a logging level on the first process, DEBUG elsewhere, for what all of them find."""
+    """Return `level` on the first process and DEBUG elsewhere, to log shared messages once."""
     return level if rank() == 0 else logging.DEBUG
 
 
 def maximum(number: int, device: torch.device) -> int:
-    """Return the largest number that any process passes."""
+    """Return the maximum of the numbers that the processes pass."""
     if world_size() == 1:
         return number
     tensor = torch.tensor(number, device=device)
@@ -43,7 +43,7 @@ def all_agree(yes: bool, device: torch.device) -> bool:
 
 
 def gather(value: Any) -> list:
-    """Return the values of all processes, in the order of their ranks."""
+    """Return the values of all processes, ordered by rank."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -52,13 +52,13 @@ def gather(value: Any) -> list:
 
 @contextlib.contextmanager
 def fail_together(device: torch.device) -> Iterator[None]:
-    """Run a block on every process; an error on one ends them all.
+    """Run a block on every process, and fail on all of them if it fails on one.
 
-    Without it, the other processes would wait for the failed one in their next exchange. The block
-    itself must not exchange anything.
+    Without this, the other processes would wait for the failed one in their next collective
+    operation. The block itself must not contain any.
 
     Raises:
-        Exception: The block's error, on the first process that failed.
+        Exception: Error of the block, on the first process that failed.
         EndedByAnother: On all other processes.
     """
     if world_size() == 1:
@@ -77,7 +77,7 @@ def fail_together(device: torch.device) -> Iterator[None]:
 
 
 def raise_once(error: Exception) -> None:
-    """Raise an error that all processes have met: itself on the first, EndedByAnother elsewhere."""
+    """Raise an error that occurred on all processes; all but the first raise EndedByAnother."""
     if rank() == 0:
         raise error
     raise EndedByAnother("process 0 failed") from error

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.csv, TensorBoard, curves.png and predictions.png."""
+"""Reports of a run: metrics.csv, TensorBoard, curves.png and predictions.png."""
 
 import contextlib
 import csv
@@ -27,13 +27,16 @@ _logger = logging.getLogger(__name__)
 
 
 class Metrics:
-    """One row per epoch, in metrics.csv and TensorBoard.
+    """Metrics of a run in metrics.csv and TensorBoard, one row per epoch.
 
-    Epochs count from 1. A run that resumes after `start_epoch` drops the rows that an earlier
-    attempt wrote beyond it.
+    Epochs count from 1. Rows beyond `start_epoch`, which an earlier attempt wrote, are dropped.
+
+    Args:
+        output: Output folder of the run.
+        start_epoch: Number of epochs done so far.
     """
 
-    def __init__(self, output: Path, start_epoch: int = 0):
+    def __init__(self, output: Path, start_epoch: int = 0) -> None:
         self.path = output / "metrics.csv"
         self.rows = [row for row in _read(self.path) if int(row["epoch"]) <= start_epoch]
         self.events = Events(output / "tensorboard", purge_step=start_epoch + 1)
@@ -42,10 +45,10 @@ class Metrics:
         """Add the row of an epoch.
 
         Raises:
-            OSError: A file cannot be written.
+            OSError: If a file cannot be written.
         """
         self.rows.append(row)
-        # A resumed run may have columns that it did not have before, and lack others.
+        # Resuming may add or remove columns, such as those of the EMA.
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=names)
@@ -55,17 +58,21 @@ class Metrics:
         self.events.add(row, row["epoch"])
 
     def close(self) -> None:
+        """Close the TensorBoard file."""
         self.events.close()
 
 
 class Events:
-    """A TensorBoard event file of scalars.
+    """TensorBoard event file of scalars.
 
-    SummaryWriter writes in a thread, whose errors end in tracebacks on a full disk.
+    SummaryWriter writes in a thread, whose errors on a full disk end in tracebacks.
+
+    Args:
+        folder: Folder in which a new file is created.
+        purge_step: TensorBoard hides the scalars of earlier files from this step on.
     """
 
-    def __init__(self, folder: Path, purge_step: int):
-        """Open a new file in a folder; TensorBoard hides earlier scalars from a step on."""
+    def __init__(self, folder: Path, purge_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self.path = folder / name
@@ -75,6 +82,11 @@ class Events:
         self._write(Event(file_version="brain.Event:2"), Event(step=purge_step, session_log=start))
 
     def add(self, scalars: dict[str, float], step: int) -> None:
+        """Write the scalars of a step.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         self._write(
             *(Event(step=step, summary=scalar(name, value)) for name, value in scalars.items())
         )
@@ -89,12 +101,13 @@ class Events:
             raise disk_full_error(error, self.path) or error from error
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # that of an earlier write, which has been raised
+        """Close the file."""
+        with contextlib.suppress(OSError):  # already raised when writing
             self.file.close()
 
 
 def _read(path: Path) -> list[dict]:
-    """Return the rows of a metrics.csv, without those that are damaged."""
+    """Return the rows of a metrics.csv, leaving out damaged ones."""
     if not path.exists():
         return []
     with open(path, newline="", errors="replace") as file:
@@ -106,12 +119,12 @@ def _read(path: Path) -> list[dict]:
 
 
 def speed(images_per_second: float) -> str:
-    """Return a speed as text; slow ones keep two digits."""
+    """Format images per second; values below 1 have two significant digits."""
     return f"{images_per_second:{'.1f' if images_per_second >= 1 else '.2g'}}"
 
 
 def _number(text: str | None) -> float:
-    """Return the number of a cell, NaN for one that an epoch does not have."""
+    """Return the number in a cell, NaN if the epoch has none."""
     try:
         return float(text or "nan")
     except ValueError:
@@ -123,7 +136,7 @@ def _save_figure(figure: Figure, to: Path) -> None:
 
 
 def save_curves(metrics_csv: Path, to: Path) -> None:
-    """Draws losses, accuracies and the learning rate of a metrics.csv over the epochs."""
+    """Plot the losses, accuracies and learning rate in a metrics.csv over the epochs."""
     rows = _read(metrics_csv)
     epochs = [int(row["epoch"]) for row in rows]
     panels = {
@@ -149,7 +162,15 @@ def save_predictions(
 ) -> None:
     """Draw images of a data set with the model's predictions, mistakes in red.
 
-    The images are evenly spaced, those of a stream its first ones; unreadable ones are left out.
+    Unreadable images are left out.
+
+    Args:
+        model: Classifier.
+        dataset: Data set with the evaluation transform.
+        data: Settings of the data, to undo the normalisation.
+        names: Class names of the model, in the order of its outputs.
+        to: Destination of the PNG file.
+        count: Number of images, evenly spaced; of a stream, the first ones.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -177,12 +198,12 @@ def save_predictions(
             title if right else f"{title}\nis {_short(names[label])}",
             fontsize=8,
             color="green" if right else "red",
-            parse_math=False,  # a class may be called $x^
+            parse_math=False,  # class names may contain $ and ^
         )
     _save_figure(figure, to)
 
 
 def _short(name: str) -> str:
-    """Return a class name as a picture can show it."""
+    """Return a class name shortened to 24 printable characters."""
     text = "".join(c if c.isprintable() else "?" for c in name)
     return text if len(text) <= 24 else f"{text[:23]}…"

@@ -1,4 +1,4 @@
-"""State that a training run saves and restores: counters, generators, optimizer and settings."""
+"""State that a training run saves and restores: totals, random numbers, settings, optimizer."""
 
 import math
 import random
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from flash_internimage.checkpoint import check_optimizer
 
-# The entries of last.pth, without `model_ema`, which only runs with an EMA have.
+# Entries of last.pth, except `model_ema`, which requires an EMA.
 _ENTRIES = (
     "model", "optimizer", "scaler", "epoch", "update", "updates_per_epoch", "totals", "best_top1",
     "nonfinite_in_a_row", "rng", "classes", "config",
@@ -19,27 +19,34 @@ _ENTRIES = (
 
 _KINDS = {"optimizer": dict, "scaler": dict, "rng": list, "classes": list, "config": dict}
 
-# Settings that a checkpoint decides: its weights and its optimizer's state would not fit others.
+# Settings that cannot change on resuming, as weights and optimizer state would not fit.
 _FIXED = (
     "model.name", "model.num_classes", "model.initial_checkpoint", "model.class_map",
     "optimizer.name",
 )  # fmt: skip
 
-# Settings that decide which images of an epoch are done and which are left.
+# Settings that determine which images of an epoch remain.
 _FIXED_WITHIN_EPOCH = ("seed", "batch_size", "accumulation_steps")
 
-# Settings without which the accuracies of two epochs cannot be compared.
+# Settings that must be equal for the accuracies of two epochs to be comparable.
 _OF_VALIDATION = (
     "data.val_split", "data.image_size", "data.crop_pct", "data.interpolation", "data.mean",
     "data.std",
 )  # fmt: skip
 
-# Where some optimizers count their steps. All other entries of their groups are settings.
+# Some optimizers count steps in their parameter groups. All other entries there are settings.
 _STEP = "step"
 
 
 class Totals(NamedTuple):
-    """Running totals of the current epoch."""
+    """Running totals of the current epoch.
+
+    Attributes:
+        loss: Sum of the finite losses.
+        finite: Number of updates with a finite loss.
+        skipped: Number of updates without a finite loss, which were skipped.
+        seconds: Total time of the updates.
+    """
 
     loss: float = 0.0
     finite: int = 0
@@ -47,6 +54,7 @@ class Totals(NamedTuple):
     seconds: float = 0.0
 
     def plus(self, loss: float, seconds: float) -> "Totals":
+        """Return the totals after another update."""
         if not math.isfinite(loss):
             return self._replace(skipped=self.skipped + 1, seconds=self.seconds + seconds)
         return Totals(self.loss + loss, self.finite + 1, self.skipped, self.seconds + seconds)
@@ -56,7 +64,7 @@ class Totals(NamedTuple):
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators from one or more numbers."""
+    """Seed the generators of Python, NumPy and PyTorch from one or more numbers."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -64,7 +72,7 @@ def seed_everything(*numbers: int) -> None:
 
 
 def rng_state() -> dict:
-    """Return the state of every random number generator, in types that a checkpoint may hold."""
+    """Return the state of all random number generators in types that a checkpoint may contain."""
     name, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -77,13 +85,13 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Restore the generators from `rng_state`.
+    """Restore all random number generators from a result of :func:`rng_state`.
 
     Raises:
-        ValueError: NumPy's state would make it read outside its memory.
+        ValueError: If NumPy's state would make it read out of bounds.
     """
     _, keys, position, *_ = state["numpy"]
-    if len(keys) != 624 or not 0 <= position <= 624:  # numpy reads memory at any position
+    if len(keys) != 624 or not 0 <= position <= 624:  # NumPy does not check its bounds
         raise ValueError(f"numpy's random state has {len(keys)} keys and position {position}")
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
@@ -99,7 +107,7 @@ def check_entries(checkpoint: Mapping[str, Any]) -> None:
     """Check that a checkpoint has all entries of a training run.
 
     Raises:
-        ValueError: It lacks some, such as a file that holds weights only.
+        ValueError: If entries are missing, as in a file with only weights, or of another type.
     """
     missing = [name for name in _ENTRIES if name not in checkpoint]
     if missing:
@@ -118,7 +126,7 @@ def check_entries(checkpoint: Mapping[str, Any]) -> None:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested sections as one level of dotted keys."""
+    """Flatten nested sections into one level of dotted keys."""
     flat = {}
     for key, value in config.items():
         is_section = isinstance(value, dict)
@@ -127,20 +135,20 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], within_epoch: bool) -> None:
-    """Check that a resumed run keeps the settings which cannot change.
+    """Check that a resumed run does not change fixed settings.
 
     Args:
-        before: Flat settings of the checkpoint.
-        now: Flat settings of this run.
+        before: Flattened settings of the checkpoint.
+        now: Flattened settings of this run.
         within_epoch: Whether the checkpoint was saved within an epoch.
 
     Raises:
-        ValueError: A setting differs; the message names the first.
+        ValueError: If such a setting differs; the message names the first one.
     """
     for key in _FIXED:
         if key == "optimizer.name" and str(before.get(key)).lower() == str(now[key]).lower():
-            continue  # as timm, which does not tell AdamW from adamw
-        # The initial weights are not read at a resume, so dropping the setting changes nothing.
+            continue  # timm's names are case-insensitive
+        # Resuming does not load initial weights, so removing this setting changes nothing.
         if now[key] is not None and before.get(key, now[key]) != now[key]:
             raise ValueError(
                 f"{key} must be {before[key]!r} as in the checkpoint, got {now[key]!r}; a new run "
@@ -155,12 +163,12 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], within_epo
 
 
 def validates_alike(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether accuracies under two settings can be compared."""
+    """Return whether accuracies measured with two sets of settings are comparable."""
     return all(before.get(key, now[key]) == now[key] for key in _OF_VALIDATION)
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for every setting that differs, also for arguments of only one side."""
+    """Return a line for every setting that differs or exists on only one side."""
     return [
         f"{key} was {before.get(key)}, is now {now.get(key)}"
         for key in {**now, **before}
@@ -169,7 +177,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def describe_other_classes(checkpoint: Sequence[str], data: Sequence[str]) -> str | None:
-    """Return how the classes of a checkpoint and of a data set differ, or None if they agree.
+    """Return how the classes of a checkpoint and a data set differ, or None if they are equal.
 
     Args:
         checkpoint: Class names of the checkpoint, in the order of its outputs.
@@ -200,9 +208,9 @@ def describe_other_classes(checkpoint: Sequence[str], data: Sequence[str]) -> st
 
 
 def _first_entries(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """Return the state that an optimizer's first step makes, by the names of the parameters.
+    """Return the state that the first step of an optimizer creates, by parameter name.
 
-    The step is undone: parameters, settings and the empty state are as before.
+    The step is undone: parameters, settings and the empty state are restored.
     """
     groups = optimizer.param_groups
     settings = [dict(group) for group in groups]
@@ -243,17 +251,18 @@ def _describe_value(value: Any) -> str:
 
 
 def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load the state of a checkpoint's optimizer by the names of the parameters.
+    """Restore the state of an optimizer by parameter name.
 
-    Learning rates, weight decay and all other settings stay those of this run, whose groups may
-    also divide the parameters differently.
+    Learning rates, weight decay and all other settings remain those of this run, which may also
+    group the parameters differently.
 
     Args:
-        optimizer: From :func:`~classification.optim.build_optimizer`.
-        saved: State dict of an optimizer of the same kind.
+        optimizer: Result of :func:`~classification.optim.build_optimizer`.
+        saved: State dict of an optimizer of the same type.
 
     Raises:
-        ValueError: The checkpoint has other parameters, a tensor of another shape, or NaN.
+        ValueError: If the parameters or the shape of a state tensor differ, or the state contains
+            NaN.
     """
     old_index, old_group = {}, {}
     for group in saved["param_groups"]:

@@ -1,4 +1,4 @@
-"""YAML without surprises: its version 1.2, no duplicate keys, and text as it is written."""
+"""Strict YAML 1.2 without duplicate keys, where strings are taken literally."""
 
 import os
 import re
@@ -12,33 +12,33 @@ MAX_ALIASES = 100
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says where and why."""
+    """Raised for a configuration that cannot be used; the message says where and why."""
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message in one line, or its type if there is none."""
+    """Return an error message on one line, or the type of the error if there is no message."""
     return f"{' '.join(str(error).split()) or type(error).__name__:.500}"
 
 
-# Words that, unquoted, switch a setting off.
+# Unquoted words that disable a setting.
 OFF = {"", "~", "null", "none", "off", "no", "false"}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without duplicate keys and without aliases that refer to aliases.
+    """SafeLoader that rejects duplicate keys and aliases that refer to aliases.
 
-    Numbers and booleans follow YAML 1.2, unlike those of SafeLoader: 1e-3 is a number
-    and off is a string.
+    Numbers and booleans follow YAML 1.2, unlike in SafeLoader: 1e-3 is a number and off is a
+    string.
     """
 
     _aliases = 0
     _within_anchors = 0
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         is_alias = isinstance(event, yaml.AliasEvent)
         self._aliases += is_alias
-        # Nested, a few aliases would stand for billions of values, or for themselves.
+        # A few nested aliases can expand to billions of values, or to themselves.
         if is_alias and (self._within_anchors or self._aliases > MAX_ALIASES):
             raise yaml.MarkedYAMLError(
                 problem=f"alias '*{event.anchor}' within an anchor, or after {MAX_ALIASES} others",
@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
         self._within_anchors -= anchors
         return node
 
-    def compose_mapping_node(self, anchor):
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = set()
         for key, _ in node.value:
@@ -69,7 +69,7 @@ _CORE_SCALARS = {
         r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         "-+.0123456789",
     ),
-    # Without leading zeros, underscores and colons: 010 is 8 in YAML 1.1, and 1:30 is 90.
+    # Leading zeros, underscores and colons are excluded: in YAML 1.1, 010 is 8 and 1:30 is 90.
     "tag:yaml.org,2002:int": (r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+", "-+0123456789"),
 }
 _Loader.yaml_implicit_resolvers = {
@@ -81,19 +81,19 @@ for _tag, (_pattern, _first) in _CORE_SCALARS.items():
 
 
 def accepts(annotation: Any, kind: type) -> bool:
-    """Return whether a setting of this annotation may be of a type; literals are text."""
+    """Return whether a setting with this annotation may be of a type; literals count as str."""
     is_choice = get_origin(annotation) in (UnionType, Union, Literal)
     kinds = get_args(annotation) if is_choice else (annotation,)
     return any(one is kind or (kind is str and isinstance(one, str)) for one in kinds)
 
 
 def _retag(node: yaml.Node | None, annotation: Any) -> yaml.Node | None:
-    """Make scalars text where a setting is text, and None where it may be off.
+    """Tag scalars as strings where the setting is a string, and as null where it is disabled.
 
-    Without this, YAML would take the folder 2024-11-28 for a date and the folder 1e3 for a number.
+    Without this, YAML would read the folder 2024-11-28 as a date and the folder 1e3 as a number.
 
     Args:
-        node: Composed YAML; it is not changed, for aliases share nodes.
+        node: Composed YAML, which is not modified, as aliases share nodes.
         annotation: Type of the setting or section that the node describes.
     """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -118,15 +118,18 @@ def _retag(node: yaml.Node | None, annotation: Any) -> yaml.Node | None:
 
 
 def load_yaml(text: str | bytes, name: str | os.PathLike, annotation: Any = None) -> Any:
-    """Read YAML strictly.
+    """Parse YAML strictly.
 
     Args:
-        text: UTF-8 if bytes.
-        name: How an error calls it.
-        annotation: Section or type of the setting; text settings take scalars as they are written.
+        text: YAML source; bytes are UTF-8.
+        name: Name of the source in error messages.
+        annotation: Section or type of the setting; string settings take scalars literally.
+
+    Returns:
+        Parsed contents; None if there are none.
 
     Raises:
-        ConfigError: It is not valid, has a key twice, or nests aliases.
+        ConfigError: If the source is not valid YAML, repeats a key or nests aliases.
     """
     try:
         loader = _Loader(text)
@@ -141,5 +144,5 @@ def load_yaml(text: str | bytes, name: str | os.PathLike, annotation: Any = None
         raise ConfigError(f"{name} is not valid YAML: {error.problem}{line}") from error
     except RecursionError as error:
         raise ConfigError(f"{name} is not valid YAML: too deeply nested") from error
-    except Exception as error:  # constructors of values raise errors of any kind
+    except Exception as error:  # value constructors raise errors of any type
         raise ConfigError(f"{name} is not valid YAML: {one_line(error)}") from error

@@ -1,7 +1,8 @@
-"""Trains a classifier.
+"""Train a classifier.
 
-python -m classification.train CONFIG.yaml [key=value ...] [--resume auto|FILE]
-torchrun --nproc-per-node 8 -m classification.train CONFIG.yaml
+Example:
+    python -m classification.train CONFIG.yaml [key=value ...] [--resume auto|FILE]
+    torchrun --nproc-per-node 8 -m classification.train CONFIG.yaml
 """
 
 import argparse
@@ -75,18 +76,26 @@ _logger = logging.getLogger(__name__)
 
 
 class Diverged(RuntimeError):
-    """Too many updates in a row had no finite loss, or the weights are not finite."""
+    """Raised if too many consecutive updates have no finite loss, or the weights are not finite."""
 
 
-# Errors that a user can mend: one line without a traceback reports them.
+# Errors that users can fix, which are reported on one line without a traceback.
 _EXPECTED = (ValueError, OSError, Diverged, TooManyCorruptImages, EndedByAnother)
 
 
 class Trainer:
-    """One training run: everything that a checkpoint holds, and the loop over epochs and updates.
+    """Training run: everything that a checkpoint contains, and the loop over epochs and updates.
 
-    An update is one optimizer step on `accumulation_steps` batches. Each epoch starts from random
-    numbers that its seed, number and rank determine, so a run resumed there repeats itself.
+    An update is one optimizer step on `accumulation_steps` batches. At the start of each epoch, the
+    random number generators are seeded from the seed, the epoch and the rank, so that a run resumed
+    there repeats exactly.
+
+    Args:
+        cfg: Configuration of the run.
+        device: Device of this process.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        load_initial: Load `model.initial_checkpoint`, which a resumed run does not need.
     """
 
     def __init__(
@@ -96,31 +105,22 @@ class Trainer:
         rank: int = 0,
         world_size: int = 1,
         load_initial: bool = True,
-    ):
-        """Build data, model and optimizer.
-
-        Args:
-            cfg: Configuration of the run.
-            device: Device of this process.
-            rank: Number of this process.
-            world_size: Number of processes.
-            load_initial: Whether to load `model.initial_checkpoint`; a resumed run needs none.
-        """
+    ) -> None:
         self.cfg, self.device, self.rank, self.world_size = cfg, device, rank, world_size
         self.amp = resolve_amp(cfg.amp, device)
         self.output = Path(cfg.output)
-        self.epoch, self.update = 0, 0  # the next ones to do; update counts within the epoch
+        self.epoch, self.update = 0, 0  # next epoch, and next update within it
         self.totals = Totals()
         self.best_top1 = -math.inf
         self.nonfinite_in_a_row = 0
         self.signal_number = 0
-        self.resumed_rng: dict | None = None  # of a run resumed within an epoch
+        self.resumed_rng: dict | None = None  # set when resuming within an epoch
         seed_everything(cfg.seed)
         with fail_together(device):
             self._build_data()
             self._build_model(load_initial)
-        # All batches of a run are of one shape, and evaluation is not compiled. A second run in the
-        # process would else compile for symbolic shapes and fail on the CPU (pytorch#185510).
+        # All batches have the same shape, and evaluation is not compiled. By default, a second run
+        # in the process would compile for symbolic shapes and fail on the CPU (pytorch#185510).
         self.parallel = (
             torch.compile(self.model, dynamic=False) if cfg.model.compile else self.model
         )
@@ -169,9 +169,11 @@ class Trainer:
 
     @property
     def last(self) -> Path:
+        """Path of the last checkpoint."""
         return self.output / "last.pth"
 
     def state_dict(self) -> dict:
+        """Return the contents of a checkpoint; every process must call this."""
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -191,14 +193,17 @@ class Trainer:
         return state
 
     def save(self, *extra: str) -> None:
-        """Write last.pth, and the same under further names before it.
+        """Save the state under additional names, and then as last.pth.
 
-        In this order a run that is killed in between resumes from the older last.pth, and writes
-        the others again.
+        In this order, a run that is killed in between resumes from the previous last.pth and writes
+        the other files again.
+
+        Args:
+            *extra: Names of additional files in the output folder.
 
         Raises:
-            Diverged: A weight is not finite.
-            OSError: A file cannot be written; `last.pth` is then the older one.
+            Diverged: If a weight is not finite.
+            OSError: If a file cannot be written; the previous last.pth then remains.
         """
         state = self.state_dict()
         with fail_together(self.device):
@@ -216,14 +221,17 @@ class Trainer:
             raise Diverged(f"{name} is not finite after an update. {self._advice()}")
 
     def resume(self, path: Path) -> list[str]:
-        """Continue from a checkpoint of the same model and classes.
+        """Restore the state from a checkpoint of the same model and classes.
+
+        Args:
+            path: Checkpoint written by :meth:`save`.
 
         Returns:
             A line for each setting that has changed since.
 
         Raises:
-            ValueError: The checkpoint is damaged or of another kind of run, or a setting has
-                changed that cannot.
+            ValueError: If the checkpoint is damaged or from another kind of run, or a fixed setting
+                has changed.
         """
         state = load_checkpoint(path)
         try:
@@ -234,7 +242,7 @@ class Trainer:
             message = " ".join(f"{error!s:.2000}".split())
             raise ValueError(f"cannot resume from {path}: {kind}{message}") from error
         if path.resolve().parent != self.output.resolve():
-            self.best_top1 = -math.inf  # that best.pth is not in this output
+            self.best_top1 = -math.inf  # its best.pth is in another folder
         return changes
 
     def _restore(self, state: dict) -> list[str]:
@@ -267,7 +275,7 @@ class Trainer:
         restore_optimizer(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:  # empty without fp16
             self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:  # switched on at a resume, it starts from the present weights
+        if self.ema is not None:  # enabled on resuming, it starts from the current weights
             self.ema.module.load_state_dict(state.get("model_ema", state["model"]))
         if broken := self._find_not_finite():
             raise ValueError(f"{broken} is not finite")
@@ -279,9 +287,9 @@ class Trainer:
         is_valid = best <= 100 and validates_alike(before, now)
         self.best_top1 = best if is_valid else -math.inf
         if update:
-            set_rng_state(rng[self.rank])  # each epoch sets it again; here it is only checked
+            set_rng_state(rng[self.rank])  # only a check, as train_epoch sets it again
             self.resumed_rng = rng[self.rank]
-        # Sets the learning rate of the next update by this run's schedule.
+        # This sets the learning rate of the next update from the schedule of this run.
         if done := epoch * self.updates_per_epoch + update:
             self.scheduler.step_update(done - 1)
         return changed_settings(before, now)
@@ -289,12 +297,12 @@ class Trainer:
     # --- the loop ----------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Trains to the last epoch.
+        """Train until the last epoch.
 
         Raises:
-            Interrupted: a signal arrived; last.pth holds the state.
-            Diverged: see `max_nonfinite`.
-            TooManyCorruptImages: see `data.max_corrupt`.
+            Interrupted: If a signal arrived; last.pth contains the state.
+            Diverged: If `max_nonfinite` consecutive updates were skipped or a weight is not finite.
+            TooManyCorruptImages: If more images than `data.max_corrupt` cannot be read.
         """
         with contextlib.ExitStack() as stack:
             metrics = None
@@ -308,7 +316,7 @@ class Trainer:
                 self._stop_if_asked()
 
     def _fit_epoch(self, metrics: Metrics | None) -> None:
-        """Train, validate and save; `metrics` takes the figures on the first process."""
+        """Train, validate and save; only the first process has `metrics`."""
         self.train_epoch()
         with fail_together(self.device):
             self._check_weights()
@@ -334,12 +342,13 @@ class Trainer:
         self.save(*extra)
 
     def train_epoch(self) -> None:
+        """Train for one epoch, or for the rest of an epoch that was resumed."""
         self.parallel.train()
         seed_everything(self.cfg.seed, self.epoch, self.rank)
         set_epoch(self.train_loader, self.epoch)
         batches = start(self.train_loader)
         accumulation = self.cfg.accumulation_steps
-        if self.update:  # read and drop what was done before the stop
+        if self.update:  # skip the batches of updates that are done
             skip = self.update * accumulation
             with fail_together(self.device):
                 next(itertools.islice(batches, skip - 1, skip), None)
@@ -353,7 +362,7 @@ class Trainer:
         )
         every = self.cfg.checkpoints.every_updates
         images = self.cfg.batch_size * accumulation * self.world_size
-        logged = time.monotonic()  # the log stands in for the bar where there is no terminal
+        logged = time.monotonic()  # without a terminal, the log replaces the bar
         with bar:
             while self.update < self.updates_per_epoch:
                 began = time.perf_counter()
@@ -385,10 +394,10 @@ class Trainer:
                 self._stop_if_asked()
 
     def _ends(self, group: list) -> bool:
-        """Return whether the training images have ended on any process, as those of streams may.
+        """Return whether any process has run out of images, as can happen with streams.
 
         Raises:
-            TooManyCorruptImages: There were too few for one update.
+            TooManyCorruptImages: If there are too few for the first update.
         """
         is_short = len(group) < self.cfg.accumulation_steps
         if isinstance(self.train_loader.dataset, IterableDataset):
@@ -403,7 +412,15 @@ class Trainer:
         return is_short
 
     def train_update(self, batches: list[tuple[Tensor, Tensor]]) -> float:
-        """One optimizer step. Returns the mean loss, or nan after a step skipped for it."""
+        """Run one optimizer step.
+
+        Args:
+            batches: Images (N, 3, H, W) and labels (N,) of each accumulation step.
+
+        Returns:
+            Mean loss, or NaN if the step was skipped because the loss or its gradient is not
+            finite.
+        """
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         total = 0.0
         for i, (images, targets) in enumerate(batches):
@@ -421,15 +438,15 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         clip = self.cfg.optimizer.clip_grad or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        # With a scaler, an overflow is its cue to scale less: it skips the step itself.
+        # A scaler handles overflows itself: it skips the step and reduces the scale.
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
             return self._skip_update(buffers)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.world_size > 1:
-            # Each process has seen other images. With equal statistics after every update, any
-            # process may save and validate, and a resumed run goes on as if it had not stopped.
+            # Processes see different images. With equal batch-norm statistics after every update,
+            # any process may save and validate, and a resumed run continues as if it never stopped.
             distribute_bn(self.model, self.world_size, reduce=True)
         if self.ema is not None:
             self.ema.update(self.model)
@@ -467,7 +484,7 @@ class Trainer:
         )
 
     def validate_epoch(self) -> dict[str, float]:
-        """The row of metrics of the epoch that was just trained."""
+        """Evaluate the model and its EMA, and return the metrics of the epoch just trained."""
         result = evaluate(self.model, self.val_loader, self.device, self.amp)
         totals = self.totals
         updates = totals.finite + totals.skipped
@@ -490,7 +507,7 @@ class Trainer:
         }
 
     def report(self) -> None:
-        """Draws curves.png and predictions.png, the latter with the evaluated weights."""
+        """Draw curves.png and, with the EMA weights if there are any, predictions.png."""
         save_curves(self.output / "metrics.csv", self.output / "curves.png")
         model = self.ema.module if self.ema is not None else self.model
         self.val_set.transform = eval_transform(self.cfg.data)
@@ -498,7 +515,7 @@ class Trainer:
             save_predictions(
                 model, self.val_set, self.cfg.data, self.names, self.output / "predictions.png"
             )
-        except TooManyCorruptImages as error:  # of a stream that cannot be read again
+        except TooManyCorruptImages as error:  # streams that cannot be read twice
             _logger.warning("predictions.png is not drawn: %s", error)
 
     def _lr(self) -> float:
@@ -512,6 +529,7 @@ class Trainer:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m classification.train", description="Train a classifier."
     )
@@ -526,15 +544,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def train(cfg: Config, resume: str | None = None, held: MemoryHandler | None = None) -> None:
-    """Run a configuration from its start, or from a checkpoint, to its end.
+    """Train from the beginning or from a checkpoint.
 
     Args:
         cfg: Configuration of the run.
-        resume: Checkpoint to continue from; 'auto' is the output's last.pth if there is one.
-        held: What has been logged for the run, for its log file, from :func:`~.output.held_log`.
+        resume: Checkpoint to resume from; 'auto' for last.pth in the output folder if it exists.
+        held: Buffered log from :func:`~.output.held_log` to write to the log file of the run.
 
     Raises:
-        Exception: See `_EXPECTED` for what a run may end with, besides `Interrupted`.
+        Interrupted: If a signal arrived; the state has been saved.
+        Exception: Of the types in `_EXPECTED` for errors that users can fix.
     """
     env = init_distributed_device_so(device=str(pick_device(cfg.device)))
     device, rank, world_size = torch.device(env["device"]), env["global_rank"], env["world_size"]

@@ -1,7 +1,8 @@
-"""Evaluates a classifier, or measures its speed.
+"""Evaluate a classifier or measure its throughput.
 
-python -m classification.validate MODEL|CONFIG [key=value ...] --checkpoint FILE --data DIR
-torchrun --nproc-per-node 8 -m classification.validate MODEL|CONFIG --checkpoint FILE --data DIR
+Example:
+    python -m classification.validate MODEL|CONFIG [key=value ...] --checkpoint FILE --data DIR
+    torchrun --nproc-per-node 8 -m classification.validate MODEL|CONFIG --checkpoint FILE --data DIR
 """
 
 import argparse
@@ -20,8 +21,10 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.data.loader import PrefetchLoader
 from timm.utils.distributed import init_distributed_device_so, world_info_from_env
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from flash_internimage.checkpoint import (
@@ -49,13 +52,13 @@ _logger = logging.getLogger(__name__)
 
 MAX_BATCH_SIZE = 65536
 
-# Settings by which a model computes the same as in its training.
+# Settings that affect the output of a model and should match those of its training.
 _OF_A_MODEL = {
     "data": ("image_size", "crop_pct", "interpolation", "mean", "std"),
     "model": ("name", "args"),
 }
 
-# Settings that the command line can change; the others have an option, or no effect.
+# Settings that can be overridden; the others have an option of their own or no effect.
 _OVERRIDES = (
     "data.kind", "data.max_corrupt", "model.num_classes",
     *(f"{section}.{key}" for section, keys in _OF_A_MODEL.items() for key in keys),
@@ -66,16 +69,16 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Result:
-    """The figures of an evaluation.
+    """Results of an evaluation.
 
     Attributes:
-        top1: Percentage of `images` whose class has the highest logit.
-        top5: Percentage of `images` whose class is among the five highest.
+        top1: Top-1 accuracy in percent of `images`.
+        top5: Top-5 accuracy in percent of `images`.
         loss: Mean cross-entropy.
-        images: Images that were read.
-        corrupt: Images that could not be read.
-        nonfinite: Of `images`, those with a logit that is not finite; they count as wrong.
-        images_per_second: Speed with data loading.
+        images: Number of images that were read.
+        corrupt: Number of images that could not be read.
+        nonfinite: Number of `images` with a logit that is not finite, which count as wrong.
+        images_per_second: Throughput including data loading.
     """
 
     top1: float
@@ -88,10 +91,10 @@ class Result:
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:
-    """Return the mixed precision of a run.
+    """Return the mixed-precision mode to use: 'fp16', 'bf16' or 'off'.
 
-    'auto' is the published fp16 on CUDA, and bf16 on CPUs that multiply in it. Elsewhere it is
-    'off': other CPUs take many times as long for 16 bits as for float32.
+    'auto' selects the published fp16 on CUDA and bf16 on CPUs with bfloat16 instructions. It is
+    'off' elsewhere, as other CPUs are many times slower in 16 bits than in float32.
     """
     if amp != "auto":
         return amp
@@ -101,11 +104,12 @@ def resolve_amp(amp: str, device: torch.device) -> str:
 
 
 def has_bf16_instructions() -> bool:
-    """Return whether the processor multiplies bfloat16 numbers (AVX-512 BF16 or AMX)."""
+    """Return whether the CPU has bfloat16 instructions (AVX-512 BF16 or AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
+    """Return the autocast context of a mixed-precision mode, a key of `AMP_DTYPES`."""
     dtype = AMP_DTYPES[amp]
     if dtype is None:
         return contextlib.nullcontext()
@@ -113,12 +117,26 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader, device: torch.device, amp: str = "off") -> Result:
-    """Evaluate over a loader, and over all processes where there are several.
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader | PrefetchLoader,
+    device: torch.device,
+    amp: str = "off",
+) -> Result:
+    """Evaluate a model on a data set, together with all other processes.
+
+    Args:
+        model: Classifier on `device`; its training mode is preserved.
+        loader: Loader of this process's share of the images, from :func:`~.data.val_loader`.
+        device: Device of this process.
+        amp: Mixed-precision mode, a key of `AMP_DTYPES`.
+
+    Returns:
+        Results over the images of all processes.
 
     Raises:
-        ValueError: No image can be read, or a label is not a class of the model.
-        TooManyCorruptImages: More images than `data.max_corrupt` cannot be read.
+        ValueError: If no image can be read, or a label is not a class of the model.
+        TooManyCorruptImages: If more images than `data.max_corrupt` cannot be read.
     """
     was_training = model.training
     model.eval()
@@ -150,11 +168,14 @@ def evaluate(model: nn.Module, loader, device: torch.device, amp: str = "off") -
     )
 
 
-def _totals(model: nn.Module, loader, device: torch.device, amp: str) -> Tensor:
-    """Return the sums over the images of this process.
+def _totals(
+    model: nn.Module, loader: DataLoader | PrefetchLoader, device: torch.device, amp: str
+) -> Tensor:
+    """Sum the results over the images of this process.
 
-    They are the loss, top-1 hits, top-5 hits, images, unreadable images, and images without finite
-    logits.
+    Returns:
+        float64 tensor (6,) of the loss and the numbers of top-1 hits, top-5 hits, images,
+        unreadable images and images without finite logits.
     """
     totals = torch.zeros(6, dtype=torch.float64)
     bar = tqdm(
@@ -190,7 +211,18 @@ def _totals(model: nn.Module, loader, device: torch.device, amp: str) -> Tensor:
 def throughput(
     model: nn.Module, image_size: int, batch_size: int, device: torch.device, amp: str
 ) -> float:
-    """Images per second on random images: the median of repeated runs after a warm-up."""
+    """Measure the throughput on random images, the median of repeated runs after a warm-up.
+
+    Args:
+        model: Classifier on `device`.
+        image_size: Height and width in pixels.
+        batch_size: Images per run.
+        device: Device to measure.
+        amp: Mixed-precision mode, a key of `AMP_DTYPES`.
+
+    Returns:
+        Images per second.
+    """
     model.eval()
     images = torch.randn(batch_size, 3, image_size, image_size, device=device)
 
@@ -211,6 +243,7 @@ def throughput(
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m classification.validate", description="Evaluate a classifier."
     )
@@ -236,7 +269,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _config(name: str, overrides: list[str]) -> Config:
-    """The configuration of a YAML file, or of a timm model with its data settings."""
+    """Return the configuration of a YAML file, or of a timm model with its data settings."""
     if name.endswith((".yaml", ".yml")):
         return load_config(name, overrides)
     if overrides:
@@ -262,7 +295,7 @@ def _without_initial(options: Model) -> Model:
 
 
 def _load_model(options: Model, checkpoint: str | None, weights: str) -> tuple[nn.Module, Mapping]:
-    """Return a model with its weights, and what else the checkpoint holds."""
+    """Return a model with its weights, and the contents of the checkpoint."""
     options = _without_initial(options).model_copy(update={"grad_checkpointing": False})
     if checkpoint is None:
         return create_model(options, pretrained=True), {}
@@ -280,7 +313,7 @@ def _load_model(options: Model, checkpoint: str | None, weights: str) -> tuple[n
 
 
 def _warn_of_other_settings(cfg: Config, checkpoint: Mapping) -> None:
-    """Warn of settings that decide what a model computes and are not those of its training."""
+    """Warn about settings that affect the results and differ from those of the training."""
     trained = checkpoint.get("config")
     differences = []
     for section, keys in _OF_A_MODEL.items():
@@ -310,7 +343,7 @@ def _check(arguments: argparse.Namespace) -> None:
         key = override.partition("=")[0]
         if key not in _OVERRIDES and not key.startswith("model.args."):
             raise ConfigError(f"key=value must be of {', '.join(_OVERRIDES)}, got {override!r}")
-    if arguments.split == "":  # it would be all splits together
+    if arguments.split == "":  # it would select all splits together
         raise ConfigError("--split must be a split of the data, got ''")
     if arguments.throughput and world_size() > 1:
         raise ConfigError("--throughput measures a single process: run it without torchrun")
@@ -319,10 +352,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def check_json(path: Path) -> None:
-    """Check that a result can be written.
+    """Check that a result can be written to a file.
 
     Raises:
-        ConfigError: It is no file, or its folder cannot be written.
+        ConfigError: If `path` exists but is not a file, or its folder is not writable.
     """
     if os.path.exists(path) and not path.is_file():
         raise ConfigError(f"--json must be a file, got {path}")
@@ -331,13 +364,19 @@ def check_json(path: Path) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """Evaluate or measure as the arguments say, on all processes of torchrun together.
+    """Evaluate a model or measure its throughput; every process of torchrun must call this.
+
+    Args:
+        arguments: Result of :func:`parse_arguments`.
+
+    Returns:
+        Entries of the printed table.
 
     Raises:
-        ValueError: An argument, a model or a data set cannot be used, or a result is not finite.
-        OSError: A file cannot be read.
-        TooManyCorruptImages: More images than `data.max_corrupt` cannot be read.
-        EndedByAnother: One of the above was raised on another process.
+        ValueError: If an argument, model or data set cannot be used, or a result is not finite.
+        OSError: If a file cannot be read.
+        TooManyCorruptImages: If more images than `data.max_corrupt` cannot be read.
+        EndedByAnother: If one of the above was raised on another process.
     """
     env = init_distributed_device_so(device=str(pick_device(arguments.device)))
     device = torch.device(env["device"])
@@ -398,6 +437,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the program and return its exit code."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     arguments = parse_arguments(argv)
     try:
@@ -407,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
     except EndedByAnother:
         return 2
     except (ValueError, OSError, RuntimeError) as error:
-        # Without a group yet, every process has met the same error.
+        # Before the process group exists, every process raises the same error.
         if dist.is_initialized() or world_info_from_env()[1] == 0:
             _logger.error("%s", describe(error))
         return 2

@@ -1,4 +1,4 @@
-"""FlashInternImage: the backbone and what every task shares around it.
+"""FlashInternImage backbone and the code that all tasks share.
 
 Importing this package registers the models with timm.
 """

@@ -1,6 +1,6 @@
 """FlashInternImage (DCNv4, arXiv:2401.06197), registered with timm.
 
-Parameter names and shapes are those of the released checkpoints.
+Parameter names and shapes match the released checkpoints.
 """
 
 import logging
@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 
 def _integer(name: str, value: Any, minimum: int) -> int:
     try:
-        number = operator.index(value)  # numpy's integers, too
+        number = operator.index(value)  # also accepts NumPy integers
     except TypeError:
         number = minimum - 1
     if number < minimum:
@@ -66,31 +66,32 @@ def _check_classifier(num_classes: Any, global_pool: str) -> int:
 
 
 class FlashInternImage(nn.Module):
-    """FlashInternImage, an image classifier and a backbone with feature maps at strides 4 to 32.
+    """FlashInternImage backbone and classifier with feature maps at strides 4 to 32.
 
     Args:
-        in_chans: Channels of the input image.
-        num_classes: Classes of the classifier; 0 leaves it out.
-        global_pool: Pooling before the classifier, '' for none.
-        channels: Channels of the first stage; each stage doubles them.
-        depths: Blocks per stage.
-        groups: DCNv4 groups per stage.
-        mlp_ratio: Hidden over input channels of the MLPs.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
-        layer_scale: Initial value of the residual branches' scales, None for no scales.
-        offset_scale: Offset scale of DCNv4.
-        post_norm: Normalise the output of each branch instead of its input.
-        dw_kernel_size: Depth-wise kernel size of DCNv4.
-        dcn_output_bias: Whether DCNv4's output projection has a bias.
-        mlp_fc2_bias: Whether the MLP's second layer has a bias.
-        cls_scale: Channels of the last convolution over those of the last stage.
-        output_stride: Stride of the last stage; only 32 is available.
-        device: Device of the parameters; after 'meta', call `to_empty` and :meth:`init_weights`.
+        in_chans: Number of input channels.
+        num_classes: Number of classes; 0 omits the classifier.
+        global_pool: Pooling before the classifier: 'avg', 'max', 'avgmax', 'catavgmax', or '' for
+            none.
+        channels: Number of channels in the first stage, doubled in each following stage.
+        depths: Number of blocks per stage.
+        groups: Number of DCNv4 groups per stage.
+        mlp_ratio: Ratio of hidden to input channels in the MLPs.
+        drop_rate: Dropout rate before the classifier.
+        drop_path_rate: Stochastic depth rate of the last block; the rates increase linearly from 0.
+        layer_scale: Initial value of the layer scale; None disables it.
+        offset_scale: Factor on the offsets that DCNv4 predicts.
+        post_norm: Normalise the output of each residual branch instead of its input.
+        dw_kernel_size: Kernel size of the depth-wise convolution in DCNv4; None omits it.
+        dcn_output_bias: Add a bias to the output projection of DCNv4.
+        mlp_fc2_bias: Add a bias to the second linear layer of the MLPs.
+        cls_scale: Ratio of channels in the final 1x1 convolution to those of the last stage.
+        output_stride: Stride of the last stage; only 32 is supported.
+        device: Device of the parameters. After 'meta', call `to_empty` and :meth:`init_weights`.
         dtype: Floating-point dtype of the parameters.
 
     Raises:
-        ValueError: An argument is out of range; the message names it.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class FlashInternImage(nn.Module):
         output_stride: int = 32,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-    ):
+    ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         in_chans = _integer("in_chans", in_chans, 1)
@@ -138,7 +139,7 @@ class FlashInternImage(nn.Module):
 
         self.patch_embed = Stem(in_chans, channels, **factory)
         self.levels = nn.ModuleList()
-        # timm takes the feature maps from these modules where it uses hooks or torch.fx.
+        # timm's hook and torch.fx feature extractors read the feature maps from these modules.
         self.feature_maps = nn.ModuleList(to_channels_first() for _ in depths)
         self.feature_info = []
         drop_path_rates = calculate_drop_path_rates(
@@ -175,7 +176,7 @@ class FlashInternImage(nn.Module):
         self.apply(self._init_weights)
 
     def init_weights(self) -> None:
-        """Initialise all parameters and buffers, such as after construction on the meta device."""
+        """Initialise all parameters and buffers, for example after creation on the meta device."""
         for module in self.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -183,7 +184,7 @@ class FlashInternImage(nn.Module):
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
-        # nn.Module.apply visits children first: DCNv4 has the last word on its linear layers.
+        # nn.Module.apply visits children first, so DCNv4 re-initialises its own linear layers.
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
@@ -197,17 +198,21 @@ class FlashInternImage(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return no names: timm's optimizer factory already exempts 1-D parameters."""
+        """Return an empty set, as timm's optimizer factory already exempts 1-D parameters."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Return timm's parameter groups.
+        """Return the parameter groups for timm's layer-wise learning-rate decay.
 
-        The fine groups are those of the published layer decay: one layer per block; the stem, norms
-        and downsampling belong to the next block, the head to the last one.
+        The default groups are those of the published layer decay: every block is a layer. The stem,
+        the norm after a stage and downsampling belong to the block that follows, and the head
+        belongs to the last block.
+
+        Args:
+            coarse: Group by stage instead of by block.
         """
-        last = len(self.levels) - 1  # of depths fewer remain after prune_intermediate_layers
+        last = len(self.levels) - 1  # self.depths also counts pruned stages
         head = rf"^levels\.{last}\.norm|^conv_head|^head"
         if coarse:
             return {"stem": r"^patch_embed", "blocks": r"^levels\.(\d+)", "head": "^(?:conv_)?head"}
@@ -223,23 +228,24 @@ class FlashInternImage(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of storing its activations."""
         for stage in self.levels:
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
+        """Return the classifier, an `nn.Identity` if there are no classes."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
 
         Args:
-            num_classes: Classes of the new one, 0 for none.
-            global_pool: New pooling, '' for none; None keeps the present one.
+            num_classes: Number of classes; 0 omits the classifier.
+            global_pool: Pooling as in the constructor; None keeps the current one.
 
         Raises:
-            ValueError: The constructor would refuse these arguments.
+            ValueError: If an argument is out of range, as in the constructor.
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type
@@ -259,18 +265,22 @@ class FlashInternImage(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the feature maps of the stages, as other models of timm do.
+        """Return the feature maps of selected stages.
 
         Args:
-            x: Images (N, C_in, H, W).
+            x: Images of shape (N, C_in, H, W).
             indices: Stages to return; the last n if an int, all if None.
-            norm: Without effect: every stage's features are already normalised.
-            stop_early: Leave out the stages after the last one returned.
+            norm: Has no effect, as the features of every stage are already normalised.
+            stop_early: Skip the stages after the last selected one.
             output_fmt: Layout of the feature maps, 'NCHW' or 'NHWC'.
-            intermediates_only: Leave out the final features.
+            intermediates_only: Return only the feature maps.
 
         Returns:
-            (final features, feature maps), or the feature maps alone if `intermediates_only`.
+            Tuple of the final features, always (N, C, H, W), and the list of feature maps; only the
+            list if `intermediates_only`.
+
+        Raises:
+            ValueError: If `output_fmt` is neither 'NCHW' nor 'NHWC'.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
@@ -294,7 +304,16 @@ class FlashInternImage(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove the layers after the last of these stages and return their indices."""
+        """Remove the layers after the last of the selected stages.
+
+        Args:
+            indices: Stages to select, as in :meth:`forward_intermediates`.
+            prune_norm: Has no effect.
+            prune_head: Remove the head even if no stage is removed.
+
+        Returns:
+            Indices of the selected stages.
+        """
         take_indices, max_index = feature_take_indices(len(self.levels), indices)
         pruned = max_index + 1 < len(self.levels)
         self.levels = self.levels[: max_index + 1]
@@ -307,7 +326,14 @@ class FlashInternImage(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, num_features, H/32, W/32)."""
+        """Return the features of the last stage.
+
+        Args:
+            x: Images of shape (N, C_in, H, W).
+
+        Returns:
+            Features of shape (N, num_features, H/32, W/32).
+        """
         x = self.patch_embed(x)
         for stage, to_feature_map in zip(self.levels, self.feature_maps, strict=True):
             x = stage(x)
@@ -316,10 +342,20 @@ class FlashInternImage(nn.Module):
         return feature_map
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Apply the final convolution, pooling, dropout and the classifier.
+
+        Args:
+            x: Features of the last stage, (N, num_features, H, W).
+            pre_logits: Return the input of the classifier instead of its output.
+
+        Returns:
+            Logits of shape (N, num_classes), or the input of the classifier.
+        """
         x = self.head_drop(self.global_pool(self.conv_head(x)))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, num_classes) of images (N, C_in, H, W)."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -347,7 +383,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# What the released S, B and L share.
+# Settings shared by S, B and L.
 _POST_NORM = {"layer_scale": 1e-5, "post_norm": True, "dw_kernel_size": 3}
 
 ARCHITECTURES = {
@@ -373,7 +409,7 @@ ARCHITECTURES = {
 }
 
 
-# Where timm takes weights from.
+# Entries of timm's pretrained configs that say where the weights are.
 _SOURCES = {"file", "url", "hf_hub_id", "state_dict"}
 
 
@@ -398,7 +434,7 @@ def _create(arch: str, pretrained: bool, kwargs: dict) -> nn.Module:
     cfg = replace(cfg, first_conv="patch_embed.conv1", classifier="head")
     if pretrained and cfg.custom_load:
         raise ValueError(f"custom_load must be False for {name}, got {cfg.custom_load!r}")
-    # timm itself reads from the hub by its id, and from local-dir: folders.
+    # timm itself loads from hub ids and from `local-dir:` folders.
     source = cfg.file or (None if cfg.hf_hub_id else cfg.url)
     if pretrained and source and not (cfg.source or cfg.state_dict):
         cfg = replace(cfg, state_dict={SOURCE: source})
@@ -427,26 +463,33 @@ def _create(arch: str, pretrained: bool, kwargs: dict) -> nn.Module:
 
 
 @register_model
-def flash_internimage_nano(pretrained: bool = False, **kwargs) -> FlashInternImage:
-    """1.7 M parameters with 10 classes, for demos and tests; there are no released weights."""
+def flash_internimage_nano(pretrained: bool = False, **kwargs: Any) -> FlashInternImage:
+    """Create FlashInternImage-nano for demos and tests; it has no released weights.
+
+    It has 1.7 M parameters with 10 classes.
+    """
     return _create("nano", pretrained, kwargs)
 
 
 @register_model
-def flash_internimage_tiny(pretrained: bool = False, **kwargs) -> FlashInternImage:
+def flash_internimage_tiny(pretrained: bool = False, **kwargs: Any) -> FlashInternImage:
+    """Create FlashInternImage-T."""
     return _create("tiny", pretrained, kwargs)
 
 
 @register_model
-def flash_internimage_small(pretrained: bool = False, **kwargs) -> FlashInternImage:
+def flash_internimage_small(pretrained: bool = False, **kwargs: Any) -> FlashInternImage:
+    """Create FlashInternImage-S."""
     return _create("small", pretrained, kwargs)
 
 
 @register_model
-def flash_internimage_base(pretrained: bool = False, **kwargs) -> FlashInternImage:
+def flash_internimage_base(pretrained: bool = False, **kwargs: Any) -> FlashInternImage:
+    """Create FlashInternImage-B."""
     return _create("base", pretrained, kwargs)
 
 
 @register_model
-def flash_internimage_large(pretrained: bool = False, **kwargs) -> FlashInternImage:
+def flash_internimage_large(pretrained: bool = False, **kwargs: Any) -> FlashInternImage:
+    """Create FlashInternImage-L."""
     return _create("large", pretrained, kwargs)

@@ -1,4 +1,7 @@
-"""The parts of FlashInternImage, from small to large. Features are channels-last, (N, H, W, C)."""
+"""Building blocks of FlashInternImage, from small to large.
+
+Features are channels-last, (N, H, W, C).
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,21 +16,30 @@ from ops_dcnv4 import DCNv4
 
 
 def to_channels_first() -> Permute:
+    """Return a layer that permutes (N, H, W, C) to (N, C, H, W)."""
     return Permute([0, 3, 1, 2])
 
 
 def to_channels_last() -> Permute:
+    """Return a layer that permutes (N, C, H, W) to (N, H, W, C)."""
     return Permute([0, 2, 3, 1])
 
 
 def layer_norm(channels: int, **factory: Any) -> nn.LayerNorm:
+    """Return a layer norm over the last dimension with `eps=1e-6`."""
     return nn.LayerNorm(channels, eps=1e-6, **factory)
 
 
 class Stem(nn.Module):
-    """(N, C_in, H, W) -> (N, H/4, W/4, C)."""
+    """Stem of two strided convolutions, (N, C_in, H, W) -> (N, H/4, W/4, C).
 
-    def __init__(self, in_chans: int, channels: int, **factory: Any):
+    Args:
+        in_chans: Number of input channels C_in.
+        channels: Number of output channels C.
+        **factory: `device` and `dtype` of the parameters.
+    """
+
+    def __init__(self, in_chans: int, channels: int, **factory: Any) -> None:
         super().__init__()
         half = channels // 2
         self.conv1 = nn.Conv2d(in_chans, half, kernel_size=3, stride=2, padding=1, **factory)
@@ -39,13 +51,19 @@ class Stem(nn.Module):
         self.norm2 = nn.Sequential(to_channels_last(), layer_norm(channels, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, C_in, H, W) to features (N, H/4, W/4, C)."""
         return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
 
 
 class Downsample(nn.Module):
-    """(N, H, W, C) -> (N, H/2, W/2, 2*C)."""
+    """Strided convolution and norm between two stages, (N, H, W, C) -> (N, H/2, W/2, 2*C).
 
-    def __init__(self, channels: int, **factory: Any):
+    Args:
+        channels: Number of input channels C.
+        **factory: `device` and `dtype` of the parameters.
+    """
+
+    def __init__(self, channels: int, **factory: Any) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
             channels, 2 * channels, kernel_size=3, stride=2, padding=1, bias=False, **factory
@@ -53,11 +71,26 @@ class Downsample(nn.Module):
         self.norm = nn.Sequential(to_channels_last(), layer_norm(2 * channels, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map features (N, H, W, C) to (N, H/2, W/2, 2*C)."""
         return self.norm(self.conv(x.permute(0, 3, 1, 2)))
 
 
 class Block(nn.Module):
-    """DCNv4 and MLP with residual connections, on (N, H, W, C)."""
+    """Residual block of DCNv4 and an MLP on features (N, H, W, C).
+
+    Args:
+        channels: Number of input and output channels C.
+        groups: Number of DCNv4 groups.
+        mlp_ratio: Ratio of hidden to input channels in the MLP.
+        drop_path: Stochastic depth rate of both branches.
+        layer_scale: Initial value of the layer scale; None disables it.
+        offset_scale: Factor on the offsets that DCNv4 predicts.
+        post_norm: Normalise the output of each residual branch instead of its input.
+        dw_kernel_size: Kernel size of the depth-wise convolution in DCNv4; None omits it.
+        dcn_output_bias: Add a bias to the output projection of DCNv4.
+        mlp_fc2_bias: Add a bias to the second linear layer of the MLP.
+        **factory: `device` and `dtype` of the parameters.
+    """
 
     def __init__(
         self,
@@ -72,7 +105,7 @@ class Block(nn.Module):
         dcn_output_bias: bool = False,
         mlp_fc2_bias: bool = False,
         **factory: Any,
-    ):
+    ) -> None:
         super().__init__()
         self.post_norm = post_norm
         self.layer_scale = layer_scale
@@ -96,13 +129,13 @@ class Block(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the scales of the residual branches; the layers initialise themselves."""
+        """Initialise the layer scale; the layers initialise themselves."""
         if self.layer_scale is not None:
             nn.init.constant_(self.gamma1, self.layer_scale)
             nn.init.constant_(self.gamma2, self.layer_scale)
 
     def _deform(self, x: Tensor) -> Tensor:
-        if isinstance(x, torch.fx.Proxy):  # torch.fx cannot follow the checks of the operator.
+        if isinstance(x, torch.fx.Proxy):  # torch.fx cannot trace the argument checks.
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self.dcn), (x,), {})
         return self.dcn(x)
 
@@ -117,12 +150,26 @@ class Block(nn.Module):
         return self.drop_path(out if gamma is None else gamma * out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply both residual branches to features (N, H, W, C)."""
         x = x + self._branch(x, self._deform, self.norm1, self.gamma1)
         return x + self._branch(x, self.mlp, self.norm2, self.gamma2)
 
 
 class Stage(nn.Module):
-    """Blocks and, without post-norm, a closing norm. `downsample` leads to the next stage."""
+    """Sequence of blocks, followed by a norm unless the blocks use post-norm.
+
+    The forward pass does not include `downsample`, which leads to the next stage.
+
+    Args:
+        channels: Number of input and output channels C.
+        groups: Number of DCNv4 groups.
+        drop_path_rates: Stochastic depth rate of each block.
+        downsample: Whether another stage follows.
+        post_norm: Normalise the output of each residual branch instead of its input.
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters.
+        **block_args: Further arguments of :class:`Block`.
+    """
 
     def __init__(
         self,
@@ -134,7 +181,7 @@ class Stage(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         **block_args: Any,
-    ):
+    ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
@@ -146,6 +193,7 @@ class Stage(nn.Module):
         self.downsample = Downsample(channels, **factory) if downsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the blocks and the norm to features (N, H, W, C)."""
         for block in self.blocks:
             recompute = self.grad_checkpointing and x.requires_grad
             x = checkpoint(block, x) if recompute else block(x)

@@ -1,4 +1,4 @@
-"""Read checkpoints without executing anything from the file, and load their weights."""
+"""Load checkpoints without executing anything in them, and load their weights into models."""
 
 import logging
 import os
@@ -21,36 +21,36 @@ from .files import write_atomically
 
 _logger = logging.getLogger(__name__)
 
-# timm's loader refuses the published files, which hold more than weights. What it passes on in the
-# place of the weights says under this name where they are.
+# timm's loader rejects the published files, which contain more than weights. In place of a state
+# dict, it is given a dict with this key, whose value is the path or URL of the file.
 SOURCE = "source of the weights"
 
-# Of torch's optimizers, what chooses the implementation and the direction.
+# Options of torch's optimizers that select the implementation or the direction.
 _KERNELS = ("foreach", "fused", "capturable", "differentiable", "maximize")
 
-# Entries in which programs keep averaged weights, and those from which they were averaged.
+# Keys under which programs store averaged (EMA) weights, and the trained weights.
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict")
 _AVERAGED += ("ema_model", "ema")
 _OTHER_AVERAGED = re.compile(r"(^|_)(ema|swa|avg|averaged?)(_|$)")
 _TRAINED = ("state_dict", "model", "model_state_dict", "module", "net")
-# Parts of a model, such as a LightningModule, that are its averaged weights.
+# Submodules with averaged weights, for example of a LightningModule.
 _AVERAGED_PARTS = ("ema_model.", "model_ema.", "ema.")
 
 
 def clean_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = True) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint under the names of the model.
+    """Return the weights in a checkpoint under the parameter names of the model.
 
-    The containers of timm, torchvision, OpenMMLab, Lightning and DeepSpeed are known, and a choice
-    among several weights is logged. The prefixes of wrappers are stripped, see
-    :func:`~.conversion.unwrap_names`. Of a detector or segmentor, whose names begin with the parts,
-    `backbone.` alone is taken.
+    The formats of timm, torchvision, OpenMMLab, Lightning and DeepSpeed are recognised. If a
+    checkpoint contains several sets of weights, the choice is logged. Prefixes of wrappers are
+    stripped, see :func:`~.conversion.unwrap_names`. From a detector or segmentor, only the
+    parameters of its `backbone.` are returned.
 
     Args:
-        checkpoint: Contents of a file, or a state dict.
-        use_ema: Whether to take averaged weights if there are any, or those that were averaged.
+        checkpoint: Contents of a checkpoint file, or a bare state dict.
+        use_ema: Whether to prefer averaged (EMA) or trained weights if the checkpoint has both.
 
     Raises:
-        ValueError: There is more than tensors and their names, or two names become one.
+        ValueError: If there is anything other than named tensors, or two entries get the same name.
     """
     while entry := _choose_entry(checkpoint, use_ema):
         checkpoint = checkpoint[entry]
@@ -74,13 +74,13 @@ def clean_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = True) -> dic
 
 
 def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool) -> str | None:
-    """Return the entry with the wanted weights; None if the checkpoint itself is the weights."""
+    """Return the key of the wanted weights; None if the checkpoint itself is a state dict."""
     state_dicts = {name: _names_in(value) for name, value in checkpoint.items()}
     state_dicts = {name: names for name, names in state_dicts.items() if names}
     averaged = (*_AVERAGED, *(n for n in state_dicts if _OTHER_AVERAGED.search(str(n).lower())))
     averaged, trained = tuple(dict.fromkeys(averaged)), _TRAINED
     if isinstance(meta := checkpoint.get("meta"), Mapping) and "mmengine_version" in meta:
-        averaged, trained = ("state_dict",), ("ema_state_dict",)  # its hook exchanges the two
+        averaged, trained = ("state_dict",), ("ema_state_dict",)  # its EMAHook swaps the two
     entries = [*averaged, *trained] if use_ema else [*trained, *averaged]
     entries = [name for name in entries if checkpoint.get(name) is not None]
     found = [name for name in entries if isinstance(checkpoint[name], Mapping)]
@@ -96,7 +96,7 @@ def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool) -> str | None:
 
 
 def _names_in(value: Any) -> set[str]:
-    """Return the names of the model's parts in a state dict, of anything else none."""
+    """Return the unwrapped parameter names of a state dict, or an empty set for other values."""
     if not isinstance(value, Mapping):
         return set()
     if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
@@ -105,7 +105,7 @@ def _names_in(value: Any) -> set[str]:
 
 
 def _same_names(state_dicts: Mapping[str, set[str]], found: list[str]) -> list[str]:
-    """Return the state dicts that could be meant as well as the one found."""
+    """Return the keys of other state dicts with the same parameter names as the chosen one."""
     chosen = state_dicts.get(found[0])
     others = (name for name in state_dicts if name not in found)
     return [str(name) for name in others if state_dicts[name] == chosen]
@@ -115,24 +115,27 @@ def load_checkpoint(
     path: str | os.PathLike,
     map_location: str | torch.device = "cpu",
 ) -> dict:
-    """Load a checkpoint file: safetensors, or a file of :func:`torch.save`.
+    """Load a checkpoint from a safetensors file or a file written by :func:`torch.save`.
 
-    Nothing from the file is executed or imported. Objects other than tensors, numbers, text, numpy
-    arrays and containers of these become :class:`~.safe_load.Placeholder`, and the log names their
-    types. Hooks of tensors are dropped, and the versions of modules in a state dict.
+    Nothing in the file is executed or imported. Objects other than tensors, numbers, strings, NumPy
+    arrays and containers of these are replaced by :class:`~.safe_load.Placeholder`, and their types
+    are logged. Tensor hooks and the module versions in a state dict are dropped.
 
-    Files must have been saved with pickle protocol 2, the default of :func:`torch.save`. Files with
-    any of these are refused: sparse, quantized, nested and conjugated tensors, tensors with Python
-    attributes, tensors that repeat elements of their storage (:meth:`torch.Tensor.expand`), arrays
-    of anything but real numbers, complex numbers, bytearrays, and dicts and sets with tuples as
-    keys.
+    Files must have been saved with pickle protocol 2, the default of :func:`torch.save`. Files that
+    contain any of the following are rejected: sparse, quantized, nested or conjugated tensors;
+    tensors with Python attributes; tensors that repeat elements of their storage
+    (:meth:`torch.Tensor.expand`); arrays of anything but booleans and real numbers; complex
+    numbers; bytearrays; dicts and sets with tuples as keys.
 
     Args:
-        path: File to read.
-        map_location: As for :func:`torch.load`.
+        path: Checkpoint file.
+        map_location: See :func:`torch.load`.
+
+    Returns:
+        Contents of the file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If the file is damaged or not a checkpoint.
     """
     path = Path(path)
@@ -142,11 +145,11 @@ def load_checkpoint(
         if path.suffix == ".safetensors":
             return load_file(path, device=str(map_location))
         checkpoint, replaced = safe_load.load(path, map_location)
-    except Exception as error:  # the readers raise many kinds for damaged files
-        # torch advises to load the file unsafely before it says what is wrong, and after it.
+    except Exception as error:  # damaged files raise errors of many types
+        # torch surrounds the actual problem with advice to load the file unsafely.
         problem = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n\n")[0]
-        problem = " ".join(problem.split())  # some of torch's errors have several lines
-        if isinstance(error, LookupError):  # It says no more than a number.
+        problem = " ".join(problem.split())  # may span several lines
+        if isinstance(error, LookupError):  # The message is just a number.
             problem = "its pickle is incomplete"
         elif type(error) is not ValueError:
             problem = f"{type(error).__name__}: {problem}"
@@ -167,23 +170,23 @@ def fetch_checkpoint(
     sha256: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> Path:
-    """Return the local file of a checkpoint, downloading it on first use.
+    """Return the local path of a checkpoint, downloading it on first use.
 
     Args:
-        source: A path, an http or https address, or the name and tag of pretrained weights, such as
+        source: Path, http or https URL, or name and tag of released weights, such as
             'flash_internimage_tiny.in1k'.
-        offline: Use the caches only, see :func:`~.downloads.download`.
-        sha256: Expected SHA-256 of a download.
-        cache_dir: Folder of downloads in the place of the caches.
+        offline: Use cached files only, see :func:`~.downloads.download`.
+        sha256: Expected SHA-256 of a downloaded file.
+        cache_dir: Folder for downloads, used instead of the caches.
 
     Raises:
-        FileNotFoundError: `source` is neither a file nor a name with released weights, or the
-            file does not exist there.
-        OSError: The download failed, or is not a checkpoint.
-        ValueError: The download does not have the expected SHA-256.
+        FileNotFoundError: If `source` is not a file, a URL or the name of released weights, or
+            nothing exists at the URL.
+        OSError: If the download fails or is not a checkpoint.
+        ValueError: If the downloaded file does not have the expected SHA-256.
     """
     source = str(source)
-    # Not Path.is_file, which raises an error for addresses longer than a file name may be.
+    # Path.is_file would raise an error for URLs longer than a file name may be.
     if os.path.isfile(source):
         return Path(source)
     released = timm.list_pretrained("flash_internimage*")
@@ -198,17 +201,17 @@ def fetch_checkpoint(
 
 
 def save_atomically(checkpoint: dict, path: str | os.PathLike) -> None:
-    """Save with :func:`torch.save` by :func:`write_atomically`."""
+    """Save a checkpoint with :func:`torch.save`, replacing an existing file atomically."""
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
     """Validate a restored optimizer state and keep this run's kernel flags.
 
-    Fused kernels trust the shapes of the state.
+    Fused kernels do not check the shapes of the state.
 
     Raises:
-        ValueError: A tensor is not of its parameter's shape.
+        ValueError: If a state tensor of a fused optimizer does not have its parameter's shape.
     """
     for group in optimizer.param_groups:
         group |= {name: optimizer.defaults[name] for name in _KERNELS if name in optimizer.defaults}
@@ -226,16 +229,17 @@ def load_weights(
     state_dict: dict[str, Tensor],
     class_map: list[int] | None = None,
 ) -> None:
-    """Load a classifier's weights in place; all names must match.
+    """Load the weights of a classifier in place; all names must match.
 
     Args:
-        model: A timm model.
-        state_dict: Weights under the model's names.
-        class_map: For each class of the model, its index in the checkpoint's classifier. Without
-            it a classifier of another size keeps its initial values, and a warning says so.
+        model: timm model.
+        state_dict: Weights under the model's parameter names.
+        class_map: Index in the checkpoint's classifier for each class of the model. If None, a
+            classifier of another size keeps its initial values, with a warning.
 
     Raises:
-        ValueError: A name is missing, unexpected or of another shape, or an index out of range.
+        ValueError: If a parameter is missing, unexpected or of another shape, or an index is out of
+            range.
     """
     state_dict, own = dict(state_dict), model.state_dict()
     classifiers = model.pretrained_cfg.get("classifier") or ()
@@ -245,7 +249,7 @@ def load_weights(
         sizes = {_first_size(state_dict.get(name)) for name in names}
         classes, expected = max(sizes, default=0), max((len(own[n]) for n in names), default=0)
         if len(sizes) != 1 or not classes or (class_map is None and classes == expected):
-            continue  # What does not fit is an error below.
+            continue  # require_fit reports any mismatch.
         if class_map is None:
             _warn_of_initial_values(classifier, classes, expected)
             state_dict |= {name: own[name] for name in names}
@@ -278,23 +282,27 @@ def read_pretrained(
     strict: bool = True,
     cache_dir: str | os.PathLike | None = None,
 ) -> dict[str, Tensor]:
-    """Return pretrained weights for timm, which then adapts the stem to other input channels.
+    """Return pretrained weights in the form that timm loads.
 
-    The classifier keeps its initial values, with a warning, where the model has another number of
-    classes than both the weights and the pretrained config.
+    timm then adapts the first convolution to other numbers of input channels. The classifier keeps
+    its initial values, with a warning, if its number of classes differs from both the weights and
+    the pretrained config.
 
     Args:
-        state_dict: Weights, or where they are: a source for :func:`fetch_checkpoint` as `SOURCE`.
-        model: FlashInternImage, with the pretrained config by which timm goes on.
-        features_only: Whether the classifier will be dropped.
-        strict: Whether missing and unexpected names are errors, not warnings.
+        state_dict: Weights, or a dict with a source for :func:`fetch_checkpoint` under `SOURCE`.
+        model: FlashInternImage. Its pretrained config, which timm uses afterwards, is updated.
+        features_only: Whether the head will be removed.
+        strict: Raise an error for missing and unexpected names instead of logging a warning.
         cache_dir: See :func:`fetch_checkpoint`.
 
+    Returns:
+        State dict with all parameters and buffers of the model.
+
     Raises:
-        ValueError: The weights do not fit.
+        ValueError: If the weights do not fit or are not finite, or the model is on the meta device.
     """
     cfg, own = model.pretrained_cfg, model.state_dict()
-    cfg.pop("state_dict", None)  # It would stay as long as the model.
+    cfg.pop("state_dict", None)  # Otherwise, the config keeps the weights in memory.
     if any(tensor.is_meta for tensor in own.values()):
         raise ValueError("device must not be meta with pretrained=True: it holds no weights")
     if SOURCE in state_dict:
@@ -329,35 +337,45 @@ def read_pretrained(
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether all elements are finite, in 8-bit floats too."""
+    """Return whether all elements are finite, with support for 8-bit floats."""
     if tensor.is_floating_point() and tensor.element_size() == 1:
-        tensor = tensor.float()  # which torch.isfinite does not take
+        tensor = tensor.float()  # unsupported by torch.isfinite
     return bool(tensor.isfinite().all())
 
 
 def _fresh_parts(model: nn.Module, classes: int, features_only: bool) -> tuple[str, ...]:
-    """Return the prefixes of the parts that take nothing from weights of so many classes."""
+    """Return the prefixes of parameters that keep their initial values.
+
+    Args:
+        model: FlashInternImage.
+        classes: Number of classes of the weights.
+        features_only: Whether the head will be removed.
+    """
     cfg = model.pretrained_cfg
     if features_only:
         return ("head.", "conv_head.")
     if model.num_classes == 0:
         return ("head.",)
     if classes == model.num_classes:
-        cfg["num_classes"] = classes  # Else timm would drop a classifier that fits.
+        cfg["num_classes"] = classes  # Otherwise timm would drop a classifier that fits.
     elif cfg["num_classes"] != model.num_classes:
         return ("head.",)
     return ()
 
 
 def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Return what keeps weights from a model: names that are missing, unexpected or do not fit.
+    """Return all mismatches between weights and a model.
 
     Args:
-        expected: The model's own entries.
-        state_dict: The weights.
+        expected: State dict of the model.
+        state_dict: Weights to load.
+
+    Returns:
+        One line for each parameter that is missing, unexpected, not a tensor, or of another shape
+        or an incompatible dtype.
 
     Raises:
-        ValueError: The weights are not a dict.
+        ValueError: If the weights are not a dict.
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"weights must be tensors by name, got a {type(state_dict).__name__}")
@@ -375,7 +393,7 @@ def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
             for name, value in common.items()
             if isinstance(value, Tensor) and value.shape != expected[name].shape
         ),
-        # load_state_dict would cast quantized and complex weights in silence.
+        # load_state_dict would silently cast quantized and complex weights.
         *(
             f"dtype of {name}: {value.dtype}, expected {expected[name].dtype}"
             for name, value in common.items()
@@ -387,10 +405,15 @@ def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
 
 
 def require_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
-    """Require that weights fit a model.
+    """Raise an error if weights do not fit a model.
+
+    Args:
+        expected: State dict of the model.
+        state_dict: Weights to load.
 
     Raises:
-        ValueError: :func:`find_misfits` finds some; the message lists five of each kind.
+        ValueError: If :func:`find_misfits` finds any mismatch; the message lists up to five of each
+            kind.
     """
     problems = find_misfits(expected, state_dict)
     if problems:

@@ -1,7 +1,7 @@
 """Convert checkpoints of the published detectors (mmdet 2) and segmentors (mmseg 0) and back.
 
-Mask R-CNN, Cascade Mask R-CNN and UPerNet keep their names in current OpenMMLab. Parts of DINO and
-Mask2Former have moved from the head to the detector or have other names.
+The parameter names of Mask R-CNN, Cascade Mask R-CNN and UPerNet are the same in current OpenMMLab.
+In DINO and Mask2Former, some modules were renamed or moved from the head to the detector.
 """
 
 import re
@@ -10,18 +10,18 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-# What wrappers put before all names of a model, and what torch puts anywhere into them.
+# Prefixes that wrappers add to all names of a model, and what torch inserts anywhere in them.
 _WRAPPERS = ("module.", "model.", "net.", "timm_model.", "body.", "graph_module.")
 _INSERTED = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Counters beside averaged weights, of torch's AveragedModel and mmengine's.
+# Counters that the averaged models of torch and mmengine store next to the weights.
 _COUNTERS = ("n_averaged", "steps")
-# Configurations in the `meta` of a checkpoint, texts that OpenMMLab's programs execute as Python.
+# Configs in the `meta` of a checkpoint: strings that OpenMMLab's programs execute as Python.
 EXECUTED = ("cfg", "config")
 
 _HEAD, _PIXELS = "bbox_head.transformer", "decode_head.pixel_decoder.encoder.layers.#"
 _QUERIES = "decode_head.transformer_decoder.layers.#"
 
-# Published and current beginnings of names, # a number. In both tables the first that fits decides.
+# Published and current prefixes of names; # matches a number. The first match in a table applies.
 _DINO = (
     (f"{_HEAD}.level_embeds", "level_embed"),
     (f"{_HEAD}.enc_output_norm", "memory_trans_norm"),
@@ -37,11 +37,11 @@ _DINO = (
     (f"{_HEAD}.decoder.layers.#.norms.#", "decoder.layers.#.norms.#"),
     (f"{_HEAD}.decoder.norm", "decoder.norm"),
     (f"{_HEAD}.decoder.ref_point_head.0", "decoder.ref_point_head.layers.0"),
-    # a ReLU, counted then and not now, lies between the two layers
+    # The published module also numbers the ReLU between the two layers.
     (f"{_HEAD}.decoder.ref_point_head.2", "decoder.ref_point_head.layers.1"),
 )
-# Layers of the decoder attend to the image first, those of DINO to the queries first: the numbers
-# mean the opposite, and all shapes agree.
+# Unlike in DINO, the decoder layers apply cross-attention before self-attention, which swaps the
+# numbers. All shapes agree, so nothing else would reveal a mix-up.
 _MASK2FORMER = (
     (f"{_PIXELS}.attentions.0", f"{_PIXELS}.self_attn"),
     (f"{_PIXELS}.ffns.0", f"{_PIXELS}.ffn"),
@@ -52,10 +52,10 @@ _MASK2FORMER = (
 
 
 class _Names(NamedTuple):
-    """The names of a family that one of the two sides has."""
+    """Published or current parameter names of a family of models."""
 
-    beginning: str  # of some, by which the family is known
-    others: str  # a pattern of the other side's names
+    beginning: str  # prefix by which these names are recognised
+    others: str  # pattern of names that only exist on the other side
 
 
 class _Family(NamedTuple):
@@ -81,16 +81,19 @@ _FAMILIES = (
 
 
 def unwrap_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Return the names of the entries of a state dict in the model itself, without its wrappers.
+    """Map the names in a state dict to parameter names of the model without its wrappers.
 
     `module.`, `model.` and other prefixes of parallel training, averaging, Lightning, transformers
-    and timm are stripped, in any order, where all names begin so, and `_orig_mod.` of torch.compile
-    and the like everywhere. The counters of averaged models are left out, and mmcv's buffers
-    `ema_*`: where those are, the plain names hold the averaged weights, and the buffers what they
-    were averaged from.
+    and timm are stripped, in any order, if all names have them. `_orig_mod.` of torch.compile and
+    similar insertions are removed everywhere. If a prefix is stripped, the counters of averaged
+    models are left out. The `ema_*` buffers of mmcv are always left out: if a file has them, the
+    plain names contain the averaged weights and the buffers the trained ones.
 
     Args:
-        names: The present name of each entry by its name in the file.
+        names: Current name of each entry by its name in the file.
+
+    Returns:
+        Name in the model of each remaining entry by its name in the file.
     """
     names = {old: _INSERTED.sub("", name) for old, name in names.items()}
     while True:
@@ -103,10 +106,17 @@ def unwrap_names(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def rename(state_dict: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
-    """Return those entries of a state dict that are in `names`, under their new names.
+    """Select and rename entries of a state dict.
+
+    Args:
+        state_dict: Entries with values of any type.
+        names: New name of each entry to keep by its current name.
+
+    Returns:
+        The selected entries under their new names.
 
     Raises:
-        ValueError: Two names become one.
+        ValueError: If two entries get the same name.
     """
     sources: dict[str, str] = {}
     for name, new in names.items():
@@ -117,15 +127,18 @@ def rename(state_dict: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T
 
 
 def convert_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
-    """Return the entries of a published model under the current names; current names stay.
+    """Rename the entries of a published model to the current names; current names are kept.
 
-    The prefixes of wrappers are stripped, see :func:`unwrap_names`.
+    Prefixes of wrappers are stripped, see :func:`unwrap_names`.
 
     Args:
-        state_dict: Entries of any kind, tensors or their shapes.
+        state_dict: Entries with values of any type, such as tensors or shapes.
+
+    Returns:
+        The entries under their current names.
 
     Raises:
-        ValueError: Two names become one, or a name of DINO or Mask2Former is not known.
+        ValueError: If two entries get the same name, or a name of DINO or Mask2Former is unknown.
     """
     names = unwrap_names({name: name for name in state_dict})
     for family in _FAMILIES:
@@ -136,15 +149,19 @@ def convert_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
 
 
 def restore_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
-    """Return the entries of a model of this project under the published names.
+    """Rename the entries of a model of this project to the published names.
 
-    This is the inverse of :func:`convert_state_dict`, except for `ema_*` buffers.
+    This is the inverse of :func:`convert_state_dict`, which additionally strips prefixes of
+    wrappers and drops `ema_*` buffers.
 
     Args:
-        state_dict: Entries of any kind, tensors or their shapes.
+        state_dict: Entries with values of any type, such as tensors or shapes.
+
+    Returns:
+        The entries under their published names.
 
     Raises:
-        ValueError: A name of DINO or Mask2Former is not known.
+        ValueError: If a name of DINO or Mask2Former is unknown.
     """
     names = {name: name for name in state_dict}
     for family in _FAMILIES:
@@ -179,17 +196,18 @@ def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 def convert_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Convert a published checkpoint for the current engine, without the optimizer's state.
+    """Convert a published checkpoint to the format of mmengine, without the optimizer state.
 
     Args:
-        checkpoint: A file's contents with the entry `state_dict`, or a bare state dict.
+        checkpoint: Contents of a file with an entry `state_dict`, or a bare state dict.
 
     Returns:
-        `state_dict`, see :func:`convert_state_dict`, and `meta`: class names and colours under
-        `dataset_meta`, and everything else that consists of text and numbers, except `EXECUTED`.
+        Dict with `state_dict`, see :func:`convert_state_dict`, and `meta`, which contains the class
+        names and colours under `dataset_meta`, and all other metadata that consists of strings,
+        numbers and containers of these, except the entries in `EXECUTED`.
 
     Raises:
-        ValueError: It holds no state dict, or one that cannot be converted.
+        ValueError: If there is no state dict, or it cannot be converted.
     """
     state_dict = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state_dict, Mapping) or any(
@@ -214,13 +232,17 @@ def convert_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any
 
 
 def restore_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Convert a checkpoint of this project for the published code.
+    """Convert a checkpoint of this project to the format of the published code.
 
     Args:
-        checkpoint: Contents of a file of the engine, or a result of :func:`convert_checkpoint`.
+        checkpoint: Contents of a file written by mmengine, or a result of
+            :func:`convert_checkpoint`.
+
+    Returns:
+        Dict with `state_dict`, see :func:`restore_state_dict`, and `meta`.
 
     Raises:
-        ValueError: It holds no state dict, or one that cannot be converted.
+        ValueError: If there is no state dict, or it cannot be converted.
     """
     checkpoint = convert_checkpoint(checkpoint)
     meta = checkpoint["meta"]
@@ -231,7 +253,10 @@ def restore_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value needs no class of a library, numpy's numbers being subclasses of Python's."""
+    """Return whether a value consists of built-in types only.
+
+    Types must match exactly, as NumPy's float64 is a subclass of float.
+    """
     if type(value) is dict:
         return all(_is_plain(item) for pair in value.items() for item in pair)
     if type(value) in (list, tuple):

@@ -9,8 +9,9 @@ import string
 import uuid
 import zipfile
 from contextlib import suppress
+from http.client import HTTPMessage
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 from urllib.error import URLError
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -27,7 +28,7 @@ from .files import remove_partial_files, write_atomically
 _logger = logging.getLogger(__name__)
 
 _HUB = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/resolve/([^/]+)/([^?#]+).*")
-_TIMEOUT = 60  # Seconds without an answer.
+_TIMEOUT = 60  # seconds without a response
 _Folder = str | os.PathLike | None
 
 
@@ -39,25 +40,28 @@ def download(
 ) -> Path:
     """Return the local copy of a checkpoint, downloading it on first use.
 
-    Files on huggingface.co are kept in the hub's cache (`HF_HOME`; `HF_ENDPOINT` sets a mirror),
-    others in torch.hub's (`TORCH_HOME`), in one folder per address. Length, format and SHA-256 (if
-    given here or by the hub) are checked once, at the download. A cached file is used without a
-    request, without hashing and without writing, unless it is cut off or not a checkpoint: then it
-    is downloaded again.
+    Files on huggingface.co are stored in the hub's cache (`HF_HOME`; `HF_ENDPOINT` selects a
+    mirror), others in that of torch.hub (`TORCH_HOME`), in one folder per URL. Length, format and
+    SHA-256 (if given here or stated by the hub) are checked once, when downloading. A cached file
+    is used without a request, hashing or writing; one that is truncated or not a checkpoint is
+    downloaded again.
 
     Args:
-        address: An http or https address. The authors' files are found under both of their
-            spellings, `flash_internimage_*` and `flash_intern_image_*`.
-        offline: Use the caches only; `HF_HUB_OFFLINE=1` does the same.
+        address: http or https URL. The authors' files are found under both of their spellings,
+            `flash_internimage_*` and `flash_intern_image_*`.
+        offline: Use cached files only, like `HF_HUB_OFFLINE=1`.
         sha256: Expected SHA-256 of the file.
-        cache_dir: Folder in the place of either cache, laid out like it.
+        cache_dir: Folder to use instead of either cache, with the same layout.
+
+    Returns:
+        Path of the file in the cache.
 
     Raises:
-        FileNotFoundError: The file does not exist, or offline: not in the caches.
-        OSError: The download failed, or is not a checkpoint.
-        ValueError: The file does not have the expected SHA-256.
+        FileNotFoundError: If the file does not exist or, offline, is not in the cache.
+        OSError: If the download fails or is not a checkpoint.
+        ValueError: If the file does not have the expected SHA-256.
     """
-    address = quote(address, safe=string.punctuation)  # It may hold spaces, in secrets too.
+    address = quote(address, safe=string.punctuation)  # URLs may contain spaces, also in secrets.
     offline = offline or is_offline_mode()
     missing = []
     for find in [_find] if offline else [_find, _fetch]:
@@ -67,9 +71,9 @@ def download(
                     return path
             except _WrongContents:
                 raise
-            except Exception as error:  # The hub's client raises exceptions of many kinds.
+            except Exception as error:  # huggingface_hub raises errors of many types.
                 if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
-                    error = error.__cause__  # The failed request.
+                    error = error.__cause__  # the failed request
                 reason = " ".join(str(error).split()) or type(error).__name__
                 missing.append(hide_secrets(f"download of {spelling} failed: {reason}"))
                 if getattr(error, "code", 0) != 404 and not isinstance(error, EntryNotFoundError):
@@ -85,7 +89,7 @@ def download(
 
 
 def hide_secrets(text: str) -> str:
-    """Replace user names, passwords and queries of the addresses in a text by '...'."""
+    """Replace user names, passwords and query strings in the URLs of a text with '...'."""
     text = re.sub(r"(?<=://)[^/\s]*@", "...@", text)
     return re.sub(r"(://[^\s?#]*)[?#]\S*", r"\1?...", text)
 
@@ -102,12 +106,12 @@ def _spellings(address: str) -> list[str]:
 
 
 def _key(address: str, sha256: str | None) -> str:
-    # A file passes for one with this SHA-256 only if that was compared when it was downloaded.
+    # Including the SHA-256 prevents reuse of a file that was downloaded without checking it.
     return uuid.uuid5(uuid.NAMESPACE_URL, f"{address.partition('#')[0]} {sha256 or ''}").hex
 
 
 def _cache_path(address: str, sha256: str | None, cache_dir: _Folder) -> Path | None:
-    """Return where the cache has a file, or would have it if that is known beforehand."""
+    """Return the path of a file in the cache; None if it is only known after downloading."""
     if on_hub := _HUB.fullmatch(address):
         repository, revision, file = map(unquote, on_hub.groups())
         path = try_to_load_from_cache(repository, file, cache_dir, revision)
@@ -123,13 +127,13 @@ def _cache_path(address: str, sha256: str | None, cache_dir: _Folder) -> Path | 
 
 
 def _hub_sha256(path: Path) -> str | None:
-    """Return the SHA-256 of a large file in the hub's cache, which links to blobs of that name."""
+    """Return the SHA-256 of a large file in the hub's cache, which is the name of its blob."""
     name = path.readlink().name if path.is_symlink() else ""
     return name if re.fullmatch("[0-9a-f]{64}", name) else None
 
 
 def _find(address: str, sha256: str | None, cache_dir: _Folder) -> Path | None:
-    """Return the cached copy of a file if there is one, it is whole, and not known to be wrong."""
+    """Return the cached file unless it is missing, truncated or known to have another SHA-256."""
     path = _cache_path(address, sha256, cache_dir)
     if path and path.is_file() and _is_whole(path, path.name):
         stated = _hub_sha256(path)
@@ -144,7 +148,7 @@ def _fetch(address: str, sha256: str | None, cache_dir: _Folder) -> Path:
     cache = Path(hub_cache, ".locks") if on_hub else path.parents[1]
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{_key(address, sha256)}.lock"):
-        if found := _find(address, sha256, cache_dir):  # Another process has just downloaded it.
+        if found := _find(address, sha256, cache_dir):  # downloaded by another process
             return found
         _logger.info("downloading %s", hide_secrets(address))
         if not on_hub:
@@ -170,9 +174,17 @@ def _fetch(address: str, sha256: str | None, cache_dir: _Folder) -> Path:
 
 
 class _Redirects(HTTPRedirectHandler):
-    """Follow redirects to https, or from http to http; urllib also follows https to http or ftp."""
+    """Reject redirects from https to http and to other protocols, which urllib would follow."""
 
-    def redirect_request(self, request, response, code, message, headers, address):
+    def redirect_request(
+        self,
+        request: Request,
+        response: IO[bytes],
+        code: int,
+        message: str,
+        headers: HTTPMessage,
+        address: str,
+    ) -> Request | None:
         scheme = urlsplit(address).scheme
         if scheme not in ("https", request.type):
             raise URLError(f"refused a redirect from {request.type} to {scheme}")
@@ -180,7 +192,7 @@ class _Redirects(HTTPRedirectHandler):
 
 
 def _fetch_from_server(address: str, path: Path, sha256: str | None) -> Path:
-    # torch.hub.download_url_to_file would accept half a body, any redirect and endless waiting.
+    # torch.hub.download_url_to_file accepts truncated files and any redirect, and has no timeout.
     def write(file: BinaryIO) -> None:
         with tqdm.wrapattr(
             response, "read", response.length, desc=path.name, disable=None
@@ -199,21 +211,21 @@ def _fetch_from_server(address: str, path: Path, sha256: str | None) -> Path:
             write_atomically(path, write)
     finally:
         with suppress(OSError):
-            path.parent.rmdir()  # It is empty after a failure.
+            path.parent.rmdir()  # only succeeds if a failure left it empty
     return path
 
 
 def _is_whole(path: Path, name: str) -> bool:
-    """Check by the ends of a file that it can be a checkpoint and is not cut off."""
+    """Return whether the start and end of a file are those of a complete checkpoint."""
     try:
         if name.endswith(".safetensors"):
-            with safe_open(path, "pt"):  # The header states the length.
+            with safe_open(path, "pt"):  # compares the length with the header
                 return True
         with open(path, "rb") as file:
             start = file.read(2)
     except Exception:
         return False
-    # A zip file ends with its directory. Old versions of torch wrote pickles.
+    # A zip file ends with its directory. Old versions of torch wrote plain pickles.
     return zipfile.is_zipfile(path) if start == b"PK" else b"\x80\x02" <= start <= b"\x80\x05"
 
 
@@ -221,8 +233,8 @@ def _check(address: str, path: Path, name: str, sha256: str | None) -> None:
     """Check a file that was just downloaded.
 
     Raises:
-        OSError: It is not a checkpoint, or cut off.
-        _WrongContents: It has another SHA-256.
+        OSError: If it is not a checkpoint or truncated.
+        _WrongContents: If it has another SHA-256.
     """
     with open(path, "rb") as file:
         if not _is_whole(path, name):

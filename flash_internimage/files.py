@@ -1,4 +1,4 @@
-"""Write files atomically, and keep an output folder to one run at a time."""
+"""Atomic writes, and output folders that only one run at a time can use."""
 
 import errno
 import logging
@@ -19,17 +19,18 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that `path` is the old file or the new one at any moment, never a part of it.
+    """Write a file atomically, so that `path` never refers to a partial file.
 
-    A partial file has a unique hidden name in the same folder and is removed when writing fails.
+    The data is written to a unique hidden file in the same folder, which is removed if writing
+    fails.
 
     Args:
         path: Destination; an existing file is replaced.
-        write: Called with the open binary file.
+        write: Function that writes the contents to an open binary file.
 
     Raises:
-        OSError: The file cannot be written. On a full disk or an exhausted quota the message says
-            so and names the file.
+        OSError: If the file cannot be written. For a full disk or an exceeded quota, the message
+            says so and names the file.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_PARTIAL}")
@@ -47,10 +48,14 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
 
 
 def require_writable(folder: Path, option: str) -> None:
-    """Create a folder if need be.
+    """Check that a folder is writable, creating it if necessary.
+
+    Args:
+        folder: Folder to check.
+        option: Command-line option that named the folder, for the error message.
 
     Raises:
-        OSError: Nothing can be written there; the message names the option.
+        OSError: If the folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +66,12 @@ def require_writable(folder: Path, option: str) -> None:
 
 
 def disk_full_error(error: BaseException | None, path: str | os.PathLike) -> OSError | None:
-    """Return a one-line error if `error` or one of its causes is a full disk, else None."""
+    """Return a one-line error if a full disk caused `error`, otherwise None.
+
+    Args:
+        error: Error, whose causes and contexts are examined as well.
+        path: File that was being written, for the message.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             message = f"{os.strerror(error.errno)} while writing {path}: free some space and resume"
@@ -71,24 +81,28 @@ def disk_full_error(error: BaseException | None, path: str | os.PathLike) -> OSE
 
 
 def remove_partial_files(folder: str | os.PathLike) -> None:
-    """Remove what killed processes left of :func:`write_atomically`; call it as the owner."""
+    """Remove partial files left by killed processes that used :func:`write_atomically`.
+
+    Only the owner of the folder may call this, as it also removes files that are being written.
+    """
     for partial in Path(folder).glob(f".*{_PARTIAL}"):
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def own_folder(folder: str | os.PathLike, timeout: float = 10) -> Iterator[None]:
-    """Own an output folder, so that two runs never write into it at the same time.
+    """Lock an output folder, so that two runs never write to it at the same time.
 
-    The folder is created and partial files of earlier owners are removed. The operating system
-    releases the lock when the process ends, however it ends.
+    The folder is created if necessary, and partial files of earlier owners are removed. The
+    operating system releases the lock when the process ends, even if it is killed. On file systems
+    without locks, only a warning is logged.
 
     Args:
         folder: Output folder of a run.
         timeout: Seconds to wait for another owner, such as the job that this one replaces.
 
     Raises:
-        OSError: Another process still owns the folder after `timeout`, or it cannot be created.
+        OSError: If the folder cannot be created, or another process still owns it after `timeout`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,19 +126,19 @@ def own_folder(folder: str | os.PathLike, timeout: float = 10) -> Iterator[None]
 
 
 def check_no_loops(folder: str | os.PathLike) -> None:
-    """Check that no symbolic link leads from within a folder back to a folder above the link.
+    """Check that no symbolic link below a folder leads back to one of the link's own parents.
 
-    Readers of image folders follow links, and would list the images of such a folder many times.
+    Readers of image folders follow links and would list the images of such a folder many times.
 
     Raises:
-        OSError: There is one; the message names it.
+        OSError: If there is such a link.
     """
     waiting = [(Path(folder), {os.path.realpath(folder)})]
     while waiting:
         parent, above = waiting.pop()
         for entry in os.scandir(parent):
-            # For a link to itself, entry.is_dir() raises an error; for all that are no links, it
-            # needs no access to the file system.
+            # entry.is_dir() raises an error for a link to itself. For entries that are not links,
+            # it saves a system call.
             if not (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()):
                 continue
             real = os.path.realpath(entry.path)

@@ -1,4 +1,4 @@
-"""Image files that may be damaged, pathological or no images at all."""
+"""Read image files that may be damaged, pathological or not images at all."""
 
 import os
 import stat
@@ -9,18 +9,18 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# Resizing the shorter side of such an image to a network's input would take gigabytes, and keeping
-# the longer side within bounds would leave no pixel of the shorter one.
+# Beyond this, resizing the shorter side to a network's input size takes gigabytes, and limiting the
+# longer side leaves no pixel of the shorter one.
 MAX_ASPECT_RATIO = 200
 
-# Formats that Pillow registers but can only identify, or passes to another program.
+# Formats that Pillow registers but can only identify, or hands to an external program.
 _NO_DECODER = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
-_PHOTOMETRIC = 262  # TIFF tag; 0 is "white is zero"
+_PHOTOMETRIC = 262  # TIFF tag; 0 means "white is zero"
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be used; the message names the file and the reason."""
+    """Raised if an image cannot be used; the message names the file and the reason."""
 
 
 def read_image(source: str | os.PathLike | BinaryIO, name: str | None = None) -> Image.Image:
@@ -28,43 +28,46 @@ def read_image(source: str | os.PathLike | BinaryIO, name: str | None = None) ->
 
     Args:
         source: Path or binary stream.
-        name: How the error calls the image; default `source`.
+        name: Name of the image in error messages, `source` by default.
+
+    Returns:
+        The decoded image in its own mode.
 
     Raises:
-        UnreadableImage: `source` is no regular file, is damaged, is no image in a format that
-            Pillow reads, exceeds Pillow's limit on pixels (`PIL.Image.MAX_IMAGE_PIXELS`), or has
-            sides that differ by more than `MAX_ASPECT_RATIO`. Decoders raise exceptions of any
-            kind for damaged files; all of them end here.
+        UnreadableImage: If `source` is not a regular file, is damaged, is not in a format that
+            Pillow reads, exceeds Pillow's limit on pixels (`PIL.Image.MAX_IMAGE_PIXELS`), or has an
+            aspect ratio above `MAX_ASPECT_RATIO`. Errors of any type that decoders raise for
+            damaged files are converted.
     """
     return _read(source, name)[0]
 
 
 def read_label_map(source: str | os.PathLike | BinaryIO, name: str | None = None) -> Image.Image:
-    """Decode an image whose pixels are numbers, as in a label map.
+    """Decode an image whose pixel values are labels.
 
-    Pillow stretches greyscale of 2 or 4 bits, and PGM files with a maximum other than 255 or 65535,
-    to the full range of 8 or 16 bits. This function returns the numbers in the file.
+    Pillow stretches 2-bit and 4-bit greyscale, and PGM files with a maximum other than 255 or
+    65535, to the full range of 8 or 16 bits. This function returns the values in the file.
 
     Args:
         source: Path or binary stream.
-        name: How errors call the label map; default `source`.
+        name: Name of the label map in error messages, `source` by default.
 
     Returns:
-        The image; its pixels are integers, indices of a palette, or colours as they are.
+        The image, whose pixels are integers, palette indices or unchanged colours.
 
     Raises:
         UnreadableImage: See :func:`read_image`.
-        ValueError: The format may change numbers, or programs disagree on the numbers in it.
+        ValueError: If the format is lossy, or programs disagree on the values it contains.
     """
     image, maximum = _read(source, name)
     if len(image.getbands()) > 1:
-        return image  # colours are no numbers
+        return image  # colours are not stretched
     if image.format in ("JPEG", "MPO", "JPEG2000") or image.info.get("compression") == "jpeg":
         raise ValueError(
             f"label map {name or source} must be lossless, such as PNG, got {image.format}"
         )
-    # Pillow inverts such greyscale of up to 8 bits, other programs do not. A mask of single bits is
-    # black and white in all of them.
+    # Pillow inverts such greyscale of up to 8 bits, other programs do not. All of them agree on
+    # 1-bit masks.
     if image.format == "TIFF" and image.mode != "1" and image.tag_v2.get(_PHOTOMETRIC, 0) == 0:
         raise ValueError(
             f"label map {name or source} must have 0 for black, got a TIFF file with 0 for white"
@@ -79,14 +82,14 @@ def read_label_map(source: str | os.PathLike | BinaryIO, name: str | None = None
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB.
 
-    Greyscale of 16 or 32 bits keeps the eight highest of the bits that its brightest pixel needs:
-    0 to 4095 and 0 to 65535 both become 0 to 255, and values up to 255 stay as they are. Pillow's
-    own conversion would turn everything above 255 white. Transparency is dropped and CMYK is
-    converted without a colour profile, as `convert("RGB")` does.
+    16-bit and 32-bit greyscale is reduced to the eight highest of the bits that its brightest pixel
+    needs: 0 to 4095 and 0 to 65535 both become 0 to 255, and values up to 255 are unchanged.
+    Pillow's own conversion would turn everything above 255 white. As in `convert("RGB")`,
+    transparency is dropped and CMYK is converted without a colour profile.
 
     Raises:
-        ValueError: The pixels are negative or floating-point numbers, or in a colour space that
-            Pillow cannot convert.
+        ValueError: If pixels are negative or floating-point, or Pillow cannot convert the colour
+            space.
     """
     if image.mode == "F":
         raise ValueError("pixels must be integers, got floating-point numbers of unknown range")
@@ -99,17 +102,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """Scale integers of at least 0 to uint8 as :func:`to_rgb` does.
+    """Scale non-negative integers to uint8 as :func:`to_rgb` does.
+
+    Args:
+        pixels: Integer array of any shape.
 
     Returns:
-        uint8, the eight highest of the bits that the brightest pixel needs.
+        uint8 array of the same shape with the eight highest of the bits that the maximum needs.
     """
     bits = max(8, int(pixels.max()).bit_length())
     return (pixels >> (bits - 8)).astype(np.uint8)
 
 
 def image_suffixes() -> set[str]:
-    """Return the lower-case suffixes of the image files that Pillow decodes, such as `.webp`."""
+    """Return the lower-case suffixes of image formats that Pillow can decode, such as `.webp`."""
     known = Image.registered_extensions().items()
     return {suffix for suffix, kind in known if kind in Image.OPEN and kind not in _NO_DECODER}
 
@@ -118,7 +124,7 @@ def read_size(path: str | os.PathLike) -> tuple[int, int]:
     """Return (height, width) from the header of an image, without decoding it.
 
     Raises:
-        UnreadableImage: As for :func:`read_image`, except that pixels are not looked at.
+        UnreadableImage: As for :func:`read_image`, except that pixel data is not checked.
     """
     with _unreadable(path), Image.open(path) as image:
         _check_aspect_ratio(image)
@@ -126,9 +132,9 @@ def read_size(path: str | os.PathLike) -> tuple[int, int]:
 
 
 def check_image_file(path: str | os.PathLike) -> None:
-    """Check what must hold before another library decodes an image.
+    """Check an image file before another library decodes it.
 
-    Formats that Pillow does not know pass: the other library may.
+    Formats unknown to Pillow are accepted, as the other library may support them.
 
     Raises:
         UnreadableImage: As for :func:`read_size`, except for unknown formats.
@@ -141,7 +147,7 @@ def check_image_file(path: str | os.PathLike) -> None:
 
 
 def _read(source: str | os.PathLike | BinaryIO, name: str | None) -> tuple[Image.Image, int | None]:
-    """Return a decoded image, and the number that Pillow stretched to its highest value, if any."""
+    """Return a decoded image, and the maximum that Pillow stretched to the full range, if any."""
     with _unreadable(source, name), Image.open(source) as image:
         _check_aspect_ratio(image)
         maximum = _stretched_maximum(image)
@@ -150,7 +156,7 @@ def _read(source: str | os.PathLike | BinaryIO, name: str | None) -> tuple[Image
 
 
 def _stretched_maximum(image: Image.Image) -> int | None:
-    if image.mode not in ("L", "I") or not image.tile:  # load() empties it
+    if image.mode not in ("L", "I") or not image.tile:  # emptied by load()
         return None
     codec, _, _, args = image.tile[0]
     if codec in ("ppm", "ppm_plain"):
@@ -163,7 +169,7 @@ def _stretched_maximum(image: Image.Image) -> int | None:
 def _unreadable(source: str | os.PathLike | BinaryIO, name: str | None = None) -> Iterator[None]:
     name = str(source) if name is None else name
     try:
-        # Opening a FIFO would wait for its writer, and a device may never end.
+        # Opening a FIFO blocks until it has a writer, and reading a device may never end.
         if isinstance(source, (str, os.PathLike)) and not stat.S_ISREG(os.stat(source).st_mode):
             raise UnreadableImage("not a regular file")
         yield

@@ -1,8 +1,8 @@
-"""Read files of :func:`torch.save` with ``torch.load(weights_only=True)``, within bounds.
+"""Load files written by :func:`torch.save` with ``torch.load(weights_only=True)``, within bounds.
 
-`torch.load` restricts what a file may name, but not what it may ask of the functions and types that
-it admits: 1 kB can take all memory, or never end. The pickles of a file are therefore followed
-first, operation by operation, without making any of their objects.
+`torch.load` restricts which functions and types a file may use, but not how it uses them: a file of
+1 kB can exhaust the memory or load forever. The pickles in a file are therefore interpreted first,
+opcode by opcode, without creating any of their objects.
 """
 
 import io
@@ -17,7 +17,7 @@ import threading
 import zipfile
 from collections import OrderedDict
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
@@ -27,7 +27,10 @@ from torch.storage import _dtype_to_storage_type_map
 
 
 class _EqualToDict(type):
-    """Type of placeholders: torch compares types with ==, and sets items on dicts only."""
+    """Metaclass of placeholders that makes them equal to dict.
+
+    torch compares types with == and only sets items on dicts.
+    """
 
     def __eq__(cls, other: object) -> bool:
         return cls is other or other is dict
@@ -39,14 +42,16 @@ class Placeholder(metaclass=_EqualToDict):
     """Stand-in for an object that is not restored; its arguments and items are dropped.
 
     Attributes:
-        name: What the file names, such as ``yacs.config.CfgNode``.
-        state: The object's state in the file, as plain data; None if it has none.
+        name: Qualified name of the class or function in the file, such as
+            ``yacs.config.CfgNode``.
+        state: State of the object in the file as plain data; None if it has none.
     """
 
     name = ""
     state: Any = None
 
-    def __new__(cls, *args):
+    def __new__(cls, *args: Any) -> Self:
+        """Create a placeholder, dropping the arguments of the object."""
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
@@ -72,35 +77,35 @@ _ITEM_SIZES = {"torch.storage.UntypedStorage": 1} | {
     for dtype, name in _dtype_to_storage_type_map().items()
     if str(dtype) in _DTYPES
 }
-# torch.save writes the second for the dtypes that came last, such as uint16.
+# torch.save uses the second for newer dtypes such as uint16.
 _TENSORS = ["torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"]
 _PARAMETER = "torch._utils._rebuild_parameter"
 _BYTES = {"_codecs.encode", "builtins.bytes"}
-_SCALARS = {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}  # numpy 1 and 2
+_SCALARS = {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}  # NumPy 1 and 2
 _HASHED, _DICTS = _BYTES | _SCALARS, {"builtins.dict", "collections.OrderedDict"}
 _ARRAYS = {"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"}
-# What torch admits by itself and files need.
+# What torch allows by default and checkpoints need.
 _OF_TORCH = {"_codecs.encode", "builtins.set", "collections.Counter", "collections.OrderedDict"}
 _OF_TORCH |= {"torch.Size", "torch.device", _PARAMETER, *_TENSORS, *_DTYPES, *_ITEM_SIZES}
-# What torch is told to admit.
+# What torch is told to allow in addition.
 _ADMITTED = {"builtins.bytes": bytes, "builtins.frozenset": frozenset}
 _ADMITTED |= {"numpy.dtype": np.dtype, "numpy.ndarray": np.ndarray}
 _ADMITTED |= dict.fromkeys(_SCALARS, np.float64(0).__reduce__()[0])
 _ADMITTED |= dict.fromkeys(_ARRAYS, np.empty(0).__reduce__()[0])
-# The types of dtypes, whose state is set; a file cannot name them so.
+# Classes of NumPy's dtypes, whose state is set. Files cannot refer to them by these names.
 _ADMITTED |= {f"dtype {code}": type(np.dtype(code)) for code in "?bhilqBHILQefd"}
 
 
 class _Name(str):
-    """A class or function that the file names."""
+    """Name of a class or function in the file."""
 
 
 class _Made:
-    """Stand-in for a dict, a storage, or the result of a call, while a pickle is checked."""
+    """Stand-in for a dict, a storage or the result of a call while a pickle is checked."""
 
     __match_args__ = ("name",)
 
-    def __init__(self, name: str, *args: Any):
+    def __init__(self, name: str, *args: Any) -> None:
         self.name, self.args = name, args
         self.length = len(args[0]) if name == "_codecs.encode" else 0
 
@@ -122,20 +127,20 @@ def _are(kind: type, *values: Any) -> bool:
 
 
 class _Check:
-    """Follow the operations of a file's pickles as torch does, and require that they are plain.
+    """Interpreter of a file's pickles that requires them to contain plain data only.
 
     Args:
-        size: Bytes in the file, which bound what is made of it.
-        records: Bytes in the records of a zip archive, by name; None for the older format.
+        size: Size of the file in bytes, which bounds the size of the loaded objects.
+        records: Size in bytes of each record in a zip archive; None for the older format.
     """
 
-    def __init__(self, size: int, records: dict[str, int] | None):
+    def __init__(self, size: int, records: dict[str, int] | None) -> None:
         self.left, self.records = 2 * size, records
         self.foreign: set[str] = set()
         self.storages: dict[str, _Made] = {}
 
     def run(self, file: BinaryIO) -> Any:
-        """Follow one pickle, and return a stand-in for its contents."""
+        """Interpret one pickle and return a stand-in for its contents."""
         stack, frames, memo = [], [], {}
         operations = {
             **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False},
@@ -178,7 +183,7 @@ class _Check:
                 )
 
     def spend(self, *parts: Any) -> None:
-        """Count what is copied, as a file can name one object many times."""
+        """Count the copied elements, as a file can refer to one object many times."""
         sized = (str, list, tuple, _Made)
         self.left -= sum(len(part) for part in parts if isinstance(part, sized))
         _require(self.left >= 0, "its objects are larger than the file")
@@ -196,7 +201,7 @@ class _Check:
             )
             _require(not refused, f"{full} is not plain data")
             self.foreign.add(full)
-            # For each operation on one of them, torch goes through all of them.
+            # torch searches all of them for every operation on one of them.
             _require(len(self.foreign) <= 100, "more than 100 classes that are not plain data")
         return full
 
@@ -213,7 +218,7 @@ class _Check:
         return target
 
     def require_keys(self, keys: list | tuple) -> None:
-        """Require keys of which few have one hash, and whose hash takes no time."""
+        """Require keys that are cheap to hash and rarely collide."""
         for key in keys:
             known = key is None or isinstance(key, str | float) or _kind(key) in _HASHED
             known = known or (isinstance(key, int) and abs(key) < 1 << 64)
@@ -268,7 +273,7 @@ class _Check:
 
 
 def _is_known(name: str, *args: Any) -> bool:
-    """Whether torch.save writes such a call, which takes no more than its arguments."""
+    """Return whether torch.save writes such a call and its result does not exceed its arguments."""
     match (name, *args):
         case (
             ["collections.OrderedDict" | "builtins.bytes"]
@@ -305,12 +310,12 @@ def _are_bytes(data: Any, size: int) -> bool:
 
 
 def _are_hooks(hooks: Any) -> bool:
-    """Whether these are hooks as torch.save writes them, which :func:`_finish` drops."""
+    """Return whether these are hooks as torch.save writes them; :func:`_finish` drops them."""
     return hooks is None or (_are(_Made, hooks) and hooks.name == "collections.OrderedDict")
 
 
 def _fits(elements: int, offset: Any, sizes: Any, strides: Any) -> bool:
-    """Whether a tensor is within its storage, and no larger than it."""
+    """Return whether a tensor lies within its storage and has no more elements."""
     numbers = (offset, *sizes, *strides) if _are(tuple, sizes, strides) else (None,)
     if not (_are(int, *numbers) and all(0 <= n < 1 << 60 for n in numbers)):
         return False
@@ -320,16 +325,16 @@ def _fits(elements: int, offset: Any, sizes: Any, strides: Any) -> bool:
 
 
 def _read_archive(file: BinaryIO, size: int) -> tuple[bytes, dict[str, int]]:
-    """Return the pickle of a zip archive, and the sizes of its records.
+    """Return the pickle in a zip archive, and the size in bytes of each record.
 
-    Archives are refused of which torch's own reader of them might read something else.
+    Archives that torch's own reader might interpret differently are rejected.
     """
     file.seek(max(0, size - 98))
     tail = file.read()
     with zipfile.ZipFile(file) as archive:
         end, known = size - 22, tail[-22:-18] == b"PK\5\6" and tail[-2:] == bytes(2)
         listed, start = struct.unpack("<II", tail[-10:-2])
-        if tail[-42:-38] == b"PK\6\7":  # the second form, for large files; torch always writes it
+        if tail[-42:-38] == b"PK\6\7":  # zip64, which torch always writes
             end = size - 98
             listed, start, place = struct.unpack("<40xQQ8xQ26x", tail)
             known = known and place == end
@@ -349,7 +354,7 @@ def _read_archive(file: BinaryIO, size: int) -> tuple[bytes, dict[str, int]]:
         total = sum(record.file_size for record in records)
         _require(total <= size, f"records of {total:,} bytes in a file of {size:,}")
         _require(len({name.lower() for name in sizes}) == len(records), "two records of one name")
-        if ".storage_alignment" in sizes:  # by which torch divides
+        if ".storage_alignment" in sizes:  # torch divides by it
             alignment = archive.read(f"{folder}.storage_alignment")
             known = bool(re.fullmatch(b"[1-9][0-9]{0,4}", alignment))
             _require(known, "storages without alignment")
@@ -357,7 +362,7 @@ def _read_archive(file: BinaryIO, size: int) -> tuple[bytes, dict[str, int]]:
 
 
 def _check(file: BinaryIO, size: int) -> set[str]:
-    """Check the pickles of a file, and return the classes and functions to replace."""
+    """Check the pickles of a file and return the names of classes and functions to replace."""
     start = file.read(16)
     if start.startswith(b"PK\3\4"):
         program, records = _read_archive(file, size)
@@ -368,11 +373,11 @@ def _check(file: BinaryIO, size: int) -> set[str]:
             start[:1] == pickle.PROTO, f"not a zip archive or a pickle, it begins with {start}"
         )
         check = _Check(size, None)
-        # Unlike a file, a mapped one makes no room for more bytes than there are.
+        # Unlike a file, a memory map does not allocate space for more bytes than it has.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             known = check.run(mapped) == torch.serialization.MAGIC_NUMBER
             _require(known, "a pickle that torch.save has not written")
-            *_, keys = [check.run(mapped) for _ in range(4)]  # the third has the contents
+            *_, keys = [check.run(mapped) for _ in range(4)]  # the third is the contents
         known = _are(list, keys) and _are(str, *keys) and sorted(keys) == sorted(check.storages)
         _require(known, "storages of which the file has no contents")
     file.seek(0)
@@ -380,9 +385,9 @@ def _check(file: BinaryIO, size: int) -> set[str]:
 
 
 def _finish(contents: Any, limit: int) -> Any:
-    """Drop what a file adds to tensors and dicts, and refuse containers without end."""
-    seen = {}  # with the value itself, or its id might become another's
-    total = 0  # items, however often they are repeated
+    """Drop tensor hooks and dict attributes, and reject endlessly nested containers."""
+    seen = {}  # keeps the values alive, so that their ids are not reused
+    total = 0  # number of items, counting repeated ones every time
 
     def finish(value: Any, depth: int = 0) -> Any:
         nonlocal total
@@ -415,20 +420,20 @@ def _finish(contents: Any, limit: int) -> Any:
 
 
 def load(path: str | os.PathLike, map_location: Any) -> tuple[Any, list[str]]:
-    """Load a file of torch.save, in either format, without executing or importing what it names.
+    """Load a file written by torch.save in either format, without executing or importing anything.
 
-    For the time of the call, `torch.load` admits in all threads what this function admits, and not
-    what :func:`torch.serialization.add_safe_globals` has added.
+    During the call, `torch.load` in all threads allows what this function allows, and not what was
+    registered by :func:`torch.serialization.add_safe_globals`.
 
     Args:
         path: File to read.
-        map_location: As for :func:`torch.load`.
+        map_location: See :func:`torch.load`.
 
     Returns:
-        The contents, and the names of what became placeholders.
+        Tuple of the contents and the names of the classes and functions replaced by placeholders.
 
     Raises:
-        Exception: Of any kind, if the file is damaged or not plain.
+        Exception: Of any type, if the file is damaged or contains anything but plain data.
     """
     with open(path, "rb") as file, _LOCK:
         size = os.fstat(file.fileno()).st_size
