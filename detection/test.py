@@ -1,6 +1,8 @@
 """Evaluate a detector.
 
-python -m detection.test CONFIG CHECKPOINT
+Example::
+
+    python -m detection.test CONFIG CHECKPOINT
 """
 
 import argparse
@@ -21,7 +23,7 @@ from flash_internimage.openmmlab.runtime import FlashRunner
 
 
 class _AtomicDump(DumpDetResults):
-    """DumpDetResults whose file appears whole or not at all."""
+    """DumpDetResults that writes its file atomically."""
 
     def compute_metrics(self, results: list) -> dict:
         write_atomically(self.out_file_path, lambda file: pickle.dump(results, file))
@@ -29,6 +31,7 @@ class _AtomicDump(DumpDetResults):
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the argument parser of the program."""
     parser = evaluation_parser("detection.test", "Evaluate a detector.")
     parser.add_argument("--out", type=Path, help="write the predictions to this file, *.pkl")
     parser.add_argument("--show-dir", help="draw the predictions, <work dir>/<time>/<this folder>")
@@ -39,9 +42,9 @@ def get_runner(args: argparse.Namespace) -> FlashRunner:
     """Build the runner of an evaluation.
 
     Raises:
-        FileNotFoundError: There is no such configuration.
-        OSError: A folder cannot be written.
-        ValueError: An argument does not fit.
+        FileNotFoundError: If the config does not exist.
+        OSError: If a folder cannot be written.
+        ValueError: If an argument does not fit.
     """
     if args.out and args.out.suffix not in (".pkl", ".pickle"):
         raise ValueError(f"--out must end in .pkl or .pickle, got {args.out}")
@@ -59,6 +62,7 @@ def get_runner(args: argparse.Namespace) -> FlashRunner:
 
 
 def main() -> None:
+    """Parse the command line and evaluate a detector."""
     args = get_parser().parse_args()
     with one_line_errors():
         get_runner(args).test()

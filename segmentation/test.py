@@ -1,6 +1,8 @@
 """Evaluate a segmentor.
 
-python -m segmentation.test CONFIG CHECKPOINT [--tta]
+Example::
+
+    python -m segmentation.test CONFIG CHECKPOINT [--tta]
 """
 
 import argparse
@@ -17,6 +19,7 @@ from flash_internimage.openmmlab.runtime import FlashRunner
 
 
 def get_parser() -> argparse.ArgumentParser:
+    """Return the argument parser of the program."""
     parser = evaluation_parser("segmentation.test", "Evaluate a segmentor.")
     parser.add_argument("--tta", action="store_true", help="at several scales, and flipped")
     parser.add_argument("--out", type=Path, help="write the label maps into this folder, *.png")
@@ -28,9 +31,9 @@ def get_runner(args: argparse.Namespace) -> FlashRunner:
     """Build the runner of an evaluation.
 
     Raises:
-        FileNotFoundError: There is no such configuration.
-        OSError: A folder cannot be written.
-        ValueError: An argument does not fit.
+        FileNotFoundError: If the config does not exist.
+        OSError: If a folder cannot be written.
+        ValueError: If an argument does not fit.
     """
     if args.out:
         require_writable(args.out, "--out")
@@ -47,6 +50,7 @@ def get_runner(args: argparse.Namespace) -> FlashRunner:
 
 
 def main() -> None:
+    """Parse the command line and evaluate a segmentor."""
     args = get_parser().parse_args()
     with one_line_errors():
         get_runner(args).test()

@@ -16,12 +16,12 @@ model = dict(
 train_dataloader = dict(batch_size=4)
 optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.9, offset_lr_scale=0.01))
 custom_hooks = [
-    *_base_.custom_hooks,  # NumClassCheckHook; the published run lost it when it set its own list
+    *_base_.custom_hooks,  # The published list replaced them, losing NumClassCheckHook.
     dict(
         type="EMAHook",
         ema_type="ExpMomentumEMA",
         momentum=1e-4,
         gamma=2000,
-        update_buffers=True,  # statistics of SyncBN are averaged with the weights
+        update_buffers=True,  # averages the statistics of SyncBN, too
     ),
 ]

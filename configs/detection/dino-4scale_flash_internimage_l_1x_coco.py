@@ -9,7 +9,7 @@ model = dict(
     neck=dict(in_channels=[320, 640, 1280]),
 )
 train_dataloader = dict(batch_size=2)
-# No layer-wise decay, and weight decay for norms and biases too.
+# No layer-wise learning rate decay, and weight decay for norms and biases, too.
 optim_wrapper = dict(
     constructor="DefaultOptimWrapperConstructor",
     paramwise_cfg=dict(_delete_=True, custom_keys={"backbone": dict(lr_mult=0.1)}),

@@ -1,5 +1,5 @@
-# DINO on the demo data, narrow and with few layers. Detectors of this kind learn slowly: a demo of
-# the code, not of what it reaches.
+# A narrow DINO with few layers on the demo data. DETR-like detectors converge slowly: this shows
+# that the code works, not what accuracy it reaches.
 _base_ = [
     "_base_/models/dino.py",
     "_base_/datasets/digits_scenes.py",

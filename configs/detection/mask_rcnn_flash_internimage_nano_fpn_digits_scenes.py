@@ -1,4 +1,4 @@
-# A demo that two CPU cores train in about twelve minutes: the real model, narrow, on small images.
+# A demo that trains in about twelve minutes on two CPU cores: a narrow model on small images.
 _base_ = [
     "_base_/models/mask_rcnn.py",
     "_base_/datasets/digits_scenes.py",

@@ -13,4 +13,4 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
-optim_wrapper = dict(optimizer=dict(lr=1e-4))  # published so: 2e-4 for S and B
+optim_wrapper = dict(optimizer=dict(lr=1e-4))  # as published; S and B use 2e-4

@@ -1,4 +1,4 @@
-# Mask2Former on the data of the demo of UPerNet, narrow and with few layers.
+# A narrow Mask2Former with few layers on the data of the UPerNet demo.
 _base_ = [
     "_base_/models/mask2former.py",
     "_base_/datasets/digits_scenes.py",

@@ -1,11 +1,11 @@
-# A demo that two CPU cores train in a few minutes: the real model, narrow, on small images.
+# A demo that trains in a few minutes on two CPU cores: a narrow model on small images.
 _base_ = [
     "_base_/models/upernet.py",
     "_base_/datasets/digits_scenes.py",
     "_base_/schedules/adamw_160k.py",
     "_base_/runtime.py",
 ]
-# Without a slope below zero the last layer's features die on all digits before it tells them apart.
+# With plain ReLU, the last layer's features die on all digits before it can tell them apart.
 head = dict(
     channels=32,
     num_classes=11,

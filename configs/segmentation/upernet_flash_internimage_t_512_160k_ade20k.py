@@ -1,6 +1,6 @@
 # 8 GPUs x 2 images
 _base_ = "upernet_flash_internimage_s_512_160k_ade20k.py"
-# published without ResizeToMultiple, which all others have
+# Published without ResizeToMultiple, unlike all other segmentors.
 test_pipeline = _base_.test_pipeline
 del test_pipeline[2]
 tta_pipeline = _base_.tta_pipeline

@@ -1,9 +1,11 @@
-"""Backbones, hooks and runners for OpenMMLab projects, registered in mmengine's root registries.
+"""Backbone, layers, hooks and runner for OpenMMLab, registered in mmengine's root registries.
 
-Importing this module adds names to the registries and changes nothing else; see
-:func:`use_safe_checkpoint_reader` for the checkpoints that mmengine reads itself.
+Importing this module registers names and changes nothing else. For checkpoints that mmengine
+reads on its own, see :func:`use_safe_checkpoint_reader`.
 
-custom_imports = dict(imports=['flash_internimage.openmmlab'])
+Example::
+
+    custom_imports = dict(imports=['flash_internimage.openmmlab'])
 """
 
 from .attention import (

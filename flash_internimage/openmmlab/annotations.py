@@ -1,4 +1,4 @@
-"""Checks of COCO annotation files."""
+"""Validation of COCO annotation files."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-# faster-coco-eval keeps the ids of annotations as int64, and all others as float64.
+# faster-coco-eval stores annotation ids as int64 and all other ids as float64.
 _ANNOTATION_ID_BITS, _ID_BITS = 63, 53
 _LARGEST_NUMBER = 1e9
 _NOTHING = object()
@@ -17,10 +17,13 @@ _MALFORMED = np.array([-1])
 
 
 def parse_json(content: bytes) -> Any:
-    """Parse an annotation file.
+    """Parse a COCO annotation file.
+
+    Args:
+        content: The uncompressed file, JSON in UTF-8.
 
     Raises:
-        ValueError: It is not JSON, or something else than one JSON document.
+        ValueError: If the file is not a single JSON document.
     """
     if content.startswith(b"\x1f\x8b"):
         raise ValueError("the file is compressed with gzip: unpack it first")
@@ -36,22 +39,22 @@ def parse_json(content: bytes) -> Any:
 
 
 def check_annotations(content: Any, masks: bool, all_masks: bool = False) -> None:
-    """Check all fields of a COCO annotation file that training and evaluation read.
+    """Validate the fields of a COCO annotation file that training and evaluation read.
 
     Args:
         content: The parsed file.
-        masks: Check `segmentation` where there is one.
-        all_masks: Require `segmentation` in every annotation.
+        masks: Whether to check `segmentation` where it is present.
+        all_masks: Whether to require a `segmentation` in every annotation.
 
     Raises:
-        ValueError: A field is missing or malformed. The message names the first such image,
-            category or annotation and says how many there are.
+        ValueError: If a field is missing or malformed. The message names the first such image,
+            category or annotation and how many there are.
     """
     if not isinstance(content, dict):
         raise ValueError(f"the file must contain a JSON object, got {_short(content)}")
     lists = {}
     for key in ("images", "categories", "annotations"):
-        # Files of test images, such as COCO's test-dev, have no annotations.
+        # Files for test images, such as COCO's test-dev, have no annotations.
         entries = content.get(key, [] if key == "annotations" else _NOTHING)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             hint = f"; the file has {_short([*content])}" if entries is _NOTHING else ""
@@ -86,7 +89,7 @@ def _image_faults(images: list[dict]) -> Iterator[str]:
         if not fault:
             file = posixpath.normpath(name)
             if file in files:
-                # Each entry would count the objects of the other as background.
+                # Each entry would treat the objects of the other one as background.
                 fault = f"file_name must be unique, got {_plain(name)} again"
             files.add(file)
         for key in ("height", "width"):
@@ -119,7 +122,7 @@ def _annotation_faults(
     for annotation in annotations:
         image_id = annotation.get("image_id", _NOTHING)
         image = images.get(image_id) if _is_int(image_id) else None
-        # The evaluation takes 0 for "not matched".
+        # In the evaluation, the id 0 means "not matched".
         fault = _id_fault(annotation, seen, lowest=1, bits=_ANNOTATION_ID_BITS)
         if not fault and image is None:
             fault = _fault(annotation, "image_id", "the id of an image in the file")
@@ -164,13 +167,13 @@ def _segmentation_fault(annotation: dict, height: int, width: int) -> str | None
             accepted = f"an RLE of size {[height, width]} whose counts add up to {height * width}"
             return _fault(annotation, "segmentation", accepted)
         return None
-    # pycocotools takes memory and time in proportion to the length of an outline.
+    # The memory and time that pycocotools needs are proportional to the length of the outline.
     margin = max(height, width)
     if not (
         isinstance(segmentation, list)
         and segmentation
         and all(_is_polygon(polygon, -margin, 2 * margin) for polygon in segmentation)
-        # mmdet drops those of one or two points beside them.
+        # mmdet drops polygons of one or two points, so at least one must have more.
         and any(len(polygon) >= 6 for polygon in segmentation)
     ):
         accepted = (
@@ -189,7 +192,7 @@ def _is_polygon(polygon: Any, lowest: float, highest: float) -> bool:
         and set(map(type, polygon)) <= {int, float}
         and lowest <= min(polygon)
         and max(polygon) <= highest
-        and math.isfinite(sum(polygon))  # NaN can pass the comparisons.
+        and math.isfinite(sum(polygon))  # NaN may pass the comparisons.
     )
 
 
@@ -209,14 +212,14 @@ def _is_rle(rle: dict, height: int, width: int) -> bool:
 
 
 def _decode_counts(counts: str) -> np.ndarray:
-    """Return the run lengths of a compressed RLE, a negative one if it is malformed.
+    """Return the run lengths of a compressed RLE, with a negative one if it is malformed.
 
-    pycocotools does the same without checks: it reads and writes outside its memory where the last
-    number is cut off.
+    pycocotools decodes without checks: if the last number is truncated, it reads and writes out of
+    bounds.
     """
     if not counts.isascii():
         return _MALFORMED
-    # A number is written as groups of 5 bits, lowest first. Bit 5 says that another group follows,
+    # Numbers are encoded in groups of 5 bits, lowest first. Bit 5 marks that another group follows;
     # bit 4 of the last group is the sign.
     groups = np.frombuffer(counts.encode(), np.uint8) - np.uint8(48)
     if not groups.size or groups.max() > 63 or groups[-1] & 32:
@@ -224,20 +227,20 @@ def _decode_counts(counts: str) -> np.ndarray:
     last = np.flatnonzero(groups < 32)
     length = last + 1
     length[1:] -= length[:-1].copy()
-    if length.max() > 7:  # more than 32 bits
+    if length.max() > 7:  # 7 groups hold any 32-bit number.
         return _MALFORMED
     first = last - length + 1
     shift = 5 * (np.arange(groups.size) - first.repeat(length))
     numbers = np.add.reduceat((groups & np.int64(31)) << shift, first)
     numbers -= ((groups[last] & np.int64(16)) << 1) << 5 * (length - 1)
-    # From the fourth number on, each is the difference to the last but one.
+    # From the fourth number on, each is the difference from the one two before.
     numbers[1::2] = numbers[1::2].cumsum()
     numbers[2::2] = numbers[2::2].cumsum()
     return numbers
 
 
 def _is_int(value: Any) -> bool:
-    return type(value) is int  # bool is a subclass
+    return type(value) is int  # bool is a subclass of int.
 
 
 def _is_number(value: Any) -> bool:

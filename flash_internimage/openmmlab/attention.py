@@ -1,4 +1,4 @@
-"""mmcv's multi-scale deformable attention on the operators of ops_dcnv4."""
+"""mmcv's multi-scale deformable attention, computed by the operators of ops_dcnv4."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -17,12 +17,20 @@ from ops_dcnv4.modules import sampling_locations
 
 @MODELS.register_module()
 class FlashMultiScaleDeformableAttention(MultiScaleDeformableAttention):
-    """mmcv's MultiScaleDeformableAttention on the operators of ops_dcnv4.
+    """Drop-in replacement for mmcv's MultiScaleDeformableAttention, based on ops_dcnv4.
 
-    Arguments other than `device` and `dtype`, parameters and results are mmcv's. Its own operator
-    runs on GPUs in float32 and float16 only, and leaves the CPU and bfloat16 to plain PyTorch.
-    Sampling locations are never rounded to 16 bits. mmdet's DETR layers name mmcv's class in their
-    code, so no `type` in a config can replace it: :class:`FlashAttentionHook` does.
+    Parameters and results are those of mmcv, whose own operator supports only float32 and float16
+    on GPUs and falls back to plain PyTorch otherwise. Sampling locations are never rounded to
+    16 bits.
+
+    mmdet's DETR layers instantiate mmcv's class directly, so it cannot be replaced by `type` in a
+    config. Use :class:`FlashAttentionHook` instead.
+
+    Args:
+        args: Arguments of MultiScaleDeformableAttention.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        kwargs: Keyword arguments of MultiScaleDeformableAttention.
     """
 
     def __init__(
@@ -31,15 +39,15 @@ class FlashMultiScaleDeformableAttention(MultiScaleDeformableAttention):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
-    ):
+    ) -> None:
         with nullcontext() if device is None else torch.device(device):
             super().__init__(*args, **kwargs)
         self.to(dtype=dtype)
 
     def init_weights(self) -> None:
-        """Initialise the parameters as mmcv does, in the dtype that they have."""
+        """Initialise the parameters as mmcv does, keeping their dtype."""
         super().init_weights()
-        bias = self.sampling_offsets.bias  # of float32 now
+        bias = self.sampling_offsets.bias  # mmcv replaces it with a float32 tensor.
         bias.data = bias.data.to(self.sampling_offsets.weight.dtype)
 
     @deprecated_api_warning({"residual": "identity"}, cls_name="MultiScaleDeformableAttention")
@@ -54,27 +62,29 @@ class FlashMultiScaleDeformableAttention(MultiScaleDeformableAttention):
         reference_points: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         level_start_index: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
-        """
+        """Apply the attention and add `identity`.
+
         Args:
-            query: (Lq, N, C), or (N, Lq, C) if batch_first; all others but the reference points and
-                the mask alike.
-            key: not used, nor are further keyword arguments; mmcv's layers pass them.
-            value: (S, N, C), the feature maps of all levels one behind the other; default `query`.
-            identity: added to the result; default `query`.
-            query_pos: added to `query`.
-            key_padding_mask: (N, S), True for pixels that count as zero.
-            reference_points: (N, Lq, L, 2), (x, y) from 0 to 1, or (N, Lq, L, 4), (x, y, w, h); N,
-                Lq and L may be 1, for all images, queries or levels.
-            spatial_shapes: (L, 2), (H, W) of each level.
-            level_start_index: (L,), the first pixel of each level; may be left out.
+            query: (Lq, N, C), or (N, Lq, C) if `batch_first`. `value`, `identity` and `query_pos`
+                have the same layout.
+            key: Unused; mmcv's layers pass it.
+            value: (S, N, C), the concatenated feature maps of all levels. Default: `query`.
+            identity: Added to the result. Default: `query`, without `query_pos`.
+            query_pos: Added to `query`.
+            key_padding_mask: Boolean, (N, S); True for pixels whose values are treated as zero.
+            reference_points: (N, Lq, L, 2) with (x, y) from 0 to 1, or (N, Lq, L, 4) with
+                (x, y, w, h). N, Lq and L may be 1 and are broadcast.
+            spatial_shapes: (L, 2), the height and width of each level.
+            level_start_index: (L,), the index of the first pixel of each level. May be omitted.
+            **kwargs: Unused; mmcv's layers pass them.
 
         Returns:
-            A tensor like `query`.
+            A tensor of the shape of `query`.
 
         Raises:
-            ValueError: an argument does not fit; the message names it.
+            ValueError: If an argument does not fit. The message names it.
         """
         for name, argument in (
             ("reference_points", reference_points),
@@ -113,12 +123,13 @@ class FlashMultiScaleDeformableAttention(MultiScaleDeformableAttention):
 
 
 def use_flash_attention(model: nn.Module) -> int:
-    """Makes every MultiScaleDeformableAttention in a model compute with ops_dcnv4's operators.
+    """Switch every MultiScaleDeformableAttention in a model to the operators of ops_dcnv4.
 
-    Parameters, hooks and the optimizer's references to them stay as they are.
+    The modules are changed in place: parameters, hooks and an optimizer's references to them remain
+    valid. Subclasses are left alone.
 
     Returns:
-        How many there were.
+        The number of modules that were switched.
     """
     stock = [m for m in model.modules() if type(m) is MultiScaleDeformableAttention]
     for module in stock:
@@ -128,12 +139,15 @@ def use_flash_attention(model: nn.Module) -> int:
 
 @HOOKS.register_module()
 class FlashAttentionHook(Hook):
-    """Switches a runner's model to :class:`FlashMultiScaleDeformableAttention`, by one line:
+    """Switch a runner's model to :class:`FlashMultiScaleDeformableAttention`.
 
-    custom_hooks = [dict(type='FlashAttentionHook')]
+    Example::
+
+        custom_hooks = [dict(type='FlashAttentionHook')]
     """
 
     def before_run(self, runner: Runner) -> None:
+        """Switch the attention layers and log how many there are."""
         count = use_flash_attention(runner.model)
         log = runner.logger.info if count else runner.logger.warning
         log(f"{count} layers of MultiScaleDeformableAttention now compute with ops_dcnv4")

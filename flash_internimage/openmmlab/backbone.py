@@ -1,4 +1,4 @@
-"""FlashInternImage as a backbone of OpenMMLab's detectors and segmentors."""
+"""FlashInternImage as a backbone for OpenMMLab's detectors and segmentors."""
 
 import copy
 import logging
@@ -19,24 +19,24 @@ from .runtime import read_checkpoint
 
 @MODELS.register_module("FlashInternImage")
 class FlashInternImageBackbone(FlashInternImage, BaseModule):
-    """FlashInternImage without its classifier: an image to a tuple of feature maps.
+    """FlashInternImage without its classifier, returning a tuple of feature maps.
 
     Args:
-        arch: 'nano', 'tiny', 'small', 'base' or 'large'; further arguments override it.
-        out_indices: stages whose feature maps are returned, ascending; what lies behind the last of
-            them is left out.
-        frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages. What is
-            frozen has no gradients and no stochastic depth.
-        with_cp: recompute each block in the backward pass instead of keeping its activations.
-        layer_scale: initial value of the residual branches' scales. The published detectors and
-            segmentors of all sizes train with 1.0; a checkpoint without scales leaves it there.
-        init_cfg: dict(type='Pretrained', checkpoint=...), a path, an address or the name of
-            released weights, see :func:`flash_internimage.checkpoint.fetch_checkpoint`. Its
-            `prefix` is not needed: the backbone's weights are found in a detector's, too.
-        kwargs: of :class:`flash_internimage.backbone.FlashInternImage`.
+        arch: 'nano', 'tiny', 'small', 'base' or 'large'. Individual arguments override its values.
+        out_indices: Ascending indices of the stages to return. Later stages are removed.
+        frozen_stages: -1 freezes nothing, 0 the stem, and n the stem and the first n stages. Frozen
+            parts have no gradients and no stochastic depth.
+        with_cp: Whether to recompute each block in the backward pass instead of storing its
+            activations (gradient checkpointing).
+        layer_scale: Initial value of the layer scale. The published detectors and segmentors of all
+            sizes are trained with 1.0, which is kept if a checkpoint has no layer scale.
+        init_cfg: `dict(type='Pretrained', checkpoint=...)` with a path, a URL or the name of
+            released weights, see :func:`flash_internimage.checkpoint.fetch_checkpoint`. `prefix` is
+            accepted but not needed: the weights of the backbone are found in those of a detector.
+        kwargs: Arguments of :class:`flash_internimage.backbone.FlashInternImage`.
 
     Raises:
-        ValueError: an argument is out of range; the message names it.
+        ValueError: If an argument is out of range. The message names it.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         with_cp: bool = False,
         layer_scale: float | None = 1.0,
         init_cfg: dict | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         if arch is not None and arch not in ARCHITECTURES:
             raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
         architecture = ARCHITECTURES[arch] if arch else {}
@@ -68,7 +68,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         self.layer_scale = layer_scale
         self.out_indices = tuple(out_indices)
         self.prune_intermediate_layers(self.out_indices)
-        del self.num_classes  # mmdet compares every module's with the classes of the data
+        del self.num_classes  # mmdet's NumClassCheckHook would compare it with the data.
         self.set_grad_checkpointing(with_cp)
         self.frozen_stages = frozen_stages
         for module in self._frozen():
@@ -80,16 +80,18 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         return [self.patch_embed, *self.levels[: self.frozen_stages]]
 
     def train(self, mode: bool = True) -> "FlashInternImageBackbone":
+        """Set the training mode, except for frozen parts, which stay in evaluation mode."""
         super().train(mode)
         for module in self._frozen():
             module.eval()
         return self
 
     def init_weights(self) -> None:
-        """Loads the weights that `init_cfg` names; without it the initial ones stay.
+        """Load the weights given by `init_cfg`, if any.
 
         Raises:
-            ValueError: a name is missing in the checkpoint, unexpected or of another shape.
+            ValueError: If a parameter is missing in the checkpoint, unexpected, or of another
+                shape.
         """
         if self.init_cfg is None or self.is_init:
             return
@@ -109,7 +111,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _left_out(self, name: str) -> bool:
-        """Whether a parameter of the classifier belongs to what this backbone does without."""
+        """Return whether a classifier's parameter belongs to a part that this backbone lacks."""
         stages = len(self.levels)
         level = re.match(r"levels\.(\d+)\.", name)
         return name.startswith(("conv_head.", "head.", f"levels.{stages - 1}.downsample.")) or (
@@ -117,9 +119,17 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3, H, W) to one (N, C * 2**i, H / 2**(i+2), W / 2**(i+2)) for each out_index i."""
+        """Compute the feature maps of a batch of images.
+
+        Args:
+            x: Images, (N, 3, H, W).
+
+        Returns:
+            A feature map (N, C * 2**i, H / 2**(i+2), W / 2**(i+2)) for each i in `out_indices`.
+        """
         maps = self.forward_intermediates(x, self.out_indices, intermediates_only=True)
-        # mmcv's RoIAlign takes any strides for those of (N, C, H, W), and convolutions keep them
+        # mmcv's RoIAlign assumes that memory is laid out as (N, C, H, W), and convolutions preserve
+        # other layouts.
         return tuple(x.contiguous() for x in maps)
 
 

@@ -1,4 +1,4 @@
-"""Where a run saves its checkpoints, under which names, and which one is the last."""
+"""Folders and file names of the checkpoints of a run."""
 
 import os
 from contextlib import suppress
@@ -10,7 +10,7 @@ DEFAULT_TEMPLATES = ("epoch_{}.pth", "iter_{}.pth")
 
 
 def checkpoint_number(template: str, name: str) -> int | None:
-    """Return the epoch or iteration in a file name, or None if it is not one of the template's."""
+    """Return the epoch or iteration in a file name, or None if the template does not match."""
     (before, *_), *rest = Formatter().parse(template)
     after = rest[0][0] if rest else ""
     with suppress(ValueError):
@@ -21,7 +21,7 @@ def checkpoint_number(template: str, name: str) -> int | None:
 
 
 def checkpoint_folder(work_dir: str, out_dir: str | os.PathLike | None) -> str:
-    """Return the folder in which CheckpointHook saves the checkpoints of a work folder."""
+    """Return the folder in which CheckpointHook saves the checkpoints of a run."""
     work_dir = os.path.abspath(work_dir)
     if out_dir is None or os.fspath(out_dir) == work_dir:
         return work_dir
@@ -29,10 +29,11 @@ def checkpoint_folder(work_dir: str, out_dir: str | os.PathLike | None) -> str:
 
 
 def check_checkpoint_names(out_dir: Any, template: Any) -> None:
-    """Check the settings `out_dir` and `filename_tmpl` of a checkpoint hook.
+    """Check the options `out_dir` and `filename_tmpl` of a checkpoint hook.
 
     Raises:
-        ValueError: The folder is not a local one, or a file name does not tell its number.
+        ValueError: If `out_dir` is not a local folder, or if the epoch or iteration cannot be read
+            back from a file name.
     """
     local = isinstance(out_dir, str | os.PathLike) and "://" not in os.fspath(out_dir)
     if not (out_dir is None or local):
@@ -54,12 +55,15 @@ def latest_checkpoint(
 ) -> Path | None:
     """Return the checkpoint of the highest epoch or iteration in a folder.
 
-    The engine's own note of it, last_checkpoint, may be behind or empty after a kill.
+    mmengine's own record, the file `last_checkpoint`, may be outdated or empty after a kill.
 
     Args:
-        folder: Folder with the checkpoints of one run, and perhaps other files.
-        template: `filename_tmpl` of the checkpoint hook, preferred to the default names.
-        by_epoch: Prefer `epoch_N.pth` to `iter_N.pth`, not the other way round.
+        folder: Folder with the checkpoints of one run. Other files are ignored.
+        template: `filename_tmpl` of the checkpoint hook, which is preferred to the default names.
+        by_epoch: Whether to prefer `epoch_N.pth` to `iter_N.pth`.
+
+    Returns:
+        The path, or None if there is no checkpoint.
     """
     templates = [template] if template else []
     for name in [*templates, *(DEFAULT_TEMPLATES if by_epoch else reversed(DEFAULT_TEMPLATES))]:

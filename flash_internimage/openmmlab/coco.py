@@ -1,10 +1,11 @@
-"""COCO data sets that are checked before the training begins."""
+"""COCO data sets that are validated before training starts."""
 
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
@@ -18,20 +19,20 @@ from .annotations import check_annotations, parse_json
 from .coco_metric import LABELS_FOLLOW_CLASSES
 from .files import ReadableImages, check_size, find_missing, is_local
 
-_TRACE = 0.01  # skipping a larger share of images or annotations is a warning
+_TRACE = 0.01  # Leaving out a larger share is a warning.
 
 
 class _CheckedCOCO(COCO):
-    """Checked annotations whose categories are the data set's classes, in the same order."""
+    """COCO index of validated annotations, with categories in the order of the classes."""
 
-    def __init__(self, annotation_file: str, masks: bool):
+    def __init__(self, annotation_file: str, masks: bool) -> None:
         super().__init__()
         self.dataset = parse_json(Path(annotation_file).read_bytes())
         check_annotations(self.dataset, masks)
         self.createIndex()
         self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
-    def get_cat_ids(self, cat_names: Sequence[str], *args, **kwargs) -> list[int]:
+    def get_cat_ids(self, cat_names: Sequence[str], *args: Any, **kwargs: Any) -> list[int]:
         ids = super().get_cat_ids(cat_names, *args, **kwargs)
         given = list(cat_names) if isinstance(cat_names, list | tuple) else None
         if [self.cats[i]["name"] for i in ids] != given:
@@ -44,40 +45,49 @@ class _CheckedCOCO(COCO):
 
 @DATASETS.register_module()
 class CheckedCocoDataset(ReadableImages, CocoDataset):
-    """mmdet's CocoDataset with checks at the start.
+    """mmdet's CocoDataset, validated before the run starts.
 
-    All annotations are checked. In training, images that are missing or have too many objects and
-    annotations that mmdet does not use are left out and counted. In tests all images must be there
-    and begin as images of the annotations' size do, since results on a part of them would be
+    All annotations are checked. In training, images that are missing or have too many objects, and
+    annotations that mmdet does not use, are left out and counted. In tests all images must exist
+    and, according to their headers, have the annotated size: results on only some of them would be
     misleading.
 
     Args:
-        max_objects: Number of objects per image up to which an image is used in training, and in
-            tests if the pipeline loads masks. mmdet compares all objects with all anchors, which
-            takes 36 bytes for each pair: 10 MB per object in an image of 1333 x 800 pixels.
-        max_mask_bytes: Size of all masks of an image up to which it is used if the pipeline loads
-            masks. mmdet takes a byte per object and pixel.
-        kwargs: Arguments of CocoDataset.
+        args: Arguments of CocoDataset.
+        max_objects: Maximum number of objects per image in training, and in tests if the pipeline
+            loads masks. mmdet compares all objects with all anchors, which takes 36 bytes per pair:
+            10 MB per object in an image of 1333 x 800 pixels.
+        max_mask_bytes: Maximum size of all masks of an image if the pipeline loads masks. mmdet
+            stores one byte per object and pixel.
+        kwargs: Keyword arguments of CocoDataset.
 
     Raises:
-        FileNotFoundError: The annotation file or images are missing.
-        ValueError: The annotations are malformed, their categories are not `metainfo['classes']`,
-            an object has no mask although the pipeline loads masks, images of a test are
-            unreadable or have too many objects, or nothing is left to train on.
+        FileNotFoundError: If the annotation file or images are missing, or if test images are
+            unreadable or of another size than annotated.
+        ValueError: If the annotations are malformed, `metainfo['classes']` does not list categories
+            in their order, an object has no mask although the pipeline loads masks, a test image
+            has too many objects, or nothing is left to train on.
     """
 
-    def __init__(self, *args, max_objects: int = 2000, max_mask_bytes: int = 2**32, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        max_objects: int = 2000,
+        max_mask_bytes: int = 2**32,
+        **kwargs: Any,
+    ) -> None:
         for name, value in (("max_objects", max_objects), ("max_mask_bytes", max_mask_bytes)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         self.max_objects = max_objects
         self.max_mask_bytes = max_mask_bytes
         super().__init__(*args, **kwargs)
-        # In training, ConcatDataset could not join this data set with a CocoDataset.
+        # In training, the extra key would keep ConcatDataset from joining it with a CocoDataset.
         if self.test_mode:
             self._metainfo[LABELS_FOLLOW_CLASSES] = True
 
     def load_data_list(self) -> list[dict]:
+        """Load and validate the annotations, and leave out images that cannot be used."""
         local = is_local(self.ann_file, self.backend_args)
         if local and not Path(self.ann_file).is_file():
             raise FileNotFoundError(f"ann_file not found: {self.ann_file}")
@@ -99,10 +109,11 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
                 "model without masks, such as DINO"
             )
         for info in data_list:
-            info["test_mode"] = self.test_mode  # for LoadReadableImage
+            info["test_mode"] = self.test_mode  # read by LoadReadableImage
         return self._with_few_objects(self._with_images(data_list))
 
     def parse_data_info(self, raw_data_info: dict) -> dict:
+        """Parse the annotations of an image, and count those that mmdet does not use."""
         info = super().parse_data_info(raw_data_info)
         used, annotations = info["instances"], raw_data_info["raw_ann_info"]
         if self._loads_masks and not all("mask" in instance for instance in used):
@@ -119,7 +130,7 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         return info
 
     def _doubt(self, annotation: dict, info: dict) -> str | None:
-        """Return why mmdet does not use an annotation, or what seems to be wrong with it."""
+        """Return why mmdet does not use an annotation, or what seems wrong with it."""
         x, y, width, height = annotation["bbox"]
         right, bottom = x + width, y + height
         if annotation.get("ignore"):
@@ -137,7 +148,7 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         return "wrong area" if annotation["area"] > 1.01 * width * height + 1 else None
 
     def _with_images(self, data_list: list[dict]) -> list[dict]:
-        """Return the images whose files exist, in tests all of them."""
+        """Return the images whose files exist, requiring all of them in tests."""
         local = [i for i in data_list if is_local(i["img_path"], self.backend_args)]
         missing = find_missing(info["img_path"] for info in local)
         faults = {path: f"{path} does not exist" for path in missing}
@@ -162,7 +173,7 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         return present
 
     def _with_few_objects(self, data_list: list[dict]) -> list[dict]:
-        """Return the images whose objects fit into memory, in tests all of them."""
+        """Return the images whose objects fit into memory, requiring all of them in tests."""
         if self.test_mode and not self._loads_masks:
             return data_list
         kept, crowded = [], []
@@ -188,12 +199,17 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         return kept
 
     def filter_data(self) -> list[dict]:
+        """Filter the images as mmdet does, and log what is left out.
+
+        Raises:
+            ValueError: If nothing is left to train on.
+        """
         kept = super().filter_data()
         counts = self.counts
         smallest = (self.filter_cfg or {}).get("min_size", 0)
         left_out = len(self.data_list) - len(kept)
         small = sum(min(info["height"], info["width"]) < smallest for info in self.data_list)
-        small = min(small, left_out)  # tests use all
+        small = min(small, left_out)  # Nothing is filtered in tests.
         crowds = sum(instance["ignore_flag"] for info in kept for instance in info["instances"])
         objects = sum(len(info["instances"]) for info in kept) - crowds
         reasons = [counts[r] for r in ("outside", "without area", "of other categories", "ignored")]
@@ -232,7 +248,7 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
 
 
 def _misses_box(annotation: dict, height: int, width: int) -> bool:
-    """Return whether the bounds of a mask and its box have an IoU below 0.1."""
+    """Return whether the bounding box of a mask and its annotated box have an IoU below 0.1."""
     mask = annotation.get("segmentation")
     if not mask:
         return False
@@ -242,11 +258,11 @@ def _misses_box(annotation: dict, height: int, width: int) -> bool:
         )
         bounds = coco_mask.toBbox(rle).tolist()
     else:
-        polygons = [polygon for polygon in mask if len(polygon) >= 6]  # mmdet drops the others.
+        polygons = [polygon for polygon in mask if len(polygon) >= 6]  # mmdet drops the rest.
         lowest = [min(min(polygon[i::2]) for polygon in polygons) for i in (0, 1)]
         highest = [max(max(polygon[i::2]) for polygon in polygons) for i in (0, 1)]
         bounds = [*lowest, highest[0] - lowest[0], highest[1] - lowest[1]]
-    # Polygons may connect the centres of pixels: each side may be longer by 1.
+    # Polygons may connect pixel centres, so each side may be 1 longer.
     (x, y, w, h), (left, top, box_width, box_height) = bounds, annotation["bbox"]
     across = min(x + w, left + box_width) - max(x, left) + 1
     down = min(y + h, top + box_height) - max(y, top) + 1

@@ -1,4 +1,4 @@
-"""COCO metrics whose annotation file, data and model are checked before the work begins."""
+"""COCO metrics that validate the annotation file, data and model before the run starts."""
 
 import logging
 import os.path
@@ -23,24 +23,28 @@ from torch import nn
 from .annotations import check_annotations, parse_json
 from .files import is_local
 
-LABELS_FOLLOW_CLASSES = "labels_follow_classes"  # True in the metainfo of such data sets
-_OF_CLASS = "_precision"  # how the names of figures of single classes end
+# Metainfo of data sets whose labels follow the order of their classes, not that of the file.
+LABELS_FOLLOW_CLASSES = "labels_follow_classes"
+_OF_CLASS = "_precision"  # suffix of per-class figures
 
 
 class _Checked:
-    """Mixin for mmdet's COCO metrics: checks at the start, and figures under the right names.
+    """Mixin that validates mmdet's COCO metrics and names per-class figures correctly.
 
-    Images of the file that are not in the data are left out of the evaluation with a warning.
+    Images of the annotation file that are not in the data are left out of the evaluation, with a
+    warning.
 
     Raises:
-        FileNotFoundError: The annotation file is missing.
-        ValueError: It is malformed or has no annotations to evaluate, an argument does not fit, a
-            class is no category of the file, an image of the data is not in it, has another name or
-            size there or is evaluated twice, or masks are evaluated that the model does not
-            predict.
+        FileNotFoundError: If the annotation file is missing.
+        ValueError: If the annotation file is malformed or has no annotations to evaluate, an
+            argument does not fit, a class is not a category of the file, an image of the data is
+            not in the file, differs from it in name or size or is evaluated twice, or `metric`
+            contains 'segm' for a model without masks.
     """
 
-    def __init__(self, ann_file: str | None = None, metric: str | list[str] = "bbox", **kwargs):
+    def __init__(
+        self, ann_file: str | None = None, metric: str | list[str] = "bbox", **kwargs: Any
+    ) -> None:
         if not isinstance(metric, str | list | tuple):
             raise ValueError(f"metric must be text or a list of text, got {metric!r}")
         thresholds = kwargs.get("iou_thrs") or []
@@ -58,11 +62,11 @@ class _Checked:
         super().__init__(ann_file, metric, **kwargs)
         if ann_file is not None:
             for annotation in self._coco_api.anns.values():
-                annotation.setdefault("iscrowd", 0)  # pycocotools needs it
+                annotation.setdefault("iscrowd", 0)  # required by pycocotools
 
     @property
     def dataset_meta(self) -> dict | None:
-        """Class names and other facts about the data set."""
+        """Metainfo of the data set, such as its class names."""
         return self._dataset_meta
 
     @dataset_meta.setter
@@ -72,14 +76,16 @@ class _Checked:
             self._category_ids(warn=True)
 
     def check_run(self, model: nn.Module, dataset: Any) -> None:
-        """Check that a model and data can be evaluated; FlashRunner calls it before it starts.
+        """Check that a model can be evaluated on a data set.
+
+        FlashRunner calls this before the run starts.
 
         Args:
             model: Model that makes the predictions.
-            dataset: Data set of the engine, or a wrapper of one or several.
+            dataset: Data set of mmengine, or a wrapper around one or several.
 
         Raises:
-            ValueError: See the class.
+            ValueError: If the model, the data and the annotation file do not fit together.
         """
         if "segm" in self.metrics and _predicts_boxes_alone(model):
             raise ValueError(self._lacks_masks())
@@ -112,7 +118,11 @@ class _Checked:
             print_log(message, logger="current", level=logging.WARNING)
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        """Add the predictions of a batch."""
+        """Collect the predictions of a batch.
+
+        Raises:
+            ValueError: If an image is not that of the annotation file, or has no masks to evaluate.
+        """
         for sample in data_samples:
             self._check_image(sample["img_id"], sample.get("img_path"), sample.get("ori_shape"))
             if "segm" in self.metrics and "masks" not in sample["pred_instances"]:
@@ -120,15 +130,16 @@ class _Checked:
         super().process(data_batch, data_samples)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Compute the metrics from the predictions.
+        """Compute the metrics from the collected predictions.
 
         Returns:
-            mmdet's figures, those of single classes last. These are called `{class}_precision`, and
-            `bbox_{class}_precision` and `segm_{class}_precision` if boxes and masks are evaluated.
+            The figures of mmdet, per-class figures last. These are named `{class}_precision`, or
+            `bbox_{class}_precision` and `segm_{class}_precision` if both boxes and masks are
+            evaluated.
         """
         self.img_ids = self._evaluated_ids(results)
         metrics, figures = self.metrics, {}
-        # mmdet would overwrite the boxes' figures of the classes with those of the masks.
+        # mmdet would overwrite the per-class figures of the boxes with those of the masks.
         separate = self.classwise and {"bbox", "segm"} <= {*metrics}
         try:
             for self.metrics in [[metric] for metric in metrics] if separate else [metrics]:
@@ -138,13 +149,13 @@ class _Checked:
                     figures[prefix + name if name.endswith(_OF_CLASS) else name] = value
         finally:
             self.metrics = metrics
-        # The first one is what `save_best="auto"` goes by.
+        # `save_best="auto"` uses the first figure.
         return dict(sorted(figures.items(), key=lambda figure: figure[0].endswith(_OF_CLASS)))
 
     def results2json(self, results: Sequence[dict], outfile_prefix: str) -> dict[str, str]:
-        """Write the predictions as COCO's files have them."""
+        """Write the predictions in COCO's result format."""
         files = super().results2json(results, outfile_prefix)
-        # The evaluation sorts the categories. mmdet names its figures in the order of cat_ids.
+        # The evaluation sorts the categories, but mmdet names its figures in the order of cat_ids.
         self.cat_ids = sorted(self.cat_ids)
         return files
 
@@ -155,7 +166,7 @@ class _Checked:
         )
 
     def _check_image(self, identity: Any, path: str | None, shape: Sequence | None) -> None:
-        """Check that an image of the data is the one with its id in the annotation file."""
+        """Check that an image of the data matches the entry of its id in the annotation file."""
         if self._ann_file is None:
             return
         ann_file = f"ann_file of the evaluator {self._ann_file}"
@@ -178,7 +189,7 @@ class _Checked:
             )
 
     def _evaluated_ids(self, results: list) -> list:
-        """Return the ids of the images that have predictions, and warn of the others."""
+        """Return the ids of the images with predictions, and warn about the others."""
         ids = [prediction["img_id"] for _, prediction in results]
         for identity, times in Counter(ids).most_common(1):
             if times > 1:
@@ -193,9 +204,9 @@ class _Checked:
         return ids
 
     def _category_ids(self, warn: bool = False) -> list[int]:
-        """Return the ids of the categories in the order of their labels."""
+        """Return the category ids in the order of the labels."""
         ids = {category["name"]: i for i, category in self._coco_api.cats.items()}
-        # mmdet's ConcatDataset has a list where those of its data sets differ.
+        # mmdet's ConcatDataset has a list if the metainfo of its data sets differs.
         given = self.dataset_meta or {}
         first, *others = given if isinstance(given, list) else [given]
         classes: Any = first.get("classes")
@@ -225,10 +236,10 @@ class _Checked:
 @METRICS.register_module()
 @MMDET_METRICS.register_module("FasterCocoMetric", force=True)
 class CheckedCocoMetric(_Checked, FasterCocoMetric):
-    """mmdet's FasterCocoMetric with checks of its annotation file and right names of figures.
+    """mmdet's FasterCocoMetric, validated before the run, with correctly named per-class figures.
 
     Args:
-        ann_file: Annotation file.
+        ann_file: Path of the annotation file.
         metric: See FasterCocoMetric.
         kwargs: Further arguments of FasterCocoMetric.
     """
@@ -236,7 +247,7 @@ class CheckedCocoMetric(_Checked, FasterCocoMetric):
 
 @MMDET_METRICS.register_module("CocoMetric", force=True)
 class CheckedPycocotoolsMetric(_Checked, CocoMetric):
-    """mmdet's CocoMetric with the same checks; `iscrowd` may be missing."""
+    """mmdet's CocoMetric with the same validation. `iscrowd` may be missing."""
 
 
 def _check_for_evaluation(
@@ -254,11 +265,11 @@ def _check_for_evaluation(
 
 
 def _predicts_boxes_alone(model: nn.Module) -> bool:
-    """Return whether a model is one of mmdet's detectors that have nothing for masks."""
+    """Return whether a model is one of mmdet's detectors without any part for masks."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     names = (
-        # The offset_mask of a DCNv4 layer is none of the model's masks.
+        # The offset_mask of a DCNv4 layer has nothing to do with object masks.
         f"{name} {type(module).__name__}".replace("offset_mask", "").lower()
         for name, module in model.named_modules()
         if name
@@ -271,7 +282,7 @@ def _predicts_boxes_alone(model: nn.Module) -> bool:
 
 
 def _contain(annotations: Sequence[dict], boxes: list, tolerance: float = 2) -> bool:
-    """Return whether annotations have all boxes (x1, y1, x2, y2), to some pixels."""
+    """Return whether the annotations contain all boxes (x1, y1, x2, y2), up to some pixels."""
     known = np.array([a["bbox"] for a in annotations], dtype=float).reshape(-1, 4)
     known[:, 2:] += known[:, :2]
     distance = np.abs(np.array(boxes)[:, None] - known).max(axis=2, initial=0)
@@ -279,6 +290,6 @@ def _contain(annotations: Sequence[dict], boxes: list, tolerance: float = 2) -> 
 
 
 def _is_file(path: str, file_name: str) -> bool:
-    """Return whether a path is that of a file name in some folder, whatever its extension."""
+    """Return whether a path ends in a file name, ignoring the extension."""
     path, name = (os.path.splitext(posixpath.normpath(p))[0] for p in (path, file_name))
     return f"/{path}".endswith("/" + re.sub(r"^(\.\./|/)+", "", name))

@@ -1,4 +1,4 @@
-"""DCNv4 as a convolution layer of OpenMMLab, for `conv_cfg` and `dcn` in configs."""
+"""DCNv4 as an OpenMMLab convolution layer, for `conv_cfg` and `dcn` in configs."""
 
 from mmengine.registry import MODELS
 
@@ -9,16 +9,18 @@ from ops_dcnv4 import DCNv4Conv2d
 class FlashDCNv4(DCNv4Conv2d):
     """DCNv4Conv2d with the arguments of mmcv's DCNv2.
 
-    ConvModule(64, 64, 3, padding=1, conv_cfg=dict(type='FlashDCNv4', deform_groups=4))
-
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as for DCNv4Conv2d.
-        groups: 1, which mmcv's ConvModule passes.
-        deform_groups: number of groups of input channels that share their offsets; default: 16
-            channels per group where that divides `in_channels`, else one group.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: See DCNv4Conv2d.
+        groups: Must be 1, which mmcv's ConvModule passes.
+        deform_groups: Number of groups of input channels that share their offsets. Default: groups
+            of 16 channels if `in_channels` is a multiple of 16, otherwise a single group.
 
     Raises:
-        ValueError: `groups` is not 1, or an argument is not accepted by DCNv4Conv2d.
+        ValueError: If `groups` is not 1, or if DCNv4Conv2d rejects an argument.
+
+    Example::
+
+        ConvModule(64, 64, 3, padding=1, conv_cfg=dict(type='FlashDCNv4', deform_groups=4))
     """
 
     def __init__(
@@ -32,7 +34,7 @@ class FlashDCNv4(DCNv4Conv2d):
         groups: int = 1,
         deform_groups: int | None = None,
         bias: bool = True,
-    ):
+    ) -> None:
         if groups != 1:
             raise ValueError(
                 "groups must be 1, as every output channel of DCNv4 sees every input channel, got "
@@ -43,5 +45,5 @@ class FlashDCNv4(DCNv4Conv2d):
         )
 
     def init_weights(self) -> None:
-        """Reset the parameters; mmengine calls it after the `init_cfg` of the layers around."""
+        """Reset the parameters; mmengine calls this after the `init_cfg` of enclosing modules."""
         self.reset_parameters()

@@ -1,4 +1,4 @@
-"""The curves of a run, drawn from what mmengine's LocalVisBackend writes."""
+"""Training curves, drawn from the scalars that mmengine's LocalVisBackend writes."""
 
 import json
 from collections import defaultdict
@@ -15,27 +15,29 @@ from ..files import write_atomically
 
 @HOOKS.register_module()
 class CurvesHook(Hook):
-    """Draws curves.png in the work folder after every validation and at the end."""
+    """Draw `curves.png` in the work folder after every validation and at the end of training."""
 
     priority = "LOWEST"
 
     @master_only
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Draw the curves."""
         save_curves(Path(runner.work_dir))
 
     @master_only
     def after_train(self, runner: Runner) -> None:
+        """Draw the curves."""
         save_curves(Path(runner.work_dir))
 
 
 def read_scalars(work_dir: Path) -> dict[str, dict[int, float]]:
-    """Return {name: {step: value}} over all attempts of a run; the latest counts."""
+    """Return {name: {step: value}} over all attempts of a run; the latest attempt wins."""
     scalars = defaultdict(dict)
     for path in sorted(work_dir.glob("*/vis_data/scalars.json")):
         for line in path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:  # the last line of an attempt that was killed
+            except ValueError:  # A killed attempt may end with half a line.
                 continue
             step = row.pop("step", None) if isinstance(row, dict) else None
             if not isinstance(step, int):
@@ -47,7 +49,7 @@ def read_scalars(work_dir: Path) -> dict[str, dict[int, float]]:
 
 
 def save_curves(work_dir: Path) -> None:
-    """Draws losses, learning rate and metrics of a run as work_dir/curves.png."""
+    """Draw the losses, learning rate and metrics of a run to `work_dir/curves.png`."""
     scalars = read_scalars(work_dir)
     panels = {
         "losses": [name for name in scalars if name.split(".")[-1].startswith("loss")],
@@ -63,7 +65,7 @@ def save_curves(work_dir: Path) -> None:
     ):
         for name in names:
             steps, values = zip(*sorted(scalars[name].items()), strict=True)
-            label = name.replace("$", r"\$")  # else matplotlib reads mathematics
+            label = name.replace("$", r"\$")  # Keep matplotlib from parsing mathtext.
             axis.plot(steps, values, label=label, linewidth=2 if name == "loss" else 1)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)

@@ -1,15 +1,17 @@
-"""What the detectors need beside flash_internimage.openmmlab, which is imported with it.
+"""mmdet integration: DINO as published, COCO data sets and metrics, and image loaders.
 
-Importing this module replaces five names in mmdet's registries, so that they are right in configs
-and inferencers that use mmdet's own: the image loaders LoadImageFromFile, LoadImageFromNDArray and
-InferencerLoader, and the metrics CocoMetric and FasterCocoMetric.
+Importing this module also imports `flash_internimage.openmmlab`, and replaces five names in mmdet's
+registries for configs and inferencers that use mmdet's own: the image loaders `LoadImageFromFile`,
+`LoadImageFromNDArray` and `InferencerLoader`, and the metrics `CocoMetric` and `FasterCocoMetric`.
 
-custom_imports = dict(imports=['flash_internimage.openmmlab.detection'])
+Example::
+
+    custom_imports = dict(imports=['flash_internimage.openmmlab.detection'])
 """
 
 from collections.abc import Sequence
 
-import faster_coco_eval  # noqa: F401  mmdet's metric would miss it only after the first epoch
+import faster_coco_eval  # noqa: F401  mmdet would not notice before the first evaluation
 import torch
 from mmdet.models.dense_heads import DINOHead
 from mmdet.models.detectors import DINO
@@ -37,21 +39,21 @@ TRANSFORMS.register_module("InferencerLoader", module=LoadCheckedArray, force=Tr
 
 
 class _EveryOtherFrequency(MLP):
-    """MLP on the sine features of four coordinates, of which it takes half the frequencies."""
+    """MLP that uses every other frequency of the sine features of four coordinates."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # (..., coordinate, pair of frequencies, frequency, sine and cosine)
+        # Split into (..., coordinate, pair of frequencies, frequency, sine and cosine).
         return super().forward(x.unflatten(-1, (4, -1, 2, 2))[..., 0, :].flatten(-3))
 
 
 @MODELS.register_module()
 class PublishedDINO(LoadsPublishedWeights, DINO):
-    """DINO whose queries are encoded as in its published weights, by C / 2 features per coordinate.
+    """DINO that encodes queries as the published weights do, with C / 2 features per coordinate.
 
-    It takes these weights under their published names, too.
+    The published weights load under their published names, too.
 
-    onedl-mmdetection has C of them since 3.5.1, and so no weights from before fit its decoder. The
-    frequencies of C / 2 features are every other one of those of C.
+    onedl-mmdetection uses C features since 3.5.1, so its decoder fits no earlier weights. The
+    frequencies of C / 2 features are every other frequency of C features.
     """
 
     def _init_layers(self) -> None:
@@ -60,29 +62,31 @@ class PublishedDINO(LoadsPublishedWeights, DINO):
         self.decoder.ref_point_head = _EveryOtherFrequency(2 * channels, channels, channels, 2)
 
     def init_weights(self) -> None:
+        """Initialise the weights, the query embeddings from a standard normal distribution."""
         super().init_weights()
-        nn.init.normal_(self.query_embedding.weight)  # mmdet 3: Xavier's, a tenth of it
+        nn.init.normal_(self.query_embedding.weight)  # mmdet 3: Xavier, much smaller
 
 
 @MODELS.register_module()
 class ClampedDINOHead(DINOHead):
-    """DINOHead that keeps the boxes' references away from the image's border as the published one.
+    """DINOHead that clamps reference boxes as in the training of the published weights.
 
-    Before a layer's correction is added, the reference goes through the inverse sigmoid, which is
-    clamped at 1e-3. mmdet 3 clamps at 1e-5, where corrections of boxes near the border, or of next
-    to no size, have hardly an effect.
+    Before the correction of a layer is added, its reference passes through an inverse sigmoid that
+    is clamped at 1e-3. mmdet 3 clamps at 1e-5, where corrections of tiny boxes and of boxes near
+    the image border have hardly any effect.
     """
 
     def forward(self, hidden_states: Tensor, references: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """
+        """Predict classes and boxes for the queries of every decoder layer.
+
         Args:
-            hidden_states: (layers, N, queries, C), of the decoder.
-            references: of each layer, (N, queries, 4), (cx, cy, w, h) from 0 to 1; what follows,
-                such as the last layer's result, is not used.
+            hidden_states: Outputs of the decoder layers, (layers, N, queries, C).
+            references: Reference boxes of each layer, (N, queries, 4), as (cx, cy, w, h) from 0
+                to 1. Further items, such as the result of the last layer, are ignored.
 
         Returns:
-            Class scores before the sigmoid, (layers, N, queries, classes), and boxes,
-            (layers, N, queries, 4), (cx, cy, w, h) from 0 to 1.
+            Class logits, (layers, N, queries, classes), and boxes, (layers, N, queries, 4), as
+            (cx, cy, w, h) from 0 to 1.
         """
         scores, boxes = [], []
         for i, hidden in enumerate(hidden_states):

@@ -1,4 +1,4 @@
-"""How the programs end: with one line for a user's mistake, with a traceback for a defect."""
+"""How programs end: one line for a user error, a traceback for a defect."""
 
 import sys
 import traceback
@@ -10,10 +10,10 @@ from types import TracebackType
 
 import flash_internimage
 
-# Errors about data, files and values of settings, at any time.
+# Errors about data, files and values of settings, whenever they are raised.
 _ALWAYS = (OSError, ValueError, FloatingPointError)
 
-# Errors about settings while they are turned into models, data sets, optimizers and hooks.
+# Errors about settings while models, data sets, optimizers and hooks are built from them.
 _WHILE_BUILDING = (
     AssertionError,
     AttributeError,
@@ -24,7 +24,7 @@ _WHILE_BUILDING = (
     RuntimeError,
     TypeError,
 )
-# Of these, what transforms and metrics raise for data or settings that they do not support.
+# Transforms and metrics also raise these for unsupported data or settings while running.
 _REFUSALS = (AssertionError, NotImplementedError)
 _STEPS = {"train_step", "val_step", "test_step"}
 _WORK = {"__next__", "evaluate"}
@@ -33,9 +33,9 @@ _OURS = str(Path(flash_internimage.__file__).parent)
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program with exit code 2 and one line on stderr where the user can mend the cause.
+    """Exit with code 2 and one line on stderr if the user can fix the cause of an error.
 
-    Anything else is a defect and keeps its traceback.
+    All other errors are defects and keep their traceback.
     """
     try:
         yield
@@ -47,9 +47,9 @@ def one_line_errors() -> Iterator[None]:
 
 
 def end_in_one_line(error: Exception) -> None:
-    """Let an error that nobody catches end any program as :func:`one_line_errors` does.
+    """Make an uncaught error end the program as :func:`one_line_errors` does.
 
-    OpenMMLab's own programs catch nothing. Other errors keep their traceback.
+    OpenMMLab's own programs do not catch errors. Other errors keep their traceback.
     """
     error.ends_in_one_line = True
     if sys.excepthook is not _print_one_line:
@@ -68,10 +68,10 @@ def _print_one_line(kind: type, error: BaseException, trace: TracebackType | Non
 
 
 def is_users(error: Exception) -> bool:
-    """Return whether an error comes from a user's data, files or settings."""
+    """Return whether an error is caused by the user's data, files or settings."""
     names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     if isinstance(error, _ALWAYS):
-        # Within a model, PyTorch and NumPy raise ValueErrors about its arithmetic.
+        # Within a model, a ValueError of PyTorch or NumPy is about its arithmetic.
         numeric = isinstance(error, ValueError) and _is_from(error, "/torch/", "/numpy/")
         return not (names & _STEPS and numeric)
     working = _STEPS if isinstance(error, _REFUSALS) else _STEPS | _WORK
@@ -81,29 +81,29 @@ def is_users(error: Exception) -> bool:
 
 
 def is_from_this_package(error: Exception) -> bool:
-    """Return whether an error was raised by this package's own code."""
+    """Return whether an error was raised by the code of this package."""
     return _is_from(error, _OURS)
 
 
 def _is_from(error: Exception, *folders: str) -> bool:
-    """Return whether an error was raised by a file within one of these folders."""
+    """Return whether an error was raised by a file in one of the folders."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and any(folder in frames[-1].filename for folder in folders)
 
 
 def describe(error: BaseException) -> str:
-    """Return the message of an error in one line."""
+    """Return the message of an error as one line of at most 2000 characters."""
     text = str(error)
     if isinstance(error, KeyError) and len(error.args) == 1:
-        text = str(error.args[0])  # str() would quote it
+        text = str(error.args[0])  # str() would add quotes.
     if isinstance(error, OSError) and error.filename is None and error.strerror:
         text = error.strerror
-    if "Original Traceback (most recent call last)" in text:  # from a worker of a data loader
+    if "Original Traceback (most recent call last)" in text:  # raised in a data loader worker
         lines = text.rpartition('\n  File "')[2].splitlines()[1:]
         code = list(takewhile(lambda line: line.startswith("    "), lines))
         raised = "\n".join(lines[len(code) :])
         text = raised.partition(": ")[2] or ": ".join([raised, *code[:1]])
-    if not text.strip():  # an assertion without a message
+    if not text.strip():  # such as an assertion without a message
         frames = traceback.extract_tb(error.__traceback__)
         text = ": ".join([type(error).__name__, *(frame.line or "" for frame in frames[-1:])])
     return " ".join(text.split())[:2000]

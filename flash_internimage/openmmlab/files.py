@@ -1,4 +1,4 @@
-"""Image files of a data set: missing, unreadable and left out."""
+"""Image files of a data set: finding, reading and leaving them out."""
 
 import io
 import logging
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import mmcv
 import numpy as np
@@ -27,7 +28,7 @@ from ..images import (
 
 
 def is_local(path: str, backend_args: dict | None = None) -> bool:
-    """Return whether the engine reads `path` from a disk, not from a server or a database."""
+    """Return whether mmengine reads `path` from a disk, not from a server or database."""
     backend = get_file_backend(path, backend_args=backend_args, enable_singleton=True)
     return isinstance(backend, LocalBackend)
 
@@ -35,7 +36,7 @@ def is_local(path: str, backend_args: dict | None = None) -> bool:
 def find_missing(paths: Iterable[str]) -> set[str]:
     """Return the paths that do not exist.
 
-    Every folder is listed once, which is faster than a request per file on network disks.
+    Each folder is listed once, which on network disks is faster than one request per file.
     """
     listed: dict[str, set[str]] = {}
     missing = set()
@@ -49,10 +50,10 @@ def find_missing(paths: Iterable[str]) -> set[str]:
 
 
 def open_label_map(path: str, backend_args: dict | None = None) -> Image.Image:
-    """Decode a label map from wherever the engine reads it.
+    """Decode a label map with mmengine's file backend.
 
     Raises:
-        UnreadableImage: It cannot be read.
+        UnreadableImage: If it cannot be read.
         ValueError: See :func:`flash_internimage.images.read_label_map`.
     """
     if is_local(path, backend_args):
@@ -61,21 +62,21 @@ def open_label_map(path: str, backend_args: dict | None = None) -> Image.Image:
 
 
 class LeftOutFiles:
-    """Warn once about each file that is left out of a training.
+    """Warn once about each file that is left out of training.
 
     Args:
-        limit: Number of files per process up to which the training continues.
+        limit: Number of files per process up to which training continues.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int) -> None:
         self.limit = limit
         self._paths: set[str] = set()
 
     def add(self, path: str, reason: object) -> None:
-        """Count a file.
+        """Count a file and warn about it.
 
         Raises:
-            ValueError: It is one too many.
+            ValueError: If the limit is exceeded.
         """
         if path in self._paths:
             return
@@ -95,21 +96,22 @@ class LeftOutFiles:
 class LoadCheckedImage(LoadImageFromFile):
     """Load an image as its annotations describe it.
 
-    Registered under the name of mmcv's LoadImageFromFile in mmdet and mmseg, whose test pipelines
-    and inferencers look for that name. It differs for two kinds of files:
+    Registered in mmdet and mmseg under the name of mmcv's LoadImageFromFile, which their test
+    pipelines and inferencers use. It differs from mmcv's in two cases:
 
-    - A photograph whose EXIF data ask for a quarter turn is read turned or as stored, whichever has
-      the size of the annotations or the label map.
-    - Greyscale of 16 bits keeps its full range, see :func:`flash_internimage.images.to_rgb`.
+    - A photograph with an EXIF orientation is read rotated or as stored, whichever has the size of
+      the annotations or the label map, and rotated if both have.
+    - 16-bit greyscale keeps its full range, see :func:`flash_internimage.images.to_rgb`.
 
-    Without a path it takes an array, as :class:`LoadCheckedArray` does: mmdet's and mmseg's
-    inference functions choose one of the two by the first image, and keep to it in later calls.
+    Without a path it accepts an array, like :class:`LoadCheckedArray`, because the inference
+    functions of mmdet and mmseg choose a loader by the first image and keep it in later calls.
 
     Args:
-        kwargs: Arguments of LoadImageFromFile, except for the obsolete `file_client_args`.
+        args: Arguments of LoadImageFromFile.
+        kwargs: Keyword arguments of LoadImageFromFile, except the obsolete `file_client_args`.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.file_client_args is not None:
             raise ValueError("file_client_args is obsolete: use backend_args")
@@ -119,8 +121,8 @@ class LoadCheckedImage(LoadImageFromFile):
         """Add `img`, `img_shape` and `ori_shape` to `results`.
 
         Raises:
-            UnreadableImage: The image cannot be read, or has another size than its annotations say.
-            ValueError: There is neither a path nor an array of an image.
+            UnreadableImage: If the image cannot be read or is not of its annotated size.
+            ValueError: If there is neither a path nor the array of an image.
         """
         path = results.get("img_path")
         if path is None and "img" in results:
@@ -135,7 +137,7 @@ class LoadCheckedImage(LoadImageFromFile):
             if self.ignore_empty:
                 return None
             raise
-        except Exception as error:  # decoders raise exceptions of any kind
+        except Exception as error:  # Decoders raise all kinds of exceptions.
             if self.ignore_empty:
                 return None
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -143,7 +145,7 @@ class LoadCheckedImage(LoadImageFromFile):
         shape = image.shape[:2]
         declared = results.get("height"), results.get("width")
         if None not in declared and shape != declared:
-            # COCO's outlines and run lengths are made for this size.
+            # COCO's polygons and run lengths refer to this size.
             raise UnreadableImage(_differing_size(path, shape, declared))
         results["img"] = image.astype(np.float32) if self.to_float32 else image
         results["img_shape"] = results["ori_shape"] = shape
@@ -185,7 +187,7 @@ class LoadCheckedImage(LoadImageFromFile):
         return image
 
     def _decode(self, content: bytes, header: Image.Image | None, flag: str) -> np.ndarray:
-        """Return (H, W, 3) BGR or (H, W) uint8, or whatever the file has for "unchanged"."""
+        """Return (H, W, 3) BGR or (H, W) in uint8, or the file's own format for "unchanged"."""
         if header is None or header.mode[0] not in "IF" or flag == "unchanged":
             image = mmcv.imfrombytes(content, flag=flag, backend=self.imdecode_backend)
             if image is None:
@@ -198,24 +200,25 @@ class LoadCheckedImage(LoadImageFromFile):
 
 
 class LoadCheckedArray(LoadCheckedImage):
-    """Take an image from an array as LoadCheckedImage does from a file.
+    """Load an image from an array, as LoadCheckedImage does from a file.
 
-    Registered under the names of LoadImageFromNDArray and InferencerLoader, which mmdet's and
-    mmseg's inference functions use. Greyscale becomes three equal channels, and 16 bits become 8,
-    see :func:`flash_internimage.images.to_8_bits`. With `color_type='unchanged'` any array
-    is taken. Without an array it loads a path.
+    Registered under the names of LoadImageFromNDArray and InferencerLoader, which the inference
+    functions of mmdet and mmseg use. Greyscale is repeated in three channels, and 16 bits are
+    reduced to 8, see :func:`flash_internimage.images.to_8_bits`. With `color_type='unchanged'` any
+    array is accepted. Without an array, the image is loaded from a path.
     """
 
     def transform(self, results: dict | str | Path | np.ndarray) -> dict | None:
         """Add or replace `img`, `img_path` (None for an array), `img_shape` and `ori_shape`.
 
         Args:
-            results: Its `img` is (H, W), (H, W, 1) or (H, W, 3) BGR, uint8 or uint16; or it has an
-                `img_path`. Inferencers pass the array or the path itself.
+            results: A dict with `img`, an array of shape (H, W), (H, W, 1) or (H, W, 3) in BGR and
+                of dtype uint8 or uint16, or with `img_path`. Inferencers pass the array or the path
+                itself.
 
         Raises:
             UnreadableImage: See :class:`LoadCheckedImage`.
-            ValueError: `img` is something else, has no pixels, or sides that differ too much.
+            ValueError: If `img` is anything else, has no pixels or is too elongated.
         """
         if not isinstance(results, dict):
             results = {"img" if isinstance(results, np.ndarray) else "img_path": results}
@@ -233,7 +236,7 @@ def _not_an_image(given: object) -> str:
 
 
 def _to_bgr(image: np.ndarray) -> np.ndarray:
-    """Return (H, W, 3) uint8."""
+    """Convert an array to (H, W, 3) uint8."""
     if image.dtype.newbyteorder("=") not in (np.uint8, np.uint16) or not (
         image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))
     ):
@@ -249,7 +252,7 @@ def _to_bgr(image: np.ndarray) -> np.ndarray:
 
 
 def _open_header(content: bytes) -> Image.Image | None:
-    """Open an image without decoding it; None for formats that Pillow does not know."""
+    """Open an image without decoding it, or return None if Pillow does not know the format."""
     try:
         return Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
@@ -257,8 +260,8 @@ def _open_header(content: bytes) -> Image.Image | None:
 
 
 def read_orientation(image: Image.Image | None) -> int:
-    """Return how EXIF data ask to turn or mirror an image, 1 (not at all) to 8."""
-    # Image.getexif() would decode the whole image to look for EXIF data at its end.
+    """Return the EXIF orientation of an image, from 1 (as stored) to 8."""
+    # Image.getexif() may decode the whole image to look for EXIF data at its end.
     exif = Image.Exif()
     with suppress(Exception):  # malformed data
         exif.load(image.info["exif"])
@@ -267,7 +270,7 @@ def read_orientation(image: Image.Image | None) -> int:
 
 
 def _annotated_size(results: dict) -> tuple[int, int] | None:
-    """Return the (height, width) that the annotations or the label map of an image are made for."""
+    """Return the (height, width) of the annotations or the label map of an image, if known."""
     if {"height", "width"} <= results.keys():
         return results["height"], results["width"]
     label_map = results.get("seg_map_path")
@@ -276,18 +279,19 @@ def _annotated_size(results: dict) -> tuple[int, int] | None:
 
 @TRANSFORMS.register_module()
 class LoadReadableImage(LoadCheckedImage):
-    """LoadCheckedImage that leaves unreadable images out of a training.
+    """LoadCheckedImage that leaves unreadable images out of training.
 
-    In training an unreadable image, or one of another size than its annotations say, is left out
-    with a warning, and the data set draws another one.
-    In tests (`test_mode=True` of this package's data sets) it is an error.
+    In training, an image that is unreadable or not of its annotated size is left out with a
+    warning, and the data set draws another one. In tests (`test_mode=True` in the data sets of this
+    package) it is an error.
 
     Args:
-        max_left_out: Number of unreadable images per process up to which the training continues.
-        kwargs: Arguments of LoadCheckedImage.
+        args: Arguments of LoadCheckedImage.
+        max_left_out: Number of such images per process up to which training continues.
+        kwargs: Keyword arguments of LoadCheckedImage.
     """
 
-    def __init__(self, *args, max_left_out: int = 100, **kwargs):
+    def __init__(self, *args: Any, max_left_out: int = 100, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.left_out = LeftOutFiles(max_left_out)
 
@@ -295,8 +299,8 @@ class LoadReadableImage(LoadCheckedImage):
         """Add `img`, `img_shape` and `ori_shape` to `results`.
 
         Raises:
-            UnreadableImage: In tests, the image cannot be used.
-            ValueError: More than `max_left_out` images cannot be used.
+            UnreadableImage: If the image cannot be used in a test.
+            ValueError: If more than `max_left_out` images cannot be used in training.
         """
         try:
             return super().transform(results)
@@ -308,14 +312,14 @@ class LoadReadableImage(LoadCheckedImage):
 
 
 def check_size(path: str, declared: tuple[int, int]) -> None:
-    """Check that LoadCheckedImage can read an image in the size of its annotations.
+    """Check by its header that LoadCheckedImage can read an image in its annotated size.
 
     Args:
         path: Local file.
-        declared: (height, width).
+        declared: Annotated (height, width).
 
     Raises:
-        UnreadableImage: The file does not begin as an image of this size does.
+        UnreadableImage: If the header is not that of an image of this size, as stored or rotated.
     """
     size = read_size(path)
     if size == declared:
@@ -327,20 +331,24 @@ def check_size(path: str, declared: tuple[int, int]) -> None:
 
 
 def _differing_size(path: str, actual: Iterable[int], declared: Iterable[int]) -> str:
-    """Return the message for an image of another size than its annotations say."""
+    """Return the error message for an image that is not of its annotated size."""
     return (
         f"image {path} has (height, width) {tuple(actual)}, its annotations say {tuple(declared)}"
     )
 
 
 class ReadableImages:
-    """Mixin for data sets of the engine: errors about images are one line that names a file.
+    """Mixin for mmengine's data sets that reports image errors in one line with the file name.
+
+    Args:
+        args: Arguments of the data set.
+        kwargs: Keyword arguments of the data set.
 
     Raises:
-        ValueError: A path is of another type.
+        ValueError: If `ann_file`, `data_root` or `data_prefix` is of the wrong type.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         for name, kind, accepted in (
             ("ann_file", str | os.PathLike, "a path"),
             ("data_root", str | os.PathLike | None, "a path or None"),
@@ -356,10 +364,10 @@ class ReadableImages:
                 transforms[i].__dict__.update(transform.__dict__)
 
     def __getitem__(self, idx: int) -> dict:
-        """Return the image after the pipeline, in training another one if it cannot be used.
+        """Return an image after the pipeline or, in training, another one if it cannot be used.
 
         Raises:
-            ValueError: No image can be used.
+            ValueError: If too many images in a row cannot be used.
         """
         try:
             return super().__getitem__(idx)

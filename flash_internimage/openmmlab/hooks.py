@@ -1,4 +1,4 @@
-"""Hooks and the optimizer wrapper that the configs of detection and segmentation use."""
+"""Hooks and the optimizer wrapper of the detection and segmentation configs."""
 
 import math
 import os
@@ -49,27 +49,33 @@ register_backend("atomic", _AtomicBackend)
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook, safe against being killed at any moment.
+    """mmengine's CheckpointHook with checkpoints that survive a kill at any moment.
 
-    A file is the old one or the new one, whole, and a checkpoint is removed only after its
-    successor has been written. A resumed run first validates its checkpoint if the run before was
-    killed before or during that validation, so that the best checkpoint is the one that an
-    uninterrupted run would keep. With several processes, the running statistics of batch norm are
-    averaged before they are validated or saved.
+    Files are replaced atomically, and a checkpoint is removed only after its successor has been
+    written. If the previous run was killed before or during the validation of its last checkpoint,
+    the resumed run first validates it, so that the best checkpoint is the one that an uninterrupted
+    run would have kept.
+    With several processes, the running statistics of batch norm are averaged before validating and
+    saving.
 
-    The files hold only tensors, numbers, text and containers, which :func:`torch.load` reads by
-    default. Arguments are those of CheckpointHook, for local files.
+    Checkpoints contain only tensors, numbers, text and containers, which :func:`torch.load` reads
+    with its default settings.
+
+    Args:
+        args: Arguments of CheckpointHook. `out_dir` must be a local folder.
+        kwargs: Keyword arguments of CheckpointHook.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, backend_args={"backend": "atomic"})
         check_checkpoint_names(self.out_dir, self.filename_tmpl)
         self.out_dir = self.out_dir and os.fspath(self.out_dir)
         self._left_over: list[str] = []
 
     def before_train(self, runner: Runner) -> None:
+        """Restore the state of a resumed run, and catch up on an interrupted validation."""
         info = runner.message_hub.runtime_info
-        if "keep_ckpt_ids" in info:  # mmengine builds the names of files to remove from these
+        if "keep_ckpt_ids" in info:  # mmengine derives the names of files to remove from these.
             ids = info["keep_ckpt_ids"]
             numbers = ids if isinstance(ids, Iterable) else ()
             info["keep_ckpt_ids"] = [i for i in numbers if type(i) is int]
@@ -80,8 +86,8 @@ class AtomicCheckpointHook(CheckpointHook):
         super().before_train(runner)
         if is_main_process():
             require_writable(Path(self.out_dir), "the checkpoint hook's out_dir")
-        # As soon as there is a better one, the engine removes what the checkpoint calls the best
-        # one, be it a file or a folder, and wherever.
+        # When there is a better checkpoint, mmengine removes whatever path the loaded checkpoint
+        # recorded as the best one, so only accept files of this run.
         if getattr(self, "best_ckpt_path", None):
             self.best_ckpt_path = self._of_this_run(self.best_ckpt_path)
         for name, path in getattr(self, "best_ckpt_path_dict", {}).items():
@@ -99,31 +105,35 @@ class AtomicCheckpointHook(CheckpointHook):
             runner.val_loop.run()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Restore the log histories, and note the files that remain to be removed."""
         restore_histories(checkpoint, "checkpoint")
         names = checkpoint.get("replaced_files")
         self._left_over = names if isinstance(names, list) else []
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        # Their removal follows. A run that is killed before leaves it to the resumed one.
+        """Reduce the checkpoint to plain types, and record the files that it replaces."""
+        # They are removed after saving. If the run is killed before, the resumed run does it.
         unwanted = self.file_backend.unwanted if hasattr(self, "file_backend") else ()
         checkpoint["replaced_files"] = [Path(path).name for path in unwanted]
         make_plain(checkpoint)
 
     def before_val_epoch(self, runner: Runner) -> None:
+        """Average the running statistics over the processes."""
         _average_running_statistics(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        """Save the best checkpoint, and record in the last one that it was validated."""
         step = self._step(runner)
         runner.message_hub.update_info("step_validated", step)
         self._forget_other_best(runner, metrics)
         self._recorded = self.last_ckpt != self._path(step)
         super().after_val_epoch(runner, metrics)
-        if not self._recorded:  # no better one, with which the engine saves the last one again
+        if not self._recorded:  # mmengine saves it again only for a new best score.
             meta = {"epoch": runner.epoch, "iter": runner.iter}
             self._save_checkpoint_with_step(runner, step, meta)
 
     def _forget_other_best(self, runner: Runner, metrics: dict) -> None:
-        """Drop a best score of another metric, which `save_best` named before the run resumed."""
+        """Drop the best score if `save_best` named another metric before the run was resumed."""
         if not self.save_best:
             return
         names = [next(iter(metrics), "")] if "auto" in self.key_indicators else self.key_indicators
@@ -141,7 +151,7 @@ class AtomicCheckpointHook(CheckpointHook):
         return self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
 
     def _is_due(self, runner: Runner) -> bool:
-        """Whether an uninterrupted run would have validated at this point."""
+        """Return whether an uninterrupted run would have validated at this point."""
         loop = runner.train_loop
         step, last = loop.epoch, loop.max_epochs
         if not isinstance(loop, EpochBasedTrainLoop):
@@ -176,7 +186,7 @@ class AtomicCheckpointHook(CheckpointHook):
 
 
 def _average_running_statistics(runner: Runner) -> None:
-    """Average what batch norm has gathered in each process, also in an averaged model."""
+    """Average the batch norm statistics over the processes, including those of an EMA model."""
     averaged = [hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)]
     statistics = [
         tensor
@@ -195,15 +205,16 @@ def _average_running_statistics(runner: Runner) -> None:
 
 @HOOKS.register_module()
 class CheckFiniteHook(Hook):
-    """Stop a training whose loss or weights are no longer finite, before they reach a checkpoint.
+    """Stop training when the loss or weights are not finite, before they reach a checkpoint.
 
-    Metrics that are not finite are named in the log.
+    Metrics that are not finite are logged as a warning.
 
     Raises:
-        FloatingPointError: The loss or weights are not finite.
+        FloatingPointError: If the loss or weights are not finite.
     """
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Warn about metrics that are not finite."""
         wrong = [
             name
             for name, value in (metrics or {}).items()
@@ -215,6 +226,7 @@ class CheckFiniteHook(Hook):
             )
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Warn about metrics that are not finite."""
         self.after_val_epoch(runner, metrics)
 
     def after_train_iter(
@@ -224,6 +236,7 @@ class CheckFiniteHook(Hook):
         data_batch: dict | None = None,
         outputs: dict | None = None,
     ) -> None:
+        """Check the losses of an iteration."""
         losses = {name: value.item() for name, value in outputs.items() if "loss" in name}
         if not all(map(math.isfinite, losses.values())):
             values = ", ".join(f"{name} {value}" for name, value in losses.items())
@@ -233,6 +246,7 @@ class CheckFiniteHook(Hook):
             )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Check the weights that are about to be saved."""
         weights = checkpoint["state_dict"].items()
         wrong = [name for name, tensor in weights if not tensor.isfinite().all()]
         if wrong:
@@ -244,10 +258,11 @@ class CheckFiniteHook(Hook):
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """Training with autocast to bfloat16, on any device; gradients need no scaling."""
+    """Train with autocast to bfloat16, on any device and without gradient scaling."""
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Enable autocast on the device of the model's parameters."""
         device = next(model.parameters()).device.type
         with super().optim_context(model), torch.autocast(device, torch.bfloat16):
             yield
@@ -255,13 +270,14 @@ class BFloat16OptimWrapper(OptimWrapper):
 
 @HOOKS.register_module()
 class Float32OutputsHook(Hook):
-    """Gives what necks and heads return in float32, however autocast computed it.
+    """Convert the outputs of necks and heads to float32 under autocast.
 
-    Boxes of bfloat16 are up to 4 pixels off at the border of an image of 1333, and mmcv's RoIAlign
-    and NMS do not take them.
+    In bfloat16, boxes are up to 4 pixels off at the border of an image of 1333 pixels, and mmcv's
+    RoIAlign and NMS do not support it.
     """
 
     def before_run(self, runner: Runner) -> None:
+        """Register the conversion on all necks and heads."""
         for name, module in runner.model.named_modules():
             if re.search(r"(neck|head)(\.\d+)?$", name):
                 module.register_forward_hook(self._to_float32)
@@ -273,22 +289,25 @@ class Float32OutputsHook(Hook):
 
 @HOOKS.register_module()
 class CompileBackboneHook(Hook):
-    """Compiles the backbone of the model with torch.compile; heads depend on the images' contents.
+    """Compile the backbone with torch.compile.
+
+    Heads are not compiled: their computation depends on the contents of the images.
 
     Args:
-        kwargs: of torch.compile. Unless given, one graph serves images of all sizes, and tensors
-            keep the layout that they have without compilation.
+        kwargs: Arguments of :func:`torch.compile`. By default one graph serves images of all sizes,
+            and tensors keep the memory layout that they have without compilation.
     """
 
     priority = "VERY_LOW"
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         if not kwargs.keys() & {"backend", "mode", "options"}:
-            # On the CPU inductor prefers channels-last for convolutions. Where sizes vary, torch
-            # 2.12 then compiles the backward pass anew for each, or fails (pytorch#185510).
+            # On the CPU, inductor prefers channels-last for convolutions. With varying sizes, torch
+            # 2.12 then recompiles the backward pass for each of them, or fails (pytorch#185510).
             kwargs["options"] = {"layout_optimization": False}
         self.kwargs = {"dynamic": True, **kwargs}
 
     def before_run(self, runner: Runner) -> None:
+        """Compile the backbone in place."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         model.backbone.compile(**self.kwargs)

@@ -1,4 +1,4 @@
-"""Semantic segmentation data sets that are checked before the training begins."""
+"""Semantic segmentation data sets that are validated before training starts."""
 
 import logging
 import os
@@ -30,18 +30,18 @@ _CHECKED_AT_START = 200  # label maps; 512 x 683 pixels take about 4 ms each
 
 
 def read_labels(info: dict[str, Any]) -> np.ndarray:
-    """Read the label map of an image as training needs it.
+    """Read the label map of an image as class indices.
 
     Args:
-        info: Entry of a data set of this module or of mmseg's. The latter do not tell the number of
-            their classes: without a `label_map`, all numbers up to 255 are passed on.
+        info: Entry of a data set of this module or of mmseg. mmseg's do not contain the number of
+            classes: without a `label_map`, all values up to 255 are accepted.
 
     Returns:
-        Class indices, (H, W) uint8; 255 is to be ignored, whatever the file has for it.
+        Class indices, (H, W) in uint8. The ignore index is 255, whatever it is in the file.
 
     Raises:
-        UnreadableImage: It cannot be read.
-        ValueError: It has more than one channel, a lossy format, or values that belong to no class.
+        UnreadableImage: If the label map cannot be read.
+        ValueError: If it has more than one channel, a lossy format, or values outside the classes.
     """
     image = open_label_map(info["seg_map_path"], info.get("backend_args"))
     if "num_classes" not in info:
@@ -53,7 +53,7 @@ def read_labels(info: dict[str, Any]) -> np.ndarray:
 
 def _decode(image: Image.Image, info: dict[str, Any]) -> np.ndarray:
     path = info["seg_map_path"]
-    values = np.asarray(image)  # the indices of a palette
+    values = np.asarray(image)  # For palette images, these are indices.
     if values.ndim != 2:
         raise ValueError(
             f"label map {path} must have one channel, the numbers of the classes, got an array of "
@@ -77,7 +77,7 @@ def _decode(image: Image.Image, info: dict[str, Any]) -> np.ndarray:
 
 
 def _label_table(info: dict[str, Any]) -> np.ndarray:
-    """Return what the values 0 to 255 of a label map become, (256,) int16; -1 means no class."""
+    """Return the labels of the values 0 to 255, (256,) in int16; -1 marks values of no class."""
     values = np.arange(256, dtype=np.int16)
     if info["reduce_zero_label"]:
         values = np.where((values == 0) | (values == IGNORED), IGNORED, values - 1)
@@ -88,14 +88,14 @@ def _label_table(info: dict[str, Any]) -> np.ndarray:
 
 
 class _Palettes:
-    """Compare the colours that label maps have for their values."""
+    """Compare the palettes of label maps."""
 
     def __init__(self) -> None:
         self.colours: dict[int, tuple[int, ...]] = {}
         self.others: list[str] = []
 
     def add(self, image: Image.Image, path: str) -> None:
-        """Remember the colours of a label map, or its path if other label maps differ."""
+        """Record the colours of a label map, or its path if they differ from those recorded."""
         if image.mode != "P":
             return
         colours = np.reshape(image.getpalette("RGB"), (-1, 3)).tolist()
@@ -105,20 +105,20 @@ class _Palettes:
 
 
 class CheckedLabelMaps(ReadableImages):
-    """Mixin for mmseg's data sets with checks at the start.
+    """Mixin that validates mmseg's data sets before the run starts.
 
     In training, images without a label map are left out and counted. In tests (`test_mode=True`)
-    all must be there and begin as images of the same size do, since results on a part of them
-    would be misleading. The values of up to 200 label maps from all over the data set are checked
-    in both cases, those of others when they are read.
+    all files must exist and, according to their headers, have the size of their counterpart:
+    results on only some of them would be misleading. In both cases, up to 200 label maps spread
+    over the data set are checked for values outside the classes, the others when they are read.
 
-    `ignore_index` is the value in the files of pixels to ignore. It is read as 255, which is always
+    `ignore_index` is the value of ignored pixels in the files. It is read as 255, which is always
     ignored, so that transforms, heads, losses and metrics keep their defaults.
 
     Raises:
-        FileNotFoundError: A folder, the ann_file, images or label maps are missing.
-        ValueError: Classes or label maps cannot be used.
-        OSError: A symbolic link in the folder of the images leads back to a folder above it.
+        FileNotFoundError: If a folder, the `ann_file`, images or label maps are missing.
+        ValueError: If the classes or label maps cannot be used.
+        OSError: If a symbolic link in the folder of the images leads back to a folder above it.
     """
 
     @classmethod
@@ -135,12 +135,13 @@ class CheckedLabelMaps(ReadableImages):
         return loaded
 
     def load_data_list(self) -> list[dict]:
+        """List and validate the images and label maps, leaving out what cannot be used."""
         kinds = {"reduce_zero_label": bool, "ignore_index": int}
         for name, kind in {**kinds, "img_suffix": str, "seg_map_suffix": str}.items():
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"{name} must be {kind.__name__}, got {getattr(self, name)!r}")
         classes = len(self.metainfo["classes"])
-        numbers = len(self.label_map or range(classes))  # of classes in the files
+        numbers = len(self.label_map or range(classes))  # number of classes in the files
         ignored = self.ignore_index - self.reduce_zero_label
         if 0 <= ignored < numbers:
             raise ValueError(
@@ -159,13 +160,13 @@ class CheckedLabelMaps(ReadableImages):
         present = self._with_files(data_list)
         if self.test_mode:
             self._check_headers(present)
-        for info in present:  # for the transforms
+        for info in present:  # read by the transforms
             info["num_classes"] = classes
             info["numbers"] = numbers
             info["ignore_index"] = self.ignore_index
             info["test_mode"] = self.test_mode
             info["backend_args"] = self.backend_args
-            if self.ignore_index != IGNORED:  # for mmseg's own LoadAnnotations
+            if self.ignore_index != IGNORED:  # read by mmseg's own LoadAnnotations
                 info["label_map"] = {**(self.label_map or {}), ignored: IGNORED}
         self._check_values(present)
         return present
@@ -182,7 +183,7 @@ class CheckedLabelMaps(ReadableImages):
             raise FileNotFoundError(f"ann_file not found: {self.ann_file}")
 
     def _other_suffixes(self) -> str:
-        """Return a hint at the suffixes of the files in a folder that has no images."""
+        """Return a hint that lists the suffixes in a folder without images."""
         if self.ann_file or not self._is_local(self.data_prefix["img_path"]):
             return ""
         found = Counter(Path(path).suffix for path in _files(self.data_prefix["img_path"]))
@@ -193,7 +194,7 @@ class CheckedLabelMaps(ReadableImages):
         return is_local(path, self.backend_args)
 
     def _with_files(self, data_list: list[dict]) -> list[dict]:
-        """Return the images that exist and have a label map, in tests all of them."""
+        """Return the images that exist and have a label map, requiring all of them in tests."""
         missing = {
             key: find_missing(info[key] for info in data_list if self._is_local(info[key]))
             for key in ("img_path", "seg_map_path")
@@ -227,10 +228,10 @@ class CheckedLabelMaps(ReadableImages):
         return present
 
     def _unlisted(self, data_list: list[dict]) -> tuple[list[str], list[str]]:
-        """Return images that the engine's listing skips, and label maps without an image.
+        """Return images that mmengine's listing skips, and label maps without an image.
 
         Raises:
-            ValueError: Images with a label map have another suffix.
+            ValueError: If images with a label map have another suffix.
         """
         folder, label_folder = self.data_prefix["img_path"], self.data_prefix["seg_map_path"]
         if self.ann_file or not (self._is_local(folder) and self._is_local(label_folder)):
@@ -241,7 +242,7 @@ class CheckedLabelMaps(ReadableImages):
             return os.path.join(label_folder, name + self.seg_map_suffix)
 
         images, labels = _files(folder), _files(label_folder)
-        # such as broken links
+        # Broken links, for example.
         skipped = [p for p in images if p.endswith(self.img_suffix) and not os.path.isfile(p)]
         known = {info[key] for info in data_list for key in ("img_path", "seg_map_path")}
         known |= {*skipped, *map(label_map, skipped)}
@@ -283,7 +284,7 @@ class CheckedLabelMaps(ReadableImages):
         return None
 
     def _check_values(self, data_list: list[dict]) -> None:
-        """Check the values of label maps from all over the data set, and log what there is."""
+        """Check the values of label maps spread over the data set, and log a summary."""
         some = data_list[:: -(-len(data_list) // _CHECKED_AT_START)]
         counts = np.zeros(256, np.int64)
         palettes, unreadable = _Palettes(), []
@@ -339,7 +340,7 @@ class CheckedLabelMaps(ReadableImages):
 
 
 def _files(folder: str) -> list[str]:
-    """Return the paths of all files below a folder, but for hidden ones."""
+    """Return the paths of all files below a folder, except hidden ones."""
     return [
         os.path.join(parent, name)
         for parent, _, names in os.walk(folder, followlinks=True)
@@ -349,7 +350,7 @@ def _files(folder: str) -> list[str]:
 
 
 def _suffix_hint(data_list: list[dict]) -> str:
-    """Return the suffixes of images and label maps whose names differ in more than the default."""
+    """Return a hint that names the suffixes to set, judging by the first image."""
     images = [os.path.basename(info["img_path"]) for info in data_list]
     folder = os.path.dirname(data_list[0]["seg_map_path"])
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
@@ -367,7 +368,7 @@ def _suffix_hint(data_list: list[dict]) -> str:
 
 
 def _shared_stem(one: str, other: str) -> str:
-    """Return what both names begin with, up to a separator."""
+    """Return the common beginning of two names, without trailing separators."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return "".join(character for character, _ in same).rstrip("._-")
 
@@ -378,40 +379,43 @@ def _differing_sizes(info: dict, labels: tuple[int, ...], image: tuple[int, ...]
 
 @DATASETS.register_module()
 class CheckedSegDataset(CheckedLabelMaps, BaseSegDataset):
-    """mmseg's BaseSegDataset, for own data, with the checks of :class:`CheckedLabelMaps`."""
+    """mmseg's BaseSegDataset for custom data, validated by :class:`CheckedLabelMaps`."""
 
 
 @DATASETS.register_module()
 class CheckedADE20KDataset(CheckedLabelMaps, ADE20KDataset):
-    """mmseg's ADE20KDataset with the checks of :class:`CheckedLabelMaps`."""
+    """mmseg's ADE20KDataset, validated by :class:`CheckedLabelMaps`."""
 
 
 @TRANSFORMS.register_module()
 class LoadCheckedAnnotations(BaseTransform):
-    """mmseg's LoadAnnotations for label maps that fit their image and the classes.
+    """Load a label map, as mmseg's LoadAnnotations does, and validate it.
 
-    In training, a label map that is unreadable or not of its image's size is left out with a
-    warning, and the data set draws another image. In tests it is an error, and always for mmseg's
-    own data sets, which do not tell training from tests. Values that belong to no class are an
-    error: a GPU would stop at an assertion that names no file. mmseg's own data sets do not tell
-    the number of their classes, unless they have a choice of them. An image without a data set, as
-    in mmseg's inference, has no label map.
+    In training, a label map that is unreadable or not of the size of its image is left out with a
+    warning, and the data set draws another image. In tests it is an error, and so it is with
+    mmseg's own data sets, whose entries do not distinguish training from tests.
+
+    Values outside the classes are always an error, because on a GPU they would fail an assertion
+    that names no file. mmseg's own data sets do not provide the number of classes for this check,
+    unless they select some of their classes.
+
+    Images without a label map, as in mmseg's inference, are passed on unchanged.
 
     Args:
-        max_left_out: Number of label maps per process up to which the training continues.
+        max_left_out: Number of label maps per process up to which training continues.
     """
 
-    def __init__(self, max_left_out: int = 100):
+    def __init__(self, max_left_out: int = 100) -> None:
         self.left_out = LeftOutFiles(max_left_out)
 
     def transform(self, results: dict) -> dict | None:
         """Add `gt_seg_map` to `results`.
 
         Args:
-            results: Entry of a data set of this module or of mmseg's, with the image's `ori_shape`.
+            results: Entry of a data set of this module or of mmseg, with the image's `ori_shape`.
 
         Raises:
-            ValueError: The label map cannot be used.
+            ValueError: If the label map cannot be used.
         """
         if "seg_map_path" not in results:
             return results

@@ -1,9 +1,9 @@
-"""Learning rates that fall from layer to layer of the backbone, as the published detectors and
-segmentors were trained with."""
+"""Layer-wise learning rate decay, as used to train the published detectors and segmentors."""
 
 import logging
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -12,49 +12,56 @@ from torch import nn
 
 from ..backbone import FlashInternImage
 
-# A detector's embedding of the levels (Deformable DETR, DINO) has the rate of the image's.
+# The level embedding of Deformable DETR and DINO has the learning rate of patch_embed.
 _FIRST_LAYER = ("backbone.patch_embed", "level_embed")
-# The published segmentors did not count their heads' offsets, but none scales offsets at all.
+# The published segmentors did not count the offsets of heads. It makes no difference, since none of
+# them scales offsets.
 _OFFSETS = re.compile(r"\boffset_mask\b|sampling_offsets|reference_points|offset$")
 _NO_WEIGHT_DECAY = re.compile(r"\.bias$|norm|relative_position|sampling_offsets")
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Optimizers with layer-wise learning rates for models with a FlashInternImage backbone.
+    """Build optimizers with layer-wise learning rate decay for FlashInternImage backbones.
 
-    optim_wrapper = dict(
-        type='OptimWrapper', constructor='LayerDecayOptimWrapperConstructor',
-        optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
-        paramwise_cfg=dict(layer_decay_rate=0.9))
+    In a backbone of n blocks, the learning rate of `patch_embed` is multiplied by
+    `layer_decay_rate ** (n + 1)`, that of the first block by `layer_decay_rate ** n`, that of the
+    last block by `layer_decay_rate`, and that of neck and heads by 1. Norms and downsampling layers
+    between stages belong to the following block, the last norm to the first block of its stage. The
+    `level_embed` of a detector is treated like `patch_embed`.
 
-    With n blocks, what follows the backbone has the full lr, the last block layer_decay_rate times
-    as much, the first layer_decay_rate**n, patch_embed layer_decay_rate**(n + 1), like a detector's
-    own `level_embed`. Between the blocks, norms and downsampling go with the next block; the last
-    norm goes with the first block of its stage. Vectors, biases, norms and deformable attention's
-    sampling_offsets have no weight decay. There is one group for each learning rate and weight
-    decay. The engine's schedules multiply the lr of all groups alike.
+    Vectors, biases, norms and the `sampling_offsets` of deformable attention have no weight decay.
+    There is one parameter group per learning rate and weight decay. mmengine's schedules multiply
+    the learning rates of all groups alike.
 
     Args:
-        optim_wrapper_cfg: of the optimizer wrapper; its `optimizer` has `lr` and `weight_decay`.
-        paramwise_cfg: with the entries
+        optim_wrapper_cfg: Config of the optimizer wrapper. Its `optimizer` must have `lr` and
+            `weight_decay`.
+        paramwise_cfg: A dict with the following entries:
 
-            layer_decay_rate: over 0, at most 1.
-
-            num_layers: blocks of the backbone, may be left out; to be sure of the size.
-
-            offset_lr_scale: factor on the lr of what predicts where to sample: `offset_mask` of
-            DCNv4, `sampling_offsets` and `reference_points` of deformable attention. Default 1.
-
-            first_layer: names of parameters or modules that have the lr of patch_embed as well,
-            such as 'decode_head.query_embed'. Default none.
+            - layer_decay_rate: Greater than 0 and at most 1.
+            - num_layers (optional): Number of blocks of the backbone, as a safeguard.
+            - offset_lr_scale (default 1): Factor for the learning rate of layers that predict
+              where to sample: `offset_mask` of DCNv4, and `sampling_offsets` and `reference_points`
+              of deformable attention.
+            - first_layer (default none): Names of further parameters or modules that share the
+              learning rate of `patch_embed`, such as 'decode_head.query_embed'.
 
     Raises:
-        ValueError: an option is unknown, missing or out of range or does not fit the model; the
+        ValueError: If an option is unknown, missing, out of range, or does not fit the model. The
             message names it.
+
+    Example::
+
+        optim_wrapper = dict(
+            type='OptimWrapper',
+            constructor='LayerDecayOptimWrapperConstructor',
+            optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
+            paramwise_cfg=dict(layer_decay_rate=0.9),
+        )
     """
 
-    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         for key in ("lr", "weight_decay"):
             if self.optimizer_cfg.get(key) is None:
@@ -79,8 +86,18 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not isinstance(self.first_layer, list | tuple):
             raise ValueError(f"first_layer must be a list of names, got {self.first_layer!r}")
 
-    def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
-        """Appends the groups of the model's trainable parameters to `params`."""
+    def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
+        """Append the parameter groups of a model to `params`.
+
+        Args:
+            params: List to append to.
+            module: Model whose attribute `backbone` is a FlashInternImage. Parameters that require
+                no gradient are left out.
+            **kwargs: Unused.
+
+        Raises:
+            ValueError: If an option does not fit the model.
+        """
         backbone = getattr(module, "backbone", None)
         if not isinstance(backbone, FlashInternImage):
             raise ValueError(
@@ -120,7 +137,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         _log(list(groups.values()), self.layer_decay_rate, num_layers)
 
     def _layer(self, name: str, depths: Sequence[int]) -> int:
-        """From 0 for patch_embed over 1 for the first block to sum(depths) + 1 for the heads."""
+        """Return 0 for patch_embed, 1 for the first block, up to sum(depths) + 1 for the heads."""
         if any(_is_in(name, first) for first in (*_FIRST_LAYER, *self.first_layer)):
             return 0
         found = re.match(r"backbone\.levels\.(\d+)\.(?:blocks\.(\d+)\.)?", name)
@@ -142,7 +159,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def _is_in(parameter: str, name: str) -> bool:
-    """Whether a parameter has this name or belongs to the module of this name."""
+    """Return whether a parameter has this name or belongs to a module of this name."""
     return f"{parameter}.".startswith(f"{name}.")
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class _ConvNorm(nn.Module):
-    """Convolution without bias, then LayerNorm over the channels of each pixel."""
+    """Convolution without bias, followed by LayerNorm over the channels of each pixel."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
         padding = kernel_size // 2
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
@@ -23,18 +23,19 @@ class _ConvNorm(nn.Module):
 
 @MODELS.register_module()
 class LayerNormFPN(BaseModule):
-    """Feature Pyramid Network (arXiv:1612.03144) with LayerNorm behind every convolution.
+    """Feature Pyramid Network (arXiv:1612.03144) with LayerNorm after every convolution.
 
     Args:
-        in_channels: of each input.
-        out_channels: of all outputs.
-        num_outs: outputs; those beyond the inputs are every second pixel of the one before.
+        in_channels: Number of channels of each input.
+        out_channels: Number of channels of every output.
+        num_outs: Number of outputs. Each one beyond the number of inputs is its predecessor
+            subsampled with stride 2.
 
     Raises:
-        ValueError: fewer outputs than inputs.
+        ValueError: If there are fewer outputs than inputs.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int, num_outs: int):
+    def __init__(self, in_channels: Sequence[int], out_channels: int, num_outs: int) -> None:
         super().__init__(init_cfg={"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"})
         if num_outs < len(in_channels):
             raise ValueError(
@@ -50,7 +51,14 @@ class LayerNormFPN(BaseModule):
         )
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Feature maps (N, C_i, H_i, W_i), the finest first, to num_outs maps of out_channels."""
+        """Compute the pyramid.
+
+        Args:
+            inputs: Feature maps (N, C_i, H_i, W_i), finest first.
+
+        Returns:
+            `num_outs` feature maps of `out_channels` channels, finest first.
+        """
         if len(inputs) != len(self.lateral_convs):
             raise ValueError(
                 f"inputs must hold {len(self.lateral_convs)} feature maps, got {len(inputs)}"
@@ -61,5 +69,5 @@ class LayerNormFPN(BaseModule):
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, maps, strict=True)]
         for _ in range(self.num_extra):
             outputs.append(outputs[-1][..., ::2, ::2])
-        # mmcv's RoIAlign takes any strides for those of (N, C, H, W)
+        # mmcv's RoIAlign assumes that memory is laid out as (N, C, H, W).
         return tuple(x.contiguous() for x in outputs)

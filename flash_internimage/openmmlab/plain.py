@@ -1,4 +1,4 @@
-"""Checkpoints of mmengine as tensors, numbers, text and containers, which any program can load."""
+"""Conversion of mmengine's checkpoints to tensors, numbers, text and containers, and back."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ _FIELDS = ("_log_history", "_count_history", "max_length")
 
 
 def make_plain(checkpoint: dict) -> None:
-    """Replace log histories and numpy scalars, so that `torch.load` needs no special settings.
+    """Replace log histories and NumPy scalars, so that `torch.load` needs no special settings.
 
-    Arrays are kept: hooks that store them in the message hub expect arrays when they resume.
+    Arrays are kept, because hooks that store them in the message hub expect arrays on resume.
 
     Args:
-        checkpoint: What mmengine is about to save, changed in place.
+        checkpoint: Checkpoint that mmengine is about to save. Changed in place.
     """
     for name in ("meta", "message_hub", "optimizer", "param_schedulers"):
         if name in checkpoint:
@@ -38,15 +38,15 @@ def _plain(value: Any) -> Any:
 
 
 def restore_histories(checkpoint: dict, source: object) -> None:
-    """Restore the log histories of a checkpoint, for mmengine to resume with.
+    """Restore the log histories of a checkpoint, as mmengine needs them to resume.
 
     Args:
-        checkpoint: Contents of a file that :func:`make_plain` or mmengine alone made, changed in
-            place.
-        source: What errors name.
+        checkpoint: Loaded checkpoint, written with :func:`make_plain` or by mmengine alone. Changed
+            in place.
+        source: Name of the checkpoint in error messages.
 
     Raises:
-        ValueError: A history is not one.
+        ValueError: If a history is malformed.
     """
     hub = checkpoint.get("message_hub")
     scalars = hub.get("log_scalars") if isinstance(hub, dict) else None

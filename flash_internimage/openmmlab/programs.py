@@ -1,4 +1,4 @@
-"""The command lines of the training and test programs of detection and segmentation."""
+"""Command lines of the training and test programs for detection and segmentation."""
 
 import argparse
 import ast
@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .checkpoint_names import check_checkpoint_names, checkpoint_folder, latest_
 from .errors import describe, is_from_this_package
 from .runtime import FlashRunner
 
-# What the engine and the programs read of a configuration beside the runner's arguments.
+# Top-level keys that mmengine and the programs read in addition to the runner's arguments.
 _READ = (
     "activation_checkpointing",
     "compile",
@@ -37,7 +37,7 @@ _READ = (
     "tta_pipeline",
 )
 
-# Parts of a configuration whose numbers are checked, and the names of these.
+# Sections of a config whose numbers are checked, and the names of these numbers.
 _CHECKED = ("train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr", "default_hooks")
 _CHECKED += ("train_dataloader", "val_dataloader", "test_dataloader", "randomness")
 _COUNTS = {"max_epochs", "max_iters", "val_interval", "batch_size", "accumulative_counts"}
@@ -46,12 +46,12 @@ _NUMBERS = {"lr", "weight_decay", "momentum", "eps", "interval", "begin", "end"}
 _NUMBERS |= {"start_factor", "end_factor", "factor", "gamma", "eta_min", "power"}
 _LIMITS = {"max_norm", "clip_value"}
 
-# Parts of a configuration that must be a dict where they are given, those of a training always.
+# Sections that must be dicts if they are set. Training requires the first three.
 _OF_TRAINING = ("train_cfg", "train_dataloader", "optim_wrapper")
 _SECTIONS = (*_OF_TRAINING, "auto_scale_lr", "default_hooks", "env_cfg", "visualizer")
 _SECTIONS += ("val_dataloader", "test_dataloader")
 
-# Settings of mmdet 2 and mmseg 0, and what has taken their place.
+# Settings of mmdet 2 and mmseg 0, with their current replacements.
 _OBSOLETE = {
     "auto_resume": "--resume",
     "checkpoint_config": "default_hooks.checkpoint",
@@ -79,12 +79,12 @@ _OBSOLETE = {
     "workflow": "train_cfg.val_interval",
 }
 
-# Those that are always dicts, and the keys of `data`: another value is a config's own variable.
+# Those that were always dicts, and the keys of `data`. With other values they are variables.
 _OBSOLETE_DICTS = ("checkpoint_config", "data", "dist_params", "evaluation", "log_config")
 _OBSOLETE_DICTS += ("lr_config", "momentum_config", "optimizer", "optimizer_config", "runner")
 _OBSOLETE_KEYS_OF_DATA = {"train", "val", "test", "samples_per_gpu", "workers_per_gpu"}
 
-# What starts the processes of a launcher, and the variables that it sets.
+# The program that starts the processes of a launcher, and the variables that it sets.
 _LAUNCHERS = {
     "pytorch": ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")),
     "slurm": ("srun", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NODELIST")),
@@ -93,7 +93,13 @@ _LAUNCHERS = {
 
 
 class _Settings(DictAction):
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Sequence[str],
+        option_string: str | None = None,
+    ) -> None:
         for value in values:
             if "=" not in value:
                 parser.error(f"{option_string} takes KEY=VALUE, got {value}; CONFIG comes before")
@@ -125,7 +131,7 @@ def _parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def training_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """The arguments of a training program."""
+    """Return the argument parser of a training program."""
     parser = _parser(program, description)
     parser.add_argument(
         "--resume",
@@ -153,18 +159,18 @@ def training_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def evaluation_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """The arguments of a test program that all tasks have."""
+    """Return an argument parser with the arguments that all test programs share."""
     parser = _parser(program, description)
     parser.add_argument("checkpoint", help="a path or an address, of this or the published code")
     return parser
 
 
 def run_training(args: argparse.Namespace) -> None:
-    """Train with the arguments of :func:`training_parser`, as the only run in the work folder.
+    """Train with the arguments of :func:`training_parser`, locking the work folder.
 
     Raises:
-        OSError: The work folder, or that of the checkpoints, belongs to another run or cannot be
-            written.
+        OSError: If the work folder or the folder of the checkpoints is in use by another run or
+            cannot be written.
         ValueError: See :func:`training_runner`.
     """
     cfg = _load_config(args)
@@ -175,7 +181,7 @@ def run_training(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _own_folders(cfg: Config) -> Iterator[None]:
-    """Own the folders of a run in the first process; without them, all processes end."""
+    """Lock the folders of a run in the main process; if that fails, all processes end."""
     folders = {"--work-dir": Path(cfg.work_dir)}
     checkpoints = _checkpoint_folder(cfg)
     if checkpoints.resolve() != folders["--work-dir"].resolve():
@@ -197,7 +203,7 @@ def _own_folders(cfg: Config) -> Iterator[None]:
 
 
 def build_runner(cfg: Config) -> FlashRunner:
-    """Build the runner of a configuration; processes without GPUs communicate by gloo."""
+    """Build the runner of a config. Without GPUs, processes communicate through gloo."""
     _start_processes(cfg)
     return FlashRunner.from_cfg(cfg)
 
@@ -224,7 +230,7 @@ def _load_config(args: argparse.Namespace) -> Config:
         raise FileNotFoundError(f"config not found: {args.config}")
     try:
         cfg = Config.fromfile(args.config)
-    except (Exception, SystemExit) as error:  # A config is a program: anything can go wrong.
+    except (Exception, SystemExit) as error:  # Configs are programs and can raise anything.
         if is_from_this_package(error):
             raise
         reason = f"{type(error).__name__}: {describe(error.__cause__ or error)}"
@@ -235,7 +241,7 @@ def _load_config(args: argparse.Namespace) -> Config:
     _refuse_obsolete("--cfg-options", [key.split(".")[0] for key in args.cfg_options or {}])
     known = {*inspect.signature(Runner).parameters, *_READ}
     for name in cfg.keys() - known:
-        # all else may be a variable, and mmdet's and mmseg's are often called like test_pipeline
+        # Unknown names may be variables. A common one, test_pipeline, resembles tta_pipeline.
         close = difflib.get_close_matches(name, known - {"tta_pipeline"}, n=1, cutoff=0.88)
         if close:
             raise ValueError(
@@ -264,11 +270,11 @@ def _load_config(args: argparse.Namespace) -> Config:
 
 
 def _used_variables(text: str) -> set[str]:
-    """Return the variables that the files of a config read, from the engine's text of them."""
-    # Each file follows a line with its path.
+    """Return the variables that the files of a config read, given mmengine's text of them."""
+    # Each file is preceded by a line with its path.
     lines = ["" if os.path.isfile(line) else line for line in text.splitlines()]
     used = set()
-    with suppress(SyntaxError):  # JSON and YAML have no variables.
+    with suppress(SyntaxError):  # JSON and YAML configs have no variables.
         for node in ast.walk(ast.parse("\n".join(lines))):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                 used.add(node.id)
@@ -278,7 +284,7 @@ def _used_variables(text: str) -> set[str]:
 
 
 def _is_variable(cfg: Config, name: str) -> bool:
-    """Return whether an obsolete setting is unset, is what today's setting is, or is none."""
+    """Return whether an obsolete setting is unset, equals its replacement, or is a variable."""
     value = cfg.get(name)
     if name in _OBSOLETE_DICTS and not isinstance(value, Mapping):
         return True
@@ -304,7 +310,7 @@ def _require_dicts(cfg: Config, *names: str) -> None:
 
 
 def _check_numbers(key: str, value: Any) -> None:
-    """Check the numbers in a part of a configuration whose meaning is known by their names."""
+    """Check the numbers in a section of a config whose names are known."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             if name != "dataset":
@@ -337,9 +343,9 @@ def training_runner(args: argparse.Namespace) -> FlashRunner:
     """Build the runner for the arguments of :func:`training_parser`.
 
     Raises:
-        FileNotFoundError: There is no such configuration or checkpoint.
-        ValueError: The work folder holds another run, the configuration cannot be read, a number in
-            it is none, or it does not say what the learning rate is made for.
+        FileNotFoundError: If the config or checkpoint does not exist.
+        ValueError: If the work folder contains another run, the config cannot be read or has
+            invalid values, or `--auto-scale-lr` is given without a `base_batch_size`.
     """
     return _training_runner(args, _load_config(args))
 
@@ -370,11 +376,11 @@ def _training_runner(args: argparse.Namespace, cfg: Config) -> FlashRunner:
             )
         last = last if resume == "auto" else resume
         if last is None:
-            cfg.resume = False  # The engine would look for one in its own way.
+            cfg.resume = False  # mmengine would search on its own.
         else:
             cfg.resume, cfg.load_from = True, str(last)
     if cfg.get("load_from") and "backbone" in cfg.model:
-        cfg.model.backbone.init_cfg = None  # else downloaded, and overwritten
+        cfg.model.backbone.init_cfg = None  # else downloaded only to be overwritten
     runner = build_runner(cfg)
     if resume and last is None:
         print_log(
@@ -395,7 +401,7 @@ def _checkpoint_hook(cfg: Config) -> Mapping:
 
 
 def _checkpoint_folder(cfg: Config) -> Path:
-    """Return where the configured hook saves checkpoints, after a check of its settings."""
+    """Validate the checkpoint hook's settings and return the folder in which it saves."""
     out_dir, template = map(_checkpoint_hook(cfg).get, ("out_dir", "filename_tmpl"))
     try:
         check_checkpoint_names(out_dir, template)
@@ -405,24 +411,27 @@ def _checkpoint_folder(cfg: Config) -> Path:
 
 
 def _find_checkpoint(cfg: Config) -> Path | None:
-    """Return the last checkpoint of the run in the work folder."""
+    """Return the latest checkpoint of the run in the work folder."""
     hook = _checkpoint_hook(cfg)
     template, by_epoch = hook.get("filename_tmpl"), hook.get("by_epoch", True)
     for folder in (_checkpoint_folder(cfg), Path(cfg.work_dir)):
         if found := latest_checkpoint(folder, template, by_epoch):
             return found
-    # The engine's note finds those of a run whose out_dir or filename_tmpl was another.
+    # mmengine's record finds checkpoints of a run with another out_dir or filename_tmpl.
     note = Path(cfg.work_dir, "last_checkpoint")
     noted = note.read_text(errors="replace").strip() if note.is_file() else ""
     return Path(noted) if os.path.isfile(noted) else None
 
 
 def evaluation_config(args: argparse.Namespace) -> Config:
-    """The configuration for the arguments of :func:`evaluation_parser`, without the training's.
+    """Return the config for the arguments of :func:`evaluation_parser`.
+
+    Everything that only training and validation need is set to None.
 
     Raises:
-        FileNotFoundError: there is no such configuration.
-        ValueError: an option is not known.
+        FileNotFoundError: If the config does not exist.
+        OSError: If the work folder cannot be written.
+        ValueError: If the config cannot be read or an option is unknown.
     """
     cfg = _load_config(args)
     require_writable(Path(cfg.work_dir), "--work-dir")

@@ -1,4 +1,4 @@
-"""Published weights in models that mmengine, mmdet or mmseg load themselves."""
+"""Conversion of published weights in models that mmengine, mmdet or mmseg load on their own."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -11,13 +11,14 @@ from ..conversion import convert_state_dict
 
 
 class LoadsPublishedWeights:
-    """Mixin for modules whose published weights have other names.
+    """Mixin for modules that can load published weights, whose parameters have other names.
 
-    Whichever way they are loaded (mmdet's and mmseg's inference, `init_cfg`, PyTorch's
-    load_state_dict), published names become current ones, and a warning counts what does not fit.
+    Names are converted however the weights are loaded: by the inference functions of mmdet and
+    mmseg, by `init_cfg`, or by PyTorch's `load_state_dict`. A warning counts the tensors that do
+    not fit.
 
     Attributes:
-        published_prefix: How the names of the module begin in a whole model.
+        published_prefix: Prefix of the module's parameter names in a whole model.
     """
 
     published_prefix = ""
@@ -35,12 +36,14 @@ class LoadsPublishedWeights:
 
 
 def warn_of_misfit(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-    """Warn of the tensors of a module, except for a backbone in it, that `state_dict` lacks.
+    """Warn about tensors that are missing, unexpected or of another shape.
+
+    Tensors of a backbone within the module are not considered.
 
     Args:
         module: Module that is about to load the tensors.
         state_dict: Tensors by name.
-        prefix: How the module's names begin in `state_dict`.
+        prefix: Prefix of the module's names in `state_dict`.
     """
     own = {name: tensor.shape for name, tensor in module.state_dict().items()}
     own = {name: shape for name, shape in own.items() if not name.startswith("backbone.")}

@@ -1,8 +1,8 @@
-"""How a resumed run combines the state in its checkpoint with its own settings.
+"""Resuming a run from the state of a checkpoint with the settings of the current config.
 
-mmengine restores an optimizer and its schedules from the checkpoint alone, so that a setting
-changed in the config is logged and ignored. Here the settings are always this run's, and what
-cannot be continued with them is an error before training starts.
+mmengine restores the optimizer and the schedules entirely from the checkpoint, so changed settings
+are ignored. Here the current settings always apply, and a checkpoint that cannot be continued with
+them is an error before training starts.
 """
 
 import copy
@@ -17,19 +17,19 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.optim import Optimizer
 
-# Entries of a scheduler's state that change from step to step; all others are its settings.
+# Entries of a scheduler's state that change while training. All others are its settings.
 _PROGRESS = ("last_step", "_global_step", "_last_value", "best", "num_bad_epochs")
 _PROGRESS += ("cooldown_counter",)
 
-# Options of a parameter group that do not tell which optimizer it belongs to: what chooses the
-# implementation, and what schedules and constructors add.
+# Options of a parameter group that do not identify its optimizer: those that select an
+# implementation, and those that schedules and constructors add.
 _COMMON = {"params", "param_names", "foreach", "fused", "capturable", "differentiable", "maximize"}
 _COMMON |= {"decoupled_weight_decay", "lr", "initial_lr", "momentum", "initial_momentum"}
 _COMMON |= {"lr_scale", "group_name"}
 
 
 def describe_run(runner: Runner) -> dict[str, Any]:
-    """Return what a checkpoint must record so that other settings can continue from it."""
+    """Return what a checkpoint must record to be resumed with other settings."""
     described = {"train_loop": _count_unit(runner)}
     if not isinstance(runner.optim_wrapper, OptimWrapperDict):
         described["optimizer_type"] = type(runner.optim_wrapper.optimizer).__name__
@@ -41,8 +41,8 @@ def compare_classes(checkpoint: Mapping, dataset: Any) -> tuple[str | None, bool
     """Compare the class names of a checkpoint with those of a data set.
 
     Returns:
-        A phrase that names the first difference, or None where there is none or where one of them
-        has no class names; and whether a name is at another position.
+        A phrase that describes the first difference, or None if there is none or one of them has no
+        class names, and whether a class is at another position.
     """
     saved = _class_names(_get(checkpoint.get("meta"), "dataset_meta"))
     own = _class_names(getattr(dataset, "metainfo", None))
@@ -57,17 +57,17 @@ def compare_classes(checkpoint: Mapping, dataset: Any) -> tuple[str | None, bool
 
 
 def adapt_checkpoint(runner: Runner, checkpoint: dict) -> bool:
-    """Change a checkpoint in place so that it continues under the settings of a run.
+    """Adapt a checkpoint in place to the settings of the run that resumes from it.
 
     Args:
-        runner: Run that resumes; its optimizer and schedules have been built.
+        runner: Resumed run, with its optimizer and schedules built.
         checkpoint: Contents of the checkpoint.
 
     Returns:
-        Whether the schedules differ from the checkpoint's, see :func:`replay_schedules`.
+        Whether the schedules differ from those of the checkpoint, see :func:`replay_schedules`.
 
     Raises:
-        ValueError: The settings cannot continue the checkpoint; the message says why.
+        ValueError: If the checkpoint cannot be continued with the settings. The message says why.
     """
     meta = checkpoint["meta"]
     _adapt_progress(runner, meta)
@@ -75,7 +75,7 @@ def adapt_checkpoint(runner: Runner, checkpoint: dict) -> bool:
     if difference:
         raise ValueError(f"{difference}: other classes need a new run, with load_from")
     if runner._randomness_cfg.get("seed") is not None:
-        meta.pop("seed", None)  # mmengine would warn of the difference and take the checkpoint's
+        meta.pop("seed", None)  # mmengine would use it, with a warning.
     if not any(isinstance(hook, EMAHook) for hook in runner.hooks):
         _use_trained_weights(runner, checkpoint)
     if isinstance(runner.optim_wrapper, OptimWrapperDict):
@@ -94,14 +94,14 @@ def adapt_checkpoint(runner: Runner, checkpoint: dict) -> bool:
 
 
 def replay_schedules(runner: Runner) -> None:
-    """Advance newly built schedules to the run's progress, as if they had been used all along."""
+    """Advance newly built schedules to the progress of the run, as if used from the start."""
     schedulers = runner.param_schedulers or []
     by_iter = [scheduler for scheduler in schedulers if not scheduler.by_epoch]
     by_epoch = [scheduler for scheduler in schedulers if scheduler.by_epoch]
     in_epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
     length = len(runner.train_dataloader) if in_epochs else 0
     with warnings.catch_warnings():
-        # They warn of steps without a step of the optimizer.
+        # Schedulers warn if they are stepped without their optimizer.
         warnings.simplefilter("ignore")
         for i in range(1, runner.iter + 1):
             for scheduler in by_iter:
@@ -112,7 +112,7 @@ def replay_schedules(runner: Runner) -> None:
 
 
 def set_sampler_seed(runner: Runner) -> None:
-    """Give the sampler the run's seed, which a checkpoint may have replaced after it was built."""
+    """Give the sampler the run's seed, which a checkpoint may have changed since it was built."""
     loader = runner.train_dataloader
     for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
         if hasattr(sampler, "seed"):
@@ -133,7 +133,7 @@ def _count_unit(runner: Runner) -> str:
 
 
 def _adapt_progress(runner: Runner, meta: dict) -> None:
-    """Check the progress, and count a checkpoint's epochs in iterations of this run's length."""
+    """Check the progress, and convert epochs to iterations of this run's epoch length."""
     unit = meta.get("train_loop", _count_unit(runner))
     if unit != _count_unit(runner):
         raise ValueError(f"it counts {unit!s:.20}, this run {_count_unit(runner)}")
@@ -156,7 +156,7 @@ def _require_progress(number: Any, last: int | None, what: str) -> None:
 
 
 def _use_trained_weights(runner: Runner, checkpoint: dict) -> None:
-    """Take the trained weights where the checkpoint has averaged ones in their place."""
+    """Restore the trained weights if the checkpoint has averaged ones in their place."""
     averaged = checkpoint.pop("ema_state_dict", None)
     if averaged is None:
         return
@@ -167,7 +167,7 @@ def _use_trained_weights(runner: Runner, checkpoint: dict) -> None:
 
 
 def _are_changed(runner: Runner, checkpoint: dict) -> bool:
-    """Compare the schedules' settings; those of a checkpoint then keep nothing but progress."""
+    """Return whether the schedules changed; if not, reduce the saved ones to their progress."""
     own = [s.state_dict() for s in runner.param_schedulers or []]
     saved = checkpoint.get("param_schedulers") or []
     if len(own) == len(saved) and all(map(_agree, own, saved)):
@@ -195,7 +195,7 @@ def _agree(own: Any, saved: Any) -> bool:
 
 
 def _adapt_optimizer(runner: Runner, saved: dict, meta: dict, keep_scheduled: bool) -> dict:
-    """Return a state for the run's optimizer with the checkpoint's moments, by parameter name."""
+    """Return an optimizer state with the run's options and the moments of the checkpoint."""
     wrapper = runner.optim_wrapper
     optimizer = wrapper.optimizer
     own = optimizer.state_dict()
@@ -220,7 +220,7 @@ def _adapt_optimizer(runner: Runner, saved: dict, meta: dict, keep_scheduled: bo
     adapted = {"state": state, "param_groups": own["param_groups"]}
     scaler = getattr(wrapper, "loss_scaler", None)
     if scaler is not None and scaler.is_enabled() and saved.get("loss_scaler"):
-        # A static scale is the config's; of a dynamic one, what it has reached is kept.
+        # A static scale comes from the config; a dynamic one keeps the value that it has reached.
         kept = () if wrapper._scale_update_param else ("scale", "_growth_tracker")
         reached = {name: saved["loss_scaler"][name] for name in kept}
         adapted["loss_scaler"] = scaler.state_dict() | reached
@@ -228,7 +228,7 @@ def _adapt_optimizer(runner: Runner, saved: dict, meta: dict, keep_scheduled: bo
 
 
 def _parameter_names(runner: Runner) -> list[str]:
-    """Return the names of the optimizer's parameters in the order of its state."""
+    """Return the names of the parameters in the order of the optimizer's state."""
     names = {id(parameter): name for name, parameter in runner.model.named_parameters()}
     groups = runner.optim_wrapper.optimizer.param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -246,7 +246,7 @@ def _check_type(optimizer: Optimizer, groups: Sequence[dict], saved: str | None)
 
 
 def _check_moments(optimizer: Optimizer, moments: Mapping[str, dict]) -> None:
-    """Check that every state has what the optimizer's settings need, such as amsgrad's maximum."""
+    """Check that the state has all that the options need, such as the maximum of amsgrad."""
     group = optimizer.param_groups[0]
     probe = torch.nn.Parameter(group["params"][0].detach().clone())
     probe.grad = torch.zeros_like(probe)
@@ -263,7 +263,7 @@ def _check_moments(optimizer: Optimizer, moments: Mapping[str, dict]) -> None:
 
 
 def _keep_scheduled(runner: Runner, groups: list[dict], saved: dict) -> None:
-    """Copy the values that the schedules have reached into groups of options."""
+    """Copy the values that the schedules have reached into the parameter groups."""
     reached = [*saved["param_groups"]]
     if runner.optim_wrapper.base_param_settings is not None:
         groups = [*groups, runner.optim_wrapper.base_param_settings]

@@ -1,4 +1,4 @@
-"""mmengine's runner for detection and segmentation, and how it reads checkpoints."""
+"""The runner for detection and segmentation, with safe checkpoint loading."""
 
 import logging
 import os
@@ -45,14 +45,14 @@ from .splits import warn_of_shared_images
 
 
 def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dict:
-    """Load a checkpoint of mmengine or of another program, without executing anything from it.
+    """Load a checkpoint of mmengine or another program without executing anything in it.
 
     Args:
-        source: See :func:`flash_internimage.checkpoint.fetch_checkpoint`.
-        map_location: As for :func:`torch.load`.
+        source: Path, URL or name, see :func:`flash_internimage.checkpoint.fetch_checkpoint`.
+        map_location: See :func:`torch.load`.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
+        FileNotFoundError: If the checkpoint does not exist.
         ValueError: If it is damaged or not a checkpoint.
     """
     checkpoint = load_checkpoint(fetch_checkpoint(source), map_location)
@@ -61,10 +61,10 @@ def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dic
 
 
 def use_safe_checkpoint_reader() -> None:
-    """Let mmengine read every checkpoint with :func:`read_checkpoint`, in the whole process.
+    """Make mmengine read every checkpoint without executing anything in it, process-wide.
 
-    This covers what mmengine reads itself: the weights in a module's `init_cfg`, and the models of
-    mmdet's and mmseg's inference. :class:`FlashRunner` does so while it works, and only then.
+    This covers what mmengine loads on its own: weights given by `init_cfg`, and models of the
+    inference functions of mmdet and mmseg. :class:`FlashRunner` does so only while it works.
     """
     CheckpointLoader.register_scheme(("", "http://", "https://"), read_checkpoint, force=True)
 
@@ -81,63 +81,67 @@ def _safe_checkpoint_reader() -> Iterator[None]:
 
 @contextmanager
 def _naming(dataloader: str) -> Iterator[None]:
-    """Say in errors about a data set which one it is."""
+    """Prefix errors about a data set with the name of its data loader."""
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
         message = describe(error)
         if "of the evaluator" in message or not is_from_this_package(error):
             raise
-        # Most messages begin with the name of an argument.
+        # Most messages start with the name of an argument.
         joint = "." if re.match(r"[a-z]+_[a-z_]+ ", message) else ": "
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"{dataloader}.dataset{joint}{message}") from error
 
 
 def _raise_file_errors(record: logging.LogRecord) -> None:
-    """Let a log that cannot be written end the run, instead of a traceback for every line."""
-    # Handlers call this while they handle the error.
+    """Make an unwritable log end the run, instead of printing a traceback for every line."""
+    # Handlers call this while handling the exception.
     raise
 
 
 @RUNNERS.register_module()
 class FlashRunner(Runner):
-    """mmengine's Runner with checkpoints that are read safely, converted, and that fit.
+    """mmengine's Runner with safe checkpoints, and resuming under changed settings.
 
-    Nothing from a file is executed; the names of the published checkpoints become current ones. To
-    resume and to test, all names and shapes must agree. A model that is about to be trained keeps
-    its initial values where the checkpoint has none, and the log names them. A resumed run uses
-    its own settings with the state of its checkpoint, see :mod:`.resume`.
+    Nothing in a checkpoint is executed, and published parameter names are converted. When resuming
+    and testing, all names and shapes must agree. A model to be trained keeps its initial values for
+    weights that the checkpoint lacks, and the log names them. A resumed run combines its own
+    settings with the state of its checkpoint.
+
+    Args:
+        args: Arguments of Runner.
+        kwargs: Keyword arguments of Runner.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._resuming = False
         with self._working():
             super().__init__(*args, **kwargs)
-        # mmengine changes it at a resume, and it may be the default of all runs of the process.
+        # mmengine modifies it on resume, and it may be the default shared by all runners.
         self._randomness_cfg = dict(self._randomness_cfg)
 
     def train(self) -> nn.Module:
-        """Train as mmengine does."""
+        """Train the model and return it."""
         with self._working():
             return super().train()
 
     def val(self) -> dict:
-        """Validate as mmengine does."""
+        """Validate the model and return the metrics."""
         with self._working():
             return super().val()
 
     def test(self) -> dict:
-        """Test as mmengine does."""
+        """Test the model and return the metrics."""
         with self._working():
             return super().test()
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """Read checkpoints safely, explain a full disk, and log what ends the run.
+        """Read checkpoints safely, and log the error that ends the run.
 
         Raises:
-            OSError: The disk is full.
+            OSError: If the disk is full.
         """
         try:
             with _safe_checkpoint_reader():
@@ -149,12 +153,12 @@ class FlashRunner(Runner):
             if is_users(error):
                 end_in_one_line(error)
                 if hasattr(self, "logger"):
-                    with suppress(OSError):  # The log may be on the full disk.
+                    with suppress(OSError):  # The log may be on a full disk.
                         self.logger.error(describe(error))
             raise error
 
-    def build_logger(self, *args, **kwargs) -> MMLogger:
-        """Build a logger that raises an error if its file cannot be written."""
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Build the logger, which raises an error if its file cannot be written."""
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
             if isinstance(handler, logging.FileHandler):
@@ -162,7 +166,7 @@ class FlashRunner(Runner):
         return logger
 
     def dump_config(self) -> None:
-        """Write the configuration into the work folder, that of an evaluation to its log."""
+        """Write the config to the work folder or, in tests, to the folder of the log."""
         folder = self.log_dir if self._train_loop is None else self.work_dir
         name = Path(self.cfg.filename or f"{self.timestamp}.py").name
         if is_main_process():
@@ -170,12 +174,12 @@ class FlashRunner(Runner):
             write_atomically(Path(folder, name), lambda file: file.write(text))
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """Build the training loop with its data."""
+        """Build the training loop, naming the data loader in errors."""
         with _naming("train_dataloader"):
             return super().build_train_loop(loop)
 
     def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """Build the validation loop with its data, and compare them with the training's."""
+        """Build the validation loop, and warn about images that are also trained on."""
         with _naming("val_dataloader"):
             built = super().build_val_loop(loop)
         self._check_evaluator(built)
@@ -186,24 +190,24 @@ class FlashRunner(Runner):
         return built
 
     def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """Build the test loop with its data."""
+        """Build the test loop, naming the data loader in errors."""
         with _naming("test_dataloader"):
             built = super().build_test_loop(loop)
         self._check_evaluator(built)
         return built
 
     def _check_evaluator(self, loop: BaseLoop) -> None:
-        """Let metrics that can do so check the model and the data before the work begins."""
+        """Run the checks of metrics that can validate the model and the data in advance."""
         for metric in getattr(getattr(loop, "evaluator", None), "metrics", ()):
             if hasattr(metric, "check_run"):
                 metric.check_run(self.model, loop.dataloader.dataset)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
-        """Build the optimizer.
+        """Build the optimizer and its wrapper.
 
         Raises:
-            ValueError: It is unknown, its settings do not fit, or it needs a closure or sparse
-                gradients.
+            ValueError: If the optimizer is unknown, its settings do not fit, or it requires a
+                closure or sparse gradients.
         """
         given = isinstance(optim_wrapper, dict) and "optimizer" in optim_wrapper
         settings = optim_wrapper["optimizer"] if given else {}
@@ -232,15 +236,15 @@ class FlashRunner(Runner):
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
         """Scale the learning rates with the number of images per update.
 
-        Unlike mmengine's, the number includes the batches that are accumulated.
+        Unlike in mmengine, this number includes accumulated batches.
 
         Args:
-            optim_wrapper: Optimizer whose schedules have not been built yet.
-            auto_scale_lr: `enable` (default: False), and the `base_batch_size` that the learning
-                rates are made for.
+            optim_wrapper: Optimizer wrapper whose schedules have not been built yet.
+            auto_scale_lr: A dict with `enable` (default: False) and `base_batch_size`, the images
+                per update that the learning rates are made for.
 
         Raises:
-            ValueError: `base_batch_size` is missing.
+            ValueError: If `base_batch_size` is missing.
         """
         if not (auto_scale_lr and auto_scale_lr.get("enable")):
             return
@@ -273,21 +277,24 @@ class FlashRunner(Runner):
         """Load weights into the model.
 
         Args:
-            filename: Path, address or name of released weights.
+            filename: Path, URL or name of released weights.
             map_location: See :func:`torch.load`.
-            strict: Require all names and shapes to agree in training as well.
-            revise_keys: Not used; published names are recognised.
+            strict: Whether names and shapes must agree in training, too.
+            revise_keys: Unused; published names are recognised and converted.
+
+        Returns:
+            The contents of the checkpoint, as loaded into the model.
 
         Raises:
-            FileNotFoundError: There is no such checkpoint.
-            ValueError: It is damaged, does not fit the model, holds weights that are not finite, or
-                has the classes of the data at other positions.
+            FileNotFoundError: If the checkpoint does not exist.
+            ValueError: If the checkpoint is damaged, does not fit the model, contains weights that
+                are not finite, or is tested on data whose classes are in another order.
         """
         checkpoint = read_checkpoint(filename, map_location)
         if isinstance(meta := checkpoint.get("meta"), dict):
             for name in EXECUTED:
                 meta.pop(name, None)
-        if "message_hub" not in checkpoint:  # not one of the engine's
+        if "message_hub" not in checkpoint:  # not written by mmengine
             try:
                 checkpoint = convert_checkpoint(checkpoint)
             except ValueError as error:
@@ -318,12 +325,13 @@ class FlashRunner(Runner):
         self.logger.info("loaded %s", hide_secrets(str(filename)))
         return checkpoint
 
-    def resume(self, filename: str, *args, **kwargs) -> None:
-        """Resume a run with the settings of this one.
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Resume from a checkpoint with the settings of this run.
 
         Raises:
-            FileNotFoundError: There is no such checkpoint.
-            ValueError: It is damaged, or of another model, optimizer, data set or run.
+            FileNotFoundError: If the checkpoint does not exist.
+            ValueError: If the checkpoint is damaged, belongs to another model, optimizer, data set
+                or kind of loop, or is past the end of this run.
         """
         self._resume = self._resuming = True
         try:
@@ -343,12 +351,12 @@ class FlashRunner(Runner):
         if self.iter == self.max_iters:
             self.logger.warning("%s is from the end of this run: nothing is trained", filename)
 
-    def save_checkpoint(self, *args, meta: dict | None = None, **kwargs) -> None:
-        """Save a checkpoint that records what a resumed run needs to know."""
+    def save_checkpoint(self, *args: Any, meta: dict | None = None, **kwargs: Any) -> None:
+        """Save a checkpoint, including what is needed to resume with other settings."""
         super().save_checkpoint(*args, meta={**(meta or {}), **describe_run(self)}, **kwargs)
 
     def _check_classes(self, filename: str, checkpoint: dict) -> None:
-        """Compare the classes of the checkpoint with those of the data that are evaluated."""
+        """Compare the classes of a checkpoint with those of the evaluated data."""
         loop = self._test_loop or self._val_loop
         dataset = getattr(getattr(loop, "dataloader", None), "dataset", None)
         difference, shifted = compare_classes(checkpoint, dataset)
@@ -358,7 +366,7 @@ class FlashRunner(Runner):
             self.logger.warning("%s has other classes than the data: %s", filename, difference)
 
     def _fill_in(self, state_dict: dict, own: dict) -> dict:
-        """`own` with the values of `state_dict` where a name is known and its shape agrees."""
+        """Return `own` with the tensors of `state_dict` that have a known name and its shape."""
         fitting = {
             name: tensor
             for name, tensor in state_dict.items()
@@ -379,7 +387,7 @@ class FlashRunner(Runner):
         return own | fitting
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """As the engine does; the CPU has no synchronised batch norm and no device number."""
+        """Wrap the model for distributed training, also on CPUs, without SyncBN there."""
         if self.distributed and not torch.cuda.is_available() and not model_wrapper_cfg:
             find_unused = self.cfg.get("find_unused_parameters", False)
             return MMDistributedDataParallel(

@@ -1,12 +1,15 @@
-"""What the segmentors need beside flash_internimage.openmmlab, which is imported with it.
+"""mmseg integration: Mask2Former as published, data sets, image loaders and checks.
 
-Importing this module replaces the image loaders LoadImageFromFile, LoadImageFromNDArray and
-InferencerLoader in mmseg's registry.
+Importing this module also imports `flash_internimage.openmmlab`, and replaces the image loaders
+`LoadImageFromFile`, `LoadImageFromNDArray` and `InferencerLoader` in mmseg's registry.
 
-custom_imports = dict(imports=['flash_internimage.openmmlab.segmentation'])
+Example::
+
+    custom_imports = dict(imports=['flash_internimage.openmmlab.segmentation'])
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.registry import MODELS
@@ -36,19 +39,20 @@ TRANSFORMS.register_module("InferencerLoader", module=LoadCheckedArray, force=Tr
 
 @MODELS.register_module()
 class PublishedMask2FormerHead(LoadsPublishedWeights, Mask2FormerHead):
-    """Mask2FormerHead that combines the scores of classes and masks at the masks' own resolution.
+    """Mask2FormerHead that combines class and mask scores before resizing the result.
 
-    The sum over the queries of a class's probability times a mask's is resized to the image, as the
-    published segmentors were evaluated. mmseg 1 resizes the masks' logits first and combines then.
+    The products of class and mask probabilities are summed over the queries and then resized to the
+    image, as in the evaluation of the published segmentors. mmseg 1 resizes the mask logits first.
 
     Args:
-        combine_first: False for the order of mmseg 1. The other arguments are those of
-            Mask2FormerHead.
+        args: Arguments of Mask2FormerHead.
+        combine_first: Whether to combine before resizing. False selects the order of mmseg 1.
+        kwargs: Keyword arguments of Mask2FormerHead.
     """
 
     published_prefix = "decode_head."
 
-    def __init__(self, *args, combine_first: bool = True, **kwargs):
+    def __init__(self, *args: Any, combine_first: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.combine_first = combine_first
 
@@ -57,13 +61,14 @@ class PublishedMask2FormerHead(LoadsPublishedWeights, Mask2FormerHead):
 
         Args:
             x: Feature maps of the backbone, (N, C, H, W) each.
-            batch_img_metas: Of each image. The first one has the size of the network's input, which
-                is that of a window if its `img_shape` is a :class:`torch.Size` (mmseg's
-                `slide_inference` sets it), and else `pad_shape` or `img_shape`.
-            test_cfg: Not used.
+            batch_img_metas: Metainfo of each image. The input size of the network is taken from the
+                first one: `img_shape` if it is a :class:`torch.Size`, as mmseg's `slide_inference`
+                sets it for windows, and otherwise `pad_shape` or, without one, `img_shape`.
+            test_cfg: Unused.
 
         Returns:
-            Scores, (N, classes, H, W) of the network's input; at least 0, not normalised.
+            Scores at the input size of the network, (N, classes, H, W). They are not negative, but
+            not normalised either.
         """
         size = batch_img_metas[0]["img_shape"]
         if not isinstance(size, torch.Size):

@@ -1,4 +1,4 @@
-"""Settings of a segmentor that must agree with each other and with its data."""
+"""Checks that the settings of a segmentor agree with each other and with its data."""
 
 import math
 import random
@@ -24,19 +24,20 @@ from .label_maps import IGNORED, CheckedLabelMaps
 
 @HOOKS.register_module()
 class CheckSegmentorHook(Hook):
-    """Check before a run what would fail late or train silently on the wrong thing.
+    """Check before a run what would otherwise fail late or silently train the wrong thing.
 
-    These are the classes of heads, losses and data; what is ignored and what pads label maps (255,
-    as the data sets of this package read them); sizes of crops and of windows; metrics; transforms,
-    by reading one image; and before a training the whole model, by a pass on a black image.
-    It replaces mmdet's NumClassCheckHook, which does not look at tests.
+    The hook checks the classes of heads, losses and data, the ignore index and the padding of label
+    maps (255 in the data sets of this package), the sizes of crops and windows, and the metrics. It
+    tries the transforms on one image and, before training, the whole model on a black image.
+
+    It replaces mmdet's NumClassCheckHook, which does not check tests.
 
     Raises:
-        ValueError: Settings do not fit; the message names them.
+        ValueError: If settings do not fit. The message names them.
     """
 
     def before_run(self, runner: Runner) -> None:
-        """Check the model with all data that the run uses."""
+        """Check the model and all data sets that the run uses."""
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
@@ -49,7 +50,7 @@ class CheckSegmentorHook(Hook):
         for name, head in heads.items():
             _check_losses(name, head)
         loops = {split: getattr(runner, f"_{split}_loop") for split in ("train", "val", "test")}
-        # Loops that this run does not use are not built.
+        # Loops that the run does not use are never built.
         loops = {split: loop for split, loop in loops.items() if hasattr(loop, "dataloader")}
         _check_classes({split: loop.dataloader.dataset for split, loop in loops.items()}, heads)
         for split, loop in loops.items():
@@ -128,7 +129,7 @@ def _check_windows(test_cfg: Mapping | None) -> None:
 
 
 def _check_losses(name: str, head: nn.Module) -> None:
-    if hasattr(head, "loss_cls"):  # of Mask2Former, with a weight for "no object"
+    if hasattr(head, "loss_cls"):  # Mask2Former also weights "no object".
         weights = getattr(head.loss_cls, "class_weight", None)
         _check_weights(f"{name}.loss_cls", weights, head.num_classes + 1)
         return
@@ -142,7 +143,7 @@ def _check_losses(name: str, head: nn.Module) -> None:
             )
         weights = getattr(loss, "class_weight", None)
         if weights is not None:
-            # Binary cross-entropy would apply them along the width of the image.
+            # Binary cross-entropy would broadcast the weights along the width of the image.
             binary = sigmoid and type(loss).__name__ == "CrossEntropyLoss"
             _check_weights(f"{name}.loss_decode", weights, 1 if binary else head.out_channels)
 
@@ -158,11 +159,11 @@ def _check_weights(name: str, weights: Any, number: int) -> None:
 
 
 def _check_ignored(name: str, part: Any, classes: int) -> None:
-    """Check which label a part of the model or of the pipeline ignores or pads with."""
+    """Check the labels that a part of the model or of the pipeline ignores or pads with."""
     modules = part.named_modules() if isinstance(part, nn.Module) else [("", part)]
     for inner, module in modules:
         values = {"ignore_index": getattr(module, "ignore_index", None)}
-        padding = getattr(module, "pad_val", None)  # of mmcv's Pad
+        padding = getattr(module, "pad_val", None)  # an attribute of mmcv's Pad
         values["seg_pad_val"] = getattr(module, "seg_pad_val", None)
         values["pad_val['seg']"] = padding.get("seg") if isinstance(padding, dict) else None
         for key, value in values.items():
@@ -176,7 +177,7 @@ def _check_ignored(name: str, part: Any, classes: int) -> None:
 
 
 def _check_crops(transforms: dict[str, Any], preprocessor: nn.Module) -> None:
-    """Check that images smaller than the crop are padded to its size, or they make no batch."""
+    """Check that images smaller than the crop are padded, because batches need equal sizes."""
     if not isinstance(preprocessor, SegDataPreProcessor):
         return
     size, divisor = preprocessor.size, preprocessor.size_divisor
@@ -197,14 +198,14 @@ def _check_crops(transforms: dict[str, Any], preprocessor: nn.Module) -> None:
 
 
 def _try_transforms(split: str, dataset: Any) -> dict:
-    """Read one image as the run will do, without a trace in the states of random numbers."""
+    """Read one image like the run, without changing the state of random number generators."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             return dataset[0]
     except (OSError, ValueError):
         raise
-    except Exception as error:  # transforms raise exceptions of any kind
+    except Exception as error:  # Transforms raise all kinds of exceptions.
         reason = f"{type(error).__name__}: {describe(error)}"
         raise ValueError(f"{split}_dataloader.dataset.pipeline: {reason}") from error
     finally:
@@ -225,7 +226,7 @@ def _check_batch(loader: Any, heads: dict[str, nn.Module]) -> None:
 
 @torch.no_grad()
 def _check_maps(model: nn.Module, heads: dict[str, nn.Module], channels: int) -> None:
-    """Run the model once, on a black image, to see that heads take what the backbone gives."""
+    """Run the model on a black image to check that the heads fit the backbone."""
     preprocessor = model.data_preprocessor
     image = torch.zeros(1, channels, *(getattr(preprocessor, "size", None) or (256, 256)))
     modes = {module: module.training for module in model.modules()}
@@ -237,7 +238,7 @@ def _check_maps(model: nn.Module, heads: dict[str, nn.Module], channels: int) ->
         for name, head in heads.items():
             part = name
             if isinstance(head, MaskFormerHead):
-                # A pixel decoder of fewer levels leaves the last maps out.
+                # A pixel decoder with fewer levels would silently ignore the last maps.
                 levels = getattr(head.pixel_decoder, "num_input_levels", len(maps))
                 assert levels == len(maps), f"pixel_decoder takes {levels} maps"
                 head(maps, [SegDataSample()])
@@ -251,7 +252,7 @@ def _check_maps(model: nn.Module, heads: dict[str, nn.Module], channels: int) ->
 
 
 def _check_metrics(hooks: list[Hook], loop: Any) -> None:
-    """Check the names of metrics, and that of the best checkpoint's among them."""
+    """Check the names of the metrics, and that `save_best` is one of them."""
     metrics = loop.evaluator.metrics if loop else ()
     known = set()
     for metric in metrics:

@@ -1,4 +1,4 @@
-"""Comparison of the images for training with those for validation."""
+"""Detection of images shared between training and validation."""
 
 import logging
 import os
@@ -10,11 +10,11 @@ from mmengine.logging import print_log
 
 
 def warn_of_shared_images(train: Any, val: Any) -> None:
-    """Warn if images of a validation are also trained on.
+    """Warn if validation images are also trained on.
 
     Args:
-        train: Data set of the engine, or a wrapper of one or several.
-        val: The same.
+        train: Data set of mmengine, or a wrapper around one or several.
+        val: Likewise.
     """
     trained = set(_real_paths(_image_paths(train)))
     validated = set(_real_paths(_image_paths(val)))
@@ -41,7 +41,7 @@ def _image_paths(dataset: Any) -> Iterator[str]:
 
 
 def _real_paths(paths: Iterable[str]) -> Iterator[str]:
-    """Resolve symbolic links, with one listing of each folder instead of requests per file."""
+    """Resolve symbolic links, listing each folder once instead of querying every file."""
     folders: dict[str, tuple[str, set[str]]] = {}
     for path in paths:
         folder, name = os.path.split(path)

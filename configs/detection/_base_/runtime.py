@@ -5,7 +5,8 @@ default_hooks = dict(
         type="AtomicCheckpointHook", interval=1, max_keep_ckpts=1, save_best="auto", save_last=True
     )
 )
-# mmdet 3 no longer has it in every config: a head for other classes than the data's is an error
+# NumClassCheckHook, no longer a default in mmdet 3, rejects heads whose number of classes is not
+# that of the data.
 custom_hooks = [
     dict(type="NumClassCheckHook"),
     dict(type="CheckFiniteHook"),

@@ -1,6 +1,6 @@
-# COCO 2017 without masks; images at several scales, half of them cropped, as DETR does it. Unlike
-# mmdet's DINO, images without objects are left out (the base's filter_empty_gt) and no crop is
-# without objects.
+# COCO 2017 without masks, with DETR's augmentation: several scales, and half of the images cropped.
+# Unlike in mmdet's DINO, images without objects are left out (filter_empty_gt of the base), and
+# every crop contains an object.
 _base_ = ["mmdet::_base_/datasets/coco_detection.py", "crop.py"]
 dataset_type = "CheckedCocoDataset"
 train_pipeline = [

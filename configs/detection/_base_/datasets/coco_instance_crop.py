@@ -1,4 +1,4 @@
-# COCO 2017 with masks; images at several scales, half of them cropped, as DETR does it.
+# COCO 2017 with masks and DETR's augmentation: several scales, and half of the images cropped.
 _base_ = ["coco_instance.py", "crop.py"]
 train_pipeline = [
     dict(type="LoadReadableImage"),

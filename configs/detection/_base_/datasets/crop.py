@@ -1,5 +1,5 @@
-# DETR's augmentation in parts, for the pipelines of this folder: images at several scales, half of
-# them cropped before.
+# Transforms of DETR's augmentation, for the pipelines in this folder: images are resized to several
+# scales, half of them after a crop.
 resize = dict(
     type="RandomChoiceResize",
     scales=[(short, 1333) for short in range(480, 801, 32)],

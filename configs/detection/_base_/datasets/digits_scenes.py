@@ -1,4 +1,5 @@
-# tools/make_demo_data.py digits-scenes: 400 and 60 photographs with handwritten digits on them.
+# 400 training and 60 validation images, written by `tools/make_demo_data.py digits-scenes`:
+# handwritten digits on crops of photographs.
 _base_ = "coco_instance.py"
 data_root = "data/digits-scenes/"
 classes = tuple("0123456789")

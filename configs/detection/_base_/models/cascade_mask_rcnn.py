@@ -1,6 +1,6 @@
-# Cascade Mask R-CNN whose boxes come from four convolutions with SyncBN and one linear layer, and
-# learn from GIoU. A config adds the backbone's arch, drop_path_rate and init_cfg, and the neck's
-# in_channels.
+# Cascade Mask R-CNN with box heads of four convolutions with SyncBN and one linear layer, trained
+# with the GIoU loss. Configs add arch, drop_path_rate and init_cfg of the backbone, and in_channels
+# of the neck.
 _base_ = "mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py"
 model = dict(
     backbone=dict(_delete_=True, type="FlashInternImage", with_cp=True),
@@ -21,7 +21,7 @@ model = dict(
                     target_means=[0.0, 0.0, 0.0, 0.0],
                     target_stds=[xy_std, xy_std, wh_std, wh_std],
                 ),
-                reg_class_agnostic=False,  # mmdet's stages share a box between the classes
+                reg_class_agnostic=False,  # True in mmdet: one box for all classes
                 reg_decoded_bbox=True,
                 norm_cfg=dict(type="SyncBN", requires_grad=True),
                 loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),

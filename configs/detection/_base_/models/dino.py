@@ -1,8 +1,8 @@
-# DINO with four scales as mmdet has it in dino-4scale_r50_8xb2-12e_coco.py, a file that cannot be a
-# base because it brings its data and schedule along. A config adds the backbone's arch,
-# drop_path_rate and init_cfg, and the neck's in_channels.
+# DINO with four scales, as in mmdet's dino-4scale_r50_8xb2-12e_coco.py, which cannot serve as a
+# base because it includes data and schedule. Configs add arch, drop_path_rate and init_cfg of the
+# backbone, and in_channels of the neck.
 model = dict(
-    type="PublishedDINO",  # mmdet's DINO, its queries encoded as the published weights want it
+    type="PublishedDINO",  # encodes the queries as the published weights require
     num_queries=900,
     with_box_refine=True,
     as_two_stage=True,
@@ -12,7 +12,7 @@ model = dict(
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
-        pad_size_divisor=32,  # mmdet: 1; masks and features at the border depend on it
+        pad_size_divisor=32,  # 1 in mmdet; affects padding masks and features at the image border
     ),
     backbone=dict(type="FlashInternImage", out_indices=(1, 2, 3), with_cp=True),
     neck=dict(
@@ -47,7 +47,7 @@ model = dict(
         temperature=20,
     ),
     bbox_head=dict(
-        type="ClampedDINOHead",  # mmdet's DINOHead clamps the references at 1e-5, not at 1e-3
+        type="ClampedDINOHead",  # clamps the references at 1e-3; mmdet's DINOHead at 1e-5
         num_classes=80,
         sync_cls_avg_factor=True,
         loss_cls=dict(type="FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),

@@ -1,4 +1,5 @@
-# AdamW for 12 epochs, 32 images per update. Unlike mmdet's DINO: a warm-up, decay by layers.
+# AdamW for 12 epochs, 32 images per update. Unlike mmdet's DINO, it has a warm-up and layer-wise
+# learning rate decay.
 _base_ = "adamw_1x.py"
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),

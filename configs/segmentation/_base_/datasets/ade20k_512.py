@@ -1,4 +1,5 @@
-# ADE20K, crops of 512 x 512, whole images in the test. The data preprocessor normalises and pads.
+# ADE20K, trained on crops of 512 x 512 and tested on whole images. The data preprocessor normalises
+# and pads.
 data_root = "data/ade/ADEChallengeData2016"
 dataset_type = "CheckedADE20KDataset"
 crop_size = (512, 512)
@@ -15,10 +16,10 @@ test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
     dict(type="ResizeToMultiple", size_divisor=32),
-    dict(type="LoadCheckedAnnotations"),  # the truth keeps its size
+    dict(type="LoadCheckedAnnotations"),  # after resizing: the ground truth keeps its size
     dict(type="PackSegInputs"),
 ]
-# mmseg 1 resizes the original image by these ratios; published is the scale above times the ratio.
+# mmseg 1 applies the ratios to the original image; the published evaluation, to the scale above.
 tta_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(

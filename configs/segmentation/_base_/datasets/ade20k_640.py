@@ -1,4 +1,4 @@
-# ADE20K at five fourths of the sizes of ade20k_512.py.
+# ADE20K with crops of 640 x 640; all sizes are 1.25 times those of ade20k_512.py.
 _base_ = "ade20k_512.py"
 crop_size = (640, 640)
 train_pipeline = _base_.train_pipeline

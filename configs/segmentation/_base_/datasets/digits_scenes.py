@@ -1,5 +1,5 @@
-# tools/make_demo_data.py digits-scenes-ade20k: 400 and 60 photographs with handwritten digits on
-# them, laid out and labelled as ADE20K is.
+# 400 training and 60 validation images, written by `tools/make_demo_data.py digits-scenes-ade20k`:
+# handwritten digits on crops of photographs, in the layout and with the labels of ADE20K.
 _base_ = "ade20k_512.py"
 crop_size = (128, 128)
 train_pipeline = [
@@ -15,7 +15,7 @@ tta_pipeline = _base_.tta_pipeline
 tta_pipeline[1].transforms[0] = [
     dict(type="Resize", scale=(side, side), keep_ratio=True) for side in (128, 160, 192)
 ]
-tta_pipeline[1].transforms[2] = [dict(type="RandomFlip", prob=0.0)]  # a digit has one direction
+tta_pipeline[1].transforms[2] = [dict(type="RandomFlip", prob=0.0)]  # Digits cannot be flipped.
 loader = dict(num_workers=0, persistent_workers=False)  # two cores are busy with the model
 dataset = dict(
     type="CheckedSegDataset",

@@ -1,5 +1,5 @@
-# What all segmentors share. A config adds the size of the crops, the backbone's arch,
-# drop_path_rate and init_cfg, and the heads' in_channels.
+# Base of all segmentors. Configs add the crop size, arch, drop_path_rate and init_cfg of the
+# backbone, and in_channels of the heads.
 model = dict(
     type="EncoderDecoder",
     data_preprocessor=dict(

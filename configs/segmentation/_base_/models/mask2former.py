@@ -1,8 +1,8 @@
-# Mask2Former as mmseg has it in mask2former_r50_8xb2-160k_ade20k-512x512.py.
+# Mask2Former as in mmseg's mask2former_r50_8xb2-160k_ade20k-512x512.py.
 _base_ = "encoder_decoder.py"
 model = dict(
     decode_head=dict(
-        type="PublishedMask2FormerHead",  # mmseg's combines the masks after their resizing
+        type="PublishedMask2FormerHead",  # combines scores before resizing; mmseg's after
         strides=[4, 8, 16, 32],
         feat_channels=256,
         out_channels=256,

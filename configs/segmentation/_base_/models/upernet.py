@@ -1,4 +1,4 @@
-# UPerNet with an auxiliary FCN head, as mmseg has it in upernet_r50.py.
+# UPerNet with an auxiliary FCN head, as in mmseg's upernet_r50.py.
 _base_ = "encoder_decoder.py"
 model = dict(
     decode_head=dict(

@@ -1,6 +1,6 @@
-# AdamW for 160,000 iterations, 16 images per update. The rate falls linearly to 0 from the first
-# iteration on; during the warm-up it is a growing part of that. (In mmseg 1 it begins to fall after
-# the warm-up. The engine's schedules reach their last value in iteration end - 1.)
+# AdamW for 160,000 iterations, 16 images per update. The learning rate decays linearly to 0 from
+# the first iteration on, and the warm-up is applied on top; in mmseg 1 the decay begins after the
+# warm-up. mmengine's schedules reach their last value in iteration end - 1.
 optim_wrapper = dict(
     type="OptimWrapper",
     constructor="LayerDecayOptimWrapperConstructor",

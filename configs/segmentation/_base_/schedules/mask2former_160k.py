@@ -1,5 +1,5 @@
-# Unlike the published detectors' and UPerNet's, the head's own embeddings have the rate of the
-# backbone's first layer.
+# Unlike in the published detectors and UPerNets, the embeddings of the head have the learning rate
+# of the first layer of the backbone.
 _base_ = "adamw_160k.py"
 optim_wrapper = dict(
     paramwise_cfg=dict(
