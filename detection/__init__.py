@@ -1,0 +1,1 @@
+"""Training and test programs of the detectors."""
