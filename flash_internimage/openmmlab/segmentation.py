@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from mmengine.registry import MODELS
 from mmseg.models.decode_heads import Mask2FormerHead
+from mmseg.models.segmentors import EncoderDecoder
 from mmseg.models.utils import resize
 from mmseg.registry import TRANSFORMS
 from mmseg.structures import SegDataSample
@@ -27,6 +28,7 @@ from .segmentor_checks import CheckSegmentorHook
 __all__ = [
     "CheckSegmentorHook",
     "CheckedADE20KDataset",
+    "CheckedEncoderDecoder",
     "CheckedSegDataset",
     "LoadCheckedAnnotations",
     "PublishedMask2FormerHead",
@@ -35,6 +37,36 @@ __all__ = [
 TRANSFORMS.register_module("LoadImageFromFile", module=LoadCheckedImage, force=True)
 TRANSFORMS.register_module("LoadImageFromNDArray", module=LoadCheckedArray, force=True)
 TRANSFORMS.register_module("InferencerLoader", module=LoadCheckedArray, force=True)
+
+
+@MODELS.register_module()
+class CheckedEncoderDecoder(EncoderDecoder):
+    """EncoderDecoder that rejects labels which are neither classes nor ignored.
+
+    The losses would index with them, which ends in an IndexError on the CPU and in an assertion of
+    the kernels on a GPU.
+    """
+
+    def loss(self, inputs: Tensor, data_samples: list[SegDataSample]) -> dict[str, Tensor]:
+        """Compute the losses of a batch.
+
+        Args:
+            inputs: Normalized images, (N, C, H, W).
+            data_samples: Label maps `gt_sem_seg`, (1, H, W) each.
+
+        Raises:
+            ValueError: If a label is neither a class of the head nor its `ignore_index`.
+        """
+        classes, ignored = self.decode_head.num_classes, self.decode_head.ignore_index
+        labels = torch.stack([sample.gt_sem_seg.data for sample in data_samples])
+        wrong = labels[((labels < 0) | (labels >= classes)) & (labels != ignored)].unique()
+        if len(wrong):
+            raise ValueError(
+                f"gt_sem_seg must hold classes from 0 to {classes - 1}, or {ignored} for what is "
+                f"ignored, got {wrong[:10].tolist()}; an ignore_index of CheckedSegDataset is read "
+                "as 255"
+            )
+        return super().loss(inputs, data_samples)
 
 
 @MODELS.register_module()

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
+from mmengine.structures import PixelData
 from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS
+from mmseg.structures import SegDataSample
 
 pytestmark = pytest.mark.usefixtures("mmseg_scope")
 
@@ -214,3 +217,23 @@ def test_settings_that_fit_leave_random_numbers_alone(settings, check):
 def test_wrappers_of_data_sets_are_looked_through(check):
     with pytest.raises(ValueError, match=r"model.decode_head.ignore_index must be 255"):
         check(RIGHT["concatenated"] + "\nmodel = dict(decode_head=dict(ignore_index=0))")
+
+
+@pytest.mark.parametrize("family", ["upernet", "mask2former"])
+def test_labels_that_are_no_classes(family, write_config, tmp_path):
+    config = Config.fromfile(write_config(tmp_path / "config.py", family, ""))
+    model = revert_sync_batchnorm(MODELS.build(config.model)).train()
+    labels = torch.arange(13).repeat(64, 5)[:, :64].contiguous()
+    labels[labels == 11] = 255
+    message = r"must hold classes from 0 to 10, or 255 .*, got \[-1, 12\]; an ignore_index"
+    for right in (False, True):
+        labels[labels == 12] = 10 if right else 12
+        labels[0, 0] = 0 if right else -1
+        metainfo = {"img_shape": (64, 64), "ori_shape": (64, 64), "batch_input_shape": (64, 64)}
+        sample = SegDataSample(metainfo=metainfo, gt_sem_seg=PixelData(data=labels[None]))
+        inputs = torch.zeros(2, 3, 64, 64)
+        if right:
+            assert all(loss.isfinite() for loss in model.loss(inputs, [sample] * 2).values())
+        else:
+            with pytest.raises(ValueError, match=message):
+                model.loss(inputs, [sample] * 2)

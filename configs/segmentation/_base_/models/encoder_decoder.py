@@ -1,7 +1,7 @@
 # Base of all segmentors. Configs add the crop size, arch, drop_path_rate and init_cfg of the
 # backbone, and in_channels of the heads.
 model = dict(
-    type="EncoderDecoder",
+    type="CheckedEncoderDecoder",
     data_preprocessor=dict(
         type="SegDataPreProcessor",
         mean=[123.675, 116.28, 103.53],
