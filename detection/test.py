@@ -13,6 +13,7 @@ from mmdet.evaluation import DumpDetResults
 
 from flash_internimage.files import write_atomically
 from flash_internimage.openmmlab.errors import one_line_errors
+from flash_internimage.openmmlab.files import require_unique_names
 from flash_internimage.openmmlab.programs import (
     build_runner,
     evaluation_config,
@@ -56,6 +57,8 @@ def get_runner(args: argparse.Namespace) -> FlashRunner:
     if args.show_dir:
         cfg.default_hooks.visualization.update(draw=True, test_out_dir=args.show_dir)
     runner = build_runner(cfg)
+    if args.show_dir:
+        require_unique_names(runner.test_loop.dataloader.dataset, "--show-dir", suffixes=True)
     if args.out:
         runner.test_evaluator.metrics.append(_AtomicDump(out_file_path=str(args.out)))
     return runner

@@ -33,6 +33,29 @@ def is_local(path: str, backend_args: dict | None = None) -> bool:
     return isinstance(backend, LocalBackend)
 
 
+def require_unique_names(dataset: Any, argument: str, suffixes: bool = False) -> None:
+    """Require that results of all images can be written to files named after them.
+
+    Args:
+        dataset: mmengine data set, or a wrapper of one or several.
+        argument: Name of the setting that writes the files, for the error.
+        suffixes: Whether the names keep the suffixes of the images.
+
+    Raises:
+        ValueError: If two images have the same name, without their folders.
+    """
+    paths: dict[str, str] = {}
+    for i in range(len(dataset)):
+        path = dataset.get_data_info(i).get("img_path", str(i))
+        name = os.path.basename(path)
+        first = paths.setdefault(name if suffixes else os.path.splitext(name)[0], path)
+        if first != path:
+            raise ValueError(
+                f"{argument} needs images with different names, in whatever folder: one result "
+                f"would replace the other of {first} and {path}"
+            )
+
+
 def find_missing(paths: Iterable[str]) -> set[str]:
     """Return the paths that do not exist.
 

@@ -177,6 +177,12 @@ class AtomicCheckpointHook(CheckpointHook):
         self._remove_unwanted()
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        wanted = {*getattr(self, "key_indicators", ())} - {"auto"}
+        if metrics and not wanted <= metrics.keys():
+            raise ValueError(
+                f"default_hooks.checkpoint.save_best must be among {', '.join(sorted(metrics))}, "
+                f"got {', '.join(sorted(wanted - metrics.keys()))}"
+            )
         super()._save_best_checkpoint(runner, metrics)
         self._remove_unwanted()
 

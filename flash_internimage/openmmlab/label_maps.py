@@ -174,6 +174,12 @@ class CheckedLabelMaps(ReadableImages):
     def _check_sources(self) -> None:
         for key in ("img_path", "seg_map_path"):
             folder = self.data_prefix.get(key)
+            if folder is None and key == "seg_map_path" and self.test_mode:
+                raise ValueError(
+                    "data_prefix must name the folder of the label maps, seg_map_path; to segment "
+                    "images without them, use type='BaseSegDataset' for the data and "
+                    "format_only=True for the evaluator"
+                )
             if folder is None or (self._is_local(folder) and not Path(folder).is_dir()):
                 raise FileNotFoundError(f"folder not found: data_prefix[{key!r}] is {folder!r}")
         if not self.ann_file:
@@ -209,7 +215,11 @@ class CheckedLabelMaps(ReadableImages):
         left_out = len(data_list) - len(present)
         if left_out and (self.test_mode or not present):
             first = (without["img_path"] or without["seg_map_path"])[0]
-            hint = _suffix_hint(data_list) if missing["seg_map_path"] and not present else ""
+            hint = (
+                _suffix_hint(data_list, self.img_suffix)
+                if missing["seg_map_path"] and not present
+                else ""
+            )
             raise FileNotFoundError(
                 f"{left_out} of the {len(data_list)} images of {self.source} or their label maps "
                 f"are missing, the first is {first}{hint}"
@@ -349,9 +359,11 @@ def _files(folder: str) -> list[str]:
     ]
 
 
-def _suffix_hint(data_list: list[dict]) -> str:
+def _suffix_hint(data_list: list[dict], img_suffix: str) -> str:
     """Return a hint that names the suffixes to set, judging by the first image."""
     images = [os.path.basename(info["img_path"]) for info in data_list]
+    if images[0].endswith(2 * img_suffix):
+        return f"; the names in ann_file must be without their suffix {img_suffix!r}"
     folder = os.path.dirname(data_list[0]["seg_map_path"])
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     if not names:

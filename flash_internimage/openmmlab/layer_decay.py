@@ -101,8 +101,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         backbone = getattr(module, "backbone", None)
         if not isinstance(backbone, FlashInternImage):
             raise ValueError(
-                "the model's attribute backbone must be a FlashInternImage, "
-                f"got {type(backbone).__name__} in {type(module).__name__}"
+                f"model.backbone must be a FlashInternImage, got {type(backbone).__name__} in "
+                f"{type(module).__name__}; for other backbones, set optim_wrapper.constructor to "
+                "'DefaultOptimWrapperConstructor' and its own paramwise_cfg"
             )
         num_layers = sum(backbone.depths)
         if self.num_layers not in (None, num_layers):

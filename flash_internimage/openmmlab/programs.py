@@ -423,6 +423,12 @@ def _find_checkpoint(cfg: Config) -> Path | None:
     return Path(noted) if os.path.isfile(noted) else None
 
 
+def _stops_training(hook: Any) -> bool:
+    """Return whether a hook is an EarlyStoppingHook, which requires a training loop."""
+    kind = hook.get("type") if isinstance(hook, dict) else type(hook)
+    return (kind if isinstance(kind, str) else kind.__name__).endswith("EarlyStoppingHook")
+
+
 def evaluation_config(args: argparse.Namespace) -> Config:
     """Return the config for the arguments of :func:`evaluation_parser`.
 
@@ -438,5 +444,7 @@ def evaluation_config(args: argparse.Namespace) -> Config:
     unused = "train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr"
     for name in (*unused, "val_dataloader", "val_cfg", "val_evaluator"):
         cfg[name] = None
+    hooks = cfg.get("custom_hooks") or []
+    cfg.custom_hooks = [hook for hook in hooks if not _stops_training(hook)]
     cfg.load_from = args.checkpoint
     return cfg

@@ -201,6 +201,23 @@ class FlashRunner(Runner):
         for metric in getattr(getattr(loop, "evaluator", None), "metrics", ()):
             if hasattr(metric, "check_run"):
                 metric.check_run(self.model, loop.dataloader.dataset)
+        self._check_names_of_metrics(loop)
+
+    def _check_names_of_metrics(self, loop: BaseLoop) -> None:
+        """Check that hooks ask for metrics by their full names, such as `coco/bbox_mAP`."""
+        metrics = getattr(getattr(loop, "evaluator", None), "metrics", ())
+        prefixes = tuple(f"{metric.prefix}/" for metric in metrics if metric.prefix)
+        if not prefixes or len(prefixes) < len(metrics):
+            return
+        for hook in self.hooks:
+            for setting in ("save_best", "monitor"):
+                wanted = getattr(hook, setting, None) or ()
+                for name in [wanted] if isinstance(wanted, str) else wanted:
+                    if name != "auto" and not name.startswith(prefixes):
+                        raise ValueError(
+                            f"{setting} of {type(hook).__name__} must be a metric that begins with "
+                            f"{' or '.join(prefixes)}, got {name!r}"
+                        )
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         """Build the optimizer and its wrapper.

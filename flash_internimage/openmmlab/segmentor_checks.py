@@ -19,6 +19,7 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 from .errors import describe
+from .files import require_unique_names
 from .label_maps import IGNORED, CheckedLabelMaps
 
 
@@ -45,6 +46,7 @@ class CheckSegmentorHook(Hook):
             f"model.{name}": head
             for name, head in model.named_modules()
             if re.fullmatch(r"(decode|auxiliary)_head(\.\d+)?", name)
+            and not isinstance(head, nn.ModuleList)
         }
         _check_windows(model.test_cfg)
         for name, head in heads.items():
@@ -86,6 +88,8 @@ def _check_data(
     used = {**heads, "model.data_preprocessor": preprocessor}
     for metric in loop.evaluator.metrics if hasattr(loop, "evaluator") else ():
         used[f"{type(metric).__name__} of {split}_evaluator"] = metric
+        if getattr(metric, "output_dir", None):
+            require_unique_names(loop.dataloader.dataset, f"{split}_evaluator.output_dir")
     for dataset in _sources(loop.dataloader.dataset):
         transforms = {
             type(transform).__name__: transform for transform in dataset.pipeline.transforms
@@ -231,7 +235,7 @@ def _check_maps(model: nn.Module, heads: dict[str, nn.Module], channels: int) ->
     image = torch.zeros(1, channels, *(getattr(preprocessor, "size", None) or (256, 256)))
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    part, shapes = "model.backbone", ""
+    part, shapes, result = "model.backbone", "", None
     try:
         maps = model.extract_feat(image.to(preprocessor.device))
         shapes = f" with maps of {[each.shape[1] for each in maps]} channels"
@@ -242,8 +246,10 @@ def _check_maps(model: nn.Module, heads: dict[str, nn.Module], channels: int) ->
                 levels = getattr(head.pixel_decoder, "num_input_levels", len(maps))
                 assert levels == len(maps), f"pixel_decoder takes {levels} maps"
                 head(maps, [SegDataSample()])
+            elif re.search(r"decode_head\.[1-9]", name):  # of a CascadeEncoderDecoder
+                result = head(maps, result)
             else:
-                head(maps)
+                result = head(maps)
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
         raise ValueError(f"{part} does not work{shapes}: {describe(error)}") from error
     finally:

@@ -170,6 +170,35 @@ def test_of_upernet(settings, message, check):
         check(settings)
 
 
+def test_a_list_of_auxiliary_heads(check):
+    heads = (
+        "first = dict(**_base_.model.auxiliary_head)\n"
+        "second = dict(**_base_.model.auxiliary_head)\n"
+        "second['num_classes'] = {}\n"
+        "model = dict(auxiliary_head=[first, second])"
+    )
+    check(heads.format(11))
+    with pytest.raises(ValueError, match=r"^model.auxiliary_head.1.num_classes must be 11, "):
+        check(heads.format(12))
+
+
+CASCADE = """
+maps = dict(
+    in_channels=[16, 32, 64, 128], in_index=[0, 1, 2, 3], input_transform="resize_concat",
+    channels=16, align_corners=False, loss_decode=dict(type="CrossEntropyLoss"))
+first = dict(type="FCNHead", num_convs=1, num_classes=11, **maps)
+second = dict(type="OCRHead", ocr_channels=8, num_classes={}, **maps)
+model = dict(
+    type="CascadeEncoderDecoder", num_stages=2, decode_head=[first, second], auxiliary_head=None)
+"""
+
+
+def test_heads_in_a_cascade(check):
+    check(CASCADE.format(11))
+    with pytest.raises(ValueError, match=r"^model.decode_head.1.num_classes must be 11, .* got 7"):
+        check(CASCADE.format(7))
+
+
 def test_levels_of_mask2former(check):
     settings = (
         "model = dict(decode_head=dict(in_channels=[16, 32, 64], strides=[4, 8, 16],"

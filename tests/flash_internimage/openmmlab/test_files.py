@@ -9,13 +9,19 @@ import mmseg.registry
 import numpy as np
 import pytest
 import torch
+from mmengine.dataset import BaseDataset, ConcatDataset
 from mmengine.registry import DefaultScope
 from PIL import Image
 
 import flash_internimage.openmmlab.detection
 import flash_internimage.openmmlab.segmentation  # noqa: F401  register the loaders
 from flash_internimage.images import UnreadableImage
-from flash_internimage.openmmlab.files import LoadReadableImage, find_missing, is_local
+from flash_internimage.openmmlab.files import (
+    LoadReadableImage,
+    find_missing,
+    is_local,
+    require_unique_names,
+)
 
 
 def make(path, how):
@@ -226,3 +232,26 @@ class TestPathsAndArrays:
         both = {"img": np.zeros((3, 4), np.uint8), "img_path": str(tmp_path / "1.png")}
         assert build("LoadImageFromFile")(dict(both))["img"].max() == 7
         assert build("LoadImageFromNDArray")(dict(both))["img"].max() == 0
+
+
+@pytest.mark.parametrize(
+    ("paths", "suffixes", "unique"),
+    [
+        (("a/1.jpg", "a/2.jpg"), False, True),
+        (("a/1.jpg", "b/1.jpg"), False, False),
+        (("a/1.jpg", "b/1.jpg"), True, False),
+        (("a/1.jpg", "a/1.png"), False, False),
+        (("a/1.jpg", "a/1.png"), True, True),
+        (("a/1.jpg", "a/1.jpg"), False, True),  # The results are equal.
+    ],
+)
+def test_results_are_written_to_files_of_their_own(paths, suffixes, unique):
+    data = [BaseDataset(lazy_init=True, serialize_data=False) for _ in paths]
+    for dataset, path in zip(data, paths, strict=True):
+        dataset.data_list, dataset._fully_initialized = [{"img_path": path}], True
+    joined = ConcatDataset(data)
+    if unique:
+        require_unique_names(joined, "--out", suffixes)
+        return
+    with pytest.raises(ValueError, match=rf"--out needs .* of {paths[0]} and {paths[1]}$"):
+        require_unique_names(joined, "--out", suffixes)

@@ -134,8 +134,21 @@ def test_a_missing_folder(key, test_mode, folder):
             **arguments(folder, data_prefix=prefixes | {key: "nowhere"}, test_mode=test_mode)
         )
     del prefixes[key]
-    with pytest.raises(FileNotFoundError, match=rf"data_prefix\['{key}'\] is None"):
+    message = rf"data_prefix\['{key}'\] is None"
+    if test_mode and key == "seg_map_path":
+        message = (
+            r"must name the folder of the label maps, .* use type='BaseSegDataset' .*format_only"
+        )
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
         CheckedSegDataset(**arguments(folder, data_prefix=prefixes, test_mode=test_mode))
+
+
+@both_modes
+def test_a_list_of_names_with_suffixes(test_mode, folder):
+    (folder / "split.txt").write_text("1.jpg\n2.jpg\n")
+    message = r"2 of the 2 images .*; the names in ann_file must be without their suffix '\.jpg'$"
+    with pytest.raises(FileNotFoundError, match=message):
+        CheckedSegDataset(**arguments(folder, ann_file="split.txt", test_mode=test_mode))
 
 
 @both_modes

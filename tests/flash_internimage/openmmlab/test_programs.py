@@ -287,6 +287,13 @@ def test_an_evaluation_has_nothing_of_the_training(config):
     assert cfg.load_from == "c.pth"
 
 
+@pytest.mark.parametrize("kind", ["EarlyStoppingHook", "mmengine.EarlyStoppingHook"])
+def test_an_evaluation_does_not_stop_a_training(kind, config):
+    settings = f"custom_hooks = [dict(type='{kind}', monitor='a'), dict(type='EMAHook')]\n"
+    config.write_text(CONFIG + settings)
+    assert hooks(to_evaluate(config)) == ["EMAHook"]
+
+
 def test_work_folder(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert to_evaluate(config).work_dir == "output/small"

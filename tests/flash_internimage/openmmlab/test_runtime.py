@@ -362,6 +362,32 @@ class TestLoading:
         expected = {"a": str(tmp_path / "best_a_epoch_1.pth"), "b": None}
         assert hook.best_ckpt_path_dict == expected
 
+    @pytest.mark.parametrize(
+        ("hook", "message"),
+        [
+            ({"type": "AtomicCheckpointHook", "save_best": "score"}, "save_best of AtomicCheckp"),
+            (
+                {"type": "AtomicCheckpointHook", "save_best": ["own/score", "score"]},
+                "save_best of AtomicCheckpointHook",
+            ),
+            ({"type": "EarlyStoppingHook", "monitor": "score"}, "monitor of EarlyStoppingHook"),
+        ],
+    )
+    def test_metrics_have_the_names_of_their_evaluator(self, hook, message, runner):
+        metric = Score([0.1])
+        metric.prefix = "own"
+        r = runner(
+            val_evaluator=Evaluator(metric),
+            default_hooks={"checkpoint": {"rule": "greater", **hook}},
+        )
+        with pytest.raises(ValueError, match=rf"{message}.* begins with own/, got 'score'"):
+            r.train()
+
+    def test_the_best_of_an_unknown_metric(self, runner):
+        hook = {"type": "AtomicCheckpointHook", "save_best": "scores", "rule": "greater"}
+        with pytest.raises(ValueError, match=r"save_best must be among score, got scores$"):
+            runner(default_hooks={"checkpoint": hook}).train()
+
     def test_a_finished_run_says_so(self, runner, tmp_path, caplog):
         path = trained(runner, tmp_path)
         r = runner(resume=True, load_from=str(path))
