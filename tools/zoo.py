@@ -24,10 +24,6 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from classification import validate
-from classification.config import ConfigError
-from classification.data import spread
-from classification.model import pick_device
 from flash_internimage.checkpoint import (
     clean_state_dict,
     fetch_checkpoint,
@@ -35,6 +31,10 @@ from flash_internimage.checkpoint import (
     load_checkpoint,
     save_atomically,
 )
+from flash_internimage.classification.cli import test as validate
+from flash_internimage.classification.config import ConfigError
+from flash_internimage.classification.data import spread
+from flash_internimage.classification.model import pick_device
 from flash_internimage.conversion import convert_checkpoint, restore_checkpoint, unwrap_names
 from flash_internimage.files import write_atomically
 from tools.zoo_documents import documents

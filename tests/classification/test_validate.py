@@ -15,15 +15,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import FakeData
 
-from classification import validate
-from classification.classes import set_labels
-from classification.config import Data
-from classification.data import build_dataset, val_loader
-from classification.model import build_model
-from classification.train import train
-from classification.validate import evaluate, main, resolve_amp
 from flash_internimage.backbone import FlashInternImage
 from flash_internimage.checkpoint import load_checkpoint, save_atomically
+from flash_internimage.classification.cli import test as validate
+from flash_internimage.classification.cli.test import evaluate, main, resolve_amp
+from flash_internimage.classification.config import Data
+from flash_internimage.classification.data import build_dataset, val_loader
+from flash_internimage.classification.data.classes import set_labels
+from flash_internimage.classification.engine import train
+from flash_internimage.classification.model import build_model
 
 CPU = torch.device("cpu")
 

@@ -4,9 +4,9 @@ import sys
 
 from torch import nn
 
-from classification import train
+from flash_internimage.classification import engine
 
-build_model = train.build_model
+build_model = engine.build_model
 
 
 def build_without(*arguments):
@@ -15,5 +15,5 @@ def build_without(*arguments):
     return model
 
 
-train.build_model = build_without
-sys.exit(train.main())
+engine.build_model = build_without
+sys.exit(engine.main())

@@ -27,26 +27,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from flash_internimage.checkpoint import (
+from ...checkpoint import (
     clean_state_dict,
     fetch_checkpoint,
     load_checkpoint,
     load_weights,
 )
-from flash_internimage.files import write_atomically
-
-from .classes import names_of, set_labels
-from .config import MAX_WORKERS, Config, ConfigError, Data, Model, load_config
-from .data import (
+from ...files import write_atomically
+from ..config import MAX_WORKERS, Config, ConfigError, Data, Model, load_config
+from ..data import (
     SKIPPED,
     build_dataset,
     share_unreadable,
     start,
     val_loader,
 )
-from .model import build_model, check_model, create_model, find_not_finite, pick_device
-from .output import describe
-from .processes import EndedByAnother, fail_together, on_first, raise_once, rank, world_size
+from ..data.classes import names_of, set_labels
+from ..model import build_model, check_model, create_model, find_not_finite, pick_device
+from ..output import describe
+from ..processes import EndedByAnother, fail_together, on_first, raise_once, rank, world_size
 
 _logger = logging.getLogger(__name__)
 

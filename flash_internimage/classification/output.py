@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from flash_internimage.files import own_folder, write_atomically
-
+from ..files import own_folder, write_atomically
 from .config import Config, ConfigError, find_ignored
 
 if TYPE_CHECKING:
-    from .train import Trainer
+    from .engine import Trainer
 
 _logger = logging.getLogger(__name__)
 

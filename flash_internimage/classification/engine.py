@@ -26,8 +26,8 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flash_internimage.checkpoint import load_checkpoint, require_fit, save_atomically
-
+from ..checkpoint import load_checkpoint, require_fit, save_atomically
+from .cli.test import autocast, evaluate, resolve_amp
 from .config import Config, check_output, load_config
 from .data import (
     TooManyCorruptImages,
@@ -70,7 +70,6 @@ from .state import (
     set_rng_state,
     validates_alike,
 )
-from .validate import autocast, evaluate, resolve_amp
 
 _logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils import natural_key
 from torch.utils.data import Dataset
 
-from .config import ConfigError
+from ..config import ConfigError
 from .folders import printable
-from .processes import on_first
+from ..processes import on_first
 
 _logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from flash_internimage.checkpoint import check_optimizer
+from ..checkpoint import check_optimizer
 
 # Entries of last.pth, except `model_ema`, which requires an EMA.
 _ENTRIES = (
@@ -257,7 +257,7 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     group the parameters differently.
 
     Args:
-        optimizer: Result of :func:`~classification.optim.build_optimizer`.
+        optimizer: Result of :func:`~flash_internimage.classification.optim.build_optimizer`.
         saved: State dict of an optimizer of the same type.
 
     Raises:
