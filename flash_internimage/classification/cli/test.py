@@ -1,8 +1,8 @@
 """Evaluate a classifier or measure its throughput.
 
 Example:
-    python -m classification.validate MODEL|CONFIG [key=value ...] --checkpoint FILE --data DIR
-    torchrun --nproc-per-node 8 -m classification.validate MODEL|CONFIG --checkpoint FILE --data DIR
+    python -m classification.test MODEL|CONFIG [key=value ...] --checkpoint FILE --data DIR
+    torchrun --nproc-per-node 8 -m classification.test MODEL|CONFIG --checkpoint FILE --data DIR
 """
 
 import argparse
@@ -244,7 +244,7 @@ def throughput(
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m classification.validate", description="Evaluate a classifier."
+        prog="python -m classification.test", description="Evaluate a classifier."
     )
     parser.add_argument("model", metavar="MODEL|CONFIG", help="a timm model or a training YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.crop_pct=0.9")

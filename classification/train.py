@@ -1,0 +1,13 @@
+"""Train a classifier.
+
+Example:
+    python -m classification.train CONFIG.yaml [key=value ...] [--resume auto|FILE]
+    torchrun --nproc-per-node 8 -m classification.train CONFIG.yaml
+"""
+
+import sys
+
+from flash_internimage.classification.engine import main
+
+if __name__ == "__main__":
+    sys.exit(main())
