@@ -7,7 +7,7 @@ Example:
 
 import sys
 
-from flash_internimage.classification.engine import main
+from flash_internimage.classification.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

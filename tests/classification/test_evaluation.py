@@ -18,12 +18,14 @@ from torchvision.datasets import FakeData
 
 from flash_internimage.backbone import FlashInternImage
 from flash_internimage.checkpoint import load_checkpoint, save_atomically
+from flash_internimage.classification import evaluation
 from flash_internimage.classification.cli import test
-from flash_internimage.classification.cli.test import evaluate, main, resolve_amp
+from flash_internimage.classification.cli.test import main
+from flash_internimage.classification.cli.train import train
 from flash_internimage.classification.config import Data
 from flash_internimage.classification.data import build_dataset, val_loader
 from flash_internimage.classification.data.classes import set_labels
-from flash_internimage.classification.engine import train
+from flash_internimage.classification.evaluation import evaluate, resolve_amp
 from flash_internimage.classification.model import build_model
 
 CPU = torch.device("cpu")
@@ -103,7 +105,7 @@ def test_the_command_reproduces_the_metrics_of_training(run, tmp_path, capsys, w
     ],
 )  # fmt: skip
 def test_automatic_precision_depends_on_the_device(monkeypatch, amp, device, has_bf16, resolved):
-    monkeypatch.setattr(test, "has_bf16_instructions", lambda: has_bf16)
+    monkeypatch.setattr(evaluation, "has_bf16_instructions", lambda: has_bf16)
     assert resolve_amp(amp, torch.device(device)) == resolved
 
 

@@ -15,9 +15,11 @@ import torch
 import yaml
 
 from flash_internimage.checkpoint import load_checkpoint
-from flash_internimage.classification import engine, output, report
+from flash_internimage.classification import output, report
+from flash_internimage.classification.cli import train as program
+from flash_internimage.classification.cli.train import main, train
 from flash_internimage.classification.config import Config, ConfigError
-from flash_internimage.classification.engine import Diverged, Trainer, main, train
+from flash_internimage.classification.engine import Diverged, Trainer
 from flash_internimage.classification.output import (
     LogFile,
     describe,
@@ -44,7 +46,7 @@ def limited_files():
 def test_two_runs_in_one_output_are_refused(config, monkeypatch):
     cfg = config()
     monkeypatch.setattr(output, "own_folder", lambda path: own_folder(path, 0.1))
-    monkeypatch.setattr(engine, "find_checkpoint", pytest.fail)  # reads the output
+    monkeypatch.setattr(program, "find_checkpoint", pytest.fail)  # reads the output
     with own_folder(cfg.output), pytest.raises(OSError, match=r"another run is writing to .*run"):
         train(cfg, resume="auto")
     assert [path.name for path in Path(cfg.output).iterdir()] == [".lock"]

@@ -18,8 +18,9 @@ from timm.optim import get_optimizer_info
 from torch import nn
 
 from flash_internimage.checkpoint import load_checkpoint, save_atomically
+from flash_internimage.classification.cli.train import train
 from flash_internimage.classification.config import Config, ConfigError, Section
-from flash_internimage.classification.engine import Diverged, Trainer, train
+from flash_internimage.classification.engine import Diverged, Trainer
 from flash_internimage.classification.model import pick_device
 from flash_internimage.classification.state import describe_other_classes, restore_optimizer
 

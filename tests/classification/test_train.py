@@ -16,18 +16,13 @@ from torch import nn
 
 from flash_internimage.checkpoint import load_checkpoint
 from flash_internimage.classification import engine
+from flash_internimage.classification.cli.train import main, train
 from flash_internimage.classification.config import ConfigError
 from flash_internimage.classification.data import TooManyCorruptImages
-from flash_internimage.classification.engine import (
-    Diverged,
-    Interrupted,
-    Trainer,
-    build_criterion,
-    main,
-    rng_state,
-    set_rng_state,
-    train,
-)
+from flash_internimage.classification.engine import Diverged, Trainer
+from flash_internimage.classification.interruption import Interrupted
+from flash_internimage.classification.optim import build_criterion
+from flash_internimage.classification.state import rng_state, set_rng_state
 from tests.kills import run_until_killed
 
 CPU = torch.device("cpu")

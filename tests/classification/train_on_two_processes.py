@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from flash_internimage.classification.engine import Trainer, main
+from flash_internimage.classification.cli.train import main
+from flash_internimage.classification.engine import Trainer
 from flash_internimage.classification.processes import fail_together, gather, rank
 
 fates = set()

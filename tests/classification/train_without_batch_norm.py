@@ -5,6 +5,7 @@ import sys
 from torch import nn
 
 from flash_internimage.classification import engine
+from flash_internimage.classification.cli.train import main
 
 build_model = engine.build_model
 
@@ -16,4 +17,4 @@ def build_without(*arguments):
 
 
 engine.build_model = build_without
-sys.exit(engine.main())
+sys.exit(main())
