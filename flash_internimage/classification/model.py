@@ -16,10 +16,9 @@ from ..checkpoint import (
     load_weights,
 )
 from .config import ConfigError, Model
-from .data.classes import names_of
+from .data.classes import describe_other_classes, names_of
 from .data.folders import printable
 from .processes import on_first
-from .state import describe_other_classes
 from .strict_yaml import one_line
 
 _logger = logging.getLogger(__name__)

@@ -1,41 +1,42 @@
-"""State that a training run saves and restores: totals, random numbers, settings, optimizer."""
+"""State of a training run: what a checkpoint contains, saving and resuming."""
 
 import math
-import random
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from operator import index
+from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch.optim import Optimizer
+from timm.utils import ModelEmaV3
 
-from ..checkpoint import check_optimizer
+from ..checkpoint import load_checkpoint, require_fit, save_atomically
+from .config import Config
+from .data import (
+    build_dataset,
+    class_names,
+    class_to_index,
+    match_classes,
+    train_loader,
+    val_loader,
+    warn_of_shared_images,
+)
+from .data.classes import describe_other_classes
+from .evaluation import resolve_amp
+from .model import build_model, check_model, find_not_finite
+from .optim import build_optimizer, build_scheduler
+from .processes import fail_together, gather
+from .random_numbers import rng_state, seed_everything, set_rng_state
+from .resuming import (
+    changed_settings,
+    check_entries,
+    check_settings,
+    flatten,
+    restore_optimizer,
+    validates_alike,
+)
 
-# Entries of last.pth, except `model_ema`, which requires an EMA.
-_ENTRIES = (
-    "model", "optimizer", "scaler", "epoch", "update", "updates_per_epoch", "totals", "best_top1",
-    "nonfinite_in_a_row", "rng", "classes", "config",
-)  # fmt: skip
 
-_KINDS = {"optimizer": dict, "scaler": dict, "rng": list, "classes": list, "config": dict}
-
-# Settings that cannot change on resuming, as weights and optimizer state would not fit.
-_FIXED = (
-    "model.name", "model.num_classes", "model.initial_checkpoint", "model.class_map",
-    "optimizer.name",
-)  # fmt: skip
-
-# Settings that determine which images of an epoch remain.
-_FIXED_WITHIN_EPOCH = ("seed", "batch_size", "accumulation_steps")
-
-# Settings that must be equal for the accuracies of two epochs to be comparable.
-_OF_VALIDATION = (
-    "data.val_split", "data.image_size", "data.crop_pct", "data.interpolation", "data.mean",
-    "data.std",
-)  # fmt: skip
-
-# Some optimizers count steps in their parameter groups. All other entries there are settings.
-_STEP = "step"
+class Diverged(RuntimeError):
+    """Raised if too many consecutive updates have no finite loss, or the weights are not finite."""
 
 
 class Totals(NamedTuple):
@@ -60,230 +61,206 @@ class Totals(NamedTuple):
         return Totals(self.loss + loss, self.finite + 1, self.skipped, self.seconds + seconds)
 
 
-# --- random numbers ----------------------------------------------------------------------------
+class TrainingState:
+    """Data, model, optimizer and progress of a training run, which checkpoints save and restore.
 
-
-def seed_everything(*numbers: int) -> None:
-    """Seed the generators of Python, NumPy and PyTorch from one or more numbers."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def rng_state() -> dict:
-    """Return the state of all random number generators in types that a checkpoint may contain."""
-    name, keys, *rest = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict) -> None:
-    """Restore all random number generators from a result of :func:`rng_state`.
-
-    Raises:
-        ValueError: If NumPy's state would make it read out of bounds.
+    Args:
+        cfg: Configuration of the run.
+        device: Device of this process.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        load_initial: Load `model.initial_checkpoint`, which a resumed run does not need.
     """
-    _, keys, position, *_ = state["numpy"]
-    if len(keys) != 624 or not 0 <= position <= 624:  # NumPy does not check its bounds
-        raise ValueError(f"numpy's random state has {len(keys)} keys and position {position}")
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
 
+    def __init__(
+        self,
+        cfg: Config,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        load_initial: bool = True,
+    ) -> None:
+        self.cfg, self.device, self.rank, self.world_size = cfg, device, rank, world_size
+        self.amp = resolve_amp(cfg.amp, device)
+        self.output = Path(cfg.output)
+        self.epoch, self.update = 0, 0  # next epoch, and next update within it
+        self.totals = Totals()
+        self.best_top1 = -math.inf
+        self.nonfinite_in_a_row = 0
+        self.resumed_rng: dict | None = None  # set when resuming within an epoch
+        seed_everything(cfg.seed)
+        with fail_together(device):
+            self._build_data()
+            self._build_model(load_initial)
 
-# --- entries and settings -------------------------------------------------------------------------
-
-
-def check_entries(checkpoint: Mapping[str, Any]) -> None:
-    """Check that a checkpoint has all entries of a training run.
-
-    Raises:
-        ValueError: If entries are missing, as in a file with only weights, or of another type.
-    """
-    missing = [name for name in _ENTRIES if name not in checkpoint]
-    if missing:
-        raise ValueError(
-            f"it must hold the state of a run of classification.train, it lacks "
-            f"{', '.join(missing)}"
+    def _build_data(self) -> None:
+        data = self.cfg.data
+        train_set = build_dataset(data, data.train_split, True, self.cfg.batch_size)
+        self.val_set = build_dataset(data, data.val_split, False, self.cfg.val_batch_size)
+        self.names = class_names(train_set, self.cfg.model.num_classes)
+        if known := class_to_index(train_set):
+            source = f"data.train_split={data.train_split}"
+            match_classes(self.val_set, sorted(known, key=known.get), source)
+        if self.rank == 0:
+            warn_of_shared_images(data, train_set, self.val_set)
+        self.train_loader = train_loader(
+            train_set, self.cfg, self.device, self.rank, self.world_size
         )
-    for name, kind in _KINDS.items():
-        if not isinstance(checkpoint[name], kind):
-            raise ValueError(f"{name} must be a {kind.__name__}, got {checkpoint[name]!r:.100}")
-    if not checkpoint["rng"] or not all(isinstance(one, dict) for one in checkpoint["rng"]):
-        raise ValueError(f"rng must hold a dict per process, got {checkpoint['rng']!r:.100}")
-    settings = flatten(checkpoint["config"])
-    if missing := [key for key in _FIXED if key not in settings]:
-        raise ValueError(f"config must hold the settings of the run, it lacks {missing[0]}")
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested sections into one level of dotted keys."""
-    flat = {}
-    for key, value in config.items():
-        is_section = isinstance(value, dict)
-        flat |= flatten(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
-    return flat
-
-
-def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], within_epoch: bool) -> None:
-    """Check that a resumed run does not change fixed settings.
-
-    Args:
-        before: Flattened settings of the checkpoint.
-        now: Flattened settings of this run.
-        within_epoch: Whether the checkpoint was saved within an epoch.
-
-    Raises:
-        ValueError: If such a setting differs; the message names the first one.
-    """
-    for key in _FIXED:
-        if key == "optimizer.name" and str(before.get(key)).lower() == str(now[key]).lower():
-            continue  # timm's names are case-insensitive
-        # Resuming does not load initial weights, so removing this setting changes nothing.
-        if now[key] is not None and before.get(key, now[key]) != now[key]:
-            raise ValueError(
-                f"{key} must be {before[key]!r} as in the checkpoint, got {now[key]!r}; a new run "
-                "with model.initial_checkpoint starts from its weights"
-            )
-    for key in _FIXED_WITHIN_EPOCH if within_epoch else ():
-        if before.get(key, now[key]) != now[key]:
-            raise ValueError(
-                f"{key} must be {before[key]!r} as in the checkpoint, which was saved within an "
-                f"epoch, got {now[key]!r}"
-            )
-
-
-def validates_alike(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether accuracies measured with two sets of settings are comparable."""
-    return all(before.get(key, now[key]) == now[key] for key in _OF_VALIDATION)
-
-
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for every setting that differs or exists on only one side."""
-    return [
-        f"{key} was {before.get(key)}, is now {now.get(key)}"
-        for key in {**now, **before}
-        if before.get(key) != now.get(key)
-    ]
-
-
-def describe_other_classes(checkpoint: Sequence[str], data: Sequence[str]) -> str | None:
-    """Return how the classes of a checkpoint and a data set differ, or None if they are equal.
-
-    Args:
-        checkpoint: Class names of the checkpoint, in the order of its outputs.
-        data: Class names of the data set, in the order of its labels.
-    """
-    checkpoint, data = list(checkpoint), list(data)
-    if checkpoint == data:
-        return None
-    sides = {
-        "only in the checkpoint": [name for name in checkpoint if name not in set(data)],
-        "only in the data": [name for name in data if name not in set(checkpoint)],
-    }
-    parts = [
-        f"{side}: {', '.join(map(str, names[:5]))}{', ...' if len(names) > 5 else ''}"
-        for side, names in sides.items()
-        if names
-    ]
-    if not parts:
-        parts = [
-            f"class {i} is {old} in the checkpoint and {new} in the data"
-            for i, (old, new) in enumerate(zip(checkpoint, data, strict=False))
-            if old != new
-        ][:1]
-    return "; ".join(parts) or f"{len(checkpoint)} in the checkpoint and {len(data)} in the data"
-
-
-# --- optimizer and weights ---------------------------------------------------------------------
-
-
-def _first_entries(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """Return the state that the first step of an optimizer creates, by parameter name.
-
-    The step is undone: parameters, settings and the empty state are restored.
-    """
-    groups = optimizer.param_groups
-    settings = [dict(group) for group in groups]
-    parameters = {n: p for g in groups for n, p in zip(g["names"], g["params"], strict=True)}
-    before = [parameter.detach().clone() for parameter in parameters.values()]
-    for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        for parameter, values in zip(parameters.values(), before, strict=True):
-            parameter.copy_(values)
-    entries = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
-    optimizer.state.clear()
-    for group, values in zip(groups, settings, strict=True):
-        group.clear()
-        group.update(values)
-    return entries
-
-
-def _check_entry(entry: Any, expected: Mapping[str, Any], name: str) -> None:
-    if not isinstance(entry, dict) or entry.keys() != expected.keys():
-        found = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
-        raise ValueError(
-            f"the optimizer's state of {name} must be {', '.join(expected)}, got {found:.200}"
+        self.val_loader = val_loader(
+            self.val_set, data, self.cfg.val_batch_size, self.device, self.rank, self.world_size
         )
-    for key, value in entry.items():
-        found, right = _describe_value(value), _describe_value(expected[key])
-        if found != right:
-            raise ValueError(f"{key} of the optimizer must be {right} for {name}, got {found}")
+        self.updates_per_epoch = len(self.train_loader) // self.cfg.accumulation_steps
 
+    def _build_model(self, load_initial: bool) -> None:
+        cfg = self.cfg
+        options = cfg.model
+        if not load_initial:
+            options = options.model_copy(update={"initial_checkpoint": None, "class_map": None})
+        named = class_to_index(self.train_loader.dataset)
+        self.model = build_model(options, self.names if named else None).to(self.device)
+        check_model(self.model, cfg.data.image_size, cfg.model.num_classes)
+        self.optimizer = build_optimizer(self.model, cfg, self.world_size)
+        self.scheduler = build_scheduler(
+            self.optimizer, cfg, self.world_size, self.updates_per_epoch
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
+        self.ema = ModelEmaV3(self.model, cfg.ema_decay) if cfg.ema_decay is not None else None
 
-def _describe_value(value: Any) -> str:
-    if isinstance(value, torch.Tensor) and value.ndim:
-        return f"of shape {tuple(value.shape)}"
-    is_number = isinstance(value, (torch.Tensor, int, float))
-    return "a number" if is_number else type(value).__name__
+    @property
+    def last(self) -> Path:
+        """Path of the last checkpoint."""
+        return self.output / "last.pth"
 
+    def state_dict(self) -> dict:
+        """Return the contents of a checkpoint; every process must call this."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "update": self.update,
+            "updates_per_epoch": self.updates_per_epoch,
+            "totals": tuple(self.totals),
+            "best_top1": self.best_top1,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "rng": gather(rng_state()),
+            "classes": self.names,
+            "config": self.cfg.model_dump(mode="json"),
+        }
+        if self.ema is not None:
+            state["model_ema"] = self.ema.module.state_dict()
+        return state
 
-def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Restore the state of an optimizer by parameter name.
+    def save(self, *extra: str) -> None:
+        """Save the state under additional names, and then as last.pth.
 
-    Learning rates, weight decay and all other settings remain those of this run, which may also
-    group the parameters differently.
+        In this order, a run that is killed in between resumes from the previous last.pth and writes
+        the other files again.
 
-    Args:
-        optimizer: Result of :func:`~flash_internimage.classification.optim.build_optimizer`.
-        saved: State dict of an optimizer of the same type.
+        Args:
+            *extra: Names of additional files in the output folder.
 
-    Raises:
-        ValueError: If the parameters or the shape of a state tensor differ, or the state contains
-            NaN.
-    """
-    old_index, old_group = {}, {}
-    for group in saved["param_groups"]:
-        for name, index in zip(group["names"], group["params"], strict=True):
-            old_index[name], old_group[name] = index, group
-    state = optimizer.state_dict()
-    names = [name for group in state["param_groups"] for name in group["names"]]
-    if set(names) != old_index.keys():
-        other = sorted(set(names) ^ old_index.keys())
-        raise ValueError(f"the optimizer has other parameters, such as {other[0]}")
-    entries, expected = {}, _first_entries(optimizer)
-    for group in state["param_groups"]:
-        for name, index in zip(group["names"], group["params"], strict=True):
-            if old_index[name] in saved["state"]:
-                entries[index] = saved["state"][old_index[name]]
-                _check_entry(entries[index], expected[name], name)
-        old = old_group[group["names"][0]]
-        group |= {_STEP: old[_STEP]} if _STEP in old else {}
-    optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
-    check_optimizer(optimizer)
-    for values in optimizer.state.values():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor) and torch.isnan(value).any():
-                raise ValueError(f"{name} of the optimizer holds NaN")
+        Raises:
+            Diverged: If a weight is not finite.
+            OSError: If a file cannot be written; the previous last.pth then remains.
+        """
+        state = self.state_dict()
+        with fail_together(self.device):
+            self.check_weights()
+            if self.rank == 0:
+                for name in (*extra, self.last.name):
+                    save_atomically(state, self.output / name)
+
+    def _find_not_finite(self) -> str | None:
+        models = (self.model, *([self.ema.module] if self.ema is not None else []))
+        return next(filter(None, map(find_not_finite, models)), None)
+
+    def check_weights(self) -> None:
+        """Check that all weights are finite.
+
+        Raises:
+            Diverged: If a weight is not finite.
+        """
+        if name := self._find_not_finite():
+            raise Diverged(f"{name} is not finite after an update. {self.advice()}")
+
+    def resume(self, path: Path) -> list[str]:
+        """Restore the state from a checkpoint of the same model and classes.
+
+        Args:
+            path: Checkpoint written by :meth:`save`.
+
+        Returns:
+            A line for each setting that has changed since.
+
+        Raises:
+            ValueError: If the checkpoint is damaged or from another kind of run, or a fixed setting
+                has changed.
+        """
+        state = load_checkpoint(path)
+        try:
+            check_entries(state)
+            changes = self._restore(state)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            message = " ".join(f"{error!s:.2000}".split())
+            raise ValueError(f"cannot resume from {path}: {kind}{message}") from error
+        if path.resolve().parent != self.output.resolve():
+            self.best_top1 = -math.inf  # its best.pth is in another folder
+        return changes
+
+    def _restore(self, state: dict) -> list[str]:
+        epoch, update, updates = map(
+            index, (state["epoch"], state["update"], state["updates_per_epoch"])
+        )
+        if epoch < 0 or not 0 <= update <= updates:
+            raise ValueError(f"it is from epoch {epoch}, update {update} of {updates}")
+        before, now = flatten(state["config"]), flatten(self.cfg.model_dump(mode="json"))
+        check_settings(before, now, within_epoch=update > 0)
+        if difference := describe_other_classes(state["classes"], self.names):
+            raise ValueError(
+                f"the class folders of data.root={self.cfg.data.root} are not those of the "
+                f"checkpoint ({difference})"
+            )
+        epochs = self.cfg.schedule.epochs
+        if epoch + (update > 0) > epochs:
+            raise ValueError(
+                f"schedule.epochs must be at least {epoch + (update > 0)}, the number of epochs "
+                f"that are done or begun, got {epochs}"
+            )
+        rng = list(state["rng"])
+        if update and (updates, len(rng)) != (self.updates_per_epoch, self.world_size):
+            raise ValueError(
+                f"it stopped within an epoch of {updates} updates on {len(rng)} processes, this "
+                f"run has {self.updates_per_epoch} on {self.world_size}"
+            )
+        require_fit(self.model.state_dict(), state["model"])
+        self.model.load_state_dict(state["model"])
+        restore_optimizer(self.optimizer, state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:  # empty without fp16
+            self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:  # enabled on resuming, it starts from the current weights
+            self.ema.module.load_state_dict(state.get("model_ema", state["model"]))
+        if broken := self._find_not_finite():
+            raise ValueError(f"{broken} is not finite")
+        self.epoch, self.update = epoch, update
+        loss, finite, skipped, seconds = state["totals"]
+        self.totals = Totals(float(loss), int(finite), int(skipped), float(seconds))
+        self.nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
+        best = float(state["best_top1"])
+        is_valid = best <= 100 and validates_alike(before, now)
+        self.best_top1 = best if is_valid else -math.inf
+        if update:
+            set_rng_state(rng[self.rank])  # only a check, as train_epoch sets it again
+            self.resumed_rng = rng[self.rank]
+        # This sets the learning rate of the next update from the schedule of this run.
+        if done := epoch * self.updates_per_epoch + update:
+            self.scheduler.step_update(done - 1)
+        return changed_settings(before, now)
+
+    def advice(self) -> str:
+        """Return what to try when training diverges."""
+        return (
+            "Try more schedule.warmup_epochs, a lower optimizer.lr, a smaller optimizer.clip_grad "
+            f"(now {self.cfg.optimizer.clip_grad}), or amp=bf16 or amp=off (now {self.amp})"
+        )

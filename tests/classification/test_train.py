@@ -15,14 +15,14 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 from flash_internimage.checkpoint import load_checkpoint
-from flash_internimage.classification import engine
+from flash_internimage.classification import engine, state
 from flash_internimage.classification.cli.train import main, train
 from flash_internimage.classification.config import ConfigError
 from flash_internimage.classification.data import TooManyCorruptImages
 from flash_internimage.classification.engine import Diverged, Trainer
 from flash_internimage.classification.interruption import Interrupted
 from flash_internimage.classification.optim import build_criterion
-from flash_internimage.classification.state import rng_state, set_rng_state
+from flash_internimage.classification.random_numbers import rng_state, set_rng_state
 from tests.kills import run_until_killed
 
 CPU = torch.device("cpu")
@@ -45,14 +45,14 @@ def metrics(output) -> list[dict]:
 @pytest.fixture
 def without_batch_norm(monkeypatch):
     """Models whose results do not depend on how images are shared out to batches."""
-    build = engine.build_model
+    build = state.build_model
 
     def build_without(*arguments):
         model = build(*arguments)
         model.conv_head[1] = nn.Identity()
         return model
 
-    monkeypatch.setattr(engine, "build_model", build_without)
+    monkeypatch.setattr(state, "build_model", build_without)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 from timm.data import IterableImageDataset
 from torch.utils.data import DataLoader
 
-from flash_internimage.classification import engine
+from flash_internimage.classification import engine, state
 from flash_internimage.classification.config import ConfigError, Data
 from flash_internimage.classification.data import (
     SKIPPED,
@@ -395,14 +395,14 @@ class TestStreamsToTheirEnd:
         """Builds a Trainer whose training images are a stream."""
 
         def build(reader, **changes) -> Trainer:
-            whole = engine.build_dataset
+            whole = state.build_dataset
 
             def build_dataset(data, split, is_training, batch_size):
                 if is_training:
                     return SkippingStream(reader, True, "wds/")
                 return whole(data, split, is_training, batch_size)
 
-            monkeypatch.setattr(engine, "build_dataset", build_dataset)
+            monkeypatch.setattr(state, "build_dataset", build_dataset)
             return Trainer(config(batch_size=4, **changes), CPU)
 
         return build

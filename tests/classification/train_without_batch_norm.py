@@ -4,10 +4,10 @@ import sys
 
 from torch import nn
 
-from flash_internimage.classification import engine
+from flash_internimage.classification import state
 from flash_internimage.classification.cli.train import main
 
-build_model = engine.build_model
+build_model = state.build_model
 
 
 def build_without(*arguments):
@@ -16,5 +16,5 @@ def build_without(*arguments):
     return model
 
 
-engine.build_model = build_without
+state.build_model = build_without
 sys.exit(main())

@@ -26,8 +26,9 @@ from ...images import (
     read_image,
     to_rgb,
 )
-
 from ..config import ConfigError, Data
+from ..processes import fail_together, rank, world_size
+from ..strict_yaml import one_line
 from .folders import (
     FolderReader,
     check_class_folders,
@@ -40,8 +41,6 @@ from .folders import (
     printable,
     start_of_file,
 )
-from ..processes import fail_together, rank, world_size
-from ..strict_yaml import one_line
 
 _logger = logging.getLogger(__name__)
 

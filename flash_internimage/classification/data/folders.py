@@ -17,7 +17,6 @@ from timm.utils.misc import natural_key
 
 from ...files import check_no_loops
 from ...images import image_suffixes
-
 from ..processes import on_first
 
 _logger = logging.getLogger(__name__)

@@ -20,7 +20,6 @@ from ..strict_yaml import one_line
 from .datasets import SkippingImageDataset
 
 
-
 def spread(length: int, limit: int | None) -> list[int]:
     """Return at most `limit` evenly spaced indices, as data sets are often sorted by class."""
     limit = length if limit is None else min(limit, length)
