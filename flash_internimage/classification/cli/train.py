@@ -58,7 +58,11 @@ def train(cfg: Config, resume: str | None = None, held: MemoryHandler | None = N
 
     Raises:
         Interrupted: If a signal arrived; the state has been saved.
-        Exception: Of the types in `_EXPECTED` for errors that users can fix.
+        ValueError: If a setting, the data or the checkpoint cannot be used.
+        OSError: If a file cannot be read or written, or another run owns the output folder.
+        Diverged: If too many updates in a row have no finite loss, or a weight is not finite.
+        TooManyCorruptImages: If more images than `data.max_corrupt` cannot be read.
+        EndedByAnother: If one of the above was raised on another process.
     """
     env = init_distributed_device_so(device=str(pick_device(cfg.device)))
     device, rank, world_size = torch.device(env["device"]), env["global_rank"], env["world_size"]
