@@ -27,7 +27,7 @@ TEST_SEED ?=
 
 demo: $(VENV)/.package data/digits
 	$(RUN) -m classification.train $(DIGITS) --resume auto
-	$(RUN) -m classification.validate $(DIGITS) --checkpoint output/digits/best.pth --json output/digits/result.json
+	$(RUN) -m classification.test $(DIGITS) --checkpoint output/digits/best.pth --json output/digits/result.json
 
 demo-detection: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes
 	$(RUN) -m detection.train $(SCENES) --work-dir output/digits-scenes --resume

@@ -24,10 +24,6 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from classification import validate
-from classification.config import ConfigError
-from classification.data import spread
-from classification.model import pick_device
 from flash_internimage.checkpoint import (
     clean_state_dict,
     fetch_checkpoint,
@@ -35,6 +31,10 @@ from flash_internimage.checkpoint import (
     load_checkpoint,
     save_atomically,
 )
+from flash_internimage.classification.cli import test
+from flash_internimage.classification.config import ConfigError
+from flash_internimage.classification.data import spread
+from flash_internimage.classification.model import pick_device
 from flash_internimage.conversion import convert_checkpoint, restore_checkpoint, unwrap_names
 from flash_internimage.files import write_atomically
 from tools.zoo_documents import documents
@@ -176,7 +176,7 @@ def evaluate(
         argv = [model, "--checkpoint", checkpoint, "--data", arguments.data]
         argv += ["--device", arguments.device]
         argv += ["--limit", arguments.limit] if arguments.limit else []
-        result = validate.run(validate.parse_arguments([str(argument) for argument in argv]))
+        result = test.run(test.parse_arguments([str(argument) for argument in argv]))
         return {"top1": result["top1"]}, result["images"]
     _use_device(arguments.device)
     program = importlib.import_module(f"{entry.task}.test")
@@ -315,7 +315,7 @@ def _evaluate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
     if not arguments.data.is_dir():
         raise FileNotFoundError(f"--data not found: {arguments.data}")
     if arguments.json:
-        validate.check_json(arguments.json)
+        test.check_json(arguments.json)
     if arguments.checkpoint:
         checkpoint = fetch_checkpoint(arguments.checkpoint, arguments.offline)
     else:

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from classification.config import ConfigError, Section, explain, load_yaml
 from flash_internimage.checkpoint import fetch_checkpoint
+from flash_internimage.classification.config import ConfigError, Section, explain, load_yaml
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "configs" / "zoo.yaml"

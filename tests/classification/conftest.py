@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from classification.config import Config
+from flash_internimage.classification.config import Config
 from tools.make_demo_data import write_digits
 
 SMALL_MODEL = {

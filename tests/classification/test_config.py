@@ -6,7 +6,13 @@ import pytest
 import yaml
 from timm.optim import get_optimizer_info, list_optimizers
 
-from classification.config import ConfigError, Optimizer, check_output, find_ignored, load_config
+from flash_internimage.classification.config import (
+    ConfigError,
+    Optimizer,
+    check_output,
+    find_ignored,
+    load_config,
+)
 
 RECIPES = Path("configs/classification")
 

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, AugmentOp
 
-from classification.config import ConfigError, Data
-from classification.data import (
+from flash_internimage.classification.config import ConfigError, Data
+from flash_internimage.classification.data import (
     TooManyCorruptImages,
     build_dataset,
     class_names,

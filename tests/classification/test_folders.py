@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from classification.config import ConfigError, Data
-from classification.data import (
+from flash_internimage.classification.config import ConfigError, Data
+from flash_internimage.classification.data import (
     build_dataset,
     class_names,
     class_to_index,
@@ -260,7 +260,7 @@ def test_validation_images_that_are_training_images_are_counted(root, caplog, mo
     if how == "renamed":
         target = target.with_name("other.png")
     if how == "large":  # there names are compared before contents
-        monkeypatch.setattr("classification.folders._LARGE", 2)
+        monkeypatch.setattr("flash_internimage.classification.data.folders._LARGE", 2)
     {"linked": os.symlink, "hard-linked": os.link}.get(how, shutil.copy)(source, target)
     of_both_splits(root)
     assert "1 of 4 validation images that were compared are also training images" in caplog.text

@@ -4,9 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from classification.config import Config, ConfigError, Model
-from classification.model import build_model, check_model, find_not_finite, pick_device
-from classification.optim import build_optimizer
+from flash_internimage.classification.config import Config, ConfigError, Model
+from flash_internimage.classification.model import (
+    build_model,
+    check_model,
+    find_not_finite,
+    pick_device,
+)
+from flash_internimage.classification.optim import build_optimizer
 
 SMALL = {"channels": 16, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8]}
 SMALL_MODEL = {"name": "flash_internimage_nano", "num_classes": 10, "args": SMALL}

@@ -8,8 +8,13 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import flash_internimage  # noqa: F401  (registers the models)
-from classification.config import Config, ConfigError, load_config
-from classification.optim import build_optimizer, build_scheduler, lr_scale, parameter_groups
+from flash_internimage.classification.config import Config, ConfigError, load_config
+from flash_internimage.classification.optim import (
+    build_optimizer,
+    build_scheduler,
+    lr_scale,
+    parameter_groups,
+)
 
 GOLDENS = Path("tests/data/optim")
 

@@ -14,18 +14,20 @@ import pytest
 import torch
 import yaml
 
-from classification import report
-from classification.config import Config, ConfigError
-from classification.output import (
+from flash_internimage.checkpoint import load_checkpoint
+from flash_internimage.classification import output, report
+from flash_internimage.classification.cli import train as program
+from flash_internimage.classification.cli.train import main, train
+from flash_internimage.classification.config import Config, ConfigError
+from flash_internimage.classification.engine import Diverged, Trainer
+from flash_internimage.classification.output import (
     LogFile,
     describe,
     log_start,
     own_output,
     suitable_ema_decay,
 )
-from classification.report import Events, Metrics
-from classification.train import Diverged, Trainer, main, train
-from flash_internimage.checkpoint import load_checkpoint
+from flash_internimage.classification.report import Events, Metrics
 from flash_internimage.files import own_folder
 
 CPU = torch.device("cpu")
@@ -43,8 +45,8 @@ def limited_files():
 
 def test_two_runs_in_one_output_are_refused(config, monkeypatch):
     cfg = config()
-    monkeypatch.setattr("classification.output.own_folder", lambda path: own_folder(path, 0.1))
-    monkeypatch.setattr("classification.train.find_checkpoint", pytest.fail)  # reads the output
+    monkeypatch.setattr(output, "own_folder", lambda path: own_folder(path, 0.1))
+    monkeypatch.setattr(program, "find_checkpoint", pytest.fail)  # reads the output
     with own_folder(cfg.output), pytest.raises(OSError, match=r"another run is writing to .*run"):
         train(cfg, resume="auto")
     assert [path.name for path in Path(cfg.output).iterdir()] == [".lock"]

@@ -6,9 +6,9 @@ from matplotlib.axes import Axes
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from classification.config import Data
-from classification.data import SKIPPED
-from classification.report import save_predictions, speed
+from flash_internimage.classification.config import Data
+from flash_internimage.classification.data import SKIPPED
+from flash_internimage.classification.report import save_predictions, speed
 
 
 class Model(nn.Module):

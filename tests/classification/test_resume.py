@@ -17,11 +17,13 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import get_optimizer_info
 from torch import nn
 
-from classification.config import Config, ConfigError, Section
-from classification.model import pick_device
-from classification.state import describe_other_classes, restore_optimizer
-from classification.train import Diverged, Trainer, train
 from flash_internimage.checkpoint import load_checkpoint, save_atomically
+from flash_internimage.classification.cli.train import train
+from flash_internimage.classification.config import Config, ConfigError, Section
+from flash_internimage.classification.data.classes import describe_other_classes
+from flash_internimage.classification.engine import Diverged, Trainer
+from flash_internimage.classification.model import pick_device
+from flash_internimage.classification.resuming import restore_optimizer
 
 CPU = torch.device("cpu")
 EPOCHS = {"epochs": 4, "warmup_epochs": 1}

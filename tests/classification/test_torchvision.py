@@ -9,8 +9,13 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from classification.config import ConfigError, Data
-from classification.data import SKIPPED, build_dataset, class_to_index, warn_of_shared_images
+from flash_internimage.classification.config import ConfigError, Data
+from flash_internimage.classification.data import (
+    SKIPPED,
+    build_dataset,
+    class_to_index,
+    warn_of_shared_images,
+)
 
 COUNTS = {"train": 12, "t10k": 6}
 

@@ -14,20 +14,15 @@ import yaml
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from classification import train as train_module
-from classification.config import ConfigError
-from classification.data import TooManyCorruptImages
-from classification.train import (
-    Diverged,
-    Interrupted,
-    Trainer,
-    build_criterion,
-    main,
-    rng_state,
-    set_rng_state,
-    train,
-)
 from flash_internimage.checkpoint import load_checkpoint
+from flash_internimage.classification import engine, state
+from flash_internimage.classification.cli.train import main, train
+from flash_internimage.classification.config import ConfigError
+from flash_internimage.classification.data import TooManyCorruptImages
+from flash_internimage.classification.engine import Diverged, Trainer
+from flash_internimage.classification.interruption import Interrupted
+from flash_internimage.classification.optim import build_criterion
+from flash_internimage.classification.random_numbers import rng_state, set_rng_state
 from tests.kills import run_until_killed
 
 CPU = torch.device("cpu")
@@ -50,14 +45,14 @@ def metrics(output) -> list[dict]:
 @pytest.fixture
 def without_batch_norm(monkeypatch):
     """Models whose results do not depend on how images are shared out to batches."""
-    build = train_module.build_model
+    build = state.build_model
 
     def build_without(*arguments):
         model = build(*arguments)
         model.conv_head[1] = nn.Identity()
         return model
 
-    monkeypatch.setattr(train_module, "build_model", build_without)
+    monkeypatch.setattr(state, "build_model", build_without)
 
 
 @pytest.fixture
@@ -272,7 +267,7 @@ def test_an_update_with_an_infinite_gradient_is_skipped(config):
 
 def test_too_many_updates_without_a_finite_loss_stop_the_run_with_advice(config, monkeypatch):
     nan = lambda *_: torch.tensor(torch.nan, requires_grad=True)  # noqa: E731
-    monkeypatch.setattr(train_module, "build_criterion", lambda cfg: nan)
+    monkeypatch.setattr(engine, "build_criterion", lambda cfg: nan)
     with pytest.raises(Diverged, match=r"3 updates in a row .*warmup_epochs.*clip_grad.*amp=bf16"):
         train(config(max_nonfinite=3))
 

@@ -16,10 +16,9 @@ from PIL import Image, ImageFile
 from timm.data import IterableImageDataset
 from torch.utils.data import DataLoader
 
-from classification import datasets as datasets_module
-from classification import train as train_module
-from classification.config import ConfigError, Data
-from classification.data import (
+from flash_internimage.classification import engine, state
+from flash_internimage.classification.config import ConfigError, Data
+from flash_internimage.classification.data import (
     SKIPPED,
     SkippingStream,
     TooManyCorruptImages,
@@ -28,7 +27,8 @@ from classification.data import (
     train_loader,
     val_loader,
 )
-from classification.train import Trainer
+from flash_internimage.classification.data import datasets as datasets_module
+from flash_internimage.classification.engine import Trainer
 
 CPU = torch.device("cpu")
 
@@ -395,14 +395,14 @@ class TestStreamsToTheirEnd:
         """Builds a Trainer whose training images are a stream."""
 
         def build(reader, **changes) -> Trainer:
-            whole = train_module.build_dataset
+            whole = state.build_dataset
 
             def build_dataset(data, split, is_training, batch_size):
                 if is_training:
                     return SkippingStream(reader, True, "wds/")
                 return whole(data, split, is_training, batch_size)
 
-            monkeypatch.setattr(train_module, "build_dataset", build_dataset)
+            monkeypatch.setattr(state, "build_dataset", build_dataset)
             return Trainer(config(batch_size=4, **changes), CPU)
 
         return build
@@ -422,7 +422,7 @@ class TestStreamsToTheirEnd:
             return len(asked) < 3
 
         monkeypatch.setattr(trainer, "train_update", lambda batches: 1.0)
-        monkeypatch.setattr(train_module, "all_agree", all_agree)
+        monkeypatch.setattr(engine, "all_agree", all_agree)
         trainer.train_epoch()
         assert (asked, trainer.update) == ([True, True, True], 2)
 
@@ -445,7 +445,7 @@ class TestStreamsToTheirEnd:
         trainer = Trainer(config(), CPU)
         trainer.output.mkdir()
         (trainer.output / "metrics.csv").write_text("epoch,train_loss,val_top1,lr\n1,1,1,1\n")
-        monkeypatch.setattr(train_module, "save_predictions", fail)
+        monkeypatch.setattr(engine, "save_predictions", fail)
         trainer.report()
         assert "predictions.png is not drawn: the stream is gone" in caplog.text
         assert (trainer.output / "curves.png").exists()

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from classification.config import ConfigError
-from classification.train import Trainer, main, train
+from flash_internimage.classification.cli.train import main, train
+from flash_internimage.classification.config import ConfigError
+from flash_internimage.classification.engine import Trainer
 
 VIT = {"name": "vit_tiny_patch16_224", "args": {"depth": 1}}
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from classification.processes import fail_together, gather, rank
-from classification.train import Trainer, main
+from flash_internimage.classification.cli.train import main
+from flash_internimage.classification.engine import Trainer
+from flash_internimage.classification.processes import fail_together, gather, rank
 
 fates = set()
 

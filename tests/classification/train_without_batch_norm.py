@@ -4,9 +4,10 @@ import sys
 
 from torch import nn
 
-from classification import train
+from flash_internimage.classification import state
+from flash_internimage.classification.cli.train import main
 
-build_model = train.build_model
+build_model = state.build_model
 
 
 def build_without(*arguments):
@@ -15,5 +16,5 @@ def build_without(*arguments):
     return model
 
 
-train.build_model = build_without
-sys.exit(train.main())
+state.build_model = build_without
+sys.exit(main())

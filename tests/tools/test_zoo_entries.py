@@ -11,7 +11,7 @@ import torch
 import yaml
 from mmengine.config import Config
 
-from classification.config import ConfigError, load_config
+from flash_internimage.classification.config import ConfigError, load_config
 from tests.recipes import DATA, ROOT, read_recipes
 from tools.zoo_documents import documents
 from tools.zoo_entries import ZOO, Entry, find, read_zoo

@@ -7,9 +7,9 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils import natural_key
 from torch.utils.data import Dataset
 
-from .config import ConfigError
+from ..config import ConfigError
+from ..processes import on_first
 from .folders import printable
-from .processes import on_first
 
 _logger = logging.getLogger(__name__)
 
@@ -98,6 +98,34 @@ def names_of(checkpoint: Mapping) -> list[str] | None:
     kind = (config.get("data") or {}).get("kind")
     unnamed = kind and classes == [str(i) for i in range(len(classes))]
     return None if unnamed else classes
+
+
+def describe_other_classes(checkpoint: Sequence[str], data: Sequence[str]) -> str | None:
+    """Return how the classes of a checkpoint and a data set differ, or None if they are equal.
+
+    Args:
+        checkpoint: Class names of the checkpoint, in the order of its outputs.
+        data: Class names of the data set, in the order of its labels.
+    """
+    checkpoint, data = list(checkpoint), list(data)
+    if checkpoint == data:
+        return None
+    sides = {
+        "only in the checkpoint": [name for name in checkpoint if name not in set(data)],
+        "only in the data": [name for name in data if name not in set(checkpoint)],
+    }
+    parts = [
+        f"{side}: {', '.join(map(str, names[:5]))}{', ...' if len(names) > 5 else ''}"
+        for side, names in sides.items()
+        if names
+    ]
+    if not parts:
+        parts = [
+            f"class {i} is {old} in the checkpoint and {new} in the data"
+            for i, (old, new) in enumerate(zip(checkpoint, data, strict=False))
+            if old != new
+        ][:1]
+    return "; ".join(parts) or f"{len(checkpoint)} in the checkpoint and {len(data)} in the data"
 
 
 def set_labels(dataset: Dataset, names: list[str] | None, source: str, num_classes: int) -> None:

@@ -9,19 +9,16 @@ import timm
 import torch
 from torch import nn
 
-import flash_internimage  # noqa: F401  (registers the models)
-from flash_internimage.checkpoint import (
+from ..checkpoint import (
     clean_state_dict,
     fetch_checkpoint,
     load_checkpoint,
     load_weights,
 )
-
-from .classes import names_of
 from .config import ConfigError, Model
-from .folders import printable
+from .data.classes import describe_other_classes, names_of
+from .data.folders import printable
 from .processes import on_first
-from .state import describe_other_classes
 from .strict_yaml import one_line
 
 _logger = logging.getLogger(__name__)

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,15 +16,17 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import FakeData
 
-from classification import validate
-from classification.classes import set_labels
-from classification.config import Data
-from classification.data import build_dataset, val_loader
-from classification.model import build_model
-from classification.train import train
-from classification.validate import evaluate, main, resolve_amp
 from flash_internimage.backbone import FlashInternImage
 from flash_internimage.checkpoint import load_checkpoint, save_atomically
+from flash_internimage.classification import evaluation
+from flash_internimage.classification.cli import test
+from flash_internimage.classification.cli.test import main
+from flash_internimage.classification.cli.train import train
+from flash_internimage.classification.config import Data
+from flash_internimage.classification.data import build_dataset, val_loader
+from flash_internimage.classification.data.classes import set_labels
+from flash_internimage.classification.evaluation import evaluate, resolve_amp
+from flash_internimage.classification.model import build_model
 
 CPU = torch.device("cpu")
 
@@ -102,7 +105,7 @@ def test_the_command_reproduces_the_metrics_of_training(run, tmp_path, capsys, w
     ],
 )  # fmt: skip
 def test_automatic_precision_depends_on_the_device(monkeypatch, amp, device, has_bf16, resolved):
-    monkeypatch.setattr(validate, "has_bf16_instructions", lambda: has_bf16)
+    monkeypatch.setattr(evaluation, "has_bf16_instructions", lambda: has_bf16)
     assert resolve_amp(amp, torch.device(device)) == resolved
 
 
@@ -177,7 +180,7 @@ def test_errors_are_one_line_that_says_what_is_wrong(run, digits, tmp_path, capl
     ],
 )
 def test_a_wrong_argument_is_one_line_before_any_work(run, monkeypatch, caplog, arguments, message):
-    monkeypatch.setattr(validate, "evaluate", None)
+    monkeypatch.setattr(test, "evaluate", None)
     caplog.clear()
     assert main([str(run / "config.yaml"), "--checkpoint", str(run / "last.pth"), *arguments]) == 2
     (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
@@ -261,7 +264,7 @@ def test_two_processes_share_the_images_and_report_once(run, digits, tmp_path, c
     assert main(arguments) == 0
     one = json.loads(capfd.readouterr().out.splitlines()[-1])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", "-m", "classification.validate", *arguments]
+    command = [*torchrun, "--nproc-per-node", "2", "-m", "classification.test", *arguments]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     output = str(tmp_path / "result.json")
     subprocess.run([*command, "--json", output], check=True, env=environment)
@@ -279,6 +282,16 @@ def test_two_processes_share_the_images_and_report_once(run, digits, tmp_path, c
     assert out == ""
     assert err.count("ERROR --throughput measures a single process: run it without torchrun") == 1
     assert err.count("ERROR --") == 1
+
+
+def test_the_former_name_of_the_program_runs_it_and_warns_once(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "argv", ["validate", "resnet18", "--limit", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("classification.validate", run_name="__main__")
+    assert [record.getMessage() for record in caplog.records] == [
+        "classification.validate is deprecated: use python -m classification.test",
+        "--limit must be at least 1, got 0",
+    ]
 
 
 @pytest.fixture

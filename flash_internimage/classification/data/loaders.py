@@ -15,39 +15,9 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from .classes import class_names, class_to_index, match_classes
-from .config import Augmentation, Config, ConfigError, Data
-from .datasets import (
-    SKIPPED,
-    SkippingImageDataset,
-    SkippingStream,
-    TooManyCorruptImages,
-    build_dataset,
-    warn_of_shared_images,
-)
-from .strict_yaml import one_line
-
-__all__ = [
-    "SKIPPED",
-    "SkippingImageDataset",
-    "SkippingStream",
-    "TooManyCorruptImages",
-    "build_dataset",
-    "build_mixup",
-    "class_names",
-    "class_to_index",
-    "denormalize",
-    "eval_transform",
-    "match_classes",
-    "set_epoch",
-    "share_unreadable",
-    "spread",
-    "start",
-    "train_loader",
-    "train_transform",
-    "val_loader",
-    "warn_of_shared_images",
-]
+from ..config import Augmentation, Config, ConfigError, Data
+from ..strict_yaml import one_line
+from .datasets import SkippingImageDataset
 
 
 def spread(length: int, limit: int | None) -> list[int]:

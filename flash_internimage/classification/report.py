@@ -18,8 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from torch.utils.tensorboard.summary import scalar
 
-from flash_internimage.files import disk_full_error, write_atomically
-
+from ..files import disk_full_error, write_atomically
 from .config import Data
 from .data import SKIPPED, denormalize, spread
 

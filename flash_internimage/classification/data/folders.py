@@ -15,10 +15,9 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
-from flash_internimage.files import check_no_loops
-from flash_internimage.images import image_suffixes
-
-from .processes import on_first
+from ...files import check_no_loops
+from ...images import image_suffixes
+from ..processes import on_first
 
 _logger = logging.getLogger(__name__)
 

@@ -7,16 +7,12 @@ import sys
 from collections.abc import Iterator
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
-from flash_internimage.files import own_folder, write_atomically
-
+from ..files import own_folder, write_atomically
 from .config import Config, ConfigError, find_ignored
-
-if TYPE_CHECKING:
-    from .train import Trainer
+from .state import TrainingState
 
 _logger = logging.getLogger(__name__)
 
@@ -141,18 +137,18 @@ def suitable_ema_decay(updates: int) -> str:
     return f"{1 - float(f'{1 - 0.01 ** (1 / updates):.2g}'):.9g}"
 
 
-def log_start(trainer: "Trainer", checkpoint: Path | None, changes: list[str]) -> None:
+def log_start(state: TrainingState, checkpoint: Path | None, changes: list[str]) -> None:
     """Log the model, changed and ignored settings, and the checkpoint that a run resumes from."""
-    cfg, parameters = trainer.cfg, sum(p.numel() for p in trainer.model.parameters())
+    cfg, parameters = state.cfg, sum(p.numel() for p in state.model.parameters())
     _logger.info(
         "%s, %.1f M parameters; %d x %d images per update on %s with amp=%s; %d updates per epoch",
-        cfg.model.name, parameters / 1e6, trainer.world_size,
-        cfg.batch_size * cfg.accumulation_steps, trainer.device, trainer.amp,
-        trainer.updates_per_epoch,
+        cfg.model.name, parameters / 1e6, state.world_size,
+        cfg.batch_size * cfg.accumulation_steps, state.device, state.amp,
+        state.updates_per_epoch,
     )  # fmt: skip
     for line in (*changes, *find_ignored(cfg)):
         _logger.warning("%s", line)
-    updates = cfg.schedule.epochs * trainer.updates_per_epoch
+    updates = cfg.schedule.epochs * state.updates_per_epoch
     if cfg.ema_decay is not None and (rest := cfg.ema_decay**updates) > 0.1:
         _logger.warning(
             "ema_decay=%s: after the %d updates of this run the averaged weights still hold "
@@ -162,5 +158,5 @@ def log_start(trainer: "Trainer", checkpoint: Path | None, changes: list[str]) -
     if checkpoint is not None:
         _logger.info(
             "continuing from %s: %d epochs and %d updates of %d are done",
-            checkpoint, trainer.epoch, trainer.update, trainer.updates_per_epoch,
+            checkpoint, state.epoch, state.update, state.updates_per_epoch,
         )  # fmt: skip

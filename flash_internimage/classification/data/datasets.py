@@ -19,15 +19,16 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 
-from flash_internimage.images import (
+from ...images import (
     MAX_ASPECT_RATIO,
     UnreadableImage,
     image_suffixes,
     read_image,
     to_rgb,
 )
-
-from .config import ConfigError, Data
+from ..config import ConfigError, Data
+from ..processes import fail_together, rank, world_size
+from ..strict_yaml import one_line
 from .folders import (
     FolderReader,
     check_class_folders,
@@ -40,8 +41,6 @@ from .folders import (
     printable,
     start_of_file,
 )
-from .processes import fail_together, rank, world_size
-from .strict_yaml import one_line
 
 _logger = logging.getLogger(__name__)
 

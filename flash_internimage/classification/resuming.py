@@ -1,15 +1,12 @@
-"""State that a training run saves and restores: totals, random numbers, settings, optimizer."""
+"""Check that a run can be resumed from a checkpoint, and restore its optimizer."""
 
-import math
-import random
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from flash_internimage.checkpoint import check_optimizer
+from ..checkpoint import check_optimizer
 
 # Entries of last.pth, except `model_ema`, which requires an EMA.
 _ENTRIES = (
@@ -36,68 +33,6 @@ _OF_VALIDATION = (
 
 # Some optimizers count steps in their parameter groups. All other entries there are settings.
 _STEP = "step"
-
-
-class Totals(NamedTuple):
-    """Running totals of the current epoch.
-
-    Attributes:
-        loss: Sum of the finite losses.
-        finite: Number of updates with a finite loss.
-        skipped: Number of updates without a finite loss, which were skipped.
-        seconds: Total time of the updates.
-    """
-
-    loss: float = 0.0
-    finite: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-
-    def plus(self, loss: float, seconds: float) -> "Totals":
-        """Return the totals after another update."""
-        if not math.isfinite(loss):
-            return self._replace(skipped=self.skipped + 1, seconds=self.seconds + seconds)
-        return Totals(self.loss + loss, self.finite + 1, self.skipped, self.seconds + seconds)
-
-
-# --- random numbers ----------------------------------------------------------------------------
-
-
-def seed_everything(*numbers: int) -> None:
-    """Seed the generators of Python, NumPy and PyTorch from one or more numbers."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def rng_state() -> dict:
-    """Return the state of all random number generators in types that a checkpoint may contain."""
-    name, keys, *rest = np.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict) -> None:
-    """Restore all random number generators from a result of :func:`rng_state`.
-
-    Raises:
-        ValueError: If NumPy's state would make it read out of bounds.
-    """
-    _, keys, position, *_ = state["numpy"]
-    if len(keys) != 624 or not 0 <= position <= 624:  # NumPy does not check its bounds
-        raise ValueError(f"numpy's random state has {len(keys)} keys and position {position}")
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 # --- entries and settings -------------------------------------------------------------------------
@@ -176,34 +111,6 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     ]
 
 
-def describe_other_classes(checkpoint: Sequence[str], data: Sequence[str]) -> str | None:
-    """Return how the classes of a checkpoint and a data set differ, or None if they are equal.
-
-    Args:
-        checkpoint: Class names of the checkpoint, in the order of its outputs.
-        data: Class names of the data set, in the order of its labels.
-    """
-    checkpoint, data = list(checkpoint), list(data)
-    if checkpoint == data:
-        return None
-    sides = {
-        "only in the checkpoint": [name for name in checkpoint if name not in set(data)],
-        "only in the data": [name for name in data if name not in set(checkpoint)],
-    }
-    parts = [
-        f"{side}: {', '.join(map(str, names[:5]))}{', ...' if len(names) > 5 else ''}"
-        for side, names in sides.items()
-        if names
-    ]
-    if not parts:
-        parts = [
-            f"class {i} is {old} in the checkpoint and {new} in the data"
-            for i, (old, new) in enumerate(zip(checkpoint, data, strict=False))
-            if old != new
-        ][:1]
-    return "; ".join(parts) or f"{len(checkpoint)} in the checkpoint and {len(data)} in the data"
-
-
 # --- optimizer and weights ---------------------------------------------------------------------
 
 
@@ -257,7 +164,7 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     group the parameters differently.
 
     Args:
-        optimizer: Result of :func:`~classification.optim.build_optimizer`.
+        optimizer: Result of :func:`~.optim.build_optimizer`.
         saved: State dict of an optimizer of the same type.
 
     Raises:
