@@ -37,7 +37,9 @@ _TRAINED = ("state_dict", "model", "model_state_dict", "module", "net")
 _AVERAGED_PARTS = ("ema_model.", "model_ema.", "ema.")
 
 
-def clean_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = True) -> dict[str, Tensor]:
+def clean_state_dict(
+    checkpoint: Mapping[str, Any], use_ema: bool = True, prefix: str | None = None
+) -> dict[str, Tensor]:
     """Return the weights in a checkpoint under the parameter names of the model.
 
     The formats of timm, torchvision, OpenMMLab, Lightning and DeepSpeed are recognised. If a
@@ -48,9 +50,12 @@ def clean_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = True) -> dic
     Args:
         checkpoint: Contents of a checkpoint file, or a bare state dict.
         use_ema: Whether to prefer averaged (EMA) or trained weights if the checkpoint has both.
+        prefix: Prefix of the names to take, for a model that is part of another, such as
+            'student.backbone'. It is removed; the dot at its end may be omitted.
 
     Raises:
-        ValueError: If there is anything other than named tensors, or two entries get the same name.
+        ValueError: If there is anything other than named tensors, no name begins with `prefix`, or
+            two entries get the same name.
     """
     while entry := _choose_entry(checkpoint, use_ema):
         checkpoint = checkpoint[entry]
@@ -61,6 +66,8 @@ def clean_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = True) -> dic
     ]
     if others:
         raise ValueError(f"checkpoint must hold tensors by name, got also {', '.join(others[:10])}")
+    if prefix:
+        checkpoint = _part(checkpoint, prefix.removesuffix(".") + ".")
     names = unwrap_names({name: name for name in checkpoint})
     for parts, wanted in ((_AVERAGED_PARTS, use_ema), (("backbone.",), True)):
         part = {old: name for old, name in names.items() if name.startswith(parts) == wanted}
@@ -71,6 +78,20 @@ def clean_state_dict(checkpoint: Mapping[str, Any], use_ema: bool = True) -> dic
             part = {old: name.partition(".")[2] for old, name in part.items()}
         names = unwrap_names(part) if part else names
     return rename(checkpoint, names)
+
+
+def _part(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the entries whose names begin with `prefix`, without it."""
+    plain = {name: name for name in state_dict}
+    for names in (plain, unwrap_names(plain)):
+        part = {old: name for old, name in names.items() if name.startswith(prefix)}
+        if part:
+            return rename(state_dict, {old: n.removeprefix(prefix) for old, n in part.items()})
+    found = sorted({name.partition(".")[0] for name in state_dict})
+    raise ValueError(
+        "prefix must begin names in the checkpoint, which begin with "
+        f"{', '.join(found[:10])}, got {prefix!r}"
+    )
 
 
 def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool) -> str | None:

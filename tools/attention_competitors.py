@@ -171,9 +171,9 @@ def run_ms_deform_attn(inputs: Inputs) -> Tensor:
     return ms_deform_attn(
         inputs.value,
         inputs.spatial_shapes,
+        inputs.level_start_index,
         inputs.locations,
         inputs.weights,
-        inputs.level_start_index,
     )
 
 

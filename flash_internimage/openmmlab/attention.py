@@ -112,9 +112,9 @@ class FlashMultiScaleDeformableAttention(MultiScaleDeformableAttention):
         output = ms_deform_attn(
             value.unflatten(-1, (self.num_heads, -1)),
             spatial_shapes,
+            level_start_index,
             locations,
             logits.softmax(-1, dtype=locations.dtype).unflatten(-1, points[1:]),
-            level_start_index,
         )
         output = self.output_proj(output)
         if not self.batch_first:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
 from ..backbone import ARCHITECTURES, FlashInternImage
@@ -31,8 +31,9 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         layer_scale: Initial value of the layer scale. The published detectors and segmentors of all
             sizes are trained with 1.0, which is kept if a checkpoint has no layer scale.
         init_cfg: `dict(type='Pretrained', checkpoint=...)` with a path, a URL or the name of
-            released weights, see :func:`flash_internimage.checkpoint.fetch_checkpoint`. `prefix` is
-            accepted but not needed: the weights of the backbone are found in those of a detector.
+            released weights, see :func:`flash_internimage.checkpoint.fetch_checkpoint`. `prefix`
+            and `map_location` mean what they mean to mmengine's `PretrainedInit`. Without `prefix`,
+            the backbone is found in the weights of a classifier, detector or segmentor.
         kwargs: Arguments of :class:`flash_internimage.backbone.FlashInternImage`.
 
     Raises:
@@ -90,14 +91,16 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         """Load the weights given by `init_cfg`, if any.
 
         Raises:
+            FileNotFoundError: If the checkpoint does not exist.
             ValueError: If a parameter is missing in the checkpoint, unexpected, or of another
-                shape.
+                shape, or no name in the checkpoint begins with the prefix.
         """
         if self.init_cfg is None or self.is_init:
             return
         source = self.init_cfg["checkpoint"]
         own = self.state_dict()
-        weights = clean_state_dict(read_checkpoint(source))
+        checkpoint = read_checkpoint(source, self.init_cfg.get("map_location", "cpu"))
+        weights = clean_state_dict(checkpoint, prefix=self.init_cfg.get("prefix"))
         weights = {name: weight for name, weight in weights.items() if not self._left_out(name)}
         if self.layer_scale == 1.0 and not any("gamma" in name for name in weights):
             weights |= {name: weight for name, weight in own.items() if "gamma" in name}
@@ -137,13 +140,14 @@ def _check_init_cfg(init_cfg: dict | None) -> None:
     if init_cfg is None:
         return
     accepted = "init_cfg must be dict(type='Pretrained', checkpoint=...)"
+    kinds = ("Pretrained", WEIGHT_INITIALIZERS.get("Pretrained"))
     if (
         not isinstance(init_cfg, dict)
-        or init_cfg.get("type") != "Pretrained"
+        or init_cfg.get("type") not in kinds
         or "checkpoint" not in init_cfg
     ):
         raise ValueError(f"{accepted}, got {init_cfg}")
-    if unknown := init_cfg.keys() - {"type", "checkpoint", "prefix"}:
+    if unknown := init_cfg.keys() - {"type", "checkpoint", "prefix", "map_location"}:
         raise ValueError(f"{accepted}, got the unknown key {', '.join(sorted(map(repr, unknown)))}")
     if not isinstance(prefix := init_cfg.get("prefix"), str | None):
         raise ValueError(f"init_cfg's prefix must be text, got {prefix!r}")

@@ -12,8 +12,7 @@ class FlashDCNv4(DCNv4Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, bias: See DCNv4Conv2d.
         groups: Must be 1, which mmcv's ConvModule passes.
-        deform_groups: Number of groups of input channels that share their offsets. Default: groups
-            of 16 channels if `in_channels` is a multiple of 16, otherwise a single group.
+        deform_groups: `offset_groups` of DCNv4Conv2d, under the name that it has in mmcv's DCNv2.
 
     Raises:
         ValueError: If `groups` is not 1, or if DCNv4Conv2d rejects an argument.
@@ -37,12 +36,12 @@ class FlashDCNv4(DCNv4Conv2d):
     ) -> None:
         if groups != 1:
             raise ValueError(
-                "groups must be 1, as every output channel of DCNv4 sees every input channel, got "
-                f"{groups}; deform_groups are groups of channels that share their offsets"
+                "groups must be 1, as every output channel of DCNv4 depends on every input "
+                f"channel, got {groups}; deform_groups sets the groups of channels that share "
+                "their offsets"
             )
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, deform_groups, bias
-        )
+        window = (kernel_size, stride, padding, dilation)
+        super().__init__(in_channels, out_channels, *window, bias=bias, offset_groups=deform_groups)
 
     def init_weights(self) -> None:
         """Reset the parameters; mmengine calls this after the `init_cfg` of enclosing modules."""

@@ -2,7 +2,7 @@
 
 from . import flops
 from .attention import flash_deform_attn, ms_deform_attn
-from .backends import choose_backend, is_compiled, use_backend
+from .backends import choose_backend, explain_backend, is_compiled, use_backend
 from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
 from .ops import dcnv4, output_size
 
@@ -12,6 +12,7 @@ __all__ = [
     "FlashDeformAttn",
     "choose_backend",
     "dcnv4",
+    "explain_backend",
     "flash_deform_attn",
     "flops",
     "is_compiled",

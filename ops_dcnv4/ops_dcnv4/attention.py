@@ -15,9 +15,9 @@ SpatialShapes = Tensor | Sequence[tuple[int, int]]
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: SpatialShapes,
+    level_start_index: Tensor | Sequence[int] | None,
     sampling_locations: Tensor,
     attention_weights: Tensor,
-    level_start_index: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
     """Compute multi-scale deformable attention as in mmcv and Deformable DETR.
 
@@ -33,14 +33,14 @@ def ms_deform_attn(
             CUDA may be interpolated in float16.
         spatial_shapes: (H, W) of each of the L levels, S pixels in total, as a list of pairs or an
             integer tensor of shape (L, 2).
+        level_start_index: Index of the first pixel of each level, of shape (L,). None computes it
+            from `spatial_shapes`.
         sampling_locations: Coordinates (x, y) of K points per level, of shape
             (N, Lq, M, L, K, 2). (0, 0) is the top left corner of the level and (1, 1) the bottom
             right corner. The dtype is that of `value`, or float32 with a 16-bit `value`, which
             avoids rounding the locations; autocast uses float32.
         attention_weights: Normalised weights of shape (N, Lq, M, L, K). The dtype is that of
             `value`, or float32 with a 16-bit `value`.
-        level_start_index: Index of the first pixel of each level, of shape (L,). Computed from
-            `spatial_shapes` by default.
 
     Returns:
         Tensor of shape (N, Lq, M * D) with the dtype of `value`.
@@ -55,7 +55,7 @@ def ms_deform_attn(
     Example:
         >>> value, locations = torch.randn(2, 8 * 8 + 4 * 4, 4, 16), torch.rand(2, 100, 4, 2, 3, 2)
         >>> weights = torch.full((2, 100, 4, 2, 3), 1 / 6)
-        >>> ms_deform_attn(value, [(8, 8), (4, 4)], locations, weights).shape
+        >>> ms_deform_attn(value, [(8, 8), (4, 4)], [0, 64], locations, weights).shape
         torch.Size([2, 100, 64])
     """
     _check_value(value)

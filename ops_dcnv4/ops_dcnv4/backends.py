@@ -11,7 +11,7 @@ import itertools
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -25,7 +25,7 @@ from .attention import (
     check_raw_flash_deform_attn,
     check_raw_ms_deform_attn,
 )
-from .ops import check_raw_dcnv4, check_raw_grad_output
+from .ops import autocasts, check_raw_dcnv4, check_raw_grad_output, check_size, check_tensor
 
 BACKENDS = ("compiled", "triton", "reference")
 ENVIRONMENT_VARIABLE = "OPS_DCNV4_BACKEND"
@@ -68,6 +68,7 @@ def _import_library(module: str) -> str | None:
 _LIBRARIES = {"cpu": "_C", "cuda": "_C_cuda"}
 _why_not_compiled = {device: _import_library(module) for device, module in _LIBRARIES.items()}
 _forced: str | None = None
+_forced_by = ""
 _overrides: Library | None = None
 
 
@@ -104,6 +105,101 @@ def choose_backend(device: str | torch.device) -> str:
     return "reference"
 
 
+def explain_backend(
+    device: str | torch.device,
+    dtype: torch.dtype = torch.float32,
+    shape: Sequence[int] | None = None,
+) -> str:
+    """Describe in words which backend a call would use, and why.
+
+    The device decides about the backend. Dtype and shape decide whether the call is accepted, and
+    the dtype also decides in which precision it computes.
+
+    Args:
+        device: Device of the tensors.
+        dtype: Dtype of `value`.
+        shape: Shape of `value`: (N, H, W, C), or (N, S, M, D) for attention.
+
+    Returns:
+        A line with the name of the backend, and an indented line for each argument. Where the call
+        would fail, these lines say so and contain the reason.
+
+    Example:
+        >>> print(explain_backend("cpu", torch.bfloat16))
+        compiled
+          device cpu: the compiled kernels were found (ops_dcnv4._C, instruction set avx2)
+          dtype torch.bfloat16: computes and accumulates in float32
+    """
+    device = torch.device(device)
+    backend = choose_backend(device)
+    explanations = [
+        (f"device {device}", _explain_device, (backend, device.type)),
+        (f"dtype {dtype}", _explain_dtype, (dtype, backend, device.type)),
+    ]
+    if shape is not None:
+        explanations.append((f"shape {tuple(shape)}", _explain_shape, (shape,)))
+    # Meta tensors only have shapes, which are computed without a backend.
+    lines = ["none" if device.type == "meta" else backend]
+    for subject, explain, arguments in explanations:
+        try:
+            lines.append(f"  {subject}: {explain(*arguments)}")
+        except (RuntimeError, TypeError, ValueError) as error:
+            lines[0] = f"{backend}, but the call would fail"
+            lines.append(f"  {subject}: {error}")
+    return "\n".join(lines)
+
+
+def _explain_device(backend: str, device_type: str) -> str:
+    if device_type == "meta":
+        return "meta tensors hold no numbers; only the shape of the result is computed"
+    if _forced is not None:
+        _require_available(backend, device_type)
+        return f"selected by {_forced_by}"
+    if backend == "compiled":
+        library = f"ops_dcnv4.{_LIBRARIES[device_type]}"
+        kind = getattr(importlib.import_module(library), "INSTRUCTION_SET", None)
+        why = f"the compiled kernels were found ({library}"
+        why += f", instruction set {kind})" if kind else ")"
+    elif backend == "triton":
+        missing = _why_not_compiled[device_type]
+        why = f"the compiled kernels are missing ({missing}); Triton and a C compiler were found"
+    else:
+        why = _why_slow(device_type)
+    if device_type == "cuda" and not torch.cuda.is_available():
+        why += "; PyTorch finds no GPU here"
+    return why
+
+
+def _explain_dtype(dtype: torch.dtype, backend: str, device_type: str) -> str:
+    value = torch.empty(0, 0, 0, 0, dtype=dtype, device="meta")
+    check_tensor("value", value, ("N", "H", "W", "C"))
+    why = ""
+    if device_type in _LIBRARIES and autocasts(device_type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        why = f"autocast converts to {dtype}, which "
+    computed = reference.compute_dtype(dtype)
+    name = str(computed).removeprefix("torch.")
+    why += f"computes in {name}" if computed == dtype else f"computes and accumulates in {name}"
+    if (backend, device_type, dtype) == ("compiled", "cuda", torch.float16):
+        why += (
+            "; where the width of a group or head is a multiple of 8, pixels are interpolated in "
+            "float16"
+        )
+    return why
+
+
+def _explain_shape(shape: Sequence[int]) -> str:
+    if len(shape) != 4:
+        raise ValueError(f"value must be (N, H, W, C), or (N, S, M, D), got shape {tuple(shape)}")
+    if shape[1] < 1:
+        raise ValueError(f"value must have at least one pixel, got shape {tuple(shape)}")
+    for size in shape[1:]:
+        check_size("each size of value", size)
+    if 0 in shape:
+        return "accepted; there is nothing to compute"
+    return "accepted; all shapes use the same backend"
+
+
 def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Return a context manager that runs all operators on one backend.
 
@@ -125,12 +221,12 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _use_backend(name: str) -> Iterator[None]:
-    before = _forced
-    _force(name)
+    before = _forced, _forced_by
+    _force(name, f"use_backend({name!r})")
     try:
         yield
     finally:
-        _force(before)
+        _force(*before)
 
 
 def _check_backend(name: str, argument: str) -> None:
@@ -140,13 +236,18 @@ def _check_backend(name: str, argument: str) -> None:
         raise RuntimeError("the backend 'triton' needs the package triton and a C compiler")
 
 
-def _force(name: str | None) -> None:
-    """Select a backend: override the compiled kernels with `_compute`, or restore them."""
-    global _forced, _overrides
+def _force(name: str | None, by: str) -> None:
+    """Select a backend: override the compiled kernels with `_compute`, or restore them.
+
+    Args:
+        name: Backend, or None to choose one for each call.
+        by: What selects it, for :func:`explain_backend`.
+    """
+    global _forced, _forced_by, _overrides
     if _overrides is not None:
         _overrides._destroy()
         _overrides = None
-    _forced = name
+    _forced, _forced_by = name, by
     if name in (None, "compiled"):
         return
     _overrides = Library("ops_dcnv4", "IMPL")
@@ -188,19 +289,27 @@ def _inputs(operator: str, arguments: tuple) -> tuple:
 
 
 def _module(backend: str, device_type: str) -> ModuleType:
-    """Return the module that implements a backend, with one function per operator."""
+    """Return the Python module that implements a backend, with one function per operator."""
+    _require_available(backend, device_type)
     if backend == "triton":
-        if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError(
-                "the backend 'triton' computes on CUDA tensors, and elsewhere only in Triton's "
-                f"interpreter (TRITON_INTERPRET=1 in the environment), got device '{device_type}'"
-            )
         return importlib.import_module("ops_dcnv4.triton_kernels")
     if backend == "compiled":
-        raise RuntimeError(f"the backend 'compiled' was asked for, but {_why_slow(device_type)}")
+        raise RuntimeError("the compiled kernels do not cover this call")
     if _forced is None:
         _warn_reference(device_type)
     return reference
+
+
+def _require_available(backend: str, device_type: str) -> None:
+    """Raise RuntimeError if a backend that was selected cannot compute on a device."""
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "triton" and device_type != "cuda" and not interprets:
+        raise RuntimeError(
+            "the backend 'triton' computes on CUDA tensors, and elsewhere only in Triton's "
+            f"interpreter (TRITON_INTERPRET=1 in the environment), got device '{device_type}'"
+        )
+    if backend == "compiled" and not is_compiled(device_type):
+        raise RuntimeError(f"the backend 'compiled' was asked for, but {_why_slow(device_type)}")
 
 
 @functools.cache
@@ -326,4 +435,4 @@ if not is_compiled():  # otherwise csrc/autograd.cpp does the same with less ove
 
 if _name := os.environ.get(ENVIRONMENT_VARIABLE):
     _check_backend(_name, ENVIRONMENT_VARIABLE)
-    _force(_name)
+    _force(_name, f"the environment variable {ENVIRONMENT_VARIABLE}")

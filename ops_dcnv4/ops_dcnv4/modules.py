@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,69 @@ class _NotScriptable(nn.Module):
         )
 
 
+class _Window(NamedTuple):
+    """Geometry of the kernel window; pairs are (height, width)."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def output_size(self, x: Tensor) -> tuple[int, int]:
+        """Return (H_out, W_out) for x (N, H, W, C); errors name the argument `input`."""
+        return checked_output_size("input", (x.shape[1], x.shape[2]), *self)
+
+    def has_center(self) -> bool:
+        """Return whether the centre of the window is a pixel."""
+        extents = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        return all(extent % 2 == 0 for extent in extents)
+
+    def padding_for(self, x: Tensor, size: int) -> list[tuple[int, int]]:
+        """Return the padding that aligns a sliding window of another size with this one.
+
+        With x (N, H, W, C) padded by (before, after) in H and in W, a window of `size` and the same
+        stride has the same output size and centres as this one. Negative padding crops.
+        """
+        out = self.output_size(x)
+        pads = []
+        for axis in range(2):
+            center = self.dilation[axis] * (self.kernel_size[axis] - 1) // 2
+            before = self.padding[axis] - center + size // 2
+            covered = (out[axis] - 1) * self.stride[axis] + size
+            pads.append((before, covered - x.shape[1 + axis] - before))
+        return pads
+
+    def at_centers(self, x: Tensor) -> Tensor:
+        """Return x (N, H, W, C) at the centres of the output pixels' windows, zero-padded."""
+        pads, out = self.padding_for(x, size=1), self.output_size(x)
+        if not (self.has_center() and all(before == 0 for before, _ in pads)):
+            x = F.pad(x, (0, 0, *pads[1], *pads[0]))
+        # Symbolic tracing cannot prove that the size of a slice equals the operator's output size.
+        for axis in range(2):
+            if self.stride[axis] > 1:
+                index = torch.arange(out[axis], device=x.device) * self.stride[axis]
+                x = x.index_select(axis + 1, index)
+        return x
+
+
 def offset_mask_channels(groups: int, taps: int) -> int:
     """Return the number of `offset_mask` channels, padded to a multiple of 8 as published."""
     return math.ceil(groups * taps * 3 / 8) * 8
+
+
+def _reset_offset_mask(linear: nn.Linear, groups: int, taps: int, modulation: float) -> None:
+    """Initialise the prediction of `offset_mask`: zero offsets, constant modulation."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    if modulation:
+        with torch.no_grad():
+            linear.bias[: 3 * groups * taps].view(groups, -1)[:, 2 * taps :] = modulation
+
+
+def _reset_projection(linear: nn.Linear) -> None:
+    nn.init.xavier_uniform_(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
 
 
 class DCNv4(_NotScriptable):
@@ -125,17 +186,10 @@ class DCNv4(_NotScriptable):
         """Initialise as published; the depth-wise convolution is initialised like nn.Conv2d."""
         if self.dw_kernel_size is not None:
             self.offset_mask_dw.reset_parameters()
-        nn.init.zeros_(self.offset_mask.weight)
-        nn.init.zeros_(self.offset_mask.bias)
-        if self.initial_modulation:
-            with torch.no_grad():
-                bias = self.offset_mask.bias[: 3 * self.group * self.taps].view(self.group, -1)
-                bias[:, 2 * self.taps :] = self.initial_modulation
+        _reset_offset_mask(self.offset_mask, self.group, self.taps, self.initial_modulation)
         if not self.without_pointwise:
-            for projection in (self.value_proj, self.output_proj):
-                nn.init.xavier_uniform_(projection.weight)
-                if projection.bias is not None:
-                    nn.init.zeros_(projection.bias)
+            _reset_projection(self.value_proj)
+            _reset_projection(self.output_proj)
         if self.center_feature_scale:
             nn.init.zeros_(self.center_feature_scale_proj_weight)
             nn.init.zeros_(self.center_feature_scale_proj_bias)
@@ -158,10 +212,7 @@ class DCNv4(_NotScriptable):
         output = dcnv4(
             value,
             self.predict_offset_mask(x),
-            self.kernel_size,
-            self.stride,
-            self.pad,
-            self.dilation,
+            *self._window(),
             self.group,
             self.offset_scale,
             self.remove_center,
@@ -171,6 +222,9 @@ class DCNv4(_NotScriptable):
         if not self.without_pointwise:
             output = self.output_proj(output)
         return output if input.dim() == 4 else output.flatten(1, 2)
+
+    def _window(self) -> _Window:
+        return _Window(self.kernel_size, self.stride, self.pad, self.dilation)
 
     def _as_image(self, input: Tensor, shape: tuple[int, int] | None) -> Tensor:
         check_dense("input", input)
@@ -211,62 +265,26 @@ class DCNv4(_NotScriptable):
         Returns:
             `offset_mask` of shape (N, H_out, W_out, P).
         """
+        window = self._window()
         if self.dw_kernel_size is None:
-            return self.offset_mask(self._at_output_centers(x))
+            return self.offset_mask(window.at_centers(x))
         conv = self.offset_mask_dw
-        pads = self._padding_for(x, self.dw_kernel_size)
+        pads = window.padding_for(x, self.dw_kernel_size)
         x = x.permute(0, 3, 1, 2)
         # The convolution's own padding avoids a copy, so use it where it is equivalent.
-        if self._has_odd_window() and all(before >= 0 for before, _ in pads):
+        if window.has_center() and all(before >= 0 for before, _ in pads):
             padding = (pads[0][0], pads[1][0])
         else:
             x, padding = F.pad(x, (*pads[1], *pads[0])), 0
         x = F.conv2d(x, conv.weight, conv.bias, self.stride, padding, groups=self.channels)
         return self.offset_mask(x.permute(0, 2, 3, 1))
 
-    def _padding_for(self, x: Tensor, window: int) -> list[tuple[int, int]]:
-        """Return the padding that aligns a strided sliding `window` with the operator's windows.
-
-        With x (N, H, W, C) padded by (before, after) in H and in W, the sliding window has the same
-        output size and centres as the operator. Negative padding crops.
-        """
-        size, out = x.shape[1:3], self._output_size(x)
-        pads = []
-        for axis in range(2):
-            center = self.dilation[axis] * (self.kernel_size[axis] - 1) // 2
-            before = self.pad[axis] - center + window // 2
-            covered = (out[axis] - 1) * self.stride[axis] + window
-            pads.append((before, covered - size[axis] - before))
-        return pads
-
-    def _output_size(self, x: Tensor) -> tuple[int, int]:
-        size = x.shape[1], x.shape[2]
-        window = self.kernel_size, self.stride, self.pad, self.dilation
-        return checked_output_size("input", size, *window)
-
-    def _has_odd_window(self) -> bool:
-        return all(
-            d * (k - 1) % 2 == 0 for d, k in zip(self.dilation, self.kernel_size, strict=True)
-        )
-
-    def _at_output_centers(self, x: Tensor) -> Tensor:
-        """Return x (N, H, W, C) at the centres of the output pixels' windows, zero-padded."""
-        pads, out = self._padding_for(x, window=1), self._output_size(x)
-        if not (self._has_odd_window() and all(before == 0 for before, _ in pads)):
-            x = F.pad(x, (0, 0, *pads[1], *pads[0]))
-        # Symbolic tracing cannot prove that the size of a slice equals the operator's output size.
-        for axis in range(2):
-            if self.stride[axis] > 1:
-                index = torch.arange(out[axis], device=x.device) * self.stride[axis]
-                x = x.index_select(axis + 1, index)
-        return x
-
     def _blend_with_value(self, output: Tensor, value: Tensor) -> Tensor:
         gate = F.linear(
             output, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias
         ).sigmoid()
         gate = gate.repeat_interleave(self.channels // self.group, dim=-1)
-        return output * (1 - gate) + self._at_output_centers(value) * gate
+        return output * (1 - gate) + self._window().at_centers(value) * gate
 
     def extra_repr(self) -> str:
         """Return the arguments to show in the string representation."""
@@ -277,11 +295,12 @@ class DCNv4(_NotScriptable):
         )
 
 
-class DCNv4Conv2d(DCNv4):
+class DCNv4Conv2d(_NotScriptable):
     """Drop-in replacement for nn.Conv2d that aggregates with DCNv4.
 
-    Unlike the published layer, a fresh layer averages over its window. The layer has the attributes
-    of nn.Conv2d except `weight`.
+    A value projection, the DCNv4 operator with offsets predicted by a linear layer, and an output
+    projection. A fresh layer averages over its window. The layer has the arguments of nn.Conv2d in
+    their order, and its attributes except `weight`.
 
     Args:
         in_channels: Number of input channels.
@@ -291,28 +310,24 @@ class DCNv4Conv2d(DCNv4):
         padding: Zero padding on each side of the input, 'valid', or 'same' (only with stride 1 and
             an odd window).
         dilation: Spacing between kernel taps.
-        groups: Number of groups of input channels that share their offsets. Unlike with nn.Conv2d,
-            every output channel depends on every input channel. By default, each group has 16
-            channels, as in the published models; if 16 does not divide `in_channels`, there is one
-            group.
+        groups: Only 1 is supported: every output channel depends on every input channel.
         bias: Add a learnable bias to the output.
         padding_mode: Only 'zeros' is supported.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+        offset_groups: Number of groups of input channels, each with its own offsets and modulation,
+            as in torchvision's `deform_conv2d`. By default, each group has 16 channels, as in the
+            published models; if 16 does not divide `in_channels`, there is one group.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If `groups` does not divide `in_channels`, or `padding` or `padding_mode` is not
-            supported.
+        ValueError: If `offset_groups` does not divide `in_channels`, or `groups`, `padding` or
+            `padding_mode` is not supported.
 
     Example:
         >>> DCNv4Conv2d(32, 64, kernel_size=3, stride=2, padding=1)(torch.randn(1, 32, 8, 8)).shape
         torch.Size([1, 64, 4, 4])
     """
-
-    transposed = False
-    output_padding = (0, 0)
-    padding_mode = "zeros"
 
     def __init__(
         self,
@@ -322,52 +337,68 @@ class DCNv4Conv2d(DCNv4):
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
-        groups: int | None = None,
+        groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        offset_groups: int | None = None,
     ) -> None:
-        in_channels = to_int(in_channels, "in_channels", minimum=1)
-        out_channels = to_int(out_channels, "out_channels", minimum=1)
+        super().__init__()
+        self.in_channels = to_int(in_channels, "in_channels", minimum=1)
+        self.out_channels = to_int(out_channels, "out_channels", minimum=1)
+        self.kernel_size = to_pair(kernel_size, "kernel_size", minimum=1)
+        self.stride = to_pair(stride, "stride", minimum=1)
+        self.dilation = to_pair(dilation, "dilation", minimum=1)
+        is_named = isinstance(padding, str)
+        self.padding = padding if is_named else to_pair(padding, "padding", minimum=0)
+        self._window()  # Checks a named padding.
+        self.groups = to_int(groups, "groups")
+        if groups != 1:
+            raise ValueError(
+                "groups must be 1, as every output channel of DCNv4 depends on every input "
+                f"channel, got {groups}; offset_groups sets the groups of channels that share "
+                "their offsets"
+            )
         if padding_mode != "zeros":
             raise ValueError(f"padding_mode must be 'zeros', got {padding_mode!r}")
-        kernel_size = to_pair(kernel_size, "kernel_size", minimum=1)
-        if isinstance(padding, str):
-            pad = _named_padding(
-                padding, kernel_size, to_pair(stride, "stride", 1), to_pair(dilation, "dilation", 1)
-            )
-        else:
-            pad = padding = to_pair(padding, "padding", minimum=0)
-        if groups is None:
-            groups = in_channels // 16 if in_channels % 16 == 0 else 1
-        groups = to_int(groups, "groups")
-        if groups < 1 or in_channels % groups:
+        if offset_groups is None:
+            offset_groups = self.in_channels // 16 if self.in_channels % 16 == 0 else 1
+        self.offset_groups = to_int(offset_groups, "offset_groups")
+        if self.offset_groups < 1 or self.in_channels % self.offset_groups:
             raise ValueError(
-                f"groups must be positive and divide in_channels={in_channels}, got {groups}"
+                f"offset_groups must be positive and divide in_channels={self.in_channels}, "
+                f"got {offset_groups}"
             )
-        super().__init__(
-            in_channels,
-            kernel_size,
-            stride,
-            pad,
-            dilation,
-            groups,
-            initial_modulation=1 / math.prod(kernel_size),
-            device=device,
-            dtype=dtype,
-        )
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.padding, self.groups = padding, groups
-        self.output_proj = nn.Linear(
-            in_channels, out_channels, to_bool(bias, "bias"), device=device, dtype=dtype
-        )
+        # Further attributes of nn.Conv2d, which code that converts or summarises models reads.
+        self.padding_mode, self.transposed, self.output_padding = padding_mode, False, (0, 0)
+
+        factory = {"device": device, "dtype": dtype}
+        channels = offset_mask_channels(self.offset_groups, math.prod(self.kernel_size))
+        self.offset_mask = nn.Linear(self.in_channels, channels, **factory)
+        self.value_proj = nn.Linear(self.in_channels, self.in_channels, **factory)
+        bias = to_bool(bias, "bias")
+        self.output_proj = nn.Linear(self.in_channels, self.out_channels, bias, **factory)
         self.reset_parameters()
 
     @property
     def bias(self) -> nn.Parameter | None:
         """Return the bias of the output projection."""
         return self.output_proj.bias
+
+    def reset_parameters(self) -> None:
+        """Initialise the layer to average over its window."""
+        taps = math.prod(self.kernel_size)
+        _reset_offset_mask(self.offset_mask, self.offset_groups, taps, modulation=1 / taps)
+        _reset_projection(self.value_proj)
+        _reset_projection(self.output_proj)
+
+    def _window(self) -> _Window:
+        padding = self.padding
+        if isinstance(padding, str):
+            padding = _named_padding(padding, self.kernel_size, self.stride, self.dilation)
+        return _Window(self.kernel_size, self.stride, padding, self.dilation)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer.
@@ -386,14 +417,17 @@ class DCNv4Conv2d(DCNv4):
             raise ValueError(
                 f"input must be (N, {self.in_channels}, H, W), got shape {tuple(input.shape)}"
             )
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x, window = input.permute(0, 2, 3, 1), self._window()
+        offset_mask = self.offset_mask(window.at_centers(x))
+        output = dcnv4(self.value_proj(x), offset_mask, *window, self.offset_groups)
+        return self.output_proj(output).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         """Return the arguments to show in the string representation."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
-            f"groups={self.groups}, bias={self.bias is not None}"
+            f"bias={self.bias is not None}, offset_groups={self.offset_groups}"
         )
 
 

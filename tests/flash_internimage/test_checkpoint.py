@@ -169,6 +169,19 @@ def test_two_entries_for_one_name_are_an_error():
         clean_state_dict(names)
 
 
+@pytest.mark.parametrize("prefix", ["student.backbone", "student.backbone."])
+@pytest.mark.parametrize("outer", ["", "module."])
+def test_a_prefix_chooses_a_part_of_a_model(outer, prefix):
+    names = {f"student.backbone.{name}": tensor for name, tensor in WEIGHTS.items()}
+    names |= {f"teacher.backbone.{name}": tensor for name, tensor in OTHER.items()}
+    names |= {"student.backbone_2.weight": torch.ones(1), "student.neck.weight": torch.ones(1)}
+    checkpoint = {"state_dict": {outer + name: tensor for name, tensor in names.items()}}
+    assert_equal(clean_state_dict(checkpoint, prefix=prefix), WEIGHTS)
+    message = r"prefix must begin names in the checkpoint, which begin with .*, got 'backbone\.'"
+    with pytest.raises(ValueError, match=message):
+        clean_state_dict(checkpoint, prefix="backbone")
+
+
 def test_of_a_detector_the_backbone_alone_is_taken(caplog):
     caplog.set_level(logging.INFO)
     names = {"module.neck.weight": torch.zeros(1), "ema_backbone_head_bias": torch.zeros(1)}

@@ -174,7 +174,7 @@ import torch
 from ops_dcnv4 import ms_deform_attn
 from tests.ops_dcnv4.attention_cases import random_inputs
 value, shapes, starts, locations, weights, _ = random_inputs(points=4).on("cuda")
-ms_deform_attn(value, shapes, locations, weights, starts + 1)
+ms_deform_attn(value, shapes, starts + 1, locations, weights)
 torch.cuda.synchronize()
 """
 

@@ -98,7 +98,7 @@ def call(inputs: Inputs, form: str) -> Tensor:
     """The public function of a form."""
     value, shapes, start, locations, weights, _ = inputs
     if form == "split":
-        return ms_deform_attn(value, shapes, locations, weights, start)
+        return ms_deform_attn(value, shapes, start, locations, weights)
     return flash_deform_attn(value, shapes, start, pack(inputs), locations.shape[4])
 
 

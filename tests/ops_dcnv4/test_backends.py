@@ -1,12 +1,23 @@
 """The choice of what computes the operators."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from ops_dcnv4 import backends, choose_backend, dcnv4, is_compiled, reference, use_backend
+from ops_dcnv4 import (
+    backends,
+    choose_backend,
+    dcnv4,
+    explain_backend,
+    flash_deform_attn,
+    is_compiled,
+    reference,
+    use_backend,
+)
 from tests.ops_dcnv4 import attention_cases, cases
 
 P = cases.Parameters()
@@ -107,6 +118,111 @@ def test_triton_on_the_cpu_wants_its_interpreter(monkeypatch):
         dcnv4(value, offset_mask, *P)
 
 
+@pytest.mark.parametrize(
+    ("device_type", "compiled", "triton", "reason"),
+    [
+        ("cpu", True, True, r"the compiled kernels were found \(ops_dcnv4\._C, instruction set"),
+        (
+            "cpu",
+            False,
+            True,
+            r"are missing \(not built\)\. Install torch and a C\+\+ compiler, then",
+        ),
+        ("cuda:1", False, True, r"are missing \(not built\); Triton and a C compiler were found"),
+        ("cuda", False, False, r"are missing \(not built\)\. Install torch and nvcc \(or"),
+        ("mps", True, True, "there are no kernels for device type 'mps'"),
+    ],
+)
+def test_explanation_gives_the_reason_of_the_choice(
+    device_type, compiled, triton, reason, monkeypatch
+):
+    why_not = None if compiled else "not built"
+    monkeypatch.setattr(backends, "_why_not_compiled", {"cpu": why_not, "cuda": why_not})
+    monkeypatch.setattr(backends, "has_triton", lambda: triton)
+    headline, device, dtype = explain_backend(device_type).splitlines()
+    assert headline == choose_backend(device_type)
+    assert device.startswith(f"  device {device_type}: ")
+    assert re.search(reason, device)
+    assert dtype == "  dtype torch.float32: computes in float32"
+
+
+def test_explanation_names_what_selected_the_backend(monkeypatch):
+    with use_backend("reference"):
+        with use_backend("compiled"):
+            assert "cpu: selected by use_backend('compiled')" in explain_backend("cpu")
+        assert explain_backend("cpu").startswith("reference\n")
+        assert "cpu: selected by use_backend('reference')" in explain_backend("cpu")
+    assert "selected" not in explain_backend("cpu")
+    with use_backend("compiled"):
+        explanation = explain_backend("mps")
+    assert explanation.startswith("compiled, but the call would fail\n")
+    assert "device mps: the backend 'compiled' was asked for, but there are no" in explanation
+    script = "import ops_dcnv4; print(ops_dcnv4.explain_backend('cpu'))"
+    assert "selected by the environment variable OPS_DCNV4_BACKEND" in (
+        run_with("reference", script).stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "explanation"),
+    [
+        (torch.float64, "computes in float64"),
+        (torch.bfloat16, "computes and accumulates in float32"),
+        (torch.int32, r"value must be floating point .* got torch\.int32"),
+    ],
+)
+def test_explanation_says_what_a_dtype_changes(dtype, explanation):
+    text = explain_backend("cpu", dtype)
+    assert re.search(rf"dtype {dtype}: {explanation}$", text)
+    assert text.startswith("compiled, but" if dtype == torch.int32 else "compiled\n")
+
+
+def test_explanation_knows_autocast_and_interpolation_in_float16(monkeypatch):
+    monkeypatch.setattr(backends, "_why_not_compiled", {"cpu": None, "cuda": None})
+    monkeypatch.setattr(backends, "_LIBRARIES", {"cpu": "_C", "cuda": "_C"})
+    assert "pixels are interpolated in float16" in explain_backend("cuda", torch.float16)
+    assert "interpolated" not in explain_backend("cuda", torch.bfloat16)
+    assert "interpolated" not in explain_backend("cpu", torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast converts to torch.bfloat16" in explain_backend("cpu")
+        assert "autocast" not in explain_backend("cpu", torch.float64)
+        assert "autocast" not in explain_backend("cuda")
+
+
+@pytest.mark.parametrize(
+    ("shape", "explanation"),
+    [
+        ((2, 5, 6, 8), "accepted; all shapes use the same backend"),
+        (torch.Size((0, 5, 6, 8)), "accepted; there is nothing to compute"),
+        ((5, 6, 8), r"value must be \(N, H, W, C\), or \(N, S, M, D\), got shape \(5, 6, 8\)"),
+        ((2, 0, 6, 8), r"value must have at least one pixel, got shape \(2, 0, 6, 8\)"),
+        ((2, 2**30, 6, 8), "each size of value must be at most 536870911, got 1073741824"),
+    ],
+)
+def test_explanation_says_whether_calls_of_a_shape_fail(shape, explanation):
+    text = explain_backend("cpu", torch.float32, shape)
+    assert re.search(rf"shape {re.escape(str(tuple(shape)))}: {explanation}$", text)
+    fails = text.startswith("compiled, but the call would fail\n")
+    assert fails != text.startswith("compiled\n")
+    value = torch.empty(shape, device="meta")
+    size, batch = value.shape[1:3], value.shape[0]
+    for call in (
+        lambda: dcnv4(value, torch.empty(batch, *size, 27, device="meta")),
+        lambda: flash_deform_attn(
+            value, [(1, size[0])], None, torch.empty(batch, 1, size[1], 3, device="meta"), 1
+        ),
+    ):
+        if not fails:
+            call()
+            continue
+        with pytest.raises((ValueError, TypeError)):
+            call()
+
+
+def test_meta_tensors_have_no_backend():
+    assert explain_backend("meta").startswith("none\n  device meta: meta tensors hold no numbers")
+
+
 FORCED = """
 import torch, ops_dcnv4
 print(ops_dcnv4.choose_backend("cpu"), ops_dcnv4.is_compiled())
@@ -114,9 +230,9 @@ ops_dcnv4.dcnv4(torch.zeros(1, 3, 3, 2), torch.zeros(1, 3, 3, 27))
 """
 
 
-def run_with(backend: str) -> subprocess.CompletedProcess:
+def run_with(backend: str, script: str = FORCED) -> subprocess.CompletedProcess:
     environment = os.environ | {backends.ENVIRONMENT_VARIABLE: backend}
-    command = [sys.executable, "-W", "error", "-c", FORCED]
+    command = [sys.executable, "-W", "error", "-c", script]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 

@@ -1,5 +1,6 @@
 """Errors that name the argument, and what must not lead to a crash."""
 
+import inspect
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ops_dcnv4 import dcnv4, flash_deform_attn, ms_deform_attn
+from ops_dcnv4 import dcnv4, flash_deform_attn, ms_deform_attn, reference
 
 VALUE, OFFSET_MASK = torch.zeros(2, 5, 6, 8), torch.zeros(2, 5, 6, 56)
 ERRORS = [
@@ -111,6 +112,7 @@ def test_wrong_argument_of_ms_deform_attn_is_named(change, error, message):
     arguments = {
         "value": PIXELS,
         "spatial_shapes": SHAPES,
+        "level_start_index": None,
         "sampling_locations": LOCATIONS,
         "attention_weights": WEIGHTS,
     }
@@ -207,19 +209,41 @@ def test_numbers_of_numpy_and_lists_are_accepted():
     assert torch.equal(flash_deform_attn(pixels, shapes, start, packed, np.int64(3)), expected)
 
 
+def test_ms_deform_attn_takes_its_arguments_in_the_order_of_mmcv():
+    names = [*DENSE["ms_deform_attn"]]
+    schema = torch.ops.ops_dcnv4.ms_deform_attn.default._schema
+    assert list(inspect.signature(ms_deform_attn).parameters) == names
+    assert list(inspect.signature(reference.ms_deform_attn).parameters) == names
+    assert [argument.name for argument in schema.arguments] == names
+    with pytest.raises(TypeError, match=r"level_start_index must hold integers, got torch\.float"):
+        ms_deform_attn(PIXELS, SHAPES, LOCATIONS, WEIGHTS, START)
+
+
+def test_start_indices_of_none_are_computed():
+    generator = torch.Generator().manual_seed(0)
+    value, locations, weights = (
+        torch.rand(t.shape, generator=generator) for t in (PIXELS, LOCATIONS, WEIGHTS)
+    )
+    expected = ms_deform_attn(value, SHAPES, START, locations, weights)
+    assert expected.any()
+    assert ms_deform_attn(value, SHAPES, None, locations, weights).equal(expected)
+    points = {"sampling_locations": locations, "attention_weights": weights}
+    assert ms_deform_attn(value, SHAPES, level_start_index=None, **points).equal(expected)
+
+
 def test_levels_in_lists_are_made_on_the_device_of_value():
     with torch.device("meta"):
-        assert not ms_deform_attn(PIXELS, LEVELS, LOCATIONS, WEIGHTS, [0, 6]).any()
+        assert not ms_deform_attn(PIXELS, LEVELS, [0, 6], LOCATIONS, WEIGHTS).any()
     on_meta = (t.to("meta") for t in (PIXELS, LOCATIONS, WEIGHTS))
     value, locations, weights = on_meta
-    assert ms_deform_attn(value, LEVELS, locations, weights).is_meta
+    assert ms_deform_attn(value, LEVELS, None, locations, weights).is_meta
 
 
 def test_levels_in_lists_are_checked_in_compiled_graphs_too():
     compiled = torch.compile(ms_deform_attn, fullgraph=True, backend="eager")
     for change in ([(2, 3), (2, 1)], None), (LEVELS, [0, 5]):
         with pytest.raises(Exception, match=r"spatial_shapes must have|level_start_index must be"):
-            compiled(PIXELS, change[0], LOCATIONS, WEIGHTS, change[1])
+            compiled(PIXELS, *change, LOCATIONS, WEIGHTS)
 
 
 @pytest.mark.parametrize("under_autocast", [False, True])
@@ -232,7 +256,7 @@ def test_float64_beside_other_dtypes_is_refused(under_autocast):
             (doubles[0], doubles[1], WEIGHTS),
         ):
             with pytest.raises(TypeError, match="must have value's dtype"):
-                ms_deform_attn(value, SHAPES, locations, weights)
+                ms_deform_attn(value, SHAPES, START, locations, weights)
         with pytest.raises(TypeError, match="one dtype"):
             dcnv4(VALUE.double(), OFFSET_MASK, groups=2)
 

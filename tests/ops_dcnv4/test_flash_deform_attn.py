@@ -80,7 +80,7 @@ def test_layer_is_the_paper_s_formula(reference_size, masked, assert_near):
     weights = layer.attention_weights(query).view(2, 7, 4, 6).softmax(-1).view(2, 7, 4, 3, 2)
     locations = locations_from_the_formula(layer, query, reference_points)
     expected = layer.output_proj(
-        ms_deform_attn(value.view(2, PIXELS, 4, 8), LEVELS, locations, weights)
+        ms_deform_attn(value.view(2, PIXELS, 4, 8), LEVELS, None, locations, weights)
     )
     actual = layer(**arguments, input_padding_mask=mask if masked else None)
     assert_near(actual, expected.detach(), 1e-12)

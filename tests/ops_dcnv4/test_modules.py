@@ -13,7 +13,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops_dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, output_size
+from ops_dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, dcnv4, output_size
 
 GOLDENS = sorted((Path(__file__).parents[1] / "data" / "module").glob("dcnv4_*.npz"))
 
@@ -91,7 +91,7 @@ LAYERS = {
     "DCNv4": (DCNv4, {"channels": 16, "dw_kernel_size": 3, "center_feature_scale": True}),
     "DCNv4Conv2d": (
         DCNv4Conv2d,
-        {"in_channels": 16, "out_channels": 8, "kernel_size": 3, "groups": 2},
+        {"in_channels": 16, "out_channels": 8, "kernel_size": 3, "offset_groups": 2},
     ),
     "FlashDeformAttn": (FlashDeformAttn, {"d_model": 16, "n_levels": 2, "n_heads": 4}),
 }
@@ -228,7 +228,8 @@ def test_wrong_constructor_argument_is_named(arguments, message):
         (DCNv4, {"remove_center": "no"}, "remove_center must be a bool, got 'no'"),
         (DCNv4, {"without_pointwise": None}, "without_pointwise must be a bool, got None"),
         (DCNv4Conv2d, {"in_channels": None}, "in_channels must be an int, got None"),
-        (DCNv4Conv2d, {"groups": 2.0}, "groups must be an int, got 2.0"),
+        (DCNv4Conv2d, {"groups": 1.0}, "groups must be an int, got 1.0"),
+        (DCNv4Conv2d, {"offset_groups": 2.0}, "offset_groups must be an int, got 2.0"),
         (DCNv4Conv2d, {"bias": "auto"}, "bias must be a bool, got 'auto'"),
         (FlashDeformAttn, {"n_points": 4.0}, "n_points must be an int, got 4.0"),
         (FlashDeformAttn, {"d_model": "256"}, "d_model must be an int, got '256'"),
@@ -285,7 +286,10 @@ def test_traces_run_on_other_sizes(stride):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"groups": 3}, "groups must .* divide in_channels=16, got 3"),
+        ({"groups": 2}, "groups must be 1, .* got 2; offset_groups sets the groups"),
+        ({"groups": 0}, "groups must be 1, .* got 0"),
+        ({"offset_groups": 3}, "offset_groups must .* divide in_channels=16, got 3"),
+        ({"offset_groups": 0}, "offset_groups must be positive"),
         ({"padding": "same", "stride": 2}, "padding must .* 'same' with stride 1"),
         ({"padding": "same", "kernel_size": 4}, "padding must .* odd window"),
         ({"padding": "reflect"}, "padding must be ints.* got 'reflect'"),
@@ -318,14 +322,56 @@ def test_conv2d_has_the_output_shape_of_nn_conv2d(kernel_size, stride, padding, 
 
 
 def test_conv2d_has_the_arguments_and_attributes_of_nn_conv2d():
-    assert list(inspect.signature(DCNv4Conv2d).parameters) == list(
-        inspect.signature(nn.Conv2d).parameters
-    )
+    own, plain = (inspect.signature(layer).parameters for layer in (DCNv4Conv2d, nn.Conv2d))
+    assert list(own) == [*plain, "offset_groups"]
+    assert own["offset_groups"].kind == inspect.Parameter.KEYWORD_ONLY
+    for name in plain:
+        assert own[name].default == plain[name].default, name
     for options in ((3, 2, 1, (2, 1)), (3, 1, "same"), (3, 1, "valid", 1, 1, False, "zeros")):
         ours, plain = (layer(6, 10, *options) for layer in (DCNv4Conv2d, nn.Conv2d))
-        for name in set(nn.Conv2d.__constants__) - {"groups"}:
+        for name in (*nn.Conv2d.__constants__, "transposed"):
             assert getattr(ours, name) == getattr(plain, name), name
         assert (ours.bias is None) == (plain.bias is None)
+
+
+def test_conv2d_computes_by_the_attributes_that_can_be_changed_afterwards(assert_near):
+    module = randomized(DCNv4Conv2d(16, 10, 3, padding=1)).double()
+    changed = randomized(DCNv4Conv2d(16, 10, 3, stride=2, padding=2, dilation=2)).double()
+    module.stride, module.padding, module.dilation = (2, 2), (2, 2), (2, 2)
+    x = random_image(2, 16, 9, 8)
+    assert_near(module(x), changed(x).detach(), 1e-12)
+
+
+def test_conv2d_has_offsets_for_each_group_of_offsets(assert_near):
+    assert DCNv4Conv2d(48, 8, 3).offset_groups == 3
+    assert DCNv4Conv2d(40, 8, 3).offset_groups == 1
+    module = randomized(DCNv4Conv2d(16, 10, 3, padding=1, offset_groups=4)).double()
+    x = random_image(2, 16, 9, 8)
+    image = x.permute(0, 2, 3, 1)
+    offset_mask = module.offset_mask(image)
+    assert offset_mask.shape[-1] == 3 * 4 * 9 + 4  # padded to a multiple of 8
+    output = dcnv4(module.value_proj(image), offset_mask, groups=4)
+    assert_near(module(x), module.output_proj(output).permute(0, 3, 1, 2).detach(), 1e-12)
+
+
+def test_conv2d_is_initialised_once(monkeypatch):
+    resets = []
+    reset = DCNv4Conv2d.reset_parameters
+    monkeypatch.setattr(DCNv4Conv2d, "reset_parameters", lambda m: resets.append(reset(m)))
+    module = DCNv4Conv2d(16, 10, 3, padding=1)
+    assert len(resets) == 1
+    names = ["offset_mask", "value_proj", "output_proj"]
+    assert [name for name, _ in module.named_children()] == names
+    assert list(module.state_dict()) == [f"{n}.{p}" for n in names for p in ("weight", "bias")]
+
+
+def test_fresh_conv2d_averages_over_its_window(assert_near):
+    module = DCNv4Conv2d(16, 16, (3, 5), padding=(1, 2), offset_groups=2).double()
+    with torch.no_grad():
+        for projection in (module.value_proj, module.output_proj):
+            projection.weight.copy_(torch.eye(16))
+    x = random_image(2, 16, 7, 6)
+    assert_near(module(x), F.avg_pool2d(x, (3, 5), 1, (1, 2)), 1e-7)
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 1), ((1, 5), 2), ((7, 2), (1, 2))])
@@ -334,7 +380,9 @@ def test_conv2d_with_same_padding_keeps_the_image_size(kernel_size, dilation):
     assert module(torch.zeros(2, 6, 9, 8)).shape == (2, 10, 9, 8)
 
 
-@pytest.mark.parametrize("arguments", [{"stride": 2, "padding": 1}, {"groups": 4, "bias": False}])
+@pytest.mark.parametrize(
+    "arguments", [{"stride": 2, "padding": 1}, {"offset_groups": 4, "bias": False}]
+)
 def test_conv2d_trains_all_parameters_from_the_first_step(arguments):
     module = DCNv4Conv2d(16, 10, 3, **arguments)
     module(random_image(2, 16, 7, 6, dtype=torch.float32)).square().sum().backward()
@@ -468,7 +516,7 @@ COPIES = {
 
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 def test_copies_compute_the_same(duplicate):
-    module = randomized(DCNv4Conv2d(16, 10, (2, 3), stride=2, padding=1, groups=2))
+    module = randomized(DCNv4Conv2d(16, 10, (2, 3), stride=2, padding=1, offset_groups=2))
     x = random_image(2, 16, 7, 6, dtype=torch.float32)
     torch.testing.assert_close(duplicate(module)(x), module(x), rtol=0, atol=0)
 

@@ -125,8 +125,9 @@ def test_public_functions_name_levels_of_no_pixels(levels, device):
     message = "value must have at least one pixel"
     with pytest.raises(ValueError, match=message):
         flash_deform_attn(value, levels, None, points, 1)
+    locations, weights = points.view(1, 5, 2, 1, 1, 3)[..., :2], points[..., None, :1]
     with pytest.raises(ValueError, match=message):
-        ms_deform_attn(value, levels, points.view(1, 5, 2, 1, 1, 3)[..., :2], points[..., None, :1])
+        ms_deform_attn(value, levels, None, locations, weights)
 
 
 @pytest.mark.parametrize("name", fuzz.WINDOW)

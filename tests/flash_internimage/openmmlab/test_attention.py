@@ -43,7 +43,7 @@ def test_operator_equals_that_of_mmcv(shapes, points, heads, channels, seed, ass
     leaves = [t.requires_grad_() for t in (value, locations, weights)]
     spatial_shapes = torch.tensor(shapes)
     expected = multi_scale_deformable_attn_pytorch(value, spatial_shapes, locations, weights)
-    actual = ms_deform_attn(value, spatial_shapes, locations, weights)
+    actual = ms_deform_attn(value, spatial_shapes, None, locations, weights)
     assert_near(actual, expected.detach(), 1e-11)
     grad_output = torch.randn_like(expected)
     grads = [torch.autograd.grad(output, leaves, grad_output) for output in (actual, expected)]
@@ -168,9 +168,9 @@ def test_runs_under_autocast_without_rounding_locations(dtype, monkeypatch):
     use_flash_attention(layer)
     seen = {}
 
-    def recorded(value, shapes, locations, weights, start):
+    def recorded(value, shapes, start, locations, weights):
         seen.update(locations=locations.dtype, weights=weights.dtype)
-        return ms_deform_attn(value, shapes, locations, weights, start)
+        return ms_deform_attn(value, shapes, start, locations, weights)
 
     monkeypatch.setattr("flash_internimage.openmmlab.attention.ms_deform_attn", recorded)
     arguments = random_arguments(batch_first=True)

@@ -11,7 +11,7 @@ import torch
 from mmcv.ops import RoIAlign
 from mmdet.models.necks import FPN
 from mmdet.registry import MODELS as MMDET_MODELS
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from mmseg.registry import MODELS as MMSEG_MODELS
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -166,8 +166,11 @@ def test_frozen_stages_have_no_stochastic_depth():
 # --- Pretrained weights -------------------------------------------------------------------------
 
 
-def pretrained(source: object, seed: int = 1, **kwargs) -> FlashInternImageBackbone:
-    model = backbone(seed, init_cfg={"type": "Pretrained", "checkpoint": str(source)}, **kwargs)
+def pretrained(
+    source: object, seed: int = 1, init_cfg: dict | None = None, **kwargs
+) -> FlashInternImageBackbone:
+    init_cfg = {"type": "Pretrained", "checkpoint": str(source), **(init_cfg or {})}
+    model = backbone(seed, init_cfg=init_cfg, **kwargs)
     model.init_weights()
     return model
 
@@ -223,11 +226,37 @@ def test_of_a_detector_the_backbone_alone_is_taken(weights, tmp_path):
     path = tmp_path / "detector.pth"
     torch.save(checkpoint, path)
     assert_weights(pretrained(path), weights)
-    for prefix in ("backbone.", "backbone", None):  # as in mmdet's configs
-        init_cfg = {"type": "Pretrained", "checkpoint": str(path), "prefix": prefix}
-        model = backbone(1, init_cfg=init_cfg)
-        model.init_weights()
-        assert_weights(model, weights)
+    assert_weights(pretrained(path, init_cfg={"prefix": None}), weights)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "backbone", "teacher.backbone.", "student"])
+def test_prefix_chooses_the_weights_as_it_does_for_mmengine(prefix, tmp_path):
+    parts = {
+        name: backbone(seed).state_dict()
+        for seed, name in enumerate(("backbone.", "teacher.backbone.", "student."), start=2)
+    }
+    names = {part + name: tensor for part in parts for name, tensor in parts[part].items()}
+    path = tmp_path / "detector.pth"
+    torch.save({"state_dict": names, "meta": {}}, path)
+    expected = parts[prefix.removesuffix(".") + "."]
+    own = pretrained(path, init_cfg={"prefix": prefix, "map_location": "cpu"})
+    assert_weights(own, expected)
+    theirs = backbone(1)
+    init_cfg = {"type": "Pretrained", "checkpoint": str(path), "prefix": prefix}
+    WEIGHT_INITIALIZERS.build(init_cfg)(theirs)
+    assert_weights(theirs, expected)
+
+
+def test_prefix_that_the_checkpoint_lacks_is_named(weights, tmp_path):
+    torch.save(weights, tmp_path / "backbone.pth")
+    with pytest.raises(ValueError, match=r"prefix must begin names .*levels.*, got 'backbone\.'"):
+        pretrained(tmp_path / "backbone.pth", init_cfg={"prefix": "backbone."})
+
+
+def test_init_cfg_takes_the_class_of_mmengine_too(weights, tmp_path):
+    torch.save(weights, tmp_path / "backbone.pth")
+    kind = WEIGHT_INITIALIZERS.get("Pretrained")
+    assert_weights(pretrained(tmp_path / "backbone.pth", init_cfg={"type": kind}), weights)
 
 
 def test_safetensors(weights, tmp_path):

@@ -30,7 +30,7 @@ def test_conv_module_has_the_attributes_of_one_around_nn_conv2d(options):
     names = "in_channels out_channels kernel_size stride padding dilation transposed output_padding"
     for name in names.split():
         assert getattr(module, name) == getattr(plain, name), name
-    for name in ("padding", "padding_mode", "transposed", "output_padding"):
+    for name in ("padding", "padding_mode", "transposed", "output_padding", "groups"):
         assert getattr(module.conv, name) == getattr(plain.conv, name), name
     assert (module.conv.bias is None) == (plain.conv.bias is None)
     x = torch.randn(2, 32, 9, 8)
@@ -38,15 +38,16 @@ def test_conv_module_has_the_attributes_of_one_around_nn_conv2d(options):
 
 
 def test_offset_groups_are_chosen_in_the_config():
-    assert conv_module().conv.group == 2
-    assert conv_module(conv_cfg={"type": "FlashDCNv4", "deform_groups": 8}).conv.group == 8
+    assert conv_module().conv.offset_groups == 2
+    assert conv_module(conv_cfg={"type": "FlashDCNv4", "deform_groups": 8}).conv.offset_groups == 8
     with pytest.raises(ValueError, match="groups must be 1, as every output channel"):
         conv_module(groups=4)
 
 
 def test_conv_cfg_takes_the_class_of_the_operators_too():
-    module = conv_module(conv_cfg={"type": DCNv4Conv2d}, groups=4)
-    assert (module.groups, module.conv.group) == (4, 4)
+    assert conv_module(conv_cfg={"type": DCNv4Conv2d}).conv.offset_groups == 2
+    module = conv_module(conv_cfg={"type": DCNv4Conv2d, "offset_groups": 4})
+    assert (module.groups, module.conv.groups, module.conv.offset_groups) == (1, 1, 4)
     assert module(torch.randn(2, 32, 9, 8)).shape == (2, 48, 5, 4)
 
 
@@ -84,6 +85,6 @@ def test_resnet_of_mmdet_takes_it_as_dcn():
         50, base_channels=16, dcn={"type": "FlashDCNv4"}, stage_with_dcn=(False, False, False, True)
     )
     found = [m for m in resnet.modules() if isinstance(m, FlashDCNv4)]
-    assert [m.group for m in found] == [8] * 3
+    assert [m.offset_groups for m in found] == [8] * 3
     features = resnet(torch.randn(1, 3, 64, 64))
     assert features[-1].shape == (1, 512, 2, 2)
