@@ -1,6 +1,7 @@
 """Configuration of a training run: strictly validated YAML with `key=value` overrides."""
 
 import difflib
+import inspect
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from timm import create_model
 from timm.optim import get_optimizer_info, list_optimizers
 
 from .strict_yaml import OFF, ConfigError, accepts, load_yaml
@@ -62,6 +64,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
+def _expand_user(path: str | None) -> str | None:
+    """Replace a leading `~`, which shells leave in `key=~/value` and YAML files have as well."""
+    return os.path.expanduser(path) if path is not None else None
+
+
+# Arguments of timm.create_model itself, and those that this program sets.
+_RESERVED_ARGS = {
+    *inspect.signature(create_model).parameters, "pretrained_strict", "num_classes",
+    "drop_path_rate", "features_only", "device", "dtype",
+} - {"kwargs"}  # fmt: skip
+
+
 class Model(Section):
     """Settings of the model and its initial weights."""
 
@@ -88,7 +102,18 @@ class Model(Section):
         if unset := [name for name, value in args.items() if value is None]:
             # timm drops these arguments before the model can reject unknown ones.
             raise ValueError(f"must not hold null, as '{unset[0]}' has; leave the argument out")
+        if reserved := [name for name in args if name in _RESERVED_ARGS]:
+            name, hint = reserved[0], ""
+            if name in cls.model_fields:
+                hint = f"; set model.{name}"
+            elif name == "checkpoint_path" or name.startswith("pretrained"):
+                hint = "; weights are loaded by model.initial_checkpoint"
+            raise ValueError(
+                f"must not hold '{name}', which is no argument of the model itself{hint}"
+            )
         return args
+
+    _expand = field_validator("initial_checkpoint", "class_map")(_expand_user)
 
 
 class Data(Section):
@@ -105,6 +130,8 @@ class Data(Section):
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     workers: int = Field(8, strict=True, ge=0, le=MAX_WORKERS)  # per process
     max_corrupt: NonNegativeInt = 100  # the run stops if more files of a split are unreadable
+
+    _expand = field_validator("root")(_expand_user)
 
     @field_validator("kind")
     @classmethod
@@ -225,6 +252,8 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     checkpoints: Checkpoints = Checkpoints()
+
+    _expand = field_validator("output")(_expand_user)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":

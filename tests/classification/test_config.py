@@ -115,6 +115,21 @@ def test_overrides_win_over_the_file(yaml_file):
             "optimizer: {name: adan, betas: [0.9, 0.999]}",
             r"optimizer\.betas: must be 3 values for adan, got \[0.9",
         ),
+        *(
+            (
+                f"model: {{args: {{{name}: 1}}}}",
+                rf"not hold '{name}', which is no argument of the model itself{hint}",
+            )
+            for name, hint in (
+                ("checkpoint_path", "; weights are loaded by model.initial_checkpoint"),
+                ("pretrained", "; weights are loaded by model.initial_checkpoint"),
+                ("pretrained_cfg", "; weights are loaded by model.initial_checkpoint"),
+                ("pretrained_strict", "; weights are loaded by model.initial_checkpoint"),
+                ("num_classes", "; set model.num_classes"),
+                ("drop_path_rate", "; set model.drop_path_rate"),
+                *((name, ", got") for name in ("device", "dtype", "cache_dir", "features_only")),
+            )
+        ),
         ("model: {args: {drop_rat: null}}", r"model\.args: must not hold null, as 'drop_rat' has"),
         ("model: {args: {drop_rate:0.9}}", r"must not hold null, as 'drop_rate:0.9' has"),
         ("optimizer: {betas: [0.9, 1.0]}", r"optimizer\.betas\.1: .*less than 1, got 1.0"),
@@ -157,7 +172,7 @@ def test_numbers_and_booleans_are_those_of_yaml_1_2(yaml_file):
 
 
 TEXTS = [
-    "2024_11_28", "2024-11-28", "1e3", "0123", "12", "1.5", "0x10", "null", "~/run", "none",
+    "2024_11_28", "2024-11-28", "1e3", "0123", "12", "1.5", "0x10", "null", "none",
     "true", "no", "off", "on", ".nan", "run #1", "a: b", "[a", "{", "1:30", "a, b",
 ]  # fmt: skip
 
@@ -261,6 +276,15 @@ def test_a_setting_without_effect_is_named(yaml_file, overrides, line):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")))
 def test_recipes_have_no_setting_without_effect(path):
     assert find_ignored(load_config(path)) == []
+
+
+def test_a_tilde_is_the_home_folder(yaml_file, monkeypatch):
+    monkeypatch.setenv("HOME", "/somebody")
+    text = "output: ~/run\nmodel: {initial_checkpoint: ~/a.pth, class_map: ~/map.txt}"
+    cfg = load_config(yaml_file(text), ["data.root=~/images"])
+    assert (cfg.output, cfg.data.root) == ("/somebody/run", "/somebody/images")
+    assert cfg.model.initial_checkpoint == "/somebody/a.pth"
+    assert cfg.model.class_map == "/somebody/map.txt"
 
 
 def test_a_written_config_is_read_back(yaml_file):

@@ -114,6 +114,18 @@ def test_throughput_needs_no_data(run, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["images_per_second"] > 0
 
 
+@pytest.mark.parametrize("option", ["--checkpoint", "--data", "--split", "--limit"])
+def test_throughput_refuses_what_it_would_ignore(run, option, caplog):
+    assert main([str(run / "config.yaml"), "--throughput", option, "3"]) == 2
+    assert caplog.messages[-1].endswith(f"random weights on random images: leave out {option}")
+
+
+def test_a_model_without_released_weights_needs_a_checkpoint(run, caplog):
+    assert main([str(run / "config.yaml")]) == 2
+    message = "flash_internimage_nano has no released weights: pass --checkpoint"
+    assert caplog.messages[-1] == message
+
+
 class Hostile:
     def __init__(self, marker):
         self.marker = marker

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import tarfile
+import unicodedata
 
 import numpy as np
 import pytest
@@ -148,6 +149,19 @@ def test_a_folder_around_all_class_folders_is_no_warning(root, caplog, as_tar):
 def test_names_that_differ_in_case_alone_have_a_fixed_order(root, as_tar):
     (root / "train" / "dog").rename(root / "train" / "Cat")
     assert class_to_index(read(root, as_tar=as_tar)) == {"Cat": 0, "cat": 1}
+
+
+@FORMS
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_decomposed_names_are_the_same_classes(root, split, as_tar):
+    """Archives made on macOS decompose accents."""
+    for part, form in (("train", "NFC"), ("val", "NFC"), (split, "NFD")):
+        folder = next(iter((root / part).glob("[!c]*")))
+        folder.rename(root / part / unicodedata.normalize(form, "é"))
+    for part in ("train", "val"):
+        dataset = read(root, part, as_tar)
+        assert class_to_index(dataset) == {"cat": 0, "é": 1}
+        assert [dataset[i][1] for i in range(4)] == [0, 0, 1, 1]
 
 
 @FORMS

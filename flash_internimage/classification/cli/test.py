@@ -104,6 +104,9 @@ def _load_model(options: Model, checkpoint: str | None, weights: str) -> tuple[n
     """Return a model with its weights, and the contents of the checkpoint."""
     options = _without_initial(options).model_copy(update={"grad_checkpointing": False})
     if checkpoint is None:
+        released = timm.get_pretrained_cfg(options.name, allow_unregistered=False)
+        if released is None or not released.has_weights:
+            raise ConfigError(f"{options.name} has no released weights: pass --checkpoint")
         return create_model(options, pretrained=True), {}
     model = build_model(options)
     contents = load_checkpoint(fetch_checkpoint(checkpoint))
@@ -153,6 +156,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--split must be a split of the data, got ''")
     if arguments.throughput and world_size() > 1:
         raise ConfigError("--throughput measures a single process: run it without torchrun")
+    if arguments.throughput:
+        unused = ("checkpoint", "data", "split", "limit")
+        if given := [name for name in unused if getattr(arguments, name) is not None]:
+            raise ConfigError(
+                f"--throughput measures random weights on random images: leave out --{given[0]}"
+            )
     if arguments.json is not None and rank() == 0:
         check_json(arguments.json)
 
@@ -246,6 +255,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     arguments = parse_arguments(argv)
+    for name in ("checkpoint", "data"):  # Shells leave the ~ in --data=~/images.
+        if (value := getattr(arguments, name)) is not None:
+            setattr(arguments, name, os.path.expanduser(value))
+    if arguments.json is not None:
+        arguments.json = arguments.json.expanduser()
     try:
         result = run(arguments)
         if rank() == 0:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import tarfile
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -53,7 +54,7 @@ class FolderReader(ReaderImageFolder):
     def __init__(self, root: str, listing: Listing, outermost: bool = False) -> None:
         self.root = root
         if outermost:
-            labels = [path.partition(os.sep)[0] for path in listing.images]
+            labels = [_composed(path.partition(os.sep)[0]) for path in listing.images]
             self.class_to_idx = {name: i for i, name in enumerate(sorted(set(labels)))}
         else:
             labels = [_label(path) for path in listing.images]
@@ -228,7 +229,7 @@ def drop_hidden(reader: ReaderImageInTar) -> None:
     """Drop hidden members of a tar file, such as those added by macOS, and rebuild the classes."""
     reader.samples = reader.samples[[not _is_hidden(ti.path) for ti, *_ in reader.samples]]
     # timm would name the class '.' for members such as './0.png' of a nested tar file.
-    labels = [os.path.basename(folder) for folder in folders_in_tar(reader)]
+    labels = [_composed(os.path.basename(folder)) for folder in folders_in_tar(reader)]
     reader.class_name_to_idx = _class_indices(labels)
     reader.class_idx_to_name = {i: name for name, i in reader.class_name_to_idx.items()}
     reader.targets = np.array([reader.class_name_to_idx[label] for label in labels])
@@ -242,7 +243,12 @@ def _is_hidden(path: str) -> bool:
 
 
 def _label(path: str) -> str:
-    return os.path.basename(os.path.dirname(path))
+    return _composed(os.path.basename(os.path.dirname(path)))
+
+
+def _composed(name: str) -> str:
+    """Return a class name in Unicode's composed form; archives made on macOS are decomposed."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _class_indices(labels: Iterable[str]) -> dict[str, int]:
