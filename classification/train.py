@@ -8,6 +8,10 @@ Example:
 import sys
 
 from flash_internimage.classification.cli.train import main
+from flash_internimage.classification.config import load_config
+from flash_internimage.classification.engine import Trainer
+
+__all__ = ["Trainer", "load_config", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())
