@@ -6,6 +6,8 @@ from .backends import choose_backend, explain_backend, is_compiled, use_backend
 from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
 from .ops import dcnv4, output_size
 
+__version__ = "0.1.0"
+
 __all__ = [
     "DCNv4",
     "DCNv4Conv2d",
