@@ -1,14 +1,15 @@
 # 8 GPUs x 2 images
-_base_ = "dino-4scale_flash_internimage_t_1x_coco.py"
+_base_ = [
+    "../_base_/backbones/l.py",
+    "_base_/models/dino.py",
+    "_base_/datasets/coco_detection_crop.py",
+    "_base_/schedules/dino_1x.py",
+    "_base_/runtime_dino.py",
+]
 model = dict(
-    backbone=dict(
-        arch="large",
-        drop_path_rate=0.4,
-        init_cfg=dict(checkpoint="flash_internimage_large.in22k_384"),
-    ),
-    neck=dict(in_channels=[320, 640, 1280]),
+    backbone=dict(**_base_.backbone, drop_path_rate=0.4),
+    neck=dict(in_channels=_base_.channels[1:]),
 )
-train_dataloader = dict(batch_size=2)
 # No layer-wise learning rate decay, and weight decay for norms and biases, too.
 optim_wrapper = dict(
     constructor="DefaultOptimWrapperConstructor",

@@ -1,6 +1,7 @@
 # A narrow DINO with few layers on the demo data. DETR-like detectors converge slowly: this shows
 # that the code works, not what accuracy it reaches.
 _base_ = [
+    "../_base_/backbones/nano.py",
     "_base_/models/dino.py",
     "_base_/datasets/digits_scenes.py",
     "_base_/schedules/dino_1x.py",
@@ -10,8 +11,8 @@ attention = dict(embed_dims=128)
 layers = dict(self_attn_cfg=attention, ffn_cfg=dict(embed_dims=128, feedforward_channels=256))
 model = dict(
     num_queries=50,
-    backbone=dict(arch="nano", with_cp=False),
-    neck=dict(in_channels=[64, 128, 256], out_channels=128),
+    backbone=dict(**_base_.backbone, with_cp=False),
+    neck=dict(in_channels=_base_.channels[1:], out_channels=128),
     encoder=dict(num_layers=2, layer_cfg=layers),
     decoder=dict(num_layers=2, layer_cfg=dict(**layers, cross_attn_cfg=attention)),
     positional_encoding=dict(num_feats=64),

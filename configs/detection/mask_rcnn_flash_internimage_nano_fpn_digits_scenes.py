@@ -1,13 +1,14 @@
 # A demo that trains in about twelve minutes on two CPU cores: a narrow model on small images.
 _base_ = [
+    "../_base_/backbones/nano.py",
     "_base_/models/mask_rcnn.py",
     "_base_/datasets/digits_scenes.py",
     "_base_/schedules/adamw_1x.py",
     "_base_/runtime.py",
 ]
 model = dict(
-    backbone=dict(arch="nano", with_cp=False),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
+    backbone=dict(**_base_.backbone, with_cp=False),
+    neck=dict(in_channels=_base_.channels, out_channels=64),
     rpn_head=dict(in_channels=64, feat_channels=64),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=1)),

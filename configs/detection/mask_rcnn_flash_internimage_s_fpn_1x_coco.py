@@ -1,10 +1,12 @@
 # 8 GPUs x 2 images
-_base_ = "mask_rcnn_flash_internimage_t_fpn_1x_coco.py"
+_base_ = [
+    "../_base_/backbones/s.py",
+    "_base_/models/mask_rcnn.py",
+    "_base_/datasets/coco_instance.py",
+    "_base_/schedules/adamw_1x.py",
+    "_base_/runtime.py",
+]
 model = dict(
-    backbone=dict(
-        arch="small",
-        drop_path_rate=0.3,
-        init_cfg=dict(checkpoint="flash_internimage_small.in1k"),
-    ),
-    neck=dict(in_channels=[80, 160, 320, 640]),
+    backbone=dict(**_base_.backbone, drop_path_rate=0.3),
+    neck=dict(in_channels=_base_.channels),
 )

@@ -1,12 +1,13 @@
 # 8 GPUs x 8 images
-_base_ = "mask_rcnn_flash_internimage_t_fpn_3x_coco.py"
+_base_ = [
+    "../_base_/backbones/s.py",
+    "_base_/models/mask_rcnn.py",
+    "_base_/datasets/coco_instance_crop.py",
+    "_base_/schedules/adamw_3x.py",
+    "_base_/runtime.py",
+]
 model = dict(
-    backbone=dict(
-        arch="small",
-        drop_path_rate=0.4,
-        init_cfg=dict(checkpoint="flash_internimage_small.in1k"),
-    ),
-    neck=dict(in_channels=[80, 160, 320, 640]),
+    backbone=dict(**_base_.backbone, drop_path_rate=0.4),
+    neck=dict(in_channels=_base_.channels),
 )
 train_dataloader = dict(batch_size=8)
-optim_wrapper = dict(optimizer=dict(lr=2e-4))

@@ -1,10 +1,13 @@
 # 8 GPUs x 2 images
-_base_ = "mask2former_flash_internimage_s_640_160k_ade20k.py"
+_base_ = [
+    "../_base_/backbones/b.py",
+    "_base_/models/mask2former.py",
+    "_base_/datasets/ade20k_640.py",
+    "_base_/schedules/mask2former_160k.py",
+    "_base_/runtime_mask2former.py",
+]
 model = dict(
-    backbone=dict(
-        arch="base",
-        drop_path_rate=0.4,
-        init_cfg=dict(checkpoint="flash_internimage_base.in1k"),
-    ),
-    decode_head=dict(in_channels=[112, 224, 448, 896]),
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=dict(**_base_.backbone, drop_path_rate=0.4),
+    decode_head=dict(in_channels=_base_.channels),
 )

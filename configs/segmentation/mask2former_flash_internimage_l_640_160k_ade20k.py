@@ -1,13 +1,15 @@
 # 8 GPUs x 2 images
-_base_ = "mask2former_flash_internimage_s_640_160k_ade20k.py"
+_base_ = [
+    "../_base_/backbones/l.py",
+    "_base_/models/mask2former.py",
+    "_base_/datasets/ade20k_640.py",
+    "_base_/schedules/mask2former_160k.py",
+    "_base_/runtime_mask2former.py",
+]
 model = dict(
-    backbone=dict(
-        arch="large",
-        drop_path_rate=0.5,
-        with_cp=True,
-        init_cfg=dict(checkpoint="flash_internimage_large.in22k_384"),
-    ),
-    decode_head=dict(in_channels=[160, 320, 640, 1280]),
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=dict(**_base_.backbone, drop_path_rate=0.5, with_cp=True),
+    decode_head=dict(in_channels=_base_.channels),
 )
 optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.94))
 train_cfg = dict(val_interval=2000)

@@ -1,5 +1,6 @@
 # A narrow Mask2Former with few layers on the data of the UPerNet demo.
 _base_ = [
+    "../_base_/backbones/nano.py",
     "_base_/models/mask2former.py",
     "_base_/datasets/digits_scenes.py",
     "_base_/schedules/mask2former_160k.py",
@@ -9,9 +10,9 @@ attention = dict(embed_dims=64, num_heads=4)
 ffn = dict(ffn_cfg=dict(embed_dims=64, feedforward_channels=128))
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),
-    backbone=dict(arch="nano"),
+    backbone=_base_.backbone,
     decode_head=dict(
-        in_channels=[32, 64, 128, 256],
+        in_channels=_base_.channels,
         feat_channels=64,
         out_channels=64,
         num_classes=11,

@@ -1,5 +1,6 @@
 # 8 GPUs x 2 images
 _base_ = [
+    "../_base_/backbones/s.py",
     "_base_/models/mask2former.py",
     "_base_/datasets/ade20k_640.py",
     "_base_/schedules/mask2former_160k.py",
@@ -7,10 +8,6 @@ _base_ = [
 ]
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),
-    backbone=dict(
-        arch="small",
-        drop_path_rate=0.3,
-        init_cfg=dict(type="Pretrained", checkpoint="flash_internimage_small.in1k"),
-    ),
-    decode_head=dict(in_channels=[80, 160, 320, 640]),
+    backbone=dict(**_base_.backbone, drop_path_rate=0.3),
+    decode_head=dict(in_channels=_base_.channels),
 )

@@ -1,5 +1,6 @@
 # 8 GPUs x 2 images
 _base_ = [
+    "../_base_/backbones/t.py",
     "_base_/models/mask2former.py",
     "_base_/datasets/ade20k_512.py",
     "_base_/schedules/mask2former_160k.py",
@@ -7,13 +8,9 @@ _base_ = [
 ]
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),
-    backbone=dict(
-        arch="tiny",
-        drop_path_rate=0.2,
-        init_cfg=dict(type="Pretrained", checkpoint="flash_internimage_tiny.in1k"),
-    ),
+    backbone=dict(**_base_.backbone, drop_path_rate=0.2),
     decode_head=dict(
-        in_channels=[64, 128, 256, 512],
+        in_channels=_base_.channels,
         num_queries=100,
         pixel_decoder=dict(encoder=dict(layer_cfg=dict(ffn_cfg=dict(feedforward_channels=1024)))),
     ),

@@ -1,11 +1,14 @@
 # 8 GPUs x 2 images
-_base_ = "upernet_flash_internimage_s_512_160k_ade20k.py"
+_base_ = [
+    "../_base_/backbones/b.py",
+    "_base_/models/upernet.py",
+    "_base_/datasets/ade20k_512.py",
+    "_base_/schedules/adamw_160k.py",
+    "_base_/runtime.py",
+]
 model = dict(
-    backbone=dict(
-        arch="base",
-        with_cp=False,
-        init_cfg=dict(checkpoint="flash_internimage_base.in1k"),
-    ),
-    decode_head=dict(in_channels=[112, 224, 448, 896]),
-    auxiliary_head=dict(in_channels=448),
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=dict(**_base_.backbone, drop_path_rate=0.3),
+    decode_head=dict(in_channels=_base_.channels),
+    auxiliary_head=dict(in_channels=_base_.channels[2]),
 )

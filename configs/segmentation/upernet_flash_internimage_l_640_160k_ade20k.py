@@ -1,5 +1,6 @@
 # 8 GPUs x 2 images
 _base_ = [
+    "../_base_/backbones/l.py",
     "_base_/models/upernet.py",
     "_base_/datasets/ade20k_640.py",
     "_base_/schedules/adamw_160k.py",
@@ -7,13 +8,9 @@ _base_ = [
 ]
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),
-    backbone=dict(
-        arch="large",
-        drop_path_rate=0.4,
-        init_cfg=dict(type="Pretrained", checkpoint="flash_internimage_large.in22k_384"),
-    ),
-    decode_head=dict(in_channels=[160, 320, 640, 1280]),
-    auxiliary_head=dict(in_channels=640),
+    backbone=dict(**_base_.backbone, drop_path_rate=0.4),
+    decode_head=dict(in_channels=_base_.channels),
+    auxiliary_head=dict(in_channels=_base_.channels[2]),
 )
 optim_wrapper = dict(
     paramwise_cfg=dict(layer_decay_rate=0.94),

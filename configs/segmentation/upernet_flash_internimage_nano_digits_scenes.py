@@ -1,5 +1,6 @@
 # A demo that trains in a few minutes on two CPU cores: a narrow model on small images.
 _base_ = [
+    "../_base_/backbones/nano.py",
     "_base_/models/upernet.py",
     "_base_/datasets/digits_scenes.py",
     "_base_/schedules/adamw_160k.py",
@@ -14,9 +15,9 @@ head = dict(
 )
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),
-    backbone=dict(arch="nano"),
-    decode_head=dict(in_channels=[32, 64, 128, 256], **head),
-    auxiliary_head=dict(in_channels=128, **head),
+    backbone=_base_.backbone,
+    decode_head=dict(in_channels=_base_.channels, **head),
+    auxiliary_head=dict(in_channels=_base_.channels[2], **head),
 )
 optim_wrapper = dict(optimizer=dict(lr=2e-3), clip_grad=dict(max_norm=1.0))
 param_scheduler = [

@@ -1,5 +1,6 @@
 # 8 GPUs x 2 images
 _base_ = [
+    "../_base_/backbones/s.py",
     "_base_/models/upernet.py",
     "_base_/datasets/ade20k_512.py",
     "_base_/schedules/adamw_160k.py",
@@ -7,12 +8,7 @@ _base_ = [
 ]
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),
-    backbone=dict(
-        arch="small",
-        drop_path_rate=0.3,
-        with_cp=True,
-        init_cfg=dict(type="Pretrained", checkpoint="flash_internimage_small.in1k"),
-    ),
-    decode_head=dict(in_channels=[80, 160, 320, 640]),
-    auxiliary_head=dict(in_channels=320),
+    backbone=dict(**_base_.backbone, drop_path_rate=0.3, with_cp=True),
+    decode_head=dict(in_channels=_base_.channels),
+    auxiliary_head=dict(in_channels=_base_.channels[2]),
 )

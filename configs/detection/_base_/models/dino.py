@@ -1,6 +1,6 @@
 # DINO with four scales, as in mmdet's dino-4scale_r50_8xb2-12e_coco.py, which cannot serve as a
-# base because it includes data and schedule. Configs add arch, drop_path_rate and init_cfg of the
-# backbone, and in_channels of the neck.
+# base because it includes data and schedule. Configs add the backbone's size and drop_path_rate,
+# and the channels of the neck.
 model = dict(
     type="PublishedDINO",  # encodes the queries as the published weights require
     num_queries=900,

@@ -1,5 +1,5 @@
-# Base of all segmentors. Configs add the crop size, arch, drop_path_rate and init_cfg of the
-# backbone, and in_channels of the heads.
+# Base of all segmentors. Configs add the crop size, the backbone's size and drop_path_rate,
+# and the channels of the heads.
 model = dict(
     type="CheckedEncoderDecoder",
     data_preprocessor=dict(
