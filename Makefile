@@ -1,4 +1,5 @@
-# Targets: demo, demo-detection, demo-segmentation, test, lint, bench and docs. Each installs what it needs.
+# Targets: demo, demo-detection, demo-segmentation, test, test-fast, lint, bench and docs. Each installs
+# what it needs.
 # PYTHON is the interpreter from which the virtual environment is created.
 PYTHON ?= python3
 VENV := .venv
@@ -23,7 +24,7 @@ TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 # TEST_SEED=123 shuffles and seeds the tests with that number, TEST_SEED=default with the time.
 TEST_SEED ?=
 
-.PHONY: demo demo-detection demo-segmentation test lint bench docs sanitize sanitize-cpu clean
+.PHONY: demo demo-detection demo-segmentation test test-fast lint bench docs sanitize sanitize-cpu clean
 
 demo: $(VENV)/.package data/digits
 	$(RUN) -m classification.train $(DIGITS) --resume auto
@@ -37,18 +38,27 @@ demo-segmentation: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes-ade20k
 	$(RUN) -m segmentation.train $(SCENE_MAPS) --work-dir output/digits-scenes-ade20k --resume
 	$(RUN) -m segmentation.test $(SCENE_MAPS) output/digits-scenes-ade20k/iter_800.pth --work-dir output/digits-scenes-ade20k --show-dir predictions
 
-test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev $(VENV)/.cuda_model
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
 	  $(if $(TEST_SEED),--randomly-seed=$(TEST_SEED),-p no:randomly)
+
+test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev $(VENV)/.cuda_model
+	$(PYTEST)
+
+# At most two minutes on two cores: no slow tests, and none that need OpenMMLab, the emulator or a GPU.
+test-fast: $(VENV)/.package $(VENV)/.dev
+	$(PYTEST) -m 'not slow and not mm and not gpu' $(addprefix --ignore tests/,cuda_model detection gpu flash_internimage/openmmlab segmentation)
 
 # The tests run the CUDA kernels, compiled as C++, on a serial emulator of CUDA.
 $(VENV)/.cuda_model: $(OPS_SOURCES) $(wildcard tests/cuda_model/*.cpp tests/cuda_model/*.h) $(VENV)/.package $(VENV)/.dev
 	$(RUN) -m tests.cuda_model.build
 	touch $@
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.package $(VENV)/.dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+	git ls-files 'ops_dcnv4/csrc/*' 'tests/cuda_model/*.cpp' 'tests/cuda_model/*.cu' 'tests/cuda_model/*.h' | \
+	  xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 bench: $(VENV)/.package
 	$(RUN) -m tools.benchmark_op

@@ -1,18 +1,18 @@
 """Sphinx configuration: Markdown pages read by MyST, API pages generated from the docstrings."""
 
 import sys
-import tomllib
 from pathlib import Path
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS / "_extensions")]
 
+import flash_internimage  # noqa: E402  from this checkout
+
 project = "FlashInternImage"
 author = "The FlashInternImage authors"
 copyright = f"2026, {author}"
-release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-version = release
+release = version = flash_internimage.__version__
 
 extensions = [
     "myst_parser",

@@ -13,8 +13,24 @@ import torch
 from torch import Tensor
 
 
+MARKERS = {
+    "detection": "mm",
+    "flash_internimage/openmmlab": "mm",
+    "gpu": "gpu",
+    "segmentation": "mm",
+}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark tests by their folder."""
+    path = item.path.relative_to(Path(__file__).parent)
+    for folder, marker in MARKERS.items():
+        if path.is_relative_to(folder):
+            item.add_marker(marker)
+
+
 def pytest_collection_finish() -> None:
-    """Keep the imported modules out of garbage collections, which mmengine asks for often."""
+    """Exempt imported modules from garbage collection, which mmengine triggers often."""
     gc.collect()
     gc.freeze()
 
