@@ -51,8 +51,8 @@ lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check
 
 bench: $(VENV)/.package
-	$(RUN) -m tools.benchmark_op
-	$(RUN) -m tools.benchmark_model
+	$(RUN) -m benchmarks.op
+	$(RUN) -m benchmarks.model
 
 # Warnings, including broken links and unresolved references, are errors.
 docs: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.docs

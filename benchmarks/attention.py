@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from benchmarks.competitors import TOLERANCES, Competitor, away_from_integers, by_image
 from ops_dcnv4 import flash_deform_attn, ms_deform_attn, reference
-from tools.competitors import TOLERANCES, Competitor, away_from_integers, by_image
 
 OURS = "ms_deform_attn"
 SPREAD = 3  # standard deviation of the points around their query, in pixels of each level

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tools import attention_competitors, benchmark_op, benchmarking
-from tools.attention_competitors import COMPETITORS, OURS, SEPARATE, SHAPES, Shape
-from tools.benchmark_op import parse_shape
-from tools.competitors import Competitor
+from benchmarks import attention as attention_competitors
+from benchmarks import op as benchmark_op
+from benchmarks import record as benchmarking
+from benchmarks.attention import COMPETITORS, OURS, SEPARATE, SHAPES, Shape
+from benchmarks.competitors import Competitor
+from benchmarks.op import parse_shape
 
 CPU = torch.device("cpu")
 LEVELS = ((7, 9), (3, 5))

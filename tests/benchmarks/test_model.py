@@ -8,8 +8,8 @@ import timm
 import torch
 from torch import nn
 
-from tools import benchmark_model
-from tools.benchmark_model import Case, Settings
+from benchmarks import model as benchmark_model
+from benchmarks.model import Case, Settings
 
 CPU = Settings(torch.device("cpu"), batch_size=2, threads=1, min_time=1e-6)
 NANO_RUN = ("--models", "flash_internimage_nano", "--device", "cpu", "--min-time", "1e-6")

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
+from benchmarks.competitors import Competitor, away_from_integers, by_image
 from ops_dcnv4 import dcnv4, reference
-from tools.competitors import Competitor, away_from_integers, by_image
 
 OURS = "ops_dcnv4"
 TAPS, WINDOW, HEAD_CHANNELS = 9, 7, 32

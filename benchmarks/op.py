@@ -1,8 +1,8 @@
 """Benchmark DCNv4 and deformable attention against alternative implementations.
 
-    python -m tools.benchmark_op
-    python -m tools.benchmark_op --shapes 1x56x56x64 64x56x56x128/32 --dtypes float32 float16
-    python -m tools.benchmark_op --shapes dino-encoder 2xdino-decoder
+    python -m benchmarks.op
+    python -m benchmarks.op --shapes 1x56x56x64 64x56x56x128/32 --dtypes float32 float16
+    python -m benchmarks.op --shapes dino-encoder 2xdino-decoder
 
 DCNv4 shapes are NxHxWxC/D with D channels per group (16 by default); other operators of similar
 size are included as yardsticks. Shapes of multi-scale deformable attention are those of DINO's
@@ -21,9 +21,11 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from tools import attention_competitors, benchmarking, op_competitors
-from tools.benchmarking import write
-from tools.competitors import TOLERANCES, Competitor, Inputs, Shape
+from benchmarks import attention as attention_competitors
+from benchmarks import dcnv4 as op_competitors
+from benchmarks import record as benchmarking
+from benchmarks.competitors import TOLERANCES, Competitor, Inputs, Shape
+from benchmarks.record import write
 
 KINDS: tuple[type[Shape], ...] = (op_competitors.Shape, attention_competitors.Shape)
 
@@ -279,7 +281,7 @@ def draw_panel(axis: Axes, results: list[dict], shapes: list[Shape]) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line and fill in the defaults of the device."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.benchmark_op", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks.op", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
         "--shapes",

@@ -1,7 +1,7 @@
 """Measure images per second and peak memory of FlashInternImage, ConvNeXt and Swin.
 
-    python -m tools.benchmark_model
-    python -m tools.benchmark_model --models small base --dtypes bfloat16 --modes eager compiled
+    python -m benchmarks.model
+    python -m benchmarks.model --models small base --dtypes bfloat16 --modes eager compiled
 
 Each measurement runs in a process of its own, so that a failure does not affect the others.
 """
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flash_internimage  # noqa: F401  (registers the models)
-from tools import benchmarking
-from tools.benchmarking import write
+from benchmarks import record as benchmarking
+from benchmarks.record import write
 
 _logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ def parse_model(text: str) -> tuple[str, ...]:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line and fill in the defaults of the device."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.benchmark_model", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks.model", description=__doc__.splitlines()[0]
     )
     options = functools.partial(parser.add_argument, nargs="+")
     options(

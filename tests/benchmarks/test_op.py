@@ -8,16 +8,18 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import dcnv4 as op_competitors
+from benchmarks import op as benchmark_op
+from benchmarks import record as benchmarking
+from benchmarks.competitors import Competitor
+from benchmarks.dcnv4 import COMPETITORS, LEAVES, OURS, Shape
+from benchmarks.op import parse_shape
 from ops_dcnv4 import is_compiled, reference
-from tools import benchmark_op, benchmarking, op_competitors
-from tools.benchmark_op import parse_shape
-from tools.competitors import Competitor
-from tools.op_competitors import COMPETITORS, LEAVES, OURS, Shape
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 7, 14, 64, 16)
 SAME = [name for name, competitor in COMPETITORS.items() if not competitor.yardstick]
-COMMITTED = list((Path(__file__).parents[2] / "benchmarks").glob("op_*.json"))
+COMMITTED = list((Path(__file__).parents[2] / "benchmarks/results").glob("op_*.json"))
 TINY_RUN = ("--device", "cpu", "--min-time", "1e-6")
 
 # shared/facts/performance.md, fp16: microseconds of forward, its gather in L1, and backward.
