@@ -1,27 +1,29 @@
-"""Shapes, inputs, implementations and yardsticks for the benchmark of DCNv4."""
+"""DCNv4 benchmark: shapes, inputs, alternative implementations and yardsticks."""
 
 import argparse
 import functools
-import importlib
 import math
 import re
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from benchmarks.competitors import Competitor, away_from_integers, by_image
+from benchmarks.competitors import Competitor, Reference, away_from_integers, load, require
 from ops_dcnv4 import dcnv4, reference
 
-OURS = "ops_dcnv4"
 TAPS, WINDOW, HEAD_CHANNELS = 9, 7, 32
 CPU_TOKENS = 4096  # limit for global attention on the CPU, which is too slow with more
+Pair = tuple[int, int]
 
 
-class Shape(NamedTuple):
-    """Size of a call of DCNv4."""
+@dataclass(frozen=True)
+class Shape:
+    """Size of a call of DCNv4 with a 3x3 window that keeps the image size."""
 
     n: int
     height: int
@@ -29,8 +31,10 @@ class Shape(NamedTuple):
     channels: int
     group_channels: int = 16
 
-    form = "NxHxWxC or NxHxWxC/D, such as 64x56x56x128/32"
-    ours = OURS
+    form: ClassVar = "NxHxWxC or NxHxWxC/D, such as 64x56x56x128/32"
+    samples: ClassVar = TAPS  # sampling points per output channel
+    competitors: ClassVar[dict[str, Competitor]]  # the first is ours
+    references: ClassVar[list[Competitor]]  # their results are expected of the competitors
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
@@ -40,18 +44,13 @@ class Shape(NamedTuple):
         shape = cls(*map(int, re.split("[x/]", text)))
         if shape.channels % shape.group_channels:
             raise argparse.ArgumentTypeError(
-                f"{text!r} must have a D that divides C, got D = {shape.group_channels} "
-                f"and C = {shape.channels}"
+                f"C must be divisible by D, got {text!r} with C = {shape.channels} "
+                f"and D = {shape.group_channels}"
             )
         return shape
 
     def __str__(self) -> str:
-        return "x".join(map(str, self[:4])) + f"/{self.group_channels}"
-
-    @property
-    def competitors(self) -> dict[str, Competitor]:
-        """Return the implementations to compare, by name."""
-        return COMPETITORS
+        return f"{self.n}x{self.height}x{self.width}x{self.channels}/{self.group_channels}"
 
     @property
     def groups(self) -> int:
@@ -59,100 +58,57 @@ class Shape(NamedTuple):
         return self.channels // self.group_channels
 
     @property
-    def offset_mask_channels(self) -> int:
-        """Return the channels of offset_mask, padded to a multiple of 8 as in the DCNv4 layer."""
-        return math.ceil(3 * TAPS * self.groups / 8) * 8
-
-    def bytes_touched(self, dtype: torch.dtype) -> dict[str, int]:
-        """Return the bytes per pass if each tensor and gradient is accessed once."""
-        pixel, packed = self.channels, self.offset_mask_channels
-        elements = {"forward": 2 * pixel + packed, "backward": 3 * pixel + 2 * packed}
-        elements["forward+backward"] = sum(elements.values())
-        scale = self.n * self.height * self.width * dtype.itemsize
-        return {name: scale * count for name, count in elements.items()}
-
-    def bytes_gathered(self, dtype: torch.dtype) -> int:
-        """Return the bytes that the forward pass gathers from value: four pixels per point."""
-        return self.n * self.height * self.width * self.channels * 4 * TAPS * dtype.itemsize
+    def used_channels(self) -> dict[str, int]:
+        """Return the number of channels without padding of the tensors that are padded."""
+        return {"offset_mask": 3 * TAPS * self.groups}
 
     def random_inputs(self, dtype: torch.dtype, device: torch.device) -> "Inputs":
         """Return random inputs that require gradients."""
-        size, channels = self[:3], self.channels
-        options = {"dtype": dtype, "device": device}
+
+        def randn(*size: int) -> Tensor:
+            return torch.randn(size, dtype=dtype, device=device)
+
+        size = self.n, self.height, self.width
         packed = torch.randn(*size, self.groups, 3 * TAPS, device=device)
         packed[..., : 2 * TAPS] = away_from_integers(0.5 * packed[..., : 2 * TAPS])
-        packed = packed.flatten(3).to(dtype)
-        leaves = (
-            torch.randn(*size, channels, **options),
-            F.pad(packed, (0, self.offset_mask_channels - packed.shape[3])),
-            torch.randn(*size, 3 * channels, **options),
-            torch.randn(channels, 1, WINDOW, WINDOW, **options) / WINDOW,
+        padding = -3 * TAPS * self.groups % 8  # as in the DCNv4 layer
+        offset_mask = F.pad(packed.flatten(3).to(dtype), (0, padding))
+        return Inputs(
+            value=randn(*size, self.channels).requires_grad_(),
+            offset_mask=offset_mask.requires_grad_(),
+            qkv=randn(*size, 3 * self.channels).requires_grad_(),
+            weight=(randn(self.channels, 1, WINDOW, WINDOW) / WINDOW).requires_grad_(),
+            grad_output=randn(*size, self.channels),
+            shape=self,
         )
-        grad_output = torch.randn(*size, channels, **options)
-        return Inputs(*(leaf.requires_grad_() for leaf in leaves), grad_output, self)
-
-    def expected_results(self, inputs: "Inputs") -> dict[str, Tensor]:
-        """Return output and gradients of the reference."""
-
-        def of_image(grad_output: Tensor, *image: Tensor) -> dict[str, Tensor]:
-            grads = reference.dcnv4_backward(grad_output, *image, *inputs.parameters)
-            return {
-                "output": reference.dcnv4(*image, *inputs.parameters),
-                "value": grads[0],
-                "offset_mask": grads[1][..., : 3 * TAPS * self.groups],
-            }
-
-        leaves = inputs.value.detach(), inputs.offset_mask.detach()
-        return by_image(of_image, inputs.grad_output, *leaves)
 
 
-class Inputs(NamedTuple):
+@dataclass(frozen=True)
+class Inputs:
     """Inputs of all implementations and yardsticks."""
 
     value: Tensor  # (N, H, W, C)
-    offset_mask: Tensor  # (N, H, W, 3 * groups * TAPS, padded)
+    offset_mask: Tensor  # (N, H, W, 3 * TAPS * groups, padded)
     qkv: Tensor  # (N, H, W, 3 * C), for attention
     weight: Tensor  # (C, 1, 7, 7), for the depth-wise convolution
     grad_output: Tensor  # (N, H, W, C)
     shape: Shape
 
     @property
-    def parameters(self) -> tuple:
-        """Return the operator's other arguments: a 3x3 window that keeps the image size."""
+    def window(self) -> tuple[Pair, Pair, Pair, Pair, int, float, bool]:
+        """Return the arguments of the operator after the tensors."""
         return (3, 3), (1, 1), (1, 1), (1, 1), self.shape.groups, 1.0, False
 
     @property
+    def arguments(self) -> tuple[Tensor, Tensor, Pair, Pair, Pair, Pair, int, float, bool]:
+        """Return all arguments of the operator."""
+        return self.value, self.offset_mask, *self.window
+
+    @property
     def packed(self) -> Tensor:
-        """Return offsets and scalars of each group, (N, H, W, groups, 3 * TAPS)."""
-        used = self.offset_mask[..., : 3 * TAPS * self.shape.groups]
+        """Return offsets and modulation of each group, (N, H, W, groups, 3 * TAPS)."""
+        used = self.offset_mask[..., : self.shape.used_channels["offset_mask"]]
         return used.unflatten(3, (self.shape.groups, -1))
-
-
-def run_ops_dcnv4(inputs: Inputs) -> Tensor:
-    """Run :func:`ops_dcnv4.dcnv4`."""
-    return dcnv4(inputs.value, inputs.offset_mask, *inputs.parameters)
-
-
-class Reference(torch.autograd.Function):
-    """The reference with its explicit backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, offset_mask: Tensor, *parameters: Any) -> Tensor:
-        """Compute the output."""
-        ctx.save_for_backward(value, offset_mask)
-        ctx.parameters = parameters
-        return reference.dcnv4(value, offset_mask, *parameters)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients."""
-        grads = reference.dcnv4_backward(grad_output, *ctx.saved_tensors, *ctx.parameters)
-        return *grads, *(None for _ in ctx.parameters)
-
-
-def run_reference(inputs: Inputs) -> Tensor:
-    """Run the reference."""
-    return Reference.apply(inputs.value, inputs.offset_mask, *inputs.parameters)
 
 
 def images_of_groups(inputs: Inputs, dtype: torch.dtype) -> Tensor:
@@ -167,9 +123,10 @@ def run_grid_sample(inputs: Inputs) -> Tensor:
     Like the fallbacks of DCNv3 and Deformable DETR, it has one row of the grid per output pixel.
     16-bit inputs are sampled in float32.
     """
-    n, height, width, _, _ = inputs.shape
+    n, height, width, _ = inputs.value.shape
     dtype = reference.compute_dtype(inputs.value.dtype)
-    x, y, modulation = reference.sampling_points(inputs.offset_mask.to(dtype), *inputs.parameters)
+    offset_mask = inputs.offset_mask.to(dtype)
+    x, y, modulation = reference.sampling_points(offset_mask, *inputs.window)
     grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1)
     grid = grid.flatten(1, 2).transpose(1, 2).flatten(0, 1)  # (N * groups, H * W, TAPS, 2)
     samples = F.grid_sample(images_of_groups(inputs, dtype), grid, align_corners=False)
@@ -194,7 +151,7 @@ def run_tuned_grid_sample(inputs: Inputs) -> Tensor:
     The regular grid is cached, and the grid is ordered by row, tap and column, so that neighbours
     in memory are neighbours in the image.
     """
-    n, height, width, _, _ = inputs.shape
+    n, height, width, _ = inputs.value.shape
     dtype, device = reference.compute_dtype(inputs.value.dtype), inputs.value.device
     packed = inputs.packed.to(dtype).permute(0, 3, 1, 4, 2)  # (N, groups, H, 3 * TAPS, W)
     offsets, modulation = packed.split([2 * TAPS, TAPS], dim=3)
@@ -226,19 +183,12 @@ def run_deform_conv2d(inputs: Inputs) -> Tensor:
     return output.permute(0, 2, 3, 1)
 
 
-def published_function() -> type[torch.autograd.Function] | None:
-    """Return the operator of the published package, or None if it cannot be imported."""
-    try:
-        return importlib.import_module("DCNv4.functions").DCNv4Function
-    except (ImportError, OSError, AttributeError):
-        return None
-
-
 def run_published(inputs: Inputs) -> Tensor:
     """Run the operator of the published package."""
     pairs, shape = (3, 3, 1, 1, 1, 1, 1, 1), inputs.shape
     parameters = (*pairs, shape.groups, shape.group_channels, 1.0, 256, 0)
-    return published_function().apply(inputs.value, inputs.offset_mask, *parameters)
+    function = load("DCNv4.functions").DCNv4Function
+    return function.apply(inputs.value, inputs.offset_mask, *parameters)
 
 
 def run_depthwise(inputs: Inputs) -> Tensor:
@@ -248,58 +198,40 @@ def run_depthwise(inputs: Inputs) -> Tensor:
     return output.permute(0, 2, 3, 1)
 
 
+def attend(tokens: Tensor) -> Tensor:
+    """Run attention on tokens (B, L, 3 * C); return (B, L, C)."""
+    require(tokens.shape[2] % (3 * HEAD_CHANNELS) == 0, f"heads of {HEAD_CHANNELS} channels")
+    qkv = tokens.unflatten(2, (3, -1, HEAD_CHANNELS)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
+
+
 def run_window_attention(inputs: Inputs) -> Tensor:
     """Run Swin's window attention, including the partition into windows."""
-    n, height, width, _, _ = inputs.shape
-    windows = inputs.qkv.view(
-        n, height // WINDOW, WINDOW, width // WINDOW, WINDOW, 3, -1, HEAD_CHANNELS
-    )
-    tokens = windows.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(1, 3)
-    output = F.scaled_dot_product_attention(*tokens).unflatten(2, (WINDOW, WINDOW))
-    output = output.unflatten(0, (n, height // WINDOW, width // WINDOW))
-    return output.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    height, width = inputs.shape.height, inputs.shape.width
+    require(height % WINDOW == width % WINDOW == 0, f"windows of {WINDOW}x{WINDOW}")
+    windows = window_partition(inputs.qkv, (WINDOW, WINDOW))
+    output = attend(windows.flatten(1, 2)).unflatten(1, (WINDOW, WINDOW))
+    return window_reverse(output, (WINDOW, WINDOW), height, width)
 
 
 def run_global_attention(inputs: Inputs) -> Tensor:
     """Run attention over all pixels."""
-    tokens = inputs.qkv.flatten(1, 2).unflatten(2, (3, -1, HEAD_CHANNELS)).permute(2, 0, 3, 1, 4)
-    output = F.scaled_dot_product_attention(*tokens)
-    return output.transpose(1, 2).flatten(2).view(inputs.value.shape)
-
-
-def why_not_published(inputs: Inputs) -> str | None:
-    """Return why the published package is not available, or None if it is."""
-    return None if published_function() else "not installed"
-
-
-def why_not_attention(inputs: Inputs) -> str | None:
-    """Return why attention cannot run on the inputs, or None if it can."""
-    return "heads of 32 channels" if inputs.shape.channels % HEAD_CHANNELS else None
-
-
-def why_not_window(inputs: Inputs) -> str | None:
-    """Return why window attention cannot run on the inputs, or None if it can."""
-    uneven = inputs.shape.height % WINDOW or inputs.shape.width % WINDOW
-    return "windows of 7x7" if uneven else why_not_attention(inputs)
-
-
-def why_not_global(inputs: Inputs) -> str | None:
-    """Return why global attention cannot run on the inputs, or None if it can."""
-    tokens = inputs.shape.height * inputs.shape.width
-    if inputs.value.device.type == "cpu" and tokens > CPU_TOKENS:
-        return f"over {CPU_TOKENS} tokens"
-    return why_not_attention(inputs)
+    limit = CPU_TOKENS if inputs.value.device.type == "cpu" else math.inf
+    require(inputs.shape.height * inputs.shape.width <= limit, f"over {limit} tokens")
+    return attend(inputs.qkv.flatten(1, 2)).view(inputs.value.shape)
 
 
 LEAVES = ("value", "offset_mask")
-COMPETITORS = {
-    OURS: Competitor(run_ops_dcnv4, LEAVES),
-    "reference": Competitor(run_reference, LEAVES),
+REFERENCE = Competitor(lambda inputs: Reference.apply("dcnv4", *inputs.arguments), LEAVES)
+Shape.references = [REFERENCE]
+Shape.competitors = {
+    "ops_dcnv4": Competitor(lambda inputs: dcnv4(*inputs.arguments), LEAVES),
+    "reference": REFERENCE,
     "grid_sample": Competitor(run_grid_sample, LEAVES),
     "tuned grid_sample": Competitor(run_tuned_grid_sample, LEAVES),
     "deform_conv2d": Competitor(run_deform_conv2d, LEAVES),
-    "published DCNv4": Competitor(run_published, LEAVES, why_not_published),
+    "published DCNv4": Competitor(run_published, LEAVES),
     "depth-wise 7x7": Competitor(run_depthwise, ("value", "weight"), yardstick=True),
-    "window attention": Competitor(run_window_attention, ("qkv",), why_not_window, yardstick=True),
-    "global attention": Competitor(run_global_attention, ("qkv",), why_not_global, yardstick=True),
+    "window attention": Competitor(run_window_attention, ("qkv",), yardstick=True),
+    "global attention": Competitor(run_global_attention, ("qkv",), yardstick=True),
 }
