@@ -120,7 +120,9 @@ def draw(file: Path) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     """Draw the charts of the files on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.charts", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.charts", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON files of results")
     for file in parser.parse_args(argv).files:
         write(draw(file))

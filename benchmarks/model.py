@@ -41,11 +41,11 @@ DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
 MODES = {"cpu": ("eager",), "cuda": ("eager", "compiled")}
 BATCH_SIZES = {"cpu": 4, "cuda": 64}
 LEGEND = f"""
-Columns: parameters, resolution (the model's default), images per second (median; ~ marks an
-interquartile range above {timing.UNSTEADY:.0%}) and peak memory: {{memory}}.
-Inputs are random images in channels-last memory format. Inference: weights and images in the dtype.
-Training: forward and backward without an optimizer step, float32 weights, autocast to other dtypes.
-In parentheses: why there is no measurement."""
+Parameters, resolution (the model's default), images per second (median; ~ marks an interquartile
+range above {timing.UNSTEADY:.0%}) and peak memory. In parentheses: why there is no measurement.
+Inference: weights and images in the dtype. Training: forward and backward without an optimizer
+step, float32 weights, autocast to other dtypes. Random images in channels-last memory format.
+Peak memory: {{memory}}."""
 MEMORY = {
     "cuda": "allocated on the GPU, including weights",
     "cpu": "growth of the process, including weights (unknown if compiled)",
@@ -177,7 +177,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     option = parser.add_argument
     tiny = [SIZES["tiny"]]
-    models = f"timm models; {', '.join(SIZES)} stand for one of each family; default: tiny"
+    models = "names of timm models; tiny, small or base for one of each family; default: tiny"
     option("--models", nargs="+", type=parse_model, default=tiny, metavar="MODEL", help=models)
     option("--tasks", nargs="+", choices=TASKS, default=TASKS, help="default: both")
     dtypes = "default: float32; on a GPU also bfloat16"

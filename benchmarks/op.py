@@ -132,11 +132,9 @@ def time_competitors(
     """
     ours, expected = next(iter(competitors)), expected_results(inputs[0])
     statuses = {name: examine(c, inputs[0], expected) for name, c in competitors.items()}
-    status, note = statuses[ours].values()
-    if status != "ok":
-        raise SystemExit(
-            f"error: {ours} at {inputs[0].shape} is {status}" + f" ({note})" * bool(note)
-        )
+    if statuses[ours]["status"] != "ok":
+        problem = statuses[ours]["note"] or "wrong results"
+        raise SystemExit(f"error: {ours} at {inputs[0].shape}: {problem}")
     able = [name for name, status in statuses.items() if status["note"] is None]
     results = []
     for pass_name, prepare in PASSES.items():
@@ -207,8 +205,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     forms = f"{dcnv4.Shape.form}; or {attention.Shape.form}"
     option("--shapes", type=parse_shape, metavar="SHAPE", help=forms)
     option("--dtypes", choices=TOLERANCES, help="default: float32; on a GPU also the 16-bit types")
-    others = [name for kind in (dcnv4, attention) for name in list(kind.Shape.competitors)[1:]]
-    option("--skip", choices=others, default=[], metavar="NAME", help=", ".join(others))
+    names = dict.fromkeys([*dcnv4.Shape.competitors, *attention.Shape.competitors])
+    others = [name for name in names if name not in ("ops_dcnv4", "ms_deform_attn")]
+    skip = f"implementations to leave out: {', '.join(others)}"
+    option("--skip", choices=others, default=[], metavar="NAME", help=skip)
     record.add_common_options(parser, min_time=0.3)
     args = parser.parse_args(argv)
     args.shapes = args.shapes or [parse_shape(text) for text in SHAPES[args.device]]

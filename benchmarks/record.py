@@ -112,7 +112,9 @@ def add_common_options(parser: argparse.ArgumentParser, min_time: float) -> None
     default = "default: %(default)s"
     option("--device", choices=devices, default=devices[-1], help=default)
     threads = f"CPU threads, {default}"
-    option("--threads", type=positive(int), default=torch.get_num_threads(), help=threads)
+    option(
+        "--threads", type=positive(int), default=torch.get_num_threads(), metavar="N", help=threads
+    )
     seconds = f"seconds to measure in each case, {default}"
     option("--min-time", type=positive(float), default=min_time, metavar="T", help=seconds)
     folder, output = Path("output/benchmarks"), f"folder of the JSON file and the chart, {default}"

@@ -260,6 +260,6 @@ def test_run_ends_where_our_own_operator_is_wrong(quick, monkeypatch, tmp_path):
     run = COMPETITORS[OURS].run
     wrong = Competitor(lambda inputs: 2 * run(inputs), LEAVES)
     monkeypatch.setitem(COMPETITORS, OURS, wrong)
-    with pytest.raises(SystemExit, match="ops_dcnv4 at 1x7x7x32/16 is wrong"):
+    with pytest.raises(SystemExit, match="ops_dcnv4 at 1x7x7x32/16: wrong results"):
         op.main([*TINY_RUN, "--shapes", "1x7x7x32", "--output", str(tmp_path)])
     assert not list(tmp_path.iterdir())
