@@ -109,13 +109,12 @@ def add_common_options(parser: argparse.ArgumentParser, min_time: float) -> None
     """Add the options that all benchmarks share."""
     option = parser.add_argument
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    threads, folder = torch.get_num_threads(), Path("output/benchmarks")
     default = "default: %(default)s"
+    text = f"CPU threads, {default}"
     option("--device", choices=devices, default=devices[-1], help=default)
-    threads = f"CPU threads, {default}"
-    option(
-        "--threads", type=positive(int), default=torch.get_num_threads(), metavar="N", help=threads
-    )
-    seconds = f"seconds to measure in each case, {default}"
-    option("--min-time", type=positive(float), default=min_time, metavar="T", help=seconds)
-    folder, output = Path("output/benchmarks"), f"folder of the JSON file and the chart, {default}"
-    option("--output", type=Path, default=folder, metavar="DIR", help=output)
+    option("--threads", type=positive(int), default=threads, metavar="N", help=text)
+    text = f"seconds to measure in each case, {default}"
+    option("--min-time", type=positive(float), default=min_time, metavar="T", help=text)
+    text = f"folder of the JSON file and the chart, {default}"
+    option("--output", type=Path, default=folder, metavar="DIR", help=text)

@@ -43,9 +43,9 @@ class Contestant(Generic[Input]):
         """Time one call at first, then a share of the time to measure, until it has passed."""
         seconds = sum(sum(m.raw_times) for m in self.measurements)
         if len(self.measurements) < MIN_TURNS or seconds < self.min_time:
-            self.measurements.append(self.timer.timeit(self.calls_per_turn))
-            share = self.min_time / TURNS
-            self.calls_per_turn = math.ceil(share / self.measurements[0].median)
+            measurement = self.timer.timeit(self.calls_per_turn)
+            self.measurements.append(measurement)
+            self.calls_per_turn = math.ceil(self.min_time / TURNS / measurement.median)
 
 
 def make_timer(statement: str, setup: str = "pass", **names: Any) -> Timer:

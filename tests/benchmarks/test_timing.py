@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from torch.utils.benchmark import Measurement
@@ -29,11 +31,18 @@ def test_inputs_take_turns_and_are_prepared_before_the_calls_are_timed():
     assert log[len(warm_up) :][:3] == ["prepare c", "prepare d", "c"]
 
 
-def test_fast_calls_are_timed_in_blocks_for_the_requested_time():
-    result = timing.measure_in_turns({"": lambda _: int}, [0], min_time=0.01)[""]
-    assert result["calls"] > 100 * timing.TURNS
-    assert result["calls"] * result["seconds"] == pytest.approx(0.01, rel=0.9)
-    assert result["low"] <= result["seconds"] <= result["high"]
+@pytest.mark.parametrize(("seconds", "calls"), [(2**-10, 309), (2**-5, 10), (1, 3)])
+def test_calls_are_timed_for_the_requested_time(seconds, calls, monkeypatch):
+    now = [0.0]
+
+    def call():
+        now[0] += seconds
+
+    clock = functools.partial(timing.Timer, timer=lambda: now[0])
+    monkeypatch.setattr(timing, "Timer", clock)
+    result = timing.measure_in_turns({"": lambda _: call}, [0], min_time=0.3)[""]
+    assert result["calls"] == calls
+    assert [result[key] for key in ("low", "seconds", "high")] == pytest.approx([seconds] * 3)
 
 
 @pytest.mark.parametrize("calls_before", [0, 4])
@@ -53,7 +62,7 @@ def test_contestant_that_fails_leaves_the_others_alone(calls_before):
 def test_a_single_call_is_timed_until_the_measurements_are_steady():
     result = timing.measure(lambda: sum(range(1000)), min_time=0.01)
     assert result["calls"] > 4
-    assert 1e-7 < result["low"] <= result["seconds"] <= result["high"] < 1e-2
+    assert 0 < result["low"] <= result["seconds"] <= result["high"]
 
 
 def test_summary_has_median_and_quartiles_per_call():
