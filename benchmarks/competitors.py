@@ -27,10 +27,10 @@ class Competitor(NamedTuple):
     yardstick: bool = False  # computes something else, so that its results are not verified
     tolerances: dict[str, float] = TOLERANCES
 
-    def gradients(self, inputs: Any, output: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradients of the leaves; can be repeated."""
+    def gradients(self, inputs: Any, output: Tensor, retain_graph: bool = False) -> tuple:
+        """Return the gradients of the leaves."""
         leaves = [getattr(inputs, name) for name in self.leaves]
-        return torch.autograd.grad(output, leaves, inputs.grad_output, retain_graph=True)
+        return torch.autograd.grad(output, leaves, inputs.grad_output, retain_graph=retain_graph)
 
 
 def require(condition: bool, reason: str) -> None:

@@ -140,7 +140,7 @@ def measure_or_explain(case: Case, args: argparse.Namespace) -> dict:
 def measure_isolated(case: Case, args: argparse.Namespace) -> dict:
     """Return the result of a case, measured in a new process, or why there is none."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm", "flash_internimage", "benchmarks.charts"])
+    context.set_forkserver_preload(["timm", "benchmarks.charts", "benchmarks.timing"])
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         try:
             return pool.submit(measure_or_explain, case, args).result()

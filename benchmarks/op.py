@@ -70,8 +70,9 @@ def forward(competitor: Competitor, inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def backward(competitor: Competitor, inputs: Inputs) -> Callable[[], tuple]:
-    """Run the forward pass and return a call of the backward pass."""
-    return functools.partial(competitor.gradients, inputs, competitor.run(inputs))
+    """Run the forward pass and return a call of the backward pass, which can be repeated."""
+    output = competitor.run(inputs)
+    return functools.partial(competitor.gradients, inputs, output, retain_graph=True)
 
 
 def forward_backward(competitor: Competitor, inputs: Inputs) -> Callable[[], tuple]:
