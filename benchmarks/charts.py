@@ -94,7 +94,7 @@ def draw_model(record: dict) -> Figure:
             if (r["task"], r["dtype"], r["mode"]) == (task, *kind)
         }
         colors = ["C1" if name.startswith("flash_internimage") else "C0" for name in models]
-        bars = axis.barh(models, [speeds[name] for name in models], color=colors)
+        bars = axis.barh(models, [speeds.get(name, 0) for name in models], color=colors)
         axis.bar_label(bars, fmt=lambda speed: f"{speed:.4g}" if speed else "-", padding=3)
         axis.margins(x=0.2)
         axis.set_title(f"{task}, {', '.join(kind)}", fontsize="medium")

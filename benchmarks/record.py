@@ -42,7 +42,8 @@ def start(benchmark: str, device: torch.device, settings: dict) -> dict:
 
 def describe_machine(device: torch.device) -> dict:
     """Return the properties of the machine that affect the results."""
-    cpu = re.search(r"Model name: *(.+)", collect_env.get_cpu_info(collect_env.run) or "")
+    cpu_info = Path("/proc/cpuinfo")  # unlike lscpu, independent of the language
+    cpu = re.search(r"model name\s*: (.+)", cpu_info.read_text() if cpu_info.exists() else "")
     machine = {
         "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

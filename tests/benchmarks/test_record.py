@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import charts, record
 
@@ -24,9 +25,14 @@ def test_chart_of_published_results_can_be_drawn(file, tmp_path):
     assert copy.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_chart_of_an_interrupted_run_can_be_drawn(tmp_path):
-    results = json.loads(next(RESULTS.glob("op_*.json")).read_text())
-    del results["results"][30:]
-    file = tmp_path / "op.json"
+@pytest.mark.parametrize(("benchmark", "count"), [("op", 30), ("model", 4)])
+def test_chart_of_an_interrupted_run_can_be_drawn(benchmark, count, tmp_path):
+    results = json.loads(next(RESULTS.glob(f"{benchmark}_*.json")).read_text())
+    del results["results"][count:]
+    file = tmp_path / "interrupted.json"
     file.write_text(json.dumps(results))
     assert charts.draw(file).stat().st_size > 0
+
+
+def test_machine_has_the_name_of_the_cpu():
+    assert record.describe_machine(torch.device("cpu"))["cpu"] in Path("/proc/cpuinfo").read_text()
