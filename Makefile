@@ -61,8 +61,8 @@ lint: $(VENV)/.package $(VENV)/.dev
 	  xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 bench: $(VENV)/.package
-	$(RUN) -m tools.benchmark_op
-	$(RUN) -m tools.benchmark_model
+	$(RUN) -m benchmarks.op
+	$(RUN) -m benchmarks.model
 
 # Warnings, including broken links and unresolved references, are errors.
 docs: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.docs

@@ -8,65 +8,70 @@ import timm
 import torch
 from torch import nn
 
-from tools import benchmark_model
-from tools.benchmark_model import Case, Settings
+from benchmarks import model
+from benchmarks.model import Case
 
-CPU = Settings(torch.device("cpu"), batch_size=2, threads=1, min_time=1e-6)
-NANO_RUN = ("--models", "flash_internimage_nano", "--device", "cpu", "--min-time", "1e-6")
+TINY_RUN = ("--models", "flash_internimage_nano", "--device", "cpu", "--min-time", "1e-6")
+INFERENCE = Case("inference", "float32", "eager", "flash_internimage_nano")
+CPU = torch.device("cpu")
+
+
+def arguments(*options):
+    return model.parse_arguments([*TINY_RUN, "--batch-size", "2", "--threads", "1", *options])
 
 
 def test_a_size_stands_for_a_model_of_each_family():
-    args = benchmark_model.parse_arguments(["--models", "tiny", "flash_internimage_nano"])
-    assert args.models == [*benchmark_model.SIZES["tiny"], "flash_internimage_nano"]
-    assert all(timm.is_model(name) for names in benchmark_model.SIZES.values() for name in names)
+    args = model.parse_arguments(["--models", "tiny", "flash_internimage_nano"])
+    assert args.models == [*model.SIZES["tiny"], "flash_internimage_nano"]
+    assert all(timm.is_model(name) for names in model.SIZES.values() for name in names)
 
 
 @pytest.mark.parametrize(
     ("option", "text", "expected"),
     [
         ("--models", "flash_internimage_tony", "did you mean 'flash_internimage_tiny'?"),
-        ("--models", "?", "'?' must be tiny, small, base or the name of a timm model"),
+        ("--models", "?", "must be tiny, small, base or the name of a timm model, got '?'"),
         ("--dtypes", "float8", "invalid choice: 'float8'"),
-        ("--batch-size", "0", "'0' must be a positive integer"),
+        ("--batch-size", "0", "must be a positive integer, got '0'"),
     ],
 )
 def test_bad_argument_is_one_error_that_names_it(option, text, expected, capsys):
     with pytest.raises(SystemExit, match="2"):
-        benchmark_model.main([option, text])
+        model.main([option, text])
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"argument {option}" in error
     assert expected in error
 
 
-@pytest.mark.parametrize("task", benchmark_model.TASKS)
+@pytest.mark.parametrize("task", model.TASKS)
 def test_inference_casts_the_model_and_training_autocasts(task):
     case = Case(task, "bfloat16", "eager", "flash_internimage_nano")
-    model, images = benchmark_model.build(case, CPU)
+    network, images = model.build(case, CPU, batch_size=2)
     logits = []
-    model.register_forward_hook(lambda module, inputs, output: logits.append(output))
-    benchmark_model.make_step(case, model, images)()
+    network.register_forward_hook(lambda module, inputs, output: logits.append(output))
+    model.make_step(case, network, images)()
     weights = torch.bfloat16 if task == "inference" else torch.float32
-    assert {p.dtype for p in model.parameters()} == {images.dtype} == {weights}
+    assert {p.dtype for p in network.parameters()} == {images.dtype} == {weights}
     assert logits[0].dtype == torch.bfloat16
-    assert model.training == all(p.grad is not None for p in model.parameters())
-    assert model.training == (task == "training")
+    assert network.training == all(p.grad is not None for p in network.parameters())
+    assert network.training == (task == "training")
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_peak_memory_is_that_of_weights_and_activations(monkeypatch):
     def create(name):
-        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 4096))  # 192 MiB
-        model.default_cfg = {"input_size": (3, 64, 64)}
-        return model
+        network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 4096))  # 192 MiB
+        network.pretrained_cfg = {"input_size": (3, 64, 64)}
+        return network
 
     monkeypatch.setattr(timm, "create_model", create)
-    result = benchmark_model.measure(Case("inference", "float32", "eager", "linear"), CPU)
+    result = model.measure(INFERENCE._replace(model="linear"), arguments())
     assert result["parameters"] == 3 * 64 * 64 * 4096 + 4096
     assert result["peak_bytes"] == pytest.approx(192 * 2**20, rel=0.4)
 
 
 def test_run_writes_table_json_and_chart(tmp_path, capsys):
-    benchmark_model.main([*NANO_RUN, "--batch-size", "2", "--output", str(tmp_path)])
+    model.main([*TINY_RUN, "--batch-size", "2", "--output", str(tmp_path)])
     table = capsys.readouterr().out
     (json_file,), (chart,) = tmp_path.glob("model_*.json"), tmp_path.glob("model_*.png")
     record = json.loads(json_file.read_text())
@@ -84,7 +89,7 @@ def test_run_writes_table_json_and_chart(tmp_path, capsys):
 
 
 def test_failing_measurement_is_a_cell_with_the_reason(tmp_path, capsys):
-    benchmark_model.main([*NANO_RUN, "--batch-size", "1000000000000", "--output", str(tmp_path)])
+    model.main([*TINY_RUN, "--batch-size", "1000000000000", "--output", str(tmp_path)])
     assert capsys.readouterr().out.count("(can't allocate memory)") == 2
     (json_file,) = tmp_path.glob("*.json")
     assert all(r["status"] == "failed" for r in json.loads(json_file.read_text())["results"])
@@ -95,13 +100,11 @@ def die(*arguments):
 
 
 def test_killed_measurement_is_a_cell_with_the_reason(monkeypatch):
-    monkeypatch.setattr(benchmark_model, "send_result", die)
-    case = Case("inference", "float32", "eager", "flash_internimage_nano")
-    result = benchmark_model.measure_isolated(case, CPU, timeout=600)
-    assert result == {"status": "failed", "note": "killed"}
+    monkeypatch.setattr(model, "measure_or_explain", die)
+    result = model.measure_isolated(INFERENCE, arguments())
+    assert result == {"status": "failed", "note": "killed, or over 600 s"}
 
 
 def test_measurement_that_takes_too_long_is_given_up():
-    case = Case("inference", "float32", "eager", "flash_internimage_nano")
-    result = benchmark_model.measure_isolated(case, CPU, timeout=1e-3)
-    assert result == {"status": "failed", "note": "over 0.001 s"}
+    result = model.measure_isolated(INFERENCE, arguments("--timeout", "1e-3"))
+    assert result == {"status": "failed", "note": "killed, or over 0.001 s"}

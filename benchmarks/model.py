@@ -1,0 +1,219 @@
+"""Measure images per second and peak memory of FlashInternImage, ConvNeXt and Swin.
+
+    python -m benchmarks.model
+    python -m benchmarks.model --models small base --dtypes bfloat16 --modes eager compiled
+
+Each measurement runs in a separate process, so that a failure does not affect the others.
+"""
+
+import argparse
+import contextlib
+import difflib
+import itertools
+import logging
+import multiprocessing
+import re
+import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+import flash_internimage  # noqa: F401  (registers the models)
+from benchmarks import charts, record, timing
+from benchmarks.record import write
+
+_logger = logging.getLogger(__name__)
+
+TASKS = ("inference", "training")
+SIZES = {
+    size: (f"flash_internimage_{size}", f"convnext_{size}", f"swin_{size}_patch4_window7_224")
+    for size in ("tiny", "small", "base")
+}
+DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
+MODES = {"cpu": ("eager",), "cuda": ("eager", "compiled")}
+BATCH_SIZES = {"cpu": 4, "cuda": 64}
+LEGEND = f"""
+Parameters, resolution (the model's default), images per second (median; ~ marks an interquartile
+range above {timing.UNSTEADY:.0%}) and peak memory. In parentheses: why there is no measurement.
+Inference: weights and images in the dtype. Training: forward and backward without an optimizer
+step, float32 weights, autocast to other dtypes. Random images in channels-last memory format.
+Peak memory: {{memory}}."""
+MEMORY = {
+    "cuda": "allocated on the GPU, including weights",
+    "cpu": "growth of the process, including weights (unknown if compiled)",
+}
+
+
+class Case(NamedTuple):
+    """A case to measure."""
+
+    task: str
+    dtype: str
+    mode: str
+    model: str
+
+
+def build(case: Case, device: torch.device, batch_size: int) -> tuple[nn.Module, Tensor]:
+    """Return the model of a case and images for it."""
+    model = timm.create_model(case.model).train(case.task == "training")
+    images = torch.randn(batch_size, *resolve_model_data_config(model)["input_size"])
+    dtype = getattr(torch, case.dtype) if case.task == "inference" else torch.float32
+    # torch's overloads of Module.to lack memory_format.
+    model = model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model, images.to(device, dtype, memory_format=torch.channels_last)
+
+
+def make_step(case: Case, model: nn.Module, images: Tensor) -> Callable[[], None]:
+    """Return the step to time, compiled if requested."""
+    call = torch.compile(model) if case.mode == "compiled" else model
+    targets = torch.randint(10, (len(images),), device=images.device)
+    dtype = getattr(torch, case.dtype)
+
+    @torch.inference_mode()
+    def infer() -> None:
+        call(images)
+
+    def train() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(call(images), targets)
+        loss.backward()
+
+    return infer if case.task == "inference" else train
+
+
+def resident_bytes(field: str) -> int | None:
+    """Return VmRSS (current) or VmHWM (peak) of this process, or None if it is unknown."""
+    with contextlib.suppress(OSError):
+        if found := re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(found[1]) * 1024
+    return None
+
+
+def measure(case: Case, args: argparse.Namespace) -> dict:
+    """Measure speed and peak memory of one case; meant for a separate process."""
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
+    before = resident_bytes("VmRSS")
+    model, images = build(case, device, args.batch_size)
+    step = make_step(case, model, images)
+    step()  # compiles, autotunes, and makes the lasting allocations
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    times = timing.measure(step, args.min_time)
+    after = resident_bytes("VmHWM") if case.mode == "eager" else None  # without the compiler
+    peak = after - before if before and after else None
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "image_size": images.shape[-1],
+        "images_per_second": args.batch_size / times["seconds"],
+        "peak_bytes": peak,
+        **times,
+    }
+
+
+def measure_or_explain(case: Case, args: argparse.Namespace) -> dict:
+    """Return the result of a case, or why there is none; the time limit ends the process."""
+    signal.setitimer(signal.ITIMER_REAL, args.timeout)
+    try:
+        return {"status": "ok", **measure(case, args)}
+    except Exception as error:  # compilers, drivers and models may raise anything
+        _logger.warning("%s failed: %s", " ".join(case), error)
+        return {"status": "failed", "note": timing.reason(error)}
+
+
+def measure_isolated(case: Case, args: argparse.Namespace) -> dict:
+    """Return the result of a case, measured in a new process, or why there is none."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "benchmarks.charts", "benchmarks.timing"])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        try:
+            return pool.submit(measure_or_explain, case, args).result()
+        except BrokenProcessPool:  # killed by the system, usually out of memory, or by the timer
+            return {"status": "failed", "note": f"killed, or over {args.timeout:g} s"}
+
+
+def cell(result: dict) -> str:
+    """Format a result for the table."""
+    if result["status"] != "ok":
+        return f"({result['note']})"
+    peak = "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**30:.2f} GiB"
+    speed = "~" * timing.is_unsteady(result) + f"{result['images_per_second']:.1f} images/s"
+    return f"{result['parameters'] / 1e6:6.1f} M {result['image_size']:6}{speed:>20}{peak:>14}"
+
+
+def parse_model(text: str) -> tuple[str, ...]:
+    """Return the models that a size stands for, or the model of that name."""
+    if text in SIZES:
+        return SIZES[text]
+    if timm.is_model(text):
+        return (text,)
+    close = difflib.get_close_matches(text, [*SIZES, *timm.list_models()], n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise argparse.ArgumentTypeError(
+        f"must be {', '.join(SIZES)} or the name of a timm model, got {text!r}{hint}"
+    )
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line and fill in the defaults of the device."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.model", description=__doc__.splitlines()[0]
+    )
+    option = parser.add_argument
+    tiny = [SIZES["tiny"]]
+    models = "names of timm models; tiny, small or base for one of each family; default: tiny"
+    option("--models", nargs="+", type=parse_model, default=tiny, metavar="MODEL", help=models)
+    option("--tasks", nargs="+", choices=TASKS, default=TASKS, help="default: both")
+    dtypes = "default: float32; on a GPU also bfloat16"
+    option("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), help=dtypes)
+    modes = "default: eager; on a GPU also compiled"
+    option("--modes", nargs="+", choices=("eager", "compiled"), help=modes)
+    option("--batch-size", type=record.positive(int), metavar="N", help="default: 4; on a GPU 64")
+    timeout = "limit for each measurement, default: %(default)s"
+    positive = record.positive(float)
+    option("--timeout", type=positive, default=600, metavar="SECONDS", help=timeout)
+    record.add_common_options(parser, min_time=3)
+    args = parser.parse_args(argv)
+    args.models = list(dict.fromkeys(itertools.chain(*args.models)))
+    args.dtypes = args.dtypes or DTYPES[args.device]
+    args.modes = args.modes or MODES[args.device]
+    args.batch_size = args.batch_size or BATCH_SIZES[args.device]
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark."""
+    args = parse_arguments(argv)
+    torch.set_num_threads(args.threads)
+    names = ("models", "tasks", "dtypes", "modes", "batch_size", "min_time")
+    run = record.start("model", torch.device(args.device), {n: getattr(args, n) for n in names})
+    write(LEGEND.format(memory=MEMORY[args.device]))
+    for kind in itertools.product(args.tasks, args.dtypes, args.modes):
+        write(f"\n{', '.join(kind)}, batch size {args.batch_size}")
+        for model in args.models:
+            case = Case(*kind, model)
+            result = measure_isolated(case, args)
+            write(f"{model:34}{cell(result)}")
+            run["results"].append({**case._asdict(), **result})
+            file = record.save(run, args.output)
+    write(f"\nresults: {file}\nchart: {charts.draw(file)}")
+
+
+if __name__ == "__main__":
+    main()
