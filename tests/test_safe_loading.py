@@ -137,7 +137,7 @@ def test_unsafe_loading_is_recognised(source, name):
         "import json\njson.loads(text)",
         "import yaml\nyaml.safe_load(text)",
         "model.eval()",
-        "from flash_internimage.checkpoint import load_checkpoint\nload_checkpoint(path)",
+        "from flash_internimage.checkpoints import load_checkpoint\nload_checkpoint(path)",
         "import torch\ntorch.save(x, path)\nmodel.load_state_dict(x)",
     ],
 )

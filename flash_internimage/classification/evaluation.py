@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..checkpoint import clean_state_dict, fetch_checkpoint, load_checkpoint, load_weights
+from ..checkpoints import clean_state_dict, fetch_checkpoint, load_checkpoint, load_weights
 from .config import Config, ConfigError, Data, Model, load_config
 from .data import SKIPPED, build_dataset, share_unreadable, start, val_loader
 from .data.classes import names_of, set_labels

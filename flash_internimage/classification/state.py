@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from timm.utils import ModelEmaV3
 
-from ..checkpoint import load_checkpoint, require_fit, save_atomically
+from ..checkpoints import load_checkpoint, require_fit, save_atomically
 from .config import Config
 from .data import (
     build_dataset,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import FakeData
 
 from flash_internimage.backbone import FlashInternImage
-from flash_internimage.checkpoint import load_checkpoint, save_atomically
+from flash_internimage.checkpoints import load_checkpoint, save_atomically
 from flash_internimage.classification import evaluation, precision
 from flash_internimage.classification.cli.test import main
 from flash_internimage.classification.cli.train import train
@@ -148,7 +148,7 @@ def test_a_checkpoint_with_code_is_refused_and_not_run(run, tmp_path, caplog):
         pickle.dump({"model": Hostile(tmp_path / "marker")}, file)
     arguments = [str(run / "config.yaml"), "--checkpoint", str(tmp_path / "hostile.pth")]
     assert main(arguments) == 2
-    assert "hostile.pth is damaged or no checkpoint" in caplog.text
+    assert "hostile.pth is damaged or not a checkpoint" in caplog.text
     assert not (tmp_path / "marker").exists()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flash_internimage import FlashInternImage
-from flash_internimage.checkpoint import load_checkpoint
+from flash_internimage.checkpoints import load_checkpoint
 
 FORMATS = pytest.mark.parametrize("archive", [True, False], ids=["zip", "legacy"])
 
@@ -64,7 +64,7 @@ def program(item: bytes) -> bytes:
 
 
 def assert_refused(path: Path, message: str) -> None:
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged or no .*{message}"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged or not a .*{message}"):
         load_checkpoint(path)
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from flash_internimage.checkpoint import load_checkpoint
-from flash_internimage.conversion import (
+from flash_internimage.checkpoints import (
     convert_checkpoint,
     convert_state_dict,
+    load_checkpoint,
     restore_checkpoint,
     restore_state_dict,
 )
