@@ -1,7 +1,7 @@
 """Sphinx configuration: Markdown pages read by MyST, API pages generated from the docstrings."""
 
 import sys
-import tomllib
+from importlib import metadata
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -11,7 +11,7 @@ sys.path[:0] = [str(ROOT), str(DOCS / "_extensions")]
 project = "FlashInternImage"
 author = "The FlashInternImage authors"
 copyright = f"2026, {author}"
-release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+release = metadata.version("flash-internimage")
 version = release
 
 extensions = [
@@ -43,7 +43,7 @@ napoleon_numpy_docstring = False
 # inventories that would resolve them need a network, which the build must not depend on.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!\.|ops_dcnv4|flash_internimage).*")]
-nitpick_ignore = [("py:class", "flash_internimage.conversion.T")]  # a type variable
+nitpick_ignore = [("py:class", "flash_internimage.checkpoints.names.T")]  # a type variable
 
 # HTML
 html_theme = "pydata_sphinx_theme"

@@ -90,7 +90,7 @@ _FAMILIES = (
 def convert_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
     """Rename the entries of a published model to the current names; current names are kept.
 
-    Prefixes of wrappers are stripped, see :func:`~.names.unwrap_names`.
+    Prefixes of wrappers, such as `module.`, are stripped.
 
     Args:
         state_dict: Entries with values of any type, such as tensors or shapes.
@@ -242,7 +242,7 @@ def convert_file(
         partial: Write the weights that fit even if others do not.
 
     Returns:
-        The mismatches, see :func:`~.weights.find_misfits`. If there are any, nothing is written
+        The mismatches, see :func:`find_misfits`. If there are any, nothing is written
         unless `partial`.
 
     Raises:

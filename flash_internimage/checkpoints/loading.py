@@ -27,7 +27,7 @@ def load_checkpoint(
     """Load a checkpoint from a safetensors file or a file written by :func:`torch.save`.
 
     Nothing in the file is executed or imported. Objects other than tensors, numbers, strings, NumPy
-    arrays and containers of these are replaced by :class:`~.safe_load.Placeholder`, and their types
+    arrays and containers of these are replaced by :class:`Placeholder`, and their types
     are logged. Tensor hooks and the module versions in a state dict are dropped.
 
     Files must have been saved with pickle protocol 2, the default of :func:`torch.save`. Files that
@@ -84,7 +84,7 @@ def fetch_checkpoint(
     Args:
         source: Path, http or https URL, or name and tag of released weights, such as
             'flash_internimage_tiny.in1k'.
-        offline: Use cached files only, see :func:`~.downloads.download`.
+        offline: Use cached files only, see :func:`download`.
         sha256: Expected SHA-256 of a downloaded file.
         cache_dir: Folder for downloads, used instead of the caches.
 

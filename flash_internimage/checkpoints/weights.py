@@ -36,9 +36,9 @@ def clean_state_dict(
     """Return the weights in a checkpoint under the parameter names of the model.
 
     The formats of timm, torchvision, OpenMMLab, Lightning and DeepSpeed are recognised. If a
-    checkpoint contains several sets of weights, the choice is logged. Prefixes of wrappers are
-    stripped, see :func:`~.names.unwrap_names`. From a detector or segmentor, only the
-    parameters of its `backbone.` are returned.
+    checkpoint contains several sets of weights, the choice is logged. Prefixes of
+    wrappers, such as `module.`, are stripped. From a detector or segmentor, only the parameters of
+    its `backbone.` are returned.
 
     Args:
         checkpoint: Contents of a checkpoint file, or a bare state dict.
