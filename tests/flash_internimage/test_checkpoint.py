@@ -25,7 +25,8 @@ from flash_internimage.checkpoints import (
     load_weights,
     save_atomically,
 )
-from tests.flash_internimage.checkpoints import RunsCommand, assert_equal, nano, split_head
+from tests.flash_internimage.checkpoints import RunsCommand
+from tests.flash_internimage.models import assert_equal, nano, split_head
 from tests.servers import serve, use_own_caches
 
 WEIGHTS = {"head.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.ones(2)}

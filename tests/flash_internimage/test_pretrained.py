@@ -13,7 +13,8 @@ from timm.task.distillation import DistillationTeacher
 from torch import nn
 
 from flash_internimage import FlashInternImage
-from tests.flash_internimage.checkpoints import RunsCommand, assert_equal, nano, split_head
+from tests.flash_internimage.checkpoints import RunsCommand
+from tests.flash_internimage.models import assert_equal, nano, split_head
 from tests.servers import FileServer, serve, use_as_hub, use_own_caches
 
 
