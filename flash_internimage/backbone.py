@@ -14,7 +14,6 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SelectAdaptivePool2d, calculate_drop_path_rates
 from timm.models import (
-    PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
@@ -381,15 +380,16 @@ def _cfg(url: str = "", resolution: int = 224, num_classes: int | None = 1000) -
     }
 
 
-_CFGS: dict[str, dict[str, Any] | PretrainedCfg] = {
-    "flash_internimage_nano.untrained": _cfg(resolution=64)
-}
-_CFGS |= {
-    name: _cfg(entry.addresses[0], entry.resolution, entry.classes)
-    for name, entry in read_zoo().items()
-    if entry.task == "classification"
-}
-default_cfgs = generate_default_cfgs(_CFGS)
+default_cfgs = generate_default_cfgs(
+    {
+        "flash_internimage_nano.untrained": _cfg(resolution=64),
+        **{
+            name: _cfg(entry.addresses[0], entry.resolution, entry.classes)
+            for name, entry in read_zoo().items()
+            if entry.task == "classification"
+        },
+    }
+)
 
 
 # Settings shared by S, B and L.

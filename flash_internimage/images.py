@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 # Beyond this, resizing the shorter side to a network's input size takes gigabytes, and limiting the
 # longer side leaves no pixel of the shorter one.
@@ -147,9 +148,7 @@ def check_image_file(path: str | os.PathLike) -> None:
             raise
 
 
-def _read(
-    source: str | os.PathLike | BinaryIO, name: str | None
-) -> tuple[ImageFile.ImageFile, int | None]:
+def _read(source: str | os.PathLike | BinaryIO, name: str | None) -> tuple[ImageFile, int | None]:
     """Return a decoded image, and the maximum that Pillow stretched to the full range, if any."""
     with _unreadable(source, name), Image.open(source) as image:
         _check_aspect_ratio(image)
@@ -158,7 +157,7 @@ def _read(
         return image, maximum
 
 
-def _stretched_maximum(image: ImageFile.ImageFile) -> int | None:
+def _stretched_maximum(image: ImageFile) -> int | None:
     if image.mode not in ("L", "I") or not image.tile:  # emptied by load()
         return None
     args: Any

@@ -187,9 +187,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     evaluation.add_argument("--json", type=Path, help="also write the result to this file")
     evaluation.set_defaults(run=_evaluate)
 
-    generation = commands.add_parser(
-        "generate", help="regenerate the README's tables and OpenMMLab's metafiles"
-    )
+    generation = commands.add_parser("generate", help="update README.md and OpenMMLab's metafiles")
     generation.set_defaults(run=_generate)
     return parser.parse_args(argv)
 

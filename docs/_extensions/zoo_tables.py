@@ -15,7 +15,6 @@ from flash_internimage.checkpoints.zoo import ZOO, Entry, Figure, read_zoo
 from tools.zoo_documents import ROOT, table
 from tools.zoo_evaluation import TOLERANCE
 
-TASKS = ("classification", "detection", "segmentation")
 _FIGURES: dict[Figure, str] = {
     "top1": "top-1",
     "box_ap": "box AP",
@@ -28,6 +27,7 @@ _COLUMNS: dict[str, list[Figure]] = {
     "detection": ["box_ap", "mask_ap"],
     "segmentation": ["miou", "miou_several_scales"],
 }
+TASKS = tuple(_COLUMNS)
 _DATA = {
     "classification": "/path/to/imagenet",
     "detection": "data/coco",

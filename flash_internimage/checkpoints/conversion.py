@@ -58,31 +58,28 @@ _MASK2FORMER = (
 )
 
 
-class _Names(NamedTuple):
-    """Published or current parameter names of a family of models."""
-
-    prefix: str  # by which these names are recognised
-    others: str  # pattern of names that only exist on the other side
-
-
 class _Family(NamedTuple):
     table: tuple[tuple[str, str], ...]
-    published: _Names
-    current: _Names
+    published: str  # prefix by which published names are recognised
+    only_published: str  # pattern that no converted name matches
+    current: str
+    only_current: str
 
 
 _FAMILIES = (
     _Family(
         _DINO,
-        _Names("bbox_head.transformer.", r"^(?!backbone\.|neck\.|bbox_head\.)"),
-        _Names("memory_trans_fc.", r"^bbox_head\.transformer\."),
+        published="bbox_head.transformer.",
+        only_published=r"^bbox_head\.transformer\.",
+        current="memory_trans_fc.",
+        only_current=r"^(?!backbone\.|neck\.|bbox_head\.)",
     ),
     _Family(
         _MASK2FORMER,
-        _Names(
-            "decode_head.transformer_decoder.", r"^decode_head\..*\.(self_attn|cross_attn|ffn)\."
-        ),
-        _Names("decode_head.transformer_decoder.", r"^decode_head\..*\.(attentions|ffns)\."),
+        published="decode_head.transformer_decoder.",
+        only_published=r"^decode_head\..*\.(attentions|ffns)\.",
+        current="decode_head.transformer_decoder.",
+        only_current=r"^decode_head\..*\.(self_attn|cross_attn|ffn)\.",
     ),
 )
 
@@ -103,7 +100,7 @@ def convert_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
     """
     names = unwrap_names({name: name for name in state_dict})
     for family in _FAMILIES:
-        names = _rename_all(names, family.table, family.published, family.current)
+        names = _rename_all(names, family.table, family.published, family.only_published)
     return rename(state_dict, names)
 
 
@@ -125,20 +122,20 @@ def restore_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
     names = {name: name for name in state_dict}
     for family in _FAMILIES:
         table = tuple((current, published) for published, current in family.table)
-        names = _rename_all(names, table, family.current, family.published)
+        names = _rename_all(names, table, family.current, family.only_current)
     return rename(state_dict, names)
 
 
 def _rename_all(
-    names: dict[str, str], table: tuple[tuple[str, str], ...], old: _Names, new: _Names
+    names: dict[str, str], table: tuple[tuple[str, str], ...], prefix: str, old: str
 ) -> dict[str, str]:
-    """Rename the values of `names` unless they are not those of the family."""
-    if not any(name.startswith(old.prefix) for name in names.values()):
+    """Rename the values if any has the prefix; then, none may match the pattern `old`."""
+    if not any(name.startswith(prefix) for name in names.values()):
         return names
     names = {key: _rename(name, table) for key, name in names.items()}
-    if unknown := [key for key, name in names.items() if re.search(new.others, name)]:
+    if unknown := [key for key, name in names.items() if re.search(old, name)]:
         raise ValueError(
-            f"state_dict contains {old.prefix}* and names unknown to such models: "
+            f"state_dict contains {prefix}* and names unknown to such models: "
             f"{', '.join(unknown[:10])}"
         )
     return names
@@ -234,9 +231,9 @@ def convert_file(
 
     Args:
         source: Checkpoint of a classifier, detector or segmentor, with current or published names.
-        output: File to write: *.safetensors, or *.pth, which contains `state_dict` and `meta`. The
-            names and colours of the classes are stored where current OpenMMLab expects them or,
-            with `published`, where mmdet 2 and mmseg 0 do.
+        output: File to write, `.safetensors` or `.pth`; the latter contains `state_dict` and
+            `meta`. The names and colours of the classes are stored where current OpenMMLab expects
+            them or, with `published`, where mmdet 2 and mmseg 0 do.
         expected: State dict of the model that the weights should fit. If None, nothing is compared.
         published: Write the published names instead of the current ones.
         partial: Write the weights that fit even if others do not.

@@ -162,23 +162,16 @@ def _fetch(address: str, sha256: str | None, cache_dir: Path | None) -> Path:
         _logger.info("downloading %s", hide_secrets(address))
         if on_hub:
             return _fetch_from_hub(address, on_hub, sha256, cache_dir)
-        path = _path_in_torch(address, sha256, cache_dir)
-        return _fetch_from_server(address, path, sha256)
+        return _fetch_from_server(address, _path_in_torch(address, sha256, cache_dir), sha256)
 
 
 def _fetch_from_hub(
     address: str, on_hub: re.Match[str], sha256: str | None, cache_dir: Path | None
 ) -> Path:
     repository, revision, file = map(unquote, on_hub.groups())
-    path = Path(
-        hf_hub_download(
-            repository,
-            file,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=_path_in_hub(on_hub, cache_dir) is not None,
-        )
-    )
+    force = _path_in_hub(on_hub, cache_dir) is not None
+    path = Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir,
+                                force_download=force))  # fmt: skip
     try:
         for expected in {sha256, _hub_sha256(path)}:
             _check(address, path, path.name, expected)
@@ -193,26 +186,19 @@ class _Redirects(HTTPRedirectHandler):
     """Reject redirects from https to http and to other protocols, which urllib would follow."""
 
     def redirect_request(
-        self,
-        request: Request,
-        response: IO[bytes],
-        code: int,
-        message: str,
-        headers: HTTPMessage,
-        address: str,
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Request | None:
-        scheme = urlsplit(address).scheme
-        if scheme not in ("https", request.type):
-            raise URLError(f"refused a redirect from {request.type} to {scheme}")
-        return super().redirect_request(request, response, code, message, headers, address)
+        scheme = urlsplit(newurl).scheme
+        if scheme not in ("https", req.type):
+            raise URLError(f"refused a redirect from {req.type} to {scheme}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _fetch_from_server(address: str, path: Path, sha256: str | None) -> Path:
     # torch.hub.download_url_to_file accepts truncated files and any redirect, and has no timeout.
     def write(file: BinaryIO) -> None:
-        with tqdm.wrapattr(
-            response, "read", response.length, desc=path.name, disable=None
-        ) as stream:
+        size = response.length
+        with tqdm.wrapattr(response, "read", size, desc=path.name, disable=None) as stream:
             shutil.copyfileobj(stream, file, 1 << 20)
         if response.length:
             raise OSError(f"the connection ended {response.length:,} bytes too early")

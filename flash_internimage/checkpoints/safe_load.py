@@ -179,12 +179,8 @@ class _Check:
             elif name == "GLOBAL":
                 stack.append(self.name(arg))
             else:
-                known = name == "PROTO" and arg <= 5
-                _require(
-                    known,
-                    "its pickle must be of protocol 2, the default of torch.save, got the "
-                    f"operation {name}",
-                )
+                problem = "its pickle must be of protocol 2, the default of torch.save, got the"
+                _require(name == "PROTO" and arg <= 5, f"{problem} operation {name}")
 
     def spend(self, *parts: Any) -> None:
         """Count the copied elements, as a file can refer to one object many times."""
@@ -199,10 +195,8 @@ class _Check:
         full = _Name(f"{module}.{name}")
         if full not in _ADMITTED and full not in _OF_TORCH:
             refused = full in _get_allowed_globals() or full.startswith("torch.")
-            is_model = full.startswith("torch.nn.modules.")
-            _require(
-                not is_model, f"it contains a whole model ({full}): save its state_dict() instead"
-            )
+            model = f"it contains a whole model ({full}): save its state_dict() instead"
+            _require(not full.startswith("torch.nn.modules."), model)
             _require(not refused, f"{full} is not plain data")
             self.foreign.add(full)
             # torch searches all of them for every operation on one of them.
@@ -263,12 +257,8 @@ class _Check:
             case "numpy.dtype", (3, "<" | ">" | "|", None, None, None, -1, -1, 0):
                 known = True
             case name, (1, tuple() as sizes, _Made("numpy.dtype") as dtype, bool(), data):
-                known = (
-                    name in _ARRAYS
-                    and len(sizes) <= 32
-                    and _are(int, *sizes)
-                    and all(n >= 0 for n in sizes)
-                )
+                known = name in _ARRAYS and len(sizes) <= 32 and _are(int, *sizes)
+                known = known and all(n >= 0 for n in sizes)
                 known = known and _are_bytes(data, math.prod(sizes) * _item_size(dtype))
             case name, state:
                 known = name == "collections.OrderedDict" and _kind(state) == "builtins.dict"
@@ -373,9 +363,8 @@ def _check(file: BinaryIO, size: int) -> set[str]:
         check = _Check(size, records)
         check.run(io.BytesIO(program))
     else:
-        _require(
-            start[:1] == pickle.PROTO, f"not a zip archive or a pickle, it begins with {start!r}"
-        )
+        problem = f"not a zip archive or a pickle, it begins with {start!r}"
+        _require(start[:1] == pickle.PROTO, problem)
         check = _Check(size, None)
         # Unlike a file, a memory map does not allocate space for more bytes than it has.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:

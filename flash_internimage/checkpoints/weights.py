@@ -218,18 +218,13 @@ def read_pretrained(
         cfg["input_size"] = (stem.shape[1], *cfg["input_size"][1:])
         expected[stem_name] = own[stem_name][:, :1].expand(-1, stem.shape[1], -1, -1)
     fresh = _fresh_parts(model, classes, features_only)
-    expected, weights = (
-        {name: tensor for name, tensor in entries.items() if not name.startswith(fresh)}
-        for entries in (expected, weights)
-    )
-    if not strict:
-        names = expected.keys() ^ weights.keys()
-        if names:
-            _logger.warning("%d names do not match: %s", len(names), _shorten(sorted(names)))
-        expected, weights = (
-            {name: tensor for name, tensor in entries.items() if name not in names}
-            for entries in (expected, weights)
-        )
+    ignored = {name for name in own.keys() | weights.keys() if name.startswith(fresh)}
+    if not strict and (names := (own.keys() ^ weights.keys()) - ignored):
+        _logger.warning("%d names do not match: %s", len(names), _shorten(sorted(names)))
+        ignored |= names
+    for name in ignored:
+        expected.pop(name, None)
+        weights.pop(name, None)
     require_fit(expected, weights)
     if broken := [name for name, tensor in weights.items() if not is_finite(tensor)]:
         raise ValueError(f"weights must be finite, got NaN or infinity in {_shorten(broken)}")
@@ -281,29 +276,20 @@ def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"weights must be a dict of tensors, got {type(state_dict).__name__}")
-    common = {name: value for name, value in state_dict.items() if name in expected}
-    return [
-        *(f"missing: {name}" for name in expected if name not in state_dict),
-        *(f"unexpected: {name}" for name in state_dict if name not in expected),
-        *(
-            f"not a tensor: {name} is of type {type(value).__name__}"
-            for name, value in common.items()
-            if not isinstance(value, Tensor)
-        ),
-        *(
-            f"shape of {name}: {tuple(value.shape)}, expected {tuple(expected[name].shape)}"
-            for name, value in common.items()
-            if isinstance(value, Tensor) and value.shape != expected[name].shape
-        ),
+    misfits = [f"missing: {name}" for name in expected if name not in state_dict]
+    misfits += [f"unexpected: {name}" for name in state_dict if name not in expected]
+    shapes, dtypes = [], []
+    for name in [name for name in state_dict if name in expected]:
+        value, own = state_dict[name], expected[name]
+        if not isinstance(value, Tensor):
+            misfits.append(f"not a tensor: {name} is of type {type(value).__name__}")
+            continue
+        if value.shape != own.shape:
+            shapes.append(f"shape of {name}: {tuple(value.shape)}, expected {tuple(own.shape)}")
         # load_state_dict would silently cast quantized and complex weights.
-        *(
-            f"dtype of {name}: {value.dtype}, expected {expected[name].dtype}"
-            for name, value in common.items()
-            if isinstance(value, Tensor)
-            and expected[name].is_floating_point()
-            and not value.is_floating_point()
-        ),
-    ]
+        if own.is_floating_point() and not value.is_floating_point():
+            dtypes.append(f"dtype of {name}: {value.dtype}, expected {own.dtype}")
+    return misfits + shapes + dtypes
 
 
 def require_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
