@@ -145,7 +145,7 @@ def _generate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.zoo", description="The released checkpoints."
+        prog="python -m tools.zoo", description="Manage the released checkpoints."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     cached = argparse.ArgumentParser(add_help=False)
@@ -174,7 +174,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     conversion.set_defaults(run=_convert)
 
     evaluation = commands.add_parser("evaluate", parents=[cached],
-                                     help="compare with the published figures")  # fmt: skip
+                                     help="evaluate, compare with published figures")  # fmt: skip
     evaluation.add_argument("name", metavar="NAME")
     evaluation.add_argument("--data", type=Path, required=True, metavar="DIR",
                             help="root of ImageNet, COCO or ADEChallengeData2016")  # fmt: skip
