@@ -3,8 +3,15 @@
 Importing this package registers the models with timm.
 """
 
+import sys
+
+from . import checkpoints
 from .backbone import FlashInternImage
 
 __version__ = "0.1.0"
 
 __all__ = ["FlashInternImage"]
+
+# Former names of these modules, kept for one release.
+sys.modules[f"{__name__}.checkpoint"] = checkpoints
+sys.modules[f"{__name__}.conversion"] = checkpoints.conversion

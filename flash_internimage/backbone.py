@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from ops_dcnv4 import DCNv4
 
 from .blocks import Stage, Stem, to_channels_first
-from .checkpoint import SOURCE, read_pretrained
-from .pretrained import RELEASED
+from .checkpoints import read_pretrained, read_zoo
+from .checkpoints.weights import SOURCE
 
 _logger = logging.getLogger(__name__)
 
@@ -94,6 +94,8 @@ class FlashInternImage(nn.Module):
         ValueError: If an argument is out of range.
     """
 
+    pretrained_cfg: dict[str, Any]  # set by timm
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -117,7 +119,7 @@ class FlashInternImage(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         in_chans = _integer("in_chans", in_chans, 1)
         channels = _integer("channels", channels, 2)
         depths, groups = _integers("depths", depths), _integers("groups", groups)
@@ -142,7 +144,7 @@ class FlashInternImage(nn.Module):
         # timm's hook and torch.fx feature extractors read the feature maps from these modules.
         self.feature_maps = nn.ModuleList(to_channels_first() for _ in depths)
         self.feature_info = []
-        drop_path_rates = calculate_drop_path_rates(
+        drop_path_rates: list[list[float]] = calculate_drop_path_rates(  # type: ignore[assignment]
             float(drop_path_rate), list(depths), stagewise=True
         )
         for i, rates in enumerate(drop_path_rates):
@@ -165,7 +167,7 @@ class FlashInternImage(nn.Module):
                 {"num_chs": channels * 2**i, "reduction": 4 * 2**i, "module": f"feature_maps.{i}"}
             )
 
-        self.conv_head = nn.Sequential(
+        self.conv_head: nn.Module = nn.Sequential(
             nn.Conv2d(self.num_features, self.head_hidden_size, 1, bias=False, **factory),
             nn.Sequential(nn.BatchNorm2d(self.head_hidden_size, **factory)),
             nn.GELU(),
@@ -178,8 +180,8 @@ class FlashInternImage(nn.Module):
     def init_weights(self) -> None:
         """Initialise all parameters and buffers, for example after creation on the meta device."""
         for module in self.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            if callable(reset_parameters := getattr(module, "reset_parameters", None)):
+                reset_parameters()
         self.apply(self._init_weights)
 
     @staticmethod
@@ -229,8 +231,9 @@ class FlashInternImage(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of storing its activations."""
-        for stage in self.levels:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -293,7 +296,7 @@ class FlashInternImage(nn.Module):
             if i in take_indices:
                 intermediates.append(self.feature_maps[i](x) if output_fmt == "NCHW" else x)
             if i + 1 < len(levels):
-                x = stage.downsample(x)
+                x = stage.downsample(x)  # type: ignore[operator]
         if intermediates_only:
             return intermediates
         return self.feature_maps[i](x), intermediates
@@ -338,7 +341,7 @@ class FlashInternImage(nn.Module):
         for stage, to_feature_map in zip(self.levels, self.feature_maps, strict=True):
             x = stage(x)
             feature_map = to_feature_map(x)
-            x = stage.downsample(x)
+            x = stage.downsample(x)  # type: ignore[operator]
         return feature_map
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -359,7 +362,7 @@ class FlashInternImage(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _cfg(url: str = "", resolution: int = 224, num_classes: int = 1000) -> dict:
+def _cfg(url: str = "", resolution: int = 224, num_classes: int | None = 1000) -> dict[str, Any]:
     return {
         "url": url,
         "num_classes": num_classes,
@@ -378,8 +381,14 @@ def _cfg(url: str = "", resolution: int = 224, num_classes: int = 1000) -> dict:
 
 
 default_cfgs = generate_default_cfgs(
-    {"flash_internimage_nano.untrained": _cfg(resolution=64)}
-    | {name: _cfg(*released) for name, released in RELEASED.items()}
+    {
+        "flash_internimage_nano.untrained": _cfg(resolution=64),
+        **{
+            name: _cfg(entry.addresses[0], entry.resolution, entry.classes)
+            for name, entry in read_zoo().items()
+            if entry.task == "classification"
+        },
+    }
 )
 
 
@@ -423,7 +432,7 @@ def _check_out_indices(indices: Any, stages: int) -> None:
         )
 
 
-def _create(arch: str, pretrained: bool, kwargs: dict) -> nn.Module:
+def _create(arch: str, pretrained: bool, kwargs: dict) -> Any:
     name = f"flash_internimage_{arch}"
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     cfg = resolve_pretrained_cfg(name, kwargs.pop("pretrained_cfg", None), overlay)

@@ -109,11 +109,11 @@ class Block(nn.Module):
         super().__init__()
         self.post_norm = post_norm
         self.layer_scale = layer_scale
+        self.gamma1: nn.Parameter | None = None
+        self.gamma2: nn.Parameter | None = None
         if layer_scale is not None:
             self.gamma1 = nn.Parameter(torch.empty(channels, **factory))
             self.gamma2 = nn.Parameter(torch.empty(channels, **factory))
-        else:
-            self.gamma1 = self.gamma2 = None
         self.norm1 = nn.Sequential(layer_norm(channels, **factory))
         self.dcn = DCNv4(
             channels,
@@ -130,9 +130,9 @@ class Block(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the layer scale; the layers initialise themselves."""
-        if self.layer_scale is not None:
-            nn.init.constant_(self.gamma1, self.layer_scale)
-            nn.init.constant_(self.gamma2, self.layer_scale)
+        for gamma in (self.gamma1, self.gamma2):
+            if gamma is not None and self.layer_scale is not None:
+                nn.init.constant_(gamma, self.layer_scale)
 
     def _deform(self, x: Tensor) -> Tensor:
         if isinstance(x, torch.fx.Proxy):  # torch.fx cannot trace the argument checks.
@@ -183,7 +183,7 @@ class Stage(nn.Module):
         **block_args: Any,
     ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
         self.blocks = nn.ModuleList(
             Block(channels, groups, drop_path=rate, post_norm=post_norm, **block_args, **factory)

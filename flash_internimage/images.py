@@ -4,10 +4,11 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 # Beyond this, resizing the shorter side to a network's input size takes gigabytes, and limiting the
 # longer side leaves no pixel of the shorter one.
@@ -68,7 +69,8 @@ def read_label_map(source: str | os.PathLike | BinaryIO, name: str | None = None
         )
     # Pillow inverts such greyscale of up to 8 bits, other programs do not. All of them agree on
     # 1-bit masks.
-    if image.format == "TIFF" and image.mode != "1" and image.tag_v2.get(_PHOTOMETRIC, 0) == 0:
+    tags = getattr(image, "tag_v2", {})
+    if image.format == "TIFF" and image.mode != "1" and tags.get(_PHOTOMETRIC, 0) == 0:
         raise ValueError(
             f"label map {name or source} must have 0 for black, got a TIFF file with 0 for white"
         )
@@ -146,7 +148,7 @@ def check_image_file(path: str | os.PathLike) -> None:
             raise
 
 
-def _read(source: str | os.PathLike | BinaryIO, name: str | None) -> tuple[Image.Image, int | None]:
+def _read(source: str | os.PathLike | BinaryIO, name: str | None) -> tuple[ImageFile, int | None]:
     """Return a decoded image, and the maximum that Pillow stretched to the full range, if any."""
     with _unreadable(source, name), Image.open(source) as image:
         _check_aspect_ratio(image)
@@ -155,9 +157,10 @@ def _read(source: str | os.PathLike | BinaryIO, name: str | None) -> tuple[Image
         return image, maximum
 
 
-def _stretched_maximum(image: Image.Image) -> int | None:
+def _stretched_maximum(image: ImageFile) -> int | None:
     if image.mode not in ("L", "I") or not image.tile:  # emptied by load()
         return None
+    args: Any
     codec, _, _, args = image.tile[0]
     if codec in ("ppm", "ppm_plain"):
         return args[1]

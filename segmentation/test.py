@@ -37,10 +37,7 @@ def get_runner(args: argparse.Namespace) -> FlashRunner:
     """
     if args.out:
         require_writable(args.out, "--out")
-    cfg = evaluation_config(args)
-    if args.tta:
-        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
-        cfg.model = {**cfg.tta_model, "module": cfg.model}
+    cfg = evaluation_config(args, args.tta)
     if args.out:
         cfg.test_evaluator.output_dir = str(args.out)
     if args.show_dir:

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
-from flash_internimage.conversion import convert_state_dict
+from flash_internimage.checkpoints import convert_state_dict
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# sbatch tools/train_slurm.sh {classification|detection|segmentation} CONFIG [more arguments of its train.py]
-# Two machines with four GPUs each. The same command, or SLURM's requeue, continues a run that was
-# stopped. Two minutes before the time limit classification saves and stops by itself.
+# sbatch tools/train_slurm.sh {classification|detection|segmentation} CONFIG [arguments of train.py]
+# Trains on two nodes with four GPUs each. The same command, or SLURM's requeue, resumes the run.
+# SLURM sends SIGTERM two minutes before the time limit; classification then saves and stops.
 #SBATCH --job-name=flash_internimage
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

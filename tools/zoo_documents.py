@@ -1,10 +1,14 @@
-"""Documents generated from the zoo: tables of the README, metadata for OpenMMLab and timm."""
+"""Documents generated from the zoo: the README's tables and OpenMMLab's metafiles."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from tools.zoo_entries import ROOT, Entry
+from flash_internimage.checkpoints.zoo import Entry
+
+ROOT = Path(__file__).parents[1]
 
 # Columns of each task's table in README.md.
 _COLUMNS = {
@@ -29,40 +33,43 @@ _RESULTS = {
     "miou_several_scales": ("Semantic Segmentation", "ADE20K", "mIoU(ms+flip)"),
 }
 _EMPTY = "\N{EN DASH}"
-_NOTICE = "# Written by `python -m tools.zoo generate` from configs/zoo.yaml.\n"
+_NOTICE = "# Generated from the zoo by `python -m tools.zoo generate`. Do not edit.\n"
 
 
-def _row(cells: tuple) -> str:
-    return f"| {' | '.join(_EMPTY if cell is None else str(cell) for cell in cells)} |\n"
+def table(columns: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a Markdown table, with a dash for None."""
+    lines = ([_EMPTY if cell is None else str(cell) for cell in row] for row in (columns, *rows))
+    head, *body = (f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join([head, "|" + "---|" * len(columns) + "\n", *body])
 
 
-def _cells(name: str, entry: Entry) -> tuple:
-    figures = entry.published
+def _row(name: str, entry: Entry) -> tuple:
+    figures = entry.published.get
     if entry.task == "classification":
         size = f"{entry.parameters / 1e6:.1f} M", f"{entry.gmacs:.1f} G"
         model = f"{entry.architecture}-{entry.backbone}", f"`{name}`"
-        return *model, entry.pretraining, entry.resolution, *size, figures.top1
+        return *model, entry.pretraining, entry.resolution, *size, figures("top1")
+    config = entry.config and f"[{Path(entry.config).name}]({entry.config})"
     model = entry.architecture, entry.backbone
-    config = f"[{Path(entry.config).name}]({entry.config})"
     if entry.task == "detection":
-        return *model, entry.schedule, figures.box_ap, figures.mask_ap, config
-    return *model, entry.resolution, figures.miou, figures.miou_several_scales, config
+        return *model, entry.schedule, figures("box_ap"), figures("mask_ap"), config
+    return *model, entry.resolution, figures("miou"), figures("miou_several_scales"), config
 
 
 def _with_tables(text: str, zoo: dict[str, Entry]) -> str:
     for task, columns in _COLUMNS.items():
-        head = _row(columns) + "|" + "---|" * len(columns) + "\n"
+        head = table(columns, [])
         before, found, after = text.partition(head)
         if not found:
-            raise ValueError(f"README.md must have a table that begins with {_row(columns)}")
+            raise ValueError(f"README.md must contain a table that begins with {head}")
         lines = after.splitlines(keepends=True)
         rest = next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))
-        rows = [_row(_cells(name, entry)) for name, entry in zoo.items() if entry.task == task]
-        text = "".join([before, head, *rows, *lines[rest:]])
+        rows = (_row(name, entry) for name, entry in zoo.items() if entry.task == task)
+        text = "".join([before, table(columns, rows), *lines[rest:]])
     return text
 
 
-def _metafile(task: str, zoo: dict[str, Entry]) -> dict:
+def _metafile(task: str, zoo: dict[str, Entry]) -> dict[str, Any]:
     paper = {
         "Title": "Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for "
         "Vision Applications",
@@ -73,19 +80,20 @@ def _metafile(task: str, zoo: dict[str, Entry]) -> dict:
     for name, entry in zoo.items():
         if entry.task != task:
             continue
+        metadata = {"Parameters": entry.parameters}
+        if entry.gmacs:
+            metadata["FLOPs"] = round(entry.gmacs * 1e9)
         model = {
             "Name": name,
             "In Collection": collection,
-            "Metadata": {"Parameters": entry.parameters},
+            "Metadata": metadata,
             "Results": [
                 {"Task": work, "Dataset": data, "Metrics": {metric: value}}
-                for figure, value in entry.published.known().items()
+                for figure, value in entry.published.items()
                 for work, data, metric in [_RESULTS[figure]]
             ],
             "Weights": entry.addresses[0],
         }
-        if entry.gmacs:
-            model["Metadata"]["FLOPs"] = round(entry.gmacs * 1e9)
         if entry.config:
             model["Config"] = entry.config
         models.append(model)
@@ -96,17 +104,6 @@ def _metafile(task: str, zoo: dict[str, Entry]) -> dict:
     }
 
 
-def _timm(zoo: dict[str, Entry]) -> str:
-    rows = [
-        f'    "{name}": (\n        "{entry.addresses[0]}",\n'
-        f"        {entry.resolution},\n        {entry.classes},\n    ),\n"
-        for name, entry in zoo.items()
-        if entry.task == "classification"
-    ]
-    head = '"""The released classifiers by their timm names: address, resolution, classes."""\n\n'
-    return f"{_NOTICE}{head}RELEASED = {{\n{''.join(rows)}}}\n"
-
-
 def documents(zoo: dict[str, Entry]) -> dict[Path, str]:
     """Return the contents of all generated files, including README.md with its tables."""
     metafiles = {f"configs/{task}/metafile.yml": _metafile(task, zoo) for task in _COLUMNS}
@@ -115,6 +112,5 @@ def documents(zoo: dict[str, Entry]) -> dict[Path, str]:
         ROOT / path: _NOTICE + yaml.safe_dump(contents, sort_keys=False)
         for path, contents in metafiles.items()
     }
-    written[ROOT / "flash_internimage" / "pretrained.py"] = _timm(zoo)
     readme = ROOT / "README.md"
     return written | {readme: _with_tables(readme.read_text(), zoo)}

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from .config import Config
 from .data import TooManyCorruptImages, build_mixup, eval_transform, set_epoch, start
-from .evaluation import autocast, evaluate
+from .evaluation import evaluate
 from .interruption import Interrupted
 from .optim import build_criterion
+from .precision import autocast
 from .processes import all_agree, fail_together, maximum, raise_once
 from .random_numbers import seed_everything, set_rng_state
 from .report import Metrics, save_curves, save_predictions, speed

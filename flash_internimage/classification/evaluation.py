@@ -1,10 +1,14 @@
-"""Evaluate a model on a data set, or measure its throughput."""
+"""Evaluate models and checkpoints, or measure throughput."""
 
-import contextlib
 import logging
+import math
+import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -13,12 +17,27 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data import SKIPPED, share_unreadable, start
-from .processes import fail_together, on_first, raise_once, rank
+from ..checkpoints import clean_state_dict, fetch_checkpoint, load_checkpoint, load_weights
+from .config import Config, ConfigError, Data, Model, load_config
+from .data import SKIPPED, build_dataset, share_unreadable, start, val_loader
+from .data.classes import names_of, set_labels
+from .model import build_model, check_model, create_model, find_not_finite, pick_device
+from .precision import autocast, resolve_amp
+from .processes import fail_together, join_processes, on_first, raise_once, rank, world_size
 
 _logger = logging.getLogger(__name__)
 
-AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Settings that affect the output of a model and should match those of its training.
+_MODEL_SETTINGS = {
+    "data": ("image_size", "crop_pct", "interpolation", "mean", "std"),
+    "model": ("name", "args"),
+}
+
+# Settings that can be overridden; the others are arguments or have no effect.
+_OVERRIDES = (
+    "data.kind", "data.max_corrupt", "model.num_classes",
+    *(f"{section}.{key}" for section, keys in _MODEL_SETTINGS.items() for key in keys),
+)  # fmt: skip
 
 
 @dataclass
@@ -44,32 +63,6 @@ class Result:
     images_per_second: float
 
 
-def resolve_amp(amp: str, device: torch.device) -> str:
-    """Return the mixed-precision mode to use: 'fp16', 'bf16' or 'off'.
-
-    'auto' selects the published fp16 on CUDA and bf16 on CPUs with bfloat16 instructions. It is
-    'off' elsewhere, as other CPUs are many times slower in 16 bits than in float32.
-    """
-    if amp != "auto":
-        return amp
-    if device.type == "cpu" and has_bf16_instructions():
-        return "bf16"
-    return "fp16" if device.type == "cuda" else "off"
-
-
-def has_bf16_instructions() -> bool:
-    """Return whether the CPU has bfloat16 instructions (AVX-512 BF16 or AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
-    """Return the autocast context of a mixed-precision mode, a key of `AMP_DTYPES`."""
-    dtype = AMP_DTYPES[amp]
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
-
-
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -83,7 +76,7 @@ def evaluate(
         model: Classifier on `device`; its training mode is preserved.
         loader: Loader of this process's share of the images, from :func:`~.data.val_loader`.
         device: Device of this process.
-        amp: Mixed-precision mode, a key of `AMP_DTYPES`.
+        amp: Mixed-precision mode: 'off', 'bf16' or 'fp16'.
 
     Returns:
         Results over the images of all processes.
@@ -161,6 +154,213 @@ def _totals(
     return totals
 
 
+def evaluate_checkpoint(
+    model: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    weights: str = "ema",
+    data: str | os.PathLike | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str | torch.device = "auto",
+    amp: str = "off",
+) -> dict[str, Any]:
+    """Evaluate a checkpoint on a data set; every process of torchrun must call this.
+
+    Args:
+        model: Name of a timm model, or path of a training configuration (`*.yaml`).
+        overrides: `key=value` overrides of a configuration, such as `data.crop_pct=0.9`.
+        checkpoint: Path or URL of the checkpoint; None for the released weights of the model.
+        weights: 'ema' or 'model', for checkpoints that contain both.
+        data: Root of the data set; None for that of the configuration.
+        split: Split of the data set; None for the validation split of the configuration.
+        limit: Maximum number of images, evenly spaced; None for all.
+        batch_size: Images per batch and process.
+        workers: Data loader workers per process.
+        device: Device to use; 'auto' selects the accelerator if there is one.
+        amp: Mixed-precision mode: 'auto', 'off', 'bf16' or 'fp16'.
+
+    Returns:
+        `model`, `checkpoint`, `data`, `image_size`, and the fields of :class:`Result` except
+        `nonfinite`.
+
+    Raises:
+        ValueError: If an argument, model or data set cannot be used, or a result is not finite.
+        OSError: If a file cannot be read.
+        TooManyCorruptImages: If more images than `data.max_corrupt` cannot be read.
+        EndedByAnother: If one of the above was raised on another process.
+
+    Example:
+        >>> evaluate_checkpoint(
+        ...     "configs/classification/flash_internimage_nano_digits.yaml",
+        ...     checkpoint="output/digits/best.pth",
+        ... )["top1"]
+        98.3333
+    """
+    device = join_processes(pick_device(str(device)))
+    with fail_together(device):
+        if weights not in ("ema", "model"):
+            raise ConfigError(f"weights must be 'ema' or 'model', got {weights!r}")
+        if split == "":  # timm would select all splits together
+            raise ConfigError("split must not be empty, got ''")
+        amp = resolve_amp(amp, device)
+        cfg = _load_settings(model, overrides)
+        updates = {"root": data and str(data), "val_split": split, "workers": workers}
+        settings = cfg.data.model_copy(update={k: v for k, v in updates.items() if v is not None})
+        dataset = build_dataset(settings, settings.val_split, False, batch_size)
+        source = cfg.model.name if checkpoint is None else str(checkpoint)
+        net, contents = _load_model(cfg.model, checkpoint, weights)
+        _warn_about_changes(cfg, contents)
+        net = net.to(device)
+        if name := find_not_finite(net):
+            raise ValueError(f"{name} of {source} is not finite")
+        set_labels(dataset, names_of(contents), source, cfg.model.num_classes)
+        check_model(net, settings.image_size, cfg.model.num_classes)
+        loader = val_loader(dataset, settings, batch_size, device, rank(), world_size(), limit)
+    result = evaluate(net, loader, device, amp)
+    if result.nonfinite or not math.isfinite(result.loss):
+        raise_once(
+            ValueError(
+                f"logits and loss must be finite, got non-finite logits for {result.nonfinite} of "
+                f"{result.images} images and loss {result.loss} (amp={amp})"
+            )
+        )
+    figures = asdict(result)
+    del figures["nonfinite"]
+    return {
+        "model": cfg.model.name,
+        "checkpoint": "released" if checkpoint is None else str(checkpoint),
+        "data": settings.root,
+        "image_size": settings.image_size,
+        **{key: round(value, 4) for key, value in figures.items()},
+        "images_per_second": float(f"{result.images_per_second:.4g}"),
+    }
+
+
+def _load_settings(model: str | os.PathLike, overrides: Sequence[str]) -> Config:
+    """Return the configuration of a YAML file, or of a timm model with its data settings."""
+    name = os.fspath(model)
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key not in _OVERRIDES and not key.startswith("model.args."):
+            raise ConfigError(f"key=value must set one of {', '.join(_OVERRIDES)}, got {override}")
+    if name.endswith((".yaml", ".yml")):
+        return load_config(name, list(overrides))
+    if overrides:
+        raise ConfigError(
+            f"key=value must be used with a CONFIG.yaml, got {overrides[0]} with model '{name}'"
+        )
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if cfg is None:
+        raise ConfigError(f"model must be a timm model or a .yaml file, got '{name}'")
+    if not cfg.num_classes:
+        raise ConfigError(f"model must be a classifier, got '{name}'")
+    return Config(
+        model=Model(name=name, num_classes=cfg.num_classes, drop_path_rate=0),
+        data=Data(
+            image_size=cfg.input_size[-1],
+            crop_pct=cfg.crop_pct,
+            interpolation=cfg.interpolation,
+            mean=cfg.mean,
+            std=cfg.std,
+        ),
+    )
+
+
+def _without_initial(options: Model) -> Model:
+    return options.model_copy(update={"initial_checkpoint": None, "class_map": None})
+
+
+def _load_model(
+    options: Model, checkpoint: str | os.PathLike | None, weights: str
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Return a model with its weights, and the contents of the checkpoint."""
+    options = _without_initial(options).model_copy(update={"grad_checkpointing": False})
+    if checkpoint is None:
+        released = timm.get_pretrained_cfg(options.name, allow_unregistered=False)
+        if released is None or not released.has_weights:
+            raise ConfigError(f"{options.name} has no released weights: pass a checkpoint")
+        return create_model(options, pretrained=True), {}
+    model = build_model(options)
+    contents = load_checkpoint(fetch_checkpoint(checkpoint))
+    state_dict = clean_state_dict(contents, use_ema=weights == "ema")
+    head = state_dict.get("head.weight")
+    if head is not None and head.shape[0] != options.num_classes:
+        raise ConfigError(
+            f"the checkpoint must have the model's {options.num_classes} classes, got "
+            f"{head.shape[0]} in {checkpoint}; to evaluate a run of your own, pass its config.yaml "
+            "instead of a model name"
+        )
+    load_weights(model, state_dict)
+    return model, contents
+
+
+def _warn_about_changes(cfg: Config, checkpoint: Mapping[str, Any]) -> None:
+    """Warn about settings that affect the results and differ from those of the training."""
+    trained = checkpoint.get("config")
+    differences = []
+    for section, keys in _MODEL_SETTINGS.items():
+        before = trained.get(section) if isinstance(trained, dict) else None
+        if not isinstance(before, dict):
+            continue
+        now = getattr(cfg, section).model_dump(mode="json")
+        differences += [
+            f"{section}.{key} is {now[key]}, was {before[key]} in training"
+            for key in keys
+            if before.get(key, now[key]) != now[key]
+        ]
+    if differences:
+        _logger.log(
+            on_first(logging.WARNING),
+            "settings differ from those of the training: %s; its output folder contains the "
+            "original config.yaml",
+            ", ".join(differences),
+        )
+
+
+def measure_throughput(
+    model: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    *,
+    batch_size: int = 64,
+    device: str | torch.device = "auto",
+    amp: str = "off",
+) -> dict[str, Any]:
+    """Measure the throughput of a model with random weights on random images.
+
+    Args:
+        model: Name of a timm model, or path of a training configuration (`*.yaml`).
+        overrides: `key=value` overrides of a configuration.
+        batch_size: Images per batch.
+        device: Device to measure; 'auto' selects the accelerator if there is one.
+        amp: Mixed-precision mode: 'auto', 'off', 'bf16' or 'fp16'.
+
+    Returns:
+        `model`, `image_size`, `batch_size`, `device`, `threads`, `amp` and `images_per_second`.
+
+    Raises:
+        ConfigError: If an argument cannot be used.
+    """
+    device = pick_device(str(device))
+    amp = resolve_amp(amp, device)
+    cfg = _load_settings(model, overrides)
+    net = build_model(_without_initial(cfg.model)).to(device)
+    check_model(net, cfg.data.image_size, cfg.model.num_classes)
+    speed = throughput(net, cfg.data.image_size, batch_size, device, amp)
+    return {
+        "model": cfg.model.name,
+        "image_size": cfg.data.image_size,
+        "batch_size": batch_size,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "amp": amp,
+        "images_per_second": float(f"{speed:.4g}"),
+    }
+
+
 @torch.inference_mode()
 def throughput(
     model: nn.Module, image_size: int, batch_size: int, device: torch.device, amp: str
@@ -172,7 +372,7 @@ def throughput(
         image_size: Height and width in pixels.
         batch_size: Images per run.
         device: Device to measure.
-        amp: Mixed-precision mode, a key of `AMP_DTYPES`.
+        amp: Mixed-precision mode: 'off', 'bf16' or 'fp16'.
 
     Returns:
         Images per second.
@@ -190,7 +390,7 @@ def throughput(
 
     for _ in range(3):
         run()
-    times = []
+    times: list[float] = []
     while len(times) < 5 or sum(times) < 5:
         times.append(run())
     return batch_size / sorted(times)[len(times) // 2]

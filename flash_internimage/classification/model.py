@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from ..checkpoint import (
+from ..checkpoints import (
     clean_state_dict,
     fetch_checkpoint,
     load_checkpoint,

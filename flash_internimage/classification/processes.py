@@ -7,10 +7,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device_so
 
 
 class EndedByAnother(Exception):
     """Raised if another process failed; that process reports the reason."""
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Join the processes of torchrun or SLURM, if any, and return the device of this one.
+
+    Args:
+        device: Device of a single process; several processes use the one of their local rank.
+    """
+    if dist.is_initialized():
+        return device
+    return torch.device(init_distributed_device_so(device=str(device))["device"])
 
 
 def rank() -> int:

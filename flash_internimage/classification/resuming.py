@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..checkpoint import check_optimizer
+from ..checkpoints import check_optimizer
 
 # Entries of last.pth, except `model_ema`, which requires an EMA.
 _ENTRIES = (

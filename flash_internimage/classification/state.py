@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from timm.utils import ModelEmaV3
 
-from ..checkpoint import load_checkpoint, require_fit, save_atomically
+from ..checkpoints import load_checkpoint, require_fit, save_atomically
 from .config import Config
 from .data import (
     build_dataset,
@@ -20,9 +20,9 @@ from .data import (
     warn_of_shared_images,
 )
 from .data.classes import describe_other_classes
-from .evaluation import resolve_amp
 from .model import build_model, check_model, find_not_finite
 from .optim import build_optimizer, build_scheduler
+from .precision import resolve_amp
 from .processes import fail_together, gather
 from .random_numbers import rng_state, seed_everything, set_rng_state
 from .resuming import (

@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
 from ..backbone import ARCHITECTURES, FlashInternImage
-from ..checkpoint import clean_state_dict, require_fit
+from ..checkpoints import clean_state_dict, require_fit
 from .published import warn_of_misfit
 from .runtime import read_checkpoint
 
@@ -31,7 +31,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         layer_scale: Initial value of the layer scale. The published detectors and segmentors of all
             sizes are trained with 1.0, which is kept if a checkpoint has no layer scale.
         init_cfg: `dict(type='Pretrained', checkpoint=...)` with a path, a URL or the name of
-            released weights, see :func:`flash_internimage.checkpoint.fetch_checkpoint`. `prefix`
+            released weights, see :func:`flash_internimage.checkpoints.fetch_checkpoint`. `prefix`
             and `map_location` mean what they mean to mmengine's `PretrainedInit`. Without `prefix`,
             the backbone is found in the weights of a classifier, detector or segmentor.
         kwargs: Arguments of :class:`flash_internimage.backbone.FlashInternImage`.

@@ -7,7 +7,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import Tensor
 
-from ..safe_load import Placeholder
+from ..checkpoints import Placeholder
 
 _HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 _FIELDS = ("_log_history", "_count_history", "max_length")

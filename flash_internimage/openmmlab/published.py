@@ -7,7 +7,7 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ..conversion import convert_state_dict
+from ..checkpoints import convert_state_dict
 
 
 class LoadsPublishedWeights:

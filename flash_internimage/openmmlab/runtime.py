@@ -22,15 +22,16 @@ from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import BaseLoop, CheckpointLoader, Runner
 from torch import nn
 
-from ..checkpoint import (
+from ..checkpoints import (
     check_optimizer,
+    convert_checkpoint,
     fetch_checkpoint,
     is_finite,
     load_checkpoint,
     require_fit,
 )
-from ..conversion import EXECUTED, convert_checkpoint
-from ..downloads import hide_secrets
+from ..checkpoints.conversion import EXECUTED
+from ..checkpoints.downloads import hide_secrets
 from ..files import disk_full_error, write_atomically
 from .errors import describe, end_in_one_line, is_from_this_package, is_users
 from .plain import restore_histories
@@ -48,7 +49,7 @@ def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dic
     """Load a checkpoint of mmengine or another program without executing anything in it.
 
     Args:
-        source: Path, URL or name, see :func:`flash_internimage.checkpoint.fetch_checkpoint`.
+        source: Path, URL or name, see :func:`flash_internimage.checkpoints.fetch_checkpoint`.
         map_location: See :func:`torch.load`.
 
     Raises:

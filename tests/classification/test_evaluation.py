@@ -17,16 +17,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import FakeData
 
 from flash_internimage.backbone import FlashInternImage
-from flash_internimage.checkpoint import load_checkpoint, save_atomically
-from flash_internimage.classification import evaluation
-from flash_internimage.classification.cli import test
+from flash_internimage.checkpoints import load_checkpoint, save_atomically
+from flash_internimage.classification import evaluation, precision
 from flash_internimage.classification.cli.test import main
 from flash_internimage.classification.cli.train import train
 from flash_internimage.classification.config import Data
 from flash_internimage.classification.data import build_dataset, val_loader
 from flash_internimage.classification.data.classes import set_labels
-from flash_internimage.classification.evaluation import evaluate, resolve_amp
+from flash_internimage.classification.evaluation import evaluate, evaluate_checkpoint
 from flash_internimage.classification.model import build_model
+from flash_internimage.classification.precision import resolve_amp
 
 CPU = torch.device("cpu")
 
@@ -94,6 +94,15 @@ def test_the_command_reproduces_the_metrics_of_training(run, tmp_path, capsys, w
     assert result["top1"] == pytest.approx(float(row[f"{column}_top1"]), abs=1e-4)
     assert result["loss"] == pytest.approx(float(row[f"{column}_loss"]), abs=1e-4)
     assert result["images"] == 20
+    same = evaluate_checkpoint(run / "config.yaml", checkpoint=run / "last.pth", weights=weights)
+    assert same == result | {"images_per_second": same["images_per_second"]}
+
+
+@pytest.mark.parametrize("option", [{"weights": "EMA"}, {"amp": "fp8"}])
+def test_an_unknown_option_of_the_function_is_named(run, option):
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got '{value}'$"):
+        evaluate_checkpoint(run / "config.yaml", checkpoint=run / "last.pth", **option)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +114,7 @@ def test_the_command_reproduces_the_metrics_of_training(run, tmp_path, capsys, w
     ],
 )  # fmt: skip
 def test_automatic_precision_depends_on_the_device(monkeypatch, amp, device, has_bf16, resolved):
-    monkeypatch.setattr(evaluation, "has_bf16_instructions", lambda: has_bf16)
+    monkeypatch.setattr(precision, "has_bf16_instructions", lambda: has_bf16)
     assert resolve_amp(amp, torch.device(device)) == resolved
 
 
@@ -117,12 +126,12 @@ def test_throughput_needs_no_data(run, capsys):
 @pytest.mark.parametrize("option", ["--checkpoint", "--data", "--split", "--limit"])
 def test_throughput_refuses_what_it_would_ignore(run, option, caplog):
     assert main([str(run / "config.yaml"), "--throughput", option, "3"]) == 2
-    assert caplog.messages[-1].endswith(f"random weights on random images: leave out {option}")
+    assert caplog.messages[-1].endswith(f"uses random weights and random images: remove {option}")
 
 
 def test_a_model_without_released_weights_needs_a_checkpoint(run, caplog):
     assert main([str(run / "config.yaml")]) == 2
-    message = "flash_internimage_nano has no released weights: pass --checkpoint"
+    message = "flash_internimage_nano has no released weights: pass a checkpoint"
     assert caplog.messages[-1] == message
 
 
@@ -139,7 +148,7 @@ def test_a_checkpoint_with_code_is_refused_and_not_run(run, tmp_path, caplog):
         pickle.dump({"model": Hostile(tmp_path / "marker")}, file)
     arguments = [str(run / "config.yaml"), "--checkpoint", str(tmp_path / "hostile.pth")]
     assert main(arguments) == 2
-    assert "hostile.pth is damaged or no checkpoint" in caplog.text
+    assert "hostile.pth is damaged or not a checkpoint" in caplog.text
     assert not (tmp_path / "marker").exists()
 
 
@@ -150,10 +159,10 @@ def test_errors_are_one_line_that_says_what_is_wrong(run, digits, tmp_path, capl
     partial = str(tmp_path / "partial.pth")
     save_atomically(checkpoint, partial)
     cases = {
-        "neither a timm model nor a .yaml": ["flash_internimage_nanno", *data],
+        "must be a timm model or a .yaml file": ["flash_internimage_nanno", *data],
         "checkpoint not found: none.pth": [config, "--checkpoint", "none.pth"],
         "missing: levels.0.blocks.0.mlp.fc1": [config, "--checkpoint", partial],
-        "has 10 classes, the model 1000": [
+        "must have the model's 1000 classes, got 10 in": [
             "flash_internimage_nano", "--checkpoint", str(run / "last.pth"), *data,
         ],
         "data.root not found": [config, "--checkpoint", "none.pth", "--data", "nowhere"],
@@ -174,15 +183,15 @@ def test_errors_are_one_line_that_says_what_is_wrong(run, digits, tmp_path, capl
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--device", "gpu"], "device must be 'auto' or one of cpu"),
         (["--device", "cuda:99"], "got 'cuda:99'"),
-        (["--json", "nowhere/result.json"], "--json must be in a folder that can be written, got"),
+        (["--json", "nowhere/result.json"], "--json must be in a writable folder, got"),
         (["--json", "."], "--json must be a file, got ."),
         (
             ["data.workers=1"],
-            "key=value must be of data.kind, data.max_corrupt, model.num_classes,",
+            "key=value must set one of data.kind, data.max_corrupt, model.num_classes,",
         ),
-        (["optimizer.lr=1"], "data.std, model.name, model.args, got 'optimizer.lr=1'"),
+        (["optimizer.lr=1"], "data.std, model.name, model.args, got optimizer.lr=1"),
         (["data.crop_pct=2"], "data.crop_pct: Input should be less than or equal to 1, got 2"),
-        (["--split", ""], "--split must be a split of the data, got ''"),
+        (["--split", ""], "split must not be empty, got ''"),
         (["--split", "test"], "must have a folder 'test', it holds: train, val"),
         (
             ["--data", "README.md"],
@@ -192,7 +201,7 @@ def test_errors_are_one_line_that_says_what_is_wrong(run, digits, tmp_path, capl
     ],
 )
 def test_a_wrong_argument_is_one_line_before_any_work(run, monkeypatch, caplog, arguments, message):
-    monkeypatch.setattr(test, "evaluate", None)
+    monkeypatch.setattr(evaluation, "evaluate", None)
     caplog.clear()
     assert main([str(run / "config.yaml"), "--checkpoint", str(run / "last.pth"), *arguments]) == 2
     (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
@@ -202,14 +211,13 @@ def test_a_wrong_argument_is_one_line_before_any_work(run, monkeypatch, caplog, 
 
 def test_overrides_of_a_model_without_a_config_are_one_line(caplog):
     assert main(["flash_internimage_tiny", "data.crop_pct=0.9"]) == 2
-    assert (
-        "key=value needs a CONFIG.yaml, got 'flash_internimage_tiny' and 'data.cro" in caplog.text
-    )
+    message = "key=value must be used with a CONFIG.yaml, got data.crop_pct=0.9 with model 'flash_i"
+    assert message in caplog.text
 
 
 def test_a_model_that_is_no_classifier_is_one_line(digits, caplog):
     assert main(["vit_small_patch14_dinov2", "--data", str(digits)]) == 2
-    assert "MODEL must be a classifier, got 'vit_small_patch14_dinov2'" in caplog.text
+    assert "model must be a classifier, got 'vit_small_patch14_dinov2'" in caplog.text
 
 
 def test_settings_that_are_not_those_of_training_are_a_warning(run, tmp_path, caplog):
@@ -221,7 +229,7 @@ def test_settings_that_are_not_those_of_training_are_a_warning(run, tmp_path, ca
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(changed))
         caplog.clear()
         assert main(arguments) == 0
-        return [r.getMessage() for r in caplog.records if "other settings" in r.getMessage()]
+        return [r.getMessage() for r in caplog.records if "settings differ" in r.getMessage()]
 
     assert not warnings()
     assert not warnings(max_corrupt=3, train_split="another")
@@ -254,7 +262,7 @@ def test_logits_that_are_not_finite_are_one_line(run, tmp_path, capsys, caplog):
     torch.save(weights, tmp_path / "large.pth")
     arguments = [str(run / "config.yaml"), "--checkpoint", str(tmp_path / "large.pth")]
     assert main([*arguments, "--json", str(tmp_path / "result.json")]) == 2
-    assert "of 20 images have logits that are not finite" in caplog.text
+    assert "non-finite logits for 20 of 20 images" in caplog.text
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "result.json").exists()
 

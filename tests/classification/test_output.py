@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from flash_internimage.checkpoint import load_checkpoint
+from flash_internimage.checkpoints import load_checkpoint
 from flash_internimage.classification import output, report
 from flash_internimage.classification.cli import train as program
 from flash_internimage.classification.cli.train import main, train

@@ -17,7 +17,7 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import get_optimizer_info
 from torch import nn
 
-from flash_internimage.checkpoint import load_checkpoint, save_atomically
+from flash_internimage.checkpoints import load_checkpoint, save_atomically
 from flash_internimage.classification.cli.train import train
 from flash_internimage.classification.config import Config, ConfigError, Section
 from flash_internimage.classification.data.classes import describe_other_classes

@@ -14,7 +14,7 @@ import yaml
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from flash_internimage.checkpoint import load_checkpoint
+from flash_internimage.checkpoints import load_checkpoint
 from flash_internimage.classification import engine, state
 from flash_internimage.classification.cli.train import main, train
 from flash_internimage.classification.config import ConfigError
@@ -171,7 +171,7 @@ def test_resuming_another_model_is_refused(config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": [1]}, "weights must be tensors by name, got a list"),
+        ({"model": [1]}, "weights must be a dict of tensors, got list"),
         ({"epoch": "1"}, "TypeError"),
         ({"epoch": -1}, "it is from epoch -1"),
         ({"update": 10**12}, "update 1000000000000 of"),

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import mmengine.device.utils
 import pytest
 import torch
 from mmdet.apis import inference_detector, init_detector
@@ -12,9 +11,9 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from detection import test as test_program
+from flash_internimage.checkpoints import Entry
 from tests import runs
 from tools import zoo as tool
-from tools.zoo_entries import Entry
 
 NAME = "mask_rcnn_small"
 
@@ -36,7 +35,6 @@ def config(write_config, tmp_path, monkeypatch) -> Path:
     )
     monkeypatch.setattr(tool, "read_zoo", lambda: {NAME: entry})
     monkeypatch.setitem(tool.IMAGES, "detection", 4)
-    monkeypatch.setattr(mmengine.device.utils, "DEVICE", mmengine.device.utils.DEVICE)
     return config
 
 

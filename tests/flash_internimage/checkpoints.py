@@ -9,12 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import timm
 import torch
-from torch import Tensor
 
-from flash_internimage import FlashInternImage
-from flash_internimage.checkpoint import load_checkpoint
+from flash_internimage.checkpoints import load_checkpoint
 
 FORMATS = pytest.mark.parametrize("archive", [True, False], ids=["zip", "legacy"])
 
@@ -64,7 +61,7 @@ def program(item: bytes) -> bytes:
 
 
 def assert_refused(path: Path, message: str) -> None:
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged or no .*{message}"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged or not a .*{message}"):
         load_checkpoint(path)
 
 
@@ -76,18 +73,3 @@ class RunsCommand:
 
     def __reduce__(self):
         return subprocess.getoutput, (self.command,)
-
-
-def nano(seed: int, **kwargs) -> FlashInternImage:
-    torch.manual_seed(seed)
-    return timm.create_model("flash_internimage_nano", **kwargs)
-
-
-def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(actual) == list(expected)
-    assert all(actual[name].equal(expected[name]) for name in expected)
-
-
-def split_head(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    head = {name: tensor for name, tensor in state_dict.items() if name.startswith("head.")}
-    return head, {name: tensor for name, tensor in state_dict.items() if name not in head}

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flash_internimage import FlashInternImage
 from ops_dcnv4 import DCNv4
+from tests.flash_internimage.models import SMALL, STYLES, images
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDENS = sorted((DATA / "backbone").glob("*.npz"))
@@ -34,17 +35,6 @@ RELEASED = [
     "flash_internimage_tiny.in1k",
 ]
 CONFIGURED = sorted([*RELEASED, "flash_internimage_nano.untrained"])
-SMALL = {"channels": 16, "depths": (1, 1, 1, 1), "groups": (1, 2, 4, 8), "num_classes": 10}
-POST_NORM = {
-    "post_norm": True,
-    "layer_scale": 0.5,
-    "dw_kernel_size": 3,
-    "offset_scale": 0.5,
-    "dcn_output_bias": True,
-    "mlp_fc2_bias": True,
-}
-STYLES = pytest.mark.parametrize("style", [{}, POST_NORM], ids=["pre_norm", "post_norm"])
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,10 +48,6 @@ def small_model(**kwargs) -> FlashInternImage:
             nn.init.normal_(module.offset_mask.weight, std=0.1)
             nn.init.normal_(module.offset_mask.bias, std=0.5)
     return model.eval()
-
-
-def images(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 def meta_model(name: str, **kwargs) -> nn.Module:
@@ -261,17 +247,6 @@ def test_pretrained_config_describes_the_model(name):
     assert first_conv.in_channels == config["input_size"][0]
     features = model.forward_features(torch.empty(1, *config["input_size"], device="meta"))
     assert features.shape == (1, model.num_features, *config["pool_size"])
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_released_weights_have_an_address(name):
-    url = timm.get_pretrained_cfg(name).url
-    assert url.startswith("https://huggingface.co/OpenGVLab/DCNv4/resolve/main/flash_intern")
-    assert url.endswith(".pth")
-
-
-def test_released_weights_have_addresses_of_their_own():
-    assert len({timm.get_pretrained_cfg(name).url for name in RELEASED}) == len(RELEASED)
 
 
 @pytest.mark.parametrize(("name", "size"), [("nano", 64), ("tiny", 224), ("large", 384)])

@@ -1,5 +1,7 @@
-"""Published names and containers, converted, beside the schemas of all released models,
-of which Mask R-CNN and Cascade Mask R-CNN have the same ones for 1x and 3x."""
+"""Published names and containers are converted; compared with the schemas of the released models.
+
+Mask R-CNN and Cascade Mask R-CNN have the same schema for 1x and 3x.
+"""
 
 import json
 from pathlib import Path
@@ -8,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from flash_internimage.checkpoint import load_checkpoint
-from flash_internimage.conversion import (
+from flash_internimage.checkpoints import (
     convert_checkpoint,
     convert_state_dict,
+    load_checkpoint,
     restore_checkpoint,
     restore_state_dict,
 )
@@ -32,7 +34,6 @@ def plain(path: Path) -> dict[str, list[int]]:
 
 def test_every_family_has_schemas():
     assert {path.stem.split("_")[0] for path in SCHEMAS} == set(RENAMED)
-    assert len(SCHEMAS) == 18
 
 
 @ALL

@@ -18,9 +18,8 @@ import safetensors.torch
 import timm
 import torch
 
-from flash_internimage import downloads
-from flash_internimage.checkpoint import fetch_checkpoint, load_checkpoint
-from flash_internimage.downloads import download
+from flash_internimage.checkpoints import downloads, fetch_checkpoint, load_checkpoint
+from flash_internimage.checkpoints.downloads import download
 from tests.servers import COMMIT, FileServer, serve, use_as_hub, use_own_caches
 
 
@@ -257,7 +256,7 @@ def test_what_cannot_be_a_checkpoint_is_refused_and_not_kept(server, base, name,
     put(server, name, contents)
     address = f"{base}/{name}"
     message = fails(address)
-    assert f"{address} failed: not a whole checkpoint: it begins with" in message
+    assert f"{address} failed: not a complete checkpoint: it begins with" in message
     assert kept(caches) == []
     whole = TENSORS if name.endswith("safetensors") else CONTENTS
     put(server, name, whole)
@@ -422,7 +421,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(address, caches):
 
 @pytest.mark.parametrize("path", ["", "/", "/a/..", "/%2e%2e", "?/model.pth"])
 def test_an_address_without_a_file_is_an_error(path, caches):
-    assert "the address names no file" in fails(f"http://127.0.0.1:1{path}")
+    assert "the URL must contain a file name" in fails(f"http://127.0.0.1:1{path}")
     assert not caches.exists()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash_internimage.checkpoint import save_atomically
+from flash_internimage.checkpoints import save_atomically
 from flash_internimage.files import check_no_loops, own_folder, write_atomically
 
 

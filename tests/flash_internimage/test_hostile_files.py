@@ -19,8 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from flash_internimage.checkpoint import load_checkpoint
-from flash_internimage.safe_load import Placeholder
+from flash_internimage.checkpoints import Placeholder, load_checkpoint
 from tests.flash_internimage.checkpoints import (
     FORMATS,
     assert_refused,
@@ -113,7 +112,7 @@ def test_a_codec_is_not_imported(path):
     encoded = call(named("_codecs", "encode"), literal("text"), literal("rot13"))
     write_program(program(encoded), path)
     sys.modules.pop("encodings.rot_13", None)
-    assert_refused(path, "_codecs.encode is not called as by torch.save")
+    assert_refused(path, "_codecs.encode has arguments that torch.save does not write")
     assert "encodings.rot_13" not in sys.modules
 
 
@@ -138,7 +137,7 @@ REBUILD = named("torch._utils", "_rebuild_tensor_v2")
 def test_attributes_of_the_process_stay(path, target, archive):
     state = literal((None, {"changed": True}))
     write_program(program(target + state + pickle.BUILD), path, archive)
-    with pytest.raises(ValueError, match="state for a"):
+    with pytest.raises(ValueError, match=r"state set on a|unknown state"):
         load_checkpoint(path)
     assert not hasattr(torch._utils._rebuild_tensor_v2, "changed")
 
@@ -149,7 +148,7 @@ def test_attributes_of_the_process_stay(path, target, archive):
 def test_nothing_but_containers_takes_items(path, write_to):
     array = literal(np.zeros(2))
     write_program(program(array + write_to), path)
-    assert_refused(path, "items for a numpy._core.multiarray._reconstruct")
+    assert_refused(path, "items added to a numpy._core.multiarray._reconstruct")
 
 
 @FORMATS
@@ -159,24 +158,24 @@ def test_no_source_is_compared(path, tmp_path, monkeypatch, archive):
     cell = named("torch.nn", "Linear")
     key = pickle.MARK + literal("module") + cell + literal("a") + literal("b") + pickle.TUPLE
     write_program(program(key + pickle.BINPERSID), path, archive)
-    assert_refused(path, "a storage that is not described|torch.nn.Linear is not plain data")
+    assert_refused(path, "a storage not described|torch.nn.Linear is not plain data")
     assert os.listdir(tmp_path) == ["model.pth"]
 
 
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (literal(np.array([None])), "numpy.dtype is not called"),
-        (literal(np.zeros(1, "i4,O")), "numpy.dtype is not called"),
-        (call(named("numpy", "dtype"), literal("i4,O")), "numpy.dtype is not called"),
+        (literal(np.array([None])), "numpy.dtype has arguments"),
+        (literal(np.zeros(1, "i4,O")), "numpy.dtype has arguments"),
+        (call(named("numpy", "dtype"), literal("i4,O")), "numpy.dtype has arguments"),
         (
             call(named("numpy._core.multiarray", "scalar"), literal("O"), literal(b"8" * 8)),
-            "scalar is not called",
+            "scalar has arguments",
         ),
-        (literal(np.zeros(3)).replace(b"K\x03\x85", b"K\x04\x85"), "state for a numpy"),
+        (literal(np.zeros(3)).replace(b"K\x03\x85", b"K\x04\x85"), "a numpy.* with unknown state"),
         (
             literal(np.float64(0.5)).replace(b"\x02\0\0\0f8", b"\x02\0\0\0f4"),
-            "scalar is not called",
+            "scalar has arguments",
         ),
     ],
 )
@@ -250,7 +249,7 @@ def test_a_damaged_file_is_read_or_refused(path, library, archive):
 def test_archives_of_torchscript_are_not_executed(path, monkeypatch):
     torch.jit.save(torch.jit.script(nn.ReLU()), path)
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("executed"))
-    assert_refused(path, "TorchScript is a program")
+    assert_refused(path, "it is a TorchScript program")
 
 
 def test_tar_archives_are_not_unpacked(path, tmp_path, monkeypatch):
@@ -301,7 +300,7 @@ def test_zip_bombs_are_not_unpacked(tmp_path):
 # Prints by how many megabytes each refused file makes the process grow.
 MEMORY_OF_LOADING = """
 import resource, sys
-from flash_internimage.checkpoint import load_checkpoint
+from flash_internimage.checkpoints import load_checkpoint
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 for path in sys.argv[1:]:
@@ -368,12 +367,12 @@ def tensor(storage: bytes, size: int, stride: int) -> bytes:
 
 def test_storages_of_which_the_file_has_no_contents_are_refused(path):
     write_program(program(tensor(storage(64, view=literal(None)), 64, 1)), path, archive=False)
-    assert_refused(path, "no contents")
+    assert_refused(path, "does not match its contents")
 
 
 def test_one_record_is_not_named_in_many_ways(path):
     write_program(program(tensor(storage(4, key="a"), 4, 1)), path)
-    assert_refused(path, "a storage that is not described")
+    assert_refused(path, "a storage not described")
 
 
 def test_a_list_of_records_in_two_places_is_refused(path):
@@ -384,7 +383,7 @@ def test_a_list_of_records_in_two_places_is_refused(path):
         archive.writestr("model/data.pkl", b"")
     listed, end = path.read_bytes()[:-22], path.read_bytes()[-22:]
     path.write_bytes(contents + listed + end)
-    assert_refused(path, "another place")
+    assert_refused(path, "not where its end record says")
 
 
 SHARED = b")q\x01" + b"h\x01h\x01\x86q\x01" * 60
@@ -467,7 +466,7 @@ def test_what_grows_as_it_is_read_is_refused(path, kind):
     for name, record in {"data.pkl": program(BOMBS[kind]), "data/0": bytes(4)}.items():
         writer.write_record(name, record, len(record))
     writer.write_end_of_file()
-    with pytest.raises(ValueError, match=f"{path} is damaged or no checkpoint: .{{,500}}$"):
+    with pytest.raises(ValueError, match=f"{path} is damaged or not a checkpoint: .{{,500}}$"):
         load_checkpoint(path)
 
 
@@ -516,7 +515,7 @@ def test_sizes_of_records_are_in_one_place(path, size):
     path.write_bytes(
         contents[:start] + listed + contents[end : end + 12] + length + contents[end + 16 :]
     )
-    assert_refused(path, "record 'model/data.pkl' is not plain")
+    assert_refused(path, "record 'model/data.pkl' is not stored plainly")
 
 
 @pytest.mark.parametrize("alignment", [b"0", b"-1", b"9" * 5000])
@@ -529,4 +528,4 @@ def test_alignments_by_which_torch_cannot_divide_are_refused(path, alignment):
             zipfile.ZIP_STORED,
         ),
     )  # fmt: skip
-    assert_refused(path, "storages without alignment")
+    assert_refused(path, "its storage alignment is invalid")

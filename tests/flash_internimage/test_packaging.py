@@ -16,8 +16,15 @@ def test_the_installed_version_is_that_of_the_source(package):
 
 @pytest.mark.parametrize(
     ("former", "current"),
-    [("config", "config"), ("data", "data"), ("datasets", "data.datasets"), ("state", "state")],
+    [
+        ("classification.config", "classification.config"),
+        ("classification.data", "classification.data"),
+        ("classification.datasets", "classification.data.datasets"),
+        ("classification.state", "classification.state"),
+        ("flash_internimage.checkpoint", "checkpoints"),
+        ("flash_internimage.conversion", "checkpoints.conversion"),
+    ],
 )
 def test_former_names_are_the_same_modules(former, current):
-    module = importlib.import_module(f"classification.{former}")
-    assert module is importlib.import_module(f"flash_internimage.classification.{current}")
+    module = importlib.import_module(former)
+    assert module is importlib.import_module(f"flash_internimage.{current}")

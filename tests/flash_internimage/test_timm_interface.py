@@ -14,23 +14,9 @@ from torchvision.models.feature_extraction import (
 )
 
 from flash_internimage import FlashInternImage
-from tests.flash_internimage.checkpoints import assert_equal, nano
+from tests.flash_internimage.models import SMALL, STYLES, assert_equal, images, nano
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SMALL = {"channels": 16, "depths": (1, 1, 1, 1), "groups": (1, 2, 4, 8), "num_classes": 10}
-POST_NORM = {
-    "post_norm": True,
-    "layer_scale": 0.5,
-    "dw_kernel_size": 3,
-    "dcn_output_bias": True,
-    "mlp_fc2_bias": True,
-}
-STYLES = pytest.mark.parametrize("style", [{}, POST_NORM], ids=["pre_norm", "post_norm"])
-
-
-def images(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 # Feature maps

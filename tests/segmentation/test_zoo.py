@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import mmengine.device.utils
 import numpy as np
 import pytest
 import torch
@@ -13,8 +12,8 @@ from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 from PIL import Image
 
+from flash_internimage.checkpoints import Entry
 from tools import zoo as tool
-from tools.zoo_entries import Entry
 
 NAME = "upernet_small"
 
@@ -36,7 +35,6 @@ def config(write_config, tmp_path, monkeypatch) -> Path:
     )
     monkeypatch.setattr(tool, "read_zoo", lambda: {NAME: entry})
     monkeypatch.setitem(tool.IMAGES, "segmentation", 4)
-    monkeypatch.setattr(mmengine.device.utils, "DEVICE", mmengine.device.utils.DEVICE)
     return config
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flash_internimage.checkpoint import load_checkpoint
+from flash_internimage.checkpoints import load_checkpoint
 from tools import zoo
 
 DATA = Path(__file__).parents[2] / "data" / "openmmlab"

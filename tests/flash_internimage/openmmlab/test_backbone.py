@@ -249,7 +249,7 @@ def test_prefix_chooses_the_weights_as_it_does_for_mmengine(prefix, tmp_path):
 
 def test_prefix_that_the_checkpoint_lacks_is_named(weights, tmp_path):
     torch.save(weights, tmp_path / "backbone.pth")
-    with pytest.raises(ValueError, match=r"prefix must begin names .*levels.*, got 'backbone\.'"):
+    with pytest.raises(ValueError, match=r"prefix must match names .*levels.*, got 'backbone\.'"):
         pretrained(tmp_path / "backbone.pth", init_cfg={"prefix": "backbone."})
 
 

@@ -224,7 +224,7 @@ class TestFiles:
         (tmp_path / "notes.txt").write_text("no checkpoint")
         fails("--resume must be a checkpoint, got the folder", "--resume", tmp_path)
         for path, message in (
-            (tmp_path / "notes.txt", "damaged or no checkpoint"),
+            (tmp_path / "notes.txt", "damaged or not a checkpoint"),
             (tmp_path / "none.pth", "checkpoint not found"),
         ):
             fails(message, "--resume", path)

@@ -16,7 +16,7 @@ from mmengine.optim import LinearLR, OptimWrapper, build_optim_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from flash_internimage.conversion import convert_state_dict
+from flash_internimage.checkpoints import convert_state_dict
 from flash_internimage.openmmlab import FlashInternImageBackbone, LayerDecayOptimWrapperConstructor
 
 DATA = Path("tests/data")

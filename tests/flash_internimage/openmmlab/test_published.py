@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from PIL import Image
 
-from flash_internimage.conversion import restore_checkpoint
+from flash_internimage.checkpoints import restore_checkpoint
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DINO = "detection/dino-4scale_flash_internimage_nano_digits_scenes.py"

@@ -17,10 +17,10 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from flash_internimage.checkpoints import Placeholder
 from flash_internimage.openmmlab import curves, hooks, runtime
 from flash_internimage.openmmlab.programs import latest_checkpoint
 from flash_internimage.openmmlab.runtime import use_safe_checkpoint_reader
-from flash_internimage.safe_load import Placeholder
 from tests.flash_internimage.openmmlab.small import Model, Score
 
 

@@ -23,20 +23,19 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 from tqdm import tqdm
 
-from .files import remove_partial_files, write_atomically
+from ..files import remove_partial_files, write_atomically
 
 _logger = logging.getLogger(__name__)
 
 _HUB = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/resolve/([^/]+)/([^?#]+).*")
 _TIMEOUT = 60  # seconds without a response
-_Folder = str | os.PathLike | None
 
 
 def download(
     address: str,
     offline: bool = False,
     sha256: str | None = None,
-    cache_dir: _Folder = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> Path:
     """Return the local copy of a checkpoint, downloading it on first use.
 
@@ -63,21 +62,23 @@ def download(
     """
     address = quote(address, safe=string.punctuation)  # URLs may contain spaces, also in secrets.
     offline = offline or is_offline_mode()
+    folder = None if cache_dir is None else Path(cache_dir)
     missing = []
     for find in [_find] if offline else [_find, _fetch]:
         for spelling in _spellings(address):
             try:
-                if path := find(spelling, sha256, cache_dir):
+                if path := find(spelling, sha256, folder):
                     return path
             except _WrongContents:
                 raise
             except Exception as error:  # huggingface_hub raises errors of many types.
+                cause: BaseException = error
                 if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
-                    error = error.__cause__  # the failed request
-                reason = " ".join(str(error).split()) or type(error).__name__
+                    cause = error.__cause__  # the failed request
+                reason = " ".join(str(cause).split()) or type(cause).__name__
                 missing.append(hide_secrets(f"download of {spelling} failed: {reason}"))
-                if getattr(error, "code", 0) != 404 and not isinstance(error, EntryNotFoundError):
-                    raise OSError(missing[-1]) from error
+                if getattr(cause, "code", 0) != 404 and not isinstance(cause, EntryNotFoundError):
+                    raise OSError(missing[-1]) from cause
     cache = cache_dir
     if cache is None:
         cache = constants.HF_HUB_CACHE if _HUB.fullmatch(address) else torch.hub.get_dir()
@@ -99,10 +100,11 @@ class _WrongContents(ValueError):
 
 
 def _spellings(address: str) -> list[str]:
-    folder, name, query = re.fullmatch(r"([^?#]*/)?([^?#]*)(.*)", address).groups("")
+    base = re.split("[?#]", address, maxsplit=1)[0]
+    folder, slash, name = base.rpartition("/")
     one, other = "flash_internimage_", "flash_intern_image_"
     swapped = name.replace(one, other) if one in name else name.replace(other, one)
-    return list(dict.fromkeys([address, folder + swapped + query]))
+    return list(dict.fromkeys([address, folder + slash + swapped + address[len(base) :]]))
 
 
 def _key(address: str, sha256: str | None) -> str:
@@ -110,19 +112,22 @@ def _key(address: str, sha256: str | None) -> str:
     return uuid.uuid5(uuid.NAMESPACE_URL, f"{address.partition('#')[0]} {sha256 or ''}").hex
 
 
-def _cache_path(address: str, sha256: str | None, cache_dir: _Folder) -> Path | None:
-    """Return the path of a file in the cache; None if it is only known after downloading."""
-    if on_hub := _HUB.fullmatch(address):
-        repository, revision, file = map(unquote, on_hub.groups())
-        path = try_to_load_from_cache(repository, file, cache_dir, revision)
-        return Path(path) if isinstance(path, str) else None
+def _path_in_hub(on_hub: re.Match[str], cache_dir: Path | None) -> Path | None:
+    """Return the path of a file in the hub's cache; None if it is not there."""
+    repository, revision, file = map(unquote, on_hub.groups())
+    path = try_to_load_from_cache(repository, file, cache_dir, revision)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _path_in_torch(address: str, sha256: str | None, cache_dir: Path | None) -> Path:
+    """Return the path of a file in the cache of torch.hub, whether it is there or not."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or "@" in parts.netloc:
-        raise ValueError("the address must be http(s)://HOST/PATH without a user name")
+        raise ValueError("the URL must be http(s)://HOST/PATH without a user name")
     name = Path(unquote(parts.path)).name
     if name in ("", ".."):
-        raise ValueError("the address names no file")
-    cache_dir = Path(torch.hub.get_dir(), "checkpoints") if cache_dir is None else Path(cache_dir)
+        raise ValueError("the URL must contain a file name")
+    cache_dir = Path(torch.hub.get_dir(), "checkpoints") if cache_dir is None else cache_dir
     return cache_dir / _key(address, sha256) / name
 
 
@@ -132,71 +137,68 @@ def _hub_sha256(path: Path) -> str | None:
     return name if re.fullmatch("[0-9a-f]{64}", name) else None
 
 
-def _find(address: str, sha256: str | None, cache_dir: _Folder) -> Path | None:
+def _find(address: str, sha256: str | None, cache_dir: Path | None) -> Path | None:
     """Return the cached file unless it is missing, truncated or known to have another SHA-256."""
-    path = _cache_path(address, sha256, cache_dir)
+    if on_hub := _HUB.fullmatch(address):
+        path = _path_in_hub(on_hub, cache_dir)
+    else:
+        path = _path_in_torch(address, sha256, cache_dir)
     if path and path.is_file() and _is_whole(path, path.name):
         stated = _hub_sha256(path)
         return path if stated == sha256 or None in (stated, sha256) else None
     return None
 
 
-def _fetch(address: str, sha256: str | None, cache_dir: _Folder) -> Path:
+def _fetch(address: str, sha256: str | None, cache_dir: Path | None) -> Path:
     on_hub = _HUB.fullmatch(address)
-    path = _cache_path(address, sha256, cache_dir)
-    hub_cache = constants.HF_HUB_CACHE if cache_dir is None else cache_dir
-    cache = Path(hub_cache, ".locks") if on_hub else path.parents[1]
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{_key(address, sha256)}.lock"):
+    if on_hub:
+        locks = (cache_dir or Path(constants.HF_HUB_CACHE)) / ".locks"
+    else:
+        locks = _path_in_torch(address, sha256, cache_dir).parents[1]
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{_key(address, sha256)}.lock"):
         if found := _find(address, sha256, cache_dir):  # downloaded by another process
             return found
         _logger.info("downloading %s", hide_secrets(address))
-        if not on_hub:
-            return _fetch_from_server(address, path, sha256)
-        repository, revision, file = map(unquote, on_hub.groups())
-        path = Path(
-            hf_hub_download(
-                repository,
-                file,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=bool(path),
-            )
-        )
-        try:
-            for expected in {sha256, _hub_sha256(path)}:
-                _check(address, path, path.name, expected)
-        except BaseException:
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
-            raise
-        return path
+        if on_hub:
+            return _fetch_from_hub(address, on_hub, sha256, cache_dir)
+        return _fetch_from_server(address, _path_in_torch(address, sha256, cache_dir), sha256)
+
+
+def _fetch_from_hub(
+    address: str, on_hub: re.Match[str], sha256: str | None, cache_dir: Path | None
+) -> Path:
+    repository, revision, file = map(unquote, on_hub.groups())
+    force = _path_in_hub(on_hub, cache_dir) is not None
+    path = Path(hf_hub_download(repository, file, revision=revision, cache_dir=cache_dir,
+                                force_download=force))  # fmt: skip
+    try:
+        for expected in {sha256, _hub_sha256(path)}:
+            _check(address, path, path.name, expected)
+    except BaseException:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise
+    return path
 
 
 class _Redirects(HTTPRedirectHandler):
     """Reject redirects from https to http and to other protocols, which urllib would follow."""
 
     def redirect_request(
-        self,
-        request: Request,
-        response: IO[bytes],
-        code: int,
-        message: str,
-        headers: HTTPMessage,
-        address: str,
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Request | None:
-        scheme = urlsplit(address).scheme
-        if scheme not in ("https", request.type):
-            raise URLError(f"refused a redirect from {request.type} to {scheme}")
-        return super().redirect_request(request, response, code, message, headers, address)
+        scheme = urlsplit(newurl).scheme
+        if scheme not in ("https", req.type):
+            raise URLError(f"refused a redirect from {req.type} to {scheme}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _fetch_from_server(address: str, path: Path, sha256: str | None) -> Path:
     # torch.hub.download_url_to_file accepts truncated files and any redirect, and has no timeout.
     def write(file: BinaryIO) -> None:
-        with tqdm.wrapattr(
-            response, "read", response.length, desc=path.name, disable=None
-        ) as stream:
+        size = response.length
+        with tqdm.wrapattr(response, "read", size, desc=path.name, disable=None) as stream:
             shutil.copyfileobj(stream, file, 1 << 20)
         if response.length:
             raise OSError(f"the connection ended {response.length:,} bytes too early")
@@ -238,7 +240,7 @@ def _check(address: str, path: Path, name: str, sha256: str | None) -> None:
     """
     with open(path, "rb") as file:
         if not _is_whole(path, name):
-            raise OSError(f"not a whole checkpoint: it begins with {file.read(16)!r}")
+            raise OSError(f"not a complete checkpoint: it begins with {file.read(16)!r}")
         actual = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
     if actual != sha256:
         raise _WrongContents(

@@ -16,6 +16,7 @@ import struct
 import threading
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from typing import Any, BinaryIO, Self
 
@@ -88,7 +89,7 @@ _ARRAYS = {"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._recons
 _OF_TORCH = {"_codecs.encode", "builtins.set", "collections.Counter", "collections.OrderedDict"}
 _OF_TORCH |= {"torch.Size", "torch.device", _PARAMETER, *_TENSORS, *_DTYPES, *_ITEM_SIZES}
 # What torch is told to allow in addition.
-_ADMITTED = {"builtins.bytes": bytes, "builtins.frozenset": frozenset}
+_ADMITTED: dict[str, Any] = {"builtins.bytes": bytes, "builtins.frozenset": frozenset}
 _ADMITTED |= {"numpy.dtype": np.dtype, "numpy.ndarray": np.ndarray}
 _ADMITTED |= dict.fromkeys(_SCALARS, np.float64(0).__reduce__()[0])
 _ADMITTED |= dict.fromkeys(_ARRAYS, np.empty(0).__reduce__()[0])
@@ -139,23 +140,26 @@ class _Check:
         self.foreign: set[str] = set()
         self.storages: dict[str, _Made] = {}
 
-    def run(self, file: BinaryIO) -> Any:
-        """Interpret one pickle and return a stand-in for its contents."""
-        stack, frames, memo = [], [], {}
-        operations = {
+    def run(self, file: Any) -> Any:
+        """Interpret one pickle of a file or memory map and return a stand-in for its contents."""
+        stack: list[Any] = []
+        frames: list[list[Any]] = []
+        memo: dict[int, Any] = {}
+        operations: dict[str, Callable[..., Any]] = {
             **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False},
             **{"EMPTY_LIST": list, "EMPTY_DICT": lambda: _Made("builtins.dict")},
             **{"APPEND": self.append, "APPENDS": self.append, "BINPERSID": self.storage},
             **{"SETITEM": self.set_items, "SETITEMS": self.set_items, "BUILD": self.build},
             **{"REDUCE": self.call, "NEWOBJ": partial(self.call, new=True)},
         }
+        arg: Any
         for opcode, arg, _ in pickletools.genops(file):
             name, operands, slots = opcode.name, [], opcode.stack_before
             if pickletools.markobject in slots:
                 operands, stack = stack, frames.pop()
                 slots = slots[: slots.index(pickletools.markobject)]
             start = len(stack) - len(slots)
-            _require(start >= 0, "an operation on too few values")
+            _require(start >= 0, "its pickle has an operation on too few values")
             operands, stack[start:] = stack[start:] + operands, []
             if name == "STOP":
                 return operands[0]
@@ -175,12 +179,8 @@ class _Check:
             elif name == "GLOBAL":
                 stack.append(self.name(arg))
             else:
-                known = name == "PROTO" and arg <= 5
-                _require(
-                    known,
-                    f"operation {name} of its pickle must be one of protocol 2, which "
-                    "torch.save writes unless told otherwise",
-                )
+                problem = "its pickle must be of protocol 2, the default of torch.save, got the"
+                _require(name == "PROTO" and arg <= 5, f"{problem} operation {name}")
 
     def spend(self, *parts: Any) -> None:
         """Count the copied elements, as a file can refer to one object many times."""
@@ -195,10 +195,8 @@ class _Check:
         full = _Name(f"{module}.{name}")
         if full not in _ADMITTED and full not in _OF_TORCH:
             refused = full in _get_allowed_globals() or full.startswith("torch.")
-            is_model = full.startswith("torch.nn.modules.")
-            _require(
-                not is_model, f"it holds a whole model ({full}): save its state_dict() instead"
-            )
+            model = f"it contains a whole model ({full}): save its state_dict() instead"
+            _require(not full.startswith("torch.nn.modules."), model)
             _require(not refused, f"{full} is not plain data")
             self.foreign.add(full)
             # torch searches all of them for every operation on one of them.
@@ -206,13 +204,13 @@ class _Check:
         return full
 
     def append(self, target: Any, *items: Any) -> list:
-        _require(_are(list, target), f"items for a {_kind(target)}")
+        _require(_are(list, target), f"items added to a {_kind(target)}")
         target.extend(items)
         return target
 
     def set_items(self, target: Any, *items: Any) -> _Made:
         known = _kind(target) in self.foreign or _kind(target) in _DICTS
-        _require(known and len(items) % 2 == 0, f"items for a {_kind(target)}")
+        _require(known and len(items) % 2 == 0, f"items added to a {_kind(target)}")
         self.require_keys(items[::2])
         target.length += len(items) // 2
         return target
@@ -223,52 +221,48 @@ class _Check:
             known = key is None or isinstance(key, str | float) or _kind(key) in _HASHED
             known = known or (isinstance(key, int) and abs(key) < 1 << 64)
             known = known or (_are(_Made, key) and key.name in self.foreign)
-            _require(known, "keys and members of sets must be text, bytes or numbers")
+            _require(known, "dict keys and set members must be strings, bytes or numbers")
 
     def storage(self, pid: Any) -> _Made:
         view = () if self.records is not None else (None,)
         known = _are(tuple, pid) and len(pid) >= 5 and pid[0] == "storage" and pid[5:] == view
-        kind, key, location, elements = pid[1:5] if known else [None] * 4
+        parts: Any = pid[1:5] if known else [None] * 4
+        kind, key, location, elements = parts
         known = known and _are(_Name, kind) and _are(str, key, location) and _are(int, elements)
         known = known and kind in _ITEM_SIZES and re.fullmatch("[0-9]+", key) and elements >= 0
-        _require(bool(known), "a storage that is not described as by torch.save")
+        _require(bool(known), "a storage not described as torch.save does")
         made = _Made("storage", kind, size := elements * _ITEM_SIZES[kind])
         if self.records is None:
             _require("Untyped" not in kind, "torch reads this dtype from zip archives only")
             self.left -= 0 if key in self.storages else size
         known = self.left >= 0 if self.records is None else self.records.get(f"data/{key}") == size
-        _require(known, f"storage {key} of {size:,} bytes, which the file does not have")
-        _require(self.storages.setdefault(key, made).args == made.args, f"two storages {key}")
+        _require(known, f"storage {key} of {size:,} bytes is not in the file")
+        same = self.storages.setdefault(key, made).args == made.args
+        _require(same, f"conflicting descriptions of storage {key}")
         return made
 
     def call(self, name: Any, args: Any, new: bool = False) -> _Made:
-        _require(_are(_Name, name) and _are(tuple, args), "a call of no function")
+        _require(_are(_Name, name) and _are(tuple, args), "a call of a value that is no function")
         self.spend(args, *args)
         known = name in self.foreign or (not new and _is_known(name, *args))
-        _require(known, f"{name} is not called as by torch.save")
+        _require(known, f"{name} has arguments that torch.save does not write")
         if name in ("builtins.set", "builtins.frozenset"):
             self.require_keys(*args)
         return _Made(name, *args)
 
     def build(self, target: Any, state: Any) -> _Made:
-        _require(_are(_Made, target), f"state for a {_kind(target)}")
+        _require(_are(_Made, target), f"state set on a {_kind(target)}")
         self.spend(state, *(state if _are(tuple, state) else ()))
         match target.name, state:
             case "numpy.dtype", (3, "<" | ">" | "|", None, None, None, -1, -1, 0):
                 known = True
             case name, (1, tuple() as sizes, _Made("numpy.dtype") as dtype, bool(), data):
-                known = (
-                    name in _ARRAYS
-                    and len(sizes) <= 32
-                    and _are(int, *sizes)
-                    and all(n >= 0 for n in sizes)
-                )
+                known = name in _ARRAYS and len(sizes) <= 32 and _are(int, *sizes)
+                known = known and all(n >= 0 for n in sizes)
                 known = known and _are_bytes(data, math.prod(sizes) * _item_size(dtype))
             case name, state:
                 known = name == "collections.OrderedDict" and _kind(state) == "builtins.dict"
-        _require(
-            known or target.name in self.foreign, f"state for a {target.name} that is not plain"
-        )
+        _require(known or target.name in self.foreign, f"a {target.name} with unknown state")
         return target
 
 
@@ -315,7 +309,7 @@ def _are_hooks(hooks: Any) -> bool:
 
 
 def _fits(elements: int, offset: Any, sizes: Any, strides: Any) -> bool:
-    """Return whether a tensor lies within its storage and has no more elements."""
+    """Return whether a tensor fits into its storage without repeated elements."""
     numbers = (offset, *sizes, *strides) if _are(tuple, sizes, strides) else (None,)
     if not (_are(int, *numbers) and all(0 <= n < 1 << 60 for n in numbers)):
         return False
@@ -339,25 +333,25 @@ def _read_archive(file: BinaryIO, size: int) -> tuple[bytes, dict[str, int]]:
             listed, start, place = struct.unpack("<40xQQ8xQ26x", tail)
             known = known and place == end
         known = known and archive.start_dir == start == end - listed
-        _require(known, "its list of records is in another place than said")
+        _require(known, "its central directory is not where its end record says")
         records = archive.infolist()
         folder = records[0].filename.partition("/")[0] + "/" if records else ""
         sizes = {record.filename.removeprefix(folder): record.file_size for record in records}
-        _require("constants.pkl" not in sizes, "TorchScript is a program")
-        _require("data.pkl" in sizes, "a zip archive that torch.save has not written")
+        _require("constants.pkl" not in sizes, "it is a TorchScript program")
+        _require("data.pkl" in sizes, "a zip archive not written by torch.save")
         for record in records:
             known = record.filename.startswith(folder) and record.filename == record.orig_filename
             known = known and record.compress_type == zipfile.ZIP_STORED
             known = known and record.compress_size == record.file_size
             known = known and (size >= 1 << 32 or not record.extra)
-            _require(known, f"record {record.filename!r:.100} is not plain")
+            _require(known, f"record {record.filename!r:.100} is not stored plainly")
         total = sum(record.file_size for record in records)
         _require(total <= size, f"records of {total:,} bytes in a file of {size:,}")
-        _require(len({name.lower() for name in sizes}) == len(records), "two records of one name")
+        _require(len({name.lower() for name in sizes}) == len(records), "duplicate record names")
         if ".storage_alignment" in sizes:  # torch divides by it
             alignment = archive.read(f"{folder}.storage_alignment")
             known = bool(re.fullmatch(b"[1-9][0-9]{0,4}", alignment))
-            _require(known, "storages without alignment")
+            _require(known, "its storage alignment is invalid")
         return archive.read(f"{folder}data.pkl"), sizes
 
 
@@ -369,31 +363,31 @@ def _check(file: BinaryIO, size: int) -> set[str]:
         check = _Check(size, records)
         check.run(io.BytesIO(program))
     else:
-        _require(
-            start[:1] == pickle.PROTO, f"not a zip archive or a pickle, it begins with {start}"
-        )
+        problem = f"not a zip archive or a pickle, it begins with {start!r}"
+        _require(start[:1] == pickle.PROTO, problem)
         check = _Check(size, None)
         # Unlike a file, a memory map does not allocate space for more bytes than it has.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             known = check.run(mapped) == torch.serialization.MAGIC_NUMBER
-            _require(known, "a pickle that torch.save has not written")
+            _require(known, "a pickle not written by torch.save")
             *_, keys = [check.run(mapped) for _ in range(4)]  # the third is the contents
         known = _are(list, keys) and _are(str, *keys) and sorted(keys) == sorted(check.storages)
-        _require(known, "storages of which the file has no contents")
+        _require(known, "its list of storages does not match its contents")
     file.seek(0)
     return check.foreign
 
 
 def _finish(contents: Any, limit: int) -> Any:
     """Drop tensor hooks and dict attributes, and reject endlessly nested containers."""
-    seen = {}  # keeps the values alive, so that their ids are not reused
+    # keeps the values alive, so that their ids are not reused
+    seen: dict[int, tuple[Any, int, Any]] = {}
     total = 0  # number of items, counting repeated ones every time
 
     def finish(value: Any, depth: int = 0) -> Any:
         nonlocal total
         result, count, _ = seen.get(id(value), (value, 1, None))
         start, total = total, total + count
-        _require(depth < 100 and total <= limit, "containers within containers without end")
+        _require(depth < 100 and total <= limit, "containers are nested too deeply")
         if id(value) in seen:
             return result
         if isinstance(value, _EqualToDict):
@@ -438,7 +432,7 @@ def load(path: str | os.PathLike, map_location: Any) -> tuple[Any, list[str]]:
     with open(path, "rb") as file, _LOCK:
         size = os.fstat(file.fileno()).st_size
         foreign = sorted(map(str, _check(file, size)))
-        admitted = [(value, name) for name, value in _ADMITTED.items()]
+        admitted: list[Any] = [(value, name) for name, value in _ADMITTED.items()]
         admitted += [(type(name, (Placeholder,), {"name": name}), name) for name in foreign]
         added = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()

@@ -4,19 +4,26 @@ The parameter names of Mask R-CNN, Cascade Mask R-CNN and UPerNet are the same i
 In DINO and Mask2Former, some modules were renamed or moved from the head to the detector.
 """
 
+import json
+import os
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
-T = TypeVar("T")
+import safetensors.torch
+from torch import Tensor
 
-# Prefixes that wrappers add to all names of a model, and what torch inserts anywhere in them.
-_WRAPPERS = ("module.", "model.", "net.", "timm_model.", "body.", "graph_module.")
-_INSERTED = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Counters that the averaged models of torch and mmengine store next to the weights.
-_COUNTERS = ("n_averaged", "steps")
+from ..files import write_atomically
+from .loading import load_checkpoint, save_atomically
+from .names import T, rename, unwrap_names
+from .weights import clean_state_dict, find_misfits
+
 # Configs in the `meta` of a checkpoint: strings that OpenMMLab's programs execute as Python.
 EXECUTED = ("cfg", "config")
+
+# Prefixes of the parameter names of detectors and segmentors, except the backbone's.
+_NOT_IN_CLASSIFIERS = ("neck.", "roi_head.", "bbox_head.", "decode_head.", "memory_trans_fc.")
 
 _HEAD, _PIXELS = "bbox_head.transformer", "decode_head.pixel_decoder.encoder.layers.#"
 _QUERIES = "decode_head.transformer_decoder.layers.#"
@@ -51,85 +58,36 @@ _MASK2FORMER = (
 )
 
 
-class _Names(NamedTuple):
-    """Published or current parameter names of a family of models."""
-
-    beginning: str  # prefix by which these names are recognised
-    others: str  # pattern of names that only exist on the other side
-
-
 class _Family(NamedTuple):
     table: tuple[tuple[str, str], ...]
-    published: _Names
-    current: _Names
+    published: str  # prefix by which published names are recognised
+    only_published: str  # pattern that no converted name matches
+    current: str
+    only_current: str
 
 
 _FAMILIES = (
     _Family(
         _DINO,
-        _Names("bbox_head.transformer.", r"^(?!backbone\.|neck\.|bbox_head\.)"),
-        _Names("memory_trans_fc.", r"^bbox_head\.transformer\."),
+        published="bbox_head.transformer.",
+        only_published=r"^bbox_head\.transformer\.",
+        current="memory_trans_fc.",
+        only_current=r"^(?!backbone\.|neck\.|bbox_head\.)",
     ),
     _Family(
         _MASK2FORMER,
-        _Names(
-            "decode_head.transformer_decoder.", r"^decode_head\..*\.(self_attn|cross_attn|ffn)\."
-        ),
-        _Names("decode_head.transformer_decoder.", r"^decode_head\..*\.(attentions|ffns)\."),
+        published="decode_head.transformer_decoder.",
+        only_published=r"^decode_head\..*\.(attentions|ffns)\.",
+        current="decode_head.transformer_decoder.",
+        only_current=r"^decode_head\..*\.(self_attn|cross_attn|ffn)\.",
     ),
 )
-
-
-def unwrap_names(names: Mapping[str, str]) -> dict[str, str]:
-    """Map the names in a state dict to parameter names of the model without its wrappers.
-
-    `module.`, `model.` and other prefixes of parallel training, averaging, Lightning, transformers
-    and timm are stripped, in any order, if all names have them. `_orig_mod.` of torch.compile and
-    similar insertions are removed everywhere. If a prefix is stripped, the counters of averaged
-    models are left out. The `ema_*` buffers of mmcv are always left out: if a file has them, the
-    plain names contain the averaged weights and the buffers the trained ones.
-
-    Args:
-        names: Current name of each entry by its name in the file.
-
-    Returns:
-        Name in the model of each remaining entry by its name in the file.
-    """
-    names = {old: _INSERTED.sub("", name) for old, name in names.items()}
-    while True:
-        names = {old: name for old, name in names.items() if not re.match(r"ema_[^.]*$", name)}
-        rest = {old: name for old, name in names.items() if name not in _COUNTERS}
-        shared = [p for p in _WRAPPERS if all(name.startswith(p) for name in rest.values())]
-        if not (rest and shared):
-            return names
-        names = {old: name.removeprefix(shared[0]) for old, name in rest.items()}
-
-
-def rename(state_dict: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
-    """Select and rename entries of a state dict.
-
-    Args:
-        state_dict: Entries with values of any type.
-        names: New name of each entry to keep by its current name.
-
-    Returns:
-        The selected entries under their new names.
-
-    Raises:
-        ValueError: If two entries get the same name.
-    """
-    sources: dict[str, str] = {}
-    for name, new in names.items():
-        if new in sources:
-            raise ValueError(f"state_dict has two entries for {new}: {sources[new]} and {name}")
-        sources[new] = name
-    return {new: state_dict[name] for new, name in sources.items()}
 
 
 def convert_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
     """Rename the entries of a published model to the current names; current names are kept.
 
-    Prefixes of wrappers are stripped, see :func:`unwrap_names`.
+    Prefixes of wrappers, such as `module.`, are stripped.
 
     Args:
         state_dict: Entries with values of any type, such as tensors or shapes.
@@ -142,9 +100,7 @@ def convert_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
     """
     names = unwrap_names({name: name for name in state_dict})
     for family in _FAMILIES:
-        if _is_any_of(family.published, names.values()):
-            names = {name: _rename(new, family.table) for name, new in names.items()}
-            _require_all_renamed(names, family.published, family.current)
+        names = _rename_all(names, family.table, family.published, family.only_published)
     return rename(state_dict, names)
 
 
@@ -161,28 +117,28 @@ def restore_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
         The entries under their published names.
 
     Raises:
-        ValueError: If a name of DINO or Mask2Former is unknown.
+        ValueError: If two entries get the same name, or a name of DINO or Mask2Former is unknown.
     """
     names = {name: name for name in state_dict}
     for family in _FAMILIES:
-        if _is_any_of(family.current, names):
-            table = tuple((current, published) for published, current in family.table)
-            names = {name: _rename(new, table) for name, new in names.items()}
-            _require_all_renamed(names, family.current, family.published)
-    return {new: state_dict[name] for name, new in names.items()}
+        table = tuple((current, published) for published, current in family.table)
+        names = _rename_all(names, table, family.current, family.only_current)
+    return rename(state_dict, names)
 
 
-def _is_any_of(side: _Names, names: Iterable[str]) -> bool:
-    return any(name.startswith(side.beginning) for name in names)
-
-
-def _require_all_renamed(names: Mapping[str, str], old: _Names, new: _Names) -> None:
-    unknown = [name for name, renamed in names.items() if re.search(new.others, renamed)]
-    if unknown:
+def _rename_all(
+    names: dict[str, str], table: tuple[tuple[str, str], ...], prefix: str, old: str
+) -> dict[str, str]:
+    """Rename the values if any has the prefix; then, none may match the pattern `old`."""
+    if not any(name.startswith(prefix) for name in names.values()):
+        return names
+    names = {key: _rename(name, table) for key, name in names.items()}
+    if unknown := [key for key, name in names.items() if re.search(old, name)]:
         raise ValueError(
-            f"state_dict has {old.beginning}* and names unknown to such models: "
+            f"state_dict contains {prefix}* and names unknown to such models: "
             f"{', '.join(unknown[:10])}"
         )
+    return names
 
 
 def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
@@ -214,12 +170,12 @@ def convert_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any
         isinstance(value, Mapping) for value in state_dict.values()
     ):
         raise ValueError(
-            "checkpoint must have an entry state_dict or be a state dict, got the entries "
+            "checkpoint must contain a state_dict or be a state dict, got the entries "
             f"{', '.join(map(str, list(checkpoint)[:10]))}"
         )
     meta = {} if state_dict is checkpoint else checkpoint.get("meta") or {}
     if not isinstance(meta, Mapping) or not all(isinstance(name, str) for name in state_dict):
-        raise ValueError("state_dict must have text for names, and meta be a dict")
+        raise ValueError("the names in state_dict must be strings, and meta must be a dict")
     meta = {
         key: value
         for key, value in meta.items()
@@ -262,3 +218,73 @@ def _is_plain(value: Any) -> bool:
     if type(value) in (list, tuple):
         return all(_is_plain(item) for item in value)
     return value is None or type(value) in (str, int, float, bool)
+
+
+def convert_file(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    expected: Mapping[str, Tensor] | None = None,
+    published: bool = False,
+    partial: bool = False,
+) -> list[str]:
+    """Convert a checkpoint file to the current or the published parameter names.
+
+    Args:
+        source: Checkpoint of a classifier, detector or segmentor, with current or published names.
+        output: File to write, `.safetensors` or `.pth`; the latter contains `state_dict` and
+            `meta`. The names and colours of the classes are stored where current OpenMMLab expects
+            them or, with `published`, where mmdet 2 and mmseg 0 do.
+        expected: State dict of the model that the weights should fit. If None, nothing is compared.
+        published: Write the published names instead of the current ones.
+        partial: Write the weights that fit even if others do not.
+
+    Returns:
+        The mismatches, see :func:`find_misfits`. If there are any, nothing is written
+        unless `partial`.
+
+    Raises:
+        ValueError: If the source cannot be read or converted, or `output` has another suffix.
+        FileNotFoundError: If the source or the folder of `output` does not exist.
+    """
+    output = Path(output)
+    if output.suffix not in (".safetensors", ".pth"):
+        raise ValueError(f"output must end in .safetensors or .pth, got {output}")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"output must be in an existing folder, got {output}")
+    checkpoint = load_checkpoint(source)
+    if _is_from_openmmlab(checkpoint):
+        checkpoint = convert_checkpoint(checkpoint)
+    else:
+        checkpoint = {"state_dict": clean_state_dict(checkpoint), "meta": {}}
+    weights = checkpoint["state_dict"]
+    if not weights or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise ValueError(f"{source} must contain weights and nothing else")
+    misfits = [] if expected is None else find_misfits(expected, weights)
+    if misfits and not partial:
+        return misfits
+    if expected is not None:
+        checkpoint["state_dict"] = {
+            name: weight
+            for name, weight in weights.items()
+            if name in expected and expected[name].shape == weight.shape
+        }
+    if published:
+        checkpoint = restore_checkpoint(checkpoint)
+    if output.suffix == ".pth":
+        save_atomically(checkpoint, output)
+        return misfits
+    # safetensors rejects tensors that share memory.
+    weights = {name: value.contiguous().clone() for name, value in checkpoint["state_dict"].items()}
+    meta = {key: json.dumps(value) for key, value in checkpoint["meta"].items()}
+    contents = safetensors.torch.save(weights, {"format": "pt", **meta})
+    write_atomically(output, lambda file: file.write(contents))
+    return misfits
+
+
+def _is_from_openmmlab(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint is a detector's or segmentor's, not a classifier's."""
+    weights = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(weights, Mapping):
+        return False
+    names = unwrap_names({name: name for name in map(str, weights)})
+    return any(name.startswith(_NOT_IN_CLASSIFIERS) for name in names.values())

@@ -1,23 +1,19 @@
-"""Load checkpoints without executing anything in them, and load their weights into models."""
+"""Select the weights in a checkpoint and load them into models."""
 
 import logging
 import os
 import re
 from collections.abc import Mapping
 from itertools import groupby, islice
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from . import safe_load
-from .conversion import rename, unwrap_names
-from .downloads import download, hide_secrets
-from .files import write_atomically
+from .loading import fetch_checkpoint, load_checkpoint
+from .names import rename, unwrap_names
+
+if TYPE_CHECKING:
+    from ..backbone import FlashInternImage
 
 _logger = logging.getLogger(__name__)
 
@@ -25,14 +21,11 @@ _logger = logging.getLogger(__name__)
 # dict, it is given a dict with this key, whose value is the path or URL of the file.
 SOURCE = "source of the weights"
 
-# Options of torch's optimizers that select the implementation or the direction.
-_KERNELS = ("foreach", "fused", "capturable", "differentiable", "maximize")
-
 # Keys under which programs store averaged (EMA) weights, and the trained weights.
-_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict")
-_AVERAGED += ("ema_model", "ema")
+_AVERAGED: tuple[str, ...] = ("state_dict_ema", "model_ema", "ema_state_dict")
+_AVERAGED += ("model_ema_state_dict", "ema_model", "ema")
 _OTHER_AVERAGED = re.compile(r"(^|_)(ema|swa|avg|averaged?)(_|$)")
-_TRAINED = ("state_dict", "model", "model_state_dict", "module", "net")
+_TRAINED: tuple[str, ...] = ("state_dict", "model", "model_state_dict", "module", "net")
 # Submodules with averaged weights, for example of a LightningModule.
 _AVERAGED_PARTS = ("ema_model.", "model_ema.", "ema.")
 
@@ -43,9 +36,9 @@ def clean_state_dict(
     """Return the weights in a checkpoint under the parameter names of the model.
 
     The formats of timm, torchvision, OpenMMLab, Lightning and DeepSpeed are recognised. If a
-    checkpoint contains several sets of weights, the choice is logged. Prefixes of wrappers are
-    stripped, see :func:`~.conversion.unwrap_names`. From a detector or segmentor, only the
-    parameters of its `backbone.` are returned.
+    checkpoint contains several sets of weights, the choice is logged. Prefixes of
+    wrappers, such as `module.`, are stripped. From a detector or segmentor, only the parameters of
+    its `backbone.` are returned.
 
     Args:
         checkpoint: Contents of a checkpoint file, or a bare state dict.
@@ -65,15 +58,15 @@ def clean_state_dict(
         if not (isinstance(name, str) and isinstance(value, Tensor))
     ]
     if others:
-        raise ValueError(f"checkpoint must hold tensors by name, got also {', '.join(others[:10])}")
+        raise ValueError(f"checkpoint must contain only tensors, got also {', '.join(others[:10])}")
     if prefix:
         checkpoint = _part(checkpoint, prefix.removesuffix(".") + ".")
     names = unwrap_names({name: name for name in checkpoint})
     for parts, wanted in ((_AVERAGED_PARTS, use_ema), (("backbone.",), True)):
         part = {old: name for old, name in names.items() if name.startswith(parts) == wanted}
         if part and len(part) < len(names):
-            kind = ("those of" if wanted else "none of") + f" {' '.join(parts)}"
-            _logger.info("taking %d of %d tensors, %s", len(part), len(names), kind)
+            kind = f"those {'in' if wanted else 'not in'} {', '.join(parts)}"
+            _logger.info("using %d of %d tensors: %s", len(part), len(names), kind)
         if part and wanted:
             part = {old: name.partition(".")[2] for old, name in part.items()}
         names = unwrap_names(part) if part else names
@@ -89,7 +82,7 @@ def _part(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
             return rename(state_dict, {old: n.removeprefix(prefix) for old, n in part.items()})
     found = sorted({name.partition(".")[0] for name in state_dict})
     raise ValueError(
-        "prefix must begin names in the checkpoint, which begin with "
+        "prefix must match names in the checkpoint, which begin with "
         f"{', '.join(found[:10])}, got {prefix!r}"
     )
 
@@ -110,9 +103,9 @@ def _choose_entry(checkpoint: Mapping[str, Any], use_ema: bool) -> str | None:
         return None
     if entries[0] != found[0] and not isinstance(checkpoint[entries[0]], Tensor):
         kind = type(checkpoint[entries[0]]).__name__
-        _logger.warning("taking %s: %s is a %s without weights", found[0], entries[0], kind)
+        _logger.warning("using %s: %s is a %s without weights", found[0], entries[0], kind)
     elif others := [*found[1:], *_same_names(state_dicts, found)]:
-        _logger.info("taking %s, not %s", found[0], " or ".join(others))
+        _logger.info("using %s, ignoring %s", found[0], ", ".join(map(str, others)))
     return found[0]
 
 
@@ -130,119 +123,6 @@ def _same_names(state_dicts: Mapping[str, set[str]], found: list[str]) -> list[s
     chosen = state_dicts.get(found[0])
     others = (name for name in state_dicts if name not in found)
     return [str(name) for name in others if state_dicts[name] == chosen]
-
-
-def load_checkpoint(
-    path: str | os.PathLike,
-    map_location: str | torch.device = "cpu",
-) -> dict:
-    """Load a checkpoint from a safetensors file or a file written by :func:`torch.save`.
-
-    Nothing in the file is executed or imported. Objects other than tensors, numbers, strings, NumPy
-    arrays and containers of these are replaced by :class:`~.safe_load.Placeholder`, and their types
-    are logged. Tensor hooks and the module versions in a state dict are dropped.
-
-    Files must have been saved with pickle protocol 2, the default of :func:`torch.save`. Files that
-    contain any of the following are rejected: sparse, quantized, nested or conjugated tensors;
-    tensors with Python attributes; tensors that repeat elements of their storage
-    (:meth:`torch.Tensor.expand`); arrays of anything but booleans and real numbers; complex
-    numbers; bytearrays; dicts and sets with tuples as keys.
-
-    Args:
-        path: Checkpoint file.
-        map_location: See :func:`torch.load`.
-
-    Returns:
-        Contents of the file.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the file is damaged or not a checkpoint.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint not found: {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path, device=str(map_location))
-        checkpoint, replaced = safe_load.load(path, map_location)
-    except Exception as error:  # damaged files raise errors of many types
-        # torch surrounds the actual problem with advice to load the file unsafely.
-        problem = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n\n")[0]
-        problem = " ".join(problem.split())  # may span several lines
-        if isinstance(error, LookupError):  # The message is just a number.
-            problem = "its pickle is incomplete"
-        elif type(error) is not ValueError:
-            problem = f"{type(error).__name__}: {problem}"
-        raise ValueError(f"{path} is damaged or no checkpoint: {problem:.500}") from error
-    if not isinstance(checkpoint, dict):
-        kind = type(checkpoint).__name__
-        if isinstance(checkpoint, safe_load.Placeholder):
-            kind = checkpoint.name
-        raise ValueError(f"{path} holds a {kind}, expected a dict")
-    if replaced:
-        _logger.info("not restored from %s: %s", path, ", ".join(replaced))
-    return checkpoint
-
-
-def fetch_checkpoint(
-    source: str | os.PathLike,
-    offline: bool = False,
-    sha256: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
-) -> Path:
-    """Return the local path of a checkpoint, downloading it on first use.
-
-    Args:
-        source: Path, http or https URL, or name and tag of released weights, such as
-            'flash_internimage_tiny.in1k'.
-        offline: Use cached files only, see :func:`~.downloads.download`.
-        sha256: Expected SHA-256 of a downloaded file.
-        cache_dir: Folder for downloads, used instead of the caches.
-
-    Raises:
-        FileNotFoundError: If `source` is not a file, a URL or the name of released weights, or
-            nothing exists at the URL.
-        OSError: If the download fails or is not a checkpoint.
-        ValueError: If the downloaded file does not have the expected SHA-256.
-    """
-    source = str(source)
-    # Path.is_file would raise an error for URLs longer than a file name may be.
-    if os.path.isfile(source):
-        return Path(source)
-    released = timm.list_pretrained("flash_internimage*")
-    if source in released:
-        source = timm.get_pretrained_cfg(source).url
-    elif not source.lower().startswith(("http://", "https://")):
-        raise FileNotFoundError(
-            f"checkpoint not found: {hide_secrets(source)} is neither a file, an address, nor one "
-            f"of {', '.join(released)}"
-        )
-    return download(source, offline, sha256, cache_dir)
-
-
-def save_atomically(checkpoint: dict, path: str | os.PathLike) -> None:
-    """Save a checkpoint with :func:`torch.save`, replacing an existing file atomically."""
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
-
-
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Validate a restored optimizer state and keep this run's kernel flags.
-
-    Fused kernels do not check the shapes of the state.
-
-    Raises:
-        ValueError: If a state tensor of a fused optimizer does not have its parameter's shape.
-    """
-    for group in optimizer.param_groups:
-        group |= {name: optimizer.defaults[name] for name in _KERNELS if name in optimizer.defaults}
-        for parameter in group["params"] if group.get("fused") else []:
-            for name, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.shape not in ((), parameter.shape):
-                    raise ValueError(
-                        f"{name} of the optimizer is of shape {tuple(value.shape)}, its parameter "
-                        f"of {tuple(parameter.shape)}"
-                    )
 
 
 def load_weights(
@@ -263,7 +143,8 @@ def load_weights(
             range.
     """
     state_dict, own = dict(state_dict), model.state_dict()
-    classifiers = model.pretrained_cfg.get("classifier") or ()
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    classifiers = cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     for classifier in classifiers:
         names = [name for name in (f"{classifier}.weight", f"{classifier}.bias") if name in own]
@@ -276,7 +157,7 @@ def load_weights(
             state_dict |= {name: own[name] for name in names}
         elif len(class_map) != expected or not all(0 <= i < classes for i in class_map):
             raise ValueError(
-                f"class_map must hold {expected} indices below {classes}, got {len(class_map)} "
+                f"class_map must contain {expected} indices below {classes}, got {len(class_map)} "
                 f"from {min(class_map, default=None)} to {max(class_map, default=None)}"
             )
         else:
@@ -298,7 +179,7 @@ def _warn_of_initial_values(name: str, classes: int, expected: int) -> None:
 
 def read_pretrained(
     state_dict: Mapping[str, Any],
-    model: nn.Module,
+    model: "FlashInternImage",
     features_only: bool = False,
     strict: bool = True,
     cache_dir: str | os.PathLike | None = None,
@@ -325,7 +206,7 @@ def read_pretrained(
     cfg, own = model.pretrained_cfg, model.state_dict()
     cfg.pop("state_dict", None)  # Otherwise, the config keeps the weights in memory.
     if any(tensor.is_meta for tensor in own.values()):
-        raise ValueError("device must not be meta with pretrained=True: it holds no weights")
+        raise ValueError("device must not be 'meta' with pretrained=True")
     if SOURCE in state_dict:
         source = fetch_checkpoint(state_dict[SOURCE], cache_dir=cache_dir)
         state_dict = load_checkpoint(source)
@@ -337,21 +218,16 @@ def read_pretrained(
         cfg["input_size"] = (stem.shape[1], *cfg["input_size"][1:])
         expected[stem_name] = own[stem_name][:, :1].expand(-1, stem.shape[1], -1, -1)
     fresh = _fresh_parts(model, classes, features_only)
-    expected, weights = (
-        {name: tensor for name, tensor in entries.items() if not name.startswith(fresh)}
-        for entries in (expected, weights)
-    )
-    if not strict:
-        names = expected.keys() ^ weights.keys()
-        if names:
-            _logger.warning("%d names do not fit: %s", len(names), _shorten(sorted(names)))
-        expected, weights = (
-            {name: tensor for name, tensor in entries.items() if name not in names}
-            for entries in (expected, weights)
-        )
+    ignored = {name for name in own.keys() | weights.keys() if name.startswith(fresh)}
+    if not strict and (names := (own.keys() ^ weights.keys()) - ignored):
+        _logger.warning("%d names do not match: %s", len(names), _shorten(sorted(names)))
+        ignored |= names
+    for name in ignored:
+        expected.pop(name, None)
+        weights.pop(name, None)
     require_fit(expected, weights)
     if broken := [name for name, tensor in weights.items() if not is_finite(tensor)]:
-        raise ValueError(f"weights must be finite, those of {_shorten(broken)} are not")
+        raise ValueError(f"weights must be finite, got NaN or infinity in {_shorten(broken)}")
     if model.num_classes and not features_only and "head." in fresh:
         _warn_of_initial_values("head", classes, model.num_classes)
     return own | weights
@@ -364,7 +240,7 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def _fresh_parts(model: nn.Module, classes: int, features_only: bool) -> tuple[str, ...]:
+def _fresh_parts(model: "FlashInternImage", classes: int, features_only: bool) -> tuple[str, ...]:
     """Return the prefixes of parameters that keep their initial values.
 
     Args:
@@ -399,30 +275,21 @@ def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
         ValueError: If the weights are not a dict.
     """
     if not isinstance(state_dict, Mapping):
-        raise ValueError(f"weights must be tensors by name, got a {type(state_dict).__name__}")
-    common = {name: value for name, value in state_dict.items() if name in expected}
-    return [
-        *(f"missing: {name}" for name in expected if name not in state_dict),
-        *(f"unexpected: {name}" for name in state_dict if name not in expected),
-        *(
-            f"no tensor: {name} is a {type(value).__name__}"
-            for name, value in common.items()
-            if not isinstance(value, Tensor)
-        ),
-        *(
-            f"shape of {name}: {tuple(value.shape)}, expected {tuple(expected[name].shape)}"
-            for name, value in common.items()
-            if isinstance(value, Tensor) and value.shape != expected[name].shape
-        ),
+        raise ValueError(f"weights must be a dict of tensors, got {type(state_dict).__name__}")
+    misfits = [f"missing: {name}" for name in expected if name not in state_dict]
+    misfits += [f"unexpected: {name}" for name in state_dict if name not in expected]
+    shapes, dtypes = [], []
+    for name in [name for name in state_dict if name in expected]:
+        value, own = state_dict[name], expected[name]
+        if not isinstance(value, Tensor):
+            misfits.append(f"not a tensor: {name} is of type {type(value).__name__}")
+            continue
+        if value.shape != own.shape:
+            shapes.append(f"shape of {name}: {tuple(value.shape)}, expected {tuple(own.shape)}")
         # load_state_dict would silently cast quantized and complex weights.
-        *(
-            f"dtype of {name}: {value.dtype}, expected {expected[name].dtype}"
-            for name, value in common.items()
-            if isinstance(value, Tensor)
-            and expected[name].is_floating_point()
-            and not value.is_floating_point()
-        ),
-    ]
+        if own.is_floating_point() and not value.is_floating_point():
+            dtypes.append(f"dtype of {name}: {value.dtype}, expected {own.dtype}")
+    return misfits + shapes + dtypes
 
 
 def require_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:

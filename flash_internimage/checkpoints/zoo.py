@@ -1,0 +1,65 @@
+"""The released checkpoints, listed in zoo.yaml."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from .loading import fetch_checkpoint
+
+try:
+    from yaml import CSafeLoader as Loader
+except ImportError:  # PyYAML compiled without libyaml
+    from yaml import SafeLoader as Loader  # type: ignore[assignment]
+
+ZOO = files(__package__) / "zoo.yaml"
+Task = Literal["classification", "detection", "segmentation"]
+# ImageNet-1K val accuracy, COCO val2017 AP and ADE20K val mIoU
+Figure = Literal["top1", "box_ap", "mask_ap", "miou", "miou_several_scales"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A released checkpoint; zoo.yaml explains the keys."""
+
+    task: Task
+    architecture: str
+    backbone: Literal["T", "S", "B", "L"]
+    pretraining: str
+    schedule: str | None = None
+    config: str | None = None
+    addresses: list[str]
+    resolution: int
+    classes: int | None = None
+    parameters: int
+    gmacs: float | None = None
+    published: dict[Figure, float] = field(default_factory=dict)
+    source: str | None = None
+    sha256: str | None = None
+
+    def fetch(self, offline: bool = False) -> Path:
+        """Return the local file, downloading it on first use."""
+        return fetch_checkpoint(self.addresses[0], offline, self.sha256)
+
+
+def read_zoo() -> dict[str, Entry]:
+    """Return all entries of the zoo, by name."""
+    rows = yaml.load(ZOO.read_bytes(), Loader)
+    return {name: Entry(**row) for name, row in rows.items()}
+
+
+def find(zoo: Mapping[str, Entry], name: str) -> Entry:
+    """Return the entry `name`.
+
+    Raises:
+        ValueError: If there is no such entry.
+    """
+    if name not in zoo:
+        close = difflib.get_close_matches(name, zoo, n=1, cutoff=0.5)
+        hint = f"did you mean '{close[0]}'?" if close else "see `python -m tools.zoo list`"
+        raise ValueError(f"no checkpoint '{name}' in the zoo; {hint}")
+    return zoo[name]
