@@ -14,10 +14,7 @@ def test_the_installed_version_is_that_of_the_source(package):
     assert f"\nversion: {module.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-@pytest.mark.parametrize(
-    ("former", "current"),
-    [("config", "config"), ("data", "data"), ("datasets", "data.datasets"), ("state", "state")],
-)
-def test_former_names_are_the_same_modules(former, current):
-    module = importlib.import_module(f"classification.{former}")
-    assert module is importlib.import_module(f"flash_internimage.classification.{current}")
+@pytest.mark.parametrize("name", ["config", "data", "report"])
+def test_former_names_are_the_same_modules(name):
+    module = importlib.import_module(f"classification.{name}")
+    assert module is importlib.import_module(f"flash_internimage.classification.{name}")
