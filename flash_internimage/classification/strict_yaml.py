@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
         # A few nested aliases can expand to billions of values, or to themselves.
         if is_alias and (self._within_anchors or self._aliases > MAX_ALIASES):
             raise yaml.MarkedYAMLError(
-                problem=f"alias '*{event.anchor}' within an anchor, or after {MAX_ALIASES} others",
+                problem=f"alias '*{event.anchor}' within an anchor, or over {MAX_ALIASES} aliases",
                 problem_mark=event.start_mark,
             )
         anchors = int(not is_alias and event.anchor is not None)
@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
         self._within_anchors -= anchors
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = set()
         for key, _ in node.value:
@@ -81,7 +81,7 @@ for _tag, (_pattern, _first) in _CORE_SCALARS.items():
 
 
 def accepts(annotation: Any, kind: type) -> bool:
-    """Return whether a setting with this annotation may be of a type; literals count as str."""
+    """Return whether an annotation accepts values of a type; literals count as str."""
     is_choice = get_origin(annotation) in (UnionType, Union, Literal)
     kinds = get_args(annotation) if is_choice else (annotation,)
     return any(one is kind or (kind is str and isinstance(one, str)) for one in kinds)

@@ -348,7 +348,7 @@ def test_what_nobody_published_is_not_compared():
         (["--data", "nowhere"], "--data not found: nowhere"),
         (["--data", ".", "--limit", "0"], "--limit must be at least 1, got 0"),
         (["--data", ".", "--tta"], "--tta is for segmentation"),
-        (["--data", ".", "--json", "nowhere/x"], "--json must be in a folder that can be written"),
+        (["--data", ".", "--json", "nowhere/x"], "--json must be in a writable folder"),
         (["--data", ".", "--checkpoint", "none.pth"], "checkpoint not found: none.pth"),
     ],
 )

@@ -171,8 +171,8 @@ ROW = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"adresses": []}, "row: unknown key 'adresses', did you mean 'addresses'"),
-        ({"published": {"box_app": 1}}, "'published.box_app', did you mean 'published.box_ap'"),
+        ({"adresses": []}, "row: unknown key 'adresses'; did you mean 'addresses'"),
+        ({"published": {"box_app": 1}}, "'published.box_app'; did you mean 'published.box_ap'"),
         ({"published": {"box_ap": 101}}, "published.box_ap: .*less than or equal to 100, got 101"),
         ({"task": "detektion"}, "task: .*'detection'.*, got 'detektion'"),
         ({"addresses": []}, "addresses: .*at least 1"),
