@@ -25,7 +25,8 @@ from pydantic_core import ErrorDetails
 from timm import create_model
 from timm.optim import get_optimizer_info, list_optimizers
 
-from .strict_yaml import OFF, ConfigError, accepts, load_yaml
+from .errors import ConfigError
+from .strict_yaml import OFF, accepts, load_yaml
 
 _logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from ..checkpoint import (
 from .config import ConfigError, Model
 from .data.classes import describe_other_classes, names_of
 from .data.folders import printable
+from .errors import one_line
 from .processes import on_first
-from .strict_yaml import one_line
 
 _logger = logging.getLogger(__name__)
 

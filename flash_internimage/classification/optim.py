@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .config import Config, ConfigError
-from .strict_yaml import one_line
+from .errors import one_line
 
 
 def parameter_groups(

@@ -12,6 +12,7 @@ import yaml
 
 from ..files import own_folder, write_atomically
 from .config import Config, ConfigError, find_ignored
+from .errors import describe
 from .state import TrainingState
 
 _logger = logging.getLogger(__name__)
@@ -65,14 +66,6 @@ def save_config(cfg: Config) -> None:
     text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
     path = Path(cfg.output) / "config.yaml"
     write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def describe(error: BaseException) -> str:
-    """Return an error message without the traceback that DataLoader adds to errors of workers."""
-    message = str(error)
-    if message.startswith("Caught ") and "\nOriginal Traceback" in message:
-        message = message.rstrip().splitlines()[-1].partition(": ")[2]
-    return message
 
 
 class LogFile(logging.FileHandler):

@@ -8,16 +8,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+from .errors import ConfigError, one_line
+
 MAX_ALIASES = 100
-
-
-class ConfigError(ValueError):
-    """Raised for a configuration that cannot be used; the message says where and why."""
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error message on one line, or the type of the error if there is no message."""
-    return f"{' '.join(str(error).split()) or type(error).__name__:.500}"
 
 
 # Unquoted words that disable a setting.

@@ -19,9 +19,9 @@ from flash_internimage.classification import output, report, training
 from flash_internimage.classification.cli.train import main
 from flash_internimage.classification.config import Config, ConfigError
 from flash_internimage.classification.engine import Diverged, Trainer
+from flash_internimage.classification.errors import describe
 from flash_internimage.classification.output import (
     LogFile,
-    describe,
     log_start,
     own_output,
     suitable_ema_decay,

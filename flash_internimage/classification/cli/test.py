@@ -14,9 +14,9 @@ from timm.utils.distributed import world_info_from_env
 
 from ...files import write_atomically
 from ..config import MAX_WORKERS, ConfigError
+from ..errors import describe
 from ..evaluation import evaluate_checkpoint, measure_throughput
 from ..model import pick_device
-from ..output import describe
 from ..precision import AMP_DTYPES
 from ..processes import EndedByAnother, fail_together, join_processes, rank, world_size
 

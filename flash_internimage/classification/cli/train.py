@@ -7,8 +7,9 @@ import torch.distributed as dist
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..config import load_config
+from ..errors import describe
 from ..interruption import Interrupted
-from ..output import describe, held_log
+from ..output import held_log
 from ..processes import EndedByAnother
 from ..training import EXPECTED_ERRORS, train
 

@@ -26,8 +26,8 @@ from ...images import (
     to_rgb,
 )
 from ..config import ConfigError, Data
+from ..errors import one_line
 from ..processes import fail_together, rank, world_size
-from ..strict_yaml import one_line
 from .folders import (
     FolderReader,
     check_class_folders,
@@ -283,8 +283,7 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
     if source != root and not os.path.exists(source):
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:10]) or "nothing"
         tar = f"{split}.tar"
-        has_tar = os.path.exists(root / tar)
-        hint = f"; for the tar file, set the split to '{tar}'" if has_tar else ""
+        hint = f"; for the tar file, set the split to '{tar}'" * os.path.exists(root / tar)
         raise ConfigError(f"data.root={root} must contain a folder '{split}', got {found}{hint}")
     _check_package(data.kind)
     _check_torchvision(data.kind, split)

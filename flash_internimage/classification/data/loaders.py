@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from ..config import Augmentation, Config, ConfigError, Data
-from ..strict_yaml import one_line
+from ..errors import one_line
 from .datasets import ImageSet, SkippingImageDataset, SkippingStream
 
 
