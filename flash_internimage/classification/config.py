@@ -117,6 +117,10 @@ class Model(Section):
 
     _expand = field_validator("initial_checkpoint", "class_map")(_expand_user)
 
+    def without_initial(self) -> "Model":
+        """Return the settings without initial weights."""
+        return self.model_copy(update={"initial_checkpoint": None, "class_map": None})
+
 
 class Data(Section):
     """Settings of the data sets, their preprocessing and loading."""

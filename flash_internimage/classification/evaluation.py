@@ -270,15 +270,11 @@ def _load_settings(model: str | os.PathLike, overrides: Sequence[str]) -> Config
     )
 
 
-def _without_initial(options: Model) -> Model:
-    return options.model_copy(update={"initial_checkpoint": None, "class_map": None})
-
-
 def _load_model(
     options: Model, checkpoint: str | os.PathLike | None, weights: str
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """Return a model with its weights, and the contents of the checkpoint."""
-    options = _without_initial(options).model_copy(update={"grad_checkpointing": False})
+    options = options.without_initial().model_copy(update={"grad_checkpointing": False})
     if checkpoint is None:
         released = timm.get_pretrained_cfg(options.name, allow_unregistered=False)
         if released is None or not released.has_weights:
@@ -350,7 +346,7 @@ def measure_throughput(
     amp = resolve_amp(amp, device)
     cfg = _load_settings(model, overrides)
     size = cfg.data.image_size
-    net = build_model(_without_initial(cfg.model)).to(device).eval()
+    net = build_model(cfg.model.without_initial()).to(device).eval()
     check_model(net, size, cfg.model.num_classes)
     seconds = _time(net, torch.randn(batch_size, 3, size, size, device=device), amp)
     return {

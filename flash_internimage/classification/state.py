@@ -110,9 +110,7 @@ class TrainingState:
 
     def _build_model(self, load_initial: bool) -> None:
         cfg = self.cfg
-        options = cfg.model
-        if not load_initial:
-            options = options.model_copy(update={"initial_checkpoint": None, "class_map": None})
+        options = cfg.model if load_initial else cfg.model.without_initial()
         named = class_to_index(self.train_loader.dataset)
         self.model = build_model(options, self.names if named else None).to(self.device)
         check_model(self.model, cfg.data.image_size, cfg.model.num_classes)
