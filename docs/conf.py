@@ -43,7 +43,7 @@ napoleon_numpy_docstring = False
 # inventories that would resolve them need a network, which the build must not depend on.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!\.|ops_dcnv4|flash_internimage).*")]
-nitpick_ignore = [("py:class", "flash_internimage.conversion.T")]  # a type variable
+nitpick_ignore = [("py:class", "flash_internimage.checkpoints.names.T")]  # a type variable
 
 # HTML
 html_theme = "pydata_sphinx_theme"

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-
 MARKERS = {
     "detection": "mm",
     "flash_internimage/openmmlab": "mm",

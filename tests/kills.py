@@ -1,4 +1,4 @@
-"""Kill a program at a moment that does not depend on the machine's speed."""
+"""Kill a program at a point that does not depend on the speed of the machine."""
 
 import signal
 import subprocess
@@ -24,10 +24,10 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def run_until_killed(module: str, *arguments: object, writes: int = 1) -> None:
-    """Run `python -m module arguments`, and kill -9 it as soon as its n-th checkpoint is whole.
+    """Run `python -m module arguments`, and kill it when its n-th checkpoint is complete.
 
     Args:
-        writes: Number of checkpoints (`*.pth`) that are written before the kill.
+        writes: Number of checkpoints (`*.pth`) to write before SIGKILL.
     """
     command = [sys.executable, "-c", _PROGRAM, str(writes), module, *map(str, arguments)]
     process = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What the tests of the detectors' and the segmentors' configs share."""
+"""Helpers for testing the configs of detection and segmentation."""
 
 import copy
 import csv
@@ -22,13 +22,13 @@ DATA = ROOT / "tests" / "data"
 
 
 def read_recipes(file: str) -> dict[str, dict[str, str]]:
-    """A table of the published recipes, by the names of the configs."""
+    """Read a table of the published recipes, by config name."""
     with open(DATA / "openmmlab" / file, newline="") as table:
         return {row["config"]: row for row in csv.DictReader(table)}
 
 
 def plain(value: Any) -> Any:
-    """A part of a config as dicts and lists, without the name of the project it comes from."""
+    """Convert a part of a config to dicts and lists without scopes."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items() if key != "_scope_"}
     if isinstance(value, list | tuple):
@@ -37,7 +37,7 @@ def plain(value: Any) -> Any:
 
 
 def without(value: Any, names: set[str]) -> Any:
-    """A part of a config without some of its keys, however deep they lie."""
+    """Remove keys from a part of a config at any depth."""
     if isinstance(value, dict):
         return {key: without(item, names) for key, item in value.items() if key not in names}
     if isinstance(value, list):
@@ -46,7 +46,7 @@ def without(value: Any, names: set[str]) -> Any:
 
 
 def an_eighth(value: Any, key: str = "") -> Any:
-    """A pipeline whose images are so much smaller."""
+    """Scale the image sizes in a pipeline by 1/8."""
     if isinstance(value, Mapping):
         return {key: an_eighth(item, key) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -61,9 +61,9 @@ def load_config(task: str, name: str) -> Config:
 
 @functools.cache
 def build_model(task: str, name: str) -> nn.Module:
-    """The model of a config on the meta device, in the current scope."""
+    """Build the model of a config on the meta device, in the current scope."""
     with torch.device("meta"):
-        # building changes a config
+        # Building modifies the config.
         return MODELS.build(copy.deepcopy(load_config(task, name).model))
 
 
@@ -80,7 +80,7 @@ def assert_published_backbone(backbone: nn.Module, recipe: dict[str, str]) -> No
 
 
 def assert_published_parameters(model: nn.Module, recipe: dict[str, str]) -> None:
-    """Names, shapes and numbers."""
+    """Compare names, shapes and counts of the parameters."""
     file = DATA / "openmmlab_schemas" / f"{recipe['schema']}.json"
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     assert shapes == convert_state_dict(json.loads(file.read_text()))

@@ -1,4 +1,4 @@
-"""Runs of the training and test programs of detection and segmentation."""
+"""Run the training and test programs of detection and segmentation."""
 
 import subprocess
 import sys
@@ -14,32 +14,32 @@ from tests.kills import run_until_killed
 
 
 def _strings(arguments: tuple) -> list[str]:
-    # or pictures and scalars go to the folder of the first run in this process
+    # Otherwise, pictures and scalars go to the folder of the first run in this process.
     DetLocalVisualizer._instance_dict.clear()
     SegLocalVisualizer._instance_dict.clear()
     return [str(argument) for argument in arguments]
 
 
 def train(*arguments) -> Runner:
-    """Trains as the programs do with these arguments."""
+    """Train like the programs with these arguments."""
     runner = training_runner(training_parser("train", "").parse_args(_strings(arguments)))
     runner.train()
     return runner
 
 
 def evaluate(program: ModuleType, *arguments) -> dict[str, float]:
-    """The figures of detection.test or segmentation.test with these arguments."""
+    """Return the metrics of detection.test or segmentation.test with these arguments."""
     args = program.get_parser().parse_args(_strings(arguments))
     return program.get_runner(args).test()
 
 
 def log(folder: Path) -> str:
-    """The logs of all attempts in a work folder."""
+    """Read the logs of all attempts in a work folder."""
     return "".join(path.read_text() for path in sorted(folder.glob("*/*.log")))
 
 
 def train_until_killed(task: str, config: Path, folder: Path) -> None:
-    """Kill a training in a process of its own as soon as there is a checkpoint."""
+    """Train in another process, and kill it as soon as it has written a checkpoint."""
     run_until_killed(f"{task}.train", config, "--work-dir", folder, "--resume")
 
 

@@ -1,4 +1,4 @@
-"""HTTP servers on this machine that stand in for the ones that downloads come from."""
+"""Local HTTP servers in place of those that checkpoints are downloaded from."""
 
 import hashlib
 import re
@@ -16,15 +16,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FileServer(ThreadingHTTPServer):
-    """Serve `files`, a dict from paths to contents, as the hub does.
+    """Serve `files`, a dict of contents by path, like the Hugging Face Hub.
 
     Attributes:
-        status: Status of every answer; others than 200 come without a file.
-        redirects: Locations by path; they are answered with status 302.
-        headers: Sent in the place of the usual ones, or besides; None leaves one out.
+        status: Status of every response; only 200 comes with a file.
+        redirects: Locations by path, sent with status 302.
+        headers: Headers that are added or replaced; None removes one.
         cut: Number of bytes after which the connection ends early.
         silent: Whether to leave requests unanswered.
-        requests: Method, path and range of each request so far.
+        requests: Method, path and range of each request.
     """
 
     def __init__(self, files: dict[str, bytes]):
@@ -97,7 +97,7 @@ def serve(files: dict[str, bytes]) -> Iterator[FileServer]:
 
 
 def use_own_caches(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    """Download to `folder`, and reach servers on this machine without a proxy."""
+    """Download to `folder`, and access local servers without a proxy."""
     monkeypatch.setenv("TORCH_HOME", f"{folder}/torch")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", f"{folder}/hub")
     for name in ("http_proxy", "https_proxy", "all_proxy"):
@@ -107,7 +107,7 @@ def use_own_caches(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
 
 
 def use_as_hub(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    """Do what HF_ENDPOINT does if it is set before huggingface_hub is imported."""
+    """Use another endpoint, as HF_ENDPOINT does when set before importing huggingface_hub."""
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

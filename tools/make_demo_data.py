@@ -17,7 +17,7 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from colorsys import hsv_to_rgb
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,9 +37,9 @@ _PHOTO_SPLIT = 440  # training uses the photographs left of this column, validat
 
 
 def write_digits(root: Path, size: int = 32) -> None:
-    """Write the digits, scaled from 8 x 8 to `size` pixels. `root` is only created if complete."""
+    """Write the digits, scaled from 8 x 8 to `size` pixels; `root` is only created if complete."""
     digits = load_digits()
-    with _complete_or_not_at_all(root) as partial:
+    with _write_atomically(root) as partial:
         for split, chosen in _split(digits.target).items():
             for i in chosen:
                 folder = partial / split / str(digits.target[i])
@@ -60,7 +60,7 @@ def write_digits_scenes(root: Path, train: int = 400, val: int = 60) -> None:
         train: Number of training scenes.
         val: Number of validation scenes.
     """
-    with _complete_or_not_at_all(root) as partial:
+    with _write_atomically(root) as partial:
         (partial / "annotations").mkdir(parents=True)
         for split, scenes in _split_scenes(train, val).items():
             _write_images(partial / split, scenes)
@@ -71,12 +71,12 @@ def write_digits_scenes(root: Path, train: int = 400, val: int = 60) -> None:
 def write_digits_scenes_ade20k(root: Path, train: int = 400, val: int = 60) -> None:
     """Write the scenes of :func:`write_digits_scenes` and their label maps in ADE20K's layout.
 
-    Unlike there, each of the ten digits has its own colour, which a segmentor learns in minutes on
-    a CPU. From shape alone, the demo's segmentor only reached 16.5 % mIoU in 2,400 iterations,
-    which took ten minutes.
+    Here, each of the ten digits has its own colour, so that a segmentor learns them in minutes on a
+    CPU. From shape alone, the demo's segmentor only reached 16.5 % mIoU in 2,400 iterations, which
+    took ten minutes.
     """
     names = {"train": "training", "val": "validation"}
-    with _complete_or_not_at_all(root) as partial:
+    with _write_atomically(root) as partial:
         for split, scenes in _split_scenes(train, val, inks=_INKS).items():
             _write_images(partial / "images" / names[split], scenes)
             folder = partial / "annotations" / names[split]
@@ -119,7 +119,7 @@ def _split(labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def _complete_or_not_at_all(root: Path) -> Iterator[Path]:
+def _write_atomically(root: Path) -> Iterator[Path]:
     """Yield a folder to write to, which is renamed to `root` when everything is written."""
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -128,20 +128,20 @@ def _complete_or_not_at_all(root: Path) -> Iterator[Path]:
 
 
 def main() -> None:
-    """Write the data set that the command line names, unless its folder exists."""
+    """Write the data set named on the command line, unless its folder exists."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    writers = {
+    writers: dict[str, Callable[[Path], None]] = {
         "digits": write_digits,
         "digits-scenes": write_digits_scenes,
         "digits-scenes-ade20k": write_digits_scenes_ade20k,
     }
     parser = argparse.ArgumentParser(description="Write a demo data set.")
     parser.add_argument("name", nargs="?", choices=writers, default="digits")
-    parser.add_argument("--root", type=Path, help="default: data/ and the name")
+    parser.add_argument("--root", type=Path, help="folder to create (default: data/NAME)")
     arguments = parser.parse_args()
     root = arguments.root or Path("data") / arguments.name
     if root.exists():
-        _logger.info("%s exists already", root)
+        _logger.info("%s already exists", root)
         return
     writers[arguments.name](root)
     _logger.info("wrote %s to %s", arguments.name, root)

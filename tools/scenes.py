@@ -1,7 +1,7 @@
 """Scenes of handwritten digits on photographs, with COCO annotations and label maps.
 
 The digits (8 x 8 pixels, 0 to 16) are scaled, rotated and painted over one another, so that each
-instance has an exact mask: the part of its ink that later digits leave visible.
+instance has an exact mask: the part of its ink that no later digit covers.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,12 +21,12 @@ CROWD_SIZE = 64  # side of the square that contains a crowd, in pixels
 MAX_ROTATION = 25.0  # degrees; small enough to tell a 6 from a 9
 MIN_VISIBLE = 0.5  # share of an instance's ink
 EDGE = 0.45  # share of full ink at the edge of a stroke
-PERIOD = 20  # of so many scenes, one has a crowd and one has no objects
+PERIOD = 20  # one scene in this many has a crowd, and one has no objects
 
 
 @dataclass(frozen=True)
 class Material:
-    """The K digits and the photographs, (H, W, 3) uint8, from which a split is made."""
+    """The K digits and the photographs, (H, W, 3) uint8, of a split."""
 
     digits: np.ndarray  # (K, 8, 8), 0 to 16
     labels: np.ndarray  # (K,), 0 to 9
@@ -64,7 +64,7 @@ class Scene:
 
 
 def make_scenes(material: Material, count: int, seed: int) -> Iterator[Scene]:
-    """Yield scenes, each of which depends on the material, the seed and its position only."""
+    """Yield scenes; each only depends on the material, the seed and its index."""
     for i in range(count):
         rng = np.random.default_rng((seed, i))
         objects = 0 if i % PERIOD == PERIOD // 2 else _uniform(rng, DIGITS_PER_SCENE)
@@ -92,7 +92,7 @@ def _make_scene(material: Material, objects: int, crowd: bool, rng: np.random.Ge
 
 
 def _paint_crowd(image: np.ndarray, material: Material, rng: np.random.Generator) -> Instance:
-    label = rng.integers(10)
+    label = int(rng.integers(10))
     members = rng.choice(np.flatnonzero(material.labels == label), _uniform(rng, DIGITS_PER_CROWD))
     region = _place((CROWD_SIZE, CROWD_SIZE), image.shape, rng)
     mask = np.zeros(image.shape[:2], bool)
@@ -102,7 +102,7 @@ def _paint_crowd(image: np.ndarray, material: Material, rng: np.random.Generator
         _paint(image[region][box], opacity, rng, _ink(material, label))
         mask[region][box] |= opacity >= 0.5
     sources = tuple(int(i) for i in material.indices[members])
-    return Instance(int(label), mask, sources, crowd=True)
+    return Instance(label, mask, sources, crowd=True)
 
 
 def _uniform(rng: np.random.Generator, bounds: tuple[int, int]) -> int:
@@ -145,7 +145,7 @@ def _paint(
 ) -> None:
     """Paint a digit in place.
 
-    The colour is a slight variation of `ink` or, without one, that of a few random colours which
+    The colour is a slight variation of `ink`. Without one, it is the random colour, of a few, that
     differs most from the background.
     """
     there = np.tensordot(opacity, image) / opacity.sum()
@@ -161,7 +161,8 @@ def to_coco(scenes: Iterable[tuple[str, Scene]]) -> dict[str, Any]:
 
     Each annotation also has `sources`, the indices of its digits in scikit-learn's load_digits.
     """
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for i, (file_name, scene) in enumerate(scenes, start=1):
         height, width = scene.image.shape[:2]
         images.append(
@@ -207,7 +208,8 @@ def _annotation(instance: Instance) -> dict[str, Any]:
 def _polygons(mask: np.ndarray) -> list[list[float]] | None:
     """Return the outlines [x0, y0, x1, y1, ...] of a mask's parts, or None if a part has a hole."""
     tracer = contour_generator(z=np.pad(mask, 1).astype(float), fill_type=FillType.OuterOffset)
-    parts, offsets = tracer.filled(0.5, np.inf)
+    outlines: Any = tracer.filled(0.5, np.inf)
+    parts, offsets = outlines
     if any(len(boundaries) > 2 for boundaries in offsets):
         return None
     # Convert indices into the padded mask to coordinates, in which the centre of the first pixel is

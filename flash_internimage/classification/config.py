@@ -21,10 +21,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 from timm import create_model
 from timm.optim import get_optimizer_info, list_optimizers
 
-from .strict_yaml import OFF, ConfigError, accepts, load_yaml
+from .errors import ConfigError
+from .strict_yaml import OFF, accepts, load_yaml
 
 _logger = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ class Section(BaseModel):
 
 
 def _expand_user(path: str | None) -> str | None:
-    """Replace a leading `~`, which shells leave in `key=~/value` and YAML files have as well."""
+    """Expand a leading `~`, which shells do not expand in `key=~/value`."""
     return os.path.expanduser(path) if path is not None else None
 
 
@@ -84,8 +86,8 @@ class Model(Section):
     drop_path_rate: Number = Field(0.1, ge=0, lt=1)
     args: dict[str, Any] = {}  # further arguments of the timm model
     initial_checkpoint: str | None = None
-    # Text file with the index in the initial checkpoint of each class of this model, which selects
-    # rows of the classifier. Without it, a classifier of another size keeps its initial values.
+    # Text file with one index per class of this model: its row in the classifier of the initial
+    # checkpoint. Without it, a classifier of another size keeps its initial values.
     class_map: str | None = None
     grad_checkpointing: bool = False
     compile: bool = False
@@ -97,11 +99,11 @@ class Model(Section):
             json.dumps(args, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                "must hold strings, finite numbers, booleans, lists and mappings"
+                "must contain strings, finite numbers, booleans, lists and mappings"
             ) from error
         if unset := [name for name, value in args.items() if value is None]:
-            # timm drops these arguments before the model can reject unknown ones.
-            raise ValueError(f"must not hold null, as '{unset[0]}' has; leave the argument out")
+            # timm removes these arguments before the model can reject unknown ones.
+            raise ValueError(f"must not contain null, remove '{unset[0]}'")
         if reserved := [name for name in args if name in _RESERVED_ARGS]:
             name, hint = reserved[0], ""
             if name in cls.model_fields:
@@ -109,11 +111,15 @@ class Model(Section):
             elif name == "checkpoint_path" or name.startswith("pretrained"):
                 hint = "; weights are loaded by model.initial_checkpoint"
             raise ValueError(
-                f"must not hold '{name}', which is no argument of the model itself{hint}"
+                f"must not contain '{name}', which is not an argument of the model itself{hint}"
             )
         return args
 
     _expand = field_validator("initial_checkpoint", "class_map")(_expand_user)
+
+    def without_initial(self) -> "Model":
+        """Return the settings without initial weights."""
+        return self.model_copy(update={"initial_checkpoint": None, "class_map": None})
 
 
 class Data(Section):
@@ -166,7 +172,7 @@ class Augmentation(Section):
         known = r"(rand|augmix|original|originalr|v0|v0r|3a)(-[a-z]+\d[\d.]*|-t[a-z]+)*"
         if policy is not None and not re.fullmatch(known, policy):
             raise ValueError(
-                "must be null or a policy of timm such as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', "
+                "must be null or a timm policy such as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3', "
                 "'original', 'v0' or '3a'"
             )
         return policy
@@ -198,9 +204,9 @@ class Optimizer(Section):
         if name.lower() not in known:
             close = difflib.get_close_matches(name.lower(), known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else "see timm.optim.list_optimizers()"
-            raise ValueError(f"must be an optimizer of timm, {hint}")
+            raise ValueError(f"must be a timm optimizer; {hint}")
         if get_optimizer_info(name).second_order:
-            raise ValueError("must be an optimizer that uses first derivatives alone")
+            raise ValueError("must be an optimizer that only uses first derivatives")
         return name
 
     @field_validator("betas")
@@ -211,7 +217,7 @@ class Optimizer(Section):
         name = fields.data.get("name")  # absent if invalid
         info = get_optimizer_info(name) if name else None
         if betas and info and info.has_betas and len(betas) != info.num_betas:
-            raise ValueError(f"must be {info.num_betas} values for {name}")
+            raise ValueError(f"must have {info.num_betas} values for {name}")
         return betas
 
 
@@ -235,7 +241,7 @@ class Checkpoints(Section):
 
 
 class Config(Section):
-    """Configuration of a run; the defaults are the published settings that T, S and B share."""
+    """Configuration of a run; the defaults are the published settings shared by T, S and B."""
 
     output: str = Field("output", min_length=1)
     seed: int = Field(0, strict=True, ge=0, lt=2**63)
@@ -280,14 +286,14 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> 
             text = file.read(MAX_FILE_SIZE + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read the config {path}: {reason}") from error
+        raise ConfigError(f"cannot read config {path}: {reason}") from error
     if len(text) > MAX_FILE_SIZE:
         raise ConfigError(f"{path} must be a YAML file of at most {MAX_FILE_SIZE} bytes")
     content = load_yaml(text, path, Config)
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold keys and values, got {type(content).__name__}")
+        raise ConfigError(f"{path} must contain a mapping, got {type(content).__name__}")
     _warn_of_replaced(overrides or [])
     for override in overrides or []:
         _apply(content, override)
@@ -298,7 +304,7 @@ def load_config(path: str | os.PathLike, overrides: list[str] | None = None) -> 
 
 
 def find_ignored(cfg: Config) -> list[str]:
-    """Return a line for each changed setting that has no effect in combination with the others."""
+    """Return a message for each changed setting that has no effect in this configuration."""
     optimizer, schedule, augmentation = cfg.optimizer, cfg.schedule, cfg.augmentation
     info = get_optimizer_info(optimizer.name)
     rules = [
@@ -330,9 +336,9 @@ def check_output(output: str) -> None:
     path = Path(output).absolute()
     existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     if not existing.is_dir():
-        raise ConfigError(f"output must be a folder, got '{output}': {existing} is not one")
+        raise ConfigError(f"output must be a folder, got '{output}': {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"output must be writable, got '{output}': {existing} is not")
+        raise ConfigError(f"output must be writable, got '{output}': {existing} is not writable")
 
 
 def _warn_of_replaced(overrides: list[str]) -> None:
@@ -340,7 +346,7 @@ def _warn_of_replaced(overrides: list[str]) -> None:
         key = override.partition("=")[0]
         for later in overrides[i + 1 :]:
             if f"{key}.".startswith(f"{later.partition('=')[0]}."):
-                _logger.warning("the override %s is replaced by the later %s", override, later)
+                _logger.warning("override %s is replaced by the later %s", override, later)
                 break
 
 
@@ -385,7 +391,7 @@ def explain(error: ValidationError, section: type[Section], where: str | os.Path
     return "\n".join(f"{where}: {_explain(one, section)}" for one in error.errors())
 
 
-def _explain(error: dict, section: type[Section]) -> str:
+def _explain(error: ErrorDetails, section: Any) -> str:
     location = [str(part) for part in error["loc"]]
     if error["type"] != "extra_forbidden":
         given = "" if error["type"] == "missing" else f", got {_shown(error['input'])}"
@@ -398,9 +404,9 @@ def _explain(error: dict, section: type[Section]) -> str:
     hint = (
         f"did you mean '{'.'.join([*location[:-1], close[0]])}'?"
         if close
-        else f"known are {', '.join(known)}"
+        else f"known keys: {', '.join(known)}"
     )
-    return f"unknown key '{'.'.join(location)}', {hint}"
+    return f"unknown key '{'.'.join(location)}'; {hint}"
 
 
 def _shown(value: Any) -> str:

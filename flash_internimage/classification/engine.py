@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from .config import Config
 from .data import TooManyCorruptImages, build_mixup, eval_transform, set_epoch, start
 from .evaluation import evaluate
 from .interruption import Interrupted
@@ -33,34 +32,21 @@ class Trainer(TrainingState):
     An update is one optimizer step on `accumulation_steps` batches. At the start of each epoch, the
     random number generators are seeded from the seed, the epoch and the rank, so that a run resumed
     there repeats exactly.
-
-    Args:
-        cfg: Configuration of the run.
-        device: Device of this process.
-        rank: Rank of this process.
-        world_size: Number of processes.
-        load_initial: Load `model.initial_checkpoint`, which a resumed run does not need.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
-        load_initial: bool = True,
-    ) -> None:
-        super().__init__(cfg, device, rank, world_size, load_initial)
-        self.mixup = build_mixup(cfg.augmentation, cfg.model.num_classes)
-        self.criterion = build_criterion(cfg)
+    def __post_init__(self, load_initial: bool) -> None:
+        super().__post_init__(load_initial)
+        self.mixup = build_mixup(self.cfg.augmentation, self.cfg.model.num_classes)
+        self.criterion = build_criterion(self.cfg)
         self.signal_number = 0
-        # All batches have the same shape, and evaluation is not compiled. By default, a second run
-        # in the process would compile for symbolic shapes and fail on the CPU (pytorch#185510).
-        self.parallel = (
-            torch.compile(self.model, dynamic=False) if cfg.model.compile else self.model
-        )
-        if world_size > 1:
-            device_ids = [device] if device.type == "cuda" else None
+        self.parallel: nn.Module = self.model
+        if self.cfg.model.compile:
+            # All batches have the same shape, and evaluation is not compiled. By default, a second
+            # run in the process would compile for symbolic shapes and fail on the CPU
+            # (pytorch#185510).
+            self.parallel = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
+        if self.world_size > 1:
+            device_ids = [self.device] if self.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(
                 self.parallel, device_ids=device_ids, broadcast_buffers=False
             )
@@ -82,7 +68,7 @@ class Trainer(TrainingState):
                     )
             while self.epoch < self.cfg.schedule.epochs:
                 self._fit_epoch(metrics)
-                self._stop_if_asked()
+                self._stop_on_signal()
 
     def _fit_epoch(self, metrics: Metrics | None) -> None:
         """Train, validate and save; only the first process has `metrics`."""
@@ -137,7 +123,7 @@ class Trainer(TrainingState):
                 began = time.perf_counter()
                 with fail_together(self.device):
                     group = list(itertools.islice(batches, accumulation))
-                if self._ends(group):
+                if self._is_exhausted(group):
                     break
                 loss = self.train_update(group)
                 seconds = time.perf_counter() - began
@@ -160,22 +146,22 @@ class Trainer(TrainingState):
                     )  # fmt: skip
                 if every and self.update % every == 0 and self.update < self.updates_per_epoch:
                     self.save()
-                self._stop_if_asked()
+                self._stop_on_signal()
 
-    def _ends(self, group: list) -> bool:
-        """Return whether any process has run out of images, as can happen with streams.
+    def _is_exhausted(self, group: list) -> bool:
+        """Return whether any process has run out of images, as streams can.
 
         Raises:
-            TooManyCorruptImages: If there are too few for the first update.
+            TooManyCorruptImages: If there are not enough for the first update.
         """
         is_short = len(group) < self.cfg.accumulation_steps
         if isinstance(self.train_loader.dataset, IterableDataset):
             is_short = not all_agree(not is_short, self.device)
         if is_short and not self.update:
-            raise_once(TooManyCorruptImages("the training images ended before the first update"))
+            raise_once(TooManyCorruptImages("the training stream ended before the first update"))
         if is_short and self.rank == 0:
             _logger.warning(
-                "epoch %d: the training images ended after %d of %d updates",
+                "epoch %d: the training stream ended after %d of %d updates",
                 self.epoch + 1, self.update, self.updates_per_epoch,
             )  # fmt: skip
         return is_short
@@ -196,8 +182,10 @@ class Trainer(TrainingState):
             images, targets = images.to(self.device), targets.to(self.device)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
-            accumulating = self.world_size > 1 and i + 1 < len(batches)
-            with self.parallel.no_sync() if accumulating else contextlib.nullcontext():
+            sync: contextlib.AbstractContextManager = contextlib.nullcontext()
+            if isinstance(self.parallel, DistributedDataParallel) and i + 1 < len(batches):
+                sync = self.parallel.no_sync()
+            with sync:
                 with autocast(self.device, self.amp):
                     loss = self.criterion(self.parallel(images), targets) / len(batches)
                 if not all_agree(bool(torch.isfinite(loss)), self.device):
@@ -241,8 +229,8 @@ class Trainer(TrainingState):
             )  # fmt: skip
         if self.nonfinite_in_a_row >= self.cfg.max_nonfinite:
             error = Diverged(
-                f"{self.nonfinite_in_a_row} updates in a row had no finite loss or gradient "
-                f"(max_nonfinite). {self.advice()}"
+                f"the loss or its gradient was not finite in {self.nonfinite_in_a_row} consecutive "
+                f"updates (max_nonfinite). {self.advice()}"
             )
             raise_once(error)
 
@@ -279,12 +267,12 @@ class Trainer(TrainingState):
                 model, self.val_set, self.cfg.data, self.names, self.output / "predictions.png"
             )
         except TooManyCorruptImages as error:  # streams that cannot be read twice
-            _logger.warning("predictions.png is not drawn: %s", error)
+            _logger.warning("cannot draw predictions.png: %s", error)
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def _stop_if_asked(self) -> None:
+    def _stop_on_signal(self) -> None:
         number = maximum(self.signal_number, self.device)  # all stop after the same update
         if number:
             self.save()

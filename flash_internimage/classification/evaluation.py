@@ -98,11 +98,11 @@ def evaluate(
         dist.all_reduce(totals)
     loss, top1, top5, images, corrupt, nonfinite = totals.tolist()
     if not images:
-        raise_once(ValueError("no readable image to evaluate on"))
+        raise_once(ValueError("no image of the split could be read"))
     if nonfinite:
         _logger.log(
             on_first(logging.WARNING),
-            "the logits of %d of %d images are not finite; they count as wrong", nonfinite, images,
+            "%d of %d images have non-finite logits and count as wrong", nonfinite, images,
         )  # fmt: skip
     return Result(
         top1=100 * top1 / images,
@@ -141,8 +141,8 @@ def _totals(
         wrong = (targets < 0) | (targets >= logits.shape[1])
         if wrong.any():
             raise ValueError(
-                f"labels must be from 0 to {logits.shape[1] - 1}, the classes of the model, "
-                f"got {int(targets[wrong][0])}"
+                f"labels must be from 0 to {logits.shape[1] - 1}, the classes of the model, got "
+                f"{int(targets[wrong][0])}"
             )
         finite = torch.isfinite(logits).all(1)
         ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
@@ -270,15 +270,11 @@ def _load_settings(model: str | os.PathLike, overrides: Sequence[str]) -> Config
     )
 
 
-def _without_initial(options: Model) -> Model:
-    return options.model_copy(update={"initial_checkpoint": None, "class_map": None})
-
-
 def _load_model(
     options: Model, checkpoint: str | os.PathLike | None, weights: str
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """Return a model with its weights, and the contents of the checkpoint."""
-    options = _without_initial(options).model_copy(update={"grad_checkpointing": False})
+    options = options.without_initial().model_copy(update={"grad_checkpointing": False})
     if checkpoint is None:
         released = timm.get_pretrained_cfg(options.name, allow_unregistered=False)
         if released is None or not released.has_weights:
@@ -331,6 +327,8 @@ def measure_throughput(
 ) -> dict[str, Any]:
     """Measure the throughput of a model with random weights on random images.
 
+    It is the median of repeated runs after a warm-up.
+
     Args:
         model: Name of a timm model, or path of a training configuration (`*.yaml`).
         overrides: `key=value` overrides of a configuration.
@@ -347,44 +345,30 @@ def measure_throughput(
     device = pick_device(str(device))
     amp = resolve_amp(amp, device)
     cfg = _load_settings(model, overrides)
-    net = build_model(_without_initial(cfg.model)).to(device)
-    check_model(net, cfg.data.image_size, cfg.model.num_classes)
-    speed = throughput(net, cfg.data.image_size, batch_size, device, amp)
+    size = cfg.data.image_size
+    net = build_model(cfg.model.without_initial()).to(device).eval()
+    check_model(net, size, cfg.model.num_classes)
+    seconds = _time(net, torch.randn(batch_size, 3, size, size, device=device), amp)
     return {
         "model": cfg.model.name,
-        "image_size": cfg.data.image_size,
+        "image_size": size,
         "batch_size": batch_size,
         "device": str(device),
         "threads": torch.get_num_threads(),
         "amp": amp,
-        "images_per_second": float(f"{speed:.4g}"),
+        "images_per_second": float(f"{batch_size / seconds:.4g}"),
     }
 
 
 @torch.inference_mode()
-def throughput(
-    model: nn.Module, image_size: int, batch_size: int, device: torch.device, amp: str
-) -> float:
-    """Measure the throughput on random images, the median of repeated runs after a warm-up.
-
-    Args:
-        model: Classifier on `device`.
-        image_size: Height and width in pixels.
-        batch_size: Images per run.
-        device: Device to measure.
-        amp: Mixed-precision mode: 'off', 'bf16' or 'fp16'.
-
-    Returns:
-        Images per second.
-    """
-    model.eval()
-    images = torch.randn(batch_size, 3, image_size, image_size, device=device)
+def _time(model: nn.Module, images: Tensor, amp: str) -> float:
+    """Return the median time of repeated runs after a warm-up, in seconds."""
 
     def run() -> float:
         began = time.perf_counter()
-        with autocast(device, amp):
+        with autocast(images.device, amp):
             model(images)
-        if device.type != "cpu":
+        if images.device.type != "cpu":
             torch.accelerator.synchronize()
         return time.perf_counter() - began
 
@@ -393,4 +377,4 @@ def throughput(
     times: list[float] = []
     while len(times) < 5 or sum(times) < 5:
         times.append(run())
-    return batch_size / sorted(times)[len(times) // 2]
+    return sorted(times)[len(times) // 2]

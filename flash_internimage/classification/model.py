@@ -1,9 +1,11 @@
 """Build the model of a configuration with its initial weights."""
 
 import difflib
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -18,8 +20,8 @@ from ..checkpoints import (
 from .config import ConfigError, Model
 from .data.classes import describe_other_classes, names_of
 from .data.folders import printable
+from .errors import one_line
 from .processes import on_first
-from .strict_yaml import one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -29,22 +31,22 @@ def build_model(options: Model, classes: Sequence[str] | None = None) -> nn.Modu
 
     Args:
         options: Settings of the model.
-        classes: Class names of the data if known, to match those of an initial checkpoint.
+        classes: Class names of the data, if known, to match with those of an initial checkpoint.
 
     Raises:
         ConfigError: If the name or an argument is unknown, or the initial checkpoint does not fit.
     """
     if options.class_map is not None and options.initial_checkpoint is None:
         raise ConfigError(
-            f"model.class_map must be null without model.initial_checkpoint, got "
+            "model.class_map must be null without model.initial_checkpoint, got "
             f"'{options.class_map}'"
         )
     model = create_model(options)
     if options.initial_checkpoint is not None:
-        _load_initial(model, options, classes)
+        _load_initial(model, options.initial_checkpoint, options.class_map, classes)
     if options.grad_checkpointing:
         try:
-            model.set_grad_checkpointing()
+            model.set_grad_checkpointing()  # type: ignore[operator]
         except Exception as error:
             raise ConfigError(
                 f"model.grad_checkpointing must be false for {options.name}: {one_line(error)}"
@@ -64,9 +66,9 @@ def create_model(options: Model, pretrained: bool = False) -> nn.Module:
     """
     if not timm.is_model(options.name):
         close = difflib.get_close_matches(options.name, timm.list_models(), n=1)
-        hint = f", did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"model.name: timm knows no model '{options.name}'{hint}")
-    arguments = {"pretrained": pretrained, "num_classes": options.num_classes}
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise ConfigError(f"model.name must be a timm model, got '{options.name}'{hint}")
+    arguments: dict[str, Any] = {"pretrained": pretrained, "num_classes": options.num_classes}
     rate = options.drop_path_rate
     try:
         try:
@@ -84,7 +86,8 @@ def create_model(options: Model, pretrained: bool = False) -> nn.Module:
         raise
     except Exception as error:  # models raise errors of any type for unsuitable arguments
         raise ConfigError(
-            f"model.args {options.args} do not fit model.name={options.name}: {one_line(error)}"
+            f"model.args={options.args} cannot be used with model.name={options.name}: "
+            f"{one_line(error)}"
         ) from error
 
 
@@ -109,7 +112,7 @@ def check_model(model: nn.Module, image_size: int, num_classes: int) -> None:
         raise
     except Exception as error:
         raise ConfigError(
-            f"the model does not take images of data.image_size={image_size} with 3 channels: "
+            f"the model does not accept images of data.image_size={image_size} with 3 channels: "
             f"{one_line(error)}"
         ) from error
     finally:
@@ -129,27 +132,29 @@ def find_not_finite(model: nn.Module) -> str | None:
         bad = ~torch.isfinite(tensor) if is_weight else torch.isnan(tensor)
         return bool(bad.any())
 
-    tensors = [(name, tensor, True) for name, tensor in model.named_parameters()]
-    tensors += [(name, tensor, False) for name, tensor in model.named_buffers()]
-    return next((name for name, tensor, weight in tensors if broken(tensor, weight)), None)
+    weights = (name for name, tensor in model.named_parameters() if broken(tensor, True))
+    buffers = (name for name, tensor in model.named_buffers() if broken(tensor, False))
+    return next(itertools.chain(weights, buffers), None)
 
 
-def _load_initial(model: nn.Module, options: Model, classes: Sequence[str] | None) -> None:
+def _load_initial(
+    model: nn.Module, path: str, map_file: str | None, classes: Sequence[str] | None
+) -> None:
     class_map = None
-    if options.class_map is not None:
+    if map_file is not None:
         try:
-            class_map = [int(line) for line in Path(options.class_map).read_text().split()]
+            class_map = [int(line) for line in Path(map_file).read_text().split()]
         except (OSError, ValueError) as error:
-            raise ConfigError(f"model.class_map {options.class_map}: {error}") from error
+            raise ConfigError(f"model.class_map: cannot read {map_file}: {error}") from error
     try:
-        checkpoint = load_checkpoint(fetch_checkpoint(options.initial_checkpoint))
+        checkpoint = load_checkpoint(fetch_checkpoint(path))
         weights = clean_state_dict(checkpoint)
         names = names_of(checkpoint)
         if names is not None and classes is not None:
             weights, class_map = _match_names(model, weights, class_map, names, list(classes))
         load_weights(model, weights, class_map)
         if name := find_not_finite(model):
-            raise ValueError(f"{name} of {options.initial_checkpoint} is not finite")
+            raise ValueError(f"{name} of {path} is not finite")
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.initial_checkpoint: {error}") from error
 
@@ -172,29 +177,30 @@ def _match_names(
     if difference is None or len(given) != len(classes):  # load_weights reports another number
         return weights, class_map
     if class_map is not None:
-        message = "model.class_map assigns rows of other classes to those of the data"
+        message = "model.class_map assigns classifier rows of other classes to those of the data"
     elif sorted(names) == sorted(classes):
-        message = "the classes of model.initial_checkpoint are put in the order of the data's"
+        message = "classifier rows of model.initial_checkpoint are reordered to match the data"
         class_map = [names.index(name) for name in classes]
     else:
-        parts = model.pretrained_cfg.get("classifier") or ()
+        settings: Any = model.pretrained_cfg
+        parts = settings.get("classifier") or ()
         parts = (parts,) if isinstance(parts, str) else parts
         prefixes = tuple(f"{part}." for part in parts)
         own = {name: t for name, t in model.state_dict().items() if name.startswith(prefixes)}
         weights = weights | own
         message = (
             f"{' and '.join(parts)} keeps its initial values, as model.initial_checkpoint was "
-            "trained for other classes; model.class_map can assign its rows"
+            "trained on other classes; set model.class_map to assign its rows"
         )
     _logger.log(on_first(logging.WARNING), "%s (%s)", message, printable(difference))
     return weights, class_map
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of a name; 'auto' selects the accelerator if there is one.
+    """Return the device with a name; 'auto' selects the accelerator if there is one.
 
     Raises:
-        ConfigError: If there is no such device.
+        ConfigError: If the device does not exist.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":

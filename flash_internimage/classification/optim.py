@@ -1,5 +1,7 @@
 """Loss, optimizer and learning-rate schedule of the published classification recipes."""
 
+from typing import Any
+
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_info
@@ -8,8 +10,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from . import config
-from .strict_yaml import one_line
+from .config import Config, ConfigError
+from .errors import one_line
 
 
 def parameter_groups(
@@ -18,7 +20,7 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float | None = None,
     dcn_lr_multiplier: float = 1.0,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Group parameters by learning rate and weight decay, in the order of the model.
 
     Unlike timm's groups, which contain a scale, these contain the learning rate itself, as the
@@ -38,9 +40,10 @@ def parameter_groups(
     """
     layers = {}
     if layer_decay is not None:
-        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        matcher = model.group_matcher(coarse=False)  # type: ignore[operator]
+        layers = group_parameters(model, matcher, reverse=True)
     last = max(layers.values(), default=0)
-    groups = {}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         scale = layer_decay ** (last - layers[name]) if layer_decay is not None else 1.0
         if "offset_mask" in name:
@@ -54,14 +57,14 @@ def parameter_groups(
     return list(groups.values())
 
 
-def lr_scale(cfg: config.Config, world_size: int) -> float:
+def lr_scale(cfg: Config, world_size: int) -> float:
     """Return images per update / `optimizer.lr_batch`, the factor on lr, warmup_lr and min_lr."""
     if cfg.optimizer.lr_batch is None:
         return 1.0
     return cfg.batch_size * cfg.accumulation_steps * world_size / cfg.optimizer.lr_batch
 
 
-def build_optimizer(model: nn.Module, cfg: config.Config, world_size: int) -> Optimizer:
+def build_optimizer(model: nn.Module, cfg: Config, world_size: int) -> Optimizer:
     """Build the timm optimizer of a configuration with the groups of :func:`parameter_groups`.
 
     Raises:
@@ -70,35 +73,35 @@ def build_optimizer(model: nn.Module, cfg: config.Config, world_size: int) -> Op
     """
     options = cfg.optimizer
     if options.layer_decay is not None and not hasattr(model, "group_matcher"):
-        raise config.ConfigError(
-            f"optimizer.layer_decay must be null for {cfg.model.name}, whose order of layers timm "
-            f"does not know, got {options.layer_decay}"
+        raise ConfigError(
+            f"optimizer.layer_decay must be null for {cfg.model.name}, which has no group_matcher, "
+            f"got {options.layer_decay}"
         )
     multiplier = options.dcn_lr_multiplier
     if multiplier != 1 and not any("offset_mask" in name for name, _ in model.named_parameters()):
-        raise config.ConfigError(
+        raise ConfigError(
             f"optimizer.dcn_lr_multiplier must be 1 for {cfg.model.name}, which has no DCNv4, got "
             f"{multiplier}"
         )
     lr = options.lr * lr_scale(cfg, world_size)
     groups = parameter_groups(model, lr, options.weight_decay, options.layer_decay, multiplier)
     known = get_optimizer_info(options.name)
-    extra = {"betas": options.betas} if known.has_betas and options.betas else {}
+    extra: dict[str, Any] = {"betas": options.betas} if known.has_betas and options.betas else {}
     extra |= {"eps": options.eps} if known.has_eps and options.eps else {}
     try:
-        # The groups have learning rates. lr is still needed: without it, Adafactor would replace
-        # them, and corrected weight decay is relative to it.
+        # The groups contain learning rates, but lr is still needed: without it, Adafactor would
+        # replace them, and corrected weight decay is relative to it.
         return create_optimizer_v2(
             groups, opt=options.name, lr=lr, weight_decay=options.weight_decay, **extra
         )
     except Exception as error:  # optimizers raise errors of any type
-        raise config.ConfigError(
+        raise ConfigError(
             f"optimizer.name={options.name} cannot be used: {one_line(error)}"
         ) from error
 
 
 def build_scheduler(
-    optimizer: Optimizer, cfg: config.Config, world_size: int, updates_per_epoch: int
+    optimizer: Optimizer, cfg: Config, world_size: int, updates_per_epoch: int
 ) -> Scheduler:
     """Build the learning-rate schedule of a configuration.
 
@@ -112,7 +115,7 @@ def build_scheduler(
         updates_per_epoch: Number of optimizer steps per epoch.
     """
     schedule, scale = cfg.schedule, lr_scale(cfg, world_size)
-    common = {
+    common: dict[str, Any] = {
         "warmup_t": round(schedule.warmup_epochs * updates_per_epoch),
         "warmup_lr_init": schedule.warmup_lr * scale,
         "t_in_epochs": False,
@@ -121,13 +124,14 @@ def build_scheduler(
     if schedule.name == "step":
         decay_t = max(1, round(schedule.decay_epochs * updates_per_epoch))
         return StepLRScheduler(optimizer, decay_t, decay_rate=schedule.decay_rate, **common)
-    falling = CosineLRScheduler if schedule.name == "cosine" else PolyLRScheduler
-    power = {} if schedule.name == "cosine" else {"power": 1.0}
-    return falling(optimizer, total, lr_min=schedule.min_lr * scale, **power, **common)
+    common["lr_min"] = schedule.min_lr * scale
+    if schedule.name == "cosine":
+        return CosineLRScheduler(optimizer, total, **common)
+    return PolyLRScheduler(optimizer, total, power=1.0, **common)
 
 
-def build_criterion(cfg: config.Config) -> nn.Module:
-    """Build the cross-entropy loss: for mixed labels, or with or without label smoothing."""
+def build_criterion(cfg: Config) -> nn.Module:
+    """Build the cross-entropy loss for mixed labels, or with or without label smoothing."""
     if cfg.augmentation.mixes:
         return SoftTargetCrossEntropy()
     if cfg.augmentation.label_smoothing > 0:

@@ -12,6 +12,7 @@ import yaml
 
 from ..files import own_folder, write_atomically
 from .config import Config, ConfigError, find_ignored
+from .errors import describe
 from .state import TrainingState
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def find_checkpoint(resume: str | None, last: Path) -> Path | None:
     continues = resume is not None and Path(resume).resolve().parent == last.resolve().parent
     if last.exists() and not continues:
         raise ConfigError(
-            f"{last} exists: pass --resume auto to continue that run, or output=... for another"
+            f"{last} exists: pass --resume auto to continue that run, or choose another output"
         )
     return Path(resume) if resume else None
 
@@ -65,14 +66,6 @@ def save_config(cfg: Config) -> None:
     text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
     path = Path(cfg.output) / "config.yaml"
     write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def describe(error: BaseException) -> str:
-    """Return an error message without the traceback that DataLoader adds to errors of workers."""
-    message = str(error)
-    if message.startswith("Caught ") and "\nOriginal Traceback" in message:
-        message = message.rstrip().splitlines()[-1].partition(": ")[2]
-    return message
 
 
 class LogFile(logging.FileHandler):
@@ -151,12 +144,12 @@ def log_start(state: TrainingState, checkpoint: Path | None, changes: list[str])
     updates = cfg.schedule.epochs * state.updates_per_epoch
     if cfg.ema_decay is not None and (rest := cfg.ema_decay**updates) > 0.1:
         _logger.warning(
-            "ema_decay=%s: after the %d updates of this run the averaged weights still hold "
-            "%.3g %% of the initial ones; ema_decay=%s suits such a run",
+            "ema_decay=%s is high for a run of %d updates: the average would retain %.3g %% "
+            "of the initial weights; consider ema_decay=%s",
             cfg.ema_decay, updates, 100 * rest, suitable_ema_decay(updates),
         )  # fmt: skip
     if checkpoint is not None:
         _logger.info(
-            "continuing from %s: %d epochs and %d updates of %d are done",
+            "resuming from %s: %d epochs and %d of %d updates are done",
             checkpoint, state.epoch, state.update, state.updates_per_epoch,
         )  # fmt: skip

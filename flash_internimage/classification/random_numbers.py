@@ -1,6 +1,7 @@
 """State of the random number generators of Python, NumPy and PyTorch."""
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ def seed_everything(*numbers: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict:
+def rng_state() -> dict[str, Any]:
     """Return the state of all random number generators in types that a checkpoint may contain."""
-    name, keys, *rest = np.random.get_state()
+    of_numpy: Any = np.random.get_state()
+    name, keys, *rest = of_numpy
     state = {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
@@ -27,7 +29,7 @@ def rng_state() -> dict:
     return state
 
 
-def set_rng_state(state: dict) -> None:
+def set_rng_state(state: dict[str, Any]) -> None:
     """Restore all random number generators from a result of :func:`rng_state`.
 
     Raises:
@@ -35,7 +37,10 @@ def set_rng_state(state: dict) -> None:
     """
     _, keys, position, *_ = state["numpy"]
     if len(keys) != 624 or not 0 <= position <= 624:  # NumPy does not check its bounds
-        raise ValueError(f"numpy's random state has {len(keys)} keys and position {position}")
+        raise ValueError(
+            "NumPy's random state must have 624 keys and a position from 0 to 624, got "
+            f"{len(keys)} keys and position {position}"
+        )
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"].cpu())

@@ -9,18 +9,20 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 from torch.utils.tensorboard.summary import scalar
 
 from ..files import disk_full_error, write_atomically
 from .config import Data
 from .data import SKIPPED, denormalize, spread
+from .data.datasets import ImageSet
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ _logger = logging.getLogger(__name__)
 class Metrics:
     """Metrics of a run in metrics.csv and TensorBoard, one row per epoch.
 
-    Epochs count from 1. Rows beyond `start_epoch`, which an earlier attempt wrote, are dropped.
+    Epochs count from 1. Rows of an earlier attempt beyond `start_epoch` are dropped.
 
     Args:
         output: Output folder of the run.
@@ -40,7 +42,7 @@ class Metrics:
         self.rows = [row for row in _read(self.path) if int(row["epoch"]) <= start_epoch]
         self.events = Events(output / "tensorboard", purge_step=start_epoch + 1)
 
-    def add(self, row: dict[str, float]) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         """Add the row of an epoch.
 
         Raises:
@@ -105,15 +107,15 @@ class Events:
             self.file.close()
 
 
-def _read(path: Path) -> list[dict]:
-    """Return the rows of a metrics.csv, leaving out damaged ones."""
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.csv, except damaged ones."""
     if not path.exists():
         return []
     with open(path, newline="", errors="replace") as file:
         rows = list(csv.DictReader(file))
     whole = [row for row in rows if (row.get("epoch") or "").isdecimal() and None not in row]
     if len(whole) < len(rows):
-        _logger.warning("left %d damaged rows of %s out", len(rows) - len(whole), path)
+        _logger.warning("ignored %d damaged rows of %s", len(rows) - len(whole), path)
     return whole
 
 
@@ -157,11 +159,11 @@ def save_curves(metrics_csv: Path, to: Path) -> None:
 
 @torch.inference_mode()
 def save_predictions(
-    model: nn.Module, dataset: Dataset, data: Data, names: list[str], to: Path, count: int = 32
+    model: nn.Module, dataset: ImageSet, data: Data, names: list[str], to: Path, count: int = 32
 ) -> None:
     """Draw images of a data set with the model's predictions, mistakes in red.
 
-    Unreadable images are left out.
+    Unreadable images are skipped.
 
     Args:
         model: Classifier.
@@ -169,7 +171,7 @@ def save_predictions(
         data: Settings of the data, to undo the normalisation.
         names: Class names of the model, in the order of its outputs.
         to: Destination of the PNG file.
-        count: Number of images, evenly spaced; of a stream, the first ones.
+        count: Number of images, evenly spaced, or the first ones of a stream.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -179,7 +181,7 @@ def save_predictions(
         samples = [dataset[i] for i in spread(len(dataset), count)]
     samples = [(torch.as_tensor(image), label) for image, label in samples if label != SKIPPED]
     if not samples:
-        _logger.warning("%s is not drawn: no image could be read", to)
+        _logger.warning("cannot draw %s: no image could be read", to)
         return
     images = torch.stack([image for image, _ in samples])
     confidence, predicted = model(images.to(device)).float().softmax(1).cpu().max(1)

@@ -26,7 +26,7 @@ _FIXED = (
 _FIXED_WITHIN_EPOCH = ("seed", "batch_size", "accumulation_steps")
 
 # Settings that must be equal for the accuracies of two epochs to be comparable.
-_OF_VALIDATION = (
+_VALIDATION_SETTINGS = (
     "data.val_split", "data.image_size", "data.crop_pct", "data.interpolation", "data.mean",
     "data.std",
 )  # fmt: skip
@@ -47,22 +47,21 @@ def check_entries(checkpoint: Mapping[str, Any]) -> None:
     missing = [name for name in _ENTRIES if name not in checkpoint]
     if missing:
         raise ValueError(
-            f"it must hold the state of a run of classification.train, it lacks "
-            f"{', '.join(missing)}"
+            f"it must be a checkpoint of classification.train, missing: {', '.join(missing)}"
         )
     for name, kind in _KINDS.items():
         if not isinstance(checkpoint[name], kind):
             raise ValueError(f"{name} must be a {kind.__name__}, got {checkpoint[name]!r:.100}")
     if not checkpoint["rng"] or not all(isinstance(one, dict) for one in checkpoint["rng"]):
-        raise ValueError(f"rng must hold a dict per process, got {checkpoint['rng']!r:.100}")
+        raise ValueError(f"rng must contain a dict per process, got {checkpoint['rng']!r:.100}")
     settings = flatten(checkpoint["config"])
     if missing := [key for key in _FIXED if key not in settings]:
-        raise ValueError(f"config must hold the settings of the run, it lacks {missing[0]}")
+        raise ValueError(f"config must contain all settings of the run, missing: {missing[0]}")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested sections into one level of dotted keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         is_section = isinstance(value, dict)
         flat |= flatten(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
@@ -86,8 +85,8 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], within_epo
         # Resuming does not load initial weights, so removing this setting changes nothing.
         if now[key] is not None and before.get(key, now[key]) != now[key]:
             raise ValueError(
-                f"{key} must be {before[key]!r} as in the checkpoint, got {now[key]!r}; a new run "
-                "with model.initial_checkpoint starts from its weights"
+                f"{key} must be {before[key]!r} as in the checkpoint, got {now[key]!r}; to start a "
+                "new run from its weights, set model.initial_checkpoint"
             )
     for key in _FIXED_WITHIN_EPOCH if within_epoch else ():
         if before.get(key, now[key]) != now[key]:
@@ -99,11 +98,11 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], within_epo
 
 def validates_alike(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Return whether accuracies measured with two sets of settings are comparable."""
-    return all(before.get(key, now[key]) == now[key] for key in _OF_VALIDATION)
+    return all(before.get(key, now[key]) == now[key] for key in _VALIDATION_SETTINGS)
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for every setting that differs or exists on only one side."""
+    """Return a message for every setting that differs or exists on only one side."""
     return [
         f"{key} was {before.get(key)}, is now {now.get(key)}"
         for key in {**now, **before}
@@ -142,17 +141,17 @@ def _check_entry(entry: Any, expected: Mapping[str, Any], name: str) -> None:
     if not isinstance(entry, dict) or entry.keys() != expected.keys():
         found = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(
-            f"the optimizer's state of {name} must be {', '.join(expected)}, got {found:.200}"
+            f"optimizer state of {name} must contain {', '.join(expected)}, got {found:.200}"
         )
     for key, value in entry.items():
-        found, right = _describe_value(value), _describe_value(expected[key])
-        if found != right:
-            raise ValueError(f"{key} of the optimizer must be {right} for {name}, got {found}")
+        shown, right = _describe_value(value), _describe_value(expected[key])
+        if shown != right:
+            raise ValueError(f"optimizer state {key} of {name} must be {right}, got {shown}")
 
 
 def _describe_value(value: Any) -> str:
     if isinstance(value, torch.Tensor) and value.ndim:
-        return f"of shape {tuple(value.shape)}"
+        return f"a tensor of shape {tuple(value.shape)}"
     is_number = isinstance(value, (torch.Tensor, int, float))
     return "a number" if is_number else type(value).__name__
 
@@ -179,7 +178,7 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     names = [name for group in state["param_groups"] for name in group["names"]]
     if set(names) != old_index.keys():
         other = sorted(set(names) ^ old_index.keys())
-        raise ValueError(f"the optimizer has other parameters, such as {other[0]}")
+        raise ValueError(f"optimizer parameters must be those of the checkpoint, got {other[0]}")
     entries, expected = {}, _first_entries(optimizer)
     for group in state["param_groups"]:
         for name, index in zip(group["names"], group["params"], strict=True):
@@ -193,4 +192,4 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     for values in optimizer.state.values():
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and torch.isnan(value).any():
-                raise ValueError(f"{name} of the optimizer holds NaN")
+                raise ValueError(f"optimizer state {name} contains NaN")

@@ -1,9 +1,10 @@
 """State of a training run: what a checkpoint contains, saving and resuming."""
 
 import math
+from dataclasses import InitVar, dataclass
 from operator import index
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.utils import ModelEmaV3
@@ -23,7 +24,7 @@ from .data.classes import describe_other_classes
 from .model import build_model, check_model, find_not_finite
 from .optim import build_optimizer, build_scheduler
 from .precision import resolve_amp
-from .processes import fail_together, gather
+from .processes import fail_together, gather, rank, world_size
 from .random_numbers import rng_state, seed_everything, set_rng_state
 from .resuming import (
     changed_settings,
@@ -61,35 +62,31 @@ class Totals(NamedTuple):
         return Totals(self.loss + loss, self.finite + 1, self.skipped, self.seconds + seconds)
 
 
+@dataclass(eq=False, repr=False)
 class TrainingState:
     """Data, model, optimizer and progress of a training run, which checkpoints save and restore.
 
     Args:
         cfg: Configuration of the run.
         device: Device of this process.
-        rank: Rank of this process.
-        world_size: Number of processes.
         load_initial: Load `model.initial_checkpoint`, which a resumed run does not need.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
-        load_initial: bool = True,
-    ) -> None:
-        self.cfg, self.device, self.rank, self.world_size = cfg, device, rank, world_size
-        self.amp = resolve_amp(cfg.amp, device)
-        self.output = Path(cfg.output)
+    cfg: Config
+    device: torch.device
+    load_initial: InitVar[bool] = True
+
+    def __post_init__(self, load_initial: bool) -> None:
+        self.rank, self.world_size = rank(), world_size()
+        self.amp = resolve_amp(self.cfg.amp, self.device)
+        self.output = Path(self.cfg.output)
         self.epoch, self.update = 0, 0  # next epoch, and next update within it
         self.totals = Totals()
         self.best_top1 = -math.inf
         self.nonfinite_in_a_row = 0
-        self.resumed_rng: dict | None = None  # set when resuming within an epoch
-        seed_everything(cfg.seed)
-        with fail_together(device):
+        self.resumed_rng: dict[str, Any] = {}  # set when resuming within an epoch
+        seed_everything(self.cfg.seed)
+        with fail_together(self.device):
             self._build_data()
             self._build_model(load_initial)
 
@@ -100,7 +97,7 @@ class TrainingState:
         self.names = class_names(train_set, self.cfg.model.num_classes)
         if known := class_to_index(train_set):
             source = f"data.train_split={data.train_split}"
-            match_classes(self.val_set, sorted(known, key=known.get), source)
+            match_classes(self.val_set, sorted(known, key=known.__getitem__), source)
         if self.rank == 0:
             warn_of_shared_images(data, train_set, self.val_set)
         self.train_loader = train_loader(
@@ -113,9 +110,7 @@ class TrainingState:
 
     def _build_model(self, load_initial: bool) -> None:
         cfg = self.cfg
-        options = cfg.model
-        if not load_initial:
-            options = options.model_copy(update={"initial_checkpoint": None, "class_map": None})
+        options = cfg.model if load_initial else cfg.model.without_initial()
         named = class_to_index(self.train_loader.dataset)
         self.model = build_model(options, self.names if named else None).to(self.device)
         check_model(self.model, cfg.data.image_size, cfg.model.num_classes)
@@ -131,7 +126,7 @@ class TrainingState:
         """Path of the last checkpoint."""
         return self.output / "last.pth"
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the contents of a checkpoint; every process must call this."""
         state = {
             "model": self.model.state_dict(),
@@ -194,8 +189,8 @@ class TrainingState:
             A line for each setting that has changed since.
 
         Raises:
-            ValueError: If the checkpoint is damaged or from another kind of run, or a fixed setting
-                has changed.
+            ValueError: If the checkpoint is damaged or not from training, or a fixed setting has
+                changed.
         """
         state = load_checkpoint(path)
         try:
@@ -214,25 +209,27 @@ class TrainingState:
             index, (state["epoch"], state["update"], state["updates_per_epoch"])
         )
         if epoch < 0 or not 0 <= update <= updates:
-            raise ValueError(f"it is from epoch {epoch}, update {update} of {updates}")
+            raise ValueError(
+                f"its progress must be valid, got epoch {epoch}, update {update} of {updates}"
+            )
         before, now = flatten(state["config"]), flatten(self.cfg.model_dump(mode="json"))
         check_settings(before, now, within_epoch=update > 0)
         if difference := describe_other_classes(state["classes"], self.names):
             raise ValueError(
-                f"the class folders of data.root={self.cfg.data.root} are not those of the "
-                f"checkpoint ({difference})"
+                f"the class folders of data.root={self.cfg.data.root} must be those of the "
+                f"checkpoint, got {difference}"
             )
         epochs = self.cfg.schedule.epochs
         if epoch + (update > 0) > epochs:
             raise ValueError(
                 f"schedule.epochs must be at least {epoch + (update > 0)}, the number of epochs "
-                f"that are done or begun, got {epochs}"
+                f"finished or started, got {epochs}"
             )
         rng = list(state["rng"])
         if update and (updates, len(rng)) != (self.updates_per_epoch, self.world_size):
             raise ValueError(
-                f"it stopped within an epoch of {updates} updates on {len(rng)} processes, this "
-                f"run has {self.updates_per_epoch} on {self.world_size}"
+                f"it was saved within an epoch of {updates} updates on {len(rng)} processes, got "
+                f"{self.updates_per_epoch} updates on {self.world_size} processes"
             )
         require_fit(self.model.state_dict(), state["model"])
         self.model.load_state_dict(state["model"])
@@ -259,7 +256,7 @@ class TrainingState:
         return changed_settings(before, now)
 
     def advice(self) -> str:
-        """Return what to try when training diverges."""
+        """Return suggestions for a run that diverges."""
         return (
             "Try more schedule.warmup_epochs, a lower optimizer.lr, a smaller optimizer.clip_grad "
             f"(now {self.cfg.optimizer.clip_grad}), or amp=bf16 or amp=off (now {self.amp})"

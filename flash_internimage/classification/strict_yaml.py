@@ -8,16 +8,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+from .errors import ConfigError, one_line
+
 MAX_ALIASES = 100
-
-
-class ConfigError(ValueError):
-    """Raised for a configuration that cannot be used; the message says where and why."""
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error message on one line, or the type of the error if there is no message."""
-    return f"{' '.join(str(error).split()) or type(error).__name__:.500}"
 
 
 # Unquoted words that disable a setting.
@@ -41,7 +34,7 @@ class _Loader(yaml.SafeLoader):
         # A few nested aliases can expand to billions of values, or to themselves.
         if is_alias and (self._within_anchors or self._aliases > MAX_ALIASES):
             raise yaml.MarkedYAMLError(
-                problem=f"alias '*{event.anchor}' within an anchor, or after {MAX_ALIASES} others",
+                problem=f"alias '*{event.anchor}' within an anchor, or over {MAX_ALIASES} aliases",
                 problem_mark=event.start_mark,
             )
         anchors = int(not is_alias and event.anchor is not None)
@@ -50,7 +43,7 @@ class _Loader(yaml.SafeLoader):
         self._within_anchors -= anchors
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = set()
         for key, _ in node.value:
@@ -81,7 +74,7 @@ for _tag, (_pattern, _first) in _CORE_SCALARS.items():
 
 
 def accepts(annotation: Any, kind: type) -> bool:
-    """Return whether a setting with this annotation may be of a type; literals count as str."""
+    """Return whether an annotation accepts values of a type; literals count as str."""
     is_choice = get_origin(annotation) in (UnionType, Union, Literal)
     kinds = get_args(annotation) if is_choice else (annotation,)
     return any(one is kind or (kind is str and isinstance(one, str)) for one in kinds)

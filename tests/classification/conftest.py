@@ -4,24 +4,19 @@ from pathlib import Path
 import pytest
 
 from flash_internimage.classification.config import Config
+from flash_internimage.classification.training import train
+from tests.classification.helpers import EPOCHS, SMALL, build
 from tools.make_demo_data import write_digits
-
-SMALL_MODEL = {
-    "name": "flash_internimage_nano",
-    "num_classes": 10,
-    "drop_path_rate": 0.1,
-    "args": {"channels": 16, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8]},
-}
 
 
 @pytest.fixture(autouse=True)
 def always_one_thread(one_thread):
-    """In all tests of this folder."""
+    """Apply the fixture to all tests of this folder."""
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
-    """Real digits as an ImageFolder: 6 per class for training, 2 for evaluation."""
+    """Write real digits as an ImageFolder: 6 per class for training, 2 for evaluation."""
     everything, few = tmp_path_factory.mktemp("all") / "d", tmp_path_factory.mktemp("few")
     write_digits(everything)
     for split, count in (("train", 6), ("val", 2)):
@@ -34,14 +29,19 @@ def digits(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def settings(digits, tmp_path):
-    """A short run of a small model with every random ingredient switched on, as plain settings."""
+    """Return the settings of a short run of a small model with all random augmentation enabled."""
     return {
         "output": str(tmp_path / "run"),
         "batch_size": 12,
         "val_batch_size": 8,
         "amp": "off",
         "ema_decay": 0.9,
-        "model": SMALL_MODEL,
+        "model": {
+            "name": "flash_internimage_nano",
+            "num_classes": 10,
+            "drop_path_rate": 0.1,
+            "args": SMALL,
+        },
         "data": {"root": str(digits), "image_size": 32, "workers": 0},
         "augmentation": {"random_erasing": 0.5},
         "optimizer": {"lr": 1e-3, "lr_batch": None},
@@ -51,7 +51,7 @@ def settings(digits, tmp_path):
 
 @pytest.fixture
 def deterministic_images() -> dict:
-    """Augmentation that leaves every image alone."""
+    """Return settings of an augmentation that changes no image."""
     return {
         "scale": [1.0, 1.0],
         "ratio": [1.0, 1.0],
@@ -66,7 +66,7 @@ def deterministic_images() -> dict:
 
 @pytest.fixture
 def config(settings):
-    """Builds a Config from the settings, with whole sections or values changed."""
+    """Return a function that builds a Config from the settings with changed sections or values."""
 
     def build(**changes) -> Config:
         merged = dict(settings)
@@ -76,3 +76,52 @@ def config(settings):
         return Config.model_validate(merged)
 
     return build
+
+
+@pytest.fixture
+def change(config):
+    """Return a function that builds a Config from dotted keys."""
+
+    def build_config(**changes) -> Config:
+        merged = {"schedule": EPOCHS, "device": "cpu"}
+        for key, value in changes.items():
+            section, _, name = key.rpartition(".")
+            if section:
+                merged[section] = {**merged.get(section, {}), name: value}
+            else:
+                merged[key] = value
+        return config(**merged)
+
+    return build_config
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def run(config, trained) -> Path:
+    """Return the output folder of a short finished run."""
+    if not (trained / "last.pth").exists():
+        train(config(output=str(trained)))
+    return trained
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture
+def checkpoint(config, saved) -> dict[str, Path]:
+    """Return checkpoints between epochs 2 and 3 of 4, and within epoch 3."""
+    if not (saved / "last.pth").exists():
+        trainer = build(config(output=str(saved), schedule=EPOCHS, device="cpu"))
+        trainer.train_update([next(iter(trainer.train_loader))])
+        trainer.epoch, trainer.update = 2, 3
+        trainer.save()
+        (saved / "last.pth").rename(saved / "within.pth")
+        trainer.update = 0
+        trainer.save()
+    return {"between": saved / "last.pth", "within": saved / "within.pth"}

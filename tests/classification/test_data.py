@@ -17,13 +17,12 @@ from flash_internimage.classification.data import (
     train_loader,
     val_loader,
 )
-
-CPU = torch.device("cpu")
+from tests.classification.helpers import CPU
 
 
 @pytest.fixture
 def damaged(digits, tmp_path):
-    """The digits with two damaged images in each split: a truncated PNG and one that is none."""
+    """Copy the digits and damage two images of each split: one is truncated, one is text."""
     root = tmp_path / "damaged"
     shutil.copytree(digits, root)
     for split in ("train", "val"):
@@ -81,7 +80,7 @@ def test_training_takes_the_next_image_for_an_unreadable_one(config, damaged, wo
 def test_too_many_unreadable_images_stop_the_run(config, damaged, workers):
     cfg = config(data={"root": str(damaged), "workers": workers, "max_corrupt": 1})
     dataset = build_dataset(cfg.data, "train", True, cfg.batch_size)
-    with pytest.raises(TooManyCorruptImages, match=r"2 unreadable .* data.max_corrupt=1") as error:
+    with pytest.raises(TooManyCorruptImages, match=r"found 2 unreadable .*max_corrupt=1") as error:
         list(train_loader(dataset, cfg, CPU, 0, 1))
     traceback.clear_frames(error.tb)  # ends the workers now; a later garbage collection waits 10 s
 
@@ -108,11 +107,11 @@ def test_the_published_policy_works_at_its_strongest(digits, name):
 def test_a_missing_folder_or_split_is_named(digits, tmp_path):
     with pytest.raises(ConfigError, match=r"data.root not found: .*nowhere"):
         build_dataset(Data(root=str(tmp_path / "nowhere")), "train", True, 8)
-    with pytest.raises(ConfigError, match=r"must have a folder 'test', it holds: train, val"):
+    with pytest.raises(ConfigError, match=r"must contain a folder 'test', got train, val"):
         build_dataset(Data(root=str(digits)), "test", False, 8)
     (tmp_path / "val.tar").touch()
     with pytest.raises(
-        ConfigError, match=r"holds: val\.tar; a split may be a tar file: 'val\.tar'$"
+        ConfigError, match=r"got val\.tar; for the tar file, set the split to 'val\.tar'$"
     ):
         build_dataset(Data(root=str(tmp_path)), "val", False, 8)
     (tmp_path / "train").mkdir()
@@ -131,14 +130,14 @@ def test_a_tar_of_images_is_read_in_place(digits, tmp_path):
 
 def test_more_classes_than_the_model_has_are_an_error(digits):
     dataset = build_dataset(Data(root=str(digits)), "val", False, 8)
-    with pytest.raises(ConfigError, match=r"model.num_classes=5 is too small for .* 10 classes"):
+    with pytest.raises(ConfigError, match=r"model.num_classes must be at least 10, .*, got 5"):
         class_names(dataset, 5)
 
 
 def test_a_data_set_smaller_than_one_update_is_an_error(config):
     cfg = config(batch_size=32, accumulation_steps=2)
     dataset = build_dataset(cfg.data, "train", True, cfg.batch_size)
-    with pytest.raises(ConfigError, match="60 images, fewer than the 64 of one update"):
+    with pytest.raises(ConfigError, match="at least the 64 images of one update, got 60"):
         train_loader(dataset, cfg, CPU, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Which files count as images of a class, and what is said about the others."""
+"""Folders and tar files of images: classes, other files, and shared images."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from flash_internimage.classification.data import (
 
 @pytest.fixture
 def root(tmp_path):
-    """Two classes of two PNG files in two splits; all pixels differ."""
+    """Write two splits of two classes of two PNG files; all pixels differ."""
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
         for name in ("cat", "dog"):
@@ -35,7 +35,7 @@ def root(tmp_path):
 
 
 def read(root, split="train", as_tar=False):
-    """Builds the data set of a split, from its folder or from a tar file of it."""
+    """Build the data set of a split from its folder, or from a tar file of the folder."""
     if as_tar:
         with tarfile.open(root / f"{split}.tar", "w") as tar:
             tar.add(root / split, arcname=".")
@@ -69,7 +69,7 @@ def test_files_that_are_left_out_are_counted_by_suffix(root, caplog, as_tar):
     for name in ("a.txt", "b.TXT", "c.npy", "LICENSE"):
         (root / "train" / "cat" / name).write_text("no image")
     assert len(read(root, as_tar=as_tar)) == 4
-    assert "4 images; left out: 2 .txt, 1 .npy, 1 without suffix" in caplog.text
+    assert "4 images; other files: 2 .txt, 1 .npy, 1 without suffix" in caplog.text
 
 
 @FORMS
@@ -94,7 +94,7 @@ def test_a_class_folder_without_images_stops_training_alone(root, content, as_ta
         if content:
             (root / split / "dog" / content).write_text("no image")
     files = f"1 {content[1:]}" if content else "none"
-    with pytest.raises(ConfigError, match=rf"1 of its class .*: dog \(other files: {files}\)"):
+    with pytest.raises(ConfigError, match=rf"1 class folders .*: dog \(other files: {files}\)"):
         read(root, as_tar=as_tar)
     assert len(read(root, "val", as_tar)) == 2
 
@@ -105,11 +105,11 @@ def test_folders_within_a_class_are_part_of_it(root, caplog, as_tar):
     (root / "train" / "animals").mkdir()
     (root / "train" / "dog").rename(root / "train" / "animals" / "dog")
     assert class_to_index(read(root, as_tar=as_tar)) == {"cat": 0, "dog": 1}
-    assert "not all in the same folder, such as animals/dog: the folders that" in caplog.text
+    assert "not all in the same folder, for example animals/dog: the folders that" in caplog.text
 
 
 def nest(root, split="train"):
-    """Puts the images of each class into a folder of its own within the class folder."""
+    """Move the images of each class into a subfolder."""
     for name in ("cat", "dog"):
         (root / split / name).rename(root / split / "day")
         (root / split / name).mkdir()
@@ -121,8 +121,8 @@ def nest(root, split="train"):
 def test_a_class_name_in_two_folders_is_one_line(root, split, as_tar):
     nest(root, split)
     message = (
-        r": class folder 'day' is in several folders \(cat/day, dog/day\): "
-        r"the folders that hold the images are the classes$"
+        r": class names must be unique, got 'day' in several folders \(cat/day, dog/day\): "
+        r"the folders that directly contain images are the classes$"
     )
     with pytest.raises(ConfigError, match=message):
         read(root, split, as_tar)
@@ -133,7 +133,7 @@ def test_a_class_within_a_class_is_a_warning(root, caplog, as_tar):
     (root / "train" / "cat" / "day").mkdir()
     (root / "train" / "cat" / "1.png").rename(root / "train" / "cat" / "day" / "1.png")
     assert class_to_index(read(root, as_tar=as_tar)) == {"cat": 0, "day": 1, "dog": 2}
-    assert "not all in the same folder, such as cat/day:" in caplog.text
+    assert "not all in the same folder, for example cat/day:" in caplog.text
 
 
 @FORMS
@@ -169,7 +169,7 @@ def test_a_split_without_images_is_one_line(root, as_tar):
     for path in root.glob("train/*/*.png"):
         path.rename(path.with_suffix(".raw"))
     with pytest.raises(
-        ConfigError, match=r"as a data set: it holds no images \(other .*: 4 .raw\)"
+        ConfigError, match=r"as a data set: it contains no images \(other .*: 4 .raw\)"
     ):
         read(root, as_tar=as_tar)
 
@@ -177,18 +177,20 @@ def test_a_split_without_images_is_one_line(root, as_tar):
 def test_an_empty_tar_is_one_line(root):
     with tarfile.open(root / "train.tar", "w"):
         pass
-    with pytest.raises(ConfigError, match=r"train\.tar cannot .*: it holds no images \(.*: none\)"):
+    with pytest.raises(
+        ConfigError, match=r"train\.tar cannot .*: it contains no images \(.*none\)"
+    ):
         build_dataset(Data(root=str(root)), "train.tar", True, 2)
 
 
 def test_links_within_a_tar_are_counted(root, caplog):
     (root / "train" / "cat" / "2.png").symlink_to("0.png")
     assert len(read(root, as_tar=True)) == 4
-    assert "left out: 1 links and devices" in caplog.text
+    assert "other files: 1 links and devices" in caplog.text
 
 
 def nest_tars(path, classes, mode="w"):
-    """Writes a tar file of one tar file per class."""
+    """Write a tar file of one tar file per class."""
     with tarfile.open(path, "w") as tar:
         for folder in classes:
             with tarfile.open(path.with_name(f"{folder.name}.tar"), mode) as inner:
@@ -208,25 +210,25 @@ def test_a_tar_of_tars_is_checked_as_other_tars(root, caplog):
     (root / "train" / "elk").mkdir()
     nest_tars(root / "all.tar", [root / "train" / name for name in ("cat", "dog", "elk")])
     assert len(build_dataset(Data(root=str(root)), "all.tar", False, 2)) == 4
-    assert "4 images; left out: 1 .txt" in caplog.text
-    with pytest.raises(ConfigError, match=r"1 of its class folders hold no images: elk \(other"):
+    assert "4 images; other files: 1 .txt" in caplog.text
+    with pytest.raises(ConfigError, match=r"1 class folders contain no images: elk \(other"):
         build_dataset(Data(root=str(root)), "all.tar", True, 2)
     nest_tars(root / "all.tar", [root / "train" / "cat"], "w:gz")
-    with pytest.raises(ConfigError, match=r": cat\.tar in it is no tar file without compression$"):
+    with pytest.raises(ConfigError, match=r": nested cat\.tar must be an uncompressed tar file$"):
         build_dataset(Data(root=str(root)), "all.tar", False, 2)
 
 
 def test_a_tar_in_a_tar_of_tars_is_not_left_out(root):
     nest_tars(root / "train" / "deep.tar", [root / "train" / name for name in ("cat", "dog")])
     nest_tars(root / "all.tar", [root / "train"])
-    with pytest.raises(ConfigError, match=r"timm reads 4 of its 12 images: a tar file within a"):
+    with pytest.raises(ConfigError, match=r"timm reads 4 of its 12 images: nested tar files must"):
         build_dataset(Data(root=str(root)), "all.tar", True, 2)
 
 
 def test_a_class_name_in_two_tars_of_a_tar_is_one_line(root):
     nest(root)
     nest_tars(root / "all.tar", [root / "train" / name for name in ("cat", "dog")])
-    with pytest.raises(ConfigError, match=r"'day' is in several folders \(cat/day, dog/day\)"):
+    with pytest.raises(ConfigError, match=r"got 'day' in several folders \(cat/day, dog/day\)"):
         build_dataset(Data(root=str(root)), "all.tar", True, 2)
 
 
@@ -273,11 +275,11 @@ def test_validation_images_that_are_training_images_are_counted(root, caplog, mo
     target.unlink()
     if how == "renamed":
         target = target.with_name("other.png")
-    if how == "large":  # there names are compared before contents
+    if how == "large":  # names are compared before contents
         monkeypatch.setattr("flash_internimage.classification.data.folders._LARGE", 2)
     {"linked": os.symlink, "hard-linked": os.link}.get(how, shutil.copy)(source, target)
     of_both_splits(root)
-    assert "1 of 4 validation images that were compared are also training images" in caplog.text
+    assert "1 of the 4 validation images that were compared are also training images" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["same name", "link", "tar", "copy of a tar"])
@@ -297,7 +299,7 @@ def test_the_same_images_for_both_splits_are_a_warning(root, caplog, how):
         with tarfile.open(data, "w") as tar:
             tar.add(root / "train", arcname=".")
     of_both_splits(data, **settings)
-    assert "data.train_split and data.val_split are the same images, of" in caplog.text
+    assert "data.train_split and data.val_split contain the same images (" in caplog.text
     assert len(caplog.records) == 1
 
 
@@ -324,6 +326,6 @@ def test_16_bit_images_are_not_clipped(root, as_tar):
 )
 def test_a_kind_without_its_package_is_one_line(root, monkeypatch, kind, packages):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = rf"^data\.kind={kind} needs a package: pip install {re.escape(packages)}$"
+    message = rf"^data\.kind={kind} requires a package: pip install {re.escape(packages)}$"
     with pytest.raises(ConfigError, match=message):
         build_dataset(Data(root=str(root), kind=kind), "train", True, 2)

@@ -1,4 +1,4 @@
-"""Models and devices that cannot be used are one line before work starts."""
+"""Models and devices that cannot be used end in one line before work starts."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from flash_internimage.classification.model import (
     pick_device,
 )
 from flash_internimage.classification.optim import build_optimizer
+from tests.classification.helpers import SMALL
 
-SMALL = {"channels": 16, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8]}
 SMALL_MODEL = {"name": "flash_internimage_nano", "num_classes": 10, "args": SMALL}
 
 
@@ -22,14 +22,14 @@ SMALL_MODEL = {"name": "flash_internimage_nano", "num_classes": 10, "args": SMAL
     [
         ({"name": "flash_internimage_tinny"}, "did you mean 'flash_internimage_tiny'"),
         ({"class_map": "a"}, "class_map must be null without model.initial_checkpoint, got 'a'"),
-        ({"name": "nonsense/model"}, "timm knows no model 'nonsense/model'"),
-        ({"args": {"chanels": 3}}, r"model\.args .*chanels"),
-        ({"args": {"depths": "many"}}, r"model\.args .*depths"),
-        ({"args": {"depths": [1]}}, r"model\.args .*depths"),
-        ({"args": {"groups": [3, 3, 3, 3]}}, r"model\.args .*do not fit"),
+        ({"name": "nonsense/model"}, "model.name must be a timm model, got 'nonsense/model'"),
+        ({"args": {"chanels": 3}}, r"model\.args=.*chanels"),
+        ({"args": {"depths": "many"}}, r"model\.args=.*depths"),
+        ({"args": {"depths": [1]}}, r"model\.args=.*depths"),
+        ({"args": {"groups": [3, 3, 3, 3]}}, r"model\.args=.*cannot be used"),
         (
             {"name": "resnet10t", "args": {"block_args": 3}},
-            r"model\.args .*do not fit model\.name=resnet10t",
+            r"model\.args=.* cannot be used with model\.name=resnet10t",
         ),
         ({"name": "vgg11", "drop_path_rate": 0.1}, "model.drop_path_rate must be 0 for vgg11"),
         ({"name": "ghostnet_050", "drop_path_rate": 0, "grad_checkpointing": True}, None),

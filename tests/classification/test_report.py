@@ -1,4 +1,4 @@
-"""predictions.png."""
+"""Pictures and log texts of reports."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from flash_internimage.classification.report import save_predictions, speed
 
 
 class Model(nn.Module):
-    """Predicts the class that is the first pixel's value."""
+    """Classifier that predicts the value of the first pixel."""
 
     def __init__(self, classes: int):
         super().__init__()

@@ -22,7 +22,7 @@ COUNTS = {"train": 12, "t10k": 6}
 
 @pytest.fixture
 def grey(tmp_path):
-    """The files of MNIST and of the data sets in its format, with random images."""
+    """Write random images as MNIST and the data sets that share its format."""
     generator = np.random.default_rng(0)
     for name in ("MNIST", "KMNIST", "FashionMNIST"):
         (tmp_path / name / "raw").mkdir(parents=True)
@@ -85,12 +85,12 @@ class TestBasic:
         data = Data(root=str(grey), kind="torch/mnist", val_split=val_split)
         sets = [build(grey, data.kind, split) for split in (data.train_split, data.val_split)]
         warn_of_shared_images(data, *sets)
-        assert ("are the same images" in caplog.text) == is_same
+        assert ("contain the same images" in caplog.text) == is_same
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two splits of classes with images at two depths; natural and lexicographic order differ."""
+    """Write classes at two depths, whose natural and lexicographic orders differ."""
     for i, split in enumerate(("train", "val")):
         for j, name in enumerate(("1", "2", "10/day", "10/night")):
             folder = tmp_path / split / name
@@ -110,18 +110,18 @@ class TestImageFolder:
         assert sorted(dataset.reader.samples) == sorted(expected.samples)
 
     def test_a_root_without_the_split_is_one_line(self, folders, kind):
-        with pytest.raises(ConfigError, match=r"must have a folder 'test', it holds: train, val$"):
+        with pytest.raises(ConfigError, match=r"must contain a folder 'test', got train, val$"):
             build(folders, kind, "test")
 
     def test_splits_are_compared(self, folders, kind, caplog):
         data = Data(root=str(folders), kind=kind)
         shutil.copy(folders / "train" / "1" / "0.png", folders / "val" / "2" / "0.png")
         warn_of_shared_images(data, *(build(folders, kind, split) for split in ("train", "val")))
-        assert "1 of 8 validation images" in caplog.text
+        assert "1 of the 8 validation images" in caplog.text
         caplog.clear()
         data = Data(root=str(folders), kind=kind, val_split="train")
         warn_of_shared_images(data, *(build(folders, kind, "train") for _ in range(2)))
-        assert "are the same images" in caplog.text
+        assert "contain the same images" in caplog.text
 
     def test_damaged_and_16_bit_images_are_read_as_those_of_other_folders(
         self, folders, kind, caplog
@@ -136,13 +136,13 @@ class TestImageFolder:
         assert dataset[1][1] == SKIPPED
         assert dataset.corrupt == 1
         assert f"skipped: cannot read image {broken}" in caplog.text
-        assert "8 images; left out: 1 .txt" in caplog.text
+        assert "8 images; other files: 1 .txt" in caplog.text
 
     @pytest.mark.parametrize("name", ["3", "10/dusk"])
     def test_a_class_without_images_stops_training(self, folders, kind, name):
         (folders / "train" / name).mkdir()
         if name == "3":
-            with pytest.raises(ConfigError, match="1 of its class folders hold no images: 3 "):
+            with pytest.raises(ConfigError, match="1 class folders contain no images: 3 "):
                 build(folders, kind, "train", is_training=True)
         else:  # a folder within a class
             assert len(build(folders, kind, "train", is_training=True)) == 8

@@ -1,26 +1,19 @@
-"""Images that cannot be read, folders with loops, damaged tar files, streams that break."""
+"""Images that cannot be read, folders with loops of links, and damaged tar files."""
 
 import io
 import os
-import re
 import shutil
 import tarfile
 import traceback
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageFile
-from timm.data import IterableImageDataset
-from torch.utils.data import DataLoader
 
-from flash_internimage.classification import engine, state
 from flash_internimage.classification.config import ConfigError, Data
 from flash_internimage.classification.data import (
     SKIPPED,
-    SkippingStream,
     TooManyCorruptImages,
     build_dataset,
     class_names,
@@ -28,14 +21,12 @@ from flash_internimage.classification.data import (
     val_loader,
 )
 from flash_internimage.classification.data import datasets as datasets_module
-from flash_internimage.classification.engine import Trainer
-
-CPU = torch.device("cpu")
+from tests.classification.helpers import CPU
 
 
 @pytest.fixture
 def root(digits, tmp_path):
-    """A copy of the digits to damage."""
+    """Copy the digits, to be damaged."""
     return shutil.copytree(digits, tmp_path / "damaged")
 
 
@@ -89,7 +80,7 @@ class TestCount:
             list(val_loader(dataset, data, 2, CPU))
         traceback.clear_frames(error.tb)  # ends the workers now; a garbage collection waits 10 s
         message = str(error.value)
-        assert message.startswith("2 unreadable images are more than data.max_corrupt=1; the last")
+        assert message.startswith("found 2 unreadable images, more than data.max_corrupt=1; the")
         assert "\n" not in message
 
     def test_spawned_workers_count_too(self, root):
@@ -196,7 +187,7 @@ class TestFolders:
 
     def test_images_outside_of_the_class_folders_are_no_class(self, root):
         shutil.copy(first(root, "val", 3), root / "val" / "stray.png")
-        with pytest.raises(ConfigError, match="a folder per class, but has images outside"):
+        with pytest.raises(ConfigError, match="a folder per class, got images outside"):
             dataset_of(root)
 
     @pytest.mark.parametrize("kind", ["hdfs/cifar10", "wds", "nonsense/"])
@@ -219,7 +210,7 @@ class TestTars:
     def test_classes_have_their_names(self, tar):
         dataset = dataset_of(tar)
         assert class_names(dataset, 3) == ["one", "zero", "2"]
-        with pytest.raises(ConfigError, match="too small for the data set's 2 classes"):
+        with pytest.raises(ConfigError, match=r"model.num_classes must be at least 2, .* got 1"):
             class_names(dataset, 1)
 
     def test_a_damaged_image_is_named(self, tar, caplog):
@@ -263,7 +254,7 @@ class TestTars:
         else:
             with tarfile.open(path, f"w:{how}") as tar:
                 tar.add(digits / "val", arcname="val")
-        with pytest.raises(ConfigError, match=f"it must be a tar file without .*: {message}$"):
+        with pytest.raises(ConfigError, match=f"it must be an uncompressed tar file: {message}$"):
             dataset_of(path)
 
     def test_a_member_may_be_called_like_an_archive(self, digits, tmp_path):
@@ -273,48 +264,8 @@ class TestTars:
         assert len(dataset_of(tmp_path / "val.tar")) == 4
 
 
-class Reader:
-    """Yields images, and raises an error in the place of the second."""
-
-    def __iter__(self):
-        yield Image.new("RGB", (4, 4)), 1
-        yield Image.new("RGB", (1, 4000)), 1
-        raise TypeError("of the decoder")
-
-    def __len__(self):
-        return 3
-
-
-class TestStreams:
-    @pytest.mark.parametrize("workers", [0, 1])
-    def test_an_error_of_the_reader_is_one_line(self, workers):
-        dataset = SkippingStream(Reader(), True, "wds/")
-        dataset.transform = lambda image: torch.zeros(1)
-        with pytest.raises(TooManyCorruptImages) as error:
-            list(DataLoader(dataset, num_workers=workers))
-        message = "data.kind=wds/: cannot read the stream: TypeError: of the decoder"
-        assert str(error.value) == message
-
-    @pytest.mark.parametrize(("is_training", "labels"), [(True, [1]), (False, [1, SKIPPED])])
-    def test_an_image_that_resizing_would_blow_up_is_left_out(self, is_training, labels):
-        dataset = SkippingStream(Reader(), is_training, "wds/")
-        dataset.transform = lambda image: image
-        images = iter(dataset)
-        assert [next(images)[1] for _ in labels] == labels
-        with pytest.raises(TooManyCorruptImages):
-            next(images)
-
-    def test_streams_are_built_to_skip(self, monkeypatch):
-        stream = IterableImageDataset(None, reader=Reader())
-        monkeypatch.setattr(datasets_module, "create_dataset", lambda *args, **kwargs: stream)
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-        dataset = build_dataset(Data(kind="wds/", root="."), "val", False, 8)
-        assert isinstance(dataset, SkippingStream)
-        assert len(dataset) == 3
-
-
 def test_streams_of_bytes_are_read(root):
-    """As the reader of hfds/ has them, whose images may have no path."""
+    """The reader of hfds/ yields streams, whose images may have no path."""
 
     class Bytes:
         def __init__(self):
@@ -333,119 +284,3 @@ def test_streams_of_bytes_are_read(root):
     dataset = datasets_module.SkippingImageDataset(Bytes(), False, 5)
     dataset.transform = lambda image: image
     assert [dataset[i][1] for i in range(2)] == [0, SKIPPED]
-
-
-class Numbers:
-    """A stream of plain images, whose red value and label is their number."""
-
-    def __init__(self, count: int, length: int | None = None):
-        self.count, self.length = count, count if length is None else length
-
-    def __iter__(self):
-        return ((Image.new("RGB", (8, 8), (i, 0, 0)), i % 3) for i in range(self.count))
-
-    def __len__(self):
-        return self.length
-
-
-class TestStreamsToTheirEnd:
-    @pytest.mark.parametrize("world_size", [1, 2, 3])
-    def test_several_processes_evaluate_every_image_once(self, monkeypatch, world_size):
-        seen = []
-        for rank in range(world_size):
-            monkeypatch.setattr(datasets_module, "rank", lambda rank=rank: rank)
-            monkeypatch.setattr(datasets_module, "world_size", lambda: world_size)
-            dataset = SkippingStream(Numbers(7), False, "wds/")
-            data = Data(image_size=8, workers=0, mean=(0, 0, 0), std=(1, 1, 1))
-            batches = list(val_loader(dataset, data, 2, CPU, rank, world_size))
-            assert sum(len(labels) for _, labels in batches) == len(dataset)
-            seen += [round(255 * x.item()) for images, _ in batches for x in images[:, 0, 0, 0]]
-        assert sorted(seen) == list(range(7))
-
-    def test_the_readers_of_timm_do_not_share_evaluation_images_out(self, monkeypatch):
-        monkeypatch.setattr(datasets_module, "world_size", lambda: 2)
-        reader = Numbers(4)
-        reader.dist_rank, reader.dist_num_replicas = 1, 2
-        SkippingStream(reader, True, "wds/")
-        assert (reader.dist_rank, reader.dist_num_replicas) == (1, 2)
-        SkippingStream(reader, False, "wds/")
-        assert (reader.dist_rank, reader.dist_num_replicas) == (0, 1)
-
-    def test_16_bit_images_are_not_clipped(self):
-        ramp = Image.fromarray(np.arange(65536, dtype=np.uint16).reshape(256, 256))
-        dataset = SkippingStream([(ramp, 1)], False, "wds/")
-        dataset.transform = np.asarray
-        assert len(np.unique(next(iter(dataset))[0])) == 256
-
-    @pytest.mark.parametrize(("is_training", "labels"), [(True, [1, 2]), (False, [1, SKIPPED, 2])])
-    def test_an_image_that_cannot_be_converted_is_left_out(self, is_training, labels):
-        images = (Image.new("RGB", (8, 8)), Image.new("F", (8, 8)), Image.new("L", (8, 8)))
-        dataset = SkippingStream(zip(images, (1, 0, 2), strict=True), is_training, "wds/")
-        dataset.transform = np.asarray
-        assert [label for _, label in dataset] == labels
-
-    @pytest.mark.parametrize("label", [-1, None, "cat", (1, 2)])
-    def test_an_image_without_label_is_one_line(self, label):
-        dataset = SkippingStream([(Image.new("RGB", (8, 8)), label)], False, "hfids/")
-        with pytest.raises(ValueError, match=re.escape(f"from 0 on, got {label!r}: the split")):
-            next(iter(dataset))
-
-    @pytest.fixture
-    def stream(self, config, monkeypatch):
-        """Builds a Trainer whose training images are a stream."""
-
-        def build(reader, **changes) -> Trainer:
-            whole = state.build_dataset
-
-            def build_dataset(data, split, is_training, batch_size):
-                if is_training:
-                    return SkippingStream(reader, True, "wds/")
-                return whole(data, split, is_training, batch_size)
-
-            monkeypatch.setattr(state, "build_dataset", build_dataset)
-            return Trainer(config(batch_size=4, **changes), CPU)
-
-        return build
-
-    def test_a_stream_that_ends_early_is_counted(self, stream, caplog):
-        trainer = stream(Numbers(10, length=20))
-        trainer.train_epoch()
-        assert (trainer.update, trainer.updates_per_epoch) == (2, 5)
-        assert "epoch 1: the training images ended after 2 of 5 updates" in caplog.text
-
-    def test_all_processes_end_with_the_first(self, stream, monkeypatch):
-        trainer = stream(Numbers(20))
-        asked = []
-
-        def all_agree(yes, device):
-            asked.append(yes)
-            return len(asked) < 3
-
-        monkeypatch.setattr(trainer, "train_update", lambda batches: 1.0)
-        monkeypatch.setattr(engine, "all_agree", all_agree)
-        trainer.train_epoch()
-        assert (asked, trainer.update) == ([True, True, True], 2)
-
-    def test_a_stream_without_images_is_one_line(self, stream):
-        with pytest.raises(TooManyCorruptImages, match="ended before the first update"):
-            stream(Numbers(0, length=20)).train_epoch()
-
-    @pytest.mark.parametrize(
-        ("length", "message"),
-        [(0, "data.kind= must tell the number of training images"), (3, "fewer than the 4 of one")],
-    )
-    def test_a_stream_of_unknown_or_little_length_is_one_line(self, stream, length, message):
-        with pytest.raises(ConfigError, match=message):
-            stream(Numbers(20, length=length))
-
-    def test_pictures_that_cannot_be_drawn_do_not_end_a_run(self, config, monkeypatch, caplog):
-        def fail(*arguments):
-            raise TooManyCorruptImages("the stream is gone")
-
-        trainer = Trainer(config(), CPU)
-        trainer.output.mkdir()
-        (trainer.output / "metrics.csv").write_text("epoch,train_loss,val_top1,lr\n1,1,1,1\n")
-        monkeypatch.setattr(engine, "save_predictions", fail)
-        trainer.report()
-        assert "predictions.png is not drawn: the stream is gone" in caplog.text
-        assert (trainer.output / "curves.png").exists()

@@ -1,20 +1,10 @@
-"""classification.train with models whose results do not depend on how images share batches."""
+"""Run classification.train with models without batch norm."""
 
 import sys
 
-from torch import nn
-
 from flash_internimage.classification import state
 from flash_internimage.classification.cli.train import main
+from tests.classification.helpers import without_batch_norm
 
-build_model = state.build_model
-
-
-def build_without(*arguments):
-    model = build_model(*arguments)
-    model.conv_head[1] = nn.Identity()
-    return model
-
-
-state.build_model = build_without
+state.build_model = without_batch_norm(state.build_model)
 sys.exit(main())

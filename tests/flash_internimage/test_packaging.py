@@ -19,8 +19,7 @@ def test_the_installed_version_is_that_of_the_source(package):
     [
         ("classification.config", "classification.config"),
         ("classification.data", "classification.data"),
-        ("classification.datasets", "classification.data.datasets"),
-        ("classification.state", "classification.state"),
+        ("classification.report", "classification.report"),
         ("flash_internimage.checkpoint", "checkpoints"),
         ("flash_internimage.conversion", "checkpoints.conversion"),
     ],

@@ -14,9 +14,9 @@ from timm.utils.distributed import world_info_from_env
 
 from ...files import write_atomically
 from ..config import MAX_WORKERS, ConfigError
+from ..errors import describe
 from ..evaluation import evaluate_checkpoint, measure_throughput
 from ..model import pick_device
-from ..output import describe
 from ..precision import AMP_DTYPES
 from ..processes import EndedByAnother, fail_together, join_processes, rank, world_size
 
@@ -35,9 +35,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="path or URL (default: the released weights)")
     parser.add_argument("--data", help="root of the data set (default: from the config)")
     parser.add_argument("--split", help="split to evaluate (default: from the config)")
-    parser.add_argument("--limit", type=int, help="evaluate N evenly spaced images (default: all)")
-    parser.add_argument("--batch-size", type=int, default=64, help="per process (default: 64)")
-    parser.add_argument("--workers", type=int, default=2, help="per process (default: 2)")
+    parser.add_argument("--limit", type=int, metavar="N",
+                        help="evaluate N evenly spaced images (default: all)")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N",
+                        help="images per batch and process (default: 64)")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=2, metavar="N",
+                        help="data loader workers per process (default: 2)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--amp", choices=("auto", *AMP_DTYPES), default="off",
                         help="mixed precision (default: off)")  # fmt: skip
@@ -62,9 +65,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.throughput:
         unused = ("checkpoint", "data", "split", "limit")
         if given := [name for name in unused if getattr(arguments, name) is not None]:
-            raise ConfigError(
-                f"--throughput uses random weights and random images: remove --{given[0]}"
-            )
+            raise ConfigError(f"--throughput uses random weights and images: remove --{given[0]}")
     if arguments.json is not None and rank() == 0:
         check_json(arguments.json)
 
@@ -82,17 +83,7 @@ def check_json(path: Path) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate a model or measure its throughput; every process of torchrun must call this.
-
-    Args:
-        arguments: Result of :func:`parse_arguments`.
-
-    Returns:
-        Entries of the printed table.
-
-    Raises:
-        Exception: Errors of :func:`~.evaluation.evaluate_checkpoint`.
-    """
+    """Return the result that parsed arguments request; every process of torchrun must call this."""
     device = join_processes(pick_device(arguments.device))
     if rank() != 0:
         logging.getLogger().setLevel(logging.WARNING)
@@ -118,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     arguments = parse_arguments(argv)
-    for name in ("checkpoint", "data"):  # Shells leave the ~ in --data=~/images.
+    for name in ("checkpoint", "data"):  # Shells do not expand --data=~/images.
         if (value := getattr(arguments, name)) is not None:
             setattr(arguments, name, os.path.expanduser(value))
     if arguments.json is not None:

@@ -2,19 +2,20 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils import natural_key
-from torch.utils.data import Dataset
 
 from ..config import ConfigError
 from ..processes import on_first
+from .datasets import ImageSet
 from .folders import printable
 
 _logger = logging.getLogger(__name__)
 
 
-def class_to_index(dataset: Dataset) -> dict[str, int]:
+def class_to_index(dataset: object) -> dict[str, int]:
     """Return the class indices of a data set by class name; empty if it has no names."""
     source = getattr(dataset, "reader", dataset)
     for name in ("class_to_idx", "class_name_to_idx"):  # the second is that of timm's tar reader
@@ -23,7 +24,7 @@ def class_to_index(dataset: Dataset) -> dict[str, int]:
     return {}
 
 
-def class_names(dataset: Dataset, num_classes: int) -> list[str]:
+def class_names(dataset: object, num_classes: int) -> list[str]:
     """Return the class names of a model, in the order of its outputs.
 
     They are those of its training data; classes beyond these are named by their index.
@@ -38,8 +39,8 @@ def class_names(dataset: Dataset, num_classes: int) -> list[str]:
     class_to_idx = class_to_index(dataset)
     if len(class_to_idx) > num_classes:
         raise ConfigError(
-            f"model.num_classes={num_classes} is too small for the data set's "
-            f"{len(class_to_idx)} classes"
+            f"model.num_classes must be at least {len(class_to_idx)}, the number of classes of the "
+            f"data set, got {num_classes}"
         )
     if len(class_to_idx) == 1:
         raise ConfigError(
@@ -48,14 +49,14 @@ def class_names(dataset: Dataset, num_classes: int) -> list[str]:
     if class_to_idx and len(class_to_idx) < num_classes:
         _logger.log(
             on_first(logging.WARNING),
-            "the data set has %d classes, which count as the first of the model's %d",
+            "the data set has %d classes, mapped to the first of the model's %d outputs",
             len(class_to_idx), num_classes,
         )  # fmt: skip
     names = {index: name for name, index in class_to_idx.items()}
     return [names.get(i, str(i)) for i in range(num_classes)]
 
 
-def match_classes(dataset: Dataset, names: Sequence[str], source: str) -> None:
+def match_classes(dataset: ImageSet, names: Sequence[str], source: str) -> None:
     """Map the labels of a data set to the classes of a model by name, in place.
 
     The data set may lack classes, which is logged as a warning.
@@ -63,37 +64,38 @@ def match_classes(dataset: Dataset, names: Sequence[str], source: str) -> None:
     Args:
         dataset: Data set of timm or torchvision. Without class names, it keeps its labels.
         names: Class names of the model, in the order of its outputs.
-        source: Origin of the names, for messages.
+        source: Origin of the names, for error messages.
 
     Raises:
         ConfigError: If a class of the data set is unknown, or two classes have the same name.
     """
     class_to_idx = class_to_index(dataset)
-    if not class_to_idx or list(names) == sorted(class_to_idx, key=class_to_idx.get):
+    if not class_to_idx or list(names) == sorted(class_to_idx, key=class_to_idx.__getitem__):
         return
     indices = {name: i for i, name in enumerate(names)}
     if unknown := [name for name in class_to_idx if name not in indices]:
         raise ConfigError(
-            f"the data has {len(unknown)} classes that are unknown to {source}: {_some(unknown)}; "
-            f"it knows {_some(list(names))}"
+            f"the classes of the data set must be those of {source} ({_some(list(names))}), got "
+            f"{len(unknown)} others: {_some(unknown)}"
         )
     if len(indices) < len(names):
-        raise ConfigError(f"{source} has two classes of the same name")
+        raise ConfigError(f"class names must be unique, {source} has duplicates")
     if missing := [name for name in names if name not in class_to_idx]:
         _logger.log(
             on_first(logging.WARNING),
-            "the data has images of %d of the %d classes of %s, none of: %s",
+            "the data set has %d of the %d classes of %s, missing: %s",
             len(class_to_idx), len(names), source, _some(missing),
         )  # fmt: skip
     table = {class_to_idx[name]: indices[name] for name in class_to_idx}
     dataset.target_transform = table.__getitem__
 
 
-def names_of(checkpoint: Mapping) -> list[str] | None:
+def names_of(checkpoint: Mapping[str, Any]) -> list[str] | None:
     """Return the class names in a checkpoint of classification.train, or None if there are none."""
     classes, config = checkpoint.get("classes"), checkpoint.get("config")
-    is_named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    if not is_named or not isinstance(config, dict):
+    if not isinstance(classes, list) or not isinstance(config, dict):
+        return None
+    if not all(isinstance(name, str) for name in classes):
         return None
     kind = (config.get("data") or {}).get("kind")
     unnamed = kind and classes == [str(i) for i in range(len(classes))]
@@ -101,7 +103,7 @@ def names_of(checkpoint: Mapping) -> list[str] | None:
 
 
 def describe_other_classes(checkpoint: Sequence[str], data: Sequence[str]) -> str | None:
-    """Return how the classes of a checkpoint and a data set differ, or None if they are equal.
+    """Describe how the classes of a checkpoint and a data set differ; None if they are equal.
 
     Args:
         checkpoint: Class names of the checkpoint, in the order of its outputs.
@@ -128,16 +130,16 @@ def describe_other_classes(checkpoint: Sequence[str], data: Sequence[str]) -> st
     return "; ".join(parts) or f"{len(checkpoint)} in the checkpoint and {len(data)} in the data"
 
 
-def set_labels(dataset: Dataset, names: list[str] | None, source: str, num_classes: int) -> None:
+def set_labels(dataset: ImageSet, names: list[str] | None, source: str, num_classes: int) -> None:
     """Map the labels of a data set to the classes of a model, in place.
 
-    For weights without class names, the data set may name its classes by ImageNet synset or by
-    class index. Otherwise its classes are taken in their order.
+    For weights without class names, the classes of the data set may be named by ImageNet synset or
+    by class index. Otherwise they are taken in their order.
 
     Args:
         dataset: Data set of timm or torchvision.
         names: Class names of the model, in the order of its outputs; None if unknown.
-        source: Origin of the names or weights, for messages.
+        source: Origin of the names or weights, for error messages.
         num_classes: Number of classes of the model.
 
     Raises:
@@ -145,7 +147,7 @@ def set_labels(dataset: Dataset, names: list[str] | None, source: str, num_class
             a class that the model does not know or, without names, another number of classes.
     """
     if names is not None and len(names) != num_classes:
-        raise ConfigError(f"{source} must name its {num_classes} classes, it names {len(names)}")
+        raise ConfigError(f"{source} must have {num_classes} class names, got {len(names)}")
     own = class_to_index(dataset)
     if names is None:
         subset = infer_imagenet_subset({"num_classes": num_classes})
@@ -156,11 +158,11 @@ def set_labels(dataset: Dataset, names: list[str] | None, source: str, num_class
         match_classes(dataset, names, source)
     elif own and len(own) != num_classes:
         raise ConfigError(
-            f"the data must have the {num_classes} classes of {source}, which does not name them, "
-            f"got {len(own)}"
+            f"the data set must have all {num_classes} classes of {source}, which has no class "
+            f"names, got {len(own)}"
         )
     elif own:
-        _warn_of_order(sorted(own, key=own.get), source)
+        _warn_of_order(sorted(own, key=own.__getitem__), source)
 
 
 def _warn_of_order(names: list[str], source: str) -> None:
@@ -174,8 +176,8 @@ def _warn_of_order(names: list[str], source: str) -> None:
     i = next(i for i, (a, b) in enumerate(zip(names, other, strict=True)) if a != b)
     _logger.log(
         on_first(logging.WARNING),
-        "%s does not name its classes: the folders count in %s order, class %d is %s; in %s order "
-        "it would be %s (torchvision's ImageFolder is lexicographic, timm natural)",
+        "%s has no class names: folders are taken in %s order, so that class %d is %s; in %s order "
+        "it would be %s (torchvision's ImageFolder uses lexicographic order, timm natural order)",
         source, taken[0], i, printable(names[i]), taken[1], printable(other[i]),
     )  # fmt: skip
 

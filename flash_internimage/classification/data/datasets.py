@@ -17,7 +17,6 @@ from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.readers import set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-from torch.utils.data import Dataset
 
 from ...images import (
     MAX_ASPECT_RATIO,
@@ -27,8 +26,8 @@ from ...images import (
     to_rgb,
 )
 from ..config import ConfigError, Data
+from ..errors import one_line
 from ..processes import fail_together, rank, world_size
-from ..strict_yaml import one_line
 from .folders import (
     FolderReader,
     check_class_folders,
@@ -63,7 +62,7 @@ _TORCHVISION = (
 _TRAIN_NAMES = ("train", "training")
 _TEST_NAMES = ("test", "val", "valid", "validation", "eval", "evaluation")
 
-# First bytes of files that are mistaken for plain tar files.
+# First bytes of files that are often passed instead of uncompressed tar files.
 _ARCHIVES = (
     (b"\x1f\x8b", "it is compressed by gzip"),
     (b"BZh", "it is compressed by bzip2"),
@@ -96,7 +95,7 @@ def _checked_label(label: Any) -> int:
         number = -1
     if number < 0:
         raise WrongLabel(
-            f"labels must be from 0 on, got {label!r:.50}: the split must have a class per image"
+            f"labels must be integers >= 0, got {label!r:.50}; every image of the split needs one"
         )
     return number
 
@@ -136,7 +135,7 @@ class SkippingImageDataset(ImageDataset):
                 image, target = _placeholder(), SKIPPED
                 break
         else:
-            raise TooManyCorruptImages(f"none of the {len(self)} images of a split can be read")
+            raise TooManyCorruptImages(f"none of the {len(self)} images of the split can be read")
         if target != SKIPPED and self.target_transform is not None:
             target = self.target_transform(target)
         return self.transform(image), target
@@ -183,7 +182,7 @@ class SkippingImageDataset(ImageDataset):
     def _check_count(self, detail: str = "") -> None:
         if (corrupt := self.corrupt) > self.max_corrupt:
             raise TooManyCorruptImages(
-                f"{corrupt} unreadable images are more than data.max_corrupt={self.max_corrupt}"
+                f"found {corrupt} unreadable images, more than data.max_corrupt={self.max_corrupt}"
                 f"{detail}"
             )
 
@@ -244,11 +243,11 @@ class SkippingStream(IterableImageDataset):
             target = _checked_label(target)
             try:
                 if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-                    raise ValueError("too long for its width")
+                    raise ValueError(f"one side is more than {MAX_ASPECT_RATIO} times the other")
                 image = to_rgb(image)
             except Exception as error:
                 _logger.warning(
-                    "skipped: an image of %d x %d pixels in a stream: %s",
+                    "skipped: image of %d x %d pixels in a stream: %s",
                     *image.size, one_line(error),
                 )  # fmt: skip
                 if self.is_training:
@@ -257,11 +256,14 @@ class SkippingStream(IterableImageDataset):
             yield self.transform(image), target
 
 
+ImageSet = SkippingImageDataset | SkippingStream
+
+
 def _placeholder() -> Image.Image:
     return Image.new("RGB", (256, 256))
 
 
-def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) -> Dataset:
+def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) -> ImageSet:
     """Build the data set of a split, without a transform.
 
     Args:
@@ -271,9 +273,9 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
         batch_size: Images per batch, which some of timm's readers need.
 
     Raises:
-        ConfigError: If there is no such folder or split, it contains no images, a loop of links or
-            a damaged tar file, a class folder of a training split is empty, or a package is not
-            installed.
+        ConfigError: If the folder or split does not exist, contains no images or a loop of links,
+            or is a damaged tar file; if a class folder of a training split is empty; or if a
+            package is not installed.
     """
     root, source = Path(data.root), source_of(data, split)
     if _is_folder_kind(data) and not os.path.exists(root):
@@ -281,8 +283,8 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
     if source != root and not os.path.exists(source):
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:10]) or "nothing"
         tar = f"{split}.tar"
-        hint = f"; a split may be a tar file: '{tar}'" if os.path.exists(root / tar) else ""
-        raise ConfigError(f"data.root={root} must have a folder '{split}', it holds: {found}{hint}")
+        hint = f"; for the tar file, set the split to '{tar}'" * os.path.exists(root / tar)
+        raise ConfigError(f"data.root={root} must contain a folder '{split}', got {found}{hint}")
     _check_package(data.kind)
     _check_torchvision(data.kind, split)
     try:
@@ -343,7 +345,7 @@ def _check_torchvision(kind: str, split: str) -> None:
         return
     if name not in _TORCHVISION:
         known = ", ".join(sorted(_TORCHVISION))
-        raise ConfigError(f"data.kind must be torch/ and one of {known}, got '{kind}'")
+        raise ConfigError(f"data.kind must be torch/ followed by one of {known}, got '{kind}'")
     if name in _TRAIN_AND_TEST and split not in (*_TRAIN_NAMES, *_TEST_NAMES):
         raise ConfigError(
             f"a split of data.kind={kind} must be one of {', '.join(_TRAIN_NAMES)} for the "
@@ -354,7 +356,7 @@ def _check_torchvision(kind: str, split: str) -> None:
 def _check_package(kind: str) -> None:
     module, packages = _PACKAGES.get(kind.partition("/")[0].lower(), (None, None))
     if module is not None and importlib.util.find_spec(module) is None:
-        raise ConfigError(f"data.kind={kind} needs a package: pip install {packages}")
+        raise ConfigError(f"data.kind={kind} requires a package: pip install {packages}")
 
 
 def _folder_reader(folder: Path, is_training: bool, outermost: bool) -> FolderReader:
@@ -369,7 +371,7 @@ def _folder_reader(folder: Path, is_training: bool, outermost: bool) -> FolderRe
 
 def _tar_reader(path: Path, is_training: bool) -> ReaderImageInTar:
     if path.suffix.lower() != ".tar":
-        raise ValueError("it must be a folder or a .tar file without compression")
+        raise ValueError("it must be a folder or an uncompressed .tar file")
     _check_tar(path)
     listing = list_tar(path)
     check_listing(listing, is_training)
@@ -378,8 +380,8 @@ def _tar_reader(path: Path, is_training: bool) -> ReaderImageInTar:
     drop_hidden(reader)
     if len(reader) != len(listing.images):
         raise ValueError(
-            f"timm reads {len(reader)} of its {len(listing.images)} images: a tar file within a "
-            "tar file must not hold further ones"
+            f"timm reads {len(reader)} of its {len(listing.images)} images: nested tar files must "
+            "not contain further tar files"
         )
     check_class_folders(folders_in_tar(reader))
     return reader
@@ -393,7 +395,7 @@ def _check_tar(path: Path) -> None:
             file.seek(0)
             start = file.read(8)
             found = next((name for magic, name in _ARCHIVES if start.startswith(magic)), error)
-            raise ValueError(f"it must be a tar file without compression: {found}") from error
+            raise ValueError(f"it must be an uncompressed tar file: {found}") from error
         # tarfile accepts a file that is truncated between two members.
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1024, 0))
@@ -401,7 +403,7 @@ def _check_tar(path: Path) -> None:
             raise ValueError("the tar file is truncated, its end marker is missing")
 
 
-def warn_of_shared_images(data: Data, train_set: Dataset, val_set: Dataset) -> None:
+def warn_of_shared_images(data: Data, train_set: ImageSet, val_set: ImageSet) -> None:
     """Warn if the validation split contains training images.
 
     Folders are compared image by image. For tar files and other map-style data sets, a sample is
@@ -421,26 +423,28 @@ def warn_of_shared_images(data: Data, train_set: Dataset, val_set: Dataset) -> N
         or (not are_folders and _are_alike(train_set, val_set))
     ):
         _logger.warning(
-            "data.train_split and data.val_split are the same images, of %s: the accuracy says "
-            "nothing about other images",
+            "data.train_split and data.val_split contain the same images (%s): the accuracy does "
+            "not measure generalization",
             val,
         )
     elif are_folders:
         shared, compared = count_shared(*([path for path, _ in r.samples] for r in readers))
         if shared:
             _logger.warning(
-                "%d of %d validation images that were compared are also training images: the "
-                "accuracy says little about other images",
+                "%d of the %d validation images that were compared are also training images: the "
+                "accuracy overestimates generalization",
                 shared, compared,
             )  # fmt: skip
 
 
-def _are_alike(one: Dataset, other: Dataset) -> bool:
+def _are_alike(one: ImageSet, other: ImageSet) -> bool:
     """Return whether two data sets appear to contain the same images in the same order."""
     tars = [d.reader.root for d in (one, other) if isinstance(d.reader, ReaderImageInTar)]
     if tars:  # Reading images would open files that worker processes must not share.
         return len(tars) == 2 and start_of_file(tars[0]) == start_of_file(tars[1])
-    if any(isinstance(d, SkippingStream) for d in (one, other)) or len(one) != len(other):
+    if isinstance(one, SkippingStream) or isinstance(other, SkippingStream):
+        return False
+    if len(one) != len(other):
         return False
     some = range(0, len(one), max(1, len(one) // 8))
     try:

@@ -31,12 +31,12 @@ class Listing(NamedTuple):
 
     Attributes:
         images: Relative paths of the images.
-        left_out: Number of other files by kind, such as their suffix.
-        empty: Folders in the place of class folders that contain no images.
+        others: Number of other files by kind, such as their suffix.
+        empty: Folders at the level of class folders that contain no images.
     """
 
     images: list[str]
-    left_out: Counter[str]
+    others: Counter[str]
     empty: list[str]
 
 
@@ -87,7 +87,7 @@ def list_folder(folder: Path) -> Listing:
         folders += [prefix + name for name in shown]
         files += [prefix + name for name in names]
     listing = _sort_out(files, folders)
-    listing.left_out.update({"hidden": hidden} if hidden else {})
+    listing.others.update({"hidden": hidden} if hidden else {})
     return listing
 
 
@@ -103,8 +103,8 @@ def list_tar(path: Path) -> Listing:
         members = list(_members(tar))
     files, folders = ([name for name, kind in members if kind == k] for k in ("file", "folder"))
     listing = _sort_out(files, folders)
-    if others := len(members) - len(files) - len(folders):
-        listing.left_out["links and devices"] = others
+    if special := len(members) - len(files) - len(folders):
+        listing.others["links and devices"] = special
     return listing
 
 
@@ -122,20 +122,21 @@ def _members(tar: tarfile.TarFile, parent: str = "") -> Iterator[tuple[str, str]
                 with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
                     yield from _members(inner, stem)
             except tarfile.ReadError as error:
-                raise ValueError(f"{path} in it is no tar file without compression") from error
+                raise ValueError(f"nested {path} must be an uncompressed tar file") from error
 
 
 def _sort_out(files: Iterable[str], folders: Iterable[str]) -> Listing:
     suffixes = image_suffixes()
-    images, left_out = [], Counter()
+    images: list[str] = []
+    others: Counter[str] = Counter()
     for path in files:
         suffix = os.path.splitext(path)[1].lower()
         if _is_hidden(path):
-            left_out["hidden"] += 1
+            others["hidden"] += 1
         elif suffix in suffixes:
             images.append(path)
         else:
-            left_out[suffix or "without suffix"] += 1
+            others[suffix or "without suffix"] += 1
     classes = {os.path.dirname(path) for path in images}
     filled = classes | {str(parent) for name in classes for parent in Path(name).parents}
     empty = []
@@ -148,11 +149,11 @@ def _sort_out(files: Iterable[str], folders: Iterable[str]) -> Listing:
         ):
             empty.append(folder)
             classes.add(folder)
-    return Listing(images, left_out, empty)
+    return Listing(images, others, empty)
 
 
 def printable(text: str) -> str:
-    """Return text that every log and figure can show, even for file names that are not UTF-8."""
+    """Escape characters that cannot be encoded, as in file names that are not UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -167,22 +168,22 @@ def check_listing(listing: Listing, is_training: bool) -> None:
         ValueError: If there are no images, images outside of class folders or, in training, class
             folders without images.
     """
-    left_out = sorted(listing.left_out.items(), key=lambda item: (-item[1], item[0]))
-    counts = printable(", ".join(f"{n} {kind}" for kind, n in left_out))
+    others = sorted(listing.others.items(), key=lambda item: (-item[1], item[0]))
+    counts = printable(", ".join(f"{n} {kind}" for kind, n in others))
     if not listing.images:
-        raise ValueError(f"it holds no images (other files: {counts or 'none'})")
+        raise ValueError(f"it contains no images (other files: {counts or 'none'})")
     if any(not _label(path) for path in listing.images):
         # timm would make these images an additional first class.
-        raise ValueError("it must hold a folder per class, but has images outside of them")
+        raise ValueError("it must contain a folder per class, got images outside of class folders")
     if listing.empty and is_training:
         names = printable(", ".join(listing.empty[:5])) + ", ..." * (len(listing.empty) > 5)
         raise ValueError(
-            f"{len(listing.empty)} of its class folders hold no images: {names} (other files: "
+            f"{len(listing.empty)} class folders contain no images: {names} (other files: "
             f"{counts or 'none'})"
         )
     if counts:
-        level = on_first(logging.INFO if listing.left_out.keys() == {"hidden"} else logging.WARNING)
-        _logger.log(level, "%d images; left out: %s", len(listing.images), counts)
+        level = on_first(logging.INFO if listing.others.keys() == {"hidden"} else logging.WARNING)
+        _logger.log(level, "%d images; other files: %s", len(listing.images), counts)
 
 
 def check_class_folders(folders: Iterable[str]) -> None:
@@ -194,23 +195,26 @@ def check_class_folders(folders: Iterable[str]) -> None:
     Raises:
         ValueError: If folders in different places have the same name.
     """
-    places, parents = defaultdict(list), {}
+    places: dict[str, list[str]] = defaultdict(list)
+    parents: dict[str, str] = {}
     for folder in sorted(set(folders)):
         parent, name = os.path.split(folder)
         places[name].append(folder)
         parents.setdefault(parent, folder)
-    rule = "the folders that hold the images are the classes"
+    rule = "the folders that directly contain images are the classes"
     for name, several in places.items():
         if len(several) > 1:
             names = ", ".join(several[:5]) + ", ..." * (len(several) > 5)
             raise ValueError(
-                printable(f"class folder '{name}' is in several folders ({names}): {rule}")
+                printable(
+                    f"class names must be unique, got '{name}' in several folders ({names}): {rule}"
+                )
             )
     if len(parents) > 1:
         deepest = max(parents.values(), key=lambda folder: folder.count(os.sep))
         _logger.log(
             on_first(logging.WARNING),
-            "class folders are not all in the same folder, such as %s: %s",
+            "class folders are not all in the same folder, for example %s: %s",
             printable(deepest), rule,
         )  # fmt: skip
 

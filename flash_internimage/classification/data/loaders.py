@@ -10,14 +10,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from timm.data import IterableImageDataset, Mixup, create_transform
+from timm.data import Mixup, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from ..config import Augmentation, Config, ConfigError, Data
-from ..strict_yaml import one_line
-from .datasets import SkippingImageDataset
+from ..errors import one_line
+from .datasets import ImageSet, SkippingImageDataset, SkippingStream
 
 
 def spread(length: int, limit: int | None) -> list[int]:
@@ -45,7 +45,7 @@ class EveryNth(Sampler[int]):
         return len(self.indices)
 
 
-def _erasing(augmentation: Augmentation) -> dict:
+def _erasing(augmentation: Augmentation) -> dict[str, Any]:
     return {
         "re_prob": augmentation.random_erasing,
         "re_mode": augmentation.random_erasing_mode,
@@ -73,7 +73,7 @@ def train_transform(
             scale=augmentation.scale,
             ratio=augmentation.ratio,
             hflip=augmentation.hflip,
-            color_jitter=augmentation.color_jitter or None,
+            color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]
             auto_augment=augmentation.auto_augment,
             interpolation=data.interpolation,
             mean=data.mean,
@@ -83,7 +83,7 @@ def train_transform(
         )
     except Exception as error:
         raise ConfigError(
-            f"augmentation: timm cannot build it with auto_augment={augmentation.auto_augment}: "
+            f"timm rejects the augmentation with auto_augment={augmentation.auto_augment}: "
             f"{one_line(error)}"
         ) from error
 
@@ -111,16 +111,16 @@ def _uses_prefetcher(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _stop_only_with_the_main_process(worker_id: int) -> None:
-    # Terminals and batch systems signal every process of a run. A worker killed by the signal would
-    # bring the main process down within an update, before it has saved.
+def _init_worker(worker_id: int) -> None:
+    # Terminals and batch systems signal every process of a run. Workers that exit would end the
+    # main process within an update, before it has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # identifies the sender of a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_when_the_main_process_asks, daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
 
 
-def _exit_when_the_main_process_asks() -> None:
+def _exit_on_sigterm_of_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -138,15 +138,15 @@ def start(loader: DataLoader | PrefetchLoader) -> Iterator:
 
 
 def _loader(
-    dataset: Dataset,
+    dataset: ImageSet,
     data: Data,
     batch_size: int,
     device: torch.device,
-    sampler: Sampler,
+    sampler: Sampler[Any] | None,
     drop_last: bool,
     **erasing: Any,
 ) -> DataLoader | PrefetchLoader:
-    if isinstance(dataset, IterableImageDataset):
+    if isinstance(dataset, SkippingStream):
         sampler = None  # the reader shuffles and distributes
         dataset.set_loader_cfg(num_workers=data.workers)
     prefetch = _uses_prefetcher(device)
@@ -157,7 +157,7 @@ def _loader(
         num_workers=data.workers,
         collate_fn=fast_collate if prefetch else None,
         pin_memory=prefetch,
-        worker_init_fn=_stop_only_with_the_main_process,
+        worker_init_fn=_init_worker,
         drop_last=drop_last,
     )
     return (
@@ -168,7 +168,7 @@ def _loader(
 
 
 def train_loader(
-    dataset: Dataset, cfg: Config, device: torch.device, rank: int, world_size: int
+    dataset: ImageSet, cfg: Config, device: torch.device, rank: int, world_size: int
 ) -> DataLoader | PrefetchLoader:
     """Build the training loader, which yields full batches of shuffled and augmented images.
 
@@ -182,23 +182,25 @@ def train_loader(
         world_size: Number of processes.
 
     Raises:
-        ConfigError: If the data set is smaller than one update or, as a stream, does not state its
-            length, or if `data.workers` is 0 for `tfds/` on several processes.
+        ConfigError: If the data set is smaller than one update or is a stream of unknown length,
+            or if `data.workers` is 0 for `tfds/` on several processes.
     """
-    is_stream = isinstance(dataset, IterableImageDataset)
+    is_stream = isinstance(dataset, SkippingStream)
     if is_stream and not len(dataset):
-        raise ConfigError(f"data.kind={cfg.data.kind} must tell the number of training images")
+        raise ConfigError(f"data.kind={cfg.data.kind} must provide the number of training images")
     if cfg.data.kind.lower().startswith("tfds/") and world_size > 1 and not cfg.data.workers:
         # Without workers, timm's reader would give every process the same images.
         raise ConfigError("data.workers must be at least 1 for tfds/ on several processes, got 0")
     images = cfg.batch_size * cfg.accumulation_steps * (1 if is_stream else world_size)
     if len(dataset) < images:
         raise ConfigError(
-            f"the training split has {len(dataset)} images{' per process' * is_stream}, fewer than "
-            f"the {images} of one update"
+            f"the training split must have at least the {images} images of one update"
+            f"{' per process' * is_stream}, got {len(dataset)}"
         )
     dataset.transform = train_transform(cfg.data, cfg.augmentation, _uses_prefetcher(device))
-    sampler = DistributedSampler(dataset, world_size, rank, seed=cfg.seed, drop_last=True)
+    sampler: Sampler[int] = DistributedSampler(
+        dataset, world_size, rank, seed=cfg.seed, drop_last=True
+    )
     erasing = _erasing(cfg.augmentation)
     return _loader(dataset, cfg.data, cfg.batch_size, device, sampler, drop_last=True, **erasing)
 
@@ -227,7 +229,7 @@ def set_epoch(loader: DataLoader | PrefetchLoader, epoch: int) -> None:
 
 
 def val_loader(
-    dataset: Dataset,
+    dataset: ImageSet,
     data: Data,
     batch_size: int,
     device: torch.device,
@@ -251,8 +253,10 @@ def val_loader(
     Raises:
         ConfigError: If there is a limit for a data set that is read as a stream.
     """
-    if limit is not None and isinstance(dataset, IterableImageDataset):
-        raise ConfigError(f"data.kind={data.kind} is read as a stream and takes no limit")
+    if limit is not None and isinstance(dataset, SkippingStream):
+        raise ConfigError(
+            f"limit must not be used with data.kind={data.kind}, which is read as a stream"
+        )
     dataset.transform = eval_transform(data, _uses_prefetcher(device))
     sampler = EveryNth(spread(len(dataset), limit), rank, world_size)
     return _loader(dataset, data, batch_size, device, sampler, drop_last=False)
