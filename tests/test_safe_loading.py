@@ -35,7 +35,7 @@ UNSAFE = re.compile(
     re.VERBOSE,
 )
 ALLOWED = {
-    "flash_internimage/openmmlab/runtime.py": {  # which makes the engine read files safely, too
+    "flash_internimage/openmmlab/readers.py": {  # which makes the engine read files safely, too
         "mmengine.runner.CheckpointLoader",
         "mmengine.runner.CheckpointLoader._schemes",
         "mmengine.runner.CheckpointLoader.register_scheme",

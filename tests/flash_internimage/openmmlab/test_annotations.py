@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from flash_internimage.openmmlab.annotations import check_annotations, parse_json
+from flash_internimage.openmmlab.datasets.coco_annotations import check_annotations, parse_json
 
 HEIGHT, WIDTH = 20, 30
 SQUARE = [2, 2, 7, 2, 7, 7, 2, 7]
@@ -304,8 +304,8 @@ def test_numbers_of_json_that_are_not_finite():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"{}", mtime=0), "the file is compressed with gzip: unpack it first"),
-        (b'{"id": 1}\n{"id": 2}\n', "one JSON object, got another from line 2 on (JSON Lines are"),
+        (gzip.compress(b"{}", mtime=0), "the file must be uncompressed, got a gzip file"),
+        (b'{"id": 1}\n{"id": 2}\n', "one JSON object, got another at line 2 (JSON Lines are"),
         (b'{"id": 1', "delimiter"),
         (b"\xef\xbb\xbf{}", "BOM"),  # pycocotools does not read it
     ],

@@ -172,7 +172,7 @@ def test_runs_under_autocast_without_rounding_locations(dtype, monkeypatch):
         seen.update(locations=locations.dtype, weights=weights.dtype)
         return ms_deform_attn(value, shapes, start, locations, weights)
 
-    monkeypatch.setattr("flash_internimage.openmmlab.attention.ms_deform_attn", recorded)
+    monkeypatch.setattr("flash_internimage.openmmlab.models.attention.ms_deform_attn", recorded)
     arguments = random_arguments(batch_first=True)
     expected = layer(**arguments)
     arguments = {k: v.float() if v.is_floating_point() else v for k, v in arguments.items()}

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from mmengine.hooks import CheckpointHook
 
-from flash_internimage.openmmlab import checkpoint_names
-from flash_internimage.openmmlab.hooks import AtomicCheckpointHook
+from flash_internimage.openmmlab import AtomicCheckpointHook
+from flash_internimage.openmmlab.engine.runner import checkpoint_names
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from flash_internimage.images import UnreadableImage
-from flash_internimage.openmmlab.coco import CheckedCocoDataset
-from flash_internimage.openmmlab.coco_metric import CheckedCocoMetric
+from flash_internimage.openmmlab.detection import CheckedCocoDataset, CheckedCocoMetric
 
 CLASSES = ("cat", "dog")
 CATEGORIES = ((7, "cow"), (1, "cat"), (2, "dog"))
@@ -78,20 +77,20 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(write, log):
     labels = [(i["bbox_label"], i["ignore_flag"]) for i in dataset[0]["instances"]]
     assert labels == [(0, 0), (1, 1)]
     message = (
-        "2 images, 2 objects and 1 crowds; left out: 0 images that are missing, 0 that have too "
-        "many objects, 1 that have no objects and 0 that are smaller than min_size; 1 annotations "
+        "2 images, 2 objects and 1 crowds; left out: 0 missing images, 0 with too many objects, 1 "
+        "without objects and 0 smaller than min_size; 1 annotations "
         "outside their image, 1 without an area or a pixel, 1 of other categories and 1 with "
         "ignore=1"
     )
     assert message in log.text
-    assert "1 of the 7 annotations reach beyond their image" in log.text
+    assert "1 of the 7 annotations extend beyond their image" in log.text
 
 
 def test_missing_images_are_left_out_of_training(write, tmp_path, log):
     arguments = write([box(i, [2, 2, 5, 5]) for i in (1, 2, 3)])
     (tmp_path / "2.png").unlink()
     assert [info["img_id"] for info in CheckedCocoDataset(**arguments)] == [1, 3]
-    assert "left out: 1 images that are missing" in log.text
+    assert "left out: 1 missing images" in log.text
     (record,) = [r for r in log.records if "left out: " in r.getMessage()]
     assert record.levelno == logging.WARNING
 
@@ -166,12 +165,12 @@ def test_two_images_of_one_id(write):
     [
         ([box(i, [2, 2, 5, 5]) for i in (1, 2, 3)], None),
         ([box(i, [0, 0, SIDE, SIDE], area=1) for i in (1, 2, 3)], None),
-        ([box(i, [12, 12, 17, 17]) for i in (1, 2, 3)], "3 of the 3 annotations reach beyond"),
+        ([box(i, [12, 12, 17, 17]) for i in (1, 2, 3)], "3 of the 3 annotations extend beyond"),
         (
             [box(i, [2, 2, 5, 5], area=SIDE**2) for i in (1, 2, 3)],
             "3 of the 3 annotations have an area larger than their box",
         ),
-        ([box(1, [2, 2, 5, 5])], "2 that have no objects and 0 that are smaller"),
+        ([box(1, [2, 2, 5, 5])], "2 without objects and 0 smaller"),
         ([box(i, [2, 2, 5, 5], category=i + i // 3 * 4) for i in (1, 2, 3)], "1 of other categ"),
     ],
 )
@@ -242,7 +241,7 @@ WITH_MASKS = {"pipeline": [*PIPELINE, {"type": "mmdet.LoadAnnotations", "with_ma
 def test_an_object_without_a_mask_where_masks_are_loaded(second, write):
     arguments = write([box(1, [2, 2, 5, 5], **MASK), box(2, [2, 2, 5, 5], **second)])
     assert len(CheckedCocoDataset(**arguments)) == 2
-    message = r"annotations.json: image 2 \(2\.png\), annotation 2: segmentation must be there "
+    message = r"annotations.json: image 2 \(2\.png\), annotation 2: segmentation must be present"
     with pytest.raises(ValueError, match=message):
         CheckedCocoDataset(**arguments | WITH_MASKS)
 
@@ -322,7 +321,7 @@ def test_images_of_too_many_objects(limits, masks, write, log):
     assert [info["img_id"] for info in dataset] == [2]
     assert "1 images have more objects than max_objects=" in log.text
     assert "1.png with 4 objects, 20 x 20 pixels" in log.text
-    assert "1 that have too many objects" in log.text
+    assert "1 with too many objects" in log.text
     assert len([r for r in log.records if r.levelno == logging.WARNING]) == 2
     if masks:
         with pytest.raises(ValueError, match=r"1 images have .* remove LoadAnnotations from the"):
@@ -371,7 +370,7 @@ def test_an_image_of_another_size_than_its_annotations_say(key, write, tmp_path,
     path.write_text(json.dumps(content))
     declared = {"height": SIDE, "width": SIDE, key: SIDE + 1}
     message = (
-        f"image {tmp_path}/1.png has (height, width) ({SIDE}, {SIDE}), its annotations say "
+        f"image {tmp_path}/1.png has (height, width) ({SIDE}, {SIDE}), but its annotations "
         f"({declared['height']}, {declared['width']})"
     )
     dataset = CheckedCocoDataset(**arguments)

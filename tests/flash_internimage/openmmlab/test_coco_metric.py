@@ -14,9 +14,10 @@ from mmengine.registry import init_default_scope
 from PIL import Image
 from torch import nn
 
-import flash_internimage.openmmlab.detection  # noqa: F401  registers the metrics
-from flash_internimage.openmmlab.coco_metric import LABELS_FOLLOW_CLASSES
+import flash_internimage.openmmlab.detection  # noqa: F401  adds the metrics
+from flash_internimage.openmmlab.datasets.coco import LABELS_FOLLOW_CLASSES
 
+pytestmark = pytest.mark.usefixtures("safe_readers")
 BOX = [5, 5, 20, 20]
 both_metrics = pytest.mark.parametrize("kind", ["FasterCocoMetric", "CocoMetric"])
 
@@ -113,7 +114,7 @@ def test_classes_that_the_file_does_not_have(kind, classes, evaluate):
             ({"id": first}, f"annotation {first!r}: id must be a unique integer")
             for first in (0, "a", 1.0)
         ],
-        ({"iscrowd": 1}, "annotations must have objects that are no crowds"),
+        ({"iscrowd": 1}, "annotations must contain objects that are not crowds"),
     ],
 )
 def test_annotations_that_an_evaluation_cannot_use(kind, change, message, tmp_path):
@@ -219,7 +220,7 @@ def test_labels_are_numbered_as_the_data_set_does(kind, source, classes, write, 
     assert [found[n] for n in ("bbox_mAP", "cat_precision", "dog_precision")] == [1, 1, 1]
     found = figures(kind, path, dataset, perfect(dataset, found=[1]))
     assert [found[n] for n in ("bbox_mAP", "cat_precision", "dog_precision")] == [0.5, 1, 0]
-    assert ("labels are taken as those of mmdet's CocoDataset" in log.text) == (
+    assert ("labels are assumed to follow the file, as in mmdet's CocoDataset" in log.text) == (
         tuple(classes) == ("dog", "cat")
     )
     prefix = str(tmp_path / "results")
@@ -316,7 +317,7 @@ def resize(content: dict) -> None:
         (rename("part/11.png"), r"image 1 is part/11\.png, but \S*part/1\.png in the data"),
         (rename("t/1.png"), r"image 1 is t/1\.png, but \S*part/1\.png in the data"),
         (resize, r"has \(height, width\) \(48, 40\), but \(40, 48\) in the data"),
-        (lambda content: content["images"][1].update(id=7), "has no image 1, which the data have"),
+        (lambda content: content["images"][1].update(id=7), "has no image 1, but the data do"),
     ],
 )
 def test_an_image_of_another_file(kind, change, message, write):
@@ -372,6 +373,6 @@ def test_masks_that_the_model_does_not_predict(kind, write):
 
     path = write(change=outline)
     metric = METRICS.build({"type": kind, "ann_file": path, "metric": ["bbox", "segm"]})
-    message = r"^metric of the evaluator must be without 'segm' .*, got \['bbox', 'segm'\]"
+    message = r"^metric of the evaluator must not contain 'segm' .*, got \['bbox', 'segm'\]"
     with pytest.raises(ValueError, match=message):
         metric.process({}, perfect(data(path)))

@@ -13,7 +13,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from flash_internimage.openmmlab import use_flash_attention
-from flash_internimage.openmmlab.detection import ClampedDINOHead, PublishedDINO
+from flash_internimage.openmmlab.detection import ClampedReferenceDINOHead, HalfWidthEncodingDINO
 from tests.flash_internimage.openmmlab.goldens import (
     arrays,
     assert_published,
@@ -52,7 +52,7 @@ def dino_config() -> dict:
 
     noise = head["dn_cfg"]["noise_scale"]
     return {
-        "type": "PublishedDINO",
+        "type": "HalfWidthEncodingDINO",
         "num_queries": head["num_query"],
         "num_feature_levels": 4,
         "with_box_refine": True,
@@ -80,7 +80,7 @@ def dino_config() -> dict:
             "offset": 0.0,
         },
         "bbox_head": {
-            "type": "ClampedDINOHead",
+            "type": "ClampedReferenceDINOHead",
             **{key: head[key] for key in ("num_classes", "loss_cls", "loss_bbox", "loss_iou")},
         },
         "dn_cfg": {
@@ -267,7 +267,7 @@ def head_at_the_border(head: nn.Module) -> tuple[dict[str, Tensor], Tensor, Tens
 
 def test_dino_head_at_the_border_of_the_image():
     model = load("dino", dino_config())
-    assert type(model.bbox_head) is ClampedDINOHead
+    assert type(model.bbox_head) is ClampedReferenceDINOHead
     edge, scores, boxes = head_at_the_border(model.bbox_head)
     torch.testing.assert_close(scores, edge["all_cls_scores"], rtol=0, atol=1e-5)
     torch.testing.assert_close(boxes, edge["all_bbox_preds"], rtol=0, atol=1e-6)
@@ -297,5 +297,5 @@ def test_queries_of_dino_start_as_published():
 
 @pytest.mark.parametrize("registry", [MODELS, ROOT_MODELS], ids=["mmdet", "root"])
 def test_configs_name_the_parts_of_dino(registry):
-    assert registry.get("PublishedDINO") is PublishedDINO
-    assert registry.get("ClampedDINOHead") is ClampedDINOHead
+    assert registry.get("HalfWidthEncodingDINO") is HalfWidthEncodingDINO
+    assert registry.get("ClampedReferenceDINOHead") is ClampedReferenceDINOHead

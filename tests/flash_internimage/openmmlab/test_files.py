@@ -14,14 +14,12 @@ from mmengine.registry import DefaultScope
 from PIL import Image
 
 import flash_internimage.openmmlab.detection
-import flash_internimage.openmmlab.segmentation  # noqa: F401  register the loaders
+import flash_internimage.openmmlab.segmentation  # noqa: F401  add the loaders
 from flash_internimage.images import UnreadableImage
-from flash_internimage.openmmlab.files import (
-    LoadReadableImage,
-    find_missing,
-    is_local,
-    require_unique_names,
-)
+from flash_internimage.openmmlab.datasets.files import find_missing, is_local, require_unique_names
+from flash_internimage.openmmlab.datasets.transforms import LoadReadableImage
+
+pytestmark = pytest.mark.usefixtures("safe_readers")
 
 
 def make(path, how):
@@ -253,5 +251,5 @@ def test_results_are_written_to_files_of_their_own(paths, suffixes, unique):
     if unique:
         require_unique_names(joined, "--out", suffixes)
         return
-    with pytest.raises(ValueError, match=rf"--out needs .* of {paths[0]} and {paths[1]}$"):
+    with pytest.raises(ValueError, match=rf"--out must not .*, got {paths[0]} and {paths[1]}$"):
         require_unique_names(joined, "--out", suffixes)

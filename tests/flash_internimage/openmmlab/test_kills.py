@@ -10,8 +10,11 @@ import torch
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
 
-from flash_internimage.openmmlab.checkpoint_names import checkpoint_folder, latest_checkpoint
-from flash_internimage.openmmlab.runtime import read_checkpoint
+from flash_internimage.openmmlab.engine.runner.checkpoint_names import (
+    checkpoint_folder,
+    latest_checkpoint,
+)
+from flash_internimage.openmmlab.readers import read_checkpoint
 from tests.flash_internimage.openmmlab.small import Model
 
 LOOPS = {
@@ -178,5 +181,5 @@ def test_another_metric_starts_without_a_best(runner, tmp_path, caplog):
     )
     r.logger.addHandler(caplog.handler)
     r.train()
-    assert "the best checkpoint is now that of other" in caplog.text
+    assert "the best checkpoint is now selected by other" in caplog.text
     assert (tmp_path / "run" / "best_other_epoch_4.pth").is_file()

@@ -6,7 +6,7 @@ import torch
 from mmseg.models import SegDataPreProcessor
 from PIL import Image
 
-from flash_internimage.openmmlab.label_maps import CheckedSegDataset
+from flash_internimage.openmmlab.segmentation import CheckedSegDataset
 from tests.flash_internimage.openmmlab.label_maps import (
     HEIGHT,
     TEST,

@@ -12,10 +12,7 @@ from mmseg.registry import TRANSFORMS
 from PIL import Image
 
 from flash_internimage.images import UnreadableImage
-from flash_internimage.openmmlab.label_maps import (
-    CheckedSegDataset,
-    LoadCheckedAnnotations,
-)
+from flash_internimage.openmmlab.segmentation import CheckedSegDataset, LoadCheckedAnnotations
 from tests.flash_internimage.openmmlab.label_maps import (
     CLASSES,
     HEIGHT,
@@ -86,7 +83,7 @@ def test_label_maps_beside_their_images(folder, log):
 @pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".png"])
 def test_an_image_of_another_suffix_that_has_a_label_map(suffix, test_mode, folder, log):
     path = folder / "images" / "2.jpg"
-    message = rf"1 images of {folder}/images .* img_suffix='.jpg', the first is .*/2{suffix}: "
+    message = rf"1 images of {folder}/images .* img_suffix='.jpg', the first: .*/2{suffix}: "
     path.rename(path.with_suffix(suffix))
     with pytest.raises(ValueError, match=message):
         CheckedSegDataset(**arguments(folder, test_mode=test_mode))
@@ -102,7 +99,7 @@ def test_names_of_images_and_label_maps_that_differ_in_more_than_the_suffix(test
         (folder / "labels" / f"{i}.png").rename(folder / "labels" / f"{i}_gtFine_labelIds.png")
     (folder / "labels" / "readme.txt").touch()
     message = (
-        r"4 of the 4 images .*; that folder has 1_gtFine_labelIds.png: set "
+        r"4 of the 4 images .*; that folder contains 1_gtFine_labelIds.png: set "
         r"img_suffix='_leftImg8bit.jpg' and seg_map_suffix='_gtFine_labelIds.png'$"
     )
     with pytest.raises(FileNotFoundError, match=message):
@@ -146,7 +143,7 @@ def test_a_missing_folder(key, test_mode, folder):
 @both_modes
 def test_a_list_of_names_with_suffixes(test_mode, folder):
     (folder / "split.txt").write_text("1.jpg\n2.jpg\n")
-    message = r"2 of the 2 images .*; the names in ann_file must be without their suffix '\.jpg'$"
+    message = r"2 of the 2 images .*; ann_file must list names without the suffix '\.jpg'$"
     with pytest.raises(FileNotFoundError, match=message):
         CheckedSegDataset(**arguments(folder, ann_file="split.txt", test_mode=test_mode))
 
@@ -179,7 +176,7 @@ def test_a_list_of_names(content, test_mode, folder, log):
 def test_a_list_with_the_name_of_no_image(folder, log):
     (folder / "some.txt").write_text("4\n5\n")
     assert names(CheckedSegDataset(**arguments(folder, ann_file="some.txt"))) == ["4.jpg"]
-    assert "some.txt: 1 images; left out: 1 images that are missing; 3 of" in log.text
+    assert "some.txt: 1 images; left out: 1 missing images; 3 of" in log.text
     with pytest.raises(FileNotFoundError, match=r"1 of the 2 images of .*some.txt .*images/5\.jpg"):
         CheckedSegDataset(**arguments(folder, ann_file="some.txt", test_mode=True))
 
@@ -221,7 +218,7 @@ def test_options_of_another_type(name, value, kind, folder):
 def test_a_test_needs_label_maps_of_their_images_sizes(folder):
     for i in (2, 4):
         write_labels(folder, i, np.zeros((HEIGHT, WIDTH + 1), np.uint8))
-    message = r"2 of the 4 .*labels/2.png has \(height, width\) \(12, 17\), its image has \(12, 16"
+    message = r"2 of the 4 .*labels/2.png has \(height, width\) \(12, 17\), but its image \(12, 16"
     with pytest.raises(ValueError, match=message):
         CheckedSegDataset(**arguments(folder, test_mode=True))
 
@@ -328,8 +325,8 @@ def test_images_that_are_no_regular_files_are_counted(kind, folder, log):
     else:
         path.symlink_to("nowhere.jpg")
     assert names(CheckedSegDataset(**arguments(folder))) == ["1.jpg", "3.jpg", "4.jpg"]
-    assert "3 images; left out: 1 images that are no regular files; 3 of" in log.text
-    with pytest.raises(FileNotFoundError, match=rf"1 images of .* the first is {path}"):
+    assert "3 images; left out: 1 images that are not regular files; 3 of" in log.text
+    with pytest.raises(FileNotFoundError, match=rf"1 images of .* the first: {path}"):
         CheckedSegDataset(**arguments(folder, test_mode=True))
 
 

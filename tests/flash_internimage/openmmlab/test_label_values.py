@@ -12,10 +12,7 @@ from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
 from flash_internimage.images import UnreadableImage
-from flash_internimage.openmmlab.label_maps import (
-    CheckedADE20KDataset,
-    CheckedSegDataset,
-)
+from flash_internimage.openmmlab.segmentation import CheckedADE20KDataset, CheckedSegDataset
 from tests.flash_internimage.openmmlab.label_maps import (
     CLASSES,
     HEIGHT,
@@ -52,9 +49,9 @@ def test_classes_from_a_file(folder):
 WRONG_VALUES = [
     # reduce_zero_label, the values of a label map, what the message says
     (False, label_map(0, 3, 254), "[3, 254]; with 3 classes and reduce_zero_label=False, "
-     "0 to 2 are classes, and 255 to be ignored"),
+     "0 to 2 are classes; ignored: 255"),
     (True, label_map(0, 4, 254), "[4, 254]; with 3 classes and reduce_zero_label=True, "
-     "1 to 3 are classes, and 0 and 255 to be ignored"),
+     "1 to 3 are classes; ignored: 0, 255"),
     (False, label_map(0, 1).astype(np.uint16) + 256, "[256, 257]; with 3 classes"),  # 16 bits
 ]  # fmt: skip
 
@@ -65,7 +62,7 @@ def test_values_that_belong_to_no_class_are_an_error_at_the_start(
     reduce, values, said, test_mode, folder
 ):
     write_labels(folder, 3, values)
-    with pytest.raises(ValueError, match=re.escape(f"labels/3.png has the values {said}")):
+    with pytest.raises(ValueError, match=re.escape(f"labels/3.png has invalid values {said}")):
         CheckedSegDataset(**arguments(folder, reduce_zero_label=reduce, test_mode=test_mode))
 
 
@@ -76,7 +73,7 @@ def test_values_that_belong_to_no_class_are_an_error_when_they_are_read(
 ):
     dataset = CheckedSegDataset(**arguments(folder, reduce_zero_label=reduce, test_mode=test_mode))
     write_labels(folder, 3, values)
-    with pytest.raises(ValueError, match=re.escape(f"labels/3.png has the values {said}")):
+    with pytest.raises(ValueError, match=re.escape(f"labels/3.png has invalid values {said}")):
         dataset[2]
 
 
@@ -97,7 +94,7 @@ def test_masks_of_0_and_255_are_suspicious(folder, log):
         write_labels(folder, i, label_map(0, 255))
     CheckedSegDataset(**arguments(folder))
     assert "1 of the 3 classes occur (not bolt, nut) in 4 label maps" in log.text
-    assert log.messages[-1].endswith("; masks must be numbers of classes, and 255 is ignored")
+    assert log.messages[-1].endswith("; pixels must be class indices, and 255 is ignored")
     assert log.records[-1].levelno == logging.WARNING
 
 
@@ -117,7 +114,9 @@ def test_a_first_class_of_0_that_is_reduced_is_suspicious(folder, log):
 def test_label_maps_that_are_ignored_altogether(reduce, test_mode, folder):
     for i in range(1, 5):
         write_labels(folder, i, label_map(0 if reduce else 255))
-    with pytest.raises(ValueError, match=rf"the label maps of {folder}/images have no class"):
+    with pytest.raises(
+        ValueError, match=rf"the label maps of {folder}/images contain only ignored"
+    ):
         CheckedSegDataset(**arguments(folder, reduce_zero_label=reduce, test_mode=test_mode))
 
 
@@ -131,7 +130,7 @@ def test_label_maps_whose_palettes_disagree(folder, log):
     CheckedSegDataset(**arguments(folder))
     assert log.records[-1].levelno == logging.WARNING
     assert log.messages[-1].endswith(
-        f"; 1 have other colours for the same numbers than others, such as {folder}/labels/3.png"
+        f"; 1 have different colours for the same values, such as {folder}/labels/3.png"
     )
 
 
@@ -160,7 +159,7 @@ def test_one_wrong_label_map_of_two_hundred_is_an_error_at_the_start(test_mode, 
     for i in range(200):
         Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "images" / f"{i:03d}.jpg")
         write_labels(tmp_path, f"{i:03d}", label_map(3 if i == 123 else 0))
-    with pytest.raises(ValueError, match=r"labels/123.png has the values \[3\]"):
+    with pytest.raises(ValueError, match=r"labels/123.png has invalid values \[3\]"):
         CheckedSegDataset(**arguments(tmp_path, test_mode=test_mode))
 
 
@@ -191,7 +190,7 @@ def test_ade20k_has_150_classes_and_ignores_zero(folder):
     assert {*np.unique(dataset[0]["gt_seg_map"])} == {*range(150), 255}
 
     write_labels(folder, 1, label_map(151))
-    with pytest.raises(ValueError, match=r"1.png has the values \[151\]; with 150 classes"):
+    with pytest.raises(ValueError, match=r"1.png has invalid values \[151\]; with 150 classes"):
         dataset[0]
 
 
@@ -219,7 +218,7 @@ def test_another_value_to_be_ignored_is_read_as_255(ignored, reduce, test_mode, 
     for i in range(1, 5):
         write_labels(folder, i, values if ignored > 255 else values.astype(np.uint8))
     keywords = {"reduce_zero_label": reduce, "test_mode": test_mode}
-    with pytest.raises(ValueError, match=rf"has the values \[{ignored}\]; .* 255 to be ignored"):
+    with pytest.raises(ValueError, match=rf"has invalid values \[{ignored}\]; .*; ignored: "):
         CheckedSegDataset(**arguments(folder, **keywords))
     dataset = CheckedSegDataset(**arguments(folder, ignore_index=ignored, **keywords))
     expected = label_map(0, 1, 255, 255) if reduce else label_map(1, 2, 255, 255)
@@ -229,7 +228,7 @@ def test_another_value_to_be_ignored_is_read_as_255(ignored, reduce, test_mode, 
     values[0, 0] = 77
     write_labels(folder, 1, values)
     message = f"[77]; with 3 classes and reduce_zero_label={reduce}, "
-    message += f"1 to 3 are classes, and 0 and {min(ignored, 255)} and " if reduce else "0 to 2 are"
+    message += f"1 to 3 are classes; ignored: 0, {min(ignored, 255)}" if reduce else "0 to 2 are"
     with pytest.raises(ValueError, match=re.escape(message)):
         dataset[0]
 
@@ -244,7 +243,7 @@ def test_another_value_to_be_ignored_in_a_choice_of_classes(folder):
 
 @pytest.mark.parametrize(("reduce", "ignored"), [(False, 0), (False, 2), (True, 1), (True, 3)])
 def test_a_class_cannot_be_the_value_to_be_ignored(reduce, ignored, folder):
-    message = rf"ignore_index must be a value that is no class, got {ignored}; .* 3 classes"
+    message = rf"ignore_index must not be a class, got {ignored}; .* 3 classes"
     with pytest.raises(ValueError, match=message):
         CheckedSegDataset(**arguments(folder, reduce_zero_label=reduce, ignore_index=ignored))
 
@@ -267,7 +266,7 @@ def test_greyscale_of_few_bits_has_the_numbers_in_the_file(bits, test_mode, fold
     highest = 2**bits - 1
     for i in range(1, 5):
         write_grey_png(folder / "labels" / f"{i}.png", label_map(0, 1, 2, highest), bits)
-    with pytest.raises(ValueError, match=rf"labels/1.png has the values \[{highest}\]"):
+    with pytest.raises(ValueError, match=rf"labels/1.png has invalid values \[{highest}\]"):
         CheckedSegDataset(**arguments(folder, test_mode=test_mode))
     dataset = CheckedSegDataset(**arguments(folder, test_mode=test_mode, ignore_index=highest))
     expected = label_map(0, 1, 2, 255)
@@ -308,7 +307,7 @@ class TestDataSetsOfMmseg:
     def test_values_that_cannot_be_labels(self, kind, kwargs, value, said, folder):
         dataset = kind(**arguments(folder) | kwargs)
         write_labels(folder, 1, np.full((HEIGHT, WIDTH), value, np.uint16))
-        with pytest.raises(ValueError, match=re.escape(f"labels/1.png has the values {said}")):
+        with pytest.raises(ValueError, match=re.escape(f"labels/1.png has invalid values {said}")):
             dataset[0]
 
     @both_modes

@@ -17,7 +17,10 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from flash_internimage.conversion import convert_state_dict
-from flash_internimage.openmmlab import FlashInternImageBackbone, LayerDecayOptimWrapperConstructor
+from flash_internimage.openmmlab import (
+    FlashInternImageBackbone,
+    InternImageLayerDecayOptimizerConstructor,
+)
 
 DATA = Path("tests/data")
 # The layers of the stages' first blocks, of the last block and of the heads.
@@ -147,7 +150,7 @@ def optim_wrapper(model, lr, weight_decay, scope="mmengine", type_="OptimWrapper
             model,
             {
                 "type": type_,
-                "constructor": "LayerDecayOptimWrapperConstructor",
+                "constructor": "InternImageLayerDecayOptimizerConstructor",
                 "optimizer": {"type": "AdamW", "lr": lr, "weight_decay": weight_decay},
                 "paramwise_cfg": paramwise_cfg,
                 "clip_grad": {"max_norm": 0.1},
@@ -290,7 +293,7 @@ def test_one_step_moves_layers_by_their_own_rates():
     wrapper = build_optim_wrapper(
         model,
         {
-            "constructor": "LayerDecayOptimWrapperConstructor",
+            "constructor": "InternImageLayerDecayOptimizerConstructor",
             "optimizer": {"type": "SGD", "lr": 0.1, "weight_decay": 0.0},
             "paramwise_cfg": {"layer_decay_rate": 0.5, "offset_lr_scale": 0.1},
         },
@@ -369,7 +372,8 @@ def test_mixed_precision(type_, monkeypatch):
 def test_projects_find_it_beside_their_own(registry):
     constructors = registry.OPTIM_WRAPPER_CONSTRUCTORS
     assert (
-        constructors.get("LayerDecayOptimWrapperConstructor") is LayerDecayOptimWrapperConstructor
+        constructors.get("InternImageLayerDecayOptimizerConstructor")
+        is InternImageLayerDecayOptimizerConstructor
     )
     own = constructors.get("LearningRateDecayOptimizerConstructor")
     assert own.__module__.startswith(registry.__name__.split(".")[0])
@@ -378,19 +382,25 @@ def test_projects_find_it_beside_their_own(registry):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "layer_decay_rate over 0 and at most 1, got None"),
-        ({"layer_decay_rate": 0}, "layer_decay_rate over 0 and at most 1, got 0"),
-        ({"layer_decay_rate": 1.1}, "layer_decay_rate over 0 and at most 1, got 1.1"),
-        ({"layer_decay_rate": "0.9"}, "layer_decay_rate over 0 and at most 1, got '0.9'"),
+        ({}, "layer_decay_rate must be greater than 0 and at most 1, got None"),
+        ({"layer_decay_rate": 0}, "layer_decay_rate must be greater than 0 and at most 1, got 0"),
+        (
+            {"layer_decay_rate": 1.1},
+            "layer_decay_rate must be greater than 0 and at most 1, got 1.1",
+        ),
+        (
+            {"layer_decay_rate": "0.9"},
+            "layer_decay_rate must be greater than 0 and at most 1, got '0.9'",
+        ),
         (
             {"decay_rate": 0.9, "depths": (1, 1, 2, 1)},
-            "paramwise_cfg accepts layer_decay_rate, num_layers, offset_lr_scale, first_layer, "
+            "paramwise_cfg must only have layer_decay_rate, num_layers, offset_lr_scale, first_layer, "
             "got decay_rate, depths",
         ),
         ({"num_layers": 30}, r"number of blocks, 5 \(1, 1, 2, 1\), or be left out, got 30"),
         ({"offset_lr_scale": -1}, "offset_lr_scale must be at least 0, got -1"),
         ({"first_layer": "head"}, "first_layer must be a list of names, got 'head'"),
-        ({"first_layer": ["hea"]}, "first_layer must consist of names .* of Small, got 'hea'"),
+        ({"first_layer": ["hea"]}, "first_layer must list parameters.* of Small, got 'hea'"),
     ],
 )
 def test_options_are_checked(options, message):

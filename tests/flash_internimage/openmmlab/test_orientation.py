@@ -10,10 +10,13 @@ from mmcv.transforms import Compose, LoadImageFromFile
 from mmengine.registry import TRANSFORMS, init_default_scope
 from PIL import Image
 
-import flash_internimage.openmmlab.detection  # noqa: F401  registers the loader
 from flash_internimage.images import UnreadableImage
-from flash_internimage.openmmlab.coco import CheckedCocoDataset
-from flash_internimage.openmmlab.files import LoadCheckedImage, LoadReadableImage, read_orientation
+from flash_internimage.openmmlab.datasets.transforms import (
+    LoadCheckedImage,
+    LoadReadableImage,
+    read_orientation,
+)
+from flash_internimage.openmmlab.detection import CheckedCocoDataset
 
 HEIGHT, WIDTH = 20, 60
 TURNS = {1: 0, 3: 2, 6: 3, 8: 1}  # EXIF orientation to quarter turns of numpy, anticlockwise
@@ -87,10 +90,10 @@ def test_annotations_made_for_the_turned_image(orientation, loader, dataset):
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_another_size_is_an_error_at_the_start(loader, dataset, tmp_path):
-    message = f"image {tmp_path}/1.png has (height, width) (20, 60), its annotations say (60, 20)"
+    message = f"image {tmp_path}/1.png has (height, width) (20, 60), but its annotations (60, 20)"
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
         dataset(1, (WIDTH, HEIGHT), loader, test_mode=True)  # nothing turns this image
-    with pytest.raises(FileNotFoundError, match=r"1\.png has .* annotations say \(20, 61\)"):
+    with pytest.raises(FileNotFoundError, match=r"1\.png has .* its annotations \(20, 61\)"):
         dataset(6, (HEIGHT, WIDTH + 1), loader, test_mode=True)
 
 
@@ -99,7 +102,7 @@ def test_a_half_turn_is_made_and_said_once(dataset, log):
     np.testing.assert_array_equal(data[0]["img"], np.rot90(stored(), 2))
     np.testing.assert_array_equal(data[0]["img"], np.rot90(stored(), 2))
     (warning,) = [r.getMessage() for r in log.records if r.levelno == logging.WARNING]
-    assert "1.png has EXIF orientation 3, and the same size turned and as stored" in warning
+    assert "1.png has EXIF orientation 3, and the same size rotated and as" in warning
     as_stored = {"color_type": "color_ignore_orientation"}
     data = dataset(3, (HEIGHT, WIDTH), "LoadReadableImage", **as_stored)
     np.testing.assert_array_equal(data[0]["img"], stored())
@@ -162,7 +165,7 @@ class TestSixteenBits:
         image = LoadReadableImage(color_type="unchanged").transform({"img_path": ramp})["img"]
         np.testing.assert_array_equal(image, np.arange(4096).reshape(64, 64))
 
-    def test_in_mmdets_pipelines_and_inferencers(self, ramp):
+    def test_in_mmdets_pipelines_and_inferencers(self, ramp, safe_readers):
         init_default_scope("mmdet")
         for loader in ("LoadImageFromFile", "InferencerLoader"):
             image = Compose([TRANSFORMS.build({"type": loader})])({"img_path": ramp})["img"]

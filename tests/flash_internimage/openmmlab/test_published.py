@@ -117,7 +117,7 @@ def test_a_classifiers_file_in_a_detector(tmp_path, log):
         (UPERNET, "mmseg", lambda found: found.seg_logits.data),
     ],
 )
-def test_inference_on_paths_and_arrays(config, library, scores, tmp_path):
+def test_inference_on_paths_and_arrays(config, library, scores, tmp_path, safe_readers):
     apis = importlib.import_module(f"{library}.apis")
     if library == "mmdet":
         model = apis.init_detector(str(CONFIGS / config), None, "random", "cpu")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from mmengine.dataset import BaseDataset
 
-from flash_internimage.openmmlab import resume
-from flash_internimage.openmmlab.runtime import FlashRunner, read_checkpoint
+from flash_internimage.openmmlab import SafeRunner
+from flash_internimage.openmmlab.engine.runner import resume
+from flash_internimage.openmmlab.readers import read_checkpoint
 from tests.flash_internimage.openmmlab.small import Model
 
 ADAMW = {"type": "AdamW", "lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.1}
@@ -66,13 +67,13 @@ def interrupted(runner, tmp_path) -> Callable[..., Path]:
     return train
 
 
-def resumed(runner, path: Path, **changes: Any) -> FlashRunner:
+def resumed(runner, path: Path, **changes: Any) -> SafeRunner:
     r = runner(load_from=str(path), resume=True, **settings(**changes))
     r.train()
     return r
 
 
-def rates(r: FlashRunner) -> list[float]:
+def rates(r: SafeRunner) -> list[float]:
     return [group["lr"] for group in r.optim_wrapper.optimizer.param_groups]
 
 
@@ -167,26 +168,26 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("before", "after", "message"),
         [
-            ({}, {"optimizer": {"type": "Adam"}}, "trained with AdamW, this run has Adam"),
-            ({}, {"optimizer": {"amsgrad": True}}, "AdamW need max_exp_avg_sq for backbone"),
+            ({}, {"optimizer": {"type": "Adam"}}, "trained with AdamW, but this run uses Adam"),
+            ({}, {"optimizer": {"amsgrad": True}}, "AdamW require max_exp_avg_sq for backbone"),
             (
                 {},
                 {"train_cfg": {"by_epoch": True, "max_epochs": 1}},
-                "from epoch 2, this run has 1",
+                "from epoch 2, but this run has 1",
             ),
             (
                 {},
                 {"train_cfg": {"by_epoch": False, "max_iters": 9}},
-                "counts epochs, this run iter",
+                "counts epochs, but this run iter",
             ),
             (
                 {"train_cfg": {"by_epoch": False, "max_iters": 4}},
                 {"train_cfg": {"by_epoch": False, "max_iters": 3}},
-                "from iteration 4, this run has 3",
+                "from iteration 4, but this run has 3",
             ),
-            ({}, {"classes": ("b", "a")}, "its class 0 is 'a', that of the data is 'b'"),
-            ({}, {"classes": ("a", "c")}, "its class 1 is 'b', that of the data is 'c'"),
-            ({}, {"classes": ("a",)}, "it has 2 classes, the data have 1"),
+            ({}, {"classes": ("b", "a")}, "its class 0 is 'a', but 'b' in the data"),
+            ({}, {"classes": ("a", "c")}, "its class 1 is 'b', but 'c' in the data"),
+            ({}, {"classes": ("a",)}, "it has 2 classes, the data 1"),
         ],
     )
     def test_what_cannot_go_on_is_an_error(self, before, after, message, runner, interrupted):
@@ -208,7 +209,7 @@ class TestSettings:
         with pytest.raises(ValueError, match="its optimizer is no SGD"):
             runner(load_from=str(path), resume=True, **arguments).train()
         wrapper = {"paramwise_cfg": {"norm_decay_mult": 0.0}}
-        with pytest.raises(ValueError, match="its parameter groups are others"):
+        with pytest.raises(ValueError, match="its parameter groups differ"):
             resumed(runner, path, wrapper=wrapper)
 
 
@@ -217,8 +218,8 @@ class TestClassesOfATest:
         ("saved", "own", "expected"),
         [
             (["a", "b"], ("a", "b"), (None, False)),
-            (["a", "b"], ("a", "c"), ("its class 1 is 'b', that of the data is 'c'", False)),
-            (["a", "b"], ("b", "c"), ("its class 0 is 'a', that of the data is 'b'", True)),
+            (["a", "b"], ("a", "c"), ("its class 1 is 'b', but 'c' in the data", False)),
+            (["a", "b"], ("b", "c"), ("its class 0 is 'a', but 'b' in the data", True)),
             (["a"], None, (None, False)),
             ("ab", ("a", "b"), (None, False)),
         ],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from flash_internimage.openmmlab import use_flash_attention
-from flash_internimage.openmmlab.segmentation import PublishedMask2FormerHead
+from flash_internimage.openmmlab.segmentation import CombineFirstMask2FormerHead
 from tests.flash_internimage.openmmlab.goldens import (
     arrays,
     assert_published,
@@ -50,7 +50,7 @@ def mask2former_config() -> dict:
         "type": "EncoderDecoder",
         "backbone": backbone_config(config["backbone"]),
         "decode_head": {
-            "type": "PublishedMask2FormerHead",
+            "type": "CombineFirstMask2FormerHead",
             **{key: head[key] for key in kept},
             "strides": [4, 8, 16, 32],
             "pixel_decoder": {
@@ -214,7 +214,7 @@ def test_windows_are_segmented_as_images_of_their_size(crop, stride, combine_fir
 def test_order_of_mmseg_can_be_chosen_and_differs_from_the_published_one():
     stock = mask2former(combine_first=False)
     own = mask2former(type="Mask2FormerHead")
-    assert type(stock.decode_head) is PublishedMask2FormerHead
+    assert type(stock.decode_head) is CombineFirstMask2FormerHead
     assert type(own.decode_head) is Mask2FormerHead
     with torch.no_grad():
         scores = scores_of(stock, "mask2former")
@@ -246,4 +246,4 @@ def test_weights_at_the_wrong_place_show_in_the_scores(swapped):
 
 @pytest.mark.parametrize("registry", [MODELS, ROOT_MODELS], ids=["mmseg", "root"])
 def test_configs_name_the_head_of_mask2former(registry):
-    assert registry.get("PublishedMask2FormerHead") is PublishedMask2FormerHead
+    assert registry.get("CombineFirstMask2FormerHead") is CombineFirstMask2FormerHead

@@ -3,7 +3,7 @@
 import pytest
 from mmengine.dataset import BaseDataset, ConcatDataset, RepeatDataset
 
-from flash_internimage.openmmlab.splits import warn_of_shared_images
+from flash_internimage.openmmlab.datasets.splits import warn_of_shared_images
 
 
 class Images(BaseDataset):

@@ -6,7 +6,8 @@ import torch.multiprocessing as mp
 from mmengine.model import BaseModel
 from torch import nn
 
-from flash_internimage.openmmlab.runtime import FlashRunner, read_checkpoint
+from flash_internimage.openmmlab import SafeRunner
+from flash_internimage.openmmlab.readers import read_checkpoint
 from tests.flash_internimage.openmmlab.small import Score
 
 
@@ -35,7 +36,7 @@ def _train(rank: int, folder: str, queue: mp.Queue) -> None:
         "num_workers": 0,
     }
     hook = {"type": "AtomicCheckpointHook", "by_epoch": False, "interval": 2}
-    FlashRunner(
+    SafeRunner(
         model,
         f"{folder}/run",
         train_dataloader=loader,

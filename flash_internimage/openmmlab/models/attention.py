@@ -5,9 +5,7 @@ from typing import Any
 
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, MODELS
-from mmengine.runner import Runner
+from mmengine.registry import MODELS
 from mmengine.utils import deprecated_api_warning
 from torch import Tensor, nn
 
@@ -24,7 +22,7 @@ class FlashMultiScaleDeformableAttention(MultiScaleDeformableAttention):
     16 bits.
 
     mmdet's DETR layers instantiate mmcv's class directly, so it cannot be replaced by `type` in a
-    config. Use :class:`FlashAttentionHook` instead.
+    config. Use :class:`~flash_internimage.openmmlab.FlashAttentionHook` instead.
 
     Args:
         args: Arguments of MultiScaleDeformableAttention.
@@ -86,12 +84,10 @@ class FlashMultiScaleDeformableAttention(MultiScaleDeformableAttention):
         Raises:
             ValueError: If an argument does not fit. The message names it.
         """
-        for name, argument in (
-            ("reference_points", reference_points),
-            ("spatial_shapes", spatial_shapes),
-        ):
-            if argument is None:
-                raise ValueError(f"{name} must be a tensor, got None")
+        if reference_points is None:
+            raise ValueError("reference_points must be a tensor, got None")
+        if spatial_shapes is None:
+            raise ValueError("spatial_shapes must be a tensor, got None")
         if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
             raise ValueError(
                 f"key_padding_mask must be a tensor of torch.bool, got {key_padding_mask.dtype}"
@@ -135,19 +131,3 @@ def use_flash_attention(model: nn.Module) -> int:
     for module in stock:
         module.__class__ = FlashMultiScaleDeformableAttention
     return len(stock)
-
-
-@HOOKS.register_module()
-class FlashAttentionHook(Hook):
-    """Switch a runner's model to :class:`FlashMultiScaleDeformableAttention`.
-
-    Example::
-
-        custom_hooks = [dict(type='FlashAttentionHook')]
-    """
-
-    def before_run(self, runner: Runner) -> None:
-        """Switch the attention layers and log how many there are."""
-        count = use_flash_attention(runner.model)
-        log = runner.logger.info if count else runner.logger.warning
-        log(f"{count} layers of MultiScaleDeformableAttention now compute with ops_dcnv4")

@@ -1,7 +1,6 @@
 """The runner for detection and segmentation, with safe checkpoint loading."""
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,21 +18,16 @@ from mmengine.model import (
 )
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIMIZERS, RUNNERS
-from mmengine.runner import BaseLoop, CheckpointLoader, Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from ..checkpoint import (
-    check_optimizer,
-    fetch_checkpoint,
-    is_finite,
-    load_checkpoint,
-    require_fit,
-)
-from ..conversion import EXECUTED, convert_checkpoint
-from ..downloads import hide_secrets
-from ..files import disk_full_error, write_atomically
-from .errors import describe, end_in_one_line, is_from_this_package, is_users
-from .plain import restore_histories
+from ....checkpoint import check_optimizer, is_finite, require_fit
+from ....conversion import EXECUTED, convert_checkpoint
+from ....downloads import hide_secrets
+from ....files import disk_full_error, write_atomically
+from ...datasets.splits import warn_of_shared_images
+from ...errors import describe, end_in_one_line, is_from_this_package, is_users
+from ...readers import read_checkpoint, safe_readers
 from .resume import (
     adapt_checkpoint,
     compare_classes,
@@ -41,49 +35,14 @@ from .resume import (
     replay_schedules,
     set_sampler_seed,
 )
-from .splits import warn_of_shared_images
-
-
-def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dict:
-    """Load a checkpoint of mmengine or another program without executing anything in it.
-
-    Args:
-        source: Path, URL or name, see :func:`flash_internimage.checkpoint.fetch_checkpoint`.
-        map_location: See :func:`torch.load`.
-
-    Raises:
-        FileNotFoundError: If the checkpoint does not exist.
-        ValueError: If it is damaged or not a checkpoint.
-    """
-    checkpoint = load_checkpoint(fetch_checkpoint(source), map_location)
-    restore_histories(checkpoint, source)
-    return checkpoint
-
-
-def use_safe_checkpoint_reader() -> None:
-    """Make mmengine read every checkpoint without executing anything in it, process-wide.
-
-    This covers what mmengine loads on its own: weights given by `init_cfg`, and models of the
-    inference functions of mmdet and mmseg. :class:`FlashRunner` does so only while it works.
-    """
-    CheckpointLoader.register_scheme(("", "http://", "https://"), read_checkpoint, force=True)
 
 
 @contextmanager
-def _safe_checkpoint_reader() -> Iterator[None]:
-    before = dict(CheckpointLoader._schemes)
-    use_safe_checkpoint_reader()
+def _building_loop(dataloader: str) -> Iterator[None]:
+    """Use the safe readers, and prefix errors about a data set with the name of its data loader."""
     try:
-        yield
-    finally:
-        CheckpointLoader._schemes = before
-
-
-@contextmanager
-def _naming(dataloader: str) -> Iterator[None]:
-    """Prefix errors about a data set with the name of its data loader."""
-    try:
-        yield
+        with safe_readers():
+            yield
     except (FileNotFoundError, ValueError) as error:
         message = describe(error)
         if "of the evaluator" in message or not is_from_this_package(error):
@@ -101,7 +60,7 @@ def _raise_file_errors(record: logging.LogRecord) -> None:
 
 
 @RUNNERS.register_module()
-class FlashRunner(Runner):
+class SafeRunner(Runner):
     """mmengine's Runner with safe checkpoints, and resuming under changed settings.
 
     Nothing in a checkpoint is executed, and published parameter names are converted. When resuming
@@ -113,6 +72,8 @@ class FlashRunner(Runner):
         args: Arguments of Runner.
         kwargs: Keyword arguments of Runner.
     """
+
+    _randomness_cfg: dict
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._resuming = False
@@ -144,7 +105,7 @@ class FlashRunner(Runner):
             OSError: If the disk is full.
         """
         try:
-            with _safe_checkpoint_reader():
+            with safe_readers():
                 yield
         except Exception as error:
             full = disk_full_error(error, getattr(self, "_work_dir", "a log"))
@@ -162,7 +123,7 @@ class FlashRunner(Runner):
         logger = super().build_logger(*args, **kwargs)
         for handler in logger.handlers:
             if isinstance(handler, logging.FileHandler):
-                handler.handleError = _raise_file_errors
+                handler.handleError = _raise_file_errors  # type: ignore[method-assign]
         return logger
 
     def dump_config(self) -> None:
@@ -175,12 +136,12 @@ class FlashRunner(Runner):
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the training loop, naming the data loader in errors."""
-        with _naming("train_dataloader"):
+        with _building_loop("train_dataloader"):
             return super().build_train_loop(loop)
 
     def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the validation loop, and warn about images that are also trained on."""
-        with _naming("val_dataloader"):
+        with _building_loop("val_dataloader"):
             built = super().build_val_loop(loop)
         self._check_evaluator(built)
         if isinstance(self._train_loop, BaseLoop) and is_main_process():
@@ -191,7 +152,7 @@ class FlashRunner(Runner):
 
     def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Build the test loop, naming the data loader in errors."""
-        with _naming("test_dataloader"):
+        with _building_loop("test_dataloader"):
             built = super().build_test_loop(loop)
         self._check_evaluator(built)
         return built
@@ -204,7 +165,7 @@ class FlashRunner(Runner):
         self._check_names_of_metrics(loop)
 
     def _check_names_of_metrics(self, loop: BaseLoop) -> None:
-        """Check that hooks ask for metrics by their full names, such as `coco/bbox_mAP`."""
+        """Check that hooks refer to metrics by their full names, such as `coco/bbox_mAP`."""
         metrics = getattr(getattr(loop, "evaluator", None), "metrics", ())
         prefixes = tuple(f"{metric.prefix}/" for metric in metrics if metric.prefix)
         if not prefixes or len(prefixes) < len(metrics):
@@ -215,7 +176,7 @@ class FlashRunner(Runner):
                 for name in [wanted] if isinstance(wanted, str) else wanted:
                     if name != "auto" and not name.startswith(prefixes):
                         raise ValueError(
-                            f"{setting} of {type(hook).__name__} must be a metric that begins with "
+                            f"{setting} of {type(hook).__name__} must be a metric that starts with "
                             f"{' or '.join(prefixes)}, got {name!r}"
                         )
 
@@ -245,7 +206,7 @@ class FlashRunner(Runner):
         optimizer = getattr(built, "optimizer", None)
         if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
             raise ValueError(
-                "optim_wrapper.optimizer must take dense gradients and no closure, "
+                "optim_wrapper.optimizer must work with dense gradients and without a closure, "
                 f"got {type(optimizer).__name__}"
             )
         return built
@@ -258,7 +219,7 @@ class FlashRunner(Runner):
         Args:
             optim_wrapper: Optimizer wrapper whose schedules have not been built yet.
             auto_scale_lr: A dict with `enable` (default: False) and `base_batch_size`, the images
-                per update that the learning rates are made for.
+                per update for which the learning rates are set.
 
         Raises:
             ValueError: If `base_batch_size` is missing.
@@ -277,8 +238,8 @@ class FlashRunner(Runner):
             accumulated = wrapper._accumulative_counts
             images = batch * self.world_size * accumulated
             self.logger.info(
-                "learning rates x %g: an update has %d images (batch size %d x processes %d x "
-                "accumulative_counts %d), base_batch_size is %d",
+                "scaling learning rates by %g: an update has %d images (batch size %d x "
+                "processes %d x accumulative_counts %d), base_batch_size is %d",
                 images / base, images, batch, self.world_size, accumulated, base,
             )  # fmt: skip
             for group in wrapper.param_groups:
@@ -316,8 +277,8 @@ class FlashRunner(Runner):
                 checkpoint = convert_checkpoint(checkpoint)
             except ValueError as error:
                 raise ValueError(
-                    f"{filename} is no checkpoint of a detector or segmentor: {error} (that of a "
-                    "classifier is for model.backbone.init_cfg)"
+                    f"{filename} is not a checkpoint of a detector or segmentor: {error} (pass the "
+                    "checkpoint of a classifier to model.backbone.init_cfg)"
                 ) from error
         elif not isinstance(checkpoint.get("state_dict"), dict):
             raise ValueError(f"{filename} has no state_dict")
@@ -366,7 +327,7 @@ class FlashRunner(Runner):
         if self._other_schedule:
             replay_schedules(self)
         if self.iter == self.max_iters:
-            self.logger.warning("%s is from the end of this run: nothing is trained", filename)
+            self.logger.warning("%s is from the end of this run: nothing left to train", filename)
 
     def save_checkpoint(self, *args: Any, meta: dict | None = None, **kwargs: Any) -> None:
         """Save a checkpoint, including what is needed to resume with other settings."""
@@ -378,9 +339,9 @@ class FlashRunner(Runner):
         dataset = getattr(getattr(loop, "dataloader", None), "dataset", None)
         difference, shifted = compare_classes(checkpoint, dataset)
         if shifted:
-            raise ValueError(f"{filename} has other classes than the data: {difference}")
+            raise ValueError(f"classes of {filename} do not match the data: {difference}")
         if difference:
-            self.logger.warning("%s has other classes than the data: %s", filename, difference)
+            self.logger.warning("classes of %s do not match the data: %s", filename, difference)
 
     def _fill_in(self, state_dict: dict, own: dict) -> dict:
         """Return `own` with the tensors of `state_dict` that have a known name and its shape."""
@@ -391,12 +352,12 @@ class FlashRunner(Runner):
         }
         if not fitting:
             raise ValueError(
-                f"none of its {len(state_dict)} tensors fits the model: its names begin with "
-                f"{', '.join(sorted({name.split('.')[0] for name in state_dict})[:5])}, those of "
-                f"the model with {', '.join(sorted({name.split('.')[0] for name in own}))}"
+                f"none of its {len(state_dict)} tensors fits the model: their names start with "
+                f"{', '.join(sorted({name.split('.')[0] for name in state_dict})[:5])}, the "
+                f"model's with {', '.join(sorted({name.split('.')[0] for name in own}))}"
             )
         for what, names in (
-            ("start anew", own.keys() - fitting.keys()),
+            ("keep their initial values", own.keys() - fitting.keys()),
             ("of the checkpoint are not used", state_dict.keys() - fitting.keys()),
         ):
             if names:
@@ -404,7 +365,7 @@ class FlashRunner(Runner):
         return own | fitting
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Wrap the model for distributed training, also on CPUs, without SyncBN there."""
+        """Wrap the model for distributed training; on CPUs, replace SyncBN by batch norm."""
         if self.distributed and not torch.cuda.is_available() and not model_wrapper_cfg:
             find_unused = self.cfg.get("find_unused_parameters", False)
             return MMDistributedDataParallel(

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from mmdet.evaluation import CocoMetric, FasterCocoMetric
 from mmdet.models import BaseDetector
-from mmdet.registry import METRICS as MMDET_METRICS
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import get
 from mmengine.logging import print_log
@@ -20,16 +19,15 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import METRICS
 from torch import nn
 
-from .annotations import check_annotations, parse_json
-from .files import is_local
+from ..datasets.coco import LABELS_FOLLOW_CLASSES
+from ..datasets.coco_annotations import check_annotations, parse_json
+from ..datasets.files import is_local
 
-# Metainfo of data sets whose labels follow the order of their classes, not that of the file.
-LABELS_FOLLOW_CLASSES = "labels_follow_classes"
 _OF_CLASS = "_precision"  # suffix of per-class figures
 
 
-class _Checked:
-    """Mixin that validates mmdet's COCO metrics and names per-class figures correctly.
+class _Checked(CocoMetric):
+    """Base of COCO metrics that are validated and name per-class figures correctly.
 
     Images of the annotation file that are not in the data are left out of the evaluation, with a
     warning.
@@ -41,6 +39,9 @@ class _Checked:
             not in the file, differs from it in name or size or is evaluated twice, or `metric`
             contains 'segm' for a model without masks.
     """
+
+    metrics: list[str]
+    cat_ids: Any
 
     def __init__(
         self, ann_file: str | None = None, metric: str | list[str] = "bbox", **kwargs: Any
@@ -78,7 +79,7 @@ class _Checked:
     def check_run(self, model: nn.Module, dataset: Any) -> None:
         """Check that a model can be evaluated on a data set.
 
-        FlashRunner calls this before the run starts.
+        SafeRunner calls this before the run starts.
 
         Args:
             model: Model that makes the predictions.
@@ -161,7 +162,7 @@ class _Checked:
 
     def _lacks_masks(self) -> str:
         return (
-            "metric of the evaluator must be without 'segm' for a model that predicts no masks, "
+            "metric of the evaluator must not contain 'segm' for a model that predicts no masks, "
             f"got {self.metrics!r}"
         )
 
@@ -172,8 +173,8 @@ class _Checked:
         ann_file = f"ann_file of the evaluator {self._ann_file}"
         if identity not in self._coco_api.imgs:
             raise ValueError(
-                f"{ann_file} has no image {identity!r}, which the data have: both must use the "
-                "same file"
+                f"{ann_file} has no image {identity!r}, but the data do: both must use the same "
+                "file"
             )
         image = self._coco_api.imgs[identity]
         if path and not _is_file(path, image["file_name"]):
@@ -197,7 +198,7 @@ class _Checked:
         if self._ann_file is not None and (left_out := len(self._coco_api.imgs) - len(ids)):
             print_log(
                 f"{left_out} of the {len(self._coco_api.imgs)} images of {self._ann_file} are not "
-                "in the data: the evaluation leaves them out",
+                "in the data and are not evaluated",
                 logger="current",
                 level=logging.WARNING,
             )
@@ -225,8 +226,8 @@ class _Checked:
             return [ids[name] for name in classes]
         if warn and in_file != [*classes]:
             print_log(
-                f"metainfo['classes'] are in another order than in {self._ann_file}: labels are "
-                f"taken as those of mmdet's CocoDataset, which follow the file, {(*in_file,)}",
+                f"metainfo['classes'] are not in the order of {self._ann_file}: labels are assumed "
+                f"to follow the file, as in mmdet's CocoDataset, {(*in_file,)}",
                 logger="current",
                 level=logging.WARNING,
             )
@@ -234,7 +235,6 @@ class _Checked:
 
 
 @METRICS.register_module()
-@MMDET_METRICS.register_module("FasterCocoMetric", force=True)
 class CheckedCocoMetric(_Checked, FasterCocoMetric):
     """mmdet's FasterCocoMetric, validated before the run, with correctly named per-class figures.
 
@@ -245,8 +245,8 @@ class CheckedCocoMetric(_Checked, FasterCocoMetric):
     """
 
 
-@MMDET_METRICS.register_module("CocoMetric", force=True)
-class CheckedPycocotoolsMetric(_Checked, CocoMetric):
+@METRICS.register_module()
+class CheckedPycocotoolsMetric(_Checked):
     """mmdet's CocoMetric with the same validation. `iscrowd` may be missing."""
 
 
@@ -259,12 +259,12 @@ def _check_for_evaluation(
         content = parse_json(get(ann_file, backend_args=backend_args))
         check_annotations(content, masks, all_masks=masks)
         if evaluates and all(a.get("iscrowd") for a in content.get("annotations", [])):
-            raise ValueError("annotations must have objects that are no crowds")
+            raise ValueError("annotations must contain objects that are not crowds")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"ann_file of the evaluator {ann_file}: {error}") from error
 
 
-def _predicts_boxes_alone(model: nn.Module) -> bool:
+def _predicts_boxes_alone(model: Any) -> bool:
     """Return whether a model is one of mmdet's detectors without any part for masks."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module

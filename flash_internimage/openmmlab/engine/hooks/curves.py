@@ -10,7 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from ..files import write_atomically
+from ....files import write_atomically
 
 
 @HOOKS.register_module()
@@ -32,7 +32,7 @@ class CurvesHook(Hook):
 
 def read_scalars(work_dir: Path) -> dict[str, dict[int, float]]:
     """Return {name: {step: value}} over all attempts of a run; the latest attempt wins."""
-    scalars = defaultdict(dict)
+    scalars: defaultdict[str, dict[int, float]] = defaultdict(dict)
     for path in sorted(work_dir.glob("*/vis_data/scalars.json")):
         for line in path.read_text(errors="replace").splitlines():
             try:

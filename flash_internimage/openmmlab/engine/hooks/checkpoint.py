@@ -1,10 +1,8 @@
-"""Hooks and the optimizer wrapper of the detection and segmentation configs."""
+"""Checkpoints that survive a kill at any moment."""
 
 import math
 import os
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,17 @@ from typing import Any
 import torch
 from mmengine.dist import all_reduce, is_distributed, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import CheckpointHook, EMAHook, Hook
-from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapper
-from mmengine.registry import HOOKS, OPTIM_WRAPPERS
+from mmengine.hooks import CheckpointHook, EMAHook
+from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from ..files import require_writable, write_atomically
-from .checkpoint_names import DEFAULT_TEMPLATES, check_checkpoint_names, checkpoint_number
-from .plain import make_plain, restore_histories
+from ....files import require_writable, write_atomically
+from ..runner.checkpoint_names import (
+    DEFAULT_TEMPLATES,
+    check_checkpoint_names,
+    checkpoint_number,
+)
+from ..runner.plain_state import make_plain, restore_histories
 
 
 class _AtomicBackend(LocalBackend):
@@ -66,6 +64,9 @@ class AtomicCheckpointHook(CheckpointHook):
         kwargs: Keyword arguments of CheckpointHook.
     """
 
+    out_dir: Any
+    best_ckpt_path: str | None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, backend_args={"backend": "atomic"})
         check_checkpoint_names(self.out_dir, self.filename_tmpl)
@@ -81,7 +82,9 @@ class AtomicCheckpointHook(CheckpointHook):
             info["keep_ckpt_ids"] = [i for i in numbers if type(i) is int]
         for name in [name for name in info if name.startswith("best_score")]:
             if not (isinstance(info[name], Real) and math.isfinite(info[name])):
-                runner.logger.warning("%s of the checkpoint is no number: %.50r", name, info[name])
+                runner.logger.warning(
+                    "%s of the checkpoint must be a number, got %.50r", name, info[name]
+                )
                 runner.message_hub.pop_info(name)
         super().before_train(runner)
         if is_main_process():
@@ -101,7 +104,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self.last_ckpt = self._path(self._step(runner))
         self._remove_unwanted()
         if self._is_due(runner) and info.get("step_validated") != self._step(runner):
-            runner.logger.info("validating the checkpoint, which the run before did not")
+            runner.logger.info("validating the checkpoint, which the interrupted run did not")
             runner.val_loop.run()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -139,7 +142,7 @@ class AtomicCheckpointHook(CheckpointHook):
         names = [next(iter(metrics), "")] if "auto" in self.key_indicators else self.key_indicators
         saved = runner.message_hub.get_info("save_best")
         if saved not in (None, names):
-            runner.logger.warning("the best checkpoint is now that of %s", ", ".join(names))
+            runner.logger.warning("the best checkpoint is now selected by %s", ", ".join(names))
             for name in [n for n in runner.message_hub.runtime_info if n.startswith("best_score")]:
                 runner.message_hub.pop_info(name)
         runner.message_hub.update_info("save_best", [*names])
@@ -207,113 +210,3 @@ def _average_running_statistics(runner: Runner) -> None:
     parts = flat.split([tensor.numel() for tensor in statistics])
     for tensor, part in zip(statistics, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
-
-
-@HOOKS.register_module()
-class CheckFiniteHook(Hook):
-    """Stop training when the loss or weights are not finite, before they reach a checkpoint.
-
-    Metrics that are not finite are logged as a warning.
-
-    Raises:
-        FloatingPointError: If the loss or weights are not finite.
-    """
-
-    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Warn about metrics that are not finite."""
-        wrong = [
-            name
-            for name, value in (metrics or {}).items()
-            if isinstance(value, float) and not math.isfinite(value)
-        ]
-        if wrong:
-            runner.logger.warning(
-                "not finite: %s; the data may have no such objects", ", ".join(wrong)
-            )
-
-    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Warn about metrics that are not finite."""
-        self.after_val_epoch(runner, metrics)
-
-    def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: dict | None = None,
-        outputs: dict | None = None,
-    ) -> None:
-        """Check the losses of an iteration."""
-        losses = {name: value.item() for name, value in outputs.items() if "loss" in name}
-        if not all(map(math.isfinite, losses.values())):
-            values = ", ".join(f"{name} {value}" for name, value in losses.items())
-            raise FloatingPointError(
-                f"the loss is not finite in iteration {runner.iter + 1}: {values}. Go on from the "
-                "last checkpoint with a smaller learning rate, a longer warm-up or clip_grad"
-            )
-
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Check the weights that are about to be saved."""
-        weights = checkpoint["state_dict"].items()
-        wrong = [name for name, tensor in weights if not tensor.isfinite().all()]
-        if wrong:
-            raise FloatingPointError(
-                f"{len(wrong)} weights are not finite after iteration {runner.iter} and are not "
-                f"saved: {', '.join(wrong[:10])}"
-            )
-
-
-@OPTIM_WRAPPERS.register_module()
-class BFloat16OptimWrapper(OptimWrapper):
-    """Train with autocast to bfloat16, on any device and without gradient scaling."""
-
-    @contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Enable autocast on the device of the model's parameters."""
-        device = next(model.parameters()).device.type
-        with super().optim_context(model), torch.autocast(device, torch.bfloat16):
-            yield
-
-
-@HOOKS.register_module()
-class Float32OutputsHook(Hook):
-    """Convert the outputs of necks and heads to float32 under autocast.
-
-    In bfloat16, boxes are up to 4 pixels off at the border of an image of 1333 pixels, and mmcv's
-    RoIAlign and NMS do not support it.
-    """
-
-    def before_run(self, runner: Runner) -> None:
-        """Register the conversion on all necks and heads."""
-        for name, module in runner.model.named_modules():
-            if re.search(r"(neck|head)(\.\d+)?$", name):
-                module.register_forward_hook(self._to_float32)
-
-    @staticmethod
-    def _to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-        return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, outputs)
-
-
-@HOOKS.register_module()
-class CompileBackboneHook(Hook):
-    """Compile the backbone with torch.compile.
-
-    Heads are not compiled: their computation depends on the contents of the images.
-
-    Args:
-        kwargs: Arguments of :func:`torch.compile`. By default one graph serves images of all sizes,
-            and tensors keep the memory layout that they have without compilation.
-    """
-
-    priority = "VERY_LOW"
-
-    def __init__(self, **kwargs: Any) -> None:
-        if not kwargs.keys() & {"backend", "mode", "options"}:
-            # On the CPU, inductor prefers channels-last for convolutions. With varying sizes, torch
-            # 2.12 then recompiles the backward pass for each of them, or fails (pytorch#185510).
-            kwargs["options"] = {"layout_optimization": False}
-        self.kwargs = {"dynamic": True, **kwargs}
-
-    def before_run(self, runner: Runner) -> None:
-        """Compile the backbone in place."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        model.backbone.compile(**self.kwargs)

@@ -5,7 +5,7 @@ import math
 import posixpath
 import reprlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -26,14 +26,14 @@ def parse_json(content: bytes) -> Any:
         ValueError: If the file is not a single JSON document.
     """
     if content.startswith(b"\x1f\x8b"):
-        raise ValueError("the file is compressed with gzip: unpack it first")
+        raise ValueError("the file must be uncompressed, got a gzip file")
     try:
         return json.loads(content.decode())
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             raise ValueError(
-                f"the file must contain one JSON object, got another from line {error.lineno} on "
-                "(JSON Lines are not read)"
+                f"the file must contain one JSON object, got another at line {error.lineno} (JSON "
+                "Lines are not supported)"
             ) from error
         raise
 
@@ -127,7 +127,8 @@ def _annotation_faults(
         if not fault and image is None:
             fault = _fault(annotation, "image_id", "the id of an image in the file")
         fault = fault or _object_fault(annotation, categories)
-        if not fault and (all_masks or (masks and annotation.get("segmentation"))):
+        checked = all_masks or (masks and annotation.get("segmentation"))
+        if image is not None and checked and not fault:
             fault = _segmentation_fault(annotation, image["height"], image["width"])
         if fault:
             name = "" if image is None else f" ({_plain(image['file_name'])})"
@@ -239,7 +240,7 @@ def _decode_counts(counts: str) -> np.ndarray:
     return numbers
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return type(value) is int  # bool is a subclass of int.
 
 

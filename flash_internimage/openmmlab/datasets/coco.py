@@ -1,4 +1,4 @@
-"""COCO data sets that are validated before training starts."""
+"""COCO data sets that are validated before a run."""
 
 import logging
 from collections import Counter
@@ -14,11 +14,14 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from pycocotools import mask as coco_mask
 
-from ..images import UnreadableImage
-from .annotations import check_annotations, parse_json
-from .coco_metric import LABELS_FOLLOW_CLASSES
-from .files import ReadableImages, check_size, find_missing, is_local
+from ...images import UnreadableImage
+from .base import ReadableImages
+from .coco_annotations import check_annotations, parse_json
+from .files import find_missing, is_local
+from .transforms import check_size
 
+# Metainfo of data sets whose labels follow the order of their classes, not that of the file.
+LABELS_FOLLOW_CLASSES = "labels_follow_classes"
 _TRACE = 0.01  # Leaving out a larger share is a warning.
 
 
@@ -91,7 +94,7 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         local = is_local(self.ann_file, self.backend_args)
         if local and not Path(self.ann_file).is_file():
             raise FileNotFoundError(f"ann_file not found: {self.ann_file}")
-        self.counts = Counter()
+        self.counts: Counter[str | None] = Counter()
         self._without_mask: list[str] = []
         self._loads_masks = any(
             isinstance(t, LoadAnnotations) and t.with_mask for t in self.pipeline.transforms
@@ -103,10 +106,10 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
             raise ValueError(f"ann_file {self.ann_file}: {error}") from error
         if self._without_mask:
             raise ValueError(
-                f"ann_file {self.ann_file}: {self._without_mask[0]}: segmentation must be there "
-                f"because the pipeline loads masks ({len(self._without_mask)} such annotations); "
-                "for boxes alone, take with_mask=True from LoadAnnotations in the pipeline and a "
-                "model without masks, such as DINO"
+                f"ann_file {self.ann_file}: {self._without_mask[0]}: segmentation must be present, "
+                f"as the pipeline loads masks ({len(self._without_mask)} such annotations); to train "
+                "on boxes only, remove with_mask=True from LoadAnnotations in the pipeline and "
+                "use a model without masks, such as DINO"
             )
         for info in data_list:
             info["test_mode"] = self.test_mode  # read by LoadReadableImage
@@ -176,7 +179,8 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         """Return the images whose objects fit into memory, requiring all of them in tests."""
         if self.test_mode and not self._loads_masks:
             return data_list
-        kept, crowded = [], []
+        kept: list[dict] = []
+        crowded: list[dict] = []
         for info in data_list:
             objects = len(info["instances"])
             mask_bytes = self._loads_masks * objects * info["height"] * info["width"]
@@ -215,10 +219,10 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         reasons = [counts[r] for r in ("outside", "without area", "of other categories", "ignored")]
         summary = (
             f"{len(kept)} images, {objects} objects and {crowds} crowds; left out: "
-            f"{counts['missing']} images that are missing, {counts['crowded']} that have too many "
-            f"objects, {left_out - small} that have no objects and {small} that are smaller than "
-            f"min_size; {reasons[0]} annotations outside their image, {reasons[1]} without an area "
-            f"or a pixel, {reasons[2]} of other categories and {reasons[3]} with ignore=1"
+            f"{counts['missing']} missing images, {counts['crowded']} with too many objects, "
+            f"{left_out - small} without objects and {small} smaller than min_size; {reasons[0]} "
+            f"annotations outside their image, {reasons[1]} without an area or a pixel, "
+            f"{reasons[2]} of other categories and {reasons[3]} with ignore=1"
         )
         if not self.test_mode and not objects:
             raise ValueError(f"nothing to train on in {self.ann_file}: {summary}")
@@ -229,7 +233,7 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         level = logging.WARNING if warns else logging.INFO
         print_log(f"{self.ann_file}: {summary}", logger="current", level=level)
         for doubt, meaning in (
-            ("beyond", "reach beyond their image: are their boxes [x, y, width, height]?"),
+            ("beyond", "extend beyond their image: are their boxes [x, y, width, height]?"),
             (
                 "displaced",
                 "have a mask that hardly overlaps their box: are its polygons [x1, y1, x2, y2, "

@@ -11,10 +11,10 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
-from ..backbone import ARCHITECTURES, FlashInternImage
-from ..checkpoint import clean_state_dict, require_fit
-from .published import warn_of_misfit
-from .runtime import read_checkpoint
+from ...backbone import ARCHITECTURES, FlashInternImage
+from ...checkpoint import clean_state_dict, require_fit
+from ..readers import read_checkpoint
+from .published_weights import warn_of_misfit
 
 
 @MODELS.register_module("FlashInternImage")
@@ -39,6 +39,8 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
     Raises:
         ValueError: If an argument is out of range. The message names it.
     """
+
+    is_init: bool
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         self.init_cfg = copy.deepcopy(init_cfg)
         self.layer_scale = layer_scale
         self.out_indices = tuple(out_indices)
-        self.prune_intermediate_layers(self.out_indices)
+        self.prune_intermediate_layers([*out_indices])
         del self.num_classes  # mmdet's NumClassCheckHook would compare it with the data.
         self.set_grad_checkpointing(with_cp)
         self.frozen_stages = frozen_stages
@@ -121,7 +123,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
             level is not None and int(level[1]) >= stages
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Compute the feature maps of a batch of images.
 
         Args:
@@ -130,7 +132,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         Returns:
             A feature map (N, C * 2**i, H / 2**(i+2), W / 2**(i+2)) for each i in `out_indices`.
         """
-        maps = self.forward_intermediates(x, self.out_indices, intermediates_only=True)
+        maps: Any = self.forward_intermediates(x, [*self.out_indices], intermediates_only=True)
         # mmcv's RoIAlign assumes that memory is laid out as (N, C, H, W), and convolutions preserve
         # other layouts.
         return tuple(x.contiguous() for x in maps)

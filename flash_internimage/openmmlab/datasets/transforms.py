@@ -1,4 +1,4 @@
-"""Image files of a data set: finding, reading and leaving them out."""
+"""Transforms that load images and label maps."""
 
 import io
 import logging
@@ -10,78 +10,22 @@ from typing import Any
 
 import mmcv
 import numpy as np
-from mmcv.transforms import LoadImageFromFile
-from mmengine.fileio import LocalBackend, get, get_file_backend
+from mmcv.transforms import BaseTransform, LoadImageFromFile
+from mmengine.fileio import get
 from mmengine.logging import print_log
 from mmengine.registry import TRANSFORMS
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from ..images import (
+from ...images import (
     MAX_ASPECT_RATIO,
     UnreadableImage,
     check_image_file,
-    read_label_map,
     read_size,
     to_8_bits,
     to_rgb,
 )
-
-
-def is_local(path: str, backend_args: dict | None = None) -> bool:
-    """Return whether mmengine reads `path` from a disk, not from a server or database."""
-    backend = get_file_backend(path, backend_args=backend_args, enable_singleton=True)
-    return isinstance(backend, LocalBackend)
-
-
-def require_unique_names(dataset: Any, argument: str, suffixes: bool = False) -> None:
-    """Require that results of all images can be written to files named after them.
-
-    Args:
-        dataset: mmengine data set, or a wrapper of one or several.
-        argument: Name of the setting that writes the files, for the error.
-        suffixes: Whether the names keep the suffixes of the images.
-
-    Raises:
-        ValueError: If two images have the same name, without their folders.
-    """
-    paths: dict[str, str] = {}
-    for i in range(len(dataset)):
-        path = dataset.get_data_info(i).get("img_path", str(i))
-        name = os.path.basename(path)
-        first = paths.setdefault(name if suffixes else os.path.splitext(name)[0], path)
-        if first != path:
-            raise ValueError(
-                f"{argument} needs images with different names, in whatever folder: one result "
-                f"would replace the other of {first} and {path}"
-            )
-
-
-def find_missing(paths: Iterable[str]) -> set[str]:
-    """Return the paths that do not exist.
-
-    Each folder is listed once, which on network disks is faster than one request per file.
-    """
-    listed: dict[str, set[str]] = {}
-    missing = set()
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in listed:
-            listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in listed[folder]:
-            missing.add(path)
-    return missing
-
-
-def open_label_map(path: str, backend_args: dict | None = None) -> Image.Image:
-    """Decode a label map with mmengine's file backend.
-
-    Raises:
-        UnreadableImage: If it cannot be read.
-        ValueError: See :func:`flash_internimage.images.read_label_map`.
-    """
-    if is_local(path, backend_args):
-        return read_label_map(path)
-    return read_label_map(io.BytesIO(get(path, backend_args=backend_args)), name=path)
+from .files import is_local
+from .label_maps import differing_sizes, read_labels
 
 
 class LeftOutFiles:
@@ -119,8 +63,8 @@ class LeftOutFiles:
 class LoadCheckedImage(LoadImageFromFile):
     """Load an image as its annotations describe it.
 
-    Registered in mmdet and mmseg under the name of mmcv's LoadImageFromFile, which their test
-    pipelines and inferencers use. It differs from mmcv's in two cases:
+    The safe readers register it under the name of mmcv's LoadImageFromFile, which the test
+    pipelines of mmdet and mmseg use. It differs from mmcv's in two cases:
 
     - A photograph with an EXIF orientation is read rotated or as stored, whichever has the size of
       the annotations or the label map, and rotated if both have.
@@ -166,7 +110,7 @@ class LoadCheckedImage(LoadImageFromFile):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UnreadableImage(f"cannot read image {path}: {reason:.500}") from error
         shape = image.shape[:2]
-        declared = results.get("height"), results.get("width")
+        declared: tuple[Any, Any] = (results.get("height"), results.get("width"))
         if None not in declared and shape != declared:
             # COCO's polygons and run lengths refer to this size.
             raise UnreadableImage(_differing_size(path, shape, declared))
@@ -189,7 +133,9 @@ class LoadCheckedImage(LoadImageFromFile):
         path = results["img_path"]
         content = get(path, backend_args=self.backend_args)
         header = _open_header(content)
-        turn = read_orientation(header) if self.color_type in ("color", "grayscale") else 1
+        turn = 1
+        if header is not None and self.color_type in ("color", "grayscale"):
+            turn = read_orientation(header)
         image = self._decode(content, header, self.color_type)
         if turn == 1 or (size := _annotated_size(results)) is None:
             return image
@@ -201,9 +147,9 @@ class LoadCheckedImage(LoadImageFromFile):
         if not self._has_warned:
             self._has_warned = True
             print_log(
-                f"image {path} has EXIF orientation {turn}, and the same size turned and as "
-                "stored: such images are turned. If their annotations are made for the stored "
-                "ones, give the loading transform color_type='color_ignore_orientation'",
+                f"image {path} has EXIF orientation {turn} and the same size rotated and as "
+                "stored: such images are rotated. If their annotations refer to the stored images, "
+                "set color_type='color_ignore_orientation' in the loading transform",
                 logger="current",
                 level=logging.WARNING,
             )
@@ -225,10 +171,11 @@ class LoadCheckedImage(LoadImageFromFile):
 class LoadCheckedArray(LoadCheckedImage):
     """Load an image from an array, as LoadCheckedImage does from a file.
 
-    Registered under the names of LoadImageFromNDArray and InferencerLoader, which the inference
-    functions of mmdet and mmseg use. Greyscale is repeated in three channels, and 16 bits are
-    reduced to 8, see :func:`flash_internimage.images.to_8_bits`. With `color_type='unchanged'` any
-    array is accepted. Without an array, the image is loaded from a path.
+    The safe readers register it under the names LoadImageFromNDArray and InferencerLoader, which
+    the inference functions of mmdet and mmseg use. Greyscale is repeated in three channels, and 16
+    bits are reduced to 8, see :func:`flash_internimage.images.to_8_bits`. With
+    `color_type='unchanged'` any array is accepted. Without an array, the image is loaded from a
+    path.
     """
 
     def transform(self, results: dict | str | Path | np.ndarray) -> dict | None:
@@ -251,10 +198,12 @@ class LoadCheckedArray(LoadCheckedImage):
 
 
 def _not_an_image(given: object) -> str:
-    is_array = isinstance(given, np.ndarray)
+    got = type(given).__name__
+    if isinstance(given, np.ndarray):
+        got = f"{given.shape} {given.dtype}"
     return (
-        "img must be a path or an array, (H, W), (H, W, 1) or (H, W, 3), of uint8 or uint16, got "
-        + (f"{given.shape} {given.dtype}" if is_array else type(given).__name__)
+        "img must be a path or an array, (H, W), (H, W, 1) or (H, W, 3), of uint8 or uint16, "
+        f"got {got}"
     )
 
 
@@ -282,13 +231,13 @@ def _open_header(content: bytes) -> Image.Image | None:
         return None
 
 
-def read_orientation(image: Image.Image | None) -> int:
+def read_orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an image, from 1 (as stored) to 8."""
     # Image.getexif() may decode the whole image to look for EXIF data at its end.
     exif = Image.Exif()
     with suppress(Exception):  # malformed data
         exif.load(image.info["exif"])
-    orientation = exif.get(ExifTags.Base.Orientation)
+    orientation = exif.get(ExifTags.Base.Orientation, 1)
     return orientation if orientation in range(1, 9) else 1
 
 
@@ -353,56 +302,55 @@ def check_size(path: str, declared: tuple[int, int]) -> None:
         raise UnreadableImage(_differing_size(path, size, declared))
 
 
-def _differing_size(path: str, actual: Iterable[int], declared: Iterable[int]) -> str:
+def _differing_size(path: str | Path, actual: Iterable[int], declared: Iterable[int]) -> str:
     """Return the error message for an image that is not of its annotated size."""
     return (
-        f"image {path} has (height, width) {tuple(actual)}, its annotations say {tuple(declared)}"
+        f"image {path} has (height, width) {tuple(actual)}, but its annotations {tuple(declared)}"
     )
 
 
-class ReadableImages:
-    """Mixin for mmengine's data sets that reports image errors in one line with the file name.
+@TRANSFORMS.register_module()
+class LoadCheckedAnnotations(BaseTransform):
+    """Load a label map, as mmseg's LoadAnnotations does, and validate it.
+
+    In training, a label map that is unreadable or not of the size of its image is left out with a
+    warning, and the data set draws another image. In tests it is an error, as it is with mmseg's
+    own data sets, whose entries do not distinguish training from tests.
+
+    Values outside the classes are always an error, because on a GPU they would fail an assertion
+    that names no file. mmseg's own data sets do not provide the number of classes for this check,
+    unless they select some of their classes.
+
+    Images without a label map, as in mmseg's inference, are passed on unchanged.
 
     Args:
-        args: Arguments of the data set.
-        kwargs: Keyword arguments of the data set.
-
-    Raises:
-        ValueError: If `ann_file`, `data_root` or `data_prefix` is of the wrong type.
+        max_left_out: Number of label maps per process up to which training continues.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        for name, kind, accepted in (
-            ("ann_file", str | os.PathLike, "a path"),
-            ("data_root", str | os.PathLike | None, "a path or None"),
-            ("data_prefix", dict, "a dict"),
-        ):
-            if name in kwargs and not isinstance(kwargs[name], kind):
-                raise ValueError(f"{name} must be {accepted}, got {kwargs[name]!r:.200}")
-        super().__init__(*args, **kwargs)
-        transforms = self.pipeline.transforms
-        for i, transform in enumerate(transforms):
-            if type(transform) is LoadImageFromFile:
-                transforms[i] = LoadCheckedImage()
-                transforms[i].__dict__.update(transform.__dict__)
+    def __init__(self, max_left_out: int = 100) -> None:
+        self.left_out = LeftOutFiles(max_left_out)
 
-    def __getitem__(self, idx: int) -> dict:
-        """Return an image after the pipeline or, in training, another one if it cannot be used.
+    def transform(self, results: dict) -> dict | None:
+        """Add `gt_seg_map` to `results`.
+
+        Args:
+            results: Entry of a data set of this module or of mmseg, with the image's `ori_shape`.
 
         Raises:
-            ValueError: If too many images in a row cannot be used.
+            ValueError: If the label map cannot be used.
         """
+        if "seg_map_path" not in results:
+            return results
         try:
-            return super().__getitem__(idx)
-        except Exception as error:
-            if type(error) is not Exception or self.test_mode:
+            labels = read_labels(results)
+            shape = tuple(results["ori_shape"])
+            if labels.shape != shape:
+                raise UnreadableImage(differing_sizes(results, labels.shape, shape))
+        except UnreadableImage as error:
+            if results.get("test_mode", True):
                 raise
-            raise ValueError(
-                f"{self.source}: none of {self.max_refetch + 1} images in a row can be used; the "
-                "warnings in the log name them"
-            ) from error
-
-    @property
-    def source(self) -> str:
-        """The file or folder that lists the images."""
-        return self.ann_file or self.data_prefix["img_path"]
+            self.left_out.add(results["seg_map_path"], error)
+            return None
+        results["gt_seg_map"] = labels
+        results["seg_fields"].append("gt_seg_map")
+        return results

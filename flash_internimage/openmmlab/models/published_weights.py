@@ -1,17 +1,18 @@
-"""Conversion of published weights in models that mmengine, mmdet or mmseg load on their own."""
+"""Loading of published weights, whose parameters have other names."""
 
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mmengine.logging import print_log
+from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..conversion import convert_state_dict
+from ...conversion import convert_state_dict
 
 
-class LoadsPublishedWeights:
-    """Mixin for modules that can load published weights, whose parameters have other names.
+class LoadsPublishedWeights(BaseModule):
+    """Base class of modules that can load published weights under their published names.
 
     Names are converted however the weights are loaded: by the inference functions of mmdet and
     mmseg, by `init_cfg`, or by PyTorch's `load_state_dict`. A warning counts the tensors that do
@@ -59,7 +60,7 @@ def warn_of_misfit(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: 
         f"{len(names)} {what} ({_list(names)})"
         for names, what in (
             (missing, "are not in the checkpoint"),
-            (other, "have another shape there"),
+            (other, "have another shape in it"),
             (unknown, "of the checkpoint are not used"),
         )
         if names

@@ -1,4 +1,4 @@
-"""Checks that the settings of a segmentor agree with each other and with its data."""
+"""A hook that checks the settings of a segmentor against each other and the data."""
 
 import math
 import random
@@ -18,9 +18,10 @@ from mmseg.models import SegDataPreProcessor
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from .errors import describe
-from .files import require_unique_names
-from .label_maps import IGNORED, CheckedLabelMaps
+from ...datasets.files import require_unique_names
+from ...datasets.label_maps import IGNORED
+from ...datasets.segmentation import CheckedSegDataset
+from ...errors import describe
 
 
 @HOOKS.register_module()
@@ -65,14 +66,14 @@ class CheckSegmentorHook(Hook):
             _check_metrics(runner.hooks, loops.get("val"))
 
 
-def _check_classes(datasets: dict[str, Any], heads: dict[str, nn.Module]) -> None:
+def _check_classes(datasets: dict[str, Any], heads: dict[str, Any]) -> None:
     names = {split: [*dataset.metainfo["classes"]] for split, dataset in datasets.items()}
     first = next(iter(names))
     for split in names:
         if names[split] != names[first]:
             raise ValueError(
-                f"metainfo['classes'] of {split}_dataloader must be those of {first}_dataloader in "
-                f"their order, {names[first]!s:.500}, got {names[split]!s:.500}"
+                f"metainfo['classes'] of {split}_dataloader must equal those of {first}_dataloader"
+                f", {names[first]!s:.500}, got {names[split]!s:.500}"
             )
     for name, head in heads.items():
         if head.num_classes != len(names[first]):
@@ -82,9 +83,7 @@ def _check_classes(datasets: dict[str, Any], heads: dict[str, nn.Module]) -> Non
             )
 
 
-def _check_data(
-    split: str, loop: Any, heads: dict[str, nn.Module], preprocessor: nn.Module
-) -> None:
+def _check_data(split: str, loop: Any, heads: dict[str, Any], preprocessor: nn.Module) -> None:
     used = {**heads, "model.data_preprocessor": preprocessor}
     for metric in loop.evaluator.metrics if hasattr(loop, "evaluator") else ():
         used[f"{type(metric).__name__} of {split}_evaluator"] = metric
@@ -95,12 +94,12 @@ def _check_data(
             type(transform).__name__: transform for transform in dataset.pipeline.transforms
         }
         used |= {f"{name} of {split}_dataloader": t for name, t in transforms.items()}
-        if isinstance(dataset, CheckedLabelMaps):
+        if isinstance(dataset, CheckedSegDataset):
             for name, part in used.items():
                 _check_ignored(name, part, len(dataset.metainfo["classes"]))
         if split == "train":
             _check_crops(transforms, preprocessor)
-        elif isinstance(dataset, CheckedLabelMaps) and not dataset.test_mode:
+        elif isinstance(dataset, CheckedSegDataset) and not dataset.test_mode:
             raise ValueError(f"{split}_dataloader.dataset.test_mode must be True, got False")
 
 
@@ -115,15 +114,19 @@ def _sources(dataset: Any) -> Iterator[Any]:
 
 
 def _check_windows(test_cfg: Mapping | None) -> None:
-    mode = (test_cfg or {}).get("mode")
+    test_cfg = test_cfg or {}
+    mode = test_cfg.get("mode")
     if mode not in ("whole", "slide"):
         raise ValueError(f"model.test_cfg.mode must be 'whole' or 'slide', got {mode!r}")
     if mode == "whole":
         return
     for name in ("crop_size", "stride"):
         size = test_cfg.get(name)
-        pair = isinstance(size, list | tuple) and len(size) == 2
-        if not pair or not all(type(side) is int and side > 0 for side in size):
+        if not (
+            isinstance(size, list | tuple)
+            and len(size) == 2
+            and all(type(side) is int and side > 0 for side in size)
+        ):
             raise ValueError(
                 f"model.test_cfg.{name} must be two positive integers, height and width, got {size}"
             )
@@ -132,7 +135,7 @@ def _check_windows(test_cfg: Mapping | None) -> None:
         raise ValueError(f"model.test_cfg.stride must be at most crop_size {crop}, got {stride}")
 
 
-def _check_losses(name: str, head: nn.Module) -> None:
+def _check_losses(name: str, head: Any) -> None:
     if hasattr(head, "loss_cls"):  # Mask2Former also weights "no object".
         weights = getattr(head.loss_cls, "class_weight", None)
         _check_weights(f"{name}.loss_cls", weights, head.num_classes + 1)
@@ -143,7 +146,7 @@ def _check_losses(name: str, head: nn.Module) -> None:
         if head.out_channels == 1 and not sigmoid:
             raise ValueError(
                 f"{name}.loss_decode must have use_sigmoid=True for a single output channel, whose "
-                "softmax is always 1; or use a channel for each of num_classes=2"
+                "softmax is always 1; or set num_classes=2 and use a channel per class"
             )
         weights = getattr(loss, "class_weight", None)
         if weights is not None:
@@ -175,8 +178,7 @@ def _check_ignored(name: str, part: Any, classes: int) -> None:
                 continue
             raise ValueError(
                 f"{'.'.join(filter(None, (name, inner, key)))} must be {IGNORED}, which the data "
-                f"sets have for all that is ignored, got {value}; set ignore_index in their "
-                "configs alone"
+                f"sets use for ignored pixels, got {value}; set ignore_index only in the data sets"
             )
 
 
@@ -217,19 +219,19 @@ def _try_transforms(split: str, dataset: Any) -> dict:
         np.random.set_state(states[1])
 
 
-def _check_batch(loader: Any, heads: dict[str, nn.Module]) -> None:
+def _check_batch(loader: Any, heads: dict[str, Any]) -> None:
     for name, head in heads.items():
         pooled = getattr(head, "psp_modules", nn.Module()).modules()
         normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pooled)
         if loader.batch_size == 1 and normalised and 1 in head.psp_modules.pool_scales:
             raise ValueError(
                 "train_dataloader.batch_size must be at least 2, got 1: batch norm cannot be "
-                f"trained on the single pixel of an image that {name} pools"
+                f"trained on the single pixel to which {name} pools an image"
             )
 
 
 @torch.no_grad()
-def _check_maps(model: nn.Module, heads: dict[str, nn.Module], channels: int) -> None:
+def _check_maps(model: Any, heads: dict[str, Any], channels: int) -> None:
     """Run the model on a black image to check that the heads fit the backbone."""
     preprocessor = model.data_preprocessor
     image = torch.zeros(1, channels, *(getattr(preprocessor, "size", None) or (256, 256)))
@@ -238,20 +240,20 @@ def _check_maps(model: nn.Module, heads: dict[str, nn.Module], channels: int) ->
     part, shapes, result = "model.backbone", "", None
     try:
         maps = model.extract_feat(image.to(preprocessor.device))
-        shapes = f" with maps of {[each.shape[1] for each in maps]} channels"
+        shapes = f" on feature maps of {[each.shape[1] for each in maps]} channels"
         for name, head in heads.items():
             part = name
             if isinstance(head, MaskFormerHead):
                 # A pixel decoder with fewer levels would silently ignore the last maps.
                 levels = getattr(head.pixel_decoder, "num_input_levels", len(maps))
-                assert levels == len(maps), f"pixel_decoder takes {levels} maps"
+                assert levels == len(maps), f"pixel_decoder expects {levels} maps"
                 head(maps, [SegDataSample()])
             elif re.search(r"decode_head\.[1-9]", name):  # of a CascadeEncoderDecoder
                 result = head(maps, result)
             else:
                 result = head(maps)
     except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{part} does not work{shapes}: {describe(error)}") from error
+        raise ValueError(f"{part} failed{shapes}: {describe(error)}") from error
     finally:
         for module, mode in modes.items():
             module.training = mode

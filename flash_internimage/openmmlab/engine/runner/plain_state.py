@@ -7,7 +7,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import Tensor
 
-from ..safe_load import Placeholder
+from ....safe_load import Placeholder
 
 _HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 _FIELDS = ("_log_history", "_count_history", "max_length")
@@ -50,7 +50,9 @@ def restore_histories(checkpoint: dict, source: object) -> None:
     """
     hub = checkpoint.get("message_hub")
     scalars = hub.get("log_scalars") if isinstance(hub, dict) else None
-    for name, value in scalars.items() if isinstance(scalars, dict) else ():
+    if not isinstance(scalars, dict):
+        return
+    for name, value in scalars.items():
         if isinstance(value, Placeholder) and value.name == _HISTORY:
             scalars[name] = _restore(value.state, f"{source}: log_scalars.{name}")
         elif isinstance(value, dict):
@@ -61,9 +63,9 @@ def _restore(state: Any, name: str) -> HistoryBuffer:
     logs, counts, length = map(state.get if isinstance(state, dict) else {}.get, _FIELDS)
     if isinstance(logs, Tensor) and isinstance(counts, Tensor):
         logs, counts = (tensor.detach().cpu().double().numpy() for tensor in (logs, counts))
-    arrays = isinstance(logs, np.ndarray) and isinstance(counts, np.ndarray)
     if not (
-        arrays
+        isinstance(logs, np.ndarray)
+        and isinstance(counts, np.ndarray)
         and (logs.ndim, counts.shape) == (1, logs.shape)
         and {logs.dtype.kind, counts.dtype.kind} <= set("iuf")
         and type(length) is int

@@ -10,7 +10,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from ..backbone import FlashInternImage
+from ....backbone import FlashInternImage
 
 # The level embedding of Deformable DETR and DINO has the learning rate of patch_embed.
 _FIRST_LAYER = ("backbone.patch_embed", "level_embed")
@@ -21,7 +21,7 @@ _NO_WEIGHT_DECAY = re.compile(r"\.bias$|norm|relative_position|sampling_offsets"
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
     """Build optimizers with layer-wise learning rate decay for FlashInternImage backbones.
 
     In a backbone of n blocks, the learning rate of `patch_embed` is multiplied by
@@ -55,7 +55,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
         optim_wrapper = dict(
             type='OptimWrapper',
-            constructor='LayerDecayOptimWrapperConstructor',
+            constructor='InternImageLayerDecayOptimizerConstructor',
             optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
             paramwise_cfg=dict(layer_decay_rate=0.9),
         )
@@ -70,7 +70,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         unknown = [key for key in self.paramwise_cfg if key not in accepted]
         if unknown:
             raise ValueError(
-                f"paramwise_cfg accepts {', '.join(accepted)}, got {', '.join(unknown)}"
+                f"paramwise_cfg must only have {', '.join(accepted)}, got {', '.join(unknown)}"
             )
         self.layer_decay_rate = self.paramwise_cfg.get("layer_decay_rate")
         self.num_layers = self.paramwise_cfg.get("num_layers")
@@ -78,7 +78,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self.first_layer = self.paramwise_cfg.get("first_layer", ())
         if not isinstance(self.layer_decay_rate, int | float) or not 0 < self.layer_decay_rate <= 1:
             raise ValueError(
-                "paramwise_cfg must have a layer_decay_rate over 0 and at most 1, "
+                "paramwise_cfg.layer_decay_rate must be greater than 0 and at most 1, "
                 f"got {self.layer_decay_rate!r}"
             )
         if not isinstance(self.offset_lr_scale, int | float) or not self.offset_lr_scale >= 0:
@@ -113,7 +113,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             )
         self._require_names(module)
 
-        groups = {}
+        groups: dict[tuple[float, float], dict[str, Any]] = {}
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -154,8 +154,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for first in self.first_layer:
             if not any(_is_in(name, first) for name in names):
                 raise ValueError(
-                    "first_layer must consist of names of parameters or modules with parameters "
-                    f"of {type(model).__name__}, got {first!r}"
+                    "first_layer must list parameters, or modules with parameters, of "
+                    f"{type(model).__name__}, got {first!r}"
                 )
 
 
@@ -166,8 +166,8 @@ def _is_in(parameter: str, name: str) -> bool:
 
 def _log(groups: list[dict], layer_decay_rate: float, num_layers: int) -> None:
     print_log(
-        f"{len(groups)} parameter groups with layer-wise lr decay of {layer_decay_rate} "
-        f"over {num_layers} blocks",
+        f"{len(groups)} parameter groups with a layer-wise learning rate decay of "
+        f"{layer_decay_rate} over {num_layers} blocks",
         logger="current",
         level=logging.INFO,
     )

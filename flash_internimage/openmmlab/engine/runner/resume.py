@@ -18,7 +18,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.optim import Optimizer
 
 # Entries of a scheduler's state that change while training. All others are its settings.
-_PROGRESS = ("last_step", "_global_step", "_last_value", "best", "num_bad_epochs")
+_PROGRESS: tuple[str, ...] = ("last_step", "_global_step", "_last_value", "best", "num_bad_epochs")
 _PROGRESS += ("cooldown_counter",)
 
 # Options of a parameter group that do not identify its optimizer: those that select an
@@ -30,7 +30,7 @@ _COMMON |= {"lr_scale", "group_name"}
 
 def describe_run(runner: Runner) -> dict[str, Any]:
     """Return what a checkpoint must record to be resumed with other settings."""
-    described = {"train_loop": _count_unit(runner)}
+    described: dict[str, Any] = {"train_loop": _count_unit(runner)}
     if not isinstance(runner.optim_wrapper, OptimWrapperDict):
         described["optimizer_type"] = type(runner.optim_wrapper.optimizer).__name__
         described["optimizer_names"] = _parameter_names(runner)
@@ -51,9 +51,9 @@ def compare_classes(checkpoint: Mapping, dataset: Any) -> tuple[str | None, bool
     positions = {name: i for i, name in enumerate(own)}
     shifted = any(positions.get(name, i) != i for i, name in enumerate(saved))
     if len(saved) != len(own):
-        return f"it has {len(saved)} classes, the data have {len(own)}", shifted
+        return f"it has {len(saved)} classes, the data {len(own)}", shifted
     i = next(i for i, name in enumerate(own) if name != saved[i])
-    return f"its class {i} is {saved[i]!r:.50}, that of the data is {own[i]!r:.50}", shifted
+    return f"its class {i} is {saved[i]!r:.50}, but {own[i]!r:.50} in the data", shifted
 
 
 def adapt_checkpoint(runner: Runner, checkpoint: dict) -> bool:
@@ -73,7 +73,7 @@ def adapt_checkpoint(runner: Runner, checkpoint: dict) -> bool:
     _adapt_progress(runner, meta)
     difference, _ = compare_classes(checkpoint, runner.train_dataloader.dataset)
     if difference:
-        raise ValueError(f"{difference}: other classes need a new run, with load_from")
+        raise ValueError(f"{difference}; to change the classes, start a new run with load_from")
     if runner._randomness_cfg.get("seed") is not None:
         meta.pop("seed", None)  # mmengine would use it, with a warning.
     if not any(isinstance(hook, EMAHook) for hook in runner.hooks):
@@ -82,7 +82,7 @@ def adapt_checkpoint(runner: Runner, checkpoint: dict) -> bool:
         raise ValueError("runs with several optimizers cannot be resumed")
     if "optimizer" not in checkpoint:
         raise ValueError(
-            "it has no optimizer state; pass it as load_from to start from its weights"
+            "it has no optimizer state; to start from its weights, pass it as load_from"
         )
     changed = _are_changed(runner, checkpoint)
     checkpoint["optimizer"] = _adapt_optimizer(
@@ -114,7 +114,7 @@ def replay_schedules(runner: Runner) -> None:
 def set_sampler_seed(runner: Runner) -> None:
     """Give the sampler the run's seed, which a checkpoint may have changed since it was built."""
     loader = runner.train_dataloader
-    for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", loader.sampler)):
         if hasattr(sampler, "seed"):
             sampler.seed = runner.seed
 
@@ -136,14 +136,14 @@ def _adapt_progress(runner: Runner, meta: dict) -> None:
     """Check the progress, and convert epochs to iterations of this run's epoch length."""
     unit = meta.get("train_loop", _count_unit(runner))
     if unit != _count_unit(runner):
-        raise ValueError(f"it counts {unit!s:.20}, this run {_count_unit(runner)}")
+        raise ValueError(f"it counts {unit!s:.20}, but this run {_count_unit(runner)}")
     _require_progress(meta["epoch"], runner.max_epochs, "epoch")
     if unit == "epochs":
         _require_progress(meta["iter"], None, "iteration")
         iterations = meta["epoch"] * len(runner.train_dataloader)
         if meta["iter"] != iterations:
             runner.logger.warning(
-                "%d iterations of the checkpoint count as %d: training goes on after epoch %d",
+                "the checkpoint's %d iterations count as %d: training continues after epoch %d",
                 meta["iter"], iterations, meta["epoch"],
             )  # fmt: skip
         meta["iter"] = iterations
@@ -152,7 +152,7 @@ def _adapt_progress(runner: Runner, meta: dict) -> None:
 
 def _require_progress(number: Any, last: int | None, what: str) -> None:
     if type(number) is not int or number < 0 or (last is not None and number > last):
-        raise ValueError(f"it is from {what} {number!r:.20}, this run has {last}")
+        raise ValueError(f"it is from {what} {number!r:.20}, but this run has {last}")
 
 
 def _use_trained_weights(runner: Runner, checkpoint: dict) -> None:
@@ -160,7 +160,9 @@ def _use_trained_weights(runner: Runner, checkpoint: dict) -> None:
     averaged = checkpoint.pop("ema_state_dict", None)
     if averaged is None:
         return
-    runner.logger.warning("no EMAHook: training goes on without the checkpoint's averaged weights")
+    runner.logger.warning(
+        "no EMAHook: training continues without the checkpoint's averaged weights"
+    )
     for name, tensor in averaged.items():
         if name.startswith("module."):
             checkpoint["state_dict"][name.removeprefix("module.")] = tensor
@@ -176,11 +178,13 @@ def _are_changed(runner: Runner, checkpoint: dict) -> bool:
         ]
         return False
     if any(getattr(s, "need_val_args", False) for s in runner.param_schedulers or []):
-        raise ValueError("a param_scheduler that follows a metric must be the checkpoint's")
+        raise ValueError(
+            "a param_scheduler that depends on a metric must be that of the checkpoint"
+        )
     if own or saved:
         runner.logger.warning(
-            "param_scheduler or the learning rate differs from the checkpoint's: the new schedule "
-            "is used as if it had been from the start"
+            "param_scheduler or the learning rate differs from the checkpoint's: continuing as if "
+            "the new schedule had been used from the start"
         )
     return True
 
@@ -206,7 +210,7 @@ def _adapt_optimizer(runner: Runner, saved: dict, meta: dict, keep_scheduled: bo
     if names is None:
         sizes = [[len(group["params"]) for group in g] for g in (groups, own["param_groups"])]
         if sizes[0] != sizes[1]:
-            raise ValueError("its parameter groups are others (paramwise_cfg, frozen_stages)")
+            raise ValueError("its parameter groups differ (paramwise_cfg, frozen_stages)")
         names = _parameter_names(runner)
     moments = {
         name: saved["state"][i]
@@ -237,12 +241,12 @@ def _parameter_names(runner: Runner) -> list[str]:
 
 def _check_type(optimizer: Optimizer, groups: Sequence[dict], saved: str | None) -> None:
     own = type(optimizer).__name__
-    advice = "an optimizer cannot continue another's state; start from the weights with load_from"
+    advice = "to start from its weights with another optimizer, pass it as load_from"
     if saved is not None and saved != own:
-        raise ValueError(f"it was trained with {saved!s:.50}, this run has {own}: {advice}")
+        raise ValueError(f"it was trained with {saved!s:.50}, but this run uses {own}; {advice}")
     options = optimizer.param_groups[0].keys() ^ groups[0].keys()
     if saved is None and options - _COMMON:
-        raise ValueError(f"its optimizer is no {own} ({', '.join(sorted(options))}): {advice}")
+        raise ValueError(f"its optimizer is not {own} ({', '.join(sorted(options))}); {advice}")
 
 
 def _check_moments(optimizer: Optimizer, moments: Mapping[str, dict]) -> None:
@@ -257,8 +261,8 @@ def _check_moments(optimizer: Optimizer, moments: Mapping[str, dict]) -> None:
     for parameter, state in moments.items():
         if state and (missing := needed - state.keys()):
             raise ValueError(
-                f"optimizer settings of {type(optimizer).__name__} need "
-                f"{', '.join(sorted(missing))} for {parameter}, which the checkpoint does not have"
+                f"the settings of {type(optimizer).__name__} require {', '.join(sorted(missing))} "
+                f"for {parameter}, which the checkpoint lacks"
             )
 
 

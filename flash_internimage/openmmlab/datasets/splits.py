@@ -21,8 +21,8 @@ def warn_of_shared_images(train: Any, val: Any) -> None:
     if shared := sorted(trained & validated):
         print_log(
             f"{len(shared)} of the {len(validated)} images of val_dataloader are also in "
-            f"train_dataloader, the first: {shared[0]}; the metrics do not tell how well the model "
-            "does on new images",
+            f"train_dataloader, the first: {shared[0]}; the metrics do not measure generalisation "
+            "to new images",
             logger="current",
             level=logging.WARNING,
         )

@@ -1,111 +1,29 @@
-"""Semantic segmentation data sets that are validated before training starts."""
+"""Semantic segmentation data sets that are validated before a run."""
 
 import logging
 import os
 from collections import Counter
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from mmcv.transforms import BaseTransform
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, TRANSFORMS
+from mmengine.registry import DATASETS
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
-from PIL import Image
 
-from ..files import check_no_loops
-from ..images import UnreadableImage, read_size
-from .files import (
-    LeftOutFiles,
-    ReadableImages,
-    check_size,
-    find_missing,
-    is_local,
-    open_label_map,
-)
+from ...files import check_no_loops
+from ...images import UnreadableImage, read_size
+from .base import ReadableImages
+from .files import find_missing, is_local
+from .label_maps import IGNORED, Palettes, decode_labels, differing_sizes, open_label_map
+from .transforms import check_size
 
-IGNORED = 255  # mmseg's labels are uint8
 _CHECKED_AT_START = 200  # label maps; 512 x 683 pixels take about 4 ms each
 
 
-def read_labels(info: dict[str, Any]) -> np.ndarray:
-    """Read the label map of an image as class indices.
-
-    Args:
-        info: Entry of a data set of this module or of mmseg. mmseg's do not contain the number of
-            classes: without a `label_map`, all values up to 255 are accepted.
-
-    Returns:
-        Class indices, (H, W) in uint8. The ignore index is 255, whatever it is in the file.
-
-    Raises:
-        UnreadableImage: If the label map cannot be read.
-        ValueError: If it has more than one channel, a lossy format, or values outside the classes.
-    """
-    image = open_label_map(info["seg_map_path"], info.get("backend_args"))
-    if "num_classes" not in info:
-        label_map = info["label_map"] or {i: i for i in range(IGNORED - info["reduce_zero_label"])}
-        classes = len({*label_map.values()} - {IGNORED})
-        info = {**info, "ignore_index": IGNORED, "numbers": len(label_map), "num_classes": classes}
-    return _decode(image, info)
-
-
-def _decode(image: Image.Image, info: dict[str, Any]) -> np.ndarray:
-    path = info["seg_map_path"]
-    values = np.asarray(image)  # For palette images, these are indices.
-    if values.ndim != 2:
-        raise ValueError(
-            f"label map {path} must have one channel, the numbers of the classes, got an array of "
-            f"shape {values.shape}"
-        )
-    if info["ignore_index"] != IGNORED:
-        values = np.where(values == info["ignore_index"], IGNORED, values)
-    indices = values.astype(np.uint8)
-    labels = _label_table(info)[indices]
-    wrong = (labels < 0) | (indices != values)
-    if wrong.any():
-        first = int(info["reduce_zero_label"])
-        ignored = sorted({IGNORED, info["ignore_index"], *range(first)})
-        raise ValueError(
-            f"label map {path} has the values {np.unique(values[wrong])[:10].tolist()}; with "
-            f"{info['numbers']} classes and reduce_zero_label={info['reduce_zero_label']}, {first} "
-            f"to {first + info['numbers'] - 1} are classes, and {' and '.join(map(str, ignored))} "
-            "to be ignored"
-        )
-    return labels.astype(np.uint8)
-
-
-def _label_table(info: dict[str, Any]) -> np.ndarray:
-    """Return the labels of the values 0 to 255, (256,) in int16; -1 marks values of no class."""
-    values = np.arange(256, dtype=np.int16)
-    if info["reduce_zero_label"]:
-        values = np.where((values == 0) | (values == IGNORED), IGNORED, values - 1)
-    labels = values.copy()
-    for old, new in (info["label_map"] or {}).items():
-        labels[values == old] = new
-    return np.where((labels < info["num_classes"]) | (labels == IGNORED), labels, -1)
-
-
-class _Palettes:
-    """Compare the palettes of label maps."""
-
-    def __init__(self) -> None:
-        self.colours: dict[int, tuple[int, ...]] = {}
-        self.others: list[str] = []
-
-    def add(self, image: Image.Image, path: str) -> None:
-        """Record the colours of a label map, or its path if they differ from those recorded."""
-        if image.mode != "P":
-            return
-        colours = np.reshape(image.getpalette("RGB"), (-1, 3)).tolist()
-        used = {i: tuple(colours[i]) for i in np.unique(image).tolist() if i < len(colours)}
-        if any(self.colours.setdefault(i, colour) != colour for i, colour in used.items()):
-            self.others.append(path)
-
-
-class CheckedLabelMaps(ReadableImages):
-    """Mixin that validates mmseg's data sets before the run starts.
+@DATASETS.register_module()
+class CheckedSegDataset(ReadableImages, BaseSegDataset):
+    """mmseg's BaseSegDataset for custom data, validated before the run starts.
 
     In training, images without a label map are left out and counted. In tests (`test_mode=True`)
     all files must exist and, according to their headers, have the size of their counterpart:
@@ -129,8 +47,8 @@ class CheckedLabelMaps(ReadableImages):
         if not names or not 2 <= len({*classes}) == len(classes) <= IGNORED:
             raise ValueError(
                 f"metainfo['classes'] must be 2 to {IGNORED} different names or a file of names, "
-                f"got {classes!r:.200}; a single kind of object needs a class for its background, "
-                "with its own number in the label maps: ('background', 'bolt')"
+                f"got {classes!r:.200}; for a single kind of object, add a class for the "
+                "background, with its own number in the label maps: ('background', 'bolt')"
             )
         return loaded
 
@@ -145,8 +63,8 @@ class CheckedLabelMaps(ReadableImages):
         ignored = self.ignore_index - self.reduce_zero_label
         if 0 <= ignored < numbers:
             raise ValueError(
-                f"ignore_index must be a value that is no class, got {self.ignore_index}; the "
-                f"label maps have {numbers} classes from {int(self.reduce_zero_label)} on"
+                f"ignore_index must not be a class, got {self.ignore_index}; the label maps have "
+                f"{numbers} classes from {int(self.reduce_zero_label)} on"
             )
         self._check_sources()
         data_list = super().load_data_list()
@@ -176,9 +94,9 @@ class CheckedLabelMaps(ReadableImages):
             folder = self.data_prefix.get(key)
             if folder is None and key == "seg_map_path" and self.test_mode:
                 raise ValueError(
-                    "data_prefix must name the folder of the label maps, seg_map_path; to segment "
-                    "images without them, use type='BaseSegDataset' for the data and "
-                    "format_only=True for the evaluator"
+                    "data_prefix must have seg_map_path, the folder of the label maps; to segment "
+                    "images without label maps, set type='BaseSegDataset' in the data set and "
+                    "format_only=True in the evaluator"
                 )
             if folder is None or (self._is_local(folder) and not Path(folder).is_dir()):
                 raise FileNotFoundError(f"folder not found: data_prefix[{key!r}] is {folder!r}")
@@ -222,17 +140,17 @@ class CheckedLabelMaps(ReadableImages):
             )
             raise FileNotFoundError(
                 f"{left_out} of the {len(data_list)} images of {self.source} or their label maps "
-                f"are missing, the first is {first}{hint}"
+                f"are missing, the first: {first}{hint}"
             )
         if self.test_mode and skipped:
             raise FileNotFoundError(
-                f"{len(skipped)} images of {self.source} are not regular files, the first is "
+                f"{len(skipped)} images of {self.source} are not regular files, the first: "
                 f"{skipped[0]}"
             )
         self.left_out = {
-            "images that are missing": len(without["img_path"]),
+            "missing images": len(without["img_path"]),
             "images without a label map": left_out - len(without["img_path"]),
-            "images that are no regular files": len(skipped),
+            "images that are not regular files": len(skipped),
             "label maps without an image": len(unused),
         }
         return present
@@ -266,8 +184,8 @@ class CheckedLabelMaps(ReadableImages):
         if others:
             raise ValueError(
                 f"{len(others)} images of {folder} have label maps but do not end in img_suffix="
-                f"{self.img_suffix!r}, the first is {others[0]}: rename them, or use a data set "
-                "for each suffix"
+                f"{self.img_suffix!r}, the first: {others[0]}; rename them, or use one data set "
+                "per suffix"
             )
         return sorted(skipped), sorted(unused)
 
@@ -290,14 +208,14 @@ class CheckedLabelMaps(ReadableImages):
         try:
             check_size(info["img_path"], labels)
         except UnreadableImage:
-            return _differing_sizes(info, labels, image)
+            return differing_sizes(info, labels, image)
         return None
 
     def _check_values(self, data_list: list[dict]) -> None:
         """Check the values of label maps spread over the data set, and log a summary."""
         some = data_list[:: -(-len(data_list) // _CHECKED_AT_START)]
         counts = np.zeros(256, np.int64)
-        palettes, unreadable = _Palettes(), []
+        palettes, unreadable = Palettes(), []
         for info in some:
             try:
                 image = open_label_map(info["seg_map_path"], self.backend_args)
@@ -306,7 +224,7 @@ class CheckedLabelMaps(ReadableImages):
                     raise
                 unreadable.append(error)
                 continue
-            counts += np.bincount(_decode(image, info).ravel(), minlength=256)
+            counts += np.bincount(decode_labels(image, info).ravel(), minlength=256)
             palettes.add(image, info["seg_map_path"])
         if len(unreadable) == len(data_list):
             raise ValueError(
@@ -317,9 +235,7 @@ class CheckedLabelMaps(ReadableImages):
         absent = [name for name, count in zip(classes, counts, strict=False) if not count]
         complete = len(some) == len(data_list)
         if complete and len(absent) == len(classes):
-            raise ValueError(
-                f"the label maps of {self.source} have no class: all pixels are to be ignored"
-            )
+            raise ValueError(f"the label maps of {self.source} contain only ignored pixels")
         left_out = [f"{number} {what}" for what, number in self.left_out.items() if number]
         present = f"{len(classes) - len(absent)} of the {len(classes)} classes occur"
         if absent:
@@ -328,13 +244,13 @@ class CheckedLabelMaps(ReadableImages):
         if unreadable:
             doubts.append(f"{len(unreadable)} are unreadable")
         if len(classes) - len(absent) < 2:
-            doubts.append(f"masks must be numbers of classes, and {IGNORED} is ignored")
+            doubts.append(f"pixels must be class indices, and {IGNORED} is ignored")
         if self.reduce_zero_label and complete and counts[IGNORED] and classes[-1] in absent:
             doubts.append("reduce_zero_label=True ignores 0, and 1 is the first class")
         if palettes.others:
             doubts.append(
-                f"{len(palettes.others)} have other colours for the same numbers than others, such "
-                f"as {palettes.others[0]}"
+                f"{len(palettes.others)} have different colours for the same values, such as "
+                f"{palettes.others[0]}"
             )
         facts = [
             f"{len(data_list)} images",
@@ -347,6 +263,11 @@ class CheckedLabelMaps(ReadableImages):
             logger="current",
             level=logging.WARNING if left_out or doubts else logging.INFO,
         )
+
+
+@DATASETS.register_module()
+class CheckedADE20KDataset(CheckedSegDataset, ADE20KDataset):
+    """mmseg's ADE20KDataset, validated as :class:`CheckedSegDataset` is."""
 
 
 def _files(folder: str) -> list[str]:
@@ -363,7 +284,7 @@ def _suffix_hint(data_list: list[dict], img_suffix: str) -> str:
     """Return a hint that names the suffixes to set, judging by the first image."""
     images = [os.path.basename(info["img_path"]) for info in data_list]
     if images[0].endswith(2 * img_suffix):
-        return f"; the names in ann_file must be without their suffix {img_suffix!r}"
+        return f"; ann_file must list names without the suffix {img_suffix!r}"
     folder = os.path.dirname(data_list[0]["seg_map_path"])
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     if not names:
@@ -372,9 +293,9 @@ def _suffix_hint(data_list: list[dict], img_suffix: str) -> str:
     closest = max(names, key=lambda name: len(stems[name]))
     image_suffix, suffix = (n.removeprefix(stems[closest]) for n in (images[0], closest))
     if not all(name.endswith(image_suffix) for name in images):
-        return f"; that folder has files like {closest}"
+        return f"; that folder contains files like {closest}"
     return (
-        f"; that folder has {closest}: set img_suffix={image_suffix!r} and "
+        f"; that folder contains {closest}: set img_suffix={image_suffix!r} and "
         f"seg_map_suffix={suffix!r}"
     )
 
@@ -383,64 +304,3 @@ def _shared_stem(one: str, other: str) -> str:
     """Return the common beginning of two names, without trailing separators."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return "".join(character for character, _ in same).rstrip("._-")
-
-
-def _differing_sizes(info: dict, labels: tuple[int, ...], image: tuple[int, ...]) -> str:
-    return f"label map {info['seg_map_path']} has (height, width) {labels}, its image has {image}"
-
-
-@DATASETS.register_module()
-class CheckedSegDataset(CheckedLabelMaps, BaseSegDataset):
-    """mmseg's BaseSegDataset for custom data, validated by :class:`CheckedLabelMaps`."""
-
-
-@DATASETS.register_module()
-class CheckedADE20KDataset(CheckedLabelMaps, ADE20KDataset):
-    """mmseg's ADE20KDataset, validated by :class:`CheckedLabelMaps`."""
-
-
-@TRANSFORMS.register_module()
-class LoadCheckedAnnotations(BaseTransform):
-    """Load a label map, as mmseg's LoadAnnotations does, and validate it.
-
-    In training, a label map that is unreadable or not of the size of its image is left out with a
-    warning, and the data set draws another image. In tests it is an error, and so it is with
-    mmseg's own data sets, whose entries do not distinguish training from tests.
-
-    Values outside the classes are always an error, because on a GPU they would fail an assertion
-    that names no file. mmseg's own data sets do not provide the number of classes for this check,
-    unless they select some of their classes.
-
-    Images without a label map, as in mmseg's inference, are passed on unchanged.
-
-    Args:
-        max_left_out: Number of label maps per process up to which training continues.
-    """
-
-    def __init__(self, max_left_out: int = 100) -> None:
-        self.left_out = LeftOutFiles(max_left_out)
-
-    def transform(self, results: dict) -> dict | None:
-        """Add `gt_seg_map` to `results`.
-
-        Args:
-            results: Entry of a data set of this module or of mmseg, with the image's `ori_shape`.
-
-        Raises:
-            ValueError: If the label map cannot be used.
-        """
-        if "seg_map_path" not in results:
-            return results
-        try:
-            labels = read_labels(results)
-            shape = tuple(results["ori_shape"])
-            if labels.shape != shape:
-                raise UnreadableImage(_differing_sizes(results, labels.shape, shape))
-        except UnreadableImage as error:
-            if results.get("test_mode", True):
-                raise
-            self.left_out.add(results["seg_map_path"], error)
-            return None
-        results["gt_seg_map"] = labels
-        results["seg_fields"].append("gt_seg_map")
-        return results
