@@ -15,15 +15,9 @@ _ALWAYS = (OSError, ValueError, FloatingPointError)
 
 # Errors about settings while models, data sets, optimizers and hooks are built from them.
 _WHILE_BUILDING = (
-    AssertionError,
-    AttributeError,
-    ImportError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-)
+    AssertionError, AttributeError, ImportError, IndexError, KeyError, NotImplementedError,
+    RuntimeError, TypeError,
+)  # fmt: skip
 # Transforms and metrics also raise these for unsupported data or settings while running.
 _REFUSALS = (AssertionError, NotImplementedError)
 _STEPS = {"train_step", "val_step", "test_step"}

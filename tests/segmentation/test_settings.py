@@ -102,7 +102,7 @@ WRONG = [
     ),
     (
         "train_dataloader = dict(batch_size=1)",
-        r"train_dataloader.batch_size must be at least 2, got 1: .* model.decode_head pools an image$",
+        r"train_dataloader.batch_size must be at least 2, got 1: .* model.decode_head pools an",
     ),
     (
         "model = dict(data_preprocessor=dict(size=128))",

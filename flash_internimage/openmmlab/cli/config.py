@@ -18,26 +18,12 @@ from mmengine.runner import Runner
 from ..errors import describe, is_from_this_package
 
 # Top-level keys that mmengine and the programs read in addition to the runner's arguments.
-_READ = (
-    "activation_checkpointing",
-    "compile",
-    "efficient_conv_bn_eval",
-    "find_unused_parameters",
-    "model_wrapper_cfg",
-    "sync_bn",
-    "tta_model",
-    "tta_pipeline",
-)
+_READ = {"activation_checkpointing", "compile", "efficient_conv_bn_eval", "find_unused_parameters"}
+_READ |= {"model_wrapper_cfg", "sync_bn", "tta_model", "tta_pipeline"}
 
 # Sections of a config whose numbers are checked, and the names of these numbers.
-_CHECKED: tuple[str, ...] = (
-    "train_cfg",
-    "optim_wrapper",
-    "param_scheduler",
-    "auto_scale_lr",
-    "default_hooks",
-)
-_CHECKED += ("train_dataloader", "val_dataloader", "test_dataloader", "randomness")
+_CHECKED = ["train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr", "default_hooks"]
+_CHECKED += ["train_dataloader", "val_dataloader", "test_dataloader", "randomness"]
 _COUNTS = {"max_epochs", "max_iters", "val_interval", "batch_size", "accumulative_counts"}
 _COUNTS |= {"base_batch_size"}
 _NUMBERS = {"lr", "weight_decay", "momentum", "eps", "interval", "begin", "end"}
@@ -45,15 +31,16 @@ _NUMBERS |= {"start_factor", "end_factor", "factor", "gamma", "eta_min", "power"
 _LIMITS = {"max_norm", "clip_value"}
 
 # Sections that must be dicts if they are set. Training requires the first three.
-OF_TRAINING = ("train_cfg", "train_dataloader", "optim_wrapper")
-_SECTIONS: tuple[str, ...] = (
-    *OF_TRAINING,
+OF_TRAINING = ["train_cfg", "train_dataloader", "optim_wrapper"]
+_SECTIONS = [
+    "train_cfg",
+    "optim_wrapper",
     "auto_scale_lr",
     "default_hooks",
     "env_cfg",
     "visualizer",
-)
-_SECTIONS += ("val_dataloader", "test_dataloader")
+]
+_SECTIONS += _LOADERS
 
 # Settings of mmdet 2 and mmseg 0, with their current replacements.
 _OBSOLETE = {
@@ -84,14 +71,8 @@ _OBSOLETE = {
 }
 
 # Those that were always dicts, and the keys of `data`. With other values they are variables.
-_OBSOLETE_DICTS: tuple[str, ...] = (
-    "checkpoint_config",
-    "data",
-    "dist_params",
-    "evaluation",
-    "log_config",
-)
-_OBSOLETE_DICTS += ("lr_config", "momentum_config", "optimizer", "optimizer_config", "runner")
+_OBSOLETE_DICTS = {"checkpoint_config", "data", "dist_params", "evaluation", "log_config"}
+_OBSOLETE_DICTS |= {"lr_config", "momentum_config", "optimizer", "optimizer_config", "runner"}
 _OBSOLETE_KEYS_OF_DATA = {"train", "val", "test", "samples_per_gpu", "workers_per_gpu"}
 
 
@@ -198,18 +179,16 @@ def _check_numbers(key: str, value: Any) -> None:
         return
     name = key.rsplit(".", 1)[-1]
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if name in _LIMITS and value is not None and not (number and value > 0):
-        raise ValueError(f"{key} must be a positive number, got {value!r}")
     if number and not math.isfinite(value) and name not in (*_LIMITS, "norm_type"):
         raise ValueError(f"{key} must be finite, got {value}")
-    if name in _COUNTS and value is not None and not (number and value > 0 and value % 1 == 0):
-        raise ValueError(f"{key} must be a positive integer, got {value!r}")
-    unset = name == "seed" and value is None
-    if name in ("num_workers", "seed") and not (
-        unset or (number and value >= 0 and value % 1 == 0)
+    whole = number and value % 1 == 0
+    unset = value is None and name != "num_workers"
+    for names, valid, accepted in (
+        (_LIMITS, number and value > 0, "a positive number"),
+        (_COUNTS, whole and value > 0, "a positive integer"),
+        (("num_workers", "seed"), whole and value >= 0, "an integer of at least 0"),
+        (("interval",), value != 0, "a positive integer, or -1 for never"),
+        (_NUMBERS, number, "a number"),
     ):
-        raise ValueError(f"{key} must be an integer of at least 0, got {value!r}")
-    if name == "interval" and value == 0:
-        raise ValueError(f"{key} must be a positive integer, or -1 for never, got 0")
-    if name in _NUMBERS and value is not None and not number:
-        raise ValueError(f"{key} must be a number, got {value!r}")
+        if name in names and not (valid or unset):
+            raise ValueError(f"{key} must be {accepted}, got {value!r}")

@@ -1,7 +1,6 @@
 """Command line of the training programs."""
 
 import argparse
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -9,7 +8,6 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.logging import print_log
 
 from ...files import own_folder
 from ..engine.runner.checkpoint_names import (
@@ -19,6 +17,7 @@ from ..engine.runner.checkpoint_names import (
 )
 from ..engine.runner.runner import SafeRunner
 from ..errors import describe, one_line_errors
+from ..utils import log_info
 from .common import base_parser, build_runner, start_processes
 from .config import OF_TRAINING, load_config, require_dicts
 
@@ -69,7 +68,7 @@ def run_training(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     start_processes(cfg)
     with _own_folders(cfg):
-        _training_runner(args, cfg).train()
+        training_runner(args, cfg).train()
 
 
 @contextmanager
@@ -95,18 +94,15 @@ def _own_folders(cfg: Config) -> Iterator[None]:
         yield
 
 
-def training_runner(args: argparse.Namespace) -> SafeRunner:
-    """Build the runner for the arguments of :func:`training_parser`.
+def training_runner(args: argparse.Namespace, cfg: Config | None = None) -> SafeRunner:
+    """Build the runner for the arguments of :func:`training_parser`, and their config if loaded.
 
     Raises:
         FileNotFoundError: If the config or checkpoint does not exist.
         ValueError: If the work folder contains another run, the config cannot be read or has
             invalid values, or `--auto-scale-lr` is given without a `base_batch_size`.
     """
-    return _training_runner(args, load_config(args))
-
-
-def _training_runner(args: argparse.Namespace, cfg: Config) -> SafeRunner:
+    cfg = cfg or load_config(args)
     require_dicts(cfg, *OF_TRAINING)
     if args.amp == "fp16":
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic", dtype="float16")
@@ -141,11 +137,7 @@ def _training_runner(args: argparse.Namespace, cfg: Config) -> SafeRunner:
         cfg.model.backbone.init_cfg = None  # It would be downloaded and then overwritten.
     runner = build_runner(cfg)
     if resume and source is None:
-        print_log(
-            f"no checkpoint in {_checkpoint_folder(cfg)}: starting a new run",
-            logger="current",
-            level=logging.INFO,
-        )
+        log_info(f"no checkpoint in {_checkpoint_folder(cfg)}: starting a new run")
     return runner
 
 

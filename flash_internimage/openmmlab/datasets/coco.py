@@ -1,6 +1,5 @@
 """COCO data sets that are validated before a run."""
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -10,11 +9,11 @@ from typing import Any
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.datasets.transforms import LoadAnnotations
-from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from pycocotools import mask as coco_mask
 
 from ...images import UnreadableImage
+from ..utils import log_info, log_warning
 from .base import ReadableImages
 from .coco_annotations import check_annotations, parse_json
 from .files import find_missing, is_local
@@ -107,9 +106,9 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         if self._without_mask:
             raise ValueError(
                 f"ann_file {self.ann_file}: {self._without_mask[0]}: segmentation must be present, "
-                f"as the pipeline loads masks ({len(self._without_mask)} such annotations); to train "
-                "on boxes only, remove with_mask=True from LoadAnnotations in the pipeline and "
-                "use a model without masks, such as DINO"
+                f"as the pipeline loads masks ({len(self._without_mask)} such annotations); for "
+                "boxes only, remove with_mask=True from LoadAnnotations in the pipeline and use a "
+                "model without masks, such as DINO"
             )
         for info in data_list:
             info["test_mode"] = self.test_mode  # read by LoadReadableImage
@@ -198,7 +197,7 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
                 raise ValueError(
                     f"{message}; raise the limit or remove LoadAnnotations from the test pipeline"
                 )
-            print_log(message, logger="current", level=logging.WARNING)
+            log_warning(message)
         self.counts["crowded"] = len(crowded)
         return kept
 
@@ -230,8 +229,7 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
             left_out > _TRACE * len(self.data_list) or sum(reasons) > _TRACE * counts["annotations"]
         )
         warns = many or counts["missing"] or counts["crowded"]
-        level = logging.WARNING if warns else logging.INFO
-        print_log(f"{self.ann_file}: {summary}", logger="current", level=level)
+        (log_warning if warns else log_info)(f"{self.ann_file}: {summary}")
         for doubt, meaning in (
             ("beyond", "extend beyond their image: are their boxes [x, y, width, height]?"),
             (
@@ -242,11 +240,9 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
             ("wrong area", "have an area larger than their box"),
         ):
             if counts[doubt] > _TRACE * counts["annotations"]:
-                print_log(
+                log_warning(
                     f"{self.ann_file}: {counts[doubt]} of the {counts['annotations']} annotations "
-                    f"{meaning}",
-                    logger="current",
-                    level=logging.WARNING,
+                    f"{meaning}"
                 )
         return kept
 

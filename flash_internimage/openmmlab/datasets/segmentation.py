@@ -1,18 +1,17 @@
 """Semantic segmentation data sets that are validated before a run."""
 
-import logging
 import os
 from collections import Counter
 from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
-from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
 
 from ...files import check_no_loops
 from ...images import UnreadableImage, read_size
+from ..utils import log_info, log_warning
 from .base import ReadableImages
 from .files import find_missing, is_local
 from .label_maps import IGNORED, Palettes, decode_labels, differing_sizes, open_label_map
@@ -119,28 +118,20 @@ class CheckedSegDataset(ReadableImages, BaseSegDataset):
 
     def _with_files(self, data_list: list[dict]) -> list[dict]:
         """Return the images that exist and have a label map, requiring all of them in tests."""
-        missing = {
-            key: find_missing(info[key] for info in data_list if self._is_local(info[key]))
-            for key in ("img_path", "seg_map_path")
-        }
-        without = {
-            key: [info[key] for info in data_list if info[key] in missing[key]] for key in missing
-        }
+        paths = [(info["img_path"], info["seg_map_path"]) for info in data_list]
+        missing = find_missing(path for pair in paths for path in pair if self._is_local(path))
+        images = [image for image, _ in paths if image in missing]
+        labels = [labels for _, labels in paths if labels in missing]
         present = [
-            info for info in data_list if not any(info[key] in missing[key] for key in missing)
+            info for info, pair in zip(data_list, paths, strict=True) if missing.isdisjoint(pair)
         ]
         skipped, unused = self._unlisted(data_list)
         left_out = len(data_list) - len(present)
         if left_out and (self.test_mode or not present):
-            first = (without["img_path"] or without["seg_map_path"])[0]
-            hint = (
-                _suffix_hint(data_list, self.img_suffix)
-                if missing["seg_map_path"] and not present
-                else ""
-            )
+            hint = _suffix_hint(data_list, self.img_suffix) if labels and not present else ""
             raise FileNotFoundError(
                 f"{left_out} of the {len(data_list)} images of {self.source} or their label maps "
-                f"are missing, the first: {first}{hint}"
+                f"are missing, the first: {(images or labels)[0]}{hint}"
             )
         if self.test_mode and skipped:
             raise FileNotFoundError(
@@ -148,8 +139,8 @@ class CheckedSegDataset(ReadableImages, BaseSegDataset):
                 f"{skipped[0]}"
             )
         self.left_out = {
-            "missing images": len(without["img_path"]),
-            "images without a label map": left_out - len(without["img_path"]),
+            "missing images": len(images),
+            "images without a label map": left_out - len(images),
             "images that are not regular files": len(skipped),
             "label maps without an image": len(unused),
         }
@@ -258,11 +249,7 @@ class CheckedSegDataset(ReadableImages, BaseSegDataset):
             f"{present} in {len(some)} label maps checked",
             *doubts,
         ]
-        print_log(
-            f"{self.source}: {'; '.join(facts)}",
-            logger="current",
-            level=logging.WARNING if left_out or doubts else logging.INFO,
-        )
+        (log_warning if left_out or doubts else log_info)(f"{self.source}: {'; '.join(facts)}")
 
 
 @DATASETS.register_module()

@@ -1,12 +1,12 @@
 """Detection of images shared between training and validation."""
 
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmengine.dataset import BaseDataset
-from mmengine.logging import print_log
+
+from ..utils import log_warning, unwrap_dataset
 
 
 def warn_of_shared_images(train: Any, val: Any) -> None:
@@ -19,24 +19,17 @@ def warn_of_shared_images(train: Any, val: Any) -> None:
     trained = set(_real_paths(_image_paths(train)))
     validated = set(_real_paths(_image_paths(val)))
     if shared := sorted(trained & validated):
-        print_log(
+        log_warning(
             f"{len(shared)} of the {len(validated)} images of val_dataloader are also in "
             f"train_dataloader, the first: {shared[0]}; the metrics do not measure generalisation "
-            "to new images",
-            logger="current",
-            level=logging.WARNING,
+            "to new images"
         )
 
 
 def _image_paths(dataset: Any) -> Iterator[str]:
-    if hasattr(dataset, "datasets"):
-        for part in dataset.datasets:
-            yield from _image_paths(part)
-    elif hasattr(dataset, "dataset"):
-        yield from _image_paths(dataset.dataset)
-    elif isinstance(dataset, BaseDataset):
-        for i in range(len(dataset)):
-            if path := dataset.get_data_info(i).get("img_path"):
+    for part in unwrap_dataset(dataset):
+        for i in range(len(part)) if isinstance(part, BaseDataset) else ():
+            if path := part.get_data_info(i).get("img_path"):
                 yield path
 
 

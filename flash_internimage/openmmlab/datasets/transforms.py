@@ -1,7 +1,6 @@
 """Transforms that load images and label maps."""
 
 import io
-import logging
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,7 +11,6 @@ import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmengine.fileio import get
-from mmengine.logging import print_log
 from mmengine.registry import TRANSFORMS
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
@@ -24,6 +22,7 @@ from ...images import (
     to_8_bits,
     to_rgb,
 )
+from ..utils import log_warning
 from .files import is_local
 from .label_maps import differing_sizes, read_labels
 
@@ -53,11 +52,7 @@ class LeftOutFiles:
                 f"more than max_left_out={self.limit} images or label maps cannot be used, the "
                 f"last: {reason}"
             )
-        print_log(
-            f"left out: {reason}; {len(self._paths)} so far in process {os.getpid()}",
-            logger="current",
-            level=logging.WARNING,
-        )
+        log_warning(f"left out: {reason}; {len(self._paths)} so far in process {os.getpid()}")
 
 
 class LoadCheckedImage(LoadImageFromFile):
@@ -146,12 +141,10 @@ class LoadCheckedImage(LoadImageFromFile):
             return as_stored
         if not self._has_warned:
             self._has_warned = True
-            print_log(
+            log_warning(
                 f"image {path} has EXIF orientation {turn} and the same size rotated and as "
                 "stored: such images are rotated. If their annotations refer to the stored images, "
-                "set color_type='color_ignore_orientation' in the loading transform",
-                logger="current",
-                level=logging.WARNING,
+                "set color_type='color_ignore_orientation' in the loading transform"
             )
         return image
 

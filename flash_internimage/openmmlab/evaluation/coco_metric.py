@@ -1,6 +1,5 @@
 """COCO metrics that validate the annotation file, data and model before the run starts."""
 
-import logging
 import os.path
 import posixpath
 import re
@@ -14,14 +13,13 @@ from mmdet.evaluation import CocoMetric, FasterCocoMetric
 from mmdet.models import BaseDetector
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import get
-from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import METRICS
 from torch import nn
 
 from ..datasets.coco import LABELS_FOLLOW_CLASSES
 from ..datasets.coco_annotations import check_annotations, parse_json
 from ..datasets.files import is_local
+from ..utils import log_warning, unwrap_model
 
 _OF_CLASS = "_precision"  # suffix of per-class figures
 
@@ -116,7 +114,7 @@ class _Checked(CocoMetric):
             )
             if all(differing):
                 raise ValueError(f"{message}: both must use the same file")
-            print_log(message, logger="current", level=logging.WARNING)
+            log_warning(message)
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Collect the predictions of a batch.
@@ -196,11 +194,9 @@ class _Checked(CocoMetric):
             if times > 1:
                 raise ValueError(f"image {identity!r} must be evaluated once, got {times} results")
         if self._ann_file is not None and (left_out := len(self._coco_api.imgs) - len(ids)):
-            print_log(
+            log_warning(
                 f"{left_out} of the {len(self._coco_api.imgs)} images of {self._ann_file} are not "
-                "in the data and are not evaluated",
-                logger="current",
-                level=logging.WARNING,
+                "in the data and are not evaluated"
             )
         return ids
 
@@ -225,11 +221,9 @@ class _Checked(CocoMetric):
         if first.get(LABELS_FOLLOW_CLASSES):
             return [ids[name] for name in classes]
         if warn and in_file != [*classes]:
-            print_log(
+            log_warning(
                 f"metainfo['classes'] are not in the order of {self._ann_file}: labels are assumed "
-                f"to follow the file, as in mmdet's CocoDataset, {(*in_file,)}",
-                logger="current",
-                level=logging.WARNING,
+                f"to follow the file, as in mmdet's CocoDataset, {(*in_file,)}"
             )
         return [ids[name] for name in in_file]
 
@@ -266,8 +260,7 @@ def _check_for_evaluation(
 
 def _predicts_boxes_alone(model: Any) -> bool:
     """Return whether a model is one of mmdet's detectors without any part for masks."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+    model = unwrap_model(model)
     names = (
         # The offset_mask of a DCNv4 layer has nothing to do with object masks.
         f"{name} {type(module).__name__}".replace("offset_mask", "").lower()

@@ -1,12 +1,10 @@
 """FlashInternImage as a backbone for OpenMMLab's detectors and segmentors."""
 
 import copy
-import logging
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from ...backbone import ARCHITECTURES, FlashInternImage
 from ...checkpoint import clean_state_dict, require_fit
 from ..readers import read_checkpoint
+from ..utils import log_info
 from .published_weights import warn_of_misfit
 
 
@@ -108,7 +107,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
             weights |= {name: weight for name, weight in own.items() if "gamma" in name}
         require_fit(own, weights)
         self.load_state_dict(weights)
-        print_log(f"backbone initialised from {source}", logger="current", level=logging.INFO)
+        log_info(f"backbone initialised from {source}")
         self.is_init = True
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:

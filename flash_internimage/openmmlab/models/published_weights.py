@@ -1,14 +1,13 @@
 """Loading of published weights, whose parameters have other names."""
 
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ...conversion import convert_state_dict
+from ..utils import log_warning
 
 
 class LoadsPublishedWeights(BaseModule):
@@ -66,11 +65,7 @@ def warn_of_misfit(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: 
         if names
     ]
     if faults:
-        print_log(
-            f"{type(module).__name__} has {len(own)} tensors; {'; '.join(faults)}",
-            logger="current",
-            level=logging.WARNING,
-        )
+        log_warning(f"{type(module).__name__} has {len(own)} tensors; {'; '.join(faults)}")
 
 
 def _list(names: Iterable[str], most: int = 5) -> str:

@@ -3,14 +3,13 @@
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from mmdet.models.dense_heads import MaskFormerHead
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmseg.evaluation import IoUMetric
@@ -22,6 +21,7 @@ from ...datasets.files import require_unique_names
 from ...datasets.label_maps import IGNORED
 from ...datasets.segmentation import CheckedSegDataset
 from ...errors import describe
+from ...utils import unwrap_dataset, unwrap_model
 
 
 @HOOKS.register_module()
@@ -40,9 +40,7 @@ class CheckSegmentorHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Check the model and all data sets that the run uses."""
-        model = runner.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
+        model = unwrap_model(runner.model)
         heads = {
             f"model.{name}": head
             for name, head in model.named_modules()
@@ -89,7 +87,7 @@ def _check_data(split: str, loop: Any, heads: dict[str, Any], preprocessor: nn.M
         used[f"{type(metric).__name__} of {split}_evaluator"] = metric
         if getattr(metric, "output_dir", None):
             require_unique_names(loop.dataloader.dataset, f"{split}_evaluator.output_dir")
-    for dataset in _sources(loop.dataloader.dataset):
+    for dataset in unwrap_dataset(loop.dataloader.dataset):
         transforms = {
             type(transform).__name__: transform for transform in dataset.pipeline.transforms
         }
@@ -101,16 +99,6 @@ def _check_data(split: str, loop: Any, heads: dict[str, Any], preprocessor: nn.M
             _check_crops(transforms, preprocessor)
         elif isinstance(dataset, CheckedSegDataset) and not dataset.test_mode:
             raise ValueError(f"{split}_dataloader.dataset.test_mode must be True, got False")
-
-
-def _sources(dataset: Any) -> Iterator[Any]:
-    """Yield the data sets in wrappers such as ConcatDataset."""
-    inner = getattr(dataset, "datasets", None) or [getattr(dataset, "dataset", None)]
-    if inner == [None]:
-        yield dataset
-    else:
-        for part in inner:
-            yield from _sources(part)
 
 
 def _check_windows(test_cfg: Mapping | None) -> None:

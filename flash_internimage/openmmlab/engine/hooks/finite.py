@@ -29,9 +29,7 @@ class CheckFiniteHook(Hook):
                 "not finite: %s; the data may contain no such objects", ", ".join(wrong)
             )
 
-    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Warn about metrics that are not finite."""
-        self.after_val_epoch(runner, metrics)
+    after_test_epoch = after_val_epoch
 
     def after_train_iter(
         self,

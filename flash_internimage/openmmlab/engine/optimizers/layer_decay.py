@@ -1,16 +1,15 @@
 """Layer-wise learning rate decay, as used to train the published detectors and segmentors."""
 
-import logging
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 from ....backbone import FlashInternImage
+from ...utils import log_debug, log_info
 
 # The level embedding of Deformable DETR and DINO has the learning rate of patch_embed.
 _FIRST_LAYER = ("backbone.patch_embed", "level_embed")
@@ -135,7 +134,13 @@ class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             )
             group["params"].append(parameter)
         params.extend(groups.values())
-        _log(list(groups.values()), self.layer_decay_rate, num_layers)
+        log_info(
+            f"{len(groups)} parameter groups with a layer-wise learning rate decay of "
+            f"{self.layer_decay_rate} over {num_layers} blocks"
+        )
+        for group in groups.values():
+            size = len(group["params"])
+            log_debug(f"{group['group_name']}: lr {group['lr']:.4g}, {size} tensors")
 
     def _layer(self, name: str, depths: Sequence[int]) -> int:
         """Return 0 for patch_embed, 1 for the first block, up to sum(depths) + 1 for the heads."""
@@ -162,18 +167,3 @@ class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
 def _is_in(parameter: str, name: str) -> bool:
     """Return whether a parameter has this name or belongs to a module of this name."""
     return f"{parameter}.".startswith(f"{name}.")
-
-
-def _log(groups: list[dict], layer_decay_rate: float, num_layers: int) -> None:
-    print_log(
-        f"{len(groups)} parameter groups with a layer-wise learning rate decay of "
-        f"{layer_decay_rate} over {num_layers} blocks",
-        logger="current",
-        level=logging.INFO,
-    )
-    for group in groups:
-        print_log(
-            f"{group['group_name']}: lr {group['lr']:.4g}, {len(group['params'])} tensors",
-            logger="current",
-            level=logging.DEBUG,
-        )

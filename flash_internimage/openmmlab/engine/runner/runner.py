@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger
-from mmengine.model import (
-    BaseTTAModel,
-    MMDistributedDataParallel,
-    is_model_wrapper,
-    revert_sync_batchnorm,
-)
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import BaseLoop, Runner
@@ -28,6 +23,7 @@ from ....files import disk_full_error, write_atomically
 from ...datasets.splits import warn_of_shared_images
 from ...errors import describe, end_in_one_line, is_from_this_package, is_users
 from ...readers import read_checkpoint, safe_readers
+from ...utils import unwrap_model
 from .resume import (
     adapt_checkpoint,
     compare_classes,
@@ -282,9 +278,7 @@ class SafeRunner(Runner):
                 ) from error
         elif not isinstance(checkpoint.get("state_dict"), dict):
             raise ValueError(f"{filename} has no state_dict")
-        model = self.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
+        model = unwrap_model(self.model)
         if not (strict or self._resuming or self._train_loop is None):
             try:
                 filled = self._fill_in(checkpoint["state_dict"], model.state_dict())
@@ -296,7 +290,11 @@ class SafeRunner(Runner):
             self._other_schedule = adapt_checkpoint(self, checkpoint)
         elif self._train_loop is None:
             self._check_classes(filename, checkpoint)
-        _require_finite(filename, checkpoint["state_dict"])
+        wrong = [name for name, tensor in checkpoint["state_dict"].items() if not is_finite(tensor)]
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} weights of {filename} are not finite: {', '.join(wrong[:10])}"
+            )
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         self._has_loaded = True
@@ -374,11 +372,3 @@ class SafeRunner(Runner):
                 find_unused_parameters=find_unused,
             )
         return super().wrap_model(model_wrapper_cfg, model)
-
-
-def _require_finite(source: str, state_dict: dict) -> None:
-    wrong = [name for name, tensor in state_dict.items() if not is_finite(tensor)]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} weights of {source} are not finite: {', '.join(wrong[:10])}"
-        )

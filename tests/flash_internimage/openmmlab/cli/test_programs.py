@@ -96,9 +96,7 @@ def test_weights_that_others_will_overwrite_are_not_loaded(to_train, tmp_path):
 def test_settings_of_mmdet_2_name_todays(setting, today, to_train, config):
     name = setting.split(" = ")[0]
     message = rf"obsolete settings of mmdet 2 or mmseg 0: for {name} use {today}"
-    with pytest.raises(
-        ValueError, match=rf"^{config} has settings of mmdet 2 or .*, which {message}"
-    ):
+    with pytest.raises(ValueError, match=rf"^{config} has {message}"):
         to_train(settings=setting)
     with pytest.raises(ValueError, match=f"^--cfg-options has settings of .*, which {message}"):
         to_train("--cfg-options", f"{name}.lr=1")

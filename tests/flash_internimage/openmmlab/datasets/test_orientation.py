@@ -102,7 +102,7 @@ def test_a_half_turn_is_made_and_said_once(dataset, log):
     np.testing.assert_array_equal(data[0]["img"], np.rot90(stored(), 2))
     np.testing.assert_array_equal(data[0]["img"], np.rot90(stored(), 2))
     (warning,) = [r.getMessage() for r in log.records if r.levelno == logging.WARNING]
-    assert "1.png has EXIF orientation 3, and the same size rotated and as" in warning
+    assert "1.png has EXIF orientation 3 and the same size rotated and as" in warning
     as_stored = {"color_type": "color_ignore_orientation"}
     data = dataset(3, (HEIGHT, WIDTH), "LoadReadableImage", **as_stored)
     np.testing.assert_array_equal(data[0]["img"], stored())

@@ -83,7 +83,7 @@ def test_label_maps_beside_their_images(folder, log):
 @pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".png"])
 def test_an_image_of_another_suffix_that_has_a_label_map(suffix, test_mode, folder, log):
     path = folder / "images" / "2.jpg"
-    message = rf"1 images of {folder}/images .* img_suffix='.jpg', the first: .*/2{suffix}: "
+    message = rf"1 images of {folder}/images .* img_suffix='.jpg', the first: .*/2{suffix}; "
     path.rename(path.with_suffix(suffix))
     with pytest.raises(ValueError, match=message):
         CheckedSegDataset(**arguments(folder, test_mode=test_mode))
@@ -111,12 +111,12 @@ def test_names_of_images_and_label_maps_that_differ_in_more_than_the_suffix(test
 def test_a_test_needs_all_label_maps(folder):
     for i in (2, 3):
         (folder / "labels" / f"{i}.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"2 of the 4 images .*first is .*labels/2\.png"):
+    with pytest.raises(FileNotFoundError, match=r"2 of the 4 images .*first: .*labels/2\.png"):
         CheckedSegDataset(**arguments(folder, test_mode=True))
 
 
 def test_label_maps_of_another_suffix_are_an_error_in_training_too(folder):
-    message = r"4 of the 4 images .*first is .*labels/1_gt\.png; .* seg_map_suffix='.png'$"
+    message = r"4 of the 4 images .*first: .*labels/1_gt\.png; .* seg_map_suffix='.png'$"
     with pytest.raises(FileNotFoundError, match=message):
         CheckedSegDataset(**arguments(folder, seg_map_suffix="_gt.png"))
 
@@ -133,9 +133,7 @@ def test_a_missing_folder(key, test_mode, folder):
     del prefixes[key]
     message = rf"data_prefix\['{key}'\] is None"
     if test_mode and key == "seg_map_path":
-        message = (
-            r"must name the folder of the label maps, .* use type='BaseSegDataset' .*format_only"
-        )
+        message = "must have seg_map_path, the folder of .* set type='BaseSegDataset' .*format_only"
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         CheckedSegDataset(**arguments(folder, data_prefix=prefixes, test_mode=test_mode))
 
@@ -386,7 +384,9 @@ def test_a_photograph_that_its_exif_turns_is_read_as_its_label_map(turned, color
     if color_type == "color" or not turned:
         assert dataset[0]["gt_seg_map"].shape == dataset[0]["ori_shape"]
     else:
-        with pytest.raises(ValueError, match=r"has \(height, width\) \(1[26], 1[26]\), its image"):
+        with pytest.raises(
+            ValueError, match=r"has \(height, width\) \(1[26], 1[26]\), but its image"
+        ):
             dataset[0]
 
 

@@ -394,8 +394,8 @@ def test_projects_find_it_beside_their_own(registry):
         ),
         (
             {"decay_rate": 0.9, "depths": (1, 1, 2, 1)},
-            "paramwise_cfg must only have layer_decay_rate, num_layers, offset_lr_scale, first_layer, "
-            "got decay_rate, depths",
+            "paramwise_cfg must only have layer_decay_rate, num_layers, offset_lr_scale, "
+            "first_layer, got decay_rate, depths",
         ),
         ({"num_layers": 30}, r"number of blocks, 5 \(1, 1, 2, 1\), or be left out, got 30"),
         ({"offset_lr_scale": -1}, "offset_lr_scale must be at least 0, got -1"),

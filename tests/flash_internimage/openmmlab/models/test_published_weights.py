@@ -14,7 +14,7 @@ from PIL import Image
 
 from flash_internimage.conversion import restore_checkpoint
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS = Path(__file__).parents[4] / "configs"
 DINO = "detection/dino-4scale_flash_internimage_nano_digits_scenes.py"
 MASK_RCNN = "detection/mask_rcnn_flash_internimage_nano_fpn_digits_scenes.py"
 MASK2FORMER = "segmentation/mask2former_flash_internimage_nano_digits_scenes.py"

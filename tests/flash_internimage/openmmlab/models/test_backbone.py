@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flash_internimage.openmmlab import FlashInternImageBackbone
 from ops_dcnv4 import DCNv4
 
-SCHEMAS = Path(__file__).parents[2] / "data" / "schemas"
+SCHEMAS = Path(__file__).parents[3] / "data" / "schemas"
 ARCHITECTURES = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
 SMALL = {"channels": 16, "depths": (1, 1, 2, 1), "groups": (1, 2, 4, 8)}
 

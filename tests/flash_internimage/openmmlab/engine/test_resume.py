@@ -206,7 +206,7 @@ class TestSettings:
         resumed(runner, path)
         sgd = {"type": "SGD", "lr": 0.1}
         arguments = settings() | {"optim_wrapper": {"optimizer": sgd}}
-        with pytest.raises(ValueError, match="its optimizer is no SGD"):
+        with pytest.raises(ValueError, match="its optimizer is not SGD"):
             runner(load_from=str(path), resume=True, **arguments).train()
         wrapper = {"paramwise_cfg": {"norm_decay_mult": 0.0}}
         with pytest.raises(ValueError, match="its parameter groups differ"):

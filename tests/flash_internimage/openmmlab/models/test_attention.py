@@ -203,9 +203,9 @@ def test_hook_switches_the_layers_of_a_detector(assert_near, caplog):
     with caplog.at_level(logging.INFO):
         HOOKS.build({"type": "FlashAttentionHook"}).before_run(runner)
         HOOKS.build({"type": "FlashAttentionHook"}).before_run(runner)
-    assert [(r.levelname, r.message[:8]) for r in caplog.records] == [
-        ("INFO", "2 layers"),
-        ("WARNING", "0 layers"),
+    assert [(r.levelname, r.message[:10]) for r in caplog.records] == [
+        ("INFO", "switched 2"),
+        ("WARNING", "switched 0"),
     ]
     assert isinstance(encoder.layers[1].self_attn, FlashMultiScaleDeformableAttention)
     assert isinstance(encoder.layers[1].self_attn, MultiScaleDeformableAttention)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash_internimage.openmmlab import LayerNormFPN
 
-DATA = Path(__file__).parents[2] / "data" / "openmmlab_schemas"
+DATA = Path(__file__).parents[3] / "data" / "openmmlab_schemas"
 SCHEMA = DATA / "mask_rcnn_flash_intern_image_t_fpn_1x_coco.json"
 SIZES = {"even": [(16, 24), (8, 12), (4, 6), (2, 3)], "odd": [(15, 21), (8, 11), (4, 6), (2, 3)]}
 
