@@ -32,15 +32,8 @@ _LIMITS = {"max_norm", "clip_value"}
 
 # Sections that must be dicts if they are set. Training requires the first three.
 OF_TRAINING = ["train_cfg", "train_dataloader", "optim_wrapper"]
-_SECTIONS = [
-    "train_cfg",
-    "optim_wrapper",
-    "auto_scale_lr",
-    "default_hooks",
-    "env_cfg",
-    "visualizer",
-]
-_SECTIONS += _LOADERS
+_SECTIONS = [*OF_TRAINING, "auto_scale_lr", "default_hooks", "env_cfg", "visualizer"]
+_SECTIONS += ["val_dataloader", "test_dataloader"]
 
 # Settings of mmdet 2 and mmseg 0, with their current replacements.
 _OBSOLETE = {
