@@ -258,7 +258,7 @@ def _misses_box(annotation: dict, height: int, width: int) -> bool:
         )
         bounds = coco_mask.toBbox(rle).tolist()
     else:
-        polygons = [polygon for polygon in mask if len(polygon) >= 6]  # mmdet drops the rest.
+        polygons = [polygon for polygon in mask if len(polygon) >= 6]  # mmdet drops the others.
         lowest = [min(min(polygon[i::2]) for polygon in polygons) for i in (0, 1)]
         highest = [max(max(polygon[i::2]) for polygon in polygons) for i in (0, 1)]
         bounds = [*lowest, highest[0] - lowest[0], highest[1] - lowest[1]]

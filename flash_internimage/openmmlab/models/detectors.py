@@ -22,11 +22,11 @@ class _EveryOtherFrequency(MLP):
 
 @MODELS.register_module()
 class HalfWidthEncodingDINO(LoadsPublishedWeights, DINO):
-    """DINO that encodes queries as the published weights do, with C / 2 features per coordinate.
+    """DINO with half as many sine features per coordinate of a query as mmdet's: C / 2, not C.
 
-    The published weights load under their published names, too.
+    The published weights require this encoding. They load under their published names, too.
 
-    onedl-mmdetection uses C features since 3.5.1, so its decoder fits no earlier weights. The
+    onedl-mmdetection uses C features since 3.5.1, so its decoder does not fit earlier weights. The
     frequencies of C / 2 features are every other frequency of C features.
     """
 

@@ -26,7 +26,7 @@ from ...utils import unwrap_dataset, unwrap_model
 
 @HOOKS.register_module()
 class CheckSegmentorHook(Hook):
-    """Check before a run what would otherwise fail late or silently train the wrong thing.
+    """Check settings before a run that would otherwise fail late or silently train incorrectly.
 
     The hook checks the classes of heads, losses and data, the ignore index and the padding of label
     maps (255 in the data sets of this package), the sizes of crops and windows, and the metrics. It

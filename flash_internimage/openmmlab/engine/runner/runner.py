@@ -57,9 +57,10 @@ def _raise_file_errors(record: logging.LogRecord) -> None:
 
 @RUNNERS.register_module()
 class SafeRunner(Runner):
-    """mmengine's Runner with safe checkpoints, and resuming under changed settings.
+    """mmengine's Runner with safe readers, and resuming under changed settings.
 
-    Nothing in a checkpoint is executed, and published parameter names are converted. When resuming
+    While it works, it reads files as after :func:`~flash_internimage.openmmlab.use_safe_readers`:
+    nothing in a checkpoint is executed. Published parameter names are converted. When resuming
     and testing, all names and shapes must agree. A model to be trained keeps its initial values for
     weights that the checkpoint lacks, and the log names them. A resumed run combines its own
     settings with the state of its checkpoint.

@@ -98,7 +98,7 @@ def test_settings_of_mmdet_2_name_todays(setting, today, to_train, config):
     message = rf"obsolete settings of mmdet 2 or mmseg 0: for {name} use {today}"
     with pytest.raises(ValueError, match=rf"^{config} has {message}"):
         to_train(settings=setting)
-    with pytest.raises(ValueError, match=f"^--cfg-options has settings of .*, which {message}"):
+    with pytest.raises(ValueError, match=f"^--cfg-options has {message}"):
         to_train("--cfg-options", f"{name}.lr=1")
 
 

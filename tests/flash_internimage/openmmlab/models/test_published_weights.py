@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_counted_and_named(config, tmp_path, log, capsys):
     part = part if config == DINO else "cls_embed"
     for text in (
         f"1 are not in the checkpoint ({part}.bias)",
-        f"1 have another shape there ({part}.weight)",
+        f"1 have another shape in it ({part}.weight)",
         f"1 of the checkpoint are not used ({part}.other)",
         "1 are not in the checkpoint (patch_embed.conv1.bias)",
     ):
