@@ -54,7 +54,7 @@ WRONG = [
     ),
     (
         "model = dict(decode_head=dict(ignore_index=200))",
-        r"model.decode_head.ignore_index must be 255, .* got 200; set ignore_index in their",
+        r"model.decode_head.ignore_index must be 255, .* got 200; set ignore_index only in",
     ),
     (
         "model = dict(auxiliary_head=dict(ignore_index=0))",

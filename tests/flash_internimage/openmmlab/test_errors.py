@@ -137,7 +137,7 @@ def fails(train, capsys) -> Callable[..., None]:
         ("optim_wrapper.optimizer.type=Nothing", "must be a registered optimizer, got 'Nothing'"),
         ("optim_wrapper.optimizer.type=3", "must be a registered optimizer, got 3"),
         ("optim_wrapper.optimizer=None", r"optim_wrapper\.optimizer must be a dict, got None"),
-        ("optim_wrapper.optimizer.type=LBFGS", "dense gradients and no closure, got LBFGS"),
+        ("optim_wrapper.optimizer.type=LBFGS", "and without a closure, got LBFGS"),
         ("optim_wrapper.optimizer.type=Muon", "Muon"),
         ("optim_wrapper.optimizer.speed=1", "unexpected keyword argument 'speed'"),
         ("optim_wrapper.optimizer.lr=nan", r"optim_wrapper\.optimizer\.lr must be finite, got nan"),
