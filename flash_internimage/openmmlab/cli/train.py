@@ -30,14 +30,14 @@ def training_parser(program: str, description: str) -> argparse.ArgumentParser:
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="resume from a checkpoint (default: the latest in the work folder, if any)",
+        help="resume from CHECKPOINT; without a value, from the latest in the work folder, if any",
     )
     parser.add_argument(
         "--amp",
         nargs="?",
         const="fp16",
         choices=("fp16", "bf16"),
-        help="mixed precision (default: fp16, on GPUs only)",
+        help="mixed precision, fp16 without a value (GPUs only)",
     )
     parser.add_argument(
         "--auto-scale-lr",
