@@ -11,16 +11,12 @@ from pathlib import Path
 
 from mmdet.evaluation import DumpDetResults
 
-from flash_internimage.files import write_atomically
+from flash_internimage.files import require_writable, write_atomically
+from flash_internimage.openmmlab import SafeRunner
+from flash_internimage.openmmlab.cli.common import build_runner
+from flash_internimage.openmmlab.cli.test import evaluation_config, evaluation_parser
+from flash_internimage.openmmlab.datasets.files import require_unique_names
 from flash_internimage.openmmlab.errors import one_line_errors
-from flash_internimage.openmmlab.files import require_unique_names
-from flash_internimage.openmmlab.programs import (
-    build_runner,
-    evaluation_config,
-    evaluation_parser,
-    require_writable,
-)
-from flash_internimage.openmmlab.runtime import FlashRunner
 
 
 class _AtomicDump(DumpDetResults):
@@ -34,12 +30,14 @@ class _AtomicDump(DumpDetResults):
 def get_parser() -> argparse.ArgumentParser:
     """Return the argument parser of the program."""
     parser = evaluation_parser("detection.test", "Evaluate a detector.")
-    parser.add_argument("--out", type=Path, help="write the predictions to this file, *.pkl")
-    parser.add_argument("--show-dir", help="draw the predictions, <work dir>/<time>/<this folder>")
+    parser.add_argument("--out", type=Path, help="write the predictions to this .pkl file")
+    parser.add_argument(
+        "--show-dir", help="draw the predictions to <work dir>/<time>/<this folder>"
+    )
     return parser
 
 
-def get_runner(args: argparse.Namespace) -> FlashRunner:
+def get_runner(args: argparse.Namespace) -> SafeRunner:
     """Build the runner of an evaluation.
 
     Raises:

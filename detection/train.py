@@ -6,15 +6,12 @@ Example::
     torchrun --nproc-per-node 8 -m detection.train CONFIG
 """
 
-from flash_internimage.openmmlab.errors import one_line_errors
-from flash_internimage.openmmlab.programs import run_training, training_parser
+from flash_internimage.openmmlab.cli import train
 
 
 def main() -> None:
     """Parse the command line and train a detector."""
-    args = training_parser("detection.train", "Train a detector.").parse_args()
-    with one_line_errors():
-        run_training(args)
+    train.main("detection.train", "Train a detector.")
 
 
 if __name__ == "__main__":

@@ -8,26 +8,23 @@ Example::
 import argparse
 from pathlib import Path
 
+from flash_internimage.files import require_writable
+from flash_internimage.openmmlab import SafeRunner
+from flash_internimage.openmmlab.cli.common import build_runner
+from flash_internimage.openmmlab.cli.test import evaluation_config, evaluation_parser
 from flash_internimage.openmmlab.errors import one_line_errors
-from flash_internimage.openmmlab.programs import (
-    build_runner,
-    evaluation_config,
-    evaluation_parser,
-    require_writable,
-)
-from flash_internimage.openmmlab.runtime import FlashRunner
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Return the argument parser of the program."""
     parser = evaluation_parser("segmentation.test", "Evaluate a segmentor.")
-    parser.add_argument("--tta", action="store_true", help="at several scales, and flipped")
-    parser.add_argument("--out", type=Path, help="write the label maps into this folder, *.png")
-    parser.add_argument("--show-dir", help="draw the predictions into <work dir>/<this folder>")
+    parser.add_argument("--tta", action="store_true", help="average over scales and flips")
+    parser.add_argument("--out", type=Path, help="write the label maps to this folder, as PNG")
+    parser.add_argument("--show-dir", help="draw the predictions to <work dir>/<this folder>")
     return parser
 
 
-def get_runner(args: argparse.Namespace) -> FlashRunner:
+def get_runner(args: argparse.Namespace) -> SafeRunner:
     """Build the runner of an evaluation.
 
     Raises:

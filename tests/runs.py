@@ -9,7 +9,7 @@ from mmdet.visualization import DetLocalVisualizer
 from mmengine.runner import Runner
 from mmseg.visualization import SegLocalVisualizer
 
-from flash_internimage.openmmlab.programs import training_parser, training_runner
+from flash_internimage.openmmlab.cli.train import training_parser, training_runner
 from tests.kills import run_until_killed
 
 

@@ -63,7 +63,8 @@ def evaluate(
         )
         return {"top1": result["top1"]}, result["images"]
 
-    from flash_internimage.openmmlab.programs import build_runner, prepare_evaluation
+    from flash_internimage.openmmlab.cli.common import build_runner
+    from flash_internimage.openmmlab.cli.test import prepare_evaluation
 
     cfg = load_config(entry)
     cfg.work_dir = str(work_dir or Path("output", "zoo", name))

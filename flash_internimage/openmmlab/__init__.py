@@ -1,46 +1,43 @@
 """Backbone, layers, hooks and runner for OpenMMLab, registered in mmengine's root registries.
 
-Importing this module registers names and changes nothing else. For checkpoints that mmengine
-reads on its own, see :func:`use_safe_checkpoint_reader`.
+Importing this package, `flash_internimage.openmmlab.detection` or
+`flash_internimage.openmmlab.segmentation` registers new names and changes nothing else. To read
+files safely in programs without :class:`SafeRunner`, see :func:`use_safe_readers`.
 
 Example::
 
     custom_imports = dict(imports=['flash_internimage.openmmlab'])
 """
 
-from .attention import (
-    FlashAttentionHook,
-    FlashMultiScaleDeformableAttention,
-    use_flash_attention,
-)
-from .backbone import FlashInternImageBackbone
-from .convolution import FlashDCNv4
-from .curves import CurvesHook
-from .files import LoadReadableImage
-from .hooks import (
-    AtomicCheckpointHook,
-    BFloat16OptimWrapper,
-    CompileBackboneHook,
-    Float32OutputsHook,
-)
-from .layer_decay import LayerDecayOptimWrapperConstructor
-from .neck import LayerNormFPN
-from .runtime import FlashRunner, use_safe_checkpoint_reader
+from .datasets.transforms import LoadReadableImage
+from .engine.hooks.checkpoint import AtomicCheckpointHook
+from .engine.hooks.curves import CurvesHook
+from .engine.hooks.finite import CheckFiniteHook
+from .engine.hooks.model import CompileBackboneHook, FlashAttentionHook, Float32OutputsHook
+from .engine.optimizers.bfloat16 import BFloat16OptimWrapper
+from .engine.optimizers.layer_decay import InternImageLayerDecayOptimizerConstructor
+from .engine.runner.runner import SafeRunner
+from .models.attention import FlashMultiScaleDeformableAttention, use_flash_attention
+from .models.backbone import FlashInternImageBackbone
+from .models.convolution import FlashDCNv4
+from .models.neck import LayerNormFPN
+from .readers import use_safe_readers
 
 __all__ = [
     "AtomicCheckpointHook",
     "BFloat16OptimWrapper",
+    "CheckFiniteHook",
     "CompileBackboneHook",
     "CurvesHook",
     "FlashAttentionHook",
     "FlashDCNv4",
     "FlashInternImageBackbone",
     "FlashMultiScaleDeformableAttention",
-    "FlashRunner",
     "Float32OutputsHook",
-    "LayerDecayOptimWrapperConstructor",
+    "InternImageLayerDecayOptimizerConstructor",
     "LayerNormFPN",
     "LoadReadableImage",
+    "SafeRunner",
     "use_flash_attention",
-    "use_safe_checkpoint_reader",
+    "use_safe_readers",
 ]

@@ -1,4 +1,4 @@
-"""How programs end: one line for a user error, a traceback for a defect."""
+"""How programs report errors: user errors in one line, defects with a traceback."""
 
 import sys
 import traceback
@@ -15,15 +15,9 @@ _ALWAYS = (OSError, ValueError, FloatingPointError)
 
 # Errors about settings while models, data sets, optimizers and hooks are built from them.
 _WHILE_BUILDING = (
-    AssertionError,
-    AttributeError,
-    ImportError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-)
+    AssertionError, AttributeError, ImportError, IndexError, KeyError, NotImplementedError,
+    RuntimeError, TypeError,
+)  # fmt: skip
 # Transforms and metrics also raise these for unsupported data or settings while running.
 _REFUSALS = (AssertionError, NotImplementedError)
 _STEPS = {"train_step", "val_step", "test_step"}
@@ -51,7 +45,7 @@ def end_in_one_line(error: Exception) -> None:
 
     OpenMMLab's own programs do not catch errors. Other errors keep their traceback.
     """
-    error.ends_in_one_line = True
+    vars(error)["ends_in_one_line"] = True
     if sys.excepthook is not _print_one_line:
         global _excepthook
         _excepthook, sys.excepthook = sys.excepthook, _print_one_line
@@ -80,12 +74,12 @@ def is_users(error: Exception) -> bool:
     return building and (unknown or not is_from_this_package(error))
 
 
-def is_from_this_package(error: Exception) -> bool:
+def is_from_this_package(error: BaseException) -> bool:
     """Return whether an error was raised by the code of this package."""
     return _is_from(error, _OURS)
 
 
-def _is_from(error: Exception, *folders: str) -> bool:
+def _is_from(error: BaseException, *folders: str) -> bool:
     """Return whether an error was raised by a file in one of the folders."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and any(folder in frames[-1].filename for folder in folders)

@@ -23,7 +23,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from flash_internimage.openmmlab import programs
+from flash_internimage.openmmlab.cli import config as program
+from flash_internimage.openmmlab.cli.train import training_parser
 from tests import recipes
 from tests.recipes import DATA, ROOT, an_eighth, plain, read_recipes, without
 
@@ -123,7 +124,7 @@ def test_the_guides_config_for_own_data(tmp_path):
     code = guide.split("```python\n")[1].split("```")[0]
     path = tmp_path / "parts.py"
     path.write_text(code.replace('"configs/', f'"{ROOT}/configs/'))
-    config = programs._load_config(programs.training_parser("train", "").parse_args([str(path)]))
+    config = program.load_config(training_parser("train", "").parse_args([str(path)]))
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         assert loader.dataset.data_root == "data/parts/"
         assert loader.dataset.data_prefix == {"img": "images/"}
@@ -141,7 +142,7 @@ def test_the_guides_config_for_own_data(tmp_path):
 def test_optimizer(recipe, config):
     expected = {
         "type": "OptimWrapper",
-        "constructor": "LayerDecayOptimWrapperConstructor",
+        "constructor": "InternImageLayerDecayOptimizerConstructor",
         "optimizer": {
             "type": "AdamW",
             "lr": float(recipe["lr"]),
@@ -363,7 +364,7 @@ def test_dino_losses_and_matching_are_the_published_ones(dino):
     assert dino.bbox_head.sync_cls_avg_factor
     costs = [expected["train_cfg"]["assigner"][f"{kind}_cost"] for kind in ("cls", "reg", "iou")]
     assert config["train_cfg"]["assigner"]["match_costs"] == costs
-    assert type(dino.bbox_head).__name__ == "ClampedDINOHead"
+    assert type(dino.bbox_head).__name__ == "ClampedReferenceDINOHead"
 
 
 def test_dino_queries(dino):

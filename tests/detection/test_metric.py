@@ -119,7 +119,9 @@ def evaluate(annotations, monkeypatch) -> Callable:
 def test_figures_are_those_of_pycocotools(evaluate, predictions):
     cfg = Config.fromfile(CONFIG).test_evaluator
     figures, details = evaluate(cfg, COCOeval_faster, predictions)
-    expected, expected_details = evaluate({**cfg, "type": "CocoMetric"}, COCOeval, predictions)
+    expected, expected_details = evaluate(
+        {**cfg, "type": "CheckedPycocotoolsMetric"}, COCOeval, predictions
+    )
     assert figures == expected
     assert 0.2 < figures["coco/bbox_mAP"] < 0.9
     assert 0.2 < figures["coco/segm_mAP"] < 0.9

@@ -11,13 +11,10 @@ import pytest
 import torch
 
 from detection import test as test_program
-from flash_internimage.openmmlab import curves
-from flash_internimage.openmmlab.programs import (
-    latest_checkpoint,
-    training_parser,
-    training_runner,
-)
-from flash_internimage.openmmlab.runtime import read_checkpoint
+from flash_internimage.openmmlab.cli.train import training_parser, training_runner
+from flash_internimage.openmmlab.engine.hooks import curves
+from flash_internimage.openmmlab.engine.runner.checkpoint_names import latest_checkpoint
+from flash_internimage.openmmlab.readers import read_checkpoint
 from tests import runs
 from tests.runs import log, train, train_until_killed, train_with_two_processes
 
@@ -51,7 +48,7 @@ def test_a_run_leaves_checkpoints_scalars_and_curves(trained):
     assert np.isfinite(list(scalars["loss"].values())).all()
     assert list(scalars["coco/bbox_mAP"]) == [1, 2]
     assert "11 images" in log(folder)
-    assert "1 that have no objects" in log(folder)
+    assert "1 without objects" in log(folder)
 
 
 def test_the_test_program_gives_the_figures_of_the_validation(trained, tmp_path):
@@ -147,7 +144,7 @@ model = dict(roi_head=dict(bbox_head=dict(num_classes=3), mask_head=dict(num_cla
     run = tmp_path / "run"
     train(config, "--work-dir", run, "--cfg-options", f"load_from={folder / 'epoch_2.pth'}")
     names = "roi_head.bbox_head.fc_cls.bias, roi_head.bbox_head.fc_cls.weight, "
-    assert f"6 tensors start anew: {names}" in log(run)
+    assert f"6 tensors keep their initial values: {names}" in log(run)
 
 
 def test_damaged_images_do_not_stop_the_training(write_config, scenes, tmp_path):
@@ -159,7 +156,7 @@ def test_damaged_images_do_not_stop_the_training(write_config, scenes, tmp_path)
     config = write_config(tmp_path / "damaged.py", settings=settings, root=root)
     train(config, "--work-dir", tmp_path / "run")
     text = log(tmp_path / "run")
-    assert "left out: 1 images that are missing" in text
+    assert "left out: 1 missing images" in text
     assert f"left out: cannot read image {root}/train/000001.jpg: " in text
 
 
@@ -192,7 +189,7 @@ class TestErrors:
         metric = 'dict(metric=["bbox", "segm"])\n'
         settings = f"val_evaluator = {metric}test_evaluator = {metric}"
         config = write_config(tmp_path / "masks.py", "dino", settings)
-        message = r"^metric of the evaluator must be without 'segm' .*, got \['bbox', 'segm'\]"
+        message = r"^metric of the evaluator must not contain 'segm' .*, got \['bbox', 'segm'\]"
         with pytest.raises(ValueError, match=message):
             train(config, "--work-dir", tmp_path / "run")
         assert "Epoch(train)" not in log(tmp_path / "run")
@@ -206,7 +203,7 @@ class TestErrors:
 
     def test_another_run_is_not_overwritten(self, write_config, tmp_path):
         (tmp_path / "epoch_3.pth").touch()
-        with pytest.raises(ValueError, match=r"epoch_3\.pth exists: pass --resume to go on, or"):
+        with pytest.raises(ValueError, match=r"epoch_3\.pth exists: pass --resume to continue"):
             train(write_config(tmp_path / "c.py"), "--work-dir", tmp_path)
 
     def test_configs_and_checkpoints(self, write_config, tmp_path):

@@ -20,7 +20,8 @@ from mmseg.registry import HOOKS, METRICS, MODELS, PARAM_SCHEDULERS, VISUALIZERS
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from flash_internimage.openmmlab import programs
+from flash_internimage.openmmlab.cli import config as program
+from flash_internimage.openmmlab.cli.train import training_parser
 from tests import recipes
 from tests.recipes import DATA, ROOT, plain, read_recipes, without
 
@@ -94,7 +95,7 @@ def test_the_guides_config_for_own_data(tmp_path):
     code = guide.split("```python\n")[1].split("```")[0]
     path = tmp_path / "leaves.py"
     path.write_text(code.replace('"configs/', f'"{ROOT}/configs/'))
-    config = programs._load_config(programs.training_parser("train", "").parse_args([str(path)]))
+    config = program.load_config(training_parser("train", "").parse_args([str(path)]))
     loaders = config.train_dataloader, config.val_dataloader, config.test_dataloader
     for loader, split in zip(loaders, ("train", "val", "val"), strict=True):
         assert loader.dataset.type == "CheckedSegDataset"
@@ -124,7 +125,7 @@ def test_the_guides_options_accumulate_without_changing_the_schedule():
 def test_optimizer(recipe, config):
     expected = {
         "type": "OptimWrapper",
-        "constructor": "LayerDecayOptimWrapperConstructor",
+        "constructor": "InternImageLayerDecayOptimizerConstructor",
         "optimizer": {
             "type": "AdamW",
             "lr": float(recipe["lr"]),
@@ -446,7 +447,7 @@ def test_losses_and_matching_of_mask2former_are_the_published_ones(mask2former):
 
 def test_mask2former(mask2former):
     head = build_model(mask2former["config"]).decode_head
-    assert type(head).__name__ == "PublishedMask2FormerHead"
+    assert type(head).__name__ == "CombineFirstMask2FormerHead"
     assert head.combine_first
     assert (head.num_classes, head.ignore_index) == (150, 255)
     assert head.num_queries == int(mask2former["queries"])

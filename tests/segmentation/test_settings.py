@@ -30,7 +30,7 @@ WRONG = [
     ),
     (
         f"val_dataloader = dict(dataset=dict({REDUCED}))",
-        r"metainfo\['classes'\] of val_dataloader must be those of train_dataloader in their order",
+        r"metainfo\['classes'\] of val_dataloader must equal those of train_dataloader",
     ),
     (
         HEADS.format(f"num_classes=11, out_channels=1, loss_decode={SIGMOID.format(False, None)}"),
@@ -54,7 +54,7 @@ WRONG = [
     ),
     (
         "model = dict(decode_head=dict(ignore_index=200))",
-        r"model.decode_head.ignore_index must be 255, .* got 200; set ignore_index in their",
+        r"model.decode_head.ignore_index must be 255, .* got 200; set ignore_index only in",
     ),
     (
         "model = dict(auxiliary_head=dict(ignore_index=0))",
@@ -102,7 +102,7 @@ WRONG = [
     ),
     (
         "train_dataloader = dict(batch_size=1)",
-        r"train_dataloader.batch_size must be at least 2, got 1: .* model.decode_head pools$",
+        r"train_dataloader.batch_size must be at least 2, got 1: .* model.decode_head pools an",
     ),
     (
         "model = dict(data_preprocessor=dict(size=128))",
@@ -110,11 +110,11 @@ WRONG = [
     ),
     (
         "model = dict(decode_head=dict(in_channels=[16, 32, 64, 127]))",
-        r"model.decode_head does not work with maps of \[16, 32, 64, 128\] channels: .* 127 c",
+        r"model.decode_head failed on feature maps of \[16, 32, 64, 128\] channels: .* 127 c",
     ),
     (
         "model = dict(auxiliary_head=dict(in_index=4))",
-        r"model.auxiliary_head does not work with maps of \[16, 32, 64, 128\] channels: tuple",
+        r"model.auxiliary_head failed on feature maps of \[16, 32, 64, 128\] channels: tuple",
     ),
     (
         "val_dataloader = dict(dataset=dict(test_mode=False))",
@@ -205,7 +205,7 @@ def test_levels_of_mask2former(check):
         " num_transformer_feat_level=2, pixel_decoder=dict(num_outs=2, encoder=dict(layer_cfg=dict("
         "self_attn_cfg=dict(num_levels=2))))))"
     )
-    message = r"model.decode_head does not work with maps of \[16, 32, 64, 128\] .* takes 3 maps$"
+    message = r"model.decode_head failed on feature maps of \[16, 32, 64, 128\] .* expects 3 maps$"
     with pytest.raises(ValueError, match=message):
         check(settings, "mask2former")
 
@@ -254,7 +254,7 @@ def test_labels_that_are_no_classes(family, write_config, tmp_path):
     model = revert_sync_batchnorm(MODELS.build(config.model)).train()
     labels = torch.arange(13).repeat(64, 5)[:, :64].contiguous()
     labels[labels == 11] = 255
-    message = r"must hold classes from 0 to 10, or 255 .*, got \[-1, 12\]; an ignore_index"
+    message = r"must contain classes from 0 to 10, or 255 .*, got \[-1, 12\]; "
     for right in (False, True):
         labels[labels == 12] = 10 if right else 12
         labels[0, 0] = 0 if right else -1

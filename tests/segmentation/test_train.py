@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from flash_internimage.openmmlab import curves
-from flash_internimage.openmmlab.programs import latest_checkpoint
-from flash_internimage.openmmlab.runtime import read_checkpoint
+from flash_internimage.openmmlab.engine.hooks import curves
+from flash_internimage.openmmlab.engine.runner.checkpoint_names import latest_checkpoint
+from flash_internimage.openmmlab.readers import read_checkpoint
 from segmentation import test as test_program
 from tests import runs
 from tests.runs import log, train, train_until_killed, train_with_two_processes
@@ -155,9 +155,9 @@ train_cfg = dict(max_iters=1)
     run = tmp_path / "run"
     train(config, "--work-dir", run, "--cfg-options", f"load_from={folder / 'iter_4.pth'}")
     anew = {
-        "upernet": "4 tensors start anew: auxiliary_head.conv_seg.bias, "
+        "upernet": "4 tensors keep their initial values: auxiliary_head.conv_seg.bias, "
         "auxiliary_head.conv_seg.weight, decode_head.conv_seg.bias, decode_head.conv_seg.weight",
-        "mask2former": "2 tensors start anew: decode_head.cls_embed.bias, "
+        "mask2former": "2 tensors keep their initial values: decode_head.cls_embed.bias, "
         "decode_head.cls_embed.weight",
     }
     assert anew[family] in log(run).replace("decode_head.loss_cls.class_weight, ", "")
@@ -234,7 +234,7 @@ def test_damaged_files_do_not_stop_the_training(write_config, scenes, tmp_path):
     assert "11 images; left out: 1 images without a label map; " in text
     assert f"left out: cannot read image {root}/images/training/000001.jpg: " in text
     assert f"left out: cannot read image {root}/annotations/training/000002.png: " in text
-    assert "000004.png has (height, width) (64, 64), its image has (1" in text
+    assert "000004.png has (height, width) (64, 64), but its image (1" in text
 
 
 class TestErrors:
@@ -261,5 +261,5 @@ class TestErrors:
 
     def test_values_of_label_maps(self, fails):
         settings = "train_dataloader = dict(dataset=dict(reduce_zero_label=False))\n"
-        message = r"has the values \[11\]; with 11 classes and reduce_zero_label=False, 0 to 10 are"
+        message = r"has invalid values \[11\]; with 11 classes and reduce_zero_label=False, 0 to 10"
         fails(ValueError, message, settings)

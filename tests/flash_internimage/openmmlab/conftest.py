@@ -12,7 +12,7 @@ from mmengine.logging import MMLogger
 from PIL import Image
 from torch import nn
 
-from flash_internimage.openmmlab.runtime import FlashRunner
+from flash_internimage.openmmlab import SafeRunner, readers
 from tests.flash_internimage.openmmlab.label_maps import HEIGHT, WIDTH, label_map, write_labels
 from tests.flash_internimage.openmmlab.small import Model, Score
 
@@ -20,6 +20,13 @@ from tests.flash_internimage.openmmlab.small import Model, Score
 @pytest.fixture(autouse=True)
 def always_restore_scope(restore_scope):
     """In all tests of this folder."""
+
+
+@pytest.fixture
+def safe_readers():
+    """As after use_safe_readers, until the end of the test."""
+    with readers.safe_readers():
+        yield
 
 
 @pytest.fixture
@@ -65,7 +72,7 @@ def runner(tmp_path, request):
             "experiment_name": f"{request.node.name}_{number}",
             "log_level": "WARNING",
         }
-        return FlashRunner(model or Model(), **{**arguments, **kwargs})
+        return SafeRunner(model or Model(), **{**arguments, **kwargs})
 
     return build
 

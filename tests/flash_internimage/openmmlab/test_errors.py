@@ -20,9 +20,12 @@ from mmengine.visualization import LocalVisBackend
 from mmseg.datasets.transforms import RandomCrop
 
 from flash_internimage.files import own_folder
-from flash_internimage.openmmlab import curves, programs
+from flash_internimage.openmmlab import SafeRunner
+from flash_internimage.openmmlab.cli import train as program
+from flash_internimage.openmmlab.cli.common import build_runner
+from flash_internimage.openmmlab.cli.test import evaluation_config, evaluation_parser
+from flash_internimage.openmmlab.engine.hooks import curves
 from flash_internimage.openmmlab.errors import describe, one_line_errors
-from flash_internimage.openmmlab.runtime import FlashRunner
 from tests.flash_internimage.openmmlab.small import Model, Score
 
 CONFIG = """
@@ -110,7 +113,7 @@ def train(tmp_path, request) -> Callable[..., None]:
         config.write_bytes(text if isinstance(text, bytes) else text.encode())
         arguments = [str(config), "--work-dir", str(tmp_path / "run"), *map(str, options)]
         with one_line_errors():
-            programs.run_training(programs.training_parser("train", "").parse_args(arguments))
+            program.run_training(program.training_parser("train", "").parse_args(arguments))
 
     return train
 
@@ -134,7 +137,7 @@ def fails(train, capsys) -> Callable[..., None]:
         ("optim_wrapper.optimizer.type=Nothing", "must be a registered optimizer, got 'Nothing'"),
         ("optim_wrapper.optimizer.type=3", "must be a registered optimizer, got 3"),
         ("optim_wrapper.optimizer=None", r"optim_wrapper\.optimizer must be a dict, got None"),
-        ("optim_wrapper.optimizer.type=LBFGS", "dense gradients and no closure, got LBFGS"),
+        ("optim_wrapper.optimizer.type=LBFGS", "and without a closure, got LBFGS"),
         ("optim_wrapper.optimizer.type=Muon", "Muon"),
         ("optim_wrapper.optimizer.speed=1", "unexpected keyword argument 'speed'"),
         ("optim_wrapper.optimizer.lr=nan", r"optim_wrapper\.optimizer\.lr must be finite, got nan"),
@@ -253,9 +256,9 @@ class TestFiles:
 @pytest.mark.parametrize(
     ("launcher", "message"),
     [
-        ("pytorch", "needs processes that torchrun has started: RANK, .* is not set"),
-        ("slurm", "needs processes that srun has started: SLURM_PROCID"),
-        ("mpi", "needs processes that mpirun has started: OMPI_COMM_WORLD_RANK"),
+        ("pytorch", "requires torchrun, .*: RANK, .* is not set"),
+        ("slurm", "requires srun, .*: SLURM_PROCID"),
+        ("mpi", "requires mpirun, .*: OMPI_COMM_WORLD_RANK"),
     ],
 )
 def test_a_launcher_without_its_environment(launcher, message, fails, monkeypatch):
@@ -327,13 +330,13 @@ def test_the_runners_errors_are_those_that_end_in_one_line(tmp_path, monkeypatch
         cfg = Config.fromfile(tmp_path / "c.py")
         cfg.work_dir, cfg.experiment_name = str(tmp_path / "run"), f"one_line_{dataset}"
         with pytest.raises(error) as raised:
-            FlashRunner.from_cfg(cfg).train()
+            SafeRunner.from_cfg(cfg).train()
         assert getattr(raised.value, "ends_in_one_line", None) is one_line
 
 
 class TestOneRunPerFolder:
     def test_a_second_run_ends_and_changes_nothing(self, fails, train, tmp_path, monkeypatch):
-        monkeypatch.setattr(programs, "own_folder", partial(own_folder, timeout=0))
+        monkeypatch.setattr(program, "own_folder", partial(own_folder, timeout=0))
         with own_folder(tmp_path / "run"):
             fails(r"another run is writing to .*/run")
             assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
@@ -381,9 +384,9 @@ def test_weights_that_are_not_finite_are_named(train, fails, tmp_path, capsys):
     torch.save(checkpoint, path)
     fails(r"1 weights of .*epoch_1\.pth are not finite: head\.bias", "--resume")
     arguments = [str(next(tmp_path.glob("*.py"))), str(path), "--work-dir", str(tmp_path / "test")]
-    args = programs.evaluation_parser("test", "").parse_args(arguments)
+    args = evaluation_parser("test", "").parse_args(arguments)
     with pytest.raises(ValueError, match=r"1 weights of .* are not finite: head\.bias"):
-        programs.build_runner(programs.evaluation_config(args)).test()
+        build_runner(evaluation_config(args)).test()
 
 
 def test_an_evaluation_leaves_the_config_of_the_training(train, tmp_path):
@@ -393,8 +396,8 @@ def test_an_evaluation_leaves_the_config_of_the_training(train, tmp_path):
     assert "max_epochs=1" in before
     arguments = [str(config), str(tmp_path / "run" / "epoch_1.pth")]
     arguments += ["--work-dir", str(tmp_path / "run")]
-    args = programs.evaluation_parser("test", "").parse_args(arguments)
-    programs.build_runner(programs.evaluation_config(args)).test()
+    args = evaluation_parser("test", "").parse_args(arguments)
+    build_runner(evaluation_config(args)).test()
     assert (tmp_path / "run" / config.name).read_text() == before
 
 

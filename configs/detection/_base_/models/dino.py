@@ -2,7 +2,7 @@
 # base because it includes data and schedule. Configs add the backbone's size and drop_path_rate,
 # and the channels of the neck.
 model = dict(
-    type="PublishedDINO",  # encodes the queries as the published weights require
+    type="HalfWidthEncodingDINO",  # encodes the queries as the published weights require
     num_queries=900,
     with_box_refine=True,
     as_two_stage=True,
@@ -47,7 +47,7 @@ model = dict(
         temperature=20,
     ),
     bbox_head=dict(
-        type="ClampedDINOHead",  # clamps the references at 1e-3; mmdet's DINOHead at 1e-5
+        type="ClampedReferenceDINOHead",  # clamps the references at 1e-3; mmdet's DINOHead at 1e-5
         num_classes=80,
         sync_cls_avg_factor=True,
         loss_cls=dict(type="FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),

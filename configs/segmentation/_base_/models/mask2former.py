@@ -2,7 +2,7 @@
 _base_ = "encoder_decoder.py"
 model = dict(
     decode_head=dict(
-        type="PublishedMask2FormerHead",  # combines scores before resizing; mmseg's after
+        type="CombineFirstMask2FormerHead",  # combines scores before resizing; mmseg's after
         strides=[4, 8, 16, 32],
         feat_channels=256,
         out_channels=256,

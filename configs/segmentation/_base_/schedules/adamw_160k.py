@@ -3,7 +3,7 @@
 # warm-up. mmengine's schedules reach their last value in iteration end - 1.
 optim_wrapper = dict(
     type="OptimWrapper",
-    constructor="LayerDecayOptimWrapperConstructor",
+    constructor="InternImageLayerDecayOptimizerConstructor",
     paramwise_cfg=dict(layer_decay_rate=1.0, offset_lr_scale=1.0),
     optimizer=dict(type="AdamW", lr=6e-5, weight_decay=0.05),
 )

@@ -1,0 +1,1 @@
+"""Hooks, optimizers and the runner."""

@@ -1,0 +1,1 @@
+"""Optimizer constructor and optimizer wrapper."""

@@ -1,0 +1,1 @@
+"""The runner, resuming, and the contents and names of checkpoints."""

@@ -1,0 +1,1 @@
+"""Backbone, neck, layers, detectors and segmentors."""

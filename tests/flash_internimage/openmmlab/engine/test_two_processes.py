@@ -1,0 +1,69 @@
+"""Batch norm's running statistics when two processes train."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from mmengine.model import BaseModel
+from torch import nn
+
+from flash_internimage.openmmlab import SafeRunner
+from flash_internimage.openmmlab.readers import read_checkpoint
+from tests.flash_internimage.openmmlab.small import Score
+
+
+class Normalised(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, momentum=0.5)
+
+    def forward(self, inputs, mode="tensor"):
+        if mode != "loss":
+            # What this process validates with.
+            self.validated = self.norm.running_mean.tolist()
+        out = self.norm(torch.stack(inputs))
+        return {"loss": (out - 1).square().mean()} if mode == "loss" else list(out)
+
+
+def _train(rank: int, folder: str, queue: mp.Queue) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = Normalised()
+    loader = {
+        "dataset": [{"inputs": torch.full((3,), float(i**2))} for i in range(8)],
+        "batch_size": 2,
+        "sampler": {"type": "DefaultSampler", "shuffle": False},
+        "num_workers": 0,
+    }
+    hook = {"type": "AtomicCheckpointHook", "by_epoch": False, "interval": 2}
+    SafeRunner(
+        model,
+        f"{folder}/run",
+        train_dataloader=loader,
+        val_dataloader=loader,
+        train_cfg={"by_epoch": False, "max_iters": 4, "val_interval": 4},
+        val_cfg={},
+        val_evaluator={"type": Score, "scores": [0.1]},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.01}},
+        default_hooks={"checkpoint": hook},
+        custom_hooks=[{"type": "EMAHook"}],
+        launcher="pytorch",
+        log_level="WARNING",
+    ).train()
+    queue.put((rank, model.validated, model.norm.running_mean.tolist()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_statistics_are_averaged_before_they_are_validated_and_saved(tmp_path):
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    mp.spawn(_train, (str(tmp_path), queue), nprocs=2)
+    results = {rank: values for rank, *values in (queue.get(), queue.get())}
+    assert results[0] == results[1]
+    for name in ("iter_2.pth", "iter_4.pth"):
+        checkpoint = read_checkpoint(tmp_path / "run" / name)
+        averaged = checkpoint["state_dict"]["norm.running_mean"]
+        trained = checkpoint["ema_state_dict"]["module.norm.running_mean"]
+        assert torch.equal(averaged, trained)
+    assert averaged.tolist() == results[0][0]

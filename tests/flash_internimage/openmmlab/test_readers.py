@@ -1,0 +1,117 @@
+"""The safe readers are those of OpenMMLab's only where they are switched on."""
+
+import subprocess
+import sys
+
+import mmdet.registry
+import mmseg.registry
+import pytest
+from mmcv.transforms import LoadImageFromFile
+from mmdet.datasets.transforms import InferencerLoader
+from mmdet.evaluation import CocoMetric
+from mmengine.registry import Registry
+from mmengine.runner import CheckpointLoader
+
+import flash_internimage.openmmlab.detection
+import flash_internimage.openmmlab.segmentation  # noqa: F401  adds its readers
+from flash_internimage.openmmlab import readers, use_safe_readers
+from flash_internimage.openmmlab.datasets.transforms import LoadCheckedArray, LoadCheckedImage
+from flash_internimage.openmmlab.detection import CheckedPycocotoolsMetric
+
+SNAPSHOT = """
+import importlib, sys
+import mmdet, mmengine, mmseg
+import mmdet.apis, mmseg.apis, mmengine.registry, mmengine.runner
+import mmdet.engine, mmdet.evaluation, mmseg.engine, mmseg.evaluation
+from mmengine.fileio.backends import backends, prefix_to_backends
+from mmengine.registry import Registry
+
+def snapshot():
+    entries = {}
+    for library in ("mmengine", "mmdet", "mmseg"):
+        registries = vars(importlib.import_module(f"{library}.registry"))
+        for name, registry in registries.items():
+            if isinstance(registry, Registry):
+                keys = {*registry.module_dict, *getattr(registry.parent, "module_dict", ())}
+                entries |= {(library, name, key): registry.get(key) for key in keys}
+    schemes = mmengine.runner.CheckpointLoader._schemes
+    for kind, table in ("schemes", schemes), ("backends", backends), ("prefix", prefix_to_backends):
+        entries |= {(kind, key): value for key, value in table.items()}
+    entries["excepthook"] = sys.excepthook
+    return entries
+
+before = snapshot()
+import flash_internimage.openmmlab.MODULE
+after = snapshot()
+changed = [key for key in before if before[key] is not after.get(key)]
+assert len(before) > 1000 and not changed, changed
+assert any(key not in before for key in after)
+"""
+
+
+@pytest.mark.parametrize("module", ["detection", "segmentation", "programs"])
+def test_importing_only_adds_names(module):
+    subprocess.run([sys.executable, "-c", SNAPSHOT.replace("MODULE", module)], check=True)
+
+
+def test_detection_does_not_need_mmseg():
+    program = (
+        "import sys; sys.modules['mmseg'] = None; import flash_internimage.openmmlab.detection"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def found() -> list:
+    schemes = CheckpointLoader._schemes
+    transforms = [library.registry.TRANSFORMS for library in (mmdet, mmseg)]
+    names = "LoadImageFromFile", "LoadImageFromNDArray", "InferencerLoader"
+    loaders = [registry.get(name) for registry in transforms for name in names]
+    metrics = [mmdet.registry.METRICS.get(name) for name in ("CocoMetric", "FasterCocoMetric")]
+    return [*schemes.items(), *loaders, *metrics]
+
+
+def test_a_block_uses_them_and_may_be_nested():
+    before = found()
+    with readers.safe_readers():
+        within = found()
+        assert LoadCheckedImage in within
+        assert LoadCheckedArray in within
+        assert CheckedPycocotoolsMetric in within
+        assert not {LoadImageFromFile, InferencerLoader, CocoMetric} & {*within}
+        with pytest.raises(KeyError), readers.safe_readers():
+            raise KeyError
+        assert found() == within
+    assert found() == before
+
+
+def test_the_function_uses_them_until_the_process_ends():
+    before = found()
+    try:
+        use_safe_readers()
+        with readers.safe_readers():
+            pass
+        assert CheckedPycocotoolsMetric in found()
+    finally:
+        readers._process.close()
+    assert found() == before
+
+
+def test_what_is_imported_later_is_used_at_once(monkeypatch):
+    monkeypatch.setattr(readers, "_readers", [*readers._readers])
+    registry = Registry("kind")
+    registry.register_module("Existing", module=LoadImageFromFile)
+    with readers.safe_readers():
+        readers.add_reader(registry, "Existing", LoadCheckedImage)
+        assert registry.get("Existing") is LoadCheckedImage
+    assert registry.get("Existing") is LoadImageFromFile
+
+
+def test_a_runner_uses_them_while_it_works(runner):
+    before = found()
+    r = runner(train_cfg={"by_epoch": True, "max_epochs": 0})
+    assert found() == before
+    seen = []
+    r.call_hook = lambda *args, **kwargs: seen.extend(found())
+    r.train()
+    assert CheckedPycocotoolsMetric in seen
+    assert found() == before
