@@ -21,7 +21,7 @@ from torch.library import Library, register_autograd, register_fake
 
 from . import reference
 from .attention import (
-    check_levels_lie_in_value,
+    check_levels,
     check_raw_flash_deform_attn,
     check_raw_ms_deform_attn,
 )
@@ -262,7 +262,7 @@ def _compute(operator: str, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
     """Run an operator that has no compiled kernel, or whose compiled kernel is overridden."""
     _check(operator, arguments)
     if "deform_attn" in operator:
-        check_levels_lie_in_value(*_inputs(operator, arguments)[:3])
+        check_levels(*_inputs(operator, arguments)[:3])
     device_type = arguments[0].device.type
     return getattr(_module(choose_backend(device_type), device_type), operator)(*arguments)
 
