@@ -4,7 +4,8 @@ from . import flops
 from .attention import flash_deform_attn, ms_deform_attn
 from .backends import choose_backend, explain_backend, is_compiled, use_backend
 from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
-from .ops import dcnv4, output_size
+from .ops import dcnv4
+from .window import output_size
 
 __version__ = "0.1.0"
 

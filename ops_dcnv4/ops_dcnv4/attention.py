@@ -135,11 +135,14 @@ def _levels(
             )
     for name, tensor in (("spatial_shapes", shapes), ("level_start_index", start)):
         if tensor.is_meta and not value.is_meta:
-            raise ValueError(f"{name} must have numbers like value, got a meta tensor")
+            raise ValueError(f"{name} must have data like value, got a meta tensor")
     if readable:
-        _check_levels(_as_list(spatial_shapes), _as_list(level_start_index), value.shape[1])
+        _check_contents(spatial_shapes, level_start_index, value.shape[1])
     # A blocking copy would wait for the work that is queued on the GPU.
-    return tuple(t.to(value.device, torch.int64, non_blocking=True) for t in (shapes, start))
+    return (
+        shapes.to(value.device, torch.int64, non_blocking=True),
+        start.to(value.device, torch.int64, non_blocking=True),
+    )
 
 
 def _is_readable(numbers: Tensor | Sequence | None) -> bool:
@@ -151,7 +154,7 @@ def _is_readable(numbers: Tensor | Sequence | None) -> bool:
     return is_plain and not torch.compiler.is_compiling()
 
 
-def _as_list(numbers: Tensor | Sequence | None) -> Sequence | None:
+def _as_list(numbers: Tensor | Sequence) -> Sequence:
     return numbers.tolist() if isinstance(numbers, Tensor) else numbers
 
 
@@ -169,10 +172,10 @@ def to_integers(name: str, numbers: Tensor | Sequence) -> Tensor:
     return numbers
 
 
-def _check_levels(
-    shapes: Sequence[Sequence[int]], start: Sequence[int] | None, length: int
+def _check_contents(
+    spatial_shapes: SpatialShapes, level_start_index: Tensor | Sequence[int] | None, length: int
 ) -> None:
-    shapes = [tuple(pair) for pair in shapes]
+    shapes = [tuple(pair) for pair in _as_list(spatial_shapes)]
     if any(height < 1 or width < 1 for height, width in shapes):
         raise ValueError(f"spatial_shapes must hold positive sizes (H, W), got {shapes}")
     ends = list(itertools.accumulate(height * width for height, width in shapes))
@@ -181,10 +184,11 @@ def _check_levels(
             f"spatial_shapes must have as many pixels as value, (N, S, M, D) with S = {length}, "
             f"got {ends[-1]} in {shapes}"
         )
-    if start is not None and list(start) != [0, *ends[:-1]]:
+    starts = [0, *ends[:-1]]
+    if level_start_index is not None and list(_as_list(level_start_index)) != starts:
         raise ValueError(
-            f"level_start_index must be {[0, *ends[:-1]]}, the first pixel of each level of "
-            f"spatial_shapes, got {list(start)}"
+            f"level_start_index must be {starts}, the first pixel of each level of "
+            f"spatial_shapes, got {list(_as_list(level_start_index))}"
         )
 
 
@@ -225,9 +229,7 @@ def check_raw_flash_deform_attn(
     return *sampling_loc_attn.shape[:2], value.shape[2] * value.shape[3]
 
 
-def check_levels_lie_in_value(
-    value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor
-) -> None:
+def check_levels(value: Tensor, spatial_shapes: Tensor, level_start_index: Tensor) -> None:
     """Raise ValueError if a level exceeds `value`; index tensors on other devices are skipped."""
     if spatial_shapes.device.type != "cpu":
         return
@@ -238,8 +240,8 @@ def check_levels_lie_in_value(
         is_image = 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE
         if not is_image or start < 0 or start + height * width > length:
             raise ValueError(
-                f"level {level} of spatial_shapes and level_start_index must lie within the "
-                f"{length} pixels of value, got {height} x {width} from {start} on"
+                f"level {level} of spatial_shapes and level_start_index must be within the "
+                f"{length} pixels of value, got {height} x {width} starting at {start}"
             )
 
 
@@ -285,8 +287,8 @@ def _check_split(
     shape = (value.shape[0], queries, value.shape[2], levels, points)
     _check_shape("sampling_locations", sampling_locations, (*shape, 2), "(N, Lq, M, L, K, 2)")
     _check_shape("attention_weights", attention_weights, shape, "(N, Lq, M, L, K)")
-    _check_beside_value(value, "sampling_locations", sampling_locations)
-    _check_beside_value(value, "attention_weights", attention_weights)
+    _check_like_value(value, "sampling_locations", sampling_locations)
+    _check_like_value(value, "attention_weights", attention_weights)
 
 
 def _check_fused(value: Tensor, levels: int, sampling_loc_attn: Tensor, n_points: int) -> None:
@@ -295,7 +297,7 @@ def _check_fused(value: Tensor, levels: int, sampling_loc_attn: Tensor, n_points
         raise ValueError(f"n_points must be at least 1, got {n_points}")
     shape = (value.shape[0], sampling_loc_attn.shape[1], value.shape[2], 3 * levels * n_points)
     _check_shape("sampling_loc_attn", sampling_loc_attn, shape, "(N, Lq, M, 3 * L * K)")
-    _check_beside_value(value, "sampling_loc_attn", sampling_loc_attn)
+    _check_like_value(value, "sampling_loc_attn", sampling_loc_attn)
 
 
 def _check_sizes(value: Tensor, levels: int, queries: int, points: int) -> None:
@@ -316,7 +318,7 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: 
         )
 
 
-def _check_beside_value(value: Tensor, name: str, tensor: Tensor) -> None:
+def _check_like_value(value: Tensor, name: str, tensor: Tensor) -> None:
     if tensor.device != value.device:
         raise ValueError(
             f"value and {name} must be on one device, got {value.device} and {tensor.device}"
@@ -326,6 +328,6 @@ def _check_beside_value(value: Tensor, name: str, tensor: Tensor) -> None:
     has_double = torch.float64 in (tensor.dtype, value.dtype)  # autocast does not cast float64
     if has_double or (tensor.dtype != torch.float32 and not autocasts(value.device.type)):
         raise TypeError(
-            f"{name} must have value's dtype, or float32 beside 16-bit values, got {tensor.dtype} "
+            f"{name} must have value's dtype, or float32 with a 16-bit value, got {tensor.dtype} "
             f"and {value.dtype}"
         )

@@ -5,7 +5,7 @@ the weight, as InternImage's authors count DCNv3. Coordinates and softmax are no
 operators count twice as much as forward operators, as for PyTorch's convolutions.
 
 Importing this package registers the operators with `torch.utils.flop_counter`, which counts two
-operations per multiply-add. fvcore and mmengine count one and use :data:`HANDLES`:
+operations per multiply-add. fvcore and mmengine count one and use :data:`HANDLES`::
 
     FlopCountAnalysis(model, inputs).set_op_handle(**ops_dcnv4.flops.HANDLES).total()
 """
@@ -19,26 +19,17 @@ from typing import Any
 
 import torch
 
-from .backends import DIFFERENTIABLE
+from .registration import DIFFERENTIABLE
+from .window import Window
 
 MULTIPLY_ADDS_PER_SAMPLE = 5
 
 Shape = Sequence[int]
 
 
-def dcnv4_multiply_adds(
-    value: Shape,
-    offset_mask: Shape,
-    kernel_size: Shape,
-    stride: Shape,
-    padding: Shape,
-    dilation: Shape,
-    groups: int,
-    offset_scale: float,
-    remove_center: bool,
-) -> int:
+def dcnv4_multiply_adds(value: Shape, offset_mask: Shape, *parameters: Any) -> int:
     """Return the multiply-adds of `dcnv4` for tensors of these shapes."""
-    taps = math.prod(kernel_size) - bool(remove_center)
+    taps = Window(*parameters).taps()
     return MULTIPLY_ADDS_PER_SAMPLE * math.prod(offset_mask[:3]) * value[3] * taps
 
 
@@ -64,7 +55,7 @@ def flash_deform_attn_multiply_adds(
     return MULTIPLY_ADDS_PER_SAMPLE * math.prod(sampling_loc_attn) // 3 * value[3]
 
 
-_MULTIPLY_ADDS = {
+_MULTIPLY_ADDS: dict[str, Callable[..., int]] = {
     "dcnv4": dcnv4_multiply_adds,
     "ms_deform_attn": ms_deform_attn_multiply_adds,
     "flash_deform_attn": flash_deform_attn_multiply_adds,
@@ -73,8 +64,8 @@ _MULTIPLY_ADDS = {
 
 def _argument(value: torch._C.Value) -> Any:
     """Return the shape of a tensor in a traced graph, or the value of a constant."""
-    if isinstance(value.type(), torch._C.TensorType):
-        return value.type().sizes()
+    if isinstance(kind := value.type(), torch._C.TensorType):
+        return kind.sizes()
     if value.node().kind() == "prim::ListConstruct":
         return [number.toIValue() for number in value.node().inputs()]
     return value.toIValue()

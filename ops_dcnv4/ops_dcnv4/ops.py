@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Same limits as in csrc/checks.h and csrc/geometry.cpp. Coordinates are computed in float32, which
+from .window import Window
+
+# Same limits as in csrc/checks.h. Coordinates are computed in float32, which
 # represents all integers up to MAX_SIDE; the other limits keep 32-bit arithmetic from overflowing.
 MAX_SIDE = 2**24
 MAX_PARAMETER = 2**27
@@ -62,19 +65,17 @@ def dcnv4(
         >>> dcnv4(value, offset_mask, groups=2).shape
         torch.Size([2, 14, 14, 32])
     """
-    pairs = (
+    window = Window(
         to_pair(kernel_size, "kernel_size", minimum=1),
         to_pair(stride, "stride", minimum=1),
         to_pair(padding, "padding", minimum=0),
         to_pair(dilation, "dilation", minimum=1),
+        to_int(groups, "groups"),
+        to_float(offset_scale, "offset_scale"),
+        to_bool(remove_center, "remove_center"),
     )
-    groups = to_int(groups, "groups")
-    offset_scale = to_float(offset_scale, "offset_scale")
-    remove_center = to_bool(remove_center, "remove_center")
-    _check_operands(value, offset_mask, *pairs, groups, remove_center)
-    return torch.ops.ops_dcnv4.dcnv4(
-        value, offset_mask, *pairs, groups, offset_scale, remove_center
-    )
+    _check_operands(value, offset_mask, window)
+    return torch.ops.ops_dcnv4.dcnv4(value, offset_mask, *window)
 
 
 def to_int(number: int, name: str, minimum: int | None = None) -> int:
@@ -115,50 +116,6 @@ def to_bool(flag: bool, name: str) -> bool:
     return bool(flag)
 
 
-def output_size(
-    size: tuple[int, int],
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[int, int]:
-    """Return the output size of :func:`dcnv4`, which is that of a convolution.
-
-    Args:
-        size: (H, W) of the input.
-        kernel_size: (height, width) of the kernel window.
-        stride: Stride in (height, width).
-        padding: Padding in (height, width).
-        dilation: Dilation in (height, width).
-
-    Returns:
-        (H_out, W_out), which may be zero or negative if the window does not fit.
-    """
-    height, width = (
-        (n + 2 * p - (d * (k - 1) + 1)) // s + 1
-        for n, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
-    )
-    return height, width
-
-
-def checked_output_size(
-    name: str, size: tuple[int, int], *window: tuple[int, int]
-) -> tuple[int, int]:
-    """Return the :func:`output_size` of the argument `name`, requiring at least one output pixel.
-
-    Raises:
-        ValueError: If the output would be empty.
-    """
-    height, width = output_size(size, *window)
-    if height < 1 or width < 1:
-        kernel_size, _, padding, dilation = window
-        raise ValueError(
-            f"the output would be {height} x {width}: {name} of {size[0]} x {size[1]} is too "
-            f"small for kernel_size {kernel_size}, padding {padding} and dilation {dilation}"
-        )
-    return height, width
-
-
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -182,31 +139,18 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got a {kind}")
 
 
-def check_raw_dcnv4(
-    value: Tensor,
-    offset_mask: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    offset_scale: float,
-    remove_center: bool,
-) -> tuple[int, ...]:
+def check_raw_dcnv4(value: Tensor, offset_mask: Tensor, *parameters: Any) -> tuple[int, ...]:
     """Check the arguments of the operator in torch.ops and return the shape of its output.
 
     The compiled kernels perform the same checks. Upper limits of symbolic sizes are checked when
     the operator runs.
     """
-    pairs = {"kernel_size": (kernel_size, 1), "stride": (stride, 1), "padding": (padding, 0)}
-    pairs["dilation"] = dilation, 1
-    for name, (pair, minimum) in pairs.items():
+    window = Window(*parameters)
+    for name, pair in zip(Window._fields[:4], parameters[:4], strict=True):
         if len(pair) != 2:
             raise ValueError(f"{name} must be a pair of ints, got {list(pair)}")
-        to_pair(tuple(pair), name, minimum)
-    _check_operands(
-        value, offset_mask, kernel_size, stride, padding, dilation, groups, remove_center
-    )
+        to_pair(tuple(pair), name, minimum=0 if name == "padding" else 1)
+    _check_operands(value, offset_mask, window)
     _, height, width, channels = value.shape
     _, height_out, width_out, offset_channels = offset_mask.shape
     check_size("the height of value", height, MAX_SIDE)
@@ -215,8 +159,8 @@ def check_raw_dcnv4(
     check_size("the number of pixels of an output image", height_out * width_out)
     check_size("the number of channels of value", channels)
     check_size("the number of channels of offset_mask", offset_channels)
-    check_size("the product of kernel_size", kernel_size[0] * kernel_size[1])
-    check_size("groups", groups)
+    check_size("the product of kernel_size", window.kernel_size[0] * window.kernel_size[1])
+    check_size("groups", window.groups)
     return *offset_mask.shape[:3], channels
 
 
@@ -241,21 +185,12 @@ def check_raw_grad_output(grad_output: Tensor, value: Tensor, shape: tuple[int, 
         )
 
 
-def _check_operands(
-    value: Tensor,
-    offset_mask: Tensor,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    remove_center: bool,
-) -> None:
-    _check_tensors(value, offset_mask)
-    _check_shapes(value, offset_mask, kernel_size, stride, padding, dilation, groups, remove_center)
+def autocasts(device_type: str) -> bool:
+    """Return whether autocast is active for a device type."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _check_tensors(value: Tensor, offset_mask: Tensor) -> None:
+def _check_operands(value: Tensor, offset_mask: Tensor, window: Window) -> None:
     for name, tensor in (("value", value), ("offset_mask", offset_mask)):
         check_tensor(name, tensor, ("N", "H", "W", "C"))
     if value.device != offset_mask.device:
@@ -268,24 +203,8 @@ def _check_tensors(value: Tensor, offset_mask: Tensor) -> None:
         raise TypeError(
             f"value and offset_mask must have one dtype, got {value.dtype} and {offset_mask.dtype}"
         )
-
-
-def autocasts(device_type: str) -> bool:
-    """Return whether autocast is active for a device type."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _check_shapes(
-    value: Tensor,
-    offset_mask: Tensor,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    remove_center: bool,
-) -> None:
     n, height, width, channels = value.shape
+    groups, taps = window.groups, window.taps()
     if groups < 1 or channels % groups:
         raise ValueError(
             f"groups must be positive and divide the channels of value ({channels}), got {groups}; "
@@ -296,15 +215,12 @@ def _check_shapes(
             "value must have at least one row and one column, got (N, H, W, C) = "
             f"{tuple(value.shape)}"
         )
-    height_out, width_out = checked_output_size(
-        "value", (height, width), kernel_size, stride, padding, dilation
-    )
+    height_out, width_out = window.output_size("value", (height, width))
     if tuple(offset_mask.shape[:3]) != (n, height_out, width_out):
         raise ValueError(
             f"offset_mask must be ({n}, {height_out}, {width_out}, ...) like the output, "
             f"got shape {tuple(offset_mask.shape)}"
         )
-    taps = kernel_size[0] * kernel_size[1] - (1 if remove_center else 0)
     if offset_mask.shape[3] < 3 * groups * taps:
         raise ValueError(
             f"offset_mask must have at least {3 * groups * taps} channels (3 * groups * taps = "

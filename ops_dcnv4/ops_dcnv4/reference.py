@@ -31,58 +31,52 @@ decompositions of the operators in exported and traced graphs.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Pair = tuple[int, int]
+from .window import Window
 
 
 class Corner(NamedTuple):
     """One of the four pixels around each sampling point; all tensors have the points' shape."""
 
-    index: Tensor  # of the pixel in the image or levels; 0 if the pixel is outside
+    pixel: Tensor  # index in the image or levels; 0 if the pixel is outside
     inside: Tensor
     weight: Tensor
     weight_dx: Tensor  # derivative of the weight with respect to x
     weight_dy: Tensor
 
 
-def sampling_points(
-    offset_mask: Tensor,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    offset_scale: float,
-    remove_center: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def sampling_points(offset_mask: Tensor, *parameters: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sampling points of DCNv4; arguments as in :func:`ops_dcnv4.dcnv4`.
 
     Returns:
         x and y in pixels, and the modulation, each of shape (N, H_out, W_out, G, K).
     """
+    window = Window(*parameters)
     height_out, width_out = offset_mask.shape[1:3]
     device = offset_mask.device
-    tap = torch.arange(kernel_size[0] * kernel_size[1] - remove_center, device=device)
-    if remove_center:
-        tap = tap + (tap >= kernel_size[1] // 2 * kernel_size[0] + kernel_size[0] // 2)
-    taps = tap.shape[0]
-    packed = offset_mask[..., : 3 * groups * taps].unflatten(-1, (groups, 3 * taps))
+    taps, center = window.taps(), window.center()
+    tap = torch.arange(taps, device=device)
+    if window.remove_center:
+        tap = tap + (tap >= window.center_tap())
+    packed = offset_mask[..., : 3 * window.groups * taps].unflatten(-1, (window.groups, 3 * taps))
     offsets, modulation = packed.split([2 * taps, taps], dim=-1)
 
     def coordinates(axis: int, out: int, step: Tensor, offset: Tensor) -> Tensor:
-        center = dilation[axis] * (kernel_size[axis] - 1) // 2
-        start = torch.arange(out, device=device) * stride[axis] - padding[axis] + center
-        grid = step * dilation[axis] - center
+        start = torch.arange(out, device=device) * window.stride[axis]
+        start = start - window.padding[axis] + center[axis]
+        grid = step * window.dilation[axis] - center[axis]
         shape = (-1, 1, 1, 1) if axis == 0 else (-1, 1, 1)
-        return start.to(offset.dtype).view(shape) + offset_scale * (grid.to(offset.dtype) + offset)
+        start, grid = start.to(offset.dtype).view(shape), grid.to(offset.dtype)
+        return start + window.offset_scale * (grid + offset)
 
-    x = coordinates(1, width_out, tap // kernel_size[0], offsets[..., 0::2])
-    y = coordinates(0, height_out, tap % kernel_size[0], offsets[..., 1::2])
+    rows = window.kernel_size[0]
+    x = coordinates(1, width_out, tap // rows, offsets[..., 0::2])
+    y = coordinates(0, height_out, tap % rows, offsets[..., 1::2])
     return x, y, modulation
 
 
@@ -109,7 +103,7 @@ def corners(
             inside = in_range & (row >= 0) & (row < height) & (column >= 0) & (column < width)
             weight_x, weight_y = (dx if right else 1 - dx), (dy if below else 1 - dy)
             yield Corner(
-                index=torch.where(inside, start + row * width + column, 0),
+                pixel=torch.where(inside, start + row * width + column, 0),
                 inside=inside,
                 weight=weight_x * weight_y,
                 weight_dx=weight_y if right else -weight_y,
@@ -119,10 +113,10 @@ def corners(
 
 def gather_index(corner: Corner) -> tuple[Tensor, Tensor, Tensor]:
     """Return the index into pixels (N, P, G, D) that reads a corner of points (N, ..., G, K)."""
-    shape, device = corner.index.shape, corner.index.device
+    shape, device = corner.pixel.shape, corner.pixel.device
     image = torch.arange(shape[0], device=device).view(-1, *[1] * (len(shape) - 1))
     group = torch.arange(shape[-2], device=device).view(-1, 1)
-    return image, corner.index, group
+    return image, corner.pixel, group
 
 
 def gather(pixels: Tensor, corner: Corner) -> Tensor:
@@ -132,7 +126,7 @@ def gather(pixels: Tensor, corner: Corner) -> Tensor:
 
 def aggregate(pixels: Tensor, around: Iterator[Corner], modulation: Tensor) -> Tensor:
     """Sum the samples of pixels (N, P, G, D), weighted by modulation (N, ..., G, K), over K."""
-    output = 0
+    output = pixels.new_zeros((*modulation.shape[:-1], pixels.shape[-1]))
     for corner in around:
         weight = torch.where(corner.inside, corner.weight * modulation, 0)
         output = output + (weight[..., None] * gather(pixels, corner)).sum(-2)
@@ -142,9 +136,10 @@ def aggregate(pixels: Tensor, around: Iterator[Corner], modulation: Tensor) -> T
 def aggregate_backward(
     grad: Tensor, pixels: Tensor, around: Iterator[Corner], modulation: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of pixels, x, y and modulation; `grad` (N, ..., G, D) is of the sums."""
+    """Return the gradients of pixels, x, y and modulation, given `grad` (N, ..., G, D)."""
     grad = grad.unsqueeze(-2)
-    grad_pixels, grad_x, grad_y, grad_modulation = torch.zeros_like(pixels), 0, 0, 0
+    grad_pixels = torch.zeros_like(pixels)
+    grad_x = grad_y = grad_modulation = torch.zeros_like(modulation)
     for corner in around:
         weight = torch.where(corner.inside, corner.weight * modulation, 0)
         where = tuple(t.expand_as(weight) for t in gather_index(corner))
@@ -163,53 +158,28 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def dcnv4(
-    value: Tensor,
-    offset_mask: Tensor,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    offset_scale: float,
-    remove_center: bool,
-) -> Tensor:
+def dcnv4(value: Tensor, offset_mask: Tensor, *parameters: Any) -> Tensor:
     """Compute DCNv4; arguments as in :func:`ops_dcnv4.dcnv4`. Differentiable by autograd."""
-    dtype = compute_dtype(value.dtype)
-    x, y, modulation = sampling_points(
-        offset_mask.to(dtype),
-        kernel_size, stride, padding, dilation, groups, offset_scale, remove_center,
-    )  # fmt: skip
-    pixels = value.to(dtype).flatten(1, 2).unflatten(-1, (groups, -1))
+    window, dtype = Window(*parameters), compute_dtype(value.dtype)
+    x, y, modulation = sampling_points(offset_mask.to(dtype), *window)
+    pixels = value.to(dtype).flatten(1, 2).unflatten(-1, (window.groups, -1))
     output = aggregate(pixels, corners(x, y, *value.shape[1:3]), modulation)
     return output.flatten(-2).to(value.dtype)
 
 
 def dcnv4_backward(
-    grad_output: Tensor,
-    value: Tensor,
-    offset_mask: Tensor,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    offset_scale: float,
-    remove_center: bool,
+    grad_output: Tensor, value: Tensor, offset_mask: Tensor, *parameters: Any
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of value and offset_mask, in their shapes and dtypes."""
-    dtype = compute_dtype(value.dtype)
-    x, y, modulation = sampling_points(
-        offset_mask.to(dtype),
-        kernel_size, stride, padding, dilation, groups, offset_scale, remove_center,
-    )  # fmt: skip
+    window, dtype = Window(*parameters), compute_dtype(value.dtype)
+    x, y, modulation = sampling_points(offset_mask.to(dtype), *window)
     grad_pixels, grad_x, grad_y, grad_modulation = aggregate_backward(
-        grad_output.to(dtype).unflatten(-1, (groups, -1)),
-        value.to(dtype).flatten(1, 2).unflatten(-1, (groups, -1)),
+        grad_output.to(dtype).unflatten(-1, (window.groups, -1)),
+        value.to(dtype).flatten(1, 2).unflatten(-1, (window.groups, -1)),
         corners(x, y, *value.shape[1:3]),
         modulation,
     )
-    grad_offsets = offset_scale * torch.stack((grad_x, grad_y), dim=-1).flatten(-2)
+    grad_offsets = window.offset_scale * torch.stack((grad_x, grad_y), dim=-1).flatten(-2)
     grad_packed = torch.cat((grad_offsets, grad_modulation), dim=-1).flatten(-2)
     padding_channels = offset_mask.shape[-1] - grad_packed.shape[-1]
     grad_offset_mask = F.pad(grad_packed, (0, padding_channels)).to(offset_mask.dtype)

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Pair = tuple[int, int]
-
+from .window import Pair, Window
 
 # Bilinear samples
 
@@ -178,15 +177,15 @@ def _zeros(like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Window:
-    """Geometry of the kernel window.
+class _Geometry:
+    """Regular grid of sampling points, before the offsets.
 
     Taps are at stride * pixel + start + scale * (dilation * tap - center + offset).
     """
 
     rows: int
     taps: int
-    removed: int  # index in the window of the tap that remove_center omits; taps if none
+    removed: int  # index of the tap that remove_center omits; taps if none
     stride: Pair
     start: Pair
     dilation: Pair
@@ -194,26 +193,17 @@ class _Window:
     scale: float
 
 
-def _window(
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    offset_scale: float,
-    remove_center: bool,
-) -> _Window:
-    rows, columns = kernel_size
-    taps = rows * columns - bool(remove_center)
-    center = [d * (k - 1) // 2 for d, k in zip(dilation, kernel_size, strict=True)]
-    return _Window(
-        rows,
-        taps,
-        removed=columns // 2 * rows + rows // 2 if remove_center else taps,
-        stride=tuple(stride),
-        start=tuple(c - p for c, p in zip(center, padding, strict=True)),
-        dilation=tuple(dilation),
-        center=tuple(center),
-        scale=float(offset_scale),
+def _geometry(window: Window) -> _Geometry:
+    taps, center, padding = window.taps(), window.center(), window.padding
+    return _Geometry(
+        rows=window.kernel_size[0],
+        taps=taps,
+        removed=window.center_tap() if window.remove_center else taps,
+        stride=(window.stride[0], window.stride[1]),
+        start=(center[0] - padding[0], center[1] - padding[1]),
+        dilation=(window.dilation[0], window.dilation[1]),
+        center=center,
+        scale=float(window.offset_scale),
     )
 
 
@@ -226,16 +216,16 @@ def _sizes(value: Tensor, offset_mask: Tensor, groups: int) -> tuple[int, ...]:
 
 
 @triton.jit
-def _tap(offsets, tap, row, column, exists, WINDOW: tl.constexpr, ACC: tl.constexpr):
+def _tap(offsets, tap, row, column, exists, GEOMETRY: tl.constexpr, ACC: tl.constexpr):
     """Return x, y and modulation of a tap; `offsets` points to each unit's part of offset_mask."""
-    in_window = tl.where(tap >= WINDOW.removed, tap + 1, tap)
-    grid_x = in_window // WINDOW.rows * WINDOW.dilation[1] - WINDOW.center[1]
-    grid_y = in_window % WINDOW.rows * WINDOW.dilation[0] - WINDOW.center[0]
+    in_window = tl.where(tap >= GEOMETRY.removed, tap + 1, tap)
+    grid_x = in_window // GEOMETRY.rows * GEOMETRY.dilation[1] - GEOMETRY.center[1]
+    grid_y = in_window % GEOMETRY.rows * GEOMETRY.dilation[0] - GEOMETRY.center[0]
     dx = tl.load(offsets + 2 * tap, exists, other=0).to(ACC)
     dy = tl.load(offsets + 2 * tap + 1, exists, other=0).to(ACC)
-    modulation = tl.load(offsets + 2 * WINDOW.taps + tap, exists, other=0).to(ACC)
-    x = (column * WINDOW.stride[1] + WINDOW.start[1]).to(ACC) + WINDOW.scale * (grid_x + dx)
-    y = (row * WINDOW.stride[0] + WINDOW.start[0]).to(ACC) + WINDOW.scale * (grid_y + dy)
+    modulation = tl.load(offsets + 2 * GEOMETRY.taps + tap, exists, other=0).to(ACC)
+    x = (column * GEOMETRY.stride[1] + GEOMETRY.start[1]).to(ACC) + GEOMETRY.scale * (grid_x + dx)
+    y = (row * GEOMETRY.stride[0] + GEOMETRY.start[0]).to(ACC) + GEOMETRY.scale * (grid_y + dy)
     return x, y, modulation
 
 
@@ -243,7 +233,7 @@ def _tap(offsets, tap, row, column, exists, WINDOW: tl.constexpr, ACC: tl.conste
 def _dcnv4_kernel(
     value, offset_mask, output,
     programs, units, groups, height, width, width_out, offset_channels,
-    WINDOW: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
+    GEOMETRY: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
     UNITS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     image = (tl.program_id(0) // programs).to(tl.int64)
@@ -254,14 +244,14 @@ def _dcnv4_kernel(
     stride = groups * GROUP_CHANNELS
     value += image * height * width * stride
     offset_mask += image * (units // groups) * offset_channels
-    offsets = offset_mask + (pixel * offset_channels + group * (3 * WINDOW.taps))
+    offsets = offset_mask + (pixel * offset_channels + group * (3 * GEOMETRY.taps))
     output += image * units * GROUP_CHANNELS
     for first in range(0, GROUP_CHANNELS, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         has_channel = channel < GROUP_CHANNELS
         total = tl.zeros([UNITS, CHANNELS], ACC)
-        for tap in range(WINDOW.taps):
-            x, y, modulation = _tap(offsets, tap, row, column, exists, WINDOW, ACC)
+        for tap in range(GEOMETRY.taps):
+            x, y, modulation = _tap(offsets, tap, row, column, exists, GEOMETRY, ACC)
             cell = _cell(x, y, height, width, exists, INDEX)
             pixels = value + group * GROUP_CHANNELS
             total += _sample(pixels, width, stride, cell, modulation, channel, has_channel)
@@ -273,7 +263,7 @@ def _dcnv4_kernel(
 def _dcnv4_backward_kernel(
     value, offset_mask, grad_output, grad_value, grad_offset_mask,
     programs, units, groups, height, width, width_out, offset_channels,
-    WINDOW: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
+    GEOMETRY: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
     UNITS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     image = (tl.program_id(0) // programs).to(tl.int64)
@@ -289,66 +279,48 @@ def _dcnv4_backward_kernel(
         pixel, group = unit // groups, unit % groups
         row, column = pixel // width_out, pixel % width_out
         channel = group * GROUP_CHANNELS
-        offset = pixel * offset_channels + group * (3 * WINDOW.taps)
-        for tap in range(WINDOW.taps):
-            x, y, modulation = _tap(offset_mask + offset, tap, row, column, exists, WINDOW, ACC)
+        offset = pixel * offset_channels + group * (3 * GEOMETRY.taps)
+        for tap in range(GEOMETRY.taps):
+            x, y, modulation = _tap(offset_mask + offset, tap, row, column, exists, GEOMETRY, ACC)
             grad_x, grad_y, grad_modulation = _sample_backward(
                 grad_output + unit * GROUP_CHANNELS, value + channel, grad_value + channel,
                 width, stride, _cell(x, y, height, width, exists, INDEX), modulation, exists,
                 GROUP_CHANNELS, CHANNELS,
             )  # fmt: skip
             grad_offsets = grad_offset_mask + offset
-            tl.store(grad_offsets + 2 * tap, WINDOW.scale * grad_x, exists)
-            tl.store(grad_offsets + 2 * tap + 1, WINDOW.scale * grad_y, exists)
-            tl.store(grad_offsets + 2 * WINDOW.taps + tap, grad_modulation, exists)
+            tl.store(grad_offsets + 2 * tap, GEOMETRY.scale * grad_x, exists)
+            tl.store(grad_offsets + 2 * tap + 1, GEOMETRY.scale * grad_y, exists)
+            tl.store(grad_offsets + 2 * GEOMETRY.taps + tap, grad_modulation, exists)
 
 
-def dcnv4(
-    value: Tensor,
-    offset_mask: Tensor,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    offset_scale: float,
-    remove_center: bool,
-) -> Tensor:
+def dcnv4(value: Tensor, offset_mask: Tensor, *parameters: Any) -> Tensor:
     """Compute DCNv4; arguments as in :func:`ops_dcnv4.dcnv4`."""
+    window = Window(*parameters)
     value, offset_mask = _contiguous(value, offset_mask)
     output = _empty(value, (*offset_mask.shape[:3], value.shape[3]))
     _launch(
         _dcnv4_kernel,
         (value, offset_mask, output),
-        *_sizes(value, offset_mask, groups),
-        WINDOW=_window(kernel_size, stride, padding, dilation, offset_scale, remove_center),
+        *_sizes(value, offset_mask, window.groups),
+        GEOMETRY=_geometry(window),
     )
     return output.to(value.dtype)
 
 
 def dcnv4_backward(
-    grad_output: Tensor,
-    value: Tensor,
-    offset_mask: Tensor,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    offset_scale: float,
-    remove_center: bool,
+    grad_output: Tensor, value: Tensor, offset_mask: Tensor, *parameters: Any
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of value and offset_mask, in their shapes and dtypes."""
+    window = Window(*parameters)
     tensors = value, offset_mask, grad_output = _contiguous(value, offset_mask, grad_output)
     grad_value, grad_offset_mask = _zeros(value), _empty(offset_mask)
-    window = _window(kernel_size, stride, padding, dilation, offset_scale, remove_center)
-    grad_offset_mask[..., 3 * groups * window.taps :] = 0
+    grad_offset_mask[..., 3 * window.groups * window.taps() :] = 0
     _launch(
         _dcnv4_backward_kernel,
         (*tensors, grad_value, grad_offset_mask),
-        *_sizes(value, offset_mask, groups),
+        *_sizes(value, offset_mask, window.groups),
         in_order=torch.are_deterministic_algorithms_enabled(),
-        WINDOW=window,
+        GEOMETRY=_geometry(window),
     )
     return grad_value.to(value.dtype), grad_offset_mask.to(offset_mask.dtype)
 
@@ -532,7 +504,10 @@ def ms_deform_attn_backward(
         in_order=torch.are_deterministic_algorithms_enabled(),
         SOFTMAX=False,
     )
-    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True))
+    grad_value, grad_locations, grad_weights = (
+        grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True)
+    )
+    return grad_value, grad_locations, grad_weights
 
 
 def flash_deform_attn(

@@ -177,7 +177,7 @@ def test_sampling_locations_are_not_rounded_under_autocast(monkeypatch):
     torch.nn.init.zeros_(layer.sampling_offsets.weight)
     seen = []
     monkeypatch.setattr(
-        "ops_dcnv4.modules.flash_deform_attn",
+        "ops_dcnv4.modules.flash_deform_attn.flash_deform_attn",
         lambda value, shapes, start, packed, points: seen.append(packed) or value.flatten(2)[:, :7],
     )
     reference_points = torch.rand(2, 7, 1, 2)
