@@ -21,7 +21,6 @@ import sysconfig
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from setuptools import Command, Extension, setup
@@ -34,7 +33,7 @@ REQUIRED = os.environ.get("OPS_DCNV4_REQUIRE_COMPILED") == "1"
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0+PTX", "10.0", "12.0")
 
 
-def import_cpp_extension() -> ModuleType | None:
+def import_cpp_extension() -> Any:
     """Return torch.utils.cpp_extension, or None if PyTorch is not installed.
 
     pip's build isolation hides the packages of the environment but uses its interpreter. The
@@ -48,7 +47,7 @@ def import_cpp_extension() -> ModuleType | None:
         if REQUIRED:
             raise
         warnings.warn(
-            f"no torch to compile against ({error}): installing ops-dcnv4 without compiled "
+            f"torch cannot be imported ({error}): installing ops-dcnv4 without compiled "
             "kernels. Install torch first, then run: "
             "pip install --no-build-isolation --no-deps --force-reinstall ./ops_dcnv4",
             stacklevel=1,
@@ -74,7 +73,7 @@ def compiler_flags() -> tuple[list[str], list[str]]:
     return [*flags, "-fopenmp", "-Wno-unknown-pragmas"], ["-fopenmp"]
 
 
-def build_ext(cpp_extension: ModuleType) -> type[Command]:
+def build_ext(cpp_extension: Any) -> type[Command]:
     """Return a build_ext whose compile errors setuptools tolerates for optional extensions."""
 
     class BuildExt(cpp_extension.BuildExtension):
@@ -109,7 +108,7 @@ def extension(
     )
 
 
-def find_nvcc(cpp_extension: ModuleType) -> str | None:
+def find_nvcc(cpp_extension: Any) -> str | None:
     """Return the path of nvcc, or None if the CUDA library cannot or must not be built."""
     import torch
 
@@ -123,8 +122,8 @@ def find_nvcc(cpp_extension: ModuleType) -> str | None:
     release = re.search(r"release (\d+)\.\d+", about)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         warnings.warn(
-            f"no CUDA kernels: {nvcc} is of CUDA {release and release[0]}, torch was built for "
-            f"{torch.version.cuda}. Install a toolkit of that version, then ops-dcnv4 again",
+            f"not compiling CUDA kernels: {nvcc} is from CUDA {release and release[0]}, but torch "
+            f"was built for {torch.version.cuda}. Install that toolkit and reinstall ops-dcnv4",
             stacklevel=1,
         )
         return None
@@ -150,13 +149,13 @@ def build_arguments() -> dict[str, Any]:
     cpp_extension = import_cpp_extension()
     if cpp_extension is None:
         return {}
-    shared = [CSRC / "library.cpp", CSRC / "geometry.cpp", CSRC / "attention.cpp"]
+    shared = [*CSRC.glob("*.cpp")]
     flags, link_flags = compiler_flags()
     extensions = [
         extension(
             cpp_extension.CppExtension,
             "_C",
-            [*shared, CSRC / "autograd.cpp", *CSRC.glob("cpu/*.cpp")],
+            [*shared, *CSRC.glob("cpu/*.cpp")],
             flags,
             link_flags,
         )

@@ -1,5 +1,5 @@
-// Registers the compiled kernels for the operators, whose schemas are defined in backends.py. There
-// is one library per device.
+// Registers the compiled kernels for the operators, whose schemas, gradients and
+// autocast are registered in registration.py. There is one library per device.
 #include <Python.h>
 #include <torch/library.h>
 

@@ -1,8 +1,4 @@
-"""Operator registration with torch.library and the choice of backend.
-
-The schemas are defined here, so that the operators also exist without the compiled libraries. Each
-compiled library registers its kernels for one device type; all other calls reach `_compute` below.
-"""
+"""Choice of the backend that computes the operators: compiled kernels, Triton or the reference."""
 
 import contextlib
 import functools
@@ -13,11 +9,11 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
+from torch.library import Library
 
 from . import reference
 from .attention import (
@@ -30,30 +26,12 @@ from .ops import autocasts, check_raw_dcnv4, check_raw_grad_output, check_size, 
 BACKENDS = ("compiled", "triton", "reference")
 ENVIRONMENT_VARIABLE = "OPS_DCNV4_BACKEND"
 
-_WINDOW = (
-    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
-    "int groups, float offset_scale, bool remove_center"
-)
-_LEVELS = "Tensor value, Tensor spatial_shapes, Tensor level_start_index"
-_SCHEMAS = {
-    "dcnv4": f"(Tensor value, Tensor offset_mask, {_WINDOW}) -> Tensor",
-    "dcnv4_backward": f"(Tensor grad_output, Tensor value, Tensor offset_mask, {_WINDOW})"
-    " -> (Tensor, Tensor)",
-    "ms_deform_attn": f"({_LEVELS}, Tensor sampling_locations, Tensor attention_weights) -> Tensor",
-    "ms_deform_attn_backward": f"(Tensor grad_output, {_LEVELS}, Tensor sampling_locations, "
-    "Tensor attention_weights) -> (Tensor, Tensor, Tensor)",
-    "flash_deform_attn": f"({_LEVELS}, Tensor sampling_loc_attn, int n_points) -> Tensor",
-    "flash_deform_attn_backward": f"(Tensor grad_output, {_LEVELS}, Tensor sampling_loc_attn, "
-    "int n_points) -> (Tensor, Tensor)",
+# For each operator, the function that checks its inputs and returns the shape of its output.
+_CHECKS: dict[str, Callable[..., tuple[int, ...]]] = {
+    "dcnv4": check_raw_dcnv4,
+    "ms_deform_attn": check_raw_ms_deform_attn,
+    "flash_deform_attn": check_raw_flash_deform_attn,
 }
-DIFFERENTIABLE = tuple(name for name in _SCHEMAS if not name.endswith("_backward"))
-
-_library = Library("ops_dcnv4", "DEF")
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-
-# Backends
 
 
 def _import_library(module: str) -> str | None:
@@ -112,8 +90,8 @@ def explain_backend(
 ) -> str:
     """Describe in words which backend a call would use, and why.
 
-    The device decides about the backend. Dtype and shape decide whether the call is accepted, and
-    the dtype also decides in which precision it computes.
+    The backend depends on the device alone. Dtype and shape determine whether the call is
+    accepted, and the dtype also determines the precision.
 
     Args:
         device: Device of the tensors.
@@ -132,17 +110,17 @@ def explain_backend(
     """
     device = torch.device(device)
     backend = choose_backend(device)
-    explanations = [
-        (f"device {device}", _explain_device, (backend, device.type)),
-        (f"dtype {dtype}", _explain_dtype, (dtype, backend, device.type)),
+    explanations: list[tuple[str, Callable[[], str]]] = [
+        (f"device {device}", lambda: _explain_device(backend, device.type)),
+        (f"dtype {dtype}", lambda: _explain_dtype(dtype, backend, device.type)),
     ]
     if shape is not None:
-        explanations.append((f"shape {tuple(shape)}", _explain_shape, (shape,)))
+        explanations.append((f"shape {tuple(shape)}", lambda: _explain_shape(shape)))
     # Meta tensors only have shapes, which are computed without a backend.
     lines = ["none" if device.type == "meta" else backend]
-    for subject, explain, arguments in explanations:
+    for subject, explain in explanations:
         try:
-            lines.append(f"  {subject}: {explain(*arguments)}")
+            lines.append(f"  {subject}: {explain()}")
         except (RuntimeError, TypeError, ValueError) as error:
             lines[0] = f"{backend}, but the call would fail"
             lines.append(f"  {subject}: {error}")
@@ -151,7 +129,7 @@ def explain_backend(
 
 def _explain_device(backend: str, device_type: str) -> str:
     if device_type == "meta":
-        return "meta tensors hold no numbers; only the shape of the result is computed"
+        return "meta tensors have no data; only the shape of the result is computed"
     if _forced is not None:
         _require_available(backend, device_type)
         return f"selected by {_forced_by}"
@@ -233,11 +211,11 @@ def _check_backend(name: str, argument: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "triton" and not has_triton():
-        raise RuntimeError("the backend 'triton' needs the package triton and a C compiler")
+        raise RuntimeError("the backend 'triton' requires the package triton and a C compiler")
 
 
 def _force(name: str | None, by: str) -> None:
-    """Select a backend: override the compiled kernels with `_compute`, or restore them.
+    """Select a backend: override the compiled kernels with `compute`, or restore them.
 
     Args:
         name: Backend, or None to choose one for each call.
@@ -253,28 +231,23 @@ def _force(name: str | None, by: str) -> None:
     _overrides = Library("ops_dcnv4", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-        for device_type, operator in itertools.product(filter(is_compiled, _LIBRARIES), _SCHEMAS):
-            kernel = functools.partial(_compute, operator)
-            _overrides.impl(operator, kernel, device_type.upper(), allow_override=True)
+        for device_type, operator, suffix in itertools.product(
+            filter(is_compiled, _LIBRARIES), _CHECKS, ("", "_backward")
+        ):
+            kernel = functools.partial(compute, operator + suffix)
+            _overrides.impl(operator + suffix, kernel, device_type.upper(), allow_override=True)
 
 
-def _compute(operator: str, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
+def compute(operator: str, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
     """Run an operator that has no compiled kernel, or whose compiled kernel is overridden."""
-    _check(operator, arguments)
+    check(operator, arguments)
     if "deform_attn" in operator:
         check_levels(*_inputs(operator, arguments)[:3])
     device_type = arguments[0].device.type
     return getattr(_module(choose_backend(device_type), device_type), operator)(*arguments)
 
 
-_CHECKS = {
-    "dcnv4": check_raw_dcnv4,
-    "ms_deform_attn": check_raw_ms_deform_attn,
-    "flash_deform_attn": check_raw_flash_deform_attn,
-}
-
-
-def _check(operator: str, arguments: tuple) -> tuple[int, ...]:
+def check(operator: str, arguments: tuple) -> tuple[int, ...]:
     """Check the arguments as the compiled kernels do; return the shape of the forward output."""
     inputs = _inputs(operator, arguments)
     shape = _CHECKS[operator.removesuffix("_backward")](*inputs)
@@ -309,13 +282,13 @@ def _require_available(backend: str, device_type: str) -> None:
             f"interpreter (TRITON_INTERPRET=1 in the environment), got device '{device_type}'"
         )
     if backend == "compiled" and not is_compiled(device_type):
-        raise RuntimeError(f"the backend 'compiled' was asked for, but {_why_slow(device_type)}")
+        raise RuntimeError(f"the backend 'compiled' was selected, but {_why_slow(device_type)}")
 
 
 @functools.cache
 def _warn_reference(device_type: str) -> None:
     warnings.warn(
-        f"ops_dcnv4 runs on its slow PyTorch reference: {_why_slow(device_type)}", stacklevel=2
+        f"ops_dcnv4 uses its slow PyTorch reference: {_why_slow(device_type)}", stacklevel=2
     )
 
 
@@ -324,115 +297,13 @@ def _why_slow(device_type: str) -> str:
     if why is None:
         return f"there are no kernels for device type '{device_type}'"
     needed = "torch and " + ("nvcc" if device_type == "cuda" else "a C++ compiler")
-    instead = " (or, to do without, triton and a C compiler)" if device_type == "cuda" else ""
+    instead = " (or triton and a C compiler instead)" if device_type == "cuda" else ""
     return (
         f"the compiled kernels are missing ({why}). Install {needed}{instead}, then run: "
         "pip install --no-build-isolation --no-deps --force-reinstall ./ops_dcnv4"
     )
 
 
-for _name in _SCHEMAS:
-    _kernel = functools.partial(_compute, _name)
-    # No backend supports nested tensors; registering the key lets the argument check reject them.
-    for _key in ("CompositeExplicitAutograd", "AutogradNestedTensor"):
-        _library.impl(_name, _kernel, _key)
-
-
-# Shapes for tracing
-
-
-def _fake(operator: str, *arguments: Any) -> Tensor:
-    return arguments[0].new_empty(_check(operator, arguments))
-
-
-def _fake_backward(operator: str, *arguments: Any) -> tuple[Tensor, ...]:
-    _check(operator, arguments)
-    return tuple(t.new_empty(t.shape) for t in arguments[1:] if _is_differentiable(t))
-
-
-def _is_differentiable(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and argument.is_floating_point()
-
-
-for _name in DIFFERENTIABLE:
-    _backward = f"{_name}_backward"
-    register_fake(f"ops_dcnv4::{_name}", functools.partial(_fake, _name), lib=_library)
-    register_fake(
-        f"ops_dcnv4::{_backward}", functools.partial(_fake_backward, _backward), lib=_library
-    )
-
-
-# Gradients and autocast
-
-
-def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    tensors = [argument for argument in inputs if isinstance(argument, Tensor)]
-    ctx.save_for_backward(*tensors)
-    ctx.parameters = inputs[len(tensors) :]
-
-
-def _backward_of(name: str) -> Callable:
-    operator = getattr(torch.ops.ops_dcnv4, f"{name}_backward")
-
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = (*ctx.saved_tensors, *ctx.parameters)
-        grads = iter(operator(grad_output, *inputs))
-        return tuple(next(grads) if _is_differentiable(t) else None for t in inputs)
-
-    return backward
-
-
-def _refuse_second_derivative(name: str) -> Callable:
-    def refuse(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{name} has no second derivative: call backward or autograd.grad without "
-            "create_graph=True"
-        )
-
-    return refuse
-
-
-def _cast(name: str, inputs: tuple, dtype: torch.dtype) -> list:
-    """Cast the inputs to the autocast dtype; float64 inputs are left unchanged.
-
-    For attention, only `value` is cast to 16 bits: rounding the locations would shift them by
-    fractions of a pixel.
-    """
-    if inputs[0].dtype == torch.float64:
-        return list(inputs)
-    others = dtype if name == "dcnv4" else torch.float32
-    kept = (dtype, torch.float64)
-    casted = [t.to(others) if _is_differentiable(t) and t.dtype not in kept else t for t in inputs]
-    casted[0] = inputs[0].to(dtype)
-    return casted
-
-
-def _register_autocast(name: str, device_type: str, key: str) -> None:
-    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-    operator = getattr(torch.ops.ops_dcnv4, name)
-
-    def autocast(*inputs: Any) -> Tensor:
-        casted = _cast(name, inputs, torch.get_autocast_dtype(device_type))
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return operator(*casted)
-
-    _library.impl(name, autocast, key)
-
-
-def _register_autograd_and_autocast() -> None:
-    for name in DIFFERENTIABLE:
-        qualified = f"ops_dcnv4::{name}"
-        register_autograd(
-            qualified, _backward_of(name), setup_context=_save_for_backward, lib=_library
-        )
-        register_autograd(f"{qualified}_backward", _refuse_second_derivative(name), lib=_library)
-        _register_autocast(name, "cpu", "AutocastCPU")
-        _register_autocast(name, "cuda", "AutocastCUDA")
-
-
-if not is_compiled():  # otherwise csrc/autograd.cpp does the same with less overhead per call
-    _register_autograd_and_autocast()
-
-if _name := os.environ.get(ENVIRONMENT_VARIABLE):
-    _check_backend(_name, ENVIRONMENT_VARIABLE)
-    _force(_name, f"the environment variable {ENVIRONMENT_VARIABLE}")
+if _selected := os.environ.get(ENVIRONMENT_VARIABLE):
+    _check_backend(_selected, ENVIRONMENT_VARIABLE)
+    _force(_selected, f"the environment variable {ENVIRONMENT_VARIABLE}")

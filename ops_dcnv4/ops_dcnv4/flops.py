@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .backends import DIFFERENTIABLE
+from .registration import DIFFERENTIABLE
 from .window import Window
 
 MULTIPLY_ADDS_PER_SAMPLE = 5

@@ -1,8 +1,9 @@
-"""Deformable attention's life with torch.library, torch.compile, export and autocast."""
+"""Deformable attention with torch.library, torch.compile, torch.export and autocast."""
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tests.ops_dcnv4.attention_cases import (
     FORMS,
@@ -145,3 +146,10 @@ def test_second_derivative_is_refused(form, device):
     (grad,) = torch.autograd.grad(output.sum(), inputs.value, create_graph=True)
     with pytest.raises(RuntimeError, match="deform_attn has no second derivative"):
         grad.sum().backward()
+
+
+@both_forms
+def test_forward_mode_derivatives_are_refused(form, device):
+    inputs = random_inputs().on(device)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        call(inputs._replace(weights=forward_ad.make_dual(inputs.weights, inputs.weights)), form)

@@ -1,4 +1,4 @@
-"""The choice of what computes the operators."""
+"""The choice of the backend."""
 
 import os
 import re
@@ -47,7 +47,7 @@ def test_order_of_choice(device_type, compiled, triton, expected, monkeypatch):
 
 
 def record_calls(monkeypatch) -> list[str]:
-    """Names of the reference's functions in the order of their calls."""
+    """Record the names of the reference's functions in the order of their calls."""
     calls = []
 
     def recorded(name, function):
@@ -102,7 +102,7 @@ def test_unknown_and_missing_backends_are_named(monkeypatch):
     with pytest.raises(ValueError, match=r"name must be one of compiled, triton, .*'cuda'"):
         use_backend("cuda")
     monkeypatch.setattr(backends, "has_triton", lambda: False)
-    with pytest.raises(RuntimeError, match="needs the package triton"):
+    with pytest.raises(RuntimeError, match="requires the package triton"):
         use_backend("triton")
     assert choose_backend("cpu") == "compiled"
     value, offset_mask, _ = cases.random_tensors(P).to("meta")
@@ -110,7 +110,7 @@ def test_unknown_and_missing_backends_are_named(monkeypatch):
         assert dcnv4(value, offset_mask, *P).is_meta  # shapes need no kernel
 
 
-def test_triton_on_the_cpu_wants_its_interpreter(monkeypatch):
+def test_triton_on_the_cpu_requires_its_interpreter(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     value, offset_mask, _ = cases.random_tensors(P)
@@ -156,7 +156,7 @@ def test_explanation_names_what_selected_the_backend(monkeypatch):
     with use_backend("compiled"):
         explanation = explain_backend("mps")
     assert explanation.startswith("compiled, but the call would fail\n")
-    assert "device mps: the backend 'compiled' was asked for, but there are no" in explanation
+    assert "device mps: the backend 'compiled' was selected, but there are no" in explanation
     script = "import ops_dcnv4; print(ops_dcnv4.explain_backend('cpu'))"
     assert "selected by the environment variable OPS_DCNV4_BACKEND" in (
         run_with("reference", script).stdout
@@ -220,7 +220,7 @@ def test_explanation_says_whether_calls_of_a_shape_fail(shape, explanation):
 
 
 def test_meta_tensors_have_no_backend():
-    assert explain_backend("meta").startswith("none\n  device meta: meta tensors hold no numbers")
+    assert explain_backend("meta").startswith("none\n  device meta: meta tensors have no data")
 
 
 FORCED = """
@@ -244,7 +244,7 @@ def test_environment_variable_forces_a_backend():
     assert "OPS_DCNV4_BACKEND" in run_with("fastest").stderr
 
 
-def test_compiled_kernels_that_are_missing_are_an_error_where_they_are_asked_for():
+def test_selecting_missing_compiled_kernels_is_an_error():
     script = (
         "import sys; sys.modules['ops_dcnv4._C'] = None\n"
         "import torch, ops_dcnv4\n"
@@ -252,13 +252,13 @@ def test_compiled_kernels_that_are_missing_are_an_error_where_they_are_asked_for
         "    ops_dcnv4.dcnv4(torch.zeros(1, 3, 3, 2), torch.zeros(1, 3, 3, 27))\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "the backend 'compiled' was asked for, but the compiled kernels are missing" in (
+    assert "the backend 'compiled' was selected, but the compiled kernels are missing" in (
         result.stderr
     )
 
 
 @pytest.mark.parametrize(("compiler", "expected"), [("/usr/bin/gcc", True), (None, False)])
-def test_triton_counts_only_with_the_compiler_that_it_needs(compiler, expected, monkeypatch):
+def test_triton_is_available_only_with_a_compiler(compiler, expected, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

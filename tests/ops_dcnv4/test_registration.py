@@ -1,8 +1,9 @@
-"""The operator's life with the rest of PyTorch: torch.library, torch.compile, export, autocast."""
+"""DCNv4 with torch.library, torch.compile, torch.export, torch.func and autocast."""
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ops_dcnv4 import dcnv4
 from tests.ops_dcnv4.cases import (
@@ -124,3 +125,30 @@ def test_second_derivative_is_refused(device):
     (grad,) = torch.autograd.grad(output.sum(), value, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_derivatives_are_refused(requires_grad, device):
+    value, offset_mask, _ = random_tensors(Parameters()).to(device)
+    value.requires_grad_(requires_grad)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        dcnv4(forward_ad.make_dual(value, value), offset_mask, *Parameters())
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd])
+def test_derivatives_of_torch_func_are_refused(transform, device):
+    value, offset_mask, _ = random_tensors(Parameters()).to(device)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        transform(lambda x: dcnv4(x, offset_mask, *Parameters()).sum())(value)
+
+
+def test_vmap_equals_a_batch(device):
+    p = Parameters()
+    value, offset_mask, _ = random_tensors(p, batch=3).to(device)
+    inputs = value.requires_grad_(), offset_mask.requires_grad_()
+    expected = dcnv4(*inputs, *p)
+    samples = (tensor[:, None] for tensor in inputs)
+    actual = torch.func.vmap(lambda *tensors: dcnv4(*tensors, *p))(*samples)[:, 0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    grads = (torch.autograd.grad(y.square().sum(), inputs) for y in (actual, expected))
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)

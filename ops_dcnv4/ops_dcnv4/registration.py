@@ -1,0 +1,139 @@
+"""Registration of the operators with torch.library: schemas, shapes, gradients and autocast.
+
+The schemas are defined in Python, so that the operators also exist without the compiled libraries.
+Each compiled library registers its kernels for one device type; all other calls reach
+`backends.compute`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import Library, register_fake
+
+from .backends import check, compute
+
+_WINDOW = (
+    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+    "int groups, float offset_scale, bool remove_center"
+)
+_LEVELS = "Tensor value, Tensor spatial_shapes, Tensor level_start_index"
+_PAIR, _TRIPLE = "(Tensor, Tensor)", "(Tensor, Tensor, Tensor)"
+# The inputs of each operator, and the gradients that its backward operator returns.
+_SIGNATURES = {
+    "dcnv4": (f"Tensor value, Tensor offset_mask, {_WINDOW}", _PAIR),
+    "ms_deform_attn": (f"{_LEVELS}, Tensor sampling_locations, Tensor attention_weights", _TRIPLE),
+    "flash_deform_attn": (f"{_LEVELS}, Tensor sampling_loc_attn, int n_points", _PAIR),
+}
+DIFFERENTIABLE = tuple(_SIGNATURES)
+
+_library = Library("ops_dcnv4", "DEF")
+
+
+def _define(name: str, schema: str, fake: Callable) -> None:
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    register_fake(f"ops_dcnv4::{name}", functools.partial(fake, name), lib=_library)
+    # No backend supports nested tensors; registering the key lets the argument check reject them.
+    for key in ("CompositeExplicitAutograd", "AutogradNestedTensor"):
+        _library.impl(name, functools.partial(compute, name), key)
+
+
+def _fake(operator: str, *arguments: Any) -> Tensor:
+    return arguments[0].new_empty(check(operator, arguments))
+
+
+def _fake_backward(operator: str, *arguments: Any) -> tuple[Tensor, ...]:
+    check(operator, arguments)
+    return tuple(t.new_empty(t.shape) for t in arguments[1:] if _is_differentiable(t))
+
+
+def _is_differentiable(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point()
+
+
+def _register_autograd(name: str, gradients: Callable[..., tuple]) -> None:
+    """Register the derivative of an operator.
+
+    Half the overhead per call of :func:`torch.library.register_autograd`, which also ignores the
+    tangents of forward-mode derivatives where it should raise an error.
+
+    Args:
+        name: Name of the operator.
+        gradients: Function of the gradients of the outputs and the inputs that returns the
+            gradients of the differentiable inputs.
+    """
+    operator = getattr(torch.ops.ops_dcnv4, name).default
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            tensors = [argument for argument in inputs if isinstance(argument, Tensor)]
+            ctx.save_for_backward(*tensors)
+            ctx.parameters = inputs[len(tensors) :]
+            return below_autograd(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+            inputs = (*ctx.saved_tensors, *ctx.parameters)
+            grads = iter(gradients(*grad_outputs, *inputs))
+            return tuple(next(grads) if _is_differentiable(t) else None for t in inputs)
+
+    def below_autograd(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
+    def kernel(*inputs: Any) -> Any:
+        tensors = [argument for argument in inputs if isinstance(argument, Tensor)]
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        # Function has no forward-mode derivative, so it rejects dual tensors.
+        if needs_grad or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            return Function.apply(*inputs)
+        return below_autograd(*inputs)
+
+    _library.impl(name, kernel, "Autograd")
+
+
+def _refuse_second_derivative(name: str, *arguments: Any) -> NoReturn:
+    raise RuntimeError(
+        f"{name} has no second derivative: call backward or autograd.grad without create_graph=True"
+    )
+
+
+def _register_autocast(name: str, device_type: str, key: str) -> None:
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    operator = getattr(torch.ops.ops_dcnv4, name).default
+
+    def kernel(*inputs: Any) -> Tensor:
+        casted = _cast(name, inputs, torch.get_autocast_dtype(device_type))
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return operator(*casted)
+
+    _library.impl(name, kernel, key)
+
+
+def _cast(name: str, inputs: tuple, dtype: torch.dtype) -> list:
+    """Cast the inputs to the autocast dtype; float64 inputs are left unchanged.
+
+    For attention, only `value` is cast to 16 bits: rounding the locations would shift them by
+    fractions of a pixel.
+    """
+    if inputs[0].dtype == torch.float64:
+        return list(inputs)
+    others = dtype if name == "dcnv4" else torch.float32
+    kept = (dtype, torch.float64)
+    casted = [t.to(others) if _is_differentiable(t) and t.dtype not in kept else t for t in inputs]
+    casted[0] = inputs[0].to(dtype)
+    return casted
+
+
+for _name, (_inputs, _gradients) in _SIGNATURES.items():
+    _backward = f"{_name}_backward"
+    _define(_name, f"({_inputs}) -> Tensor", _fake)
+    _define(_backward, f"(Tensor grad_output, {_inputs}) -> {_gradients}", _fake_backward)
+    _register_autograd(_name, getattr(torch.ops.ops_dcnv4, _backward).default)
+    _register_autograd(_backward, functools.partial(_refuse_second_derivative, _name))
+    _register_autocast(_name, "cpu", "AutocastCPU")
+    _register_autocast(_name, "cuda", "AutocastCUDA")
