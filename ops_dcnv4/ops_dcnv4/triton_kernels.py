@@ -177,7 +177,7 @@ def _zeros(like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class _Geometry:
     """Regular grid of sampling points, before the offsets.
 
     Taps are at stride * pixel + start + scale * (dilation * tap - center + offset).
@@ -193,9 +193,9 @@ class _Grid:
     scale: float
 
 
-def _grid(window: Window) -> _Grid:
+def _geometry(window: Window) -> _Geometry:
     taps, center, padding = window.taps(), window.center(), window.padding
-    return _Grid(
+    return _Geometry(
         rows=window.kernel_size[0],
         taps=taps,
         removed=window.center_tap() if window.remove_center else taps,
@@ -216,16 +216,16 @@ def _sizes(value: Tensor, offset_mask: Tensor, groups: int) -> tuple[int, ...]:
 
 
 @triton.jit
-def _tap(offsets, tap, row, column, exists, GRID: tl.constexpr, ACC: tl.constexpr):
+def _tap(offsets, tap, row, column, exists, GEOMETRY: tl.constexpr, ACC: tl.constexpr):
     """Return x, y and modulation of a tap; `offsets` points to each unit's part of offset_mask."""
-    in_window = tl.where(tap >= GRID.removed, tap + 1, tap)
-    grid_x = in_window // GRID.rows * GRID.dilation[1] - GRID.center[1]
-    grid_y = in_window % GRID.rows * GRID.dilation[0] - GRID.center[0]
+    in_window = tl.where(tap >= GEOMETRY.removed, tap + 1, tap)
+    grid_x = in_window // GEOMETRY.rows * GEOMETRY.dilation[1] - GEOMETRY.center[1]
+    grid_y = in_window % GEOMETRY.rows * GEOMETRY.dilation[0] - GEOMETRY.center[0]
     dx = tl.load(offsets + 2 * tap, exists, other=0).to(ACC)
     dy = tl.load(offsets + 2 * tap + 1, exists, other=0).to(ACC)
-    modulation = tl.load(offsets + 2 * GRID.taps + tap, exists, other=0).to(ACC)
-    x = (column * GRID.stride[1] + GRID.start[1]).to(ACC) + GRID.scale * (grid_x + dx)
-    y = (row * GRID.stride[0] + GRID.start[0]).to(ACC) + GRID.scale * (grid_y + dy)
+    modulation = tl.load(offsets + 2 * GEOMETRY.taps + tap, exists, other=0).to(ACC)
+    x = (column * GEOMETRY.stride[1] + GEOMETRY.start[1]).to(ACC) + GEOMETRY.scale * (grid_x + dx)
+    y = (row * GEOMETRY.stride[0] + GEOMETRY.start[0]).to(ACC) + GEOMETRY.scale * (grid_y + dy)
     return x, y, modulation
 
 
@@ -233,7 +233,7 @@ def _tap(offsets, tap, row, column, exists, GRID: tl.constexpr, ACC: tl.constexp
 def _dcnv4_kernel(
     value, offset_mask, output,
     programs, units, groups, height, width, width_out, offset_channels,
-    GRID: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
+    GEOMETRY: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
     UNITS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     image = (tl.program_id(0) // programs).to(tl.int64)
@@ -244,14 +244,14 @@ def _dcnv4_kernel(
     stride = groups * GROUP_CHANNELS
     value += image * height * width * stride
     offset_mask += image * (units // groups) * offset_channels
-    offsets = offset_mask + (pixel * offset_channels + group * (3 * GRID.taps))
+    offsets = offset_mask + (pixel * offset_channels + group * (3 * GEOMETRY.taps))
     output += image * units * GROUP_CHANNELS
     for first in range(0, GROUP_CHANNELS, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         has_channel = channel < GROUP_CHANNELS
         total = tl.zeros([UNITS, CHANNELS], ACC)
-        for tap in range(GRID.taps):
-            x, y, modulation = _tap(offsets, tap, row, column, exists, GRID, ACC)
+        for tap in range(GEOMETRY.taps):
+            x, y, modulation = _tap(offsets, tap, row, column, exists, GEOMETRY, ACC)
             cell = _cell(x, y, height, width, exists, INDEX)
             pixels = value + group * GROUP_CHANNELS
             total += _sample(pixels, width, stride, cell, modulation, channel, has_channel)
@@ -263,7 +263,7 @@ def _dcnv4_kernel(
 def _dcnv4_backward_kernel(
     value, offset_mask, grad_output, grad_value, grad_offset_mask,
     programs, units, groups, height, width, width_out, offset_channels,
-    GRID: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
+    GEOMETRY: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
     UNITS: tl.constexpr, CHANNELS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     image = (tl.program_id(0) // programs).to(tl.int64)
@@ -279,18 +279,18 @@ def _dcnv4_backward_kernel(
         pixel, group = unit // groups, unit % groups
         row, column = pixel // width_out, pixel % width_out
         channel = group * GROUP_CHANNELS
-        offset = pixel * offset_channels + group * (3 * GRID.taps)
-        for tap in range(GRID.taps):
-            x, y, modulation = _tap(offset_mask + offset, tap, row, column, exists, GRID, ACC)
+        offset = pixel * offset_channels + group * (3 * GEOMETRY.taps)
+        for tap in range(GEOMETRY.taps):
+            x, y, modulation = _tap(offset_mask + offset, tap, row, column, exists, GEOMETRY, ACC)
             grad_x, grad_y, grad_modulation = _sample_backward(
                 grad_output + unit * GROUP_CHANNELS, value + channel, grad_value + channel,
                 width, stride, _cell(x, y, height, width, exists, INDEX), modulation, exists,
                 GROUP_CHANNELS, CHANNELS,
             )  # fmt: skip
             grad_offsets = grad_offset_mask + offset
-            tl.store(grad_offsets + 2 * tap, GRID.scale * grad_x, exists)
-            tl.store(grad_offsets + 2 * tap + 1, GRID.scale * grad_y, exists)
-            tl.store(grad_offsets + 2 * GRID.taps + tap, grad_modulation, exists)
+            tl.store(grad_offsets + 2 * tap, GEOMETRY.scale * grad_x, exists)
+            tl.store(grad_offsets + 2 * tap + 1, GEOMETRY.scale * grad_y, exists)
+            tl.store(grad_offsets + 2 * GEOMETRY.taps + tap, grad_modulation, exists)
 
 
 def dcnv4(value: Tensor, offset_mask: Tensor, *parameters: Any) -> Tensor:
@@ -302,7 +302,7 @@ def dcnv4(value: Tensor, offset_mask: Tensor, *parameters: Any) -> Tensor:
         _dcnv4_kernel,
         (value, offset_mask, output),
         *_sizes(value, offset_mask, window.groups),
-        GRID=_grid(window),
+        GEOMETRY=_geometry(window),
     )
     return output.to(value.dtype)
 
@@ -320,7 +320,7 @@ def dcnv4_backward(
         (*tensors, grad_value, grad_offset_mask),
         *_sizes(value, offset_mask, window.groups),
         in_order=torch.are_deterministic_algorithms_enabled(),
-        GRID=_grid(window),
+        GEOMETRY=_geometry(window),
     )
     return grad_value.to(value.dtype), grad_offset_mask.to(offset_mask.dtype)
 

@@ -1,4 +1,4 @@
-"""Runs the operators' kernels on a handful of small inputs, for NVIDIA's compute-sanitizer.
+"""Run the operators' kernels on small inputs, for NVIDIA's compute-sanitizer.
 
 compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.sanitize
 """
@@ -7,7 +7,7 @@ import argparse
 import itertools
 import os
 
-# An allocation for every tensor, so that an access outside of it does not end up in another.
+# Allocate each tensor separately, so that accesses outside of it do not reach another.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
@@ -27,7 +27,7 @@ def main(device: str) -> None:
             torch.use_deterministic_algorithms(deterministic)
             results += operators.dcnv4_backward(grad_output, value, offset_mask, *p)
             torch.use_deterministic_algorithms(before)
-        # Reads all that should have been written.
+        # Read everything that should have been written.
         assert all(result.isfinite().all() for result in results)
     for inputs in small_cases_of_attention():
         for deterministic, form in itertools.product((False, True), FORMS):

@@ -1,4 +1,4 @@
-"""The CUDA kernels of deformable attention on a GPU: the shared tests, and what CUDA adds."""
+"""The CUDA kernels of deformable attention on a GPU: the shared tests, memory and streams."""
 
 import subprocess
 import sys
@@ -114,7 +114,7 @@ def test_an_image_of_more_elements_than_32_bits_can_count():
     skip_without_memory(40 * GIB)
     inputs = large_inputs(batch=1, length=2944, queries=1000)
     assert inputs.value.numel() > 2**31
-    # The last rows as a level of their own, in which all points lie.
+    # The last rows are a separate level that contains all points.
     rows, length = 128, inputs.value.shape[1]
     shapes = torch.tensor([[1, length - rows * 2944], [rows, 2944]], device="cuda")
     start = torch.tensor([0, length - rows * 2944], device="cuda")

@@ -1,4 +1,4 @@
-"""Layers and models on a GPU: the values of the CPU, mixed precision, torch.compile."""
+"""Layers and models on a GPU: equality with the CPU, mixed precision, torch.compile."""
 
 import copy
 

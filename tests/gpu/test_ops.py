@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: what every backend must pass, real sizes, and what CUDA adds."""
+"""The CUDA kernels on a GPU: the shared tests, real sizes, memory and streams."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -121,7 +121,7 @@ def test_an_image_of_more_elements_than_32_bits_can_count():
     tensors = large_tensors(p, 1, 6400, 6400, 64)
     whole = compute(tensors, p)
     end = compute(Tensors(*(t[:, -64:] for t in tensors)), p)
-    # A point lies at most seven rows away from its output pixel.
+    # A point is at most seven rows away from its output pixel.
     assert_same_halves(tuple(t[:, -40:] for t in whole), tuple(t[:, -40:] for t in end))
 
 
@@ -129,7 +129,7 @@ def test_an_image_of_more_elements_than_32_bits_can_count():
 
 
 def poison_free_memory() -> list[range]:
-    """Puts NaN (of any dtype) into the memory that tensors are given next, at these addresses.
+    """Put NaN (of any dtype) into the memory that is allocated next, at these addresses.
 
     From large to small blocks, so that they fill the gaps between other tensors too.
     """
@@ -248,13 +248,13 @@ def test_nothing_is_launched_but_what_is_needed(dtype, backward, device):
     operators = torch.ops.ops_dcnv4
     (kernel,) = gpu_activities(lambda: operators.dcnv4(value, offset_mask, *p))
     assert "forward" in kernel
-    # Zeros for the sums, the kernel, and what rounds the sums to 16 bits.
+    # Zeros for the sums, the kernel, and the rounding of the sums to 16 bits
     names = gpu_activities(lambda: operators.dcnv4_backward(grad_output, value, offset_mask, *p))
     assert len(names) == backward
     assert "backward" in names[1]
 
 
-# Where there was no nvcc
+# Without nvcc
 
 
 def test_the_reference_computes_the_same_on_a_gpu(device, assert_near):

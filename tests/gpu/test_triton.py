@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: what every backend must pass, and real sizes."""
+"""The Triton kernels on a GPU: the shared tests and real sizes."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from tests.ops_dcnv4.test_ops import *  # noqa: F403  what every backend must pa
 FAST_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-# The public functions check for Triton, which is not called but by them.
+# Triton is only reached through the public functions, which check the arguments.
 del test_kernels_refuse_what_would_lead_outside_their_tensors  # noqa: F821
 del test_backward_kernel_refuses_a_gradient_unlike_the_output  # noqa: F821
 
@@ -24,7 +24,7 @@ def _triton() -> Iterator[None]:
 
 
 def test_the_compiled_kernels_are_under_test(device):
-    """Triton's: the name is that of the shared test."""
+    """Replace the shared test of that name."""
     assert choose_backend(device) == "triton"
 
 

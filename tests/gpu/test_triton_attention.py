@@ -9,7 +9,7 @@ from tests.ops_dcnv4 import attention_cases, cases
 from tests.ops_dcnv4.test_attention import *  # noqa: F403  what every backend must pass
 from tests.ops_dcnv4.test_attention import both_forms
 
-# The public functions check for Triton, which is not called but by them.
+# Triton is only reached through the public functions, which check the arguments.
 del test_kernels_refuse_what_would_lead_outside_their_tensors  # noqa: F821
 del test_backward_kernel_refuses_a_gradient_unlike_the_output  # noqa: F821
 

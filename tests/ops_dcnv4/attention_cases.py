@@ -1,7 +1,7 @@
-"""Inputs for deformable attention, and how the operator and its reference are run on them.
+"""Inputs for deformable attention, and functions that run the operators on them.
 
-Both forms take the same inputs: what is a weight in the form with two tensors ("split") is a logit
-in the fused one.
+Both forms take the same inputs: the weights of the form with two tensors ("split") are logits in
+the fused form.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,11 @@ from torch import Tensor
 from ops_dcnv4 import flash_deform_attn, ms_deform_attn, reference
 
 FORMS = ("split", "fused")
+OPERATORS = [
+    f"{name}{suffix}"
+    for name in ("ms_deform_attn", "flash_deform_attn")
+    for suffix in ("", "_backward")
+]
 Sizes = tuple[tuple[int, int], ...]
 
 
@@ -25,7 +30,7 @@ class Inputs(NamedTuple):
     grad_output: Tensor  # (N, Lq, M * D)
 
     def to(self, dtype: torch.dtype, points: torch.dtype | None = None) -> "Inputs":
-        """In `dtype`, and locations and weights in that of `points` if there is one."""
+        """Convert to `dtype`, and locations and weights to `points` if given."""
         points = points or dtype
         value, shapes, start, locations, weights, grad = self
         return Inputs(
@@ -60,7 +65,7 @@ def random_inputs(
     steps: int | None = None,
     seed: int = 0,
 ) -> Inputs:
-    """Normally distributed, in float64; locations around the middle of the images.
+    """Draw normally distributed float64 tensors, with locations around the image centres.
 
     With `steps`, a power of two, locations are multiples of 1 / steps: exact in any dtype.
     """
@@ -85,7 +90,7 @@ def random_inputs(
 
 
 def pack(inputs: Inputs) -> Tensor:
-    """locations and weights as sampling_loc_attn."""
+    """Return locations and weights as sampling_loc_attn."""
     return torch.cat((inputs.locations.flatten(3), inputs.weights.flatten(3)), dim=-1)
 
 
@@ -95,7 +100,7 @@ def unpack(packed: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def call(inputs: Inputs, form: str) -> Tensor:
-    """The public function of a form."""
+    """Call the public function of a form."""
     value, shapes, start, locations, weights, _ = inputs
     if form == "split":
         return ms_deform_attn(value, shapes, start, locations, weights)
@@ -103,7 +108,7 @@ def call(inputs: Inputs, form: str) -> Tensor:
 
 
 def run_operator(inputs: Inputs, form: str, device: str = "cpu") -> Result:
-    """Output and gradients, computed on the device and brought back from it."""
+    """Return output and gradients on the CPU, computed on the device."""
     inputs = inputs.on(device)
     leaves = [t.detach().requires_grad_() for t in (inputs.value, inputs.locations, inputs.weights)]
     value, locations, weights = leaves
@@ -113,7 +118,7 @@ def run_operator(inputs: Inputs, form: str, device: str = "cpu") -> Result:
 
 
 def run_reference(inputs: Inputs, form: str, module=reference) -> Result:
-    """The same by the functions of a module with the reference's names."""
+    """Return output and gradients, computed by a module with the reference's functions."""
     value, shapes, start, locations, weights, grad_output = inputs
     levels = (value, shapes, start)
     if form == "split":

@@ -1,4 +1,4 @@
-"""Inputs for the operator, and how the operator and its reference are run on them."""
+"""Inputs for DCNv4, and functions that run the operator and its reference on them."""
 
 import itertools
 import math
@@ -58,7 +58,7 @@ def random_tensors(
     steps_per_pixel=None,
     seed=0,
 ) -> Tensors:
-    """Normally distributed, in float64; with offsets in steps, coordinates are exact in float32."""
+    """Draw normally distributed float64 tensors; offsets in steps are exact in float32."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -78,7 +78,7 @@ def random_tensors(
 
 
 def small_cases() -> Iterator[tuple[Parameters, Tensors]]:
-    """What checkers of memory accesses can bear: few threads, on all paths through the kernels."""
+    """Yield inputs small enough for memory checkers that reach all paths through the kernels."""
     parameters = (
         Parameters(groups=3),
         Parameters(groups=1, stride=(2, 2), remove_center=True),
@@ -100,7 +100,7 @@ Run = Callable[[Tensors, Parameters], Result]
 
 
 def run_operator(tensors: Tensors, p: Parameters, device: str = "cpu") -> Result:
-    """Output and gradients, computed on the device and brought back from it."""
+    """Return output and gradients on the CPU, computed on the device."""
     value, offset_mask, grad_output = tensors.to(device)
     inputs = value.detach().requires_grad_(), offset_mask.detach().requires_grad_()
     output = dcnv4(*inputs, *p)
@@ -109,7 +109,7 @@ def run_operator(tensors: Tensors, p: Parameters, device: str = "cpu") -> Result
 
 
 def run_reference(tensors: Tensors, p: Parameters, module=reference) -> Result:
-    """The same by the functions of a module with the reference's names."""
+    """Return output and gradients, computed by a module with the reference's functions."""
     value, offset_mask, grad_output = tensors
     output = module.dcnv4(value, offset_mask, *p)
     return Result(output, *module.dcnv4_backward(grad_output, value, offset_mask, *p))
@@ -120,13 +120,13 @@ def run_exactly(tensors: Tensors, p: Parameters) -> Result:
 
 
 def assert_equal(actual: Result, expected: Result) -> None:
-    """Bit for bit."""
+    """Assert equality bit for bit."""
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def assert_rounded_once(actual: Tensor, expected: Tensor) -> None:
-    """As of numbers computed in float32 throughout, then rounded to the dtype of `actual`."""
+    """Assert that `actual` was computed in float32 and rounded once to its dtype."""
     torch.testing.assert_close(
         actual.double(),
         expected,

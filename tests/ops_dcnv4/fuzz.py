@@ -1,4 +1,4 @@
-"""Random calls of the operators, most of them hostile, that every way to run them must agree on.
+"""Random calls of the operators, mostly invalid, on which all backends must agree.
 
 A call is computed or refused by the compiled kernels, by the PyTorch reference and on the meta
 device alike. What is computed equals the reference in float64; what is refused is a TypeError or a
@@ -376,7 +376,7 @@ def run_exactly(call: Call, direction: str) -> tuple[Tensor, ...]:
         for a in call.arguments.values()
     ]
     if call.operator == "dcnv4" and call.grad_output.dtype != torch.float64:
-        scale = call.arguments["offset_scale"]  # which is infinite in float32 if it is 1e300
+        scale = call.arguments["offset_scale"]  # 1e300 is infinite in float32
         arguments[-2] = torch.tensor(scale, dtype=torch.float64).float().item()
     if direction == FORWARD:
         return (getattr(reference, call.operator)(*arguments),)
@@ -404,7 +404,7 @@ def find_fault(call: Call, compiled: dict[str, Outcome], others: dict[str, Outco
             return f"{direction} was refused: {outcome}"
         if isinstance(others[direction], Exception) != refused:
             return f"{direction}: compiled {outcome}, reference {others[direction]}"
-        # Of two faults, one way may name the first and another the second.
+        # A call with two faults may raise either error.
         if refused and len(call.changes) < 2 and type(others[direction]) is not type(outcome):
             return f"{direction}: compiled {outcome!r}, reference {others[direction]!r}"
         has_own_devices = len({t.device for t in call.tensors().values()}) > 1
@@ -425,7 +425,7 @@ def find_fault(call: Call, compiled: dict[str, Outcome], others: dict[str, Outco
                 actual, expected = actual.nan_to_num(0), torch.zeros_like(expected)
             if not _are_near(actual, expected):
                 return f"{direction}: {actual} is not {expected}"
-    public = run_public(call)  # which converts some dtypes
+    public = run_public(call)  # converts some dtypes
     takes_more = any(change.startswith("dtype") for change in call.changes)
     if isinstance(public, Exception) < isinstance(compiled[FORWARD], Exception) and not takes_more:
         return f"the public function computed what was refused: {compiled[FORWARD]}"
@@ -435,7 +435,7 @@ def find_fault(call: Call, compiled: dict[str, Outcome], others: dict[str, Outco
 
 
 def run(seeds: Sequence[int], show: bool = False) -> collections.Counter:
-    """Run the calls of some seeds; returns how many were computed and refused.
+    """Run the calls of some seeds; return how many were computed and refused.
 
     Raises:
         AssertionError: a call was computed wrongly, or not everywhere.
@@ -443,7 +443,7 @@ def run(seeds: Sequence[int], show: bool = False) -> collections.Counter:
     calls = [make_call(seed) for seed in seeds]
     compiled = []
     for seed, call in zip(seeds, calls, strict=True):
-        if show:  # what a sanitizer's report is about
+        if show:  # shows which call a sanitizer's report is about
             sys.stderr.write(f"{seed}: {call}\n")
         compiled.append(run_raw(call))
     with ops_dcnv4.use_backend("reference"):

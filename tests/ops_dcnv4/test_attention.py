@@ -1,7 +1,7 @@
-"""Values, gradients, edge cases and refusals of deformable attention: what every backend must give.
+"""Values, gradients, edge cases and errors of deformable attention, for every backend.
 
-Here they are asked of the CPU kernels. The tests of another backend import these, and replace the
-fixtures that say how the operator runs.
+This module tests the CPU kernels. Tests of other backends import it and replace the fixtures that
+run the operator.
 """
 
 import functools
@@ -19,6 +19,7 @@ from ops_dcnv4 import is_compiled
 from tests.ops_dcnv4 import attention_cases
 from tests.ops_dcnv4.attention_cases import (
     FORMS,
+    OPERATORS,
     Inputs,
     Result,
     Run,
@@ -32,11 +33,6 @@ from tests.ops_dcnv4.attention_cases import (
 from tests.ops_dcnv4.cases import DTYPES, assert_equal, assert_rounded_once
 
 GOLDENS = sorted((Path(__file__).parents[1] / "data" / "msda").glob("*.npz"))
-OPERATORS = [
-    f"{name}{suffix}"
-    for name in ("ms_deform_attn", "flash_deform_attn")
-    for suffix in ("", "_backward")
-]
 both_forms = pytest.mark.parametrize("form", FORMS)
 
 
@@ -228,7 +224,7 @@ def test_only_the_gradient_asked_for_is_returned(which, run, device):
 
 # Points outside the images, and numbers that are not finite
 
-POINT = (slice(None), slice(None), slice(None), 1, 2)  # of the second level the third
+POINT = (slice(None), slice(None), slice(None), 1, 2)  # the third point of the second level
 
 
 def without_the_point(inputs: Inputs) -> Inputs:
@@ -238,7 +234,7 @@ def without_the_point(inputs: Inputs) -> Inputs:
     return inputs._replace(weights=weights)
 
 
-# 16 channels: those kernels that load several channels at once.
+# 16 channels use the kernels that load several channels at a time.
 dtypes_and_widths = pytest.mark.parametrize(
     ("dtype", "head_channels"), [*((dtype, 5) for dtype in DTYPES), (torch.float16, 16)]
 )
@@ -292,7 +288,7 @@ def test_a_query_outside_the_images_hides_its_output_gradient(form, infinite, ru
 def test_a_pixel_is_read_only_by_points_in_its_cells(infinite, dtype, head_channels, run):
     inputs = random_inputs(((4, 4), (2, 2)), 1, head_channels=head_channels).to(dtype)
     inputs.locations.fill_(0.625)  # pixels 2 and 1, at a quarter or half of their cells
-    inputs.locations[:, 0, :, 0] = 0.125  # in the first query pixel 0 of the first level
+    inputs.locations[:, 0, :, 0] = 0.125  # pixel 0 of the first level, in the first query
     inputs.locations[:, 1, :, 0] = -100
     inputs.value[:, 0] = 0
     expected = run(inputs, "split")

@@ -1,4 +1,4 @@
-"""The reference of deformable attention in PyTorch."""
+"""The PyTorch reference of deformable attention."""
 
 import pytest
 import torch

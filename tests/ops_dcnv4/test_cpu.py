@@ -1,4 +1,4 @@
-"""What concerns the installation and the CPU: threads, and life without compiled libraries."""
+"""The CPU kernels: threads, and installations without compiled libraries."""
 
 import shutil
 import subprocess
@@ -96,11 +96,11 @@ def test_attention_without_the_compiled_library(tmp_path, assert_near):
     assert_near(under_autocast.float(), expected.float(), 1e-2)
 
 
-def test_the_run_for_sanitizers_runs():
+def test_the_sanitizer_inputs_run():
     command = [sys.executable, "-m", "tests.gpu.sanitize", "--device", "cpu"]
     subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
 
 
-def test_where_nvcc_is_the_cuda_kernels_are_compiled():
+def test_cuda_kernels_are_compiled_where_nvcc_is_installed():
     can_compile = shutil.which("nvcc") is not None and torch.version.cuda is not None
     assert is_compiled("cuda") or not can_compile

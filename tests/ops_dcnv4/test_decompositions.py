@@ -6,14 +6,10 @@ from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 
 from ops_dcnv4 import DCNv4, FlashDeformAttn, dcnv4, reference
-from tests.ops_dcnv4.attention_cases import FORMS, Inputs, call, random_inputs
+from tests.ops_dcnv4.attention_cases import FORMS, OPERATORS, Inputs, call, random_inputs
 from tests.ops_dcnv4.cases import VARIED, random_tensors
 
-NAMES = [
-    name + suffix
-    for name in ("dcnv4", "ms_deform_attn", "flash_deform_attn")
-    for suffix in ("", "_backward")
-]
+NAMES = ("dcnv4", "dcnv4_backward", *OPERATORS)
 TABLE = {getattr(torch.ops.ops_dcnv4, n).default: getattr(reference, n) for n in NAMES}
 
 

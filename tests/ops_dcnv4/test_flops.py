@@ -58,7 +58,7 @@ def multiply_adds_of_operators(layer, arguments) -> int:
     return counts[0]
 
 
-# Each with the multiply-adds of its convolutions and linear layers, and of its operator.
+# Layer, inputs, multiply-adds of its convolutions and linear layers, and of its operator
 LAYERS = {
     "dcnv4": (
         lambda: DCNv4(32, group=2, stride=2, dw_kernel_size=3),

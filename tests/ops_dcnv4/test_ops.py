@@ -1,7 +1,7 @@
-"""The operator's values, gradients, edge cases and refusals: what every backend must give.
+"""Values, gradients, edge cases and errors of DCNv4, for every backend.
 
-Here they are asked of the CPU kernels. The tests of another backend import these, and replace the
-fixtures that say how the operator runs.
+This module tests the CPU kernels. Tests of other backends import it and replace the fixtures that
+run the operator.
 """
 
 import functools
@@ -253,7 +253,7 @@ def assert_tap_contributes_nothing(tensors: Tensors, p: Parameters, run, assert_
         assert_near(actual, wanted, 1e-5)
 
 
-# 16 channels: those kernels that load several channels at once.
+# 16 channels use the kernels that load several channels at a time.
 dtypes_and_widths = pytest.mark.parametrize(
     ("dtype", "group_channels"), [*((dtype, 5) for dtype in DTYPES), (torch.float16, 16)]
 )

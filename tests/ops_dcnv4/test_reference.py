@@ -1,4 +1,4 @@
-"""The reference in PyTorch, which is the operator where there are no kernels."""
+"""The PyTorch reference of DCNv4."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Triton kernels: compiled for a GPU that need not be there, and run in Triton's interpreter.
+"""The Triton kernels, compiled for GPUs that need not be present and run in Triton's interpreter.
 
 The interpreter is chosen when triton is imported, and would affect other tests that use it. So this
 module runs itself once more in a process of its own, where TRITON_INTERPRET is set.
