@@ -129,7 +129,7 @@ def test_a_checkpoint_with_code_is_refused_and_not_run(run, tmp_path, caplog):
         pickle.dump({"model": Hostile(tmp_path / "marker")}, file)
     arguments = [str(run / "config.yaml"), "--checkpoint", str(tmp_path / "hostile.pth")]
     assert main(arguments) == 2
-    assert "hostile.pth is damaged or no checkpoint" in caplog.text
+    assert "hostile.pth is damaged or not a checkpoint" in caplog.text
     assert not (tmp_path / "marker").exists()
 
 

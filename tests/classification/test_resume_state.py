@@ -17,7 +17,7 @@ from tests.classification.helpers import CPU, assert_equal, build
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": [1]}, "weights must be tensors by name, got a list"),
+        ({"model": [1]}, "weights must be a dict of tensors, got list"),
         ({"epoch": "1"}, "TypeError"),
         ({"epoch": -1}, "its progress must be valid, got epoch -1"),
         ({"update": 10**12}, "update 1000000000000 of"),
