@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cpu/channels.h"
-#include "cpu/query.h"
-#include "cpu/window.h"
+#include "cpu/ms_deform_attn_sampler.h"
+#include "cpu/dcnv4_sampler.h"
 
 namespace ops_dcnv4 {
 namespace {

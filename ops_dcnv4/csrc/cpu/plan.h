@@ -1,7 +1,8 @@
 // Sampling plans: the pixels and weights of taps, computed for several taps at a time.
 //
-// A unit of work is one output pixel and channel group of DCNv4 (window.h), or one query and head
-// of attention (query.h). These files provide, for as many taps from k on as a vector holds,
+// A unit of work is one output pixel and channel group of DCNv4 (dcnv4_sampler.h), or one query and
+// head of attention (ms_deform_attn_sampler.h). These files provide, for as many taps from k on as a
+// vector holds,
 //   points(k), modulation(k)          the sampling points
 //   image(k), scale_x(k), scale_y(k)  the sampled images, and factors on the points' gradients
 #pragma once

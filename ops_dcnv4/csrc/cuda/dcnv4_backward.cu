@@ -5,7 +5,7 @@
 
 #include "checks.h"
 #include "cuda/backward.cuh"
-#include "cuda/windows.cuh"
+#include "cuda/dcnv4_sampler.cuh"
 #include "dispatch.h"
 #include "geometry.h"
 #include "operators.h"

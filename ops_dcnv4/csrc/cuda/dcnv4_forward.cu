@@ -4,7 +4,7 @@
 
 #include "checks.h"
 #include "cuda/forward.cuh"
-#include "cuda/windows.cuh"
+#include "cuda/dcnv4_sampler.cuh"
 #include "dispatch.h"
 #include "geometry.h"
 #include "operators.h"

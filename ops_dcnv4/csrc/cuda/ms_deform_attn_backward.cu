@@ -6,7 +6,7 @@
 #include "attention.h"
 #include "checks.h"
 #include "cuda/backward.cuh"
-#include "cuda/levels.cuh"
+#include "cuda/ms_deform_attn_sampler.cuh"
 #include "dispatch.h"
 #include "operators.h"
 

@@ -1,0 +1,52 @@
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+
+#include "attention.h"
+#include "cpu/ms_deform_attn_inputs.h"
+#include "cpu/workers.h"
+#include "dispatch.h"
+#include "operators.h"
+
+namespace ops_dcnv4 {
+namespace {
+
+at::Tensor forward(const Attention& a, const Inputs& in) {
+  if (in.is_empty()) return at::zeros(a.output_shape(), in.value.options());
+  at::Tensor output = at::empty(a.output_shape(), in.value.options());
+  const int64_t work = std::max<int64_t>(4 * a.channels() * a.taps(), 1);
+  dispatch(in.value.scalar_type(), [&](auto scalar, auto acc) {
+    using scalar_t = decltype(scalar);
+    auto tensors = in.tensors<scalar_t>();
+    tensors.output = output.data_ptr<scalar_t>();
+    at::parallel_for(0, a.batch * a.queries, grain / work + 1, [&](int64_t begin, int64_t end) {
+      const Memory<decltype(acc)> memory(a.taps(), 0);
+      instruction_set().kernels(scalar).attention(a, tensors, memory.scratch, begin, end);
+    });
+  });
+  return output;
+}
+
+}  // namespace
+
+at::Tensor ms_deform_attn_cpu(const at::Tensor& value, const at::Tensor& spatial_shapes,
+                              const at::Tensor& level_start_index,
+                              const at::Tensor& sampling_locations,
+                              const at::Tensor& attention_weights) {
+  const Attention a = make_attention(value, spatial_shapes, level_start_index, sampling_locations,
+                                     attention_weights);
+  return forward(a, Inputs(a, value, spatial_shapes, level_start_index, sampling_locations,
+                           attention_weights));
+}
+
+at::Tensor flash_deform_attn_cpu(const at::Tensor& value, const at::Tensor& spatial_shapes,
+                                 const at::Tensor& level_start_index,
+                                 const at::Tensor& sampling_loc_attn, int64_t n_points) {
+  const Attention a = make_fused_attention(value, spatial_shapes, level_start_index,
+                                           sampling_loc_attn, n_points);
+  return forward(a, Inputs(a, value, spatial_shapes, level_start_index, sampling_loc_attn, {}));
+}
+
+}  // namespace ops_dcnv4
