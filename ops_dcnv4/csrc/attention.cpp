@@ -22,9 +22,9 @@ Attention make(const at::Tensor& value, const at::Tensor& spatial_shapes,
     TORCH_CHECK_VALUE(levels->device() == value.device(),
                       "spatial_shapes and level_start_index must be on the device of value");
   }
-  TORCH_CHECK_VALUE(spatial_shapes.dim() == 2 && spatial_shapes.size(1) == 2 &&
-                        spatial_shapes.size(0) > 0,
-                    "spatial_shapes must be (L, 2)");
+  TORCH_CHECK_VALUE(
+      spatial_shapes.dim() == 2 && spatial_shapes.size(1) == 2 && spatial_shapes.size(0) > 0,
+      "spatial_shapes must be (L, 2)");
   TORCH_CHECK_VALUE(
       level_start_index.dim() == 1 && level_start_index.size(0) == spatial_shapes.size(0),
       "level_start_index must have a number for each level");
@@ -68,8 +68,8 @@ Attention make_fused_attention(const at::Tensor& value, const at::Tensor& spatia
                                const at::Tensor& level_start_index,
                                const at::Tensor& sampling_loc_attn, int64_t n_points) {
   TORCH_CHECK_VALUE(sampling_loc_attn.dim() == 4, "sampling_loc_attn must have 4 dimensions");
-  const Attention a = make(value, spatial_shapes, level_start_index, sampling_loc_attn.size(1),
-                           n_points, true);
+  const Attention a =
+      make(value, spatial_shapes, level_start_index, sampling_loc_attn.size(1), n_points, true);
   const int64_t shape[] = {a.batch, a.queries, a.heads, 3 * int64_t(a.taps())};
   TORCH_CHECK_VALUE(sampling_loc_attn.sizes() == at::IntArrayRef(shape),
                     "sampling_loc_attn must be (N, Lq, M, 3 * L * n_points)");

@@ -24,9 +24,9 @@ inline int to_int(int64_t number, const char* what) {
 
 inline void check_dtype(const at::Tensor& value) {
   const at::ScalarType dtype = value.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf ||
-                       dtype == at::kBFloat16,
-                   "value must be a floating-point tensor of 16, 32 or 64 bits, got ", dtype);
+  TORCH_CHECK_TYPE(
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
+      "value must be a floating-point tensor of 16, 32 or 64 bits, got ", dtype);
 }
 
 inline void check_grad_output(at::IntArrayRef shape, const at::Tensor& grad_output,

@@ -33,17 +33,17 @@ int output_size(int size, const Axis& axis, int64_t given, const char* what) {
   TORCH_CHECK_VALUE(room >= 0, "the output would be empty: the window of ", window,
                     " pixels is larger than value with its padding");
   const int64_t expected = room / axis.stride + 1;
-  TORCH_CHECK_VALUE(given == expected, what, " must be ", expected, " like that of the output, got ",
-                    given);
+  TORCH_CHECK_VALUE(given == expected, what, " must be ", expected,
+                    " like that of the output, got ", given);
   return to_int(expected, what);
 }
 
 }  // namespace
 
 Geometry make_geometry(const at::Tensor& value, const at::Tensor& offset_mask,
-                       at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                       at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                       double offset_scale, bool remove_center) {
+                       at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                       at::IntArrayRef dilation, int64_t groups, double offset_scale,
+                       bool remove_center) {
   TORCH_CHECK_VALUE(value.dim() == 4 && offset_mask.dim() == 4,
                     "value and offset_mask must have 4 dimensions");
   for (const at::IntArrayRef pair : {kernel_size, stride, padding, dilation}) {

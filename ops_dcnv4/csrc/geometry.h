@@ -31,8 +31,8 @@ struct Geometry {
 // Validates everything that keeps the kernels within their tensors. ops.py performs the same checks
 // with more helpful messages.
 Geometry make_geometry(const at::Tensor& value, const at::Tensor& offset_mask,
-                       at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                       at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                       double offset_scale, bool remove_center);
+                       at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                       at::IntArrayRef dilation, int64_t groups, double offset_scale,
+                       bool remove_center);
 
 }  // namespace ops_dcnv4

@@ -6,8 +6,8 @@
 
 #include <cstddef>
 
-#include "operators.h"
 #include "model.h"
+#include "operators.h"
 
 namespace {
 

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cpu/channels.h"
-#include "cpu/ms_deform_attn_sampler.h"
 #include "cpu/dcnv4_sampler.h"
+#include "cpu/ms_deform_attn_sampler.h"
 
 namespace ops_dcnv4 {
 namespace {
@@ -99,8 +99,8 @@ OPS_DCNV4_INLINE void spread(const Plan<acc_t, Count> plan, bool inside,
   for_channel_blocks<acc_t>(right, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
     using L = Lanes<acc_t, width.value>;
     const auto grad = L::load(grad_output + c);
-    const auto add = [&](int64_t k, const acc_t* v, acc_t* gv, int64_t to_right, int64_t to_below)
-                         OPS_DCNV4_INLINE_LAMBDA {
+    const auto add = [&](int64_t k, const acc_t* v, acc_t* gv, int64_t to_right,
+                         int64_t to_below) OPS_DCNV4_INLINE_LAMBDA {
       const auto corner = [&](int i, int64_t offset) OPS_DCNV4_INLINE_LAMBDA {
         L::store(gv + offset, L::load(gv + offset) + plan.weight(i)[k] * grad);
         return grad * L::load(v + offset);

@@ -29,11 +29,11 @@ at::Tensor dcnv4_cpu(const at::Tensor& value, const at::Tensor& offset_mask,
     using scalar_t = decltype(scalar);
     using acc_t = decltype(acc);
     const Dcnv4Tensors<scalar_t> tensors{v.const_data_ptr<scalar_t>(),
-                                    o.const_data_ptr<scalar_t>(),
-                                    output.data_ptr<scalar_t>(),
-                                    nullptr,
-                                    nullptr,
-                                    nullptr};
+                                         o.const_data_ptr<scalar_t>(),
+                                         output.data_ptr<scalar_t>(),
+                                         nullptr,
+                                         nullptr,
+                                         nullptr};
     at::parallel_for(0, pixels, grain / work + 1, [&](int64_t begin, int64_t end) {
       const Memory<acc_t> memory(g.taps(), 0);
       instruction_set().kernels(scalar).dcnv4(g, tensors, memory.scratch, begin, end);

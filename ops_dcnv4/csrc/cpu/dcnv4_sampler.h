@@ -9,7 +9,7 @@ namespace {
 // What all windows have in common. Copies, which stores to plans cannot change.
 template <typename acc_t>
 struct Frame {
-  int row_pixels;                        // of an image
+  int row_pixels;  // of an image
   int reach;  // from a window's centre down to the first row that it does not read without offsets
   acc_t width, height;                   // of an image
   int start_x, step_x, start_y, step_y;  // of the windows' centres
@@ -88,8 +88,8 @@ OPS_DCNV4_INLINE bool make_plan(const Plan<acc_t, Count> plan, const Frame<acc_t
     const auto col = L::floor(at.x), row = L::floor(at.y);
     const auto dx = at.x - col, dy = at.y - row;
     store_weights<L>(plan, k, acc_t(1) - dx, dx, modulation * (acc_t(1) - dy), modulation * dy);
-    const auto pixel = convert<typename Ints::type>(row) * frame.row_pixels +
-                       convert<typename Ints::type>(col);
+    const auto pixel =
+        convert<typename Ints::type>(row) * frame.row_pixels + convert<typename Ints::type>(col);
     Ints::store(plan.pixel() + k, pixel);
     if (!backward) continue;
     L::store(plan.dx() + k, dx);
@@ -153,10 +153,9 @@ OPS_DCNV4_NOINLINE void plan_strip(Plan<acc_t, Count> plan, const Frame<acc_t> f
       prefetch(t.value, w.at.image * image + pixel * channels + w.at.group * g.group_channels,
                g.group_channels);
     }
-    const Window<scalar_t, acc_t, Count> window{frame, plan.taps,
-                                                acc_t(frame.start_x + w.col * frame.step_x),
-                                                acc_t(frame.start_y + w.row * frame.step_y),
-                                                offsets};
+    const Window<scalar_t, acc_t, Count> window{
+        frame, plan.taps, acc_t(frame.start_x + w.col * frame.step_x),
+        acc_t(frame.start_y + w.row * frame.step_y), offsets};
     units[i] = w.at;
     units[i].inside = make_plan<backward>(plan, frame, window);
   }

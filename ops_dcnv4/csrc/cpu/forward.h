@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cpu/channels.h"
-#include "cpu/ms_deform_attn_sampler.h"
 #include "cpu/dcnv4_sampler.h"
+#include "cpu/ms_deform_attn_sampler.h"
 
 namespace ops_dcnv4 {
 namespace {
@@ -93,8 +93,8 @@ constexpr int64_t block_queries = 1024;
 
 // Processes queries [begin, end), counted over the batch.
 template <typename scalar_t, typename acc_t, typename Count>
-void forward(const Attention& a, const AttentionTensors<scalar_t>& t,
-             const Scratch<acc_t>& scratch, Count taps, int64_t begin, int64_t end) {
+void forward(const Attention& a, const AttentionTensors<scalar_t>& t, const Scratch<acc_t>& scratch,
+             Count taps, int64_t begin, int64_t end) {
   const Levels<acc_t> levels(a, t.spatial_shapes, t.level_start_index, scratch.numbers,
                              scratch.indices);
   const auto first = first_plan(scratch, taps);

@@ -42,8 +42,7 @@ constexpr Kernels<scalar_t> kernels() {
 }
 
 constexpr InstructionSet instruction_set_of_file(const char* name) {
-  return {name, kernels<float>(), kernels<double>(), kernels<at::BFloat16>(),
-          kernels<at::Half>()};
+  return {name, kernels<float>(), kernels<double>(), kernels<at::BFloat16>(), kernels<at::Half>()};
 }
 
 }  // namespace

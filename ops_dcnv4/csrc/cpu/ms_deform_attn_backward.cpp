@@ -52,10 +52,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(
     const at::Tensor& attention_weights) {
   const Attention a = make_attention(value, spatial_shapes, level_start_index, sampling_locations,
                                      attention_weights);
-  const Gradients grads = backward(a,
-                                   Inputs(a, value, spatial_shapes, level_start_index,
-                                          sampling_locations, attention_weights),
-                                   grad_output);
+  const Gradients grads = backward(
+      a, Inputs(a, value, spatial_shapes, level_start_index, sampling_locations, attention_weights),
+      grad_output);
   const at::ScalarType dtype = sampling_locations.scalar_type();
   return {grads.value, grads.locations.to(dtype), grads.weights.to(dtype)};
 }
@@ -63,12 +62,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(
 std::tuple<at::Tensor, at::Tensor> flash_deform_attn_backward_cpu(
     const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& spatial_shapes,
     const at::Tensor& level_start_index, const at::Tensor& sampling_loc_attn, int64_t n_points) {
-  const Attention a = make_fused_attention(value, spatial_shapes, level_start_index,
-                                           sampling_loc_attn, n_points);
+  const Attention a =
+      make_fused_attention(value, spatial_shapes, level_start_index, sampling_loc_attn, n_points);
   const Inputs in(a, value, spatial_shapes, level_start_index, sampling_loc_attn, {});
   const Gradients grads = backward(a, in, grad_output);
-  const at::Tensor grad_logits = at::_softmax_backward_data(grads.weights, in.weights, -1,
-                                                            in.weights.scalar_type());
+  const at::Tensor grad_logits =
+      at::_softmax_backward_data(grads.weights, in.weights, -1, in.weights.scalar_type());
   grads.locations.slice(3, a.first_weight()).copy_(grad_logits);
   return {grads.value, grads.locations.to(sampling_loc_attn.scalar_type())};
 }

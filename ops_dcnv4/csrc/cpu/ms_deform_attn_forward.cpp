@@ -44,8 +44,8 @@ at::Tensor ms_deform_attn_cpu(const at::Tensor& value, const at::Tensor& spatial
 at::Tensor flash_deform_attn_cpu(const at::Tensor& value, const at::Tensor& spatial_shapes,
                                  const at::Tensor& level_start_index,
                                  const at::Tensor& sampling_loc_attn, int64_t n_points) {
-  const Attention a = make_fused_attention(value, spatial_shapes, level_start_index,
-                                           sampling_loc_attn, n_points);
+  const Attention a =
+      make_fused_attention(value, spatial_shapes, level_start_index, sampling_loc_attn, n_points);
   return forward(a, Inputs(a, value, spatial_shapes, level_start_index, sampling_loc_attn, {}));
 }
 

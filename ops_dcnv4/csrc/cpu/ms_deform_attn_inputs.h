@@ -44,10 +44,8 @@ struct Inputs {
   template <typename scalar_t>
   AttentionTensors<scalar_t> tensors() const {
     using acc_t = Accumulated<scalar_t>;
-    return {spatial_shapes.const_data_ptr<int64_t>(),
-            level_start_index.const_data_ptr<int64_t>(),
-            value.const_data_ptr<scalar_t>(),
-            locations.const_data_ptr<acc_t>(),
+    return {spatial_shapes.const_data_ptr<int64_t>(), level_start_index.const_data_ptr<int64_t>(),
+            value.const_data_ptr<scalar_t>(), locations.const_data_ptr<acc_t>(),
             weights.const_data_ptr<acc_t>()};
   }
 };

@@ -1,8 +1,8 @@
 // Sampling plans: the pixels and weights of taps, computed for several taps at a time.
 //
 // A unit of work is one output pixel and channel group of DCNv4 (dcnv4_sampler.h), or one query and
-// head of attention (ms_deform_attn_sampler.h). These files provide, for as many taps from k on as a
-// vector holds,
+// head of attention (ms_deform_attn_sampler.h). These files provide, for as many taps from k on as
+// a vector holds,
 //   points(k), modulation(k)          the sampling points
 //   image(k), scale_x(k), scale_y(k)  the sampled images, and factors on the points' gradients
 #pragma once
@@ -39,8 +39,8 @@ struct Plan {
   OPS_DCNV4_INLINE acc_t* dx() const { return number(4); }  // position within the cell
   OPS_DCNV4_INLINE acc_t* dy() const { return number(5); }
   OPS_DCNV4_INLINE acc_t* modulation() const { return number(6); }
-  OPS_DCNV4_INLINE acc_t* col() const { return number(7); }  // of the top left pixel,
-  OPS_DCNV4_INLINE acc_t* row() const { return number(8); }  // if not all cells are inside
+  OPS_DCNV4_INLINE acc_t* col() const { return number(7); }   // of the top left pixel,
+  OPS_DCNV4_INLINE acc_t* row() const { return number(8); }   // if not all cells are inside
   OPS_DCNV4_INLINE acc_t* dots() const { return number(9); }  // four per tap, one per corner
 
   // Returns the next plan of the strip.
@@ -109,9 +109,9 @@ template <typename acc_t>
 struct BorderAxis {
   using L = Native<acc_t>;
   using Vec = typename L::type;
-  Vec first, distance;        // the cell's first pixel, and the distance of the point from it
-  Vec weight_first, weight_second;              // weights of the first and the second pixel
-  Vec clamped, step;          // the first pixel to read, and the step to the second
+  Vec first, distance;              // the cell's first pixel, and the distance of the point from it
+  Vec weight_first, weight_second;  // weights of the first and the second pixel
+  Vec clamped, step;                // the first pixel to read, and the step to the second
 
   template <typename Number>
   OPS_DCNV4_INLINE BorderAxis(Vec coordinate, Number last) {
@@ -139,8 +139,8 @@ OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count> plan, const Images& i
     const auto at = source.points(k);
     const auto image = images.image(k);
     // False for NaN. Precedes the conversion to int, so that huge coordinates are safe.
-    const auto counts = (at.x > acc_t(-1)) & (at.x < image.width) & (at.y > acc_t(-1)) &
-                        (at.y < image.height);
+    const auto counts =
+        (at.x > acc_t(-1)) & (at.x < image.width) & (at.y > acc_t(-1)) & (at.y < image.height);
     const auto nowhere = L::fill(acc_t(outside));
     const BorderAxis<acc_t> x(select(counts, at.x, nowhere), image.width - acc_t(1));
     const BorderAxis<acc_t> y(select(counts, at.y, nowhere), image.height - acc_t(1));

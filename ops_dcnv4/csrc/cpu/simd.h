@@ -242,7 +242,7 @@ struct PortableLanes {
                                    permute<Alternate<2, 1>>(ab, cd));
     } else {
       return Vector<T, 4>{a[0] + a[1] + (a[2] + a[3]), b[0] + b[1] + (b[2] + b[3]),
-              c[0] + c[1] + (c[2] + c[3]), d[0] + d[1] + (d[2] + d[3])};
+                          c[0] + c[1] + (c[2] + c[3]), d[0] + d[1] + (d[2] + d[3])};
     }
   }
 
@@ -284,9 +284,7 @@ struct Lanes<T, 1> {
     *to = static_cast<Storage>(v);
   }
   static OPS_DCNV4_INLINE T zero() { return T(0); }
-  static OPS_DCNV4_INLINE Vector<T, 4> sums(T a, T b, T c, T d) {
-    return Vector<T, 4>{a, b, c, d};
-  }
+  static OPS_DCNV4_INLINE Vector<T, 4> sums(T a, T b, T c, T d) { return Vector<T, 4>{a, b, c, d}; }
 };
 
 }  // namespace

@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(block_threads)
     const auto tap_gradients =
         sampler.gradients_of(unit, layout.output, grad_locations, grad_weights);
     const scalar_t* grads = at_unit(grad_output, layout.output, unit, channels, group_channels);
-    const int64_t first_value = unit.image * sampler.pixels() * channels +
-                                (unit.exists ? unit.group * group_channels : 0);
+    const int64_t first_value =
+        unit.image * sampler.pixels() * channels + (unit.exists ? unit.group * group_channels : 0);
     const scalar_t* image = computed(value + first_value);
     acc_t* grad_image = grad_value + first_value;
     Pack<acc_t, S::vec> grad;
@@ -110,9 +110,9 @@ __global__ void __launch_bounds__(block_threads)
       const int own = first + unit.lane;
       TapGradients<acc_t> own_gradients;
       Sample<acc_t> own_sample;
-      const auto own_place = place_tap<index_t>(
-          tap_of(std::min(own, taps - 1)), channels,
-          [&](auto... arguments) { own_sample = Sample<acc_t>(arguments...); });
+      const auto own_place =
+          place_tap<index_t>(tap_of(std::min(own, taps - 1)), channels,
+                             [&](auto... arguments) { own_sample = Sample<acc_t>(arguments...); });
 #pragma unroll
       for (int lane = 0; lane < std::min(lanes, taps - first); ++lane) {
         const auto place = own_place.from_lane(lane, lanes);
@@ -181,9 +181,9 @@ __global__ void __launch_bounds__(block_threads)
       unit.col = static_cast<int>(in_image % output.width);
       const auto tap_of = sampler.taps_of(unit, output, 1, locations, weights);
       Sample<acc_t> own_sample;
-      const auto own_place = place_tap<int64_t>(
-          tap_of(static_cast<int>(own % taps)), channels,
-          [&](auto... arguments) { own_sample = Sample<acc_t>(arguments...); });
+      const auto own_place =
+          place_tap<int64_t>(tap_of(static_cast<int>(own % taps)), channels,
+                             [&](auto... arguments) { own_sample = Sample<acc_t>(arguments...); });
       for (int from = 0; from < std::min<int64_t>(warp_size, pixels * taps - first); ++from) {
         const auto place = own_place.from_lane(from, warp_size);
         const auto tap = own_sample.from_lane(from, warp_size);

@@ -34,8 +34,7 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(
       launch_backward(sampler, in_order, go.const_data_ptr<scalar_t>(),
                       v.const_data_ptr<scalar_t>(), o.const_data_ptr<scalar_t>(),
                       o.const_data_ptr<scalar_t>(), grad_value.data_ptr<acc_t>(),
-                      grad_offset_mask.data_ptr<scalar_t>(),
-                      grad_offset_mask.data_ptr<scalar_t>());
+                      grad_offset_mask.data_ptr<scalar_t>(), grad_offset_mask.data_ptr<scalar_t>());
     });
   });
   return {grad_value.to(v.scalar_type()), grad_offset_mask};

@@ -3,8 +3,8 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "checks.h"
-#include "cuda/forward.cuh"
 #include "cuda/dcnv4_sampler.cuh"
+#include "cuda/forward.cuh"
 #include "dispatch.h"
 #include "geometry.h"
 #include "operators.h"

@@ -99,10 +99,10 @@ struct Windows {
 template <typename scalar_t, typename acc_t, typename Body>
 void with_windows(const Geometry& g, std::initializer_list<const at::Tensor*> tensors,
                   const Body& body) {
-  const Sizes sizes{g.group_channels, g.y.kernel == 3 && g.x.kernel == 3 ? g.taps() : 0,
-                    std::max(int64_t(g.height) * g.width * g.channels(),
-                             int64_t(g.out_height) * g.out_width *
-                                 std::max(g.channels(), g.offset_channels))};
+  const Sizes sizes{
+      g.group_channels, g.y.kernel == 3 && g.x.kernel == 3 ? g.taps() : 0,
+      std::max(int64_t(g.height) * g.width * g.channels(),
+               int64_t(g.out_height) * g.out_width * std::max(g.channels(), g.offset_channels))};
   with_static<scalar_t, acc_t, 16 / sizeof(scalar_t), 8, 9>(sizes, tensors, [&](auto compiled) {
     body(Windows<decltype(compiled)>{g, static_cast<acc_t>(g.offset_scale)});
   });

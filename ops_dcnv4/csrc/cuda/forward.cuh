@@ -102,9 +102,9 @@ struct HalfWeights {
 };
 
 template <typename S>
-using WeightsOf = std::conditional_t<
-    std::is_same_v<typename S::scalar_t, at::Half> && S::vec % 2 == 0, HalfWeights,
-    Weights<typename S::acc_t>>;
+using WeightsOf =
+    std::conditional_t<std::is_same_v<typename S::scalar_t, at::Half> && S::vec % 2 == 0,
+                       HalfWeights, Weights<typename S::acc_t>>;
 
 // Computes output (N, ..., C) from value and the tensors that the sampler reads, which may be the
 // same tensor twice.

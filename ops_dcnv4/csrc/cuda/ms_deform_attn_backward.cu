@@ -76,8 +76,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cuda(
 std::tuple<at::Tensor, at::Tensor> flash_deform_attn_backward_cuda(
     const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& spatial_shapes,
     const at::Tensor& level_start_index, const at::Tensor& sampling_loc_attn, int64_t n_points) {
-  const Attention a = make_fused_attention(value, spatial_shapes, level_start_index,
-                                           sampling_loc_attn, n_points);
+  const Attention a =
+      make_fused_attention(value, spatial_shapes, level_start_index, sampling_loc_attn, n_points);
   check_grad_output(a.output_shape(), grad_output, value);
   const c10::DeviceGuard guard(value.device());
   const at::Tensor packed = dense(sampling_loc_attn), grad = empty_gradient(packed);

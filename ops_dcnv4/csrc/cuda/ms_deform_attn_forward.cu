@@ -40,15 +40,14 @@ at::Tensor ms_deform_attn_cuda(const at::Tensor& value, const at::Tensor& spatia
                                const at::Tensor& attention_weights) {
   const Attention a = make_attention(value, spatial_shapes, level_start_index, sampling_locations,
                                      attention_weights);
-  return attend(a, value, spatial_shapes, level_start_index, sampling_locations,
-                attention_weights);
+  return attend(a, value, spatial_shapes, level_start_index, sampling_locations, attention_weights);
 }
 
 at::Tensor flash_deform_attn_cuda(const at::Tensor& value, const at::Tensor& spatial_shapes,
                                   const at::Tensor& level_start_index,
                                   const at::Tensor& sampling_loc_attn, int64_t n_points) {
-  const Attention a = make_fused_attention(value, spatial_shapes, level_start_index,
-                                           sampling_loc_attn, n_points);
+  const Attention a =
+      make_fused_attention(value, spatial_shapes, level_start_index, sampling_loc_attn, n_points);
   const at::Tensor packed = dense(sampling_loc_attn);
   return attend(a, value, spatial_shapes, level_start_index, packed, packed);
 }

@@ -38,8 +38,7 @@ struct Levels {
   LevelTensors levels;
   Divisor points;
 
-  Levels(const Attention& a, const LevelTensors& levels)
-      : a(a), levels(levels), points(a.points) {}
+  Levels(const Attention& a, const LevelTensors& levels) : a(a), levels(levels), points(a.points) {}
 
   Levels<typename S::General, point> general() const { return {a, levels}; }
 
@@ -161,9 +160,8 @@ void with_levels(const Attention& a, const LevelTensors& levels,
   const int64_t of_query = a.heads * std::max<int64_t>(a.head_channels, 3 * a.taps());
   const Sizes sizes{a.head_channels, a.taps(),
                     std::max(a.pixels * a.channels(), a.queries * of_query)};
-  with_static<scalar_t, acc_t, bytes / sizeof(scalar_t), 16>(sizes, tensors, [&](auto compiled) {
-    body(Levels<decltype(compiled), point_t>(a, levels));
-  });
+  with_static<scalar_t, acc_t, bytes / sizeof(scalar_t), 16>(
+      sizes, tensors, [&](auto compiled) { body(Levels<decltype(compiled), point_t>(a, levels)); });
 }
 
 }  // namespace ops_dcnv4
