@@ -35,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cpu(
                                          grad_value.data_ptr<scalar_t>(),
                                          grad_offset_mask.data_ptr<scalar_t>()};
     at::parallel_for(0, g.batch * g.groups, 1, [&](int64_t begin, int64_t end) {
-      const Memory<acc_t> memory(g.taps(), slice_numbers);
+      const ScratchMemory<acc_t> memory(g.taps(), slice_numbers);
       instruction_set().kernels(scalar).dcnv4_backward(g, tensors, memory.scratch, begin, end);
     });
   });

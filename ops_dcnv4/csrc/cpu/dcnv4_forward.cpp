@@ -35,8 +35,8 @@ at::Tensor dcnv4_cpu(const at::Tensor& value, const at::Tensor& offset_mask,
                                          nullptr,
                                          nullptr};
     at::parallel_for(0, pixels, grain / work + 1, [&](int64_t begin, int64_t end) {
-      const Memory<acc_t> memory(g.taps(), 0);
-      instruction_set().kernels(scalar).dcnv4(g, tensors, memory.scratch, begin, end);
+      const ScratchMemory<acc_t> memory(g.taps(), 0);
+      instruction_set().kernels(scalar).dcnv4_forward(g, tensors, memory.scratch, begin, end);
     });
   });
   return output;

@@ -11,25 +11,25 @@ namespace {
 constexpr int usual_taps(const Geometry*) { return 9; }
 constexpr int usual_taps(const Attention*) { return 16; }
 
-template <typename Sizes>
-using UsualTaps = std::integral_constant<int64_t, usual_taps(static_cast<Sizes*>(nullptr))>;
+template <typename Call>
+using UsualTaps = std::integral_constant<int64_t, usual_taps(static_cast<Call*>(nullptr))>;
 
-template <typename Sizes, typename Tensors, typename acc_t>
-void run_forward(const Sizes& sizes, const Tensors& t, const Scratch<acc_t>& scratch, int64_t begin,
+template <typename Call, typename Tensors, typename acc_t>
+void run_forward(const Call& call, const Tensors& t, const Scratch<acc_t>& scratch, int64_t begin,
                  int64_t end) {
-  if (sizes.taps() == UsualTaps<Sizes>::value) {
-    return forward(sizes, t, scratch, UsualTaps<Sizes>(), begin, end);
+  if (call.taps() == UsualTaps<Call>::value) {
+    return forward(call, t, scratch, UsualTaps<Call>(), begin, end);
   }
-  forward(sizes, t, scratch, int64_t(sizes.taps()), begin, end);
+  forward(call, t, scratch, int64_t(call.taps()), begin, end);
 }
 
-template <typename Sizes, typename Tensors, typename acc_t>
-void run_backward(const Sizes& sizes, const Tensors& t, const Scratch<acc_t>& scratch,
-                  int64_t begin, int64_t end) {
-  if (sizes.taps() == UsualTaps<Sizes>::value) {
-    return backward(sizes, t, scratch, UsualTaps<Sizes>(), begin, end);
+template <typename Call, typename Tensors, typename acc_t>
+void run_backward(const Call& call, const Tensors& t, const Scratch<acc_t>& scratch, int64_t begin,
+                  int64_t end) {
+  if (call.taps() == UsualTaps<Call>::value) {
+    return backward(call, t, scratch, UsualTaps<Call>(), begin, end);
   }
-  backward(sizes, t, scratch, int64_t(sizes.taps()), begin, end);
+  backward(call, t, scratch, int64_t(call.taps()), begin, end);
 }
 
 template <typename scalar_t>

@@ -37,8 +37,9 @@ Gradients backward(const Attention& a, const Inputs& in, const at::Tensor& grad_
     tensors.grad_locations = grads.locations.data_ptr<acc_t>();
     tensors.grad_weights = grads.weights.data_ptr<acc_t>();
     at::parallel_for(0, a.batch * a.heads, 1, [&](int64_t begin, int64_t end) {
-      const Memory<acc_t> memory(a.taps(), int64_t(a.pixels) * a.head_channels);
-      instruction_set().kernels(scalar).attention_backward(a, tensors, memory.scratch, begin, end);
+      const ScratchMemory<acc_t> memory(a.taps(), int64_t(a.pixels) * a.head_channels);
+      instruction_set().kernels(scalar).ms_deform_attn_backward(a, tensors, memory.scratch, begin,
+                                                                end);
     });
   });
   return grads;

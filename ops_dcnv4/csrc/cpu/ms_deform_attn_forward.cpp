@@ -22,8 +22,9 @@ at::Tensor forward(const Attention& a, const Inputs& in) {
     auto tensors = in.tensors<scalar_t>();
     tensors.output = output.data_ptr<scalar_t>();
     at::parallel_for(0, a.batch * a.queries, grain / work + 1, [&](int64_t begin, int64_t end) {
-      const Memory<decltype(acc)> memory(a.taps(), 0);
-      instruction_set().kernels(scalar).attention(a, tensors, memory.scratch, begin, end);
+      const ScratchMemory<decltype(acc)> memory(a.taps(), 0);
+      instruction_set().kernels(scalar).ms_deform_attn_forward(a, tensors, memory.scratch, begin,
+                                                               end);
     });
   });
   return output;

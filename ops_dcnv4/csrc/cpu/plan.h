@@ -3,8 +3,8 @@
 // A unit of work is one output pixel and channel group of DCNv4 (dcnv4_sampler.h), or one query and
 // head of attention (ms_deform_attn_sampler.h). These files provide, for as many taps from k on as
 // a vector holds,
-//   points(k), modulation(k)          the sampling points
-//   image(k), scale_x(k), scale_y(k)  the sampled images, and factors on the points' gradients
+//   coordinates(k), modulation(k)     the sampling points
+//   level(k), scale_x(k), scale_y(k)  the sampled levels, and factors on the points' gradients
 #pragma once
 
 #include "cpu/kernels.h"
@@ -13,7 +13,7 @@
 namespace ops_dcnv4 {
 namespace {
 
-struct Unit {
+struct PlannedUnit {
   int64_t image, pixel, group;  // output pixels (or queries) are counted over the batch
   bool inside;                  // whether all pixels of all its cells are inside the image
 };
@@ -75,9 +75,9 @@ struct Coordinates {
   typename Native<acc_t>::type x, y;
 };
 
-// The images that a vector of taps samples: numbers, or vectors if each tap has its own image.
+// The levels that a vector of taps samples: numbers if it is the same for all, otherwise vectors.
 template <typename Number, typename Index>
-struct Image {
+struct Level {
   Number width, height;
   Index row_pixels, first_pixel;
 };
@@ -130,29 +130,29 @@ struct BorderAxis {
 };
 
 // Fills the plan of a unit whose cells may extend beyond the image.
-template <bool backward, typename acc_t, typename Count, typename Images, typename Source>
-OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count> plan, const Images& images,
-                                  const Source& source) {
+template <bool backward, typename acc_t, typename Count, typename Sampler, typename Points>
+OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count> plan, const Sampler& sampler,
+                                  const Points& points) {
   using L = Native<acc_t>;
   using Ints = Lanes<int32_t, native_width<acc_t>>;
   for (int64_t k = 0; k < plan.taps; k += native_width<acc_t>) {
-    const auto at = source.points(k);
-    const auto image = images.image(k);
+    const auto at = points.coordinates(k);
+    const auto level = sampler.level(k);
     // False for NaN. Precedes the conversion to int, so that huge coordinates are safe.
     const auto counts =
-        (at.x > acc_t(-1)) & (at.x < image.width) & (at.y > acc_t(-1)) & (at.y < image.height);
+        (at.x > acc_t(-1)) & (at.x < level.width) & (at.y > acc_t(-1)) & (at.y < level.height);
     const auto nowhere = L::fill(acc_t(outside));
-    const BorderAxis<acc_t> x(select(counts, at.x, nowhere), image.width - acc_t(1));
-    const BorderAxis<acc_t> y(select(counts, at.y, nowhere), image.height - acc_t(1));
-    const auto modulation = select(counts, source.modulation(k), L::zero());
+    const BorderAxis<acc_t> x(select(counts, at.x, nowhere), level.width - acc_t(1));
+    const BorderAxis<acc_t> y(select(counts, at.y, nowhere), level.height - acc_t(1));
+    const auto modulation = select(counts, points.modulation(k), L::zero());
     store_weights<L>(plan, k, x.weight_first, x.weight_second, modulation * y.weight_first,
                      modulation * y.weight_second);
-    const auto pixel = convert<typename Ints::type>(y.clamped) * image.row_pixels +
-                       convert<typename Ints::type>(x.clamped) + image.first_pixel;
+    const auto pixel = convert<typename Ints::type>(y.clamped) * level.row_pixels +
+                       convert<typename Ints::type>(x.clamped) + level.first_pixel;
     const auto none = Ints::fill(-1);
     Ints::store(plan.pixel() + k, select(convert<typename Ints::type>(counts), pixel, none));
     Ints::store(plan.step_x() + k, convert<typename Ints::type>(x.step));
-    Ints::store(plan.step_y() + k, convert<typename Ints::type>(y.step) * image.row_pixels);
+    Ints::store(plan.step_y() + k, convert<typename Ints::type>(y.step) * level.row_pixels);
     if (!backward) continue;
     L::store(plan.dx() + k, x.distance);
     L::store(plan.dy() + k, y.distance);

@@ -1,5 +1,4 @@
-// Backward kernels, parameterised by the sampler of the operator: Windows (DCNv4) or Levels
-// (attention).
+// Backward kernels, parameterised by the sampler of the operator.
 #pragma once
 
 #include <algorithm>
@@ -14,20 +13,20 @@ namespace ops_dcnv4 {
 
 // The data from which the gradients of a tap are computed.
 template <typename acc_t>
-struct Sample {
+struct TapSample {
   acc_t dx, dy, weight;
   unsigned inside;  // a bit per corner: top left, top right, bottom left, bottom right
 
-  Sample() = default;
-  __device__ __forceinline__ Sample(const Inside& in, const Cell<acc_t>& cell, acc_t weight)
+  TapSample() = default;
+  __device__ __forceinline__ TapSample(const Inside& in, const Cell<acc_t>& cell, acc_t weight)
       : dx(cell.dx),
         dy(cell.dy),
         weight(weight),
         inside((in.top && in.left) | (in.top && in.right) << 1 | (in.bottom && in.left) << 2 |
                (in.bottom && in.right) << 3) {}
 
-  __device__ __forceinline__ Sample from_lane(int lane, int lanes) const {
-    Sample result;
+  __device__ __forceinline__ TapSample from_lane(int lane, int lanes) const {
+    TapSample result;
     result.dx = ops_dcnv4::from_lane(dx, lane, lanes);
     result.dy = ops_dcnv4::from_lane(dy, lane, lanes);
     result.weight = ops_dcnv4::from_lane(weight, lane, lanes);
@@ -53,7 +52,7 @@ struct TapGradients {
 
   TapGradients() = default;
   // `dots` are the dot products of grad_output with the corners.
-  __device__ __forceinline__ TapGradients(const Sample<acc_t>& tap, const acc_t (&dots)[4]) {
+  __device__ __forceinline__ TapGradients(const TapSample<acc_t>& tap, const acc_t (&dots)[4]) {
     acc_t d[4];
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) d[corner] = tap.is_inside(corner) ? dots[corner] : 0;
@@ -94,7 +93,7 @@ __global__ void __launch_bounds__(block_threads)
   const int group_channels = sampler.group_channels();
   const index_t channels = sampler.channels();
 
-  for_units<Sampler::tile_width>(layout, lanes, [&](const Unit& unit) {
+  for_units<Sampler::tile_width>(layout, lanes, [&](const ThreadUnit& unit) {
     const auto tap_of = sampler.taps_of(unit, layout.output, lanes, locations, weights);
     const auto tap_gradients =
         sampler.gradients_of(unit, layout.output, grad_locations, grad_weights);
@@ -109,10 +108,10 @@ __global__ void __launch_bounds__(block_threads)
     for (int first = 0; first < taps; first += lanes) {
       const int own = first + unit.lane;
       TapGradients<acc_t> own_gradients;
-      Sample<acc_t> own_sample;
-      const auto own_place =
-          place_tap<index_t>(tap_of(std::min(own, taps - 1)), channels,
-                             [&](auto... arguments) { own_sample = Sample<acc_t>(arguments...); });
+      TapSample<acc_t> own_sample;
+      const auto own_place = place_tap<index_t>(
+          tap_of(std::min(own, taps - 1)), channels,
+          [&](auto... arguments) { own_sample = TapSample<acc_t>(arguments...); });
 #pragma unroll
       for (int lane = 0; lane < std::min(lanes, taps - first); ++lane) {
         const auto place = own_place.from_lane(lane, lanes);
@@ -166,7 +165,7 @@ __global__ void __launch_bounds__(block_threads)
   const int lane = threadIdx.x % warp_size, warps = block_threads / warp_size;
   const int taps = sampler.taps(), group_channels = sampler.group_channels();
   const int64_t channels = sampler.channels();
-  Unit unit;
+  ThreadUnit unit;
   unit.lane = 0;
   unit.exists = true;
   unit.group = blockIdx.x * warps + threadIdx.x / warp_size;
@@ -180,10 +179,10 @@ __global__ void __launch_bounds__(block_threads)
       unit.row = static_cast<int>(in_image / output.width);
       unit.col = static_cast<int>(in_image % output.width);
       const auto tap_of = sampler.taps_of(unit, output, 1, locations, weights);
-      Sample<acc_t> own_sample;
-      const auto own_place =
-          place_tap<int64_t>(tap_of(static_cast<int>(own % taps)), channels,
-                             [&](auto... arguments) { own_sample = Sample<acc_t>(arguments...); });
+      TapSample<acc_t> own_sample;
+      const auto own_place = place_tap<int64_t>(
+          tap_of(static_cast<int>(own % taps)), channels,
+          [&](auto... arguments) { own_sample = TapSample<acc_t>(arguments...); });
       for (int from = 0; from < std::min<int64_t>(warp_size, pixels * taps - first); ++from) {
         const auto place = own_place.from_lane(from, warp_size);
         const auto tap = own_sample.from_lane(from, warp_size);

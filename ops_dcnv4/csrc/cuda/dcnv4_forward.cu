@@ -23,7 +23,7 @@ at::Tensor dcnv4_cuda(const at::Tensor& value, const at::Tensor& offset_mask,
   at::Tensor output = at::empty(g.output_shape(), v.options());
   dispatch(v.scalar_type(), [&](auto scalar, auto acc) {
     using scalar_t = decltype(scalar);
-    with_windows<scalar_t, decltype(acc)>(g, {&v, &output}, [&](auto sampler) {
+    with_dcnv4_sampler<scalar_t, decltype(acc)>(g, {&v, &output}, [&](auto sampler) {
       launch_forward(sampler, v.const_data_ptr<scalar_t>(), o.const_data_ptr<scalar_t>(),
                      o.const_data_ptr<scalar_t>(), output.data_ptr<scalar_t>());
     });

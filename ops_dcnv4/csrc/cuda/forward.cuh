@@ -1,5 +1,4 @@
-// Forward kernel, parameterised by the sampler of the operator: Windows (DCNv4) or Levels
-// (attention).
+// Forward kernel, parameterised by the sampler of the operator.
 #pragma once
 
 #include <algorithm>
@@ -14,11 +13,12 @@ namespace ops_dcnv4 {
 
 // Weights of the four pixels of a tap's cell.
 template <typename acc_t>
-struct Weights {
+struct CornerWeights {
   acc_t at[4];
 
-  Weights() = default;
-  __device__ __forceinline__ Weights(const Inside& in, const Cell<acc_t>& cell, acc_t modulation) {
+  CornerWeights() = default;
+  __device__ __forceinline__ CornerWeights(const Inside& in, const Cell<acc_t>& cell,
+                                           acc_t modulation) {
     const acc_t left = in.left ? 1 - cell.dx : 0, right = in.right ? cell.dx : 0;
     const acc_t top = modulation * (in.top ? 1 - cell.dy : 0);
     const acc_t bottom = modulation * (in.bottom ? cell.dy : 0);
@@ -28,8 +28,8 @@ struct Weights {
     at[3] = bottom * right;
   }
 
-  __device__ __forceinline__ Weights from_lane(int lane, int lanes) const {
-    Weights result;
+  __device__ __forceinline__ CornerWeights from_lane(int lane, int lanes) const {
+    CornerWeights result;
 #pragma unroll
     for (int i = 0; i < 4; ++i) result.at[i] = ops_dcnv4::from_lane(at[i], lane, lanes);
     return result;
@@ -52,13 +52,13 @@ struct Weights {
 // Weights for halves, which are interpolated two at a time in 16 bits (the precision of the
 // pixels), then modulated and accumulated over the taps in 32 bits. Up to rounding, samples are
 // within the range of their pixels: pixels within 0.2 % of the largest half may overflow.
-struct HalfWeights {
+struct HalfCornerWeights {
   unsigned top, bottom;  // pairs of halves: left, right
   float modulation;
 
-  HalfWeights() = default;
-  __device__ __forceinline__ HalfWeights(const Inside& in, const Cell<float>& cell,
-                                         float modulation)
+  HalfCornerWeights() = default;
+  __device__ __forceinline__ HalfCornerWeights(const Inside& in, const Cell<float>& cell,
+                                               float modulation)
       : modulation(cell.row == outside ? 0 : modulation) {
     const float left = in.left ? 1 - cell.dx : 0, right = in.right ? cell.dx : 0;
     const float above = in.top ? 1 - cell.dy : 0, below = in.bottom ? cell.dy : 0;
@@ -66,8 +66,8 @@ struct HalfWeights {
     bottom = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(below * left, below * right));
   }
 
-  __device__ __forceinline__ HalfWeights from_lane(int lane, int lanes) const {
-    HalfWeights result;
+  __device__ __forceinline__ HalfCornerWeights from_lane(int lane, int lanes) const {
+    HalfCornerWeights result;
     result.top = ops_dcnv4::from_lane(top, lane, lanes);
     result.bottom = ops_dcnv4::from_lane(bottom, lane, lanes);
     result.modulation = ops_dcnv4::from_lane(modulation, lane, lanes);
@@ -102,9 +102,9 @@ struct HalfWeights {
 };
 
 template <typename S>
-using WeightsOf =
+using CornerWeightsOf =
     std::conditional_t<std::is_same_v<typename S::scalar_t, at::Half> && S::vec % 2 == 0,
-                       HalfWeights, Weights<typename S::acc_t>>;
+                       HalfCornerWeights, CornerWeights<typename S::acc_t>>;
 
 // Computes output (N, ..., C) from value and the tensors that the sampler reads, which may be the
 // same tensor twice.
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(block_threads)
   const int group_channels = sampler.group_channels();
   const index_t channels = sampler.channels();
 
-  for_units<Sampler::tile_width>(layout, lanes, [&](const Unit& unit) {
+  for_units<Sampler::tile_width>(layout, lanes, [&](const ThreadUnit& unit) {
     const auto tap_of = sampler.taps_of(unit, layout.output, lanes, locations, weights);
     for (int start = 0; start < group_channels; start += lanes * S::vec) {
       const int in_group = start + unit.lane * S::vec;
@@ -131,10 +131,10 @@ __global__ void __launch_bounds__(block_threads)
       Pack<acc_t, S::vec> sum = {};
 #pragma unroll
       for (int first = 0; first < taps; first += lanes) {
-        WeightsOf<S> own_weights;
+        CornerWeightsOf<S> own_weights;
         const auto own_place = place_tap<index_t>(
             tap_of(std::min(first + unit.lane, taps - 1)), channels,
-            [&](auto... arguments) { own_weights = WeightsOf<S>(arguments...); });
+            [&](auto... arguments) { own_weights = CornerWeightsOf<S>(arguments...); });
 #pragma unroll
         for (int lane = 0; lane < std::min(lanes, taps - first); ++lane) {
           const auto place = own_place.from_lane(lane, lanes);

@@ -24,10 +24,12 @@ at::Tensor attend(const Attention& a, const at::Tensor& value, const at::Tensor&
   dispatch(v.scalar_type(), l.scalar_type(), [&](auto scalar, auto acc, auto point) {
     using scalar_t = decltype(scalar);
     using point_t = decltype(point);
-    with_levels<scalar_t, decltype(acc), point_t, 16>(a, levels, {&v, &output}, [&](auto sampler) {
-      launch_forward(sampler, v.const_data_ptr<scalar_t>(), l.const_data_ptr<point_t>(),
-                     w.const_data_ptr<point_t>() + a.first_weight(), output.data_ptr<scalar_t>());
-    });
+    with_ms_deform_attn_sampler<scalar_t, decltype(acc), point_t, 16>(
+        a, levels, {&v, &output}, [&](auto sampler) {
+          launch_forward(sampler, v.const_data_ptr<scalar_t>(), l.const_data_ptr<point_t>(),
+                         w.const_data_ptr<point_t>() + a.first_weight(),
+                         output.data_ptr<scalar_t>());
+        });
   });
   return output;
 }

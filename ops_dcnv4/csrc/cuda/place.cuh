@@ -8,7 +8,7 @@
 namespace ops_dcnv4 {
 
 // An image that taps sample: all of an image of value, or one of its levels.
-struct Image {
+struct Level {
   int height, width;
   int start;  // the first pixel
 };
@@ -17,7 +17,7 @@ struct Image {
 template <typename acc_t>
 struct Tap {
   acc_t y, x, weight;
-  Image image;
+  Level level;
 };
 
 // The four pixels of a cell, as offsets in memory from the image's first pixel. A pixel outside the
@@ -61,7 +61,7 @@ struct Inside {
 template <typename index_t, typename acc_t, typename Make>
 __device__ __forceinline__ Place<index_t> place_tap(const Tap<acc_t>& tap, index_t channels,
                                                     const Make& make) {
-  const auto [height, width, start] = tap.image;
+  const auto [height, width, start] = tap.level;
   const Cell<acc_t> cell = locate(tap.y, tap.x, height, width);
   const Inside in{cell.col >= 0, cell.col + 1 < width, cell.row >= 0, cell.row + 1 < height};
   make(in, cell, tap.weight);
