@@ -6,7 +6,7 @@
 #include <array>
 #include <cstdint>
 
-#include "bilinear.h"
+#include "inline.h"
 
 namespace ops_dcnv4 {
 

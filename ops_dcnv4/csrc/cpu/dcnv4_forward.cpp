@@ -12,12 +12,8 @@
 
 namespace ops_dcnv4 {
 
-at::Tensor dcnv4_cpu(const at::Tensor& value, const at::Tensor& offset_mask,
-                     at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-                     at::IntArrayRef dilation, int64_t groups, double offset_scale,
-                     bool remove_center) {
-  const Geometry g = make_geometry(value, offset_mask, kernel_size, stride, padding, dilation,
-                                   groups, offset_scale, remove_center);
+at::Tensor dcnv4_cpu(const Window& window, const at::Tensor& value, const at::Tensor& offset_mask) {
+  const Geometry g = make_geometry(window, value, offset_mask);
   if (value.numel() == 0 || offset_mask.numel() == 0) {
     return at::zeros(g.output_shape(), value.options());
   }

@@ -17,9 +17,9 @@ inline void check_levels(const Attention& a, const at::Tensor& shapes, const at:
     const int64_t first = start.const_data_ptr<int64_t>()[level];
     TORCH_CHECK_VALUE(is_side(height) && is_side(width) && first >= 0 && first <= a.pixels &&
                           height <= (a.pixels - first) / width,
-                      "level ", level, " of spatial_shapes and level_start_index, ", height, " x ",
-                      width, " from ", first, " on, does not lie within value of length ",
-                      a.pixels);
+                      "level ", level,
+                      " of spatial_shapes and level_start_index must lie within the ", a.pixels,
+                      " pixels of value, got ", height, " x ", width, " from ", first, " on");
   }
 }
 

@@ -12,12 +12,11 @@
 
 namespace ops_dcnv4 {
 
-std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(
-    const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& offset_mask,
-    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, double offset_scale, bool remove_center) {
-  const Geometry g = make_geometry(value, offset_mask, kernel_size, stride, padding, dilation,
-                                   groups, offset_scale, remove_center);
+std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const Window& window,
+                                                       const at::Tensor& grad_output,
+                                                       const at::Tensor& value,
+                                                       const at::Tensor& offset_mask) {
+  const Geometry g = make_geometry(window, value, offset_mask);
   check_grad_output(g.output_shape(), grad_output, value);
   const c10::DeviceGuard guard(value.device());
   const at::Tensor go = dense(grad_output), v = dense(value), o = dense(offset_mask);
