@@ -42,7 +42,7 @@ test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev $(VENV)/.cuda_model
 	  $(if $(TEST_SEED),--randomly-seed=$(TEST_SEED),-p no:randomly)
 
 # The tests run the CUDA kernels, compiled as C++, on a serial emulator of CUDA.
-$(VENV)/.cuda_model: $(OPS_SOURCES) $(wildcard tests/cuda_model/*.cpp tests/cuda_model/*.h) $(VENV)/.package $(VENV)/.dev
+$(VENV)/.cuda_model: $(OPS_SOURCES) $(shell find tests/cuda_model -name '*.cpp' -o -name '*.h') $(VENV)/.package $(VENV)/.dev
 	$(RUN) -m tests.cuda_model.build
 	touch $@
 

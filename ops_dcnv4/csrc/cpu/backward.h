@@ -71,20 +71,18 @@ OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Sampler
       bottom_left = select(bottom & left, bottom_left, zero);
       bottom_right = select(bottom & right, bottom_right, zero);
     }
-    const auto dx = L::load(plan.dx() + k), dy = L::load(plan.dy() + k);
-    const auto top = (acc_t(1) - dx) * top_left + dx * top_right;
-    const auto bottom = (acc_t(1) - dx) * bottom_left + dx * bottom_right;
-    const auto slope_x =
-        (acc_t(1) - dy) * (top_right - top_left) + dy * (bottom_right - bottom_left);
+    const auto sample =
+        interpolate<acc_t, typename L::type>(L::load(plan.dx() + k), L::load(plan.dy() + k),
+                                             {{top_left, top_right, bottom_left, bottom_right}});
     const auto modulation = L::load(plan.modulation() + k);
-    const auto grad_x = sampler.scale_x(k) * modulation * slope_x;
-    const auto grad_y = sampler.scale_y(k) * modulation * (bottom - top);
+    const auto grad_x = sampler.scale_x(k) * modulation * sample.slope_x;
+    const auto grad_y = sampler.scale_y(k) * modulation * sample.slope_y;
     const int64_t count = plan.taps - k;
     T* to = grad_points + 2 * k;
     L::store_first(to, L::template permute<Interleave<0>>(grad_x, grad_y), 2 * count);
     L::store_first(to + width, L::template permute<Interleave<1>>(grad_x, grad_y),
                    2 * count - width);
-    L::store_first(grad_modulation + k, (acc_t(1) - dy) * top + dy * bottom, count);
+    L::store_first(grad_modulation + k, sample.value, count);
   }
 }
 

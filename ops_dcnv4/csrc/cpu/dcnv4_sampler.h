@@ -6,7 +6,7 @@
 namespace ops_dcnv4 {
 namespace {
 
-// What all windows have in common. Copies, which stores to plans cannot change.
+// The parameters shared by all windows: copies, so that stores to plans do not force reloads.
 template <typename acc_t>
 struct Dcnv4Sampler {
   int row_pixels;  // of an image

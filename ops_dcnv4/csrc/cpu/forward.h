@@ -101,10 +101,10 @@ void forward(const Attention& a, const AttentionTensors<scalar_t>& t, const Scra
   const int64_t strip = strip_plans(taps);
   PlannedUnit planned[strip_plans(1)];
   for (int64_t block = begin; block < end; block += block_queries) {
-    const int64_t behind = block + block_queries < end ? block + block_queries : end;
+    const int64_t block_end = block + block_queries < end ? block + block_queries : end;
     for (int64_t head = 0; head < a.heads; ++head) {
-      for (int64_t i = block; i < behind; i += strip) {
-        const int64_t count = behind - i < strip ? behind - i : strip;
+      for (int64_t i = block; i < block_end; i += strip) {
+        const int64_t count = block_end - i < strip ? block_end - i : strip;
         plan_queries<false>(first, sampler, a, t, planned, i * a.heads + head, count);
         sum_strip(first, a.pixels, 0, a.channels(), a.head_channels, t.value, t.output, planned,
                   count);

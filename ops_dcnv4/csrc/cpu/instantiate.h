@@ -7,29 +7,25 @@
 namespace ops_dcnv4 {
 namespace {
 
-// 3 x 3 windows, and 4 points in each of 4 levels, have specialised kernels.
-constexpr int usual_taps(const Geometry*) { return 9; }
-constexpr int usual_taps(const Attention*) { return 16; }
-
-template <typename Call>
-using UsualTaps = std::integral_constant<int64_t, usual_taps(static_cast<Call*>(nullptr))>;
+// Calls body with the number of taps, as a constant for 3 x 3 windows and for 4 points in each of 4
+// levels.
+template <typename Call, typename Body>
+void with_taps(const Call& call, const Body& body) {
+  constexpr int64_t usual = std::is_same_v<Call, Geometry> ? 9 : 16;
+  if (call.taps() == usual) return body(std::integral_constant<int64_t, usual>());
+  body(int64_t(call.taps()));
+}
 
 template <typename Call, typename Tensors, typename acc_t>
 void run_forward(const Call& call, const Tensors& t, const Scratch<acc_t>& scratch, int64_t begin,
                  int64_t end) {
-  if (call.taps() == UsualTaps<Call>::value) {
-    return forward(call, t, scratch, UsualTaps<Call>(), begin, end);
-  }
-  forward(call, t, scratch, int64_t(call.taps()), begin, end);
+  with_taps(call, [&](auto taps) { forward(call, t, scratch, taps, begin, end); });
 }
 
 template <typename Call, typename Tensors, typename acc_t>
 void run_backward(const Call& call, const Tensors& t, const Scratch<acc_t>& scratch, int64_t begin,
                   int64_t end) {
-  if (call.taps() == UsualTaps<Call>::value) {
-    return backward(call, t, scratch, UsualTaps<Call>(), begin, end);
-  }
-  backward(call, t, scratch, int64_t(call.taps()), begin, end);
+  with_taps(call, [&](auto taps) { backward(call, t, scratch, taps, begin, end); });
 }
 
 template <typename scalar_t>

@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "bilinear.h"
+#include "inline.h"
 
 #if defined(__GNUC__)
 #define OPS_DCNV4_PREFETCH(address) __builtin_prefetch(address)
@@ -151,6 +151,10 @@ struct Lanes;
 template <typename T, int width>
 struct PortableLanes {
   using type = Vector<T, width>;
+  using Element = T;
+  using Pixel = type;  // whole numbers, which need no conversion to be compared
+  using PixelElement = T;
+  using Mask = decltype(type{} < type{});
   static constexpr bool fits_register = sizeof(T) * width <= OPS_DCNV4_VECTOR_BYTES;
 
   static OPS_DCNV4_INLINE type zero() { return fill(T(0)); }
@@ -214,6 +218,20 @@ struct PortableLanes {
   template <typename Pattern>
   static OPS_DCNV4_INLINE type permute(type a, type b) {
     return pick<Pattern, T, width>(a, b, std::make_index_sequence<width>());
+  }
+
+  template <typename M, typename V>
+  static OPS_DCNV4_INLINE V select(M mask, V a, V b) {
+    return ops_dcnv4::select(mask, a, b);
+  }
+  static OPS_DCNV4_INLINE Mask both(Mask a, Mask b) { return a & b; }
+  template <typename V>
+  static OPS_DCNV4_INLINE V number(V v) {
+    return v;
+  }
+  template <typename V>
+  static OPS_DCNV4_INLINE auto index(V v) {
+    return convert<Vector<int32_t, width>>(v);
   }
 
   // Only for values in the range of int.

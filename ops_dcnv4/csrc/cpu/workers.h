@@ -1,4 +1,4 @@
-// What the operators share when they call the kernels.
+// Memory and granularity of the CPU workers.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "cuda/place.cuh"
 #include "cuda/static.cuh"
+#include "cuda/tap.cuh"
 #include "geometry.h"
 
 namespace ops_dcnv4 {
@@ -59,7 +59,7 @@ struct Dcnv4Sampler {
                       offset_scale * (g.x.grid(tap_x) + static_cast<acc_t>(offsets[2 * k]));
       const acc_t y = g.y.center_of(unit.row) +
                       offset_scale * (g.y.grid(tap_y) + static_cast<acc_t>(offsets[2 * k + 1]));
-      return {y, x, static_cast<acc_t>(offsets[2 * taps() + k]), {g.height, g.width, 0}};
+      return {x, y, static_cast<acc_t>(offsets[2 * taps() + k]), {g.width, g.height, g.width, 0}};
     };
   }
 
@@ -82,8 +82,8 @@ struct Dcnv4Sampler {
       const Geometry& g = sampler.g;
       const int used = 3 * sampler.taps();
       if (!unit.exists || unit.group != g.groups - 1) return;
-      const typename S::index_t behind = g.offset_channels - unit.group * used;
-      for (typename S::index_t c = used + unit.lane; c < behind; c += lanes) {
+      const typename S::index_t end = g.offset_channels - unit.group * used;
+      for (typename S::index_t c = used + unit.lane; c < end; c += lanes) {
         offsets[c] = point_t(0);
       }
     }

@@ -9,8 +9,8 @@
 #include <limits>
 
 #include "attention.h"
-#include "cuda/place.cuh"
 #include "cuda/static.cuh"
+#include "cuda/tap.cuh"
 
 namespace ops_dcnv4 {
 
@@ -89,23 +89,23 @@ struct MsDeformAttnSampler {
     return [this, at_k, largest, factor](int k) -> Tap<acc_t> {
       acc_t weight = static_cast<acc_t>(at_k.weights[k]);
       if (a.fused) weight = factor * std::exp(weight - largest);
-      const Level level = level_of(points.divide(k));
+      const auto level = level_of(points.divide(k));
       const acc_t x = static_cast<acc_t>(at_k.locations[2 * k]) * level.width - acc_t(0.5);
       const acc_t y = static_cast<acc_t>(at_k.locations[2 * k + 1]) * level.height - acc_t(0.5);
-      return {y, x, weight, level};
+      return {x, y, weight, level};
     };
   }
 
   // Returns a level, which has no pixels if it exceeds value. The host does not check the sizes,
   // because it would have to synchronise.
-  __device__ __forceinline__ Level level_of(int level) const {
+  __device__ __forceinline__ Level<int, int> level_of(int level) const {
     const int64_t height = levels.shapes[2 * level], width = levels.shapes[2 * level + 1];
     const int64_t start = levels.starts[level];
     const bool is_small = (height | width | start) >> 32 == 0;  // and not negative
     const uint64_t end = uint64_t(unsigned(height)) * unsigned(width) + unsigned(start);
     const bool fits = is_small && end > uint64_t(start) && end <= uint64_t(a.pixels);
-    return {fits ? static_cast<int>(height) : empty_height, static_cast<int>(width),
-            static_cast<int>(start)};
+    return {static_cast<int>(width), fits ? static_cast<int>(height) : empty_height,
+            static_cast<int>(width), static_cast<int>(start)};
   }
 
   // Fails an assertion if a level exceeds value. Only the first block checks this, and only at the
@@ -113,8 +113,9 @@ struct MsDeformAttnSampler {
   __device__ __forceinline__ void check() const {
     if (blockIdx.x + blockIdx.y + blockIdx.z != 0) return;
     for (int level = threadIdx.x; level < a.levels; level += block_threads) {
-      OPS_DCNV4_ASSERT(level_of(level).height != empty_height,
-                       "a level of spatial_shapes and level_start_index lies outside of value");
+      CUDA_KERNEL_ASSERT_MSG(
+          level_of(level).height != empty_height,
+          "the levels of spatial_shapes and level_start_index must lie within value");
     }
   }
 

@@ -12,7 +12,7 @@
 
 namespace ops_dcnv4 {
 
-// What is known about a call at compile time; 0 means unknown.
+// The sizes known at compile time; 0 means unknown.
 template <typename scalar, typename acc, int vec_, int group_channels_, int taps_>
 struct Static {
   using scalar_t = scalar;

@@ -119,10 +119,15 @@ __device__ __forceinline__ T* at_unit(T* tensor, const Extents& output, const Th
   return unit.exists ? image + in_image : tensor;
 }
 
-// Returns the value of another lane of the unit.
+// Returns the value of another lane of the unit. T is a number or a struct of numbers.
 template <typename T>
-__device__ __forceinline__ T from_lane(T v, int lane, int lanes) {
-  return __shfl_sync(0xffffffff, v, lane, lanes);
+__device__ __forceinline__ T from_lane(const T& v, int lane, int lanes) {
+  struct Words {
+    unsigned at[sizeof(T) / sizeof(unsigned)];
+  } words = ops_dcnv4::bit_cast<Words>(v);
+#pragma unroll
+  for (unsigned& word : words.at) word = __shfl_sync(0xffffffff, word, lane, lanes);
+  return ops_dcnv4::bit_cast<T>(words);
 }
 
 // Reduces the values of a unit's lanes with `combine`; each lane receives the result.
