@@ -45,10 +45,12 @@ TORCH_LIBRARY(ops_dcnv4_cuda_model, m) {
   };
   define("dcnv4", &ops_dcnv4::Schema<ops_dcnv4::dcnv4_cuda>::call);
   define("dcnv4_backward", &ops_dcnv4::Schema<ops_dcnv4::dcnv4_backward_cuda>::call);
-  define("ms_deform_attn", &ops_dcnv4::ms_deform_attn_cuda);
-  define("ms_deform_attn_backward", &ops_dcnv4::ms_deform_attn_backward_cuda);
-  define("flash_deform_attn", &ops_dcnv4::flash_deform_attn_cuda);
-  define("flash_deform_attn_backward", &ops_dcnv4::flash_deform_attn_backward_cuda);
+  define("ms_deform_attn", &ops_dcnv4::ms_deform_attn<ops_dcnv4::ms_deform_attn_cuda>);
+  define("ms_deform_attn_backward",
+         &ops_dcnv4::ms_deform_attn_backward<ops_dcnv4::ms_deform_attn_backward_cuda>);
+  define("flash_deform_attn", &ops_dcnv4::flash_deform_attn<ops_dcnv4::ms_deform_attn_cuda>);
+  define("flash_deform_attn_backward",
+         &ops_dcnv4::flash_deform_attn_backward<ops_dcnv4::ms_deform_attn_backward_cuda>);
   m.def("guard_tensors(bool before) -> ()", guard_tensors);
   m.def("set_order(int order) -> ()", cuda_model::set_order);
 }

@@ -329,7 +329,7 @@ CHANGES = [
     ({"spatial_shapes": SPLIT.spatial_shapes[:0]}, ValueError, "spatial_shapes"),
     ({"level_start_index": SPLIT.level_start_index[:1]}, ValueError, "level_start_index"),
     ({"level_start_index": SPLIT.level_start_index.double()}, TypeError, "64-bit integers"),
-    ({"value": SPLIT.value[:, :0]}, ValueError, "pixels of value must be from 1 to 536870911, got 0"),
+    ({"value": SPLIT.value[:, :0]}, ValueError, "pixels of value must be from 1 to"),
     (
         {"value": SPLIT.value[:0, :, :1, :1].expand(0, 47, 2**40, 2**40)},
         ValueError,

@@ -368,7 +368,7 @@ REFUSED = [
         ValueError,
         "number of pixels of an image must be from 0 to 536870911",
     ),
-    ({"value": ONE.expand(2, 5, 6, 2**31)}, ValueError, "number of channels of value must be from 0"),
+    ({"value": ONE.expand(2, 5, 6, 2**31)}, ValueError, "channels of value must be from 0"),
 ]
 
 

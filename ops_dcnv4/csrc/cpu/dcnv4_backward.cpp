@@ -27,12 +27,10 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cpu(const Window& window,
   dispatch(v.scalar_type(), [&](auto scalar, auto acc) {
     using scalar_t = decltype(scalar);
     using acc_t = decltype(acc);
-    const Dcnv4Tensors<scalar_t> tensors{v.const_data_ptr<scalar_t>(),
-                                         o.const_data_ptr<scalar_t>(),
-                                         nullptr,
-                                         go.const_data_ptr<scalar_t>(),
-                                         grad_value.data_ptr<scalar_t>(),
-                                         grad_offset_mask.data_ptr<scalar_t>()};
+    Dcnv4Tensors<scalar_t> tensors{v.const_data_ptr<scalar_t>(), o.const_data_ptr<scalar_t>()};
+    tensors.grad_output = go.const_data_ptr<scalar_t>();
+    tensors.grad_value = grad_value.data_ptr<scalar_t>();
+    tensors.grad_offset_mask = grad_offset_mask.data_ptr<scalar_t>();
     at::parallel_for(0, g.batch * g.groups, 1, [&](int64_t begin, int64_t end) {
       const ScratchMemory<acc_t> memory(g.taps(), slice_numbers);
       instruction_set().kernels(scalar).dcnv4_backward(g, tensors, memory.scratch, begin, end);

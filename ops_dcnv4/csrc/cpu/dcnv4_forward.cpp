@@ -24,12 +24,8 @@ at::Tensor dcnv4_cpu(const Window& window, const at::Tensor& value, const at::Te
   dispatch(v.scalar_type(), [&](auto scalar, auto acc) {
     using scalar_t = decltype(scalar);
     using acc_t = decltype(acc);
-    const Dcnv4Tensors<scalar_t> tensors{v.const_data_ptr<scalar_t>(),
-                                         o.const_data_ptr<scalar_t>(),
-                                         output.data_ptr<scalar_t>(),
-                                         nullptr,
-                                         nullptr,
-                                         nullptr};
+    Dcnv4Tensors<scalar_t> tensors{v.const_data_ptr<scalar_t>(), o.const_data_ptr<scalar_t>()};
+    tensors.output = output.data_ptr<scalar_t>();
     at::parallel_for(0, pixels, grain / work + 1, [&](int64_t begin, int64_t end) {
       const ScratchMemory<acc_t> memory(g.taps(), 0);
       instruction_set().kernels(scalar).dcnv4_forward(g, tensors, memory.scratch, begin, end);

@@ -11,9 +11,10 @@
 #include "operators.h"
 
 namespace ops_dcnv4 {
-namespace {
 
-at::Tensor forward(const Attention& a, const Inputs& in) {
+at::Tensor ms_deform_attn_cpu(const AttentionInputs& inputs) {
+  const Attention a = make_attention(inputs);
+  const DenseInputs in(a, inputs);
   if (in.is_empty()) return at::zeros(a.output_shape(), in.value.options());
   at::Tensor output = at::empty(a.output_shape(), in.value.options());
   const int64_t work = std::max<int64_t>(4 * a.channels() * a.taps(), 1);
@@ -28,26 +29,6 @@ at::Tensor forward(const Attention& a, const Inputs& in) {
     });
   });
   return output;
-}
-
-}  // namespace
-
-at::Tensor ms_deform_attn_cpu(const at::Tensor& value, const at::Tensor& spatial_shapes,
-                              const at::Tensor& level_start_index,
-                              const at::Tensor& sampling_locations,
-                              const at::Tensor& attention_weights) {
-  const Attention a = make_attention(value, spatial_shapes, level_start_index, sampling_locations,
-                                     attention_weights);
-  return forward(a, Inputs(a, value, spatial_shapes, level_start_index, sampling_locations,
-                           attention_weights));
-}
-
-at::Tensor flash_deform_attn_cpu(const at::Tensor& value, const at::Tensor& spatial_shapes,
-                                 const at::Tensor& level_start_index,
-                                 const at::Tensor& sampling_loc_attn, int64_t n_points) {
-  const Attention a =
-      make_fused_attention(value, spatial_shapes, level_start_index, sampling_loc_attn, n_points);
-  return forward(a, Inputs(a, value, spatial_shapes, level_start_index, sampling_loc_attn, {}));
 }
 
 }  // namespace ops_dcnv4

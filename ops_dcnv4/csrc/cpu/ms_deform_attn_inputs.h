@@ -24,19 +24,18 @@ inline void check_levels(const Attention& a, const at::Tensor& shapes, const at:
 }
 
 // Contiguous, with locations and normalised weights in the accumulator's type.
-struct Inputs {
+struct DenseInputs {
   at::Tensor value, spatial_shapes, level_start_index, locations, weights;
 
-  Inputs(const Attention& a, const at::Tensor& value, const at::Tensor& spatial_shapes,
-         const at::Tensor& level_start_index, const at::Tensor& points, const at::Tensor& weights)
-      : value(dense(value)),
-        spatial_shapes(dense(spatial_shapes)),
-        level_start_index(dense(level_start_index)) {
-    check_levels(a, this->spatial_shapes, this->level_start_index);
+  DenseInputs(const Attention& a, const AttentionInputs& in)
+      : value(dense(in.value)),
+        spatial_shapes(dense(in.spatial_shapes)),
+        level_start_index(dense(in.level_start_index)) {
+    check_levels(a, spatial_shapes, level_start_index);
     const at::ScalarType dtype = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    locations = dense(points).to(dtype);
-    this->weights = a.fused ? at::_softmax(locations.slice(3, a.first_weight()), -1, false)
-                            : dense(weights).to(dtype);
+    locations = dense(in.locations).to(dtype);
+    weights = a.fused ? at::_softmax(locations.slice(3, a.first_weight()), -1, false)
+                      : dense(in.weights).to(dtype);
   }
 
   bool is_empty() const { return value.numel() == 0 || locations.numel() == 0; }

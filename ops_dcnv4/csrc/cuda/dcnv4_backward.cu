@@ -29,7 +29,7 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const Window& window,
     using scalar_t = decltype(scalar);
     using acc_t = decltype(acc);
     grad_value = at::zeros(v.sizes(), v.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
-    with_dcnv4_sampler<scalar_t, acc_t>(g, {&v, &go}, [&](auto sampler) {
+    with_sampler<scalar_t, acc_t>(g, {&v, &go}, [&](auto sampler) {
       launch_backward(sampler, in_order, go.const_data_ptr<scalar_t>(),
                       v.const_data_ptr<scalar_t>(), o.const_data_ptr<scalar_t>(),
                       o.const_data_ptr<scalar_t>(), grad_value.data_ptr<acc_t>(),

@@ -20,7 +20,7 @@ at::Tensor dcnv4_cuda(const Window& window, const at::Tensor& value,
   at::Tensor output = at::empty(g.output_shape(), v.options());
   dispatch(v.scalar_type(), [&](auto scalar, auto acc) {
     using scalar_t = decltype(scalar);
-    with_dcnv4_sampler<scalar_t, decltype(acc)>(g, {&v, &output}, [&](auto sampler) {
+    with_sampler<scalar_t, decltype(acc)>(g, {&v, &output}, [&](auto sampler) {
       launch_forward(sampler, v.const_data_ptr<scalar_t>(), o.const_data_ptr<scalar_t>(),
                      o.const_data_ptr<scalar_t>(), output.data_ptr<scalar_t>());
     });
