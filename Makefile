@@ -49,7 +49,7 @@ test-fast: $(VENV)/.package $(VENV)/.dev
 	$(PYTEST) -m 'not slow and not mm and not gpu' $(addprefix --ignore tests/,cuda_model detection gpu flash_internimage/openmmlab segmentation)
 
 # The tests run the CUDA kernels, compiled as C++, on a serial emulator of CUDA.
-$(VENV)/.cuda_model: $(OPS_SOURCES) $(wildcard tests/cuda_model/*.cpp tests/cuda_model/*.h) $(VENV)/.package $(VENV)/.dev
+$(VENV)/.cuda_model: $(OPS_SOURCES) $(shell find tests/cuda_model -name '*.cpp' -o -name '*.h') $(VENV)/.package $(VENV)/.dev
 	$(RUN) -m tests.cuda_model.build
 	touch $@
 

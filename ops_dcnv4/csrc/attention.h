@@ -6,7 +6,8 @@
 #include <array>
 #include <cstdint>
 
-#include "bilinear.h"
+#include "inline.h"
+#include "operators.h"
 
 namespace ops_dcnv4 {
 
@@ -32,11 +33,6 @@ struct Attention {
 
 // Validate everything that keeps the kernels within their tensors, except the contents of the two
 // index tensors. attention.py performs the same checks with more helpful messages.
-Attention make_attention(const at::Tensor& value, const at::Tensor& spatial_shapes,
-                         const at::Tensor& level_start_index, const at::Tensor& sampling_locations,
-                         const at::Tensor& attention_weights);
-Attention make_fused_attention(const at::Tensor& value, const at::Tensor& spatial_shapes,
-                               const at::Tensor& level_start_index,
-                               const at::Tensor& sampling_loc_attn, int64_t n_points);
+Attention make_attention(const AttentionInputs& inputs);
 
 }  // namespace ops_dcnv4

@@ -23,8 +23,7 @@ void dispatch(at::ScalarType dtype, const Function& function) {
     case at::kHalf:
       return function(at::Half(), float());
     default:
-      TORCH_CHECK_TYPE(false, "value must be a floating-point tensor of 16, 32 or 64 bits, got ",
-                       dtype);
+      TORCH_INTERNAL_ASSERT(false, "check_dtype accepted ", dtype);
   }
 }
 

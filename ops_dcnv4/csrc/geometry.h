@@ -6,9 +6,27 @@
 #include <array>
 #include <cstdint>
 
-#include "bilinear.h"
+#include "inline.h"
+#include "operators.h"
 
 namespace ops_dcnv4 {
+
+// Geometry of one axis of the window.
+struct Axis {
+  int kernel;
+  int stride;
+  int padding;
+  int dilation;
+
+  // Distance from the first kernel tap to the window's centre, in pixels.
+  OPS_DCNV4_INLINE int center() const { return dilation * (kernel - 1) / 2; }
+
+  // Distance of a tap from the window's centre, in pixels.
+  OPS_DCNV4_INLINE int grid(int tap) const { return tap * dilation - center(); }
+
+  // Input coordinate of the window's centre for output coordinate `out`.
+  OPS_DCNV4_INLINE int center_of(int out) const { return out * stride - padding + center(); }
+};
 
 struct Geometry {
   int64_t batch;
@@ -30,9 +48,7 @@ struct Geometry {
 
 // Validates everything that keeps the kernels within their tensors. ops.py performs the same checks
 // with more helpful messages.
-Geometry make_geometry(const at::Tensor& value, const at::Tensor& offset_mask,
-                       at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                       at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                       double offset_scale, bool remove_center);
+Geometry make_geometry(const Window& window, const at::Tensor& value,
+                       const at::Tensor& offset_mask);
 
 }  // namespace ops_dcnv4

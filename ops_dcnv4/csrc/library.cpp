@@ -24,12 +24,14 @@ PyObject* make_module(const char* name) {
 extern "C" PyObject* PyInit__C_cuda() { return make_module("_C_cuda"); }
 
 TORCH_LIBRARY_IMPL(ops_dcnv4, CUDA, m) {
-  m.impl("dcnv4", ops_dcnv4::dcnv4_cuda);
-  m.impl("dcnv4_backward", ops_dcnv4::dcnv4_backward_cuda);
-  m.impl("ms_deform_attn", ops_dcnv4::ms_deform_attn_cuda);
-  m.impl("ms_deform_attn_backward", ops_dcnv4::ms_deform_attn_backward_cuda);
-  m.impl("flash_deform_attn", ops_dcnv4::flash_deform_attn_cuda);
-  m.impl("flash_deform_attn_backward", ops_dcnv4::flash_deform_attn_backward_cuda);
+  m.impl("dcnv4", ops_dcnv4::Schema<ops_dcnv4::dcnv4_cuda>::call);
+  m.impl("dcnv4_backward", ops_dcnv4::Schema<ops_dcnv4::dcnv4_backward_cuda>::call);
+  m.impl("ms_deform_attn", ops_dcnv4::ms_deform_attn<ops_dcnv4::ms_deform_attn_cuda>);
+  m.impl("ms_deform_attn_backward",
+         ops_dcnv4::ms_deform_attn_backward<ops_dcnv4::ms_deform_attn_backward_cuda>);
+  m.impl("flash_deform_attn", ops_dcnv4::flash_deform_attn<ops_dcnv4::ms_deform_attn_cuda>);
+  m.impl("flash_deform_attn_backward",
+         ops_dcnv4::flash_deform_attn_backward<ops_dcnv4::ms_deform_attn_backward_cuda>);
 }
 
 #else
@@ -42,12 +44,14 @@ extern "C" PyObject* PyInit__C() {
 }
 
 TORCH_LIBRARY_IMPL(ops_dcnv4, CPU, m) {
-  m.impl("dcnv4", ops_dcnv4::dcnv4_cpu);
-  m.impl("dcnv4_backward", ops_dcnv4::dcnv4_backward_cpu);
-  m.impl("ms_deform_attn", ops_dcnv4::ms_deform_attn_cpu);
-  m.impl("ms_deform_attn_backward", ops_dcnv4::ms_deform_attn_backward_cpu);
-  m.impl("flash_deform_attn", ops_dcnv4::flash_deform_attn_cpu);
-  m.impl("flash_deform_attn_backward", ops_dcnv4::flash_deform_attn_backward_cpu);
+  m.impl("dcnv4", ops_dcnv4::Schema<ops_dcnv4::dcnv4_cpu>::call);
+  m.impl("dcnv4_backward", ops_dcnv4::Schema<ops_dcnv4::dcnv4_backward_cpu>::call);
+  m.impl("ms_deform_attn", ops_dcnv4::ms_deform_attn<ops_dcnv4::ms_deform_attn_cpu>);
+  m.impl("ms_deform_attn_backward",
+         ops_dcnv4::ms_deform_attn_backward<ops_dcnv4::ms_deform_attn_backward_cpu>);
+  m.impl("flash_deform_attn", ops_dcnv4::flash_deform_attn<ops_dcnv4::ms_deform_attn_cpu>);
+  m.impl("flash_deform_attn_backward",
+         ops_dcnv4::flash_deform_attn_backward<ops_dcnv4::ms_deform_attn_backward_cpu>);
 }
 
 #endif

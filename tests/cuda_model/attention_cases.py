@@ -1,4 +1,4 @@
-"""Inputs for deformable attention that look for accesses outside of tensors."""
+"""Inputs of deformable attention that reveal accesses outside of tensors."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from tests.ops_dcnv4.attention_cases import Inputs, random_inputs
 from tests.ops_dcnv4.cases import DTYPES
 
 HALVES = (torch.float16, torch.bfloat16)
-# Of value, and of locations and weights.
+# Dtypes of value, and of locations and weights.
 DTYPE_PAIRS = [*zip(DTYPES, DTYPES, strict=True), *((half, torch.float32) for half in HALVES)]
 FOUR_LEVELS = ((4, 5), (3, 4), (2, 2), (1, 2))
 
 
 def small_cases() -> Iterator[Inputs]:
-    """What checkers of memory accesses can bear: few threads, on all paths through the kernels."""
+    """Yield inputs with few threads, for slow memory checkers, on all paths through the kernels."""
     sizes = (
         {"heads": 3, "head_channels": 3, "points": 2, "queries": 17},
         {"heads": 3, "head_channels": 16, "points": 4, "queries": 17},
@@ -29,7 +29,7 @@ def small_cases() -> Iterator[Inputs]:
 
 
 def levels_outside_of_value() -> Iterator[tuple[Tensor, Tensor]]:
-    """Sizes and starts of FOUR_LEVELS, one of which does not lie within the pixels of value."""
+    """Yield sizes and starts of FOUR_LEVELS, of which one level exceeds the pixels of value."""
     value, shapes, starts, *_ = random_inputs(FOUR_LEVELS)
     pixels = value.shape[1]
     for level, (height, width) in enumerate(FOUR_LEVELS):

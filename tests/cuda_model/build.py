@@ -1,6 +1,6 @@
-"""Compiles CUDA sources as C++ against the serial model of CUDA's execution.
+"""Compile CUDA sources as C++ for the serial CUDA emulator.
 
-Objects and libraries are kept in .cache/cuda_model, under a hash of all that they are made from.
+Objects and libraries are cached in .cache/cuda_model under a hash of their inputs.
 """
 
 import functools
@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 
 HERE = Path(__file__).parent
+HEADERS = HERE / "include"  # replace headers of CUDA and PyTorch
 ROOT = HERE.parents[1]
 CSRC = ROOT / "ops_dcnv4" / "csrc"
 CACHE = ROOT / ".cache" / "cuda_model"
@@ -29,23 +30,23 @@ JOBS = 2
 CXX = os.environ.get("CXX", "g++")
 COMPILE = [CXX, "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 COMPILE += ["-Wno-unknown-pragmas", "-fno-strict-aliasing", "-fsanitize=alignment"]
-COMPILE += [f"-I{HERE}", f"-I{CSRC}"]
+COMPILE += [f"-I{HEADERS}", f"-I{HERE}", f"-I{CSRC}"]
 COMPILE += ["-isystem", str(TORCH / "include"), "-x", "c++", "-c"]
 AVAILABLE = sys.platform == "linux" and shutil.which(CXX) is not None
-INCLUDE = re.compile(r'^#include "(.+)"', re.MULTILINE)
+INCLUDE = re.compile(r'^#include ["<](.+)[">]', re.MULTILINE)
 LINK = [CXX, "-shared", "-Wl,-z,defs"]
 LINK_TORCH = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
 def load_operators() -> None:
-    """Defines torch.ops.ops_dcnv4_cuda_model, the CUDA operators on tensors of the CPU."""
+    """Define torch.ops.ops_dcnv4_cuda_model, the CUDA operators for CPU tensors."""
     sources = [HERE / "model.cpp", HERE / "library.cpp"]
     sources += [CSRC / "geometry.cpp", CSRC / "attention.cpp", *sorted(CSRC.glob("cuda/*.cu"))]
     torch.ops.load_library(build_library(sources, LINK_TORCH))
 
 
 def build_library(sources: Sequence[Path], link_flags: Sequence[str] = ()) -> Path:
-    """Builds a shared library, with what is already there of it."""
+    """Build a shared library; objects that are up to date are not recompiled."""
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(_compile, sources))
     command = [*LINK, *map(str, objects), *link_flags]
@@ -57,7 +58,7 @@ def _compile(source: Path) -> Path:
 
 
 def _with_headers(source: Path) -> set[Path]:
-    """The source and, directly or indirectly, what it includes in quotes."""
+    """Return the source and the files of this repository that it includes, also indirectly."""
     files, new = set(), {source}
     while new:
         files |= new
@@ -65,20 +66,20 @@ def _with_headers(source: Path) -> set[Path]:
             folder / name
             for file in new
             for name in INCLUDE.findall(file.read_text())
-            for folder in (file.parent, HERE, CSRC)
+            for folder in (file.parent, HEADERS, HERE, CSRC)
             if (folder / name).exists()
         } - files
     return files
 
 
 def _cached(name: str, command: Sequence[str], inputs: Iterable[Path]) -> Path:
-    """The file that the command makes, from the cache if its inputs have not changed."""
+    """Return the output file of a command, from the cache if its inputs have not changed."""
     key = hashlib.sha256(repr([command, torch.__version__, _compiler_version()]).encode())
     for path in sorted(inputs):
         key.update(str(path).encode() + path.read_bytes())
     output = CACHE / f"{key.hexdigest()[:16]}-{name}"
     CACHE.mkdir(parents=True, exist_ok=True)
-    # One of several processes makes it, the others wait.
+    # Of several processes, one runs the command and the others wait.
     with FileLock(output.with_suffix(".lock")):
         if not output.exists():
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:

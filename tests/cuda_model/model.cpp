@@ -1,7 +1,7 @@
 // Every thread runs on a fiber, a stack of its own, so that it can wait while others run. Fibers
 // are entered through ucontext and then switched by _setjmp and _longjmp, which make no system
 // calls.
-#undef _FORTIFY_SOURCE  // its longjmp takes a jump to another stack for a mistake
+#undef _FORTIFY_SOURCE  // its longjmp rejects jumps to another stack
 #include "model.h"
 
 #include <setjmp.h>
@@ -44,30 +44,30 @@ struct Thread {
   uint3 index;
   State state = State::ready;
   Fiber* fiber = nullptr;  // none before it starts
-  // What it waits for, and what it brings to a warp operation.
+  // The operation that it waits for, and its operands in a warp operation.
   const char* operation = nullptr;
   Site site{};
   unsigned mask = 0;
   std::uint64_t bits = 0;
-  int source = 0;  // the lane whose bits it asks for, or every_lane
+  int source = 0;  // the lane whose bits it reads, or every_lane
   std::uint64_t result = 0;
 };
 
-constexpr int every_lane = -1;  // asks which lanes brought bits other than 0
+constexpr int every_lane = -1;  // reads the mask of the lanes whose bits are not 0
 
 struct Aborted {};  // thrown into the waiting threads of a launch that has failed
 
 std::int64_t order = forward;
 std::mt19937_64 random_order;
 
-// The launch under way.
+// The current launch.
 std::mutex one_at_a_time;
 const std::function<void()>* body;
 char* shared_start;
 std::vector<Thread> threads;  // of the block
 Thread* warp;                 // the first thread of the running warp,
-int lanes;                    // how many it has: the block's last warp may have less than 32,
-std::vector<int> turns;       // and their order
+int lanes;                    // their number, which may be less than 32 in the block's last warp,
+std::vector<int> turns;       // and the order in which they run
 Thread* running = nullptr;
 std::exception_ptr thrown;
 std::string misaligned;  // the first misaligned access of the block
@@ -121,7 +121,7 @@ void select(Thread& thread) {
   threadIdx = thread.index;
 }
 
-// jump and enter stay functions of their own: setjmp may lose variables of the function around it.
+// Not inlined, because setjmp may lose variables of the calling function.
 __attribute__((noinline)) void jump(jmp_buf from, jmp_buf to) {
   if (_setjmp(from) == 0) _longjmp(to, 1);
 }
@@ -196,11 +196,12 @@ bool meet(const Thread& a, const Thread& b) {
   return b.state == State::at_warp_operation && a.mask == b.mask && same_place(a, b);
 }
 
-// Carries out the warp operation at which `last` has arrived, if it was the last of its mask.
-// A mask may name lanes that the block does not have.
+// Completes the warp operation that `last` has reached, if all other lanes of its mask have too.
+// A mask may include lanes that the block does not have.
 void finish_warp_operation(const Thread& last) {
   unsigned ballot = 0;
-  for (auto turn = turns.rbegin(); turn != turns.rend(); ++turn) {  // the latest decides soonest
+  for (auto turn = turns.rbegin(); turn != turns.rend();
+       ++turn) {  // the latest lane is the likeliest to be missing
     const int lane = *turn;
     if (lane >= lanes || !(last.mask >> lane & 1)) continue;
     if (!meet(last, warp[lane])) return;
@@ -435,8 +436,8 @@ std::uint64_t shuffle(Shuffle kind, unsigned mask, std::uint64_t bits, unsigned 
 
 }  // namespace cuda_model
 
-// What -fsanitize=alignment calls before a misaligned access, which a GPU refuses. The compiler
-// takes it for a function that throws nothing.
+// Called by -fsanitize=alignment before a misaligned access, which is an error on a GPU. It must
+// not throw, which the compiler relies on.
 struct Mismatch {
   const char* file;
   unsigned line, column;

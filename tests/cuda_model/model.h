@@ -1,6 +1,6 @@
-// A serial model of CUDA's execution: CUDA sources that include this header instead of CUDA's own
-// compile as plain C++, and their kernels run on the CPU, one thread after the other, with checks
-// that a GPU does not make. Static __shared__ variables are not modelled and do not compile.
+// A serial CUDA emulator. CUDA sources that are compiled with the headers in include/ instead of
+// CUDA's own are plain C++, and their kernels run on the CPU, one thread at a time, with checks
+// that a GPU does not make. Static __shared__ variables are not supported and do not compile.
 #pragma once
 
 #include <cstddef>
@@ -41,28 +41,28 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// Those of the running thread.
+// Indices of the running thread.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
 namespace cuda_model {
 
-// The order in which blocks, warps and the lanes of a warp take turns. A thread runs until it has
-// to wait, so a kernel that misses a barrier gives different results in `forward` and `reverse`.
-// Any positive number is the seed of a random order.
+// The order in which blocks, warps and the lanes of a warp run. A thread runs until it has to wait,
+// so a kernel with a missing barrier gives different results in the orders `forward` and `reverse`.
+// A positive number is the seed of a random order.
 constexpr std::int64_t forward = 0, reverse = -1;
 void set_order(std::int64_t order);
 
-// The block's dynamic shared memory: exactly as large as launched with, aligned to the 16 bytes
-// that CUDA guarantees, and NaN (bytes of 0xff) when the block starts.
+// Returns the block's dynamic shared memory: of exactly the size in the launch, aligned to 16 bytes
+// as CUDA guarantees, and filled with NaN (bytes of 0xff) when the block starts.
 void* shared_memory();
 
 // Runs `thread` for every thread of the grid. Throws std::runtime_error for a launch that CUDA
-// refuses and for a misused barrier or shuffle, and passes on what a thread throws.
+// rejects and for a misused barrier or shuffle. Exceptions of a thread are rethrown.
 void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread);
 
-// kernel<<<grid, block, shared_bytes>>>(arguments...)
+// Runs a kernel with these arguments.
 template <typename... Parameters, typename... Arguments>
 void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*kernel)(Parameters...),
             const Arguments&... arguments) {
@@ -73,7 +73,7 @@ void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*kernel)(Para
   run(grid, block, shared_bytes, [&] { std::apply(kernel, parameters); });
 }
 
-// Memory between two guards, on which every access is a segmentation fault.
+// Memory between two guard regions. Every access to those is a segmentation fault.
 class Guarded {
  public:
   explicit Guarded(std::size_t bytes);  // rounded up to whole pages
@@ -87,7 +87,7 @@ class Guarded {
   char *begin_, *end_;
 };
 
-// Where a thread waits. As a default argument, `here` is the line of the caller.
+// The source line at which a thread waits. As a default argument, `here` is the caller's line.
 struct Site {
   const char* file;
   int line;
@@ -116,6 +116,24 @@ T shuffle(Shuffle kind, unsigned mask, T value, unsigned operand, int width, Sit
 }
 
 }  // namespace cuda_model
+
+enum cudaError_t { cudaSuccess };
+using cudaStream_t = void*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  std::size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+// Runs the kernel before returning, and reports errors as exceptions.
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
+  cuda_model::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, kernel,
+                     arguments...);
+  return cudaSuccess;
+}
 
 inline void __syncthreads(cuda_model::Site site = cuda_model::Site::here()) {
   cuda_model::block_barrier(site);
@@ -165,7 +183,7 @@ inline int __all_sync(unsigned mask, int predicate,
   return cuda_model::ballot(mask, predicate == 0, "__all_sync", site) == 0;
 }
 
-// The second parameter takes no part in the deduction of T: converted as by CUDA's overloads.
+// T is not deduced from the second parameter, which is converted as by CUDA's overloads.
 template <typename T>
 T atomicAdd(T* address, std::common_type_t<T> value) {
   static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned> ||

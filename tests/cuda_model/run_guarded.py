@@ -1,7 +1,8 @@
-"""Runs the CUDA kernels with all tensors beside memory on which an access ends the process.
+"""Run the emulated CUDA kernels with a guard region next to every tensor.
 
-In a process of its own: `python -m tests.cuda_model.run_guarded before` or `behind`. The last line
-that it writes names what crashed: its own access outside of a tensor, if the kernels make none.
+Run it as a separate process: `python -m tests.cuda_model.run_guarded before` or `after`, where the
+guard region is before or after the tensors. An access to it ends the process, and the last line of
+output names the case. If the kernels make no such access, the script makes one itself.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ def say(line: str) -> None:
 
 
 def run_with_error(operator, *arguments) -> None:
-    with contextlib.suppress(RuntimeError):  # test_attention.py says which
+    with contextlib.suppress(RuntimeError):  # test_attention.py tests the message
         operator(*arguments)
 
 
@@ -47,7 +48,7 @@ def main(where: str) -> None:
             torch.use_deterministic_algorithms(deterministic)
             run_reference(inputs, form, operators)
     for levels in levels_outside_of_value():
-        for dtype in (torch.float32, torch.float64):  # kernels of a compiled size, and others
+        for dtype in (torch.float32, torch.float64):  # specialised kernels, and general ones
             say(f"levels outside of value: {levels}, {dtype}")
             inputs = random_inputs(FOUR_LEVELS, points=4, head_channels=16).to(dtype)
             arguments = inputs.value, *levels, *inputs[3:5]

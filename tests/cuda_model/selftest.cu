@@ -1,4 +1,4 @@
-// Kernels for test_model.py, the tests of the model itself.
+// Kernels for test_model.py, the tests of the emulator itself.
 #include <cstdint>
 #include <map>
 #include <stdexcept>
@@ -32,7 +32,7 @@ __global__ void write_indices(int* out) {
 
 // ---- Barriers
 
-// The sum of each block's part of `in`, a tree through shared memory.
+// Sums each block's part of `in` by a tree in shared memory.
 __global__ void __launch_bounds__(1024) block_sum(const float* in, float* out) {
   float* sums = shared<float>();
   const unsigned i = threadIdx.x;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(1024) block_sum(const float* in, float* out) {
   if (i == 0) out[blockIdx.x] = sums[0];
 }
 
-// As block_sum, but threads without work leave early.
+// Like block_sum, but threads without work exit early.
 __global__ void early_exits(float* out) {
   const int i = threadIdx.x;
   if (i >= 40) return;
@@ -84,7 +84,7 @@ __global__ void xor_sums_3d(float* values) {
   values[thread_of_block()] = v;
 }
 
-// Half warps in branches of their own, each with a mask of its own.
+// The halves of a warp take different branches and use different masks.
 __global__ void half_warps(double* out) {
   double v = threadIdx.x;
   if (threadIdx.x < 16) {
@@ -138,7 +138,7 @@ __global__ void odd_width() { __shfl_sync(all_lanes, 1, 0, 12); }
 
 // ---- Shared memory
 
-// What the block finds there, before writing to it.
+// Records the initial contents of shared memory, then overwrites them.
 __global__ void find_shared(unsigned* out) {
   unsigned* mine = shared<unsigned>() + threadIdx.x;
   out[blockIdx.x * blockDim.x + threadIdx.x] = *mine;
@@ -171,7 +171,7 @@ __global__ void throws(int* ended) {
   __syncthreads();
 }
 
-// The neighbour's number, with the barrier between writing and reading or without it.
+// Reads the neighbour's number, with or without a barrier between writing and reading.
 template <bool synced>
 __global__ void neighbour(int* out) {
   const int i = threadIdx.x;
@@ -180,7 +180,7 @@ __global__ void neighbour(int* out) {
   out[i] = shared<int>()[i / 32 * 32 + (i + 1) % 32];
 }
 
-// As above from the next warp, where a barrier within warps is not enough.
+// Reads from the next warp, where a barrier within the warp is not enough.
 template <bool synced>
 __global__ void next_warp(int* out) {
   const int i = threadIdx.x;
@@ -215,9 +215,9 @@ __global__ void many_barriers(float* out, int count) {
   atomicAdd(out, v);
 }
 
-// ---- What Python calls
+// ---- Interface for Python
 
-// A function that launches the kernel and returns null, or the text of the error.
+// Launches the kernel and returns null, or the text of the error.
 template <auto kernel>
 struct Launcher;
 

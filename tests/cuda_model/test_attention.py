@@ -1,4 +1,4 @@
-"""The CUDA kernels of deformable attention, run by the serial model of CUDA's execution."""
+"""Tests of the CUDA kernels of deformable attention on the serial CUDA emulator."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.cuda_model.build import AVAILABLE
 from tests.cuda_model.test_ops import (
     FORWARD,
     REVERSE,
-    _cuda_kernels,  # noqa: F401  puts them in the place of the CPU's
+    _cuda_kernels,  # noqa: F401  replaces the CPU kernels
     set_order,  # noqa: F401
     unaligned,
 )
@@ -22,7 +22,7 @@ from tests.ops_dcnv4.attention_cases import (
     run_exactly,
 )
 from tests.ops_dcnv4.cases import assert_equal, assert_rounded_once
-from tests.ops_dcnv4.test_attention import *  # noqa: F403  what every backend must pass
+from tests.ops_dcnv4.test_attention import *  # noqa: F403  tests for every backend
 from tests.ops_dcnv4.test_attention import both_forms, raw_operators
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Linux and g++")
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Linux and g++")
 dtype_pairs = pytest.mark.parametrize(("dtype", "points_dtype"), DTYPE_PAIRS)
 
 
-# The paths through the kernels. The tests of a GPU import these, for more queries.
+# The paths through the kernels. tests/gpu imports these tests and runs them with more queries.
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,9 @@ def interpolates_in_halves(inputs: Inputs) -> bool:
 
 
 def assert_interpolated_in_halves(output: Tensor, inputs: Inputs, form: str) -> None:
-    """As for DCNv4, whose test explains the bound."""
+    """Check the error bound of interpolation in float16, as explained for DCNv4 in test_ops.py."""
     exact = run_exactly(inputs, form).output
-    positive = inputs._replace(value=inputs.value.abs())  # nothing cancels out
+    positive = inputs._replace(value=inputs.value.abs())  # no terms cancel
     if form == "split":
         positive = positive._replace(weights=inputs.weights.abs())
     magnitude = run_exactly(positive, form).output
@@ -127,7 +127,7 @@ def test_sums_in_a_fixed_order(form, head_channels, run):
     assert_as_exact_as_promised(run, inputs, form)
 
 
-# The order of threads, and what ends the process on a GPU
+# The order of threads, and errors that would end the process on a GPU
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -138,9 +138,9 @@ def test_a_level_outside_of_value_is_an_error(form, dtype):
     for shapes, starts in levels_outside_of_value():
         changed = inputs._replace(spatial_shapes=shapes, level_start_index=starts)
         arguments = *changed[:3], *(changed[3:5] if form == "split" else (pack(changed), 4))
-        with pytest.raises(RuntimeError, match="lies outside of value"):
+        with pytest.raises(RuntimeError, match="must lie within value"):
             forward(*arguments)
-        with pytest.raises(RuntimeError, match="lies outside of value"):
+        with pytest.raises(RuntimeError, match="must lie within value"):
             backward(inputs.grad_output, *arguments)
 
 

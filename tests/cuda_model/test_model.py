@@ -1,4 +1,4 @@
-"""The model of CUDA's execution that the CUDA kernels are tested with."""
+"""Tests of the CUDA emulator on which the CUDA kernels are tested."""
 
 import ctypes
 import faulthandler
@@ -28,7 +28,7 @@ def library() -> ctypes.CDLL:
 
 
 def launch(kernel: str, grid=(1, 1, 1), block=(32, 1, 1), shared_bytes=0, arguments=()) -> None:
-    """Runs a kernel of selftest.cu; its arguments are tensors and ints."""
+    """Run a kernel of selftest.cu; its arguments are tensors and ints."""
     pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     types = [ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_int for a in arguments]
     dim3 = ctypes.c_uint * 3

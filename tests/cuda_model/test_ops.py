@@ -1,4 +1,4 @@
-"""The CUDA kernels, run by the serial model of CUDA's execution."""
+"""Tests of the CUDA kernels of DCNv4 on the serial CUDA emulator."""
 
 import signal
 import subprocess
@@ -22,7 +22,7 @@ from tests.ops_dcnv4.cases import (
     random_tensors,
     run_exactly,
 )
-from tests.ops_dcnv4.test_ops import *  # noqa: F403  what every backend must pass
+from tests.ops_dcnv4.test_ops import *  # noqa: F403  tests for every backend
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Linux and g++")
 
@@ -40,7 +40,7 @@ def kernels_for_the_cpu() -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _cuda_kernels() -> Iterator[None]:
-    """Puts the CUDA kernels in the place of the CPU's, their threads in a random order."""
+    """Replace the CPU kernels by the emulated CUDA kernels, with threads in random order."""
     load_operators()
     threads, compiled = torch.get_num_threads(), kernels_for_the_cpu()
     torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def _cuda_kernels() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-# The paths through the kernels. The tests of a GPU import these, for larger images.
+# The paths through the kernels. tests/gpu imports these tests and runs them on larger images.
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +77,18 @@ def interpolates_in_halves(tensors: Tensors, p: Parameters) -> bool:
 
 
 def magnitudes(tensors: Tensors, p: Parameters) -> Tensors:
-    """The tensors with modulation and value positive, for which nothing cancels out."""
+    """Return the tensors with positive modulation and value, so that no terms cancel."""
     packed = tensors.offset_mask[..., : 3 * p.groups * p.taps].unflatten(-1, (p.groups, -1)).clone()
     packed[..., 2 * p.taps :].abs_()
     return Tensors(tensors.value.abs(), packed.flatten(-2), tensors.grad_output)
 
 
 def assert_interpolated_in_halves(output: Tensor, tensors: Tensors, p: Parameters) -> None:
-    """A weight and the sums that its pixel takes part in are five numbers rounded to float16.
+    """Check the error bound of interpolation in float16.
 
-    Each may be wrong by half an ulp of itself or, if subnormal, by half of the smallest number.
-    Summed up over the taps in float32, and rounded to float16, that is the error of the output.
+    A weight and the sums that include its pixel are five numbers rounded to float16. Each has an
+    error of up to half an ulp or, if subnormal, of half the smallest number. The errors add up over
+    the taps, and the output is rounded once more.
     """
     exact, magnitude = (run_exactly(t, p).output for t in (tensors, magnitudes(tensors, p)))
     ulp = torch.finfo(torch.float16).eps / 2
@@ -142,7 +143,7 @@ def test_images_that_fill_no_block(groups, group_channels, size, run):
 
 
 def unaligned(tensor: Tensor) -> Tensor:
-    """A copy that begins one element into its memory."""
+    """Return a copy that begins one element into its memory."""
     memory = tensor.new_empty(tensor.numel() + 1)
     return memory[1:].view(tensor.shape).copy_(tensor)
 
@@ -212,7 +213,7 @@ def test_order_changes_rounding_only_where_threads_add_up(
 # The ends of tensors
 
 
-@pytest.mark.parametrize("where", ["before", "behind"])
+@pytest.mark.parametrize("where", ["before", "after"])
 def test_no_access_outside_of_tensors(where):
     command = [sys.executable, "-m", "tests.cuda_model.run_guarded", where]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -189,4 +189,4 @@ def test_a_level_outside_of_value_fails_an_assertion():
     )
     assert process.returncode != 0
     assert "device-side assert" in process.stderr
-    assert "lies outside of value" in process.stderr + process.stdout
+    assert "must lie within value" in process.stderr + process.stdout

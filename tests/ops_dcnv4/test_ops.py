@@ -320,23 +320,23 @@ SCHEMA_ORDER = ("value", "offset_mask", *Parameters._fields)
 
 ONE = torch.zeros(1, 1, 1, 1)  # in all pixels and channels: no memory is needed for many
 REFUSED = [
-    ({"value": VALUE[0]}, ValueError, "4 dimensions"),
-    ({"offset_mask": OFFSET_MASK[:1]}, ValueError, "batch sizes"),
-    ({"offset_mask": OFFSET_MASK.double()}, TypeError, "dtypes"),
+    ({"value": VALUE[0]}, ValueError, "dimensions of value must be 4, got 3"),
+    ({"offset_mask": OFFSET_MASK[:1]}, ValueError, "batch size of offset_mask must be 2, got 1"),
+    ({"offset_mask": OFFSET_MASK.double()}, TypeError, "one dtype"),
     ({"value": VALUE.int(), "offset_mask": OFFSET_MASK.int()}, TypeError, "floating-point"),
     ({"value": VALUE[:0].int(), "offset_mask": OFFSET_MASK[:0].int()}, TypeError, "floating-point"),
     ({"groups": 3}, ValueError, "groups"),
     ({"groups": -2}, ValueError, "groups"),
-    ({"value": VALUE[..., :0], "groups": 2**62}, ValueError, "groups is too large"),
-    ({"offset_mask": OFFSET_MASK[..., :53]}, ValueError, "too few channels"),
-    ({"kernel_size": (0, 3)}, ValueError, "kernel_size must be positive"),
+    ({"value": VALUE[..., :0], "groups": 2**62}, ValueError, "groups must be from 1 to 536870911"),
+    ({"offset_mask": OFFSET_MASK[..., :53]}, ValueError, "at least 54 channels, got 53"),
+    ({"kernel_size": (0, 3)}, ValueError, "kernel_size must be from 1"),
     ({"kernel_size": (2**20, 2**20), "padding": (2**20, 2**20)}, ValueError, "height of offset_m"),
-    ({"stride": (2**40, 1)}, ValueError, "stride is too large"),
-    ({"stride": (0, 1)}, ValueError, "stride must be positive"),
-    ({"stride": (1, 2**29)}, ValueError, "stride is too large"),
-    ({"padding": (1, -1)}, ValueError, "padding must be positive or zero"),
-    ({"padding": (2**29, 1)}, ValueError, "padding is too large"),
-    ({"dilation": (1, 0)}, ValueError, "dilation must be positive"),
+    ({"stride": (2**40, 1)}, ValueError, "stride must be from 1 to 134217728"),
+    ({"stride": (0, 1)}, ValueError, "stride must be from 1"),
+    ({"stride": (1, 2**29)}, ValueError, "stride must be from 1 to 134217728"),
+    ({"padding": (1, -1)}, ValueError, "padding must be from 0"),
+    ({"padding": (2**29, 1)}, ValueError, "padding must be from 0 to 134217728"),
+    ({"dilation": (1, 0)}, ValueError, "dilation must be from 1"),
     ({"dilation": (2**27, 1)}, ValueError, "the output would be empty"),
     ({"kernel_size": (9, 3)}, ValueError, "the output would be empty"),
     # Images without pixels, though the padding leaves an output.
@@ -366,9 +366,9 @@ REFUSED = [
     (
         {"value": ONE.expand(1, 2**15, 2**15, 2), "offset_mask": ONE.expand(1, 2**15, 2**15, 54)},
         ValueError,
-        "number of pixels of an image is too large",
+        "number of pixels of an image must be from 0 to 536870911",
     ),
-    ({"value": ONE.expand(2, 5, 6, 2**31)}, ValueError, "number of channels of value is too large"),
+    ({"value": ONE.expand(2, 5, 6, 2**31)}, ValueError, "channels of value must be from 0"),
 ]
 
 

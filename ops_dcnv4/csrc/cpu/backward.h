@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cpu/channels.h"
-#include "cpu/query.h"
-#include "cpu/window.h"
+#include "cpu/dcnv4_sampler.h"
+#include "cpu/ms_deform_attn_sampler.h"
 
 namespace ops_dcnv4 {
 namespace {
@@ -43,8 +43,8 @@ void clear_padding(const Geometry& g, scalar_t* grad_offset_mask) {
 
 // Computes the gradients of a unit's points and modulation from the plan's dot products of
 // grad_output with the pixels of each cell.
-template <typename T, typename acc_t, typename Count, typename Images>
-OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Images& images,
+template <typename T, typename acc_t, typename Count, typename Sampler>
+OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Sampler& sampler,
                                     bool inside, T* grad_points, T* grad_modulation) {
   using L = Native<acc_t>;
   constexpr int width = native_width<acc_t>;
@@ -61,46 +61,44 @@ OPS_DCNV4_INLINE void differentiate(const Plan<acc_t, Count> plan, const Images&
     auto bottom_left = L::template permute<EveryOther<1>>(left_low, left_high);
     auto bottom_right = L::template permute<EveryOther<1>>(right_low, right_high);
     if (!inside) {  // pixels outside the image count as zero
-      const auto image = images.image(k);
+      const auto level = sampler.level(k);
       const auto zero = L::zero(), col = L::load(plan.col() + k), row = L::load(plan.row() + k);
       const auto left = col >= acc_t(0), top = row >= acc_t(0);
-      const auto right = (col >= acc_t(-1)) & (col < image.width - acc_t(1));
-      const auto bottom = (row >= acc_t(-1)) & (row < image.height - acc_t(1));
+      const auto right = (col >= acc_t(-1)) & (col < level.width - acc_t(1));
+      const auto bottom = (row >= acc_t(-1)) & (row < level.height - acc_t(1));
       top_left = select(top & left, top_left, zero);
       top_right = select(top & right, top_right, zero);
       bottom_left = select(bottom & left, bottom_left, zero);
       bottom_right = select(bottom & right, bottom_right, zero);
     }
-    const auto dx = L::load(plan.dx() + k), dy = L::load(plan.dy() + k);
-    const auto top = (acc_t(1) - dx) * top_left + dx * top_right;
-    const auto bottom = (acc_t(1) - dx) * bottom_left + dx * bottom_right;
-    const auto slope_x =
-        (acc_t(1) - dy) * (top_right - top_left) + dy * (bottom_right - bottom_left);
+    const auto sample =
+        interpolate<acc_t, typename L::type>(L::load(plan.dx() + k), L::load(plan.dy() + k),
+                                             {{top_left, top_right, bottom_left, bottom_right}});
     const auto modulation = L::load(plan.modulation() + k);
-    const auto grad_x = images.scale_x(k) * modulation * slope_x;
-    const auto grad_y = images.scale_y(k) * modulation * (bottom - top);
+    const auto grad_x = sampler.scale_x(k) * modulation * sample.slope_x;
+    const auto grad_y = sampler.scale_y(k) * modulation * sample.slope_y;
     const int64_t count = plan.taps - k;
     T* to = grad_points + 2 * k;
     L::store_first(to, L::template permute<Interleave<0>>(grad_x, grad_y), 2 * count);
     L::store_first(to + width, L::template permute<Interleave<1>>(grad_x, grad_y),
                    2 * count - width);
-    L::store_first(grad_modulation + k, (acc_t(1) - dy) * top + dy * bottom, count);
+    L::store_first(grad_modulation + k, sample.value, count);
   }
 }
 
 // Adds a unit's contribution to grad_value, and computes the dot products of grad_output with the
 // pixels of its cells. `value` and `grad_value` are the worker's copies of the slice.
 template <typename scalar_t, typename acc_t, typename Count, typename Channels>
-OPS_DCNV4_INLINE void spread(const Plan<acc_t, Count> plan, bool inside,
-                             const scalar_t* grad_output, const acc_t* value, acc_t* grad_value,
-                             Channels right, int64_t below) {
+OPS_DCNV4_INLINE void scatter(const Plan<acc_t, Count> plan, bool inside,
+                              const scalar_t* grad_output, const acc_t* value, acc_t* grad_value,
+                              Channels right, int64_t below) {
   const acc_t zeros[wide_block<acc_t>] = {};  // read in place of pixels outside the image
-  acc_t nowhere[wide_block<acc_t>] = {};      // receives their gradients
+  acc_t discarded[wide_block<acc_t>] = {};    // receives their gradients
   for_channel_blocks<acc_t>(right, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
     using L = Lanes<acc_t, width.value>;
     const auto grad = L::load(grad_output + c);
-    const auto add = [&](int64_t k, const acc_t* v, acc_t* gv, int64_t to_right, int64_t to_below)
-                         OPS_DCNV4_INLINE_LAMBDA {
+    const auto add = [&](int64_t k, const acc_t* v, acc_t* gv, int64_t to_right,
+                         int64_t to_below) OPS_DCNV4_INLINE_LAMBDA {
       const auto corner = [&](int i, int64_t offset) OPS_DCNV4_INLINE_LAMBDA {
         L::store(gv + offset, L::load(gv + offset) + plan.weight(i)[k] * grad);
         return grad * L::load(v + offset);
@@ -120,7 +118,7 @@ OPS_DCNV4_INLINE void spread(const Plan<acc_t, Count> plan, bool inside,
     } else {
       for (int64_t k = 0; k < plan.taps; ++k) {
         const int64_t pixel = plan.pixel()[k], first = pixel * right + c;
-        add(k, pixel < 0 ? zeros : value + first, pixel < 0 ? nowhere : grad_value + first,
+        add(k, pixel < 0 ? zeros : value + first, pixel < 0 ? discarded : grad_value + first,
             plan.step_x()[k] * right, plan.step_y()[k] * right);
       }
     }
@@ -129,28 +127,29 @@ OPS_DCNV4_INLINE void spread(const Plan<acc_t, Count> plan, bool inside,
 
 // `width` is the image width. It is only used for units whose cells are all inside the image.
 template <typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_NOINLINE void spread_strip(const Plan<acc_t, Count> first, int64_t width,
-                                     int64_t channels, int64_t group_channels,
-                                     const scalar_t* grad_output, const Scratch<acc_t> scratch,
-                                     const Unit* units, int64_t count) {
+OPS_DCNV4_NOINLINE void scatter_strip(const Plan<acc_t, Count> first, int64_t width,
+                                      int64_t channels, int64_t group_channels,
+                                      const scalar_t* grad_output, const Scratch<acc_t> scratch,
+                                      const PlannedUnit* units, int64_t count) {
   with_group_channels(group_channels, [&](auto right) OPS_DCNV4_INLINE_LAMBDA {
     Plan<acc_t, Count> plan = first;
     for (int64_t i = 0; i < count; ++i, plan = plan.template next<true>()) {
       const scalar_t* grad = grad_output + units[i].pixel * channels + units[i].group * right;
       prefetch(grad, strip_plans(plan.taps) * channels, right);
-      spread(plan, units[i].inside, grad, scratch.value, scratch.grad_value, right, width * right);
+      scatter(plan, units[i].inside, grad, scratch.value, scratch.grad_value, right, width * right);
     }
   });
 }
 
 template <typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_NOINLINE void differentiate_strip(Plan<acc_t, Count> plan, const Frame<acc_t> frame,
-                                            scalar_t* grad_offset_mask, int64_t offset_channels,
-                                            const Unit* units, int64_t count) {
+OPS_DCNV4_NOINLINE void differentiate_windows(Plan<acc_t, Count> plan,
+                                              const Dcnv4Sampler<acc_t> sampler,
+                                              scalar_t* grad_offset_mask, int64_t offset_channels,
+                                              const PlannedUnit* units, int64_t count) {
   for (int64_t i = 0; i < count; ++i, plan = plan.template next<true>()) {
     scalar_t* grad_offsets =
         grad_offset_mask + units[i].pixel * offset_channels + units[i].group * 3 * plan.taps;
-    differentiate(plan, frame, units[i].inside, grad_offsets, grad_offsets + 2 * plan.taps);
+    differentiate(plan, sampler, units[i].inside, grad_offsets, grad_offsets + 2 * plan.taps);
   }
 }
 
@@ -159,12 +158,12 @@ OPS_DCNV4_NOINLINE void differentiate_strip(Plan<acc_t, Count> plan, const Frame
 template <typename scalar_t, typename acc_t, typename Count>
 void backward(const Geometry& g, const Dcnv4Tensors<scalar_t>& t, const Scratch<acc_t>& scratch,
               Count taps, int64_t begin, int64_t end) {
-  const Frame<acc_t> frame(g, scratch.numbers);
+  const Dcnv4Sampler<acc_t> sampler(g, scratch.numbers);
   const auto first = first_plan(scratch, taps);
   const int64_t channels = g.channels(), slice_channels = g.group_channels;
   const int64_t pixels_in = int64_t(g.height) * g.width;
   const int64_t pixels_out = int64_t(g.out_height) * g.out_width, strip = strip_plans(taps);
-  Unit units[strip_plans(1)];
+  PlannedUnit units[strip_plans(1)];
   for (int64_t slice = begin; slice < end; ++slice) {
     const int64_t image = slice / g.groups, group = slice % g.groups;
     const int64_t first_value = image * pixels_in * channels + group * slice_channels;
@@ -172,9 +171,9 @@ void backward(const Geometry& g, const Dcnv4Tensors<scalar_t>& t, const Scratch<
     Walk walk(g, image * pixels_out, group, group + 1);
     for (int64_t i = 0; i < pixels_out; i += strip) {
       const int64_t count = pixels_out - i < strip ? pixels_out - i : strip;
-      plan_strip<true>(first, frame, g, t, walk, units, count);
-      spread_strip(first, g.width, channels, slice_channels, t.grad_output, scratch, units, count);
-      differentiate_strip(first, frame, t.grad_offset_mask, g.offset_channels, units, count);
+      plan_windows<true>(first, sampler, g, t, walk, units, count);
+      scatter_strip(first, g.width, channels, slice_channels, t.grad_output, scratch, units, count);
+      differentiate_windows(first, sampler, t.grad_offset_mask, g.offset_channels, units, count);
     }
     copy_slice(t.grad_value + first_value, channels, scratch.grad_value, slice_channels, pixels_in,
                slice_channels);
@@ -183,11 +182,12 @@ void backward(const Geometry& g, const Dcnv4Tensors<scalar_t>& t, const Scratch<
 }
 
 template <typename acc_t, typename Count>
-OPS_DCNV4_NOINLINE void differentiate_queries(Plan<acc_t, Count> plan, const Levels<acc_t> levels,
+OPS_DCNV4_NOINLINE void differentiate_queries(Plan<acc_t, Count> plan,
+                                              const MsDeformAttnSampler<acc_t> sampler,
                                               const Attention& a, acc_t* grad_locations,
                                               acc_t* grad_weights, int64_t unit, int64_t count) {
   for (int64_t i = 0; i < count; ++i, unit += a.heads, plan = plan.template next<true>()) {
-    differentiate(plan, levels, false, grad_locations + unit * a.location_stride(plan.taps),
+    differentiate(plan, sampler, false, grad_locations + unit * a.location_stride(plan.taps),
                   grad_weights + unit * plan.taps);
   }
 }
@@ -197,11 +197,11 @@ OPS_DCNV4_NOINLINE void differentiate_queries(Plan<acc_t, Count> plan, const Lev
 template <typename scalar_t, typename acc_t, typename Count>
 void backward(const Attention& a, const AttentionTensors<scalar_t>& t,
               const Scratch<acc_t>& scratch, Count taps, int64_t begin, int64_t end) {
-  const Levels<acc_t> levels(a, t.spatial_shapes, t.level_start_index, scratch.numbers,
-                             scratch.indices);
+  const MsDeformAttnSampler<acc_t> sampler(a, t.spatial_shapes, t.level_start_index,
+                                           scratch.numbers, scratch.indices);
   const auto first = first_plan(scratch, taps);
   const int64_t channels = a.channels(), strip = strip_plans(taps);
-  Unit units[strip_plans(1)];
+  PlannedUnit units[strip_plans(1)];
   for (int64_t slice = begin; slice < end; ++slice) {
     const int64_t image = slice / a.heads, head = slice % a.heads;
     const int64_t first_value = image * a.pixels * channels + head * a.head_channels;
@@ -209,9 +209,9 @@ void backward(const Attention& a, const AttentionTensors<scalar_t>& t,
     for (int64_t i = 0; i < a.queries; i += strip) {
       const int64_t count = a.queries - i < strip ? a.queries - i : strip;
       const int64_t first_unit = (image * a.queries + i) * a.heads + head;
-      plan_queries<true>(first, levels, a, t, units, first_unit, count);
-      spread_strip(first, 0, channels, a.head_channels, t.grad_output, scratch, units, count);
-      differentiate_queries(first, levels, a, t.grad_locations, t.grad_weights, first_unit, count);
+      plan_queries<true>(first, sampler, a, t, units, first_unit, count);
+      scatter_strip(first, 0, channels, a.head_channels, t.grad_output, scratch, units, count);
+      differentiate_queries(first, sampler, a, t.grad_locations, t.grad_weights, first_unit, count);
     }
     copy_slice(t.grad_value + first_value, channels, scratch.grad_value, a.head_channels, a.pixels,
                a.head_channels);

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cpu/channels.h"
-#include "cpu/query.h"
-#include "cpu/window.h"
+#include "cpu/dcnv4_sampler.h"
+#include "cpu/ms_deform_attn_sampler.h"
 
 namespace ops_dcnv4 {
 namespace {
@@ -50,8 +50,8 @@ OPS_DCNV4_INLINE void sum_taps(const Plan<acc_t, Count> plan, const scalar_t* va
 template <typename scalar_t, typename acc_t, typename Count>
 OPS_DCNV4_NOINLINE void sum_strip(const Plan<acc_t, Count> first, int64_t pixels, int64_t width,
                                   int64_t channels, int64_t channels_of_group,
-                                  const scalar_t* values, scalar_t* outputs, const Unit* units,
-                                  int64_t count) {
+                                  const scalar_t* values, scalar_t* outputs,
+                                  const PlannedUnit* units, int64_t count) {
   // Read for points outside the image, which avoids a branch that could be mispredicted.
   const scalar_t zeros[widest_block<acc_t>] = {};
   with_group_channels(channels_of_group, [&](auto group_channels) OPS_DCNV4_INLINE_LAMBDA {
@@ -73,15 +73,15 @@ OPS_DCNV4_NOINLINE void sum_strip(const Plan<acc_t, Count> first, int64_t pixels
 template <typename scalar_t, typename acc_t, typename Count>
 void forward(const Geometry& g, const Dcnv4Tensors<scalar_t>& t, const Scratch<acc_t>& scratch,
              Count taps, int64_t begin, int64_t end) {
-  const Frame<acc_t> frame(g, scratch.numbers);
+  const Dcnv4Sampler<acc_t> sampler(g, scratch.numbers);
   const auto first = first_plan(scratch, taps);
   const int64_t units = (end - begin) * g.groups, strip = strip_plans(taps);
   const int64_t pixels = int64_t(g.height) * g.width;
   Walk walk(g, begin, 0, g.groups);
-  Unit planned[strip_plans(1)];
+  PlannedUnit planned[strip_plans(1)];
   for (int64_t i = 0; i < units; i += strip) {
     const int64_t count = units - i < strip ? units - i : strip;
-    plan_strip<false>(first, frame, g, t, walk, planned, count);
+    plan_windows<false>(first, sampler, g, t, walk, planned, count);
     sum_strip(first, pixels, g.width, g.channels(), g.group_channels, t.value, t.output, planned,
               count);
   }
@@ -93,19 +93,19 @@ constexpr int64_t block_queries = 1024;
 
 // Processes queries [begin, end), counted over the batch.
 template <typename scalar_t, typename acc_t, typename Count>
-void forward(const Attention& a, const AttentionTensors<scalar_t>& t,
-             const Scratch<acc_t>& scratch, Count taps, int64_t begin, int64_t end) {
-  const Levels<acc_t> levels(a, t.spatial_shapes, t.level_start_index, scratch.numbers,
-                             scratch.indices);
+void forward(const Attention& a, const AttentionTensors<scalar_t>& t, const Scratch<acc_t>& scratch,
+             Count taps, int64_t begin, int64_t end) {
+  const MsDeformAttnSampler<acc_t> sampler(a, t.spatial_shapes, t.level_start_index,
+                                           scratch.numbers, scratch.indices);
   const auto first = first_plan(scratch, taps);
   const int64_t strip = strip_plans(taps);
-  Unit planned[strip_plans(1)];
+  PlannedUnit planned[strip_plans(1)];
   for (int64_t block = begin; block < end; block += block_queries) {
-    const int64_t behind = block + block_queries < end ? block + block_queries : end;
+    const int64_t block_end = block + block_queries < end ? block + block_queries : end;
     for (int64_t head = 0; head < a.heads; ++head) {
-      for (int64_t i = block; i < behind; i += strip) {
-        const int64_t count = behind - i < strip ? behind - i : strip;
-        plan_queries<false>(first, levels, a, t, planned, i * a.heads + head, count);
+      for (int64_t i = block; i < block_end; i += strip) {
+        const int64_t count = block_end - i < strip ? block_end - i : strip;
+        plan_queries<false>(first, sampler, a, t, planned, i * a.heads + head, count);
         sum_strip(first, a.pixels, 0, a.channels(), a.head_channels, t.value, t.output, planned,
                   count);
       }

@@ -7,29 +7,25 @@
 namespace ops_dcnv4 {
 namespace {
 
-// 3 x 3 windows, and 4 points in each of 4 levels, have specialised kernels.
-constexpr int usual_taps(const Geometry*) { return 9; }
-constexpr int usual_taps(const Attention*) { return 16; }
-
-template <typename Sizes>
-using UsualTaps = std::integral_constant<int64_t, usual_taps(static_cast<Sizes*>(nullptr))>;
-
-template <typename Sizes, typename Tensors, typename acc_t>
-void run_forward(const Sizes& sizes, const Tensors& t, const Scratch<acc_t>& scratch, int64_t begin,
-                 int64_t end) {
-  if (sizes.taps() == UsualTaps<Sizes>::value) {
-    return forward(sizes, t, scratch, UsualTaps<Sizes>(), begin, end);
-  }
-  forward(sizes, t, scratch, int64_t(sizes.taps()), begin, end);
+// Calls body with the number of taps, as a constant for 3 x 3 windows and for 4 points in each of 4
+// levels.
+template <typename Call, typename Body>
+void with_taps(const Call& call, const Body& body) {
+  constexpr int64_t usual = std::is_same_v<Call, Geometry> ? 9 : 16;
+  if (call.taps() == usual) return body(std::integral_constant<int64_t, usual>());
+  body(int64_t(call.taps()));
 }
 
-template <typename Sizes, typename Tensors, typename acc_t>
-void run_backward(const Sizes& sizes, const Tensors& t, const Scratch<acc_t>& scratch,
-                  int64_t begin, int64_t end) {
-  if (sizes.taps() == UsualTaps<Sizes>::value) {
-    return backward(sizes, t, scratch, UsualTaps<Sizes>(), begin, end);
-  }
-  backward(sizes, t, scratch, int64_t(sizes.taps()), begin, end);
+template <typename Call, typename Tensors, typename acc_t>
+void run_forward(const Call& call, const Tensors& t, const Scratch<acc_t>& scratch, int64_t begin,
+                 int64_t end) {
+  with_taps(call, [&](auto taps) { forward(call, t, scratch, taps, begin, end); });
+}
+
+template <typename Call, typename Tensors, typename acc_t>
+void run_backward(const Call& call, const Tensors& t, const Scratch<acc_t>& scratch, int64_t begin,
+                  int64_t end) {
+  with_taps(call, [&](auto taps) { backward(call, t, scratch, taps, begin, end); });
 }
 
 template <typename scalar_t>
@@ -42,8 +38,7 @@ constexpr Kernels<scalar_t> kernels() {
 }
 
 constexpr InstructionSet instruction_set_of_file(const char* name) {
-  return {name, kernels<float>(), kernels<double>(), kernels<at::BFloat16>(),
-          kernels<at::Half>()};
+  return {name, kernels<float>(), kernels<double>(), kernels<at::BFloat16>(), kernels<at::Half>()};
 }
 
 }  // namespace

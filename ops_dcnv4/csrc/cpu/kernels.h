@@ -71,15 +71,15 @@ constexpr int64_t scratch_indices(int64_t taps) {
 template <typename scalar_t>
 struct Kernels {
   // Kernels may be called for several ranges concurrently.
-  template <typename Sizes, typename Tensors>
-  using Function = void(const Sizes&, const Tensors&, const Scratch<Accumulated<scalar_t>>&,
+  template <typename Call, typename Tensors>
+  using Function = void(const Call&, const Tensors&, const Scratch<Accumulated<scalar_t>>&,
                         int64_t begin, int64_t end);
   // Output pixels or queries [begin, end), counted over the batch.
-  Function<Geometry, Dcnv4Tensors<scalar_t>>* dcnv4;
-  Function<Attention, AttentionTensors<scalar_t>>* attention;
+  Function<Geometry, Dcnv4Tensors<scalar_t>>* dcnv4_forward;
+  Function<Attention, AttentionTensors<scalar_t>>* ms_deform_attn_forward;
   // (image, group) or (image, head) slices [begin, end), counted over the batch.
   Function<Geometry, Dcnv4Tensors<scalar_t>>* dcnv4_backward;
-  Function<Attention, AttentionTensors<scalar_t>>* attention_backward;
+  Function<Attention, AttentionTensors<scalar_t>>* ms_deform_attn_backward;
 };
 
 struct InstructionSet {

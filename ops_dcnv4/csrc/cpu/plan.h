@@ -1,24 +1,26 @@
 // Sampling plans: the pixels and weights of taps, computed for several taps at a time.
 //
-// A unit of work is one output pixel and channel group of DCNv4 (window.h), or one query and head
-// of attention (query.h). These files provide, for as many taps from k on as a vector holds,
-//   points(k), modulation(k)          the sampling points
-//   image(k), scale_x(k), scale_y(k)  the sampled images, and factors on the points' gradients
+// A unit of work is one output pixel and channel group of DCNv4 (dcnv4_sampler.h), or one query and
+// head of attention (ms_deform_attn_sampler.h). These files provide, for as many taps from k on as
+// a vector holds,
+//   coordinates(k), modulation(k)     the sampling points
+//   level(k), scale_x(k), scale_y(k)  the sampled levels, and factors on the points' gradients
 #pragma once
 
+#include "bilinear.h"
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
 namespace ops_dcnv4 {
 namespace {
 
-struct Unit {
+struct PlannedUnit {
   int64_t image, pixel, group;  // output pixels (or queries) are counted over the batch
   bool inside;                  // whether all pixels of all its cells are inside the image
 };
 
-// What the taps of a unit sample, one array per quantity. Count is a number or a compile-time
-// constant, which makes the distances between the arrays constant too.
+// The pixels and weights of a unit's taps, one array per quantity. Count is a number or a
+// compile-time constant, which makes the distances between the arrays constant too.
 template <typename acc_t, typename Count>
 struct Plan {
   acc_t* numbers;
@@ -38,8 +40,8 @@ struct Plan {
   OPS_DCNV4_INLINE acc_t* dx() const { return number(4); }  // position within the cell
   OPS_DCNV4_INLINE acc_t* dy() const { return number(5); }
   OPS_DCNV4_INLINE acc_t* modulation() const { return number(6); }
-  OPS_DCNV4_INLINE acc_t* col() const { return number(7); }  // of the top left pixel,
-  OPS_DCNV4_INLINE acc_t* row() const { return number(8); }  // if not all cells are inside
+  OPS_DCNV4_INLINE acc_t* col() const { return number(7); }   // of the top left pixel,
+  OPS_DCNV4_INLINE acc_t* row() const { return number(8); }   // if not all cells are inside
   OPS_DCNV4_INLINE acc_t* dots() const { return number(9); }  // four per tap, one per corner
 
   // Returns the next plan of the strip.
@@ -74,13 +76,6 @@ struct Coordinates {
   typename Native<acc_t>::type x, y;
 };
 
-// The images that a vector of taps samples: numbers, or vectors if each tap has its own image.
-template <typename Number, typename Index>
-struct Image {
-  Number width, height;
-  Index row_pixels, first_pixel;
-};
-
 // Loads the pairs (x, y) of the taps from `first` on, and zeros beyond the last tap.
 template <typename acc_t, typename T>
 OPS_DCNV4_INLINE Coordinates<acc_t> load_pairs(const T* pairs, int64_t taps, int64_t first) {
@@ -97,67 +92,51 @@ template <typename L, typename acc_t, typename Count>
 OPS_DCNV4_INLINE void store_weights(const Plan<acc_t, Count>& plan, int64_t k,
                                     typename L::type left, typename L::type right,
                                     typename L::type top, typename L::type bottom) {
-  L::store(plan.weight(0) + k, top * left);
-  L::store(plan.weight(1) + k, top * right);
-  L::store(plan.weight(2) + k, bottom * left);
-  L::store(plan.weight(3) + k, bottom * right);
+  const auto weights = corner_weights(left, right, top, bottom);
+  for (int corner = 0; corner < 4; ++corner) {
+    L::store(plan.weight(corner) + k, weights.at[corner]);
+  }
 }
 
-// One axis of cells that may be partly or entirely outside the image, whose last pixel is `last`.
+// Weights of the two pixels that are read along one axis. If one is outside the image, the other is
+// read twice, with half its weight.
 template <typename acc_t>
-struct BorderAxis {
-  using L = Native<acc_t>;
-  using Vec = typename L::type;
-  Vec first, distance;        // the cell's first pixel, and the distance of the point from it
-  Vec weight_first, weight_second;              // weights of the first and the second pixel
-  Vec clamped, step;          // the first pixel to read, and the step to the second
+struct ReadWeights {
+  using V = typename Native<acc_t>::type;
+  V first, second;
 
-  template <typename Number>
-  OPS_DCNV4_INLINE BorderAxis(Vec coordinate, Number last) {
-    const Vec zero = L::zero(), one = L::fill(1);
-    first = L::floor(coordinate);
-    distance = coordinate - first;
-    const auto starts_inside = first >= acc_t(0), ends_inside = first < last;
-    const Vec half_first = acc_t(0.5) * (one - distance), half_second = acc_t(0.5) * distance;
-    weight_first = select(starts_inside, half_first, half_second);
-    weight_second = select(ends_inside, half_second, half_first);
-    weight_first += select(ends_inside, select(starts_inside, half_first, zero), zero);
-    weight_second += select(ends_inside, select(starts_inside, half_second, zero), zero);
-    clamped = select(starts_inside, first, zero);
-    step = select(starts_inside, select(ends_inside, one, zero), zero);
+  OPS_DCNV4_INLINE explicit ReadWeights(const CellAxis<Native<acc_t>>& axis) {
+    const V zero = Native<acc_t>::zero(), one = Native<acc_t>::fill(1);
+    const V half_first = acc_t(0.5) * (one - axis.distance);
+    const V half_second = acc_t(0.5) * axis.distance;
+    const auto both = axis.has_first & axis.has_second;
+    first = select(axis.has_first, half_first, half_second) + select(both, half_first, zero);
+    second = select(axis.has_second, half_second, half_first) + select(both, half_second, zero);
   }
 };
 
 // Fills the plan of a unit whose cells may extend beyond the image.
-template <bool backward, typename acc_t, typename Count, typename Images, typename Source>
-OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count> plan, const Images& images,
-                                  const Source& source) {
+template <bool backward, typename acc_t, typename Count, typename Sampler, typename Points>
+OPS_DCNV4_INLINE void plan_border(const Plan<acc_t, Count> plan, const Sampler& sampler,
+                                  const Points& points) {
   using L = Native<acc_t>;
   using Ints = Lanes<int32_t, native_width<acc_t>>;
   for (int64_t k = 0; k < plan.taps; k += native_width<acc_t>) {
-    const auto at = source.points(k);
-    const auto image = images.image(k);
-    // False for NaN. Precedes the conversion to int, so that huge coordinates are safe.
-    const auto counts = (at.x > acc_t(-1)) & (at.x < image.width) & (at.y > acc_t(-1)) &
-                        (at.y < image.height);
-    const auto nowhere = L::fill(acc_t(outside));
-    const BorderAxis<acc_t> x(select(counts, at.x, nowhere), image.width - acc_t(1));
-    const BorderAxis<acc_t> y(select(counts, at.y, nowhere), image.height - acc_t(1));
-    const auto modulation = select(counts, source.modulation(k), L::zero());
-    store_weights<L>(plan, k, x.weight_first, x.weight_second, modulation * y.weight_first,
-                     modulation * y.weight_second);
-    const auto pixel = convert<typename Ints::type>(y.clamped) * image.row_pixels +
-                       convert<typename Ints::type>(x.clamped) + image.first_pixel;
-    const auto none = Ints::fill(-1);
-    Ints::store(plan.pixel() + k, select(convert<typename Ints::type>(counts), pixel, none));
-    Ints::store(plan.step_x() + k, convert<typename Ints::type>(x.step));
-    Ints::store(plan.step_y() + k, convert<typename Ints::type>(y.step) * image.row_pixels);
+    const auto at = points.coordinates(k);
+    const auto level = sampler.level(k);
+    const auto cell = locate<L>(at.x, at.y, level);
+    const ReadWeights<acc_t> x(cell.x), y(cell.y);
+    const auto modulation = select(cell.counts, points.modulation(k), L::zero());
+    store_weights<L>(plan, k, x.first, x.second, modulation * y.first, modulation * y.second);
+    Ints::store(plan.pixel() + k, select(L::index(cell.counts), cell.pixel(level), Ints::fill(-1)));
+    Ints::store(plan.step_x() + k, L::index(cell.x.step(L::fill(1))));
+    Ints::store(plan.step_y() + k, L::index(cell.y.step(L::fill(1))) * level.row_pixels);
     if (!backward) continue;
-    L::store(plan.dx() + k, x.distance);
-    L::store(plan.dy() + k, y.distance);
+    L::store(plan.dx() + k, cell.x.distance);
+    L::store(plan.dy() + k, cell.y.distance);
     L::store(plan.modulation() + k, modulation);
-    L::store(plan.col() + k, x.first);
-    L::store(plan.row() + k, y.first);
+    L::store(plan.col() + k, cell.x.first);
+    L::store(plan.row() + k, cell.y.first);
   }
 }
 

@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "bilinear.h"
+#include "inline.h"
 
 #if defined(__GNUC__)
 #define OPS_DCNV4_PREFETCH(address) __builtin_prefetch(address)
@@ -151,6 +151,10 @@ struct Lanes;
 template <typename T, int width>
 struct PortableLanes {
   using type = Vector<T, width>;
+  using Element = T;
+  using Pixel = type;  // whole numbers, which need no conversion to be compared
+  using PixelElement = T;
+  using Mask = decltype(type{} < type{});
   static constexpr bool fits_register = sizeof(T) * width <= OPS_DCNV4_VECTOR_BYTES;
 
   static OPS_DCNV4_INLINE type zero() { return fill(T(0)); }
@@ -216,6 +220,20 @@ struct PortableLanes {
     return pick<Pattern, T, width>(a, b, std::make_index_sequence<width>());
   }
 
+  template <typename M, typename V>
+  static OPS_DCNV4_INLINE V select(M mask, V a, V b) {
+    return ops_dcnv4::select(mask, a, b);
+  }
+  static OPS_DCNV4_INLINE Mask both(Mask a, Mask b) { return a & b; }
+  template <typename V>
+  static OPS_DCNV4_INLINE V number(V v) {
+    return v;
+  }
+  template <typename V>
+  static OPS_DCNV4_INLINE auto index(V v) {
+    return convert<Vector<int32_t, width>>(v);
+  }
+
   // Only for values in the range of int.
   static OPS_DCNV4_INLINE type floor(type v) {
     using Ints = Vector<int32_t, width>;
@@ -242,7 +260,7 @@ struct PortableLanes {
                                    permute<Alternate<2, 1>>(ab, cd));
     } else {
       return Vector<T, 4>{a[0] + a[1] + (a[2] + a[3]), b[0] + b[1] + (b[2] + b[3]),
-              c[0] + c[1] + (c[2] + c[3]), d[0] + d[1] + (d[2] + d[3])};
+                          c[0] + c[1] + (c[2] + c[3]), d[0] + d[1] + (d[2] + d[3])};
     }
   }
 
@@ -284,9 +302,7 @@ struct Lanes<T, 1> {
     *to = static_cast<Storage>(v);
   }
   static OPS_DCNV4_INLINE T zero() { return T(0); }
-  static OPS_DCNV4_INLINE Vector<T, 4> sums(T a, T b, T c, T d) {
-    return Vector<T, 4>{a, b, c, d};
-  }
+  static OPS_DCNV4_INLINE Vector<T, 4> sums(T a, T b, T c, T d) { return Vector<T, 4>{a, b, c, d}; }
 };
 
 }  // namespace

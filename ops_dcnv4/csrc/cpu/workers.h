@@ -1,4 +1,4 @@
-// What the operators share when they call the kernels.
+// Memory and granularity of the CPU workers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,9 +12,9 @@ namespace ops_dcnv4 {
 
 // Memory of one worker; the backward pass also stores slices of value and its gradient in it.
 template <typename acc_t>
-class Memory {
+class ScratchMemory {
  public:
-  Memory(int64_t taps, int64_t slice_numbers) {
+  ScratchMemory(int64_t taps, int64_t slice_numbers) {
     const int64_t numbers = scratch_numbers(taps) * sizeof(acc_t);
     const int64_t indices = scratch_indices(taps) * sizeof(int32_t);
     const int64_t slice = (slice_numbers * sizeof(acc_t) + 63) / 64 * 64;

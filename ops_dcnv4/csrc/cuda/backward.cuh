@@ -1,48 +1,37 @@
-// Backward kernels, parameterised by the sampler of the operator: Windows (DCNv4) or Levels
-// (attention).
+// Backward kernels, parameterised by the sampler of the operator.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
 #include "cuda/memory.cuh"
-#include "cuda/place.cuh"
 #include "cuda/static.cuh"
+#include "cuda/tap.cuh"
 #include "cuda/units.cuh"
 
 namespace ops_dcnv4 {
 
 // The data from which the gradients of a tap are computed.
 template <typename acc_t>
-struct Sample {
+struct TapSample {
   acc_t dx, dy, weight;
   unsigned inside;  // a bit per corner: top left, top right, bottom left, bottom right
 
-  Sample() = default;
-  __device__ __forceinline__ Sample(const Inside& in, const Cell<acc_t>& cell, acc_t weight)
-      : dx(cell.dx),
-        dy(cell.dy),
+  TapSample() = default;
+  template <typename Math>
+  __device__ __forceinline__ TapSample(const Cell<Math>& cell, acc_t weight)
+      : dx(cell.x.distance),
+        dy(cell.y.distance),
         weight(weight),
-        inside((in.top && in.left) | (in.top && in.right) << 1 | (in.bottom && in.left) << 2 |
-               (in.bottom && in.right) << 3) {}
-
-  __device__ __forceinline__ Sample from_lane(int lane, int lanes) const {
-    Sample result;
-    result.dx = ops_dcnv4::from_lane(dx, lane, lanes);
-    result.dy = ops_dcnv4::from_lane(dy, lane, lanes);
-    result.weight = ops_dcnv4::from_lane(weight, lane, lanes);
-    result.inside = ops_dcnv4::from_lane(inside, lane, lanes);
-    return result;
-  }
+        inside((cell.y.has_first && cell.x.has_first) |
+               (cell.y.has_first && cell.x.has_second) << 1 |
+               (cell.y.has_second && cell.x.has_first) << 2 |
+               (cell.y.has_second && cell.x.has_second) << 3) {}
 
   __device__ __forceinline__ bool is_inside(int corner) const { return inside >> corner & 1; }
 
-  __device__ __forceinline__ void get_weights(acc_t (&weights)[4]) const {
-    const acc_t top = weight * (1 - dy), bottom = weight * dy;
-    weights[0] = top * (1 - dx);
-    weights[1] = top * dx;
-    weights[2] = bottom * (1 - dx);
-    weights[3] = bottom * dx;
+  __device__ __forceinline__ Corners<acc_t> weights() const {
+    return corner_weights(1 - dx, dx, weight * (1 - dy), weight * dy);
   }
 };
 
@@ -53,16 +42,15 @@ struct TapGradients {
 
   TapGradients() = default;
   // `dots` are the dot products of grad_output with the corners.
-  __device__ __forceinline__ TapGradients(const Sample<acc_t>& tap, const acc_t (&dots)[4]) {
-    acc_t d[4];
+  __device__ __forceinline__ TapGradients(const TapSample<acc_t>& tap, Corners<acc_t> dots) {
 #pragma unroll
-    for (int corner = 0; corner < 4; ++corner) d[corner] = tap.is_inside(corner) ? dots[corner] : 0;
-    const acc_t top = (1 - tap.dx) * d[0] + tap.dx * d[1];
-    const acc_t bottom = (1 - tap.dx) * d[2] + tap.dx * d[3];
-    const acc_t slope_x = (1 - tap.dy) * (d[1] - d[0]) + tap.dy * (d[3] - d[2]);
-    x = tap.weight * slope_x;
-    y = tap.weight * (bottom - top);
-    weight = (1 - tap.dy) * top + tap.dy * bottom;
+    for (int corner = 0; corner < 4; ++corner) {
+      if (!tap.is_inside(corner)) dots.at[corner] = 0;
+    }
+    const auto sample = interpolate<acc_t>(tap.dx, tap.dy, dots);
+    x = tap.weight * sample.slope_x;
+    y = tap.weight * sample.slope_y;
+    weight = sample.value;
   }
 
   // Sums the shares of a unit's lanes; each lane receives the sum.
@@ -94,13 +82,13 @@ __global__ void __launch_bounds__(block_threads)
   const int group_channels = sampler.group_channels();
   const index_t channels = sampler.channels();
 
-  for_units<Sampler::tile_width>(layout, lanes, [&](const Unit& unit) {
+  for_units<Sampler::tile_width>(layout, lanes, [&](const ThreadUnit& unit) {
     const auto tap_of = sampler.taps_of(unit, layout.output, lanes, locations, weights);
     const auto tap_gradients =
         sampler.gradients_of(unit, layout.output, grad_locations, grad_weights);
     const scalar_t* grads = at_unit(grad_output, layout.output, unit, channels, group_channels);
-    const int64_t first_value = unit.image * sampler.pixels() * channels +
-                                (unit.exists ? unit.group * group_channels : 0);
+    const int64_t first_value =
+        unit.image * sampler.pixels() * channels + (unit.exists ? unit.group * group_channels : 0);
     const scalar_t* image = computed(value + first_value);
     acc_t* grad_image = grad_value + first_value;
     Pack<acc_t, S::vec> grad;
@@ -109,21 +97,21 @@ __global__ void __launch_bounds__(block_threads)
     for (int first = 0; first < taps; first += lanes) {
       const int own = first + unit.lane;
       TapGradients<acc_t> own_gradients;
-      Sample<acc_t> own_sample;
-      const auto own_place = place_tap<index_t>(
+      TapSample<acc_t> own_sample;
+      const auto own_offsets = locate_tap<index_t>(
           tap_of(std::min(own, taps - 1)), channels,
-          [&](auto... arguments) { own_sample = Sample<acc_t>(arguments...); });
+          [&](auto... arguments) { own_sample = TapSample<acc_t>(arguments...); });
 #pragma unroll
       for (int lane = 0; lane < std::min(lanes, taps - first); ++lane) {
-        const auto place = own_place.from_lane(lane, lanes);
-        const auto tap = own_sample.from_lane(lane, lanes);
+        const auto offsets = from_lane(own_offsets, lane, lanes);
+        const auto tap = from_lane(own_sample, lane, lanes);
         TapGradients<acc_t> gradients;
-        if (!place.is_none()) {
-          acc_t weights[4], dots[4] = {};
-          tap.get_weights(weights);
+        if (!offsets.is_none()) {
+          const auto weights = tap.weights();
+          Corners<acc_t> dots = {};
           for (int c = unit.lane * S::vec; c < group_channels; c += lanes * S::vec) {
             Pixels pixels[4];
-            place.load(image + c, pixels);
+            offsets.load(image + c, pixels);
             if (!S::taps) grad = Pixels::load(grads + c).template to<acc_t>();
 #pragma unroll
             for (int corner = 0; corner < 4; ++corner) {
@@ -131,11 +119,11 @@ __global__ void __launch_bounds__(block_threads)
               Pack<acc_t, S::vec> share;
 #pragma unroll
               for (int i = 0; i < S::vec; ++i) {
-                dots[corner] += grad.at[i] * wide.at[i];
-                share.at[i] = weights[corner] * grad.at[i];
+                dots.at[corner] += grad.at[i] * wide.at[i];
+                share.at[i] = weights.at[corner] * grad.at[i];
               }
               if (scatter && unit.exists && tap.is_inside(corner)) {
-                atomic_add(grad_image + c + place.offset(corner), share);
+                atomic_add(grad_image + c + offsets.offset(corner), share);
               }
             }
           }
@@ -166,7 +154,7 @@ __global__ void __launch_bounds__(block_threads)
   const int lane = threadIdx.x % warp_size, warps = block_threads / warp_size;
   const int taps = sampler.taps(), group_channels = sampler.group_channels();
   const int64_t channels = sampler.channels();
-  Unit unit;
+  ThreadUnit unit;
   unit.lane = 0;
   unit.exists = true;
   unit.group = blockIdx.x * warps + threadIdx.x / warp_size;
@@ -180,29 +168,28 @@ __global__ void __launch_bounds__(block_threads)
       unit.row = static_cast<int>(in_image / output.width);
       unit.col = static_cast<int>(in_image % output.width);
       const auto tap_of = sampler.taps_of(unit, output, 1, locations, weights);
-      Sample<acc_t> own_sample;
-      const auto own_place = place_tap<int64_t>(
+      TapSample<acc_t> own_sample;
+      const auto own_offsets = locate_tap<int64_t>(
           tap_of(static_cast<int>(own % taps)), channels,
-          [&](auto... arguments) { own_sample = Sample<acc_t>(arguments...); });
+          [&](auto... arguments) { own_sample = TapSample<acc_t>(arguments...); });
       for (int from = 0; from < std::min<int64_t>(warp_size, pixels * taps - first); ++from) {
-        const auto place = own_place.from_lane(from, warp_size);
-        const auto tap = own_sample.from_lane(from, warp_size);
-        if (place.is_none()) continue;
+        const auto offsets = from_lane(own_offsets, from, warp_size);
+        const auto tap = from_lane(own_sample, from, warp_size);
+        if (offsets.is_none()) continue;
         const scalar_t* grads = grad_output + unit.group * group_channels +
                                 (unit.image * pixels + (first + from) / taps) * channels;
-        acc_t weights[4];
-        tap.get_weights(weights);
+        const auto weights = tap.weights();
         for (int c = lane; c < group_channels; c += warp_size) {
           const acc_t grad = static_cast<acc_t>(grads[c]);
           acc_t sums[4];  // of different pixels, so all can be loaded before the first is stored
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
-            if (tap.is_inside(corner)) sums[corner] = image[place.offset(corner) + c];
+            if (tap.is_inside(corner)) sums[corner] = image[offsets.offset(corner) + c];
           }
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
             if (tap.is_inside(corner)) {
-              image[place.offset(corner) + c] = sums[corner] + weights[corner] * grad;
+              image[offsets.offset(corner) + c] = sums[corner] + weights.at[corner] * grad;
             }
           }
         }
@@ -219,15 +206,15 @@ void launch_backward(const Sampler& sampler, bool in_order, const scalar_t* grad
                      acc_t* grad_value, grad_point_t* grad_locations, grad_point_t* grad_weights) {
   const Layout layout = layout_of(sampler);
   const auto kernel = in_order ? &backward<Sampler, false> : &backward<Sampler, true>;
-  OPS_DCNV4_LAUNCH(kernel, layout.grid(), block_threads, sampler, layout, grad_output, value,
-                   locations, weights, grad_value, grad_locations, grad_weights);
+  launch(kernel, layout.grid(), block_threads, sampler, layout, grad_output, value, locations,
+         weights, grad_value, grad_locations, grad_weights);
   if (!in_order) return;
   const Extents output = layout.output;
   const auto general = sampler.general();
   const dim3 grid(divide_up(output.groups, block_threads / warp_size), 1,
                   std::min<int64_t>(output.batch, 65535));
-  OPS_DCNV4_LAUNCH((scatter_in_order<std::decay_t<decltype(general)>>), grid, block_threads,
-                   general, output, grad_output, locations, weights, grad_value);
+  launch(scatter_in_order<std::decay_t<decltype(general)>>, grid, block_threads, general, output,
+         grad_output, locations, weights, grad_value);
 }
 
 }  // namespace ops_dcnv4

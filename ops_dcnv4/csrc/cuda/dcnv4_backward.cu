@@ -5,19 +5,18 @@
 
 #include "checks.h"
 #include "cuda/backward.cuh"
-#include "cuda/windows.cuh"
+#include "cuda/dcnv4_sampler.cuh"
 #include "dispatch.h"
 #include "geometry.h"
 #include "operators.h"
 
 namespace ops_dcnv4 {
 
-std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(
-    const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& offset_mask,
-    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, double offset_scale, bool remove_center) {
-  const Geometry g = make_geometry(value, offset_mask, kernel_size, stride, padding, dilation,
-                                   groups, offset_scale, remove_center);
+std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const Window& window,
+                                                       const at::Tensor& grad_output,
+                                                       const at::Tensor& value,
+                                                       const at::Tensor& offset_mask) {
+  const Geometry g = make_geometry(window, value, offset_mask);
   check_grad_output(g.output_shape(), grad_output, value);
   const c10::DeviceGuard guard(value.device());
   const at::Tensor go = dense(grad_output), v = dense(value), o = dense(offset_mask);
@@ -30,12 +29,11 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(
     using scalar_t = decltype(scalar);
     using acc_t = decltype(acc);
     grad_value = at::zeros(v.sizes(), v.options().dtype(c10::CppTypeToScalarType<acc_t>::value));
-    with_windows<scalar_t, acc_t>(g, {&v, &go}, [&](auto sampler) {
+    with_sampler<scalar_t, acc_t>(g, {&v, &go}, [&](auto sampler) {
       launch_backward(sampler, in_order, go.const_data_ptr<scalar_t>(),
                       v.const_data_ptr<scalar_t>(), o.const_data_ptr<scalar_t>(),
                       o.const_data_ptr<scalar_t>(), grad_value.data_ptr<acc_t>(),
-                      grad_offset_mask.data_ptr<scalar_t>(),
-                      grad_offset_mask.data_ptr<scalar_t>());
+                      grad_offset_mask.data_ptr<scalar_t>(), grad_offset_mask.data_ptr<scalar_t>());
     });
   });
   return {grad_value.to(v.scalar_type()), grad_offset_mask};

@@ -1,39 +1,27 @@
-// Forward kernel, parameterised by the sampler of the operator: Windows (DCNv4) or Levels
-// (attention).
+// Forward kernel, parameterised by the sampler of the operator.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
 #include "cuda/memory.cuh"
-#include "cuda/place.cuh"
 #include "cuda/static.cuh"
+#include "cuda/tap.cuh"
 #include "cuda/units.cuh"
 
 namespace ops_dcnv4 {
 
 // Weights of the four pixels of a tap's cell.
 template <typename acc_t>
-struct Weights {
-  acc_t at[4];
+struct CornerWeights {
+  Corners<acc_t> corners;
 
-  Weights() = default;
-  __device__ __forceinline__ Weights(const Inside& in, const Cell<acc_t>& cell, acc_t modulation) {
-    const acc_t left = in.left ? 1 - cell.dx : 0, right = in.right ? cell.dx : 0;
-    const acc_t top = modulation * (in.top ? 1 - cell.dy : 0);
-    const acc_t bottom = modulation * (in.bottom ? cell.dy : 0);
-    at[0] = top * left;
-    at[1] = top * right;
-    at[2] = bottom * left;
-    at[3] = bottom * right;
-  }
-
-  __device__ __forceinline__ Weights from_lane(int lane, int lanes) const {
-    Weights result;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) result.at[i] = ops_dcnv4::from_lane(at[i], lane, lanes);
-    return result;
-  }
+  CornerWeights() = default;
+  template <typename Math>
+  __device__ __forceinline__ CornerWeights(const Cell<Math>& cell, acc_t modulation)
+      : corners(corner_weights(cell.x.first_weight(), cell.x.second_weight(),
+                               modulation * cell.y.first_weight(),
+                               modulation * cell.y.second_weight())) {}
 
   // Adds the weighted pixels to sum, if the tap reaches any.
   template <typename scalar_t, int n>
@@ -44,7 +32,7 @@ struct Weights {
     for (int corner = 0; corner < 4; ++corner) {
       const auto wide = pixels[corner].template to<acc_t>();
 #pragma unroll
-      for (int i = 0; i < n; ++i) sum.at[i] += at[corner] * wide.at[i];
+      for (int i = 0; i < n; ++i) sum.at[i] += corners.at[corner] * wide.at[i];
     }
   }
 };
@@ -52,26 +40,18 @@ struct Weights {
 // Weights for halves, which are interpolated two at a time in 16 bits (the precision of the
 // pixels), then modulated and accumulated over the taps in 32 bits. Up to rounding, samples are
 // within the range of their pixels: pixels within 0.2 % of the largest half may overflow.
-struct HalfWeights {
+struct HalfCornerWeights {
   unsigned top, bottom;  // pairs of halves: left, right
   float modulation;
 
-  HalfWeights() = default;
-  __device__ __forceinline__ HalfWeights(const Inside& in, const Cell<float>& cell,
-                                         float modulation)
-      : modulation(cell.row == outside ? 0 : modulation) {
-    const float left = in.left ? 1 - cell.dx : 0, right = in.right ? cell.dx : 0;
-    const float above = in.top ? 1 - cell.dy : 0, below = in.bottom ? cell.dy : 0;
-    top = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(above * left, above * right));
-    bottom = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(below * left, below * right));
-  }
-
-  __device__ __forceinline__ HalfWeights from_lane(int lane, int lanes) const {
-    HalfWeights result;
-    result.top = ops_dcnv4::from_lane(top, lane, lanes);
-    result.bottom = ops_dcnv4::from_lane(bottom, lane, lanes);
-    result.modulation = ops_dcnv4::from_lane(modulation, lane, lanes);
-    return result;
+  HalfCornerWeights() = default;
+  template <typename Math>
+  __device__ __forceinline__ HalfCornerWeights(const Cell<Math>& cell, float modulation)
+      : modulation(cell.counts ? modulation : 0) {
+    const auto weights = corner_weights(cell.x.first_weight(), cell.x.second_weight(),
+                                        cell.y.first_weight(), cell.y.second_weight());
+    top = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(weights.at[0], weights.at[1]));
+    bottom = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(weights.at[2], weights.at[3]));
   }
 
   template <int n>
@@ -102,9 +82,9 @@ struct HalfWeights {
 };
 
 template <typename S>
-using WeightsOf = std::conditional_t<
-    std::is_same_v<typename S::scalar_t, at::Half> && S::vec % 2 == 0, HalfWeights,
-    Weights<typename S::acc_t>>;
+using CornerWeightsOf =
+    std::conditional_t<std::is_same_v<typename S::scalar_t, at::Half> && S::vec % 2 == 0,
+                       HalfCornerWeights, CornerWeights<typename S::acc_t>>;
 
 // Computes output (N, ..., C) from value and the tensors that the sampler reads, which may be the
 // same tensor twice.
@@ -121,7 +101,7 @@ __global__ void __launch_bounds__(block_threads)
   const int group_channels = sampler.group_channels();
   const index_t channels = sampler.channels();
 
-  for_units<Sampler::tile_width>(layout, lanes, [&](const Unit& unit) {
+  for_units<Sampler::tile_width>(layout, lanes, [&](const ThreadUnit& unit) {
     const auto tap_of = sampler.taps_of(unit, layout.output, lanes, locations, weights);
     for (int start = 0; start < group_channels; start += lanes * S::vec) {
       const int in_group = start + unit.lane * S::vec;
@@ -131,17 +111,17 @@ __global__ void __launch_bounds__(block_threads)
       Pack<acc_t, S::vec> sum = {};
 #pragma unroll
       for (int first = 0; first < taps; first += lanes) {
-        WeightsOf<S> own_weights;
-        const auto own_place = place_tap<index_t>(
+        CornerWeightsOf<S> own_weights;
+        const auto own_offsets = locate_tap<index_t>(
             tap_of(std::min(first + unit.lane, taps - 1)), channels,
-            [&](auto... arguments) { own_weights = WeightsOf<S>(arguments...); });
+            [&](auto... arguments) { own_weights = CornerWeightsOf<S>(arguments...); });
 #pragma unroll
         for (int lane = 0; lane < std::min(lanes, taps - first); ++lane) {
-          const auto place = own_place.from_lane(lane, lanes);
-          const auto weights = own_weights.from_lane(lane, lanes);
+          const auto offsets = from_lane(own_offsets, lane, lanes);
+          const auto weights = from_lane(own_weights, lane, lanes);
           Pixels pixels[4];
-          place.load(image, pixels);
-          weights.add_sample(pixels, !place.is_none(), sum);
+          offsets.load(image, pixels);
+          weights.add_sample(pixels, !offsets.is_none(), sum);
         }
       }
       if (!has_channels) continue;
@@ -156,8 +136,8 @@ template <typename Sampler, typename scalar_t, typename point_t>
 void launch_forward(const Sampler& sampler, const scalar_t* value, const point_t* locations,
                     const point_t* weights, scalar_t* output) {
   const Layout layout = layout_of(sampler);
-  OPS_DCNV4_LAUNCH(forward<Sampler>, layout.grid(), block_threads, sampler, layout, value,
-                   locations, weights, output);
+  launch(forward<Sampler>, layout.grid(), block_threads, sampler, layout, value, locations, weights,
+         output);
 }
 
 }  // namespace ops_dcnv4

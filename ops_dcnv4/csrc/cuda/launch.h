@@ -1,41 +1,25 @@
-// The parts of CUDA that the kernels use. Without nvcc, the kernels compile as C++ for the tests'
-// serial emulator of CUDA's execution model, whose folder must be on the include path.
+// Launching of kernels, and conversions between types of the same size.
 #pragma once
-
-#include <c10/macros/Macros.h>
-
-#include <cstring>
-
-#if defined(__CUDACC__)
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_fp16.h>
 
-#define OPS_DCNV4_LAUNCH(kernel, grid, block, ...)                            \
-  kernel<<<grid, block, 0, c10::cuda::getCurrentCUDAStream()>>>(__VA_ARGS__); \
-  C10_CUDA_KERNEL_LAUNCH_CHECK()
-
-#define OPS_DCNV4_ASSERT(condition, message) CUDA_KERNEL_ASSERT_MSG(condition, message)
-
-#else
-
-#include "cuda_fp16.h"
-#include "model.h"
-
-#include <stdexcept>
-
-#define OPS_DCNV4_LAUNCH(kernel, grid, block, ...) \
-  cuda_model::launch(grid, block, 0, kernel, __VA_ARGS__)
-
-#define OPS_DCNV4_ASSERT(condition, message) \
-  if (!(condition)) throw std::runtime_error(message)
-
-#endif
+#include <cstring>
 
 namespace ops_dcnv4 {
 
 constexpr int warp_size = 32;
+
+// Launches a kernel on the current stream, like <<<grid, block>>>, which only nvcc compiles.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = c10::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
 
 template <typename To, typename From>
 __device__ __forceinline__ To bit_cast(const From from) {

@@ -12,7 +12,7 @@
 
 namespace ops_dcnv4 {
 
-// What is known about a call at compile time; 0 means unknown.
+// The sizes known at compile time; 0 means unknown.
 template <typename scalar, typename acc, int vec_, int group_channels_, int taps_>
 struct Static {
   using scalar_t = scalar;
@@ -45,7 +45,7 @@ Layout layout_of(const Sampler& sampler) {
 }
 
 // Sizes of a call that determine its kernels.
-struct Sizes {
+struct KernelSizes {
   int64_t group_channels;
   int taps;          // 0 for windows without a specialised kernel
   int64_t distance;  // largest offset within an image, in elements
@@ -55,7 +55,7 @@ struct Sizes {
 // many, and constant sizes for the group widths of the published models with one of these numbers
 // of taps.
 template <typename scalar_t, typename acc_t, int vec, int... taps, typename Body>
-void with_static(const Sizes& sizes, std::initializer_list<const at::Tensor*> tensors,
+void with_static(const KernelSizes& sizes, std::initializer_list<const at::Tensor*> tensors,
                  const Body& body) {
   bool aligned = sizes.group_channels % vec == 0;
   for (const at::Tensor* tensor : tensors) {

@@ -68,7 +68,7 @@ struct Layout {
   }
 };
 
-struct Unit {
+struct ThreadUnit {
   int lane;     // index of this thread within the unit
   bool exists;  // false for threads beyond the image or the groups, which still join in shuffles
   int64_t image;
@@ -84,7 +84,7 @@ __device__ __forceinline__ void for_units(const Layout& layout, int lanes, const
   const int tile_pixel = layout.groups.divide(in_block);
   const int groups = layout.output.groups, groups_of_block = layout.groups.by;
   const int in_groups = in_block - tile_pixel * groups_of_block;
-  Unit unit;
+  ThreadUnit unit;
   unit.lane = threadIdx.x % lanes;
   if constexpr (tile_width == queries_in_a_row) {
     unit.row = 0;
@@ -111,7 +111,7 @@ __device__ __forceinline__ void for_units(const Layout& layout, int lanes, const
 // pixel and `group_channels` per group. For a unit that does not exist, returns the start of the
 // tensor, which is safe to read.
 template <typename index_t, typename T>
-__device__ __forceinline__ T* at_unit(T* tensor, const Extents& output, const Unit& unit,
+__device__ __forceinline__ T* at_unit(T* tensor, const Extents& output, const ThreadUnit& unit,
                                       index_t channels, int group_channels) {
   T* image = tensor + unit.image * output.height * output.width * channels;
   const index_t pixel = unit.row * output.width + unit.col;
@@ -119,10 +119,15 @@ __device__ __forceinline__ T* at_unit(T* tensor, const Extents& output, const Un
   return unit.exists ? image + in_image : tensor;
 }
 
-// Returns the value of another lane of the unit.
+// Returns the value of another lane of the unit. T is a number or a struct of numbers.
 template <typename T>
-__device__ __forceinline__ T from_lane(T v, int lane, int lanes) {
-  return __shfl_sync(0xffffffff, v, lane, lanes);
+__device__ __forceinline__ T from_lane(const T& v, int lane, int lanes) {
+  struct Words {
+    unsigned at[sizeof(T) / sizeof(unsigned)];
+  } words = ops_dcnv4::bit_cast<Words>(v);
+#pragma unroll
+  for (unsigned& word : words.at) word = __shfl_sync(0xffffffff, word, lane, lanes);
+  return ops_dcnv4::bit_cast<T>(words);
 }
 
 // Reduces the values of a unit's lanes with `combine`; each lane receives the result.

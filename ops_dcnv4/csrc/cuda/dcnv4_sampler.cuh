@@ -3,16 +3,15 @@
 
 #include <algorithm>
 
-#include "cuda/place.cuh"
 #include "cuda/static.cuh"
+#include "cuda/tap.cuh"
 #include "geometry.h"
 
 namespace ops_dcnv4 {
 
-// Sampler for DCNv4; that for attention is Levels. offset_mask contains locations and weights, and
-// is passed to the kernels as both.
+// offset_mask contains locations and weights, and is passed to the kernels as both.
 template <typename S>
-struct Windows {
+struct Dcnv4Sampler {
   using Compiled = S;
   using acc_t = typename S::acc_t;
   using point_t = typename S::scalar_t;
@@ -22,7 +21,7 @@ struct Windows {
   Geometry g;
   acc_t offset_scale;
 
-  Windows<typename S::General> general() const { return {g, offset_scale}; }
+  Dcnv4Sampler<typename S::General> general() const { return {g, offset_scale}; }
 
   Extents output() const {
     return {g.batch, g.out_height, g.out_width, static_cast<int>(g.groups)};
@@ -40,13 +39,14 @@ struct Windows {
   // Returns a unit's part of offset_mask: offset pairs, column by column of the window, and then
   // modulation scalars.
   template <typename T>
-  __device__ __forceinline__ T* at(T* offset_mask, const Extents& output, const Unit& unit) const {
+  __device__ __forceinline__ T* at(T* offset_mask, const Extents& output,
+                                   const ThreadUnit& unit) const {
     using index_t = typename S::index_t;
     return at_unit<index_t>(offset_mask, output, unit, g.offset_channels, 3 * taps());
   }
 
   // Returns a function that maps k to tap k of a unit.
-  __device__ __forceinline__ auto taps_of(const Unit& unit, const Extents& output, int,
+  __device__ __forceinline__ auto taps_of(const ThreadUnit& unit, const Extents& output, int,
                                           const point_t* offset_mask, const point_t*) const {
     return [this, &unit, offsets = at(offset_mask, output, unit)](int k) -> Tap<acc_t> {
       const int rows = S::taps ? 3 : g.y.kernel;
@@ -59,14 +59,14 @@ struct Windows {
                       offset_scale * (g.x.grid(tap_x) + static_cast<acc_t>(offsets[2 * k]));
       const acc_t y = g.y.center_of(unit.row) +
                       offset_scale * (g.y.grid(tap_y) + static_cast<acc_t>(offsets[2 * k + 1]));
-      return {y, x, static_cast<acc_t>(offsets[2 * taps() + k]), {g.height, g.width, 0}};
+      return {x, y, static_cast<acc_t>(offsets[2 * taps() + k]), {g.width, g.height, g.width, 0}};
     };
   }
 
   // Destination of a unit's gradients.
-  struct Gradients {
-    const Windows& sampler;
-    const Unit& unit;
+  struct GradientStore {
+    const Dcnv4Sampler& sampler;
+    const ThreadUnit& unit;
     point_t* offsets;
 
     // Stores the gradients of x and y, in pixels, and of the modulation of tap k.
@@ -82,29 +82,30 @@ struct Windows {
       const Geometry& g = sampler.g;
       const int used = 3 * sampler.taps();
       if (!unit.exists || unit.group != g.groups - 1) return;
-      const typename S::index_t behind = g.offset_channels - unit.group * used;
-      for (typename S::index_t c = used + unit.lane; c < behind; c += lanes) {
+      const typename S::index_t end = g.offset_channels - unit.group * used;
+      for (typename S::index_t c = used + unit.lane; c < end; c += lanes) {
         offsets[c] = point_t(0);
       }
     }
   };
 
-  __device__ __forceinline__ Gradients gradients_of(const Unit& unit, const Extents& output,
-                                                    point_t* grad_offset_mask, point_t*) const {
+  __device__ __forceinline__ GradientStore gradients_of(const ThreadUnit& unit,
+                                                        const Extents& output,
+                                                        point_t* grad_offset_mask, point_t*) const {
     return {*this, unit, at(grad_offset_mask, output, unit)};
   }
 };
 
 // Calls body with the sampler of the matching kernels.
 template <typename scalar_t, typename acc_t, typename Body>
-void with_windows(const Geometry& g, std::initializer_list<const at::Tensor*> tensors,
+void with_sampler(const Geometry& g, std::initializer_list<const at::Tensor*> tensors,
                   const Body& body) {
-  const Sizes sizes{g.group_channels, g.y.kernel == 3 && g.x.kernel == 3 ? g.taps() : 0,
-                    std::max(int64_t(g.height) * g.width * g.channels(),
-                             int64_t(g.out_height) * g.out_width *
-                                 std::max(g.channels(), g.offset_channels))};
+  const KernelSizes sizes{
+      g.group_channels, g.y.kernel == 3 && g.x.kernel == 3 ? g.taps() : 0,
+      std::max(int64_t(g.height) * g.width * g.channels(),
+               int64_t(g.out_height) * g.out_width * std::max(g.channels(), g.offset_channels))};
   with_static<scalar_t, acc_t, 16 / sizeof(scalar_t), 8, 9>(sizes, tensors, [&](auto compiled) {
-    body(Windows<decltype(compiled)>{g, static_cast<acc_t>(g.offset_scale)});
+    body(Dcnv4Sampler<decltype(compiled)>{g, static_cast<acc_t>(g.offset_scale)});
   });
 }
 

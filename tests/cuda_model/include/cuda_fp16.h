@@ -1,4 +1,4 @@
-// CUDA's arithmetic on pairs of halves, as far as the kernels use it.
+// The part of CUDA's arithmetic on pairs of halves that the kernels use.
 #pragma once
 
 #include <c10/util/Half.h>

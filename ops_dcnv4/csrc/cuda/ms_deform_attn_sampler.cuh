@@ -9,8 +9,8 @@
 #include <limits>
 
 #include "attention.h"
-#include "cuda/place.cuh"
 #include "cuda/static.cuh"
+#include "cuda/tap.cuh"
 
 namespace ops_dcnv4 {
 
@@ -20,13 +20,13 @@ struct LevelTensors {
   const int64_t* starts;
 };
 
-// The height of an image that contains no point.
-constexpr int nowhere = -1;
+// The height of a level without pixels, which contains no point.
+constexpr int empty_height = -1;
 
-// Sampler for attention; that for DCNv4 is Windows. In the fused form, locations and weights share
-// a tensor, and the weights are logits to be normalised by a softmax.
+// In the fused form, locations and weights share a tensor, and the weights are logits to be
+// normalised by a softmax.
 template <typename S, typename point>
-struct Levels {
+struct MsDeformAttnSampler {
   using Compiled = S;
   using acc_t = typename S::acc_t;
   using point_t = point;
@@ -38,10 +38,10 @@ struct Levels {
   LevelTensors levels;
   Divisor points;
 
-  Levels(const Attention& a, const LevelTensors& levels)
+  MsDeformAttnSampler(const Attention& a, const LevelTensors& levels)
       : a(a), levels(levels), points(a.points) {}
 
-  Levels<typename S::General, point> general() const { return {a, levels}; }
+  MsDeformAttnSampler<typename S::General, point> general() const { return {a, levels}; }
 
   Extents output() const { return {a.batch, 1, a.queries, static_cast<int>(a.heads)}; }
 
@@ -61,7 +61,7 @@ struct Levels {
 
   template <typename T>
   __device__ __forceinline__ Points<T> at(T* locations, T* weights, const Extents& output,
-                                          const Unit& unit) const {
+                                          const ThreadUnit& unit) const {
     const int location_stride = a.location_stride(taps());
     const int weight_stride = a.weight_stride(taps());
     const index_t heads = a.heads;
@@ -70,7 +70,7 @@ struct Levels {
   }
 
   // Returns a function that maps k to tap k of a unit.
-  __device__ __forceinline__ auto taps_of(const Unit& unit, const Extents& output, int lanes,
+  __device__ __forceinline__ auto taps_of(const ThreadUnit& unit, const Extents& output, int lanes,
                                           const point_t* locations, const point_t* weights) const {
     const Points<const point_t> at_k = at(locations, weights, output, unit);
     acc_t largest = 0, factor = 1;
@@ -89,23 +89,23 @@ struct Levels {
     return [this, at_k, largest, factor](int k) -> Tap<acc_t> {
       acc_t weight = static_cast<acc_t>(at_k.weights[k]);
       if (a.fused) weight = factor * std::exp(weight - largest);
-      const Image image = image_of(points.divide(k));
-      const acc_t x = static_cast<acc_t>(at_k.locations[2 * k]) * image.width - acc_t(0.5);
-      const acc_t y = static_cast<acc_t>(at_k.locations[2 * k + 1]) * image.height - acc_t(0.5);
-      return {y, x, weight, image};
+      const auto level = level_of(points.divide(k));
+      const acc_t x = static_cast<acc_t>(at_k.locations[2 * k]) * level.width - acc_t(0.5);
+      const acc_t y = static_cast<acc_t>(at_k.locations[2 * k + 1]) * level.height - acc_t(0.5);
+      return {x, y, weight, level};
     };
   }
 
   // Returns a level, which has no pixels if it exceeds value. The host does not check the sizes,
   // because it would have to synchronise.
-  __device__ __forceinline__ Image image_of(int level) const {
+  __device__ __forceinline__ Level<int, int> level_of(int level) const {
     const int64_t height = levels.shapes[2 * level], width = levels.shapes[2 * level + 1];
     const int64_t start = levels.starts[level];
     const bool is_small = (height | width | start) >> 32 == 0;  // and not negative
     const uint64_t end = uint64_t(unsigned(height)) * unsigned(width) + unsigned(start);
     const bool fits = is_small && end > uint64_t(start) && end <= uint64_t(a.pixels);
-    return {fits ? static_cast<int>(height) : nowhere, static_cast<int>(width),
-            static_cast<int>(start)};
+    return {static_cast<int>(width), fits ? static_cast<int>(height) : empty_height,
+            static_cast<int>(width), static_cast<int>(start)};
   }
 
   // Fails an assertion if a level exceeds value. Only the first block checks this, and only at the
@@ -113,15 +113,16 @@ struct Levels {
   __device__ __forceinline__ void check() const {
     if (blockIdx.x + blockIdx.y + blockIdx.z != 0) return;
     for (int level = threadIdx.x; level < a.levels; level += block_threads) {
-      OPS_DCNV4_ASSERT(image_of(level).height != nowhere,
-                       "a level of spatial_shapes and level_start_index lies outside of value");
+      CUDA_KERNEL_ASSERT_MSG(
+          level_of(level).height != empty_height,
+          "the levels of spatial_shapes and level_start_index must lie within value");
     }
   }
 
   // Destination of a unit's gradients.
-  struct Gradients {
-    const Levels& sampler;
-    const Unit& unit;
+  struct GradientStore {
+    const MsDeformAttnSampler& sampler;
+    const ThreadUnit& unit;
     Points<acc_t> at;
 
     // Stores the gradients of x and y, in pixels, and of the weight of tap k.
@@ -147,22 +148,23 @@ struct Levels {
     }
   };
 
-  __device__ __forceinline__ Gradients gradients_of(const Unit& unit, const Extents& output,
-                                                    acc_t* grad_locations,
-                                                    acc_t* grad_weights) const {
+  __device__ __forceinline__ GradientStore gradients_of(const ThreadUnit& unit,
+                                                        const Extents& output,
+                                                        acc_t* grad_locations,
+                                                        acc_t* grad_weights) const {
     return {*this, unit, at(grad_locations, grad_weights, output, unit)};
   }
 };
 
 // Calls body with the sampler of the matching kernels. A thread holds up to `bytes` of channels.
 template <typename scalar_t, typename acc_t, typename point_t, int bytes, typename Body>
-void with_levels(const Attention& a, const LevelTensors& levels,
-                 std::initializer_list<const at::Tensor*> tensors, const Body& body) {
+void with_sampler(const Attention& a, const LevelTensors& levels,
+                  std::initializer_list<const at::Tensor*> tensors, const Body& body) {
   const int64_t of_query = a.heads * std::max<int64_t>(a.head_channels, 3 * a.taps());
-  const Sizes sizes{a.head_channels, a.taps(),
-                    std::max(a.pixels * a.channels(), a.queries * of_query)};
+  const KernelSizes sizes{a.head_channels, a.taps(),
+                          std::max(a.pixels * a.channels(), a.queries * of_query)};
   with_static<scalar_t, acc_t, bytes / sizeof(scalar_t), 16>(sizes, tensors, [&](auto compiled) {
-    body(Levels<decltype(compiled), point_t>(a, levels));
+    body(MsDeformAttnSampler<decltype(compiled), point_t>(a, levels));
   });
 }
 

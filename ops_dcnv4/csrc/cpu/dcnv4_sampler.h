@@ -6,25 +6,25 @@
 namespace ops_dcnv4 {
 namespace {
 
-// What all windows have in common. Copies, which stores to plans cannot change.
+// The parameters shared by all windows: copies, so that stores to plans do not force reloads.
 template <typename acc_t>
-struct Frame {
-  int row_pixels;                        // of an image
+struct Dcnv4Sampler {
+  int row_pixels;  // of an image
   int reach;  // from a window's centre down to the first row that it does not read without offsets
   acc_t width, height;                   // of an image
   int start_x, step_x, start_y, step_y;  // of the windows' centres
   acc_t scale;
   const acc_t *grid_x, *grid_y;  // the window's regular grid
 
-  explicit Frame(const Geometry& g, acc_t* grid);
+  explicit Dcnv4Sampler(const Geometry& g, acc_t* grid);
 
-  OPS_DCNV4_INLINE Image<acc_t, int> image(int64_t) const { return {width, height, row_pixels, 0}; }
+  OPS_DCNV4_INLINE Level<acc_t, int> level(int64_t) const { return {width, height, row_pixels, 0}; }
   OPS_DCNV4_INLINE acc_t scale_x(int64_t) const { return scale; }
   OPS_DCNV4_INLINE acc_t scale_y(int64_t) const { return scale; }
 };
 
 template <typename acc_t>
-Frame<acc_t>::Frame(const Geometry& g, acc_t* grid)
+Dcnv4Sampler<acc_t>::Dcnv4Sampler(const Geometry& g, acc_t* grid)
     : row_pixels(g.width),
       reach(g.y.grid(g.y.kernel - 1) + 2),
       width(static_cast<acc_t>(g.width)),
@@ -47,19 +47,19 @@ Frame<acc_t>::Frame(const Geometry& g, acc_t* grid)
   }
 }
 
-// The window of one unit. Taps are in the order of offset_mask, column by column.
+// The sampling points of a unit. Taps are in the order of offset_mask, column by column.
 template <typename scalar_t, typename acc_t, typename Count>
-struct Window {
-  const Frame<acc_t>& frame;
+struct WindowPoints {
+  const Dcnv4Sampler<acc_t>& sampler;
   Count taps;
   acc_t center_x, center_y;
   const scalar_t* offsets;  // pairs (dx, dy), followed by the modulation scalars
 
-  OPS_DCNV4_INLINE Coordinates<acc_t> points(int64_t k) const {
+  OPS_DCNV4_INLINE Coordinates<acc_t> coordinates(int64_t k) const {
     using L = Native<acc_t>;
     const auto offset = load_pairs<acc_t>(offsets, taps, k);
-    return {center_x + frame.scale * (L::load(frame.grid_x + k) + offset.x),
-            center_y + frame.scale * (L::load(frame.grid_y + k) + offset.y)};
+    return {center_x + sampler.scale * (L::load(sampler.grid_x + k) + offset.x),
+            center_y + sampler.scale * (L::load(sampler.grid_y + k) + offset.y)};
   }
   OPS_DCNV4_INLINE auto modulation(int64_t k) const {
     return Native<acc_t>::load_first(offsets + 2 * taps + k, taps - k);
@@ -68,28 +68,28 @@ struct Window {
 
 // Fills the plan of a window. Returns whether all pixels of all its cells are inside the image.
 template <bool backward, typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_INLINE bool make_plan(const Plan<acc_t, Count> plan, const Frame<acc_t>& frame,
-                                const Window<scalar_t, acc_t, Count> window) {
+OPS_DCNV4_INLINE bool make_plan(const Plan<acc_t, Count> plan, const Dcnv4Sampler<acc_t>& sampler,
+                                const WindowPoints<scalar_t, acc_t, Count> points) {
   using L = Native<acc_t>;
   using Ints = Lanes<int32_t, native_width<acc_t>>;
   bool inside = true;
   for (int64_t k = 0; k < plan.taps; k += native_width<acc_t>) {
-    const auto at = window.points(k);
-    inside = inside && L::all_within(at.x, 0, frame.width - 1, plan.taps - k) &&
-             L::all_within(at.y, 0, frame.height - 1, plan.taps - k);
+    const auto at = points.coordinates(k);
+    inside = inside && L::all_within(at.x, 0, sampler.width - 1, plan.taps - k) &&
+             L::all_within(at.y, 0, sampler.height - 1, plan.taps - k);
   }
   if (!inside) {
-    plan_border<backward>(plan, frame, window);
+    plan_border<backward>(plan, sampler, points);
     return false;
   }
   for (int64_t k = 0; k < plan.taps; k += native_width<acc_t>) {
-    const auto at = window.points(k);
-    const auto modulation = window.modulation(k);
+    const auto at = points.coordinates(k);
+    const auto modulation = points.modulation(k);
     const auto col = L::floor(at.x), row = L::floor(at.y);
     const auto dx = at.x - col, dy = at.y - row;
     store_weights<L>(plan, k, acc_t(1) - dx, dx, modulation * (acc_t(1) - dy), modulation * dy);
-    const auto pixel = convert<typename Ints::type>(row) * frame.row_pixels +
-                       convert<typename Ints::type>(col);
+    const auto pixel =
+        convert<typename Ints::type>(row) * sampler.row_pixels + convert<typename Ints::type>(col);
     Ints::store(plan.pixel() + k, pixel);
     if (!backward) continue;
     L::store(plan.dx() + k, dx);
@@ -127,16 +127,16 @@ class Walk {
   int64_t first_group, last_group;
 
  public:
-  Unit at;
+  PlannedUnit at;
   int row, col;
 };
 
 // Plans `count` units, so that the processor can overlap the computations of several units: those
 // of a single unit all depend on each other.
 template <bool backward, typename scalar_t, typename acc_t, typename Count>
-OPS_DCNV4_NOINLINE void plan_strip(Plan<acc_t, Count> plan, const Frame<acc_t> frame,
-                                   const Geometry& g, const Dcnv4Tensors<scalar_t>& t, Walk& walk,
-                                   Unit* units, int64_t count) {
+OPS_DCNV4_NOINLINE void plan_windows(Plan<acc_t, Count> plan, const Dcnv4Sampler<acc_t> sampler,
+                                     const Geometry& g, const Dcnv4Tensors<scalar_t>& t, Walk& walk,
+                                     PlannedUnit* units, int64_t count) {
   const int64_t offset_channels = g.offset_channels, channels = g.channels();
   const int64_t image = int64_t(g.height) * g.width * channels;
   Walk w = walk;
@@ -147,18 +147,17 @@ OPS_DCNV4_NOINLINE void plan_strip(Plan<acc_t, Count> plan, const Frame<acc_t> f
         t.offset_mask + w.at.pixel * offset_channels + w.at.group * 3 * plan.taps;
     prefetch(offsets, ahead, 3 * plan.taps);
     if (!backward) {  // prefetch the pixel that the windows of the next row will read first
-      const uintptr_t row = frame.start_y + w.row * frame.step_y + frame.reach;
-      const uintptr_t col = frame.start_x + w.col * frame.step_x;
-      const uintptr_t pixel = row * frame.row_pixels + col;
+      const uintptr_t row = sampler.start_y + w.row * sampler.step_y + sampler.reach;
+      const uintptr_t col = sampler.start_x + w.col * sampler.step_x;
+      const uintptr_t pixel = row * sampler.row_pixels + col;
       prefetch(t.value, w.at.image * image + pixel * channels + w.at.group * g.group_channels,
                g.group_channels);
     }
-    const Window<scalar_t, acc_t, Count> window{frame, plan.taps,
-                                                acc_t(frame.start_x + w.col * frame.step_x),
-                                                acc_t(frame.start_y + w.row * frame.step_y),
-                                                offsets};
+    const WindowPoints<scalar_t, acc_t, Count> points{
+        sampler, plan.taps, acc_t(sampler.start_x + w.col * sampler.step_x),
+        acc_t(sampler.start_y + w.row * sampler.step_y), offsets};
     units[i] = w.at;
-    units[i].inside = make_plan<backward>(plan, frame, window);
+    units[i].inside = make_plan<backward>(plan, sampler, points);
   }
   walk = w;
 }
