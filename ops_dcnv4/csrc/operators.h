@@ -42,9 +42,6 @@ struct Schema<kernel> {
   }
 };
 
-using Dcnv4 = decltype(Schema<dcnv4_cpu>::call);
-using Dcnv4Backward = decltype(Schema<dcnv4_backward_cpu>::call);
-
 // The tensors of an attention call. In the fused form, locations and logits are one tensor, which
 // stands for both.
 struct AttentionInputs {
@@ -96,10 +93,5 @@ std::tuple<at::Tensor, at::Tensor> flash_deform_attn_backward(
   const auto grads = kernel({value, shapes, starts, packed, packed, true, n_points}, grad_output);
   return {grads.value, grads.locations};
 }
-
-using MsDeformAttn = decltype(ms_deform_attn<ms_deform_attn_cpu>);
-using MsDeformAttnBackward = decltype(ms_deform_attn_backward<ms_deform_attn_backward_cpu>);
-using FlashDeformAttn = decltype(flash_deform_attn<ms_deform_attn_cpu>);
-using FlashDeformAttnBackward = decltype(flash_deform_attn_backward<ms_deform_attn_backward_cpu>);
 
 }  // namespace ops_dcnv4
