@@ -81,9 +81,7 @@ def test_label_maps_in_the_folder_of_their_images(folder, log):
 
 @both_modes
 @pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".png"])
-def test_images_with_another_suffix_that_have_a_label_map_are_an_error(
-    suffix, test_mode, folder, log
-):
+def test_images_with_another_suffix_and_a_label_map_are_an_error(suffix, test_mode, folder, log):
     path = folder / "images" / "2.jpg"
     message = rf"1 images of {folder}/images .* img_suffix='.jpg', the first: .*/2{suffix}; "
     path.rename(path.with_suffix(suffix))

@@ -284,7 +284,7 @@ class TestDataSetsOfMmseg:
 
     @both_modes
     @pytest.mark.parametrize(("kind", "kwargs", "values"), OF_MMSEG)
-    def test_labels_equal_those_of_the_transform_of_mmseg(
+    def test_labels_equal_those_of_the_stock_transform(
         self, kind, kwargs, values, test_mode, folder
     ):
         for i in range(1, 5):
