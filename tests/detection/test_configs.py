@@ -52,7 +52,7 @@ TO_SEVERAL_SIZES = resize_to_one_of(
 )
 
 
-def half_of_them_cropped(long_side: int, allow_negative_crop: bool) -> dict:
+def crop_half_of_the_images(long_side: int, allow_negative_crop: bool) -> dict:
     crop = {
         "type": "RandomCrop",
         "crop_type": "absolute_range",
@@ -65,8 +65,8 @@ def half_of_them_cropped(long_side: int, allow_negative_crop: bool) -> dict:
 
 AUGMENTATIONS = {
     "A": [*LOAD, ANNOTATIONS[True], TO_TEST_SIZE, FLIP, PACK],
-    "B": [*LOAD, ANNOTATIONS[True], FLIP, half_of_them_cropped(1333, True), PACK],
-    "C": [*LOAD, ANNOTATIONS[False], FLIP, half_of_them_cropped(4200, False), PACK],
+    "B": [*LOAD, ANNOTATIONS[True], FLIP, crop_half_of_the_images(1333, True), PACK],
+    "C": [*LOAD, ANNOTATIONS[False], FLIP, crop_half_of_the_images(4200, False), PACK],
 }
 
 

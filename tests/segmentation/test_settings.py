@@ -136,7 +136,7 @@ WRONG = [
 ]
 
 
-UNPACKED = {"CheckedSegDataset": {"serialize_data": False}, "ConcatDataset": {}}  # faster to build
+UNPACKED = {"CheckedSegDataset": {"serialize_data": False}, "ConcatDataset": {}}  # packing takes a second
 
 
 @pytest.fixture

@@ -138,7 +138,9 @@ def scores_before_resizing(model: nn.Module, image: Tensor) -> Tensor:
     return torch.einsum("nqc,nqhw->nchw", probabilities, masks[-1].sigmoid())
 
 
-def of_one_view(model: nn.Module, image: np.ndarray, size: tuple[int, int], flip: bool) -> Tensor:
+def view_probabilities(
+    model: nn.Module, image: np.ndarray, size: tuple[int, int], flip: bool
+) -> Tensor:
     """Return the class probabilities of a resized image, at its original size."""
     mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
     view = image[:, ::-1] if flip else image
@@ -149,7 +151,7 @@ def of_one_view(model: nn.Module, image: np.ndarray, size: tuple[int, int], flip
     return interpolate(scores, size, mode="bilinear", align_corners=False)[0].softmax(0)
 
 
-def smoothly(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
@@ -173,10 +175,10 @@ def test_probabilities_of_all_views_are_averaged(name, last_layers, ade):
     size, scale = image.shape[:2], numbers(RECIPES[name]["test_scale"])
     views = []
     for ratio in RATIOS:
-        view = smoothly(image, rescaled(size, [int(side * ratio) // 8 for side in scale]))
+        view = resize_bilinear(image, rescaled(size, [int(side * ratio) // 8 for side in scale]))
         if RECIPES[name]["resize_to_multiple"] == "yes":
-            view = smoothly(view, to_multiples(view.shape[:2]))
-        views += [of_one_view(model, view, size, flip) for flip in (False, True)]
+            view = resize_bilinear(view, to_multiples(view.shape[:2]))
+        views += [view_probabilities(model, view, size, flip) for flip in (False, True)]
     mean = torch.stack(views).mean(0)
     best, second = mean.topk(2, dim=0).values
     clear = best - second > 1e-6

@@ -29,7 +29,7 @@ def write_labels(folder: Path, i: int | str, values: np.ndarray) -> None:
     Image.fromarray(values).save(folder / "labels" / f"{i}.png")
 
 
-def packed(values: np.ndarray, bits: int) -> list[bytes]:
+def pack_rows(values: np.ndarray, bits: int) -> list[bytes]:
     """Pack the rows of an array with a number of bits per value."""
     high_to_low = (values[..., None] >> np.arange(bits)[::-1]) & 1
     rows = high_to_low.astype(np.uint8).reshape(len(values), -1)
@@ -43,7 +43,7 @@ def write_grey_png(path: Path, values: np.ndarray, bits: int) -> None:
         file.write(b"\x89PNG\r\n\x1a\n")
         for kind, content in (
             (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)),
-            (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in packed(values, bits)))),
+            (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in pack_rows(values, bits)))),
             (b"IEND", b""),
         ):
             file.write(struct.pack(">I", len(content)) + kind + content)
@@ -53,7 +53,7 @@ def write_grey_png(path: Path, values: np.ndarray, bits: int) -> None:
 def write_grey_tiff(path: Path, values: np.ndarray, bits: int, photometric: int = 1) -> None:
     """Write an uncompressed TIFF; `photometric` is 0 if white is zero, 1 if black is zero."""
     height, width = values.shape
-    rows = b"".join(packed(values, bits))
+    rows = b"".join(pack_rows(values, bits))
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 277: 1, 278: height}
     tags = sorted({**tags, 273: 8 + 2 + 9 * 12 + 4, 279: len(rows)}.items())
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)

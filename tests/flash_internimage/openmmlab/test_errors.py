@@ -267,7 +267,7 @@ def test_launcher_without_its_environment(launcher, message, fails, monkeypatch)
     fails(message, "--launcher", launcher)
 
 
-class TestDefects:
+class TestBugs:
     def test_bugs_keep_their_traceback(self, train):
         with pytest.raises(KeyError, match="boxes"):
             train("--cfg-options", "train_dataloader.dataset.type=Defect")

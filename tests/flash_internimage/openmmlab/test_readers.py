@@ -61,7 +61,7 @@ def test_detection_does_not_need_mmseg():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def found() -> list:
+def current_readers() -> list:
     schemes = CheckpointLoader._schemes
     transforms = [library.registry.TRANSFORMS for library in (mmdet, mmseg)]
     names = "LoadImageFromFile", "LoadImageFromNDArray", "InferencerLoader"
@@ -71,29 +71,29 @@ def found() -> list:
 
 
 def test_safe_readers_are_enabled_in_a_block_that_may_be_nested():
-    before = found()
+    before = current_readers()
     with readers.safe_readers():
-        within = found()
+        within = current_readers()
         assert LoadCheckedImage in within
         assert LoadCheckedArray in within
         assert CheckedPycocotoolsMetric in within
         assert not {LoadImageFromFile, InferencerLoader, CocoMetric} & {*within}
         with pytest.raises(KeyError), readers.safe_readers():
             raise KeyError
-        assert found() == within
-    assert found() == before
+        assert current_readers() == within
+    assert current_readers() == before
 
 
 def test_use_safe_readers_enables_them_for_the_process():
-    before = found()
+    before = current_readers()
     try:
         use_safe_readers()
         with readers.safe_readers():
             pass
-        assert CheckedPycocotoolsMetric in found()
+        assert CheckedPycocotoolsMetric in current_readers()
     finally:
         readers._process.close()
-    assert found() == before
+    assert current_readers() == before
 
 
 def test_readers_registered_later_are_used_at_once(monkeypatch):
@@ -107,11 +107,11 @@ def test_readers_registered_later_are_used_at_once(monkeypatch):
 
 
 def test_a_runner_enables_them_while_it_runs(runner):
-    before = found()
+    before = current_readers()
     r = runner(train_cfg={"by_epoch": True, "max_epochs": 0})
-    assert found() == before
+    assert current_readers() == before
     seen = []
-    r.call_hook = lambda *args, **kwargs: seen.extend(found())
+    r.call_hook = lambda *args, **kwargs: seen.extend(current_readers())
     r.train()
     assert CheckedPycocotoolsMetric in seen
-    assert found() == before
+    assert current_readers() == before

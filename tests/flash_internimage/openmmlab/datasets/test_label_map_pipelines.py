@@ -29,7 +29,7 @@ def scenes(tmp_path_factory):
     return root
 
 
-def of_scenes(root, split, pipeline, **kwargs):
+def scenes_dataset(root, split, pipeline, **kwargs):
     return CheckedSegDataset(
         data_root=str(root),
         data_prefix={"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
@@ -68,14 +68,14 @@ def preprocessor(size):
 
 
 def test_demo_scenes_contain_all_classes_and_ignore_crowds(scenes):
-    dataset = of_scenes(scenes, "training", TRAIN)
+    dataset = scenes_dataset(scenes, "training", TRAIN)
     found = [set(np.unique(dataset[i]["gt_seg_map"])) for i in range(len(dataset))]
     assert set().union(*found) == {*range(11), 255}
     assert [i for i, labels in enumerate(found) if 255 in labels] == [19]
 
 
 def test_crops_form_a_batch(scenes):
-    dataset = of_scenes(scenes, "training", train_pipeline((64, 64)))
+    dataset = scenes_dataset(scenes, "training", train_pipeline((64, 64)))
     items = [dataset[i] for i in range(4)]
     batch = {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
     batch = preprocessor((64, 64))(batch, training=True)
@@ -86,7 +86,7 @@ def test_crops_form_a_batch(scenes):
 
 
 def test_images_smaller_than_the_crop_are_padded_with_the_ignore_index(scenes):
-    dataset = of_scenes(scenes, "training", train_pipeline((512, 512)))
+    dataset = scenes_dataset(scenes, "training", train_pipeline((512, 512)))
     items = [dataset[i] for i in range(4)]
     shapes = [item["inputs"].shape[-2:] for item in items]
     assert max(max(shape) for shape in shapes) < 512
@@ -141,7 +141,7 @@ def test_labels_stay_aligned_with_their_pixels(tmp_path):
 
 def test_a_test_keeps_labels_at_the_original_size(scenes):
     pipeline = [*TEST, {"type": "mmseg.PackSegInputs"}]
-    dataset = of_scenes(scenes, "validation", pipeline, test_mode=True)
+    dataset = scenes_dataset(scenes, "validation", pipeline, test_mode=True)
     for i in range(2):
         sample = dataset[i]["data_samples"]
         values = np.asarray(Image.open(scenes / "annotations" / "validation" / f"00000{i + 1}.png"))

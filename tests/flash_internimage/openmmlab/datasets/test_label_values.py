@@ -284,9 +284,7 @@ class TestDataSetsOfMmseg:
 
     @both_modes
     @pytest.mark.parametrize(("kind", "kwargs", "values"), OF_MMSEG)
-    def test_labels_equal_those_of_the_stock_transform(
-        self, kind, kwargs, values, test_mode, folder
-    ):
+    def test_labels_equal_those_of_mmseg(self, kind, kwargs, values, test_mode, folder):
         for i in range(1, 5):
             write_labels(folder, i, label_map(*values))
         dataset = kind(**arguments(folder, test_mode=test_mode) | kwargs)

@@ -203,7 +203,7 @@ def test_recipes_use_the_published_rates(recipe):
 def test_groups_equal_those_of_the_published_constructor(golden, arch, scope):
     golden = json.loads((DATA / "optim" / f"{golden}.json").read_text())
 
-    def current(name: str) -> str:  # renamed and moved in mmdet 3
+    def current(name: str) -> str:  # renamed and moved since
         return "level_embed" if name.endswith(".level_embeds") else name
 
     shapes = {current(name): shape for name, shape in golden["param_shapes"].items()}

@@ -90,7 +90,7 @@ class TestCheckpoints:
             loaded = torch.load(tmp_path / "run" / name, weights_only=True)
             assert loaded["message_hub"]["runtime_info"]["best_score"] == 3
         trained = r.message_hub.log_scalars
-        # mmengine alone restores the histories by the hook, SafeRunner while it reads.
+        # SafeRunner restores the histories when reading, mmengine's own runner in this hook.
         AtomicCheckpointHook().after_load_checkpoint(r, loaded)
         for checkpoint in (loaded, readers.read_checkpoint(tmp_path / "run" / "epoch_3.pth")):
             histories = checkpoint["message_hub"]["log_scalars"]
@@ -501,7 +501,7 @@ class TestCurves:
         assert not list(tmp_path.iterdir())
 
 
-class Breaks(Model):
+class NonFiniteModel(Model):
     """Model whose loss, or only its gradient, is not finite in one iteration."""
 
     def __init__(self, iteration: int, what: str):
@@ -522,17 +522,17 @@ class Breaks(Model):
 class TestNonFiniteValues:
     HOOKS = ({"type": "CheckFiniteHook"},)
 
-    def test_a_loss_that_is_not_finite_stops_the_training(self, runner, tmp_path):
+    def test_a_non_finite_loss_stops_the_training(self, runner, tmp_path):
         message = r"loss is not finite in iteration 4: .*loss_broken nan"
         with pytest.raises(FloatingPointError, match=message):
-            runner(Breaks(4, "loss"), custom_hooks=[*self.HOOKS]).train()
+            runner(NonFiniteModel(4, "loss"), custom_hooks=[*self.HOOKS]).train()
         assert "epoch_1.pth" in files(tmp_path / "run")
         assert "epoch_2.pth" not in files(tmp_path / "run")
 
-    def test_weights_that_are_not_finite_are_not_saved(self, runner, tmp_path):
+    def test_non_finite_weights_are_not_saved(self, runner, tmp_path):
         message = r"1 weights are not finite after iteration 4 .*not saved: head\.bias"
         with pytest.raises(FloatingPointError, match=message):
-            runner(Breaks(4, "gradient"), custom_hooks=[*self.HOOKS]).train()
+            runner(NonFiniteModel(4, "gradient"), custom_hooks=[*self.HOOKS]).train()
         assert "epoch_2.pth" not in files(tmp_path / "run")
 
     def test_finite_values_do_not_stop_the_training(self, runner, tmp_path):
