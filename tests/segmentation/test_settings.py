@@ -136,7 +136,8 @@ WRONG = [
 ]
 
 
-UNPACKED = {"CheckedSegDataset": {"serialize_data": False}, "ConcatDataset": {}}  # packing takes a second
+# Serializing the data takes a second.
+UNPACKED = {"CheckedSegDataset": {"serialize_data": False}, "ConcatDataset": {}}
 
 
 @pytest.fixture

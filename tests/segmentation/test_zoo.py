@@ -68,7 +68,7 @@ def miou_of_background(root: Path, pictures: slice) -> float:
     ],
     ids=["whole", "limit", "several scales"],
 )
-def test_the_figure_is_measured(
+def test_the_miou_is_measured(
     checkpoint, scenes, tmp_path, capsys, arguments, pictures, figure, published
 ):
     arguments = ["--device", "cpu", "--work-dir", str(tmp_path / "run"), *arguments]

@@ -376,7 +376,7 @@ class TestFullDisk:
             assert re.search("ERROR - .*No space left on device while writing", logs)
 
 
-def test_weights_that_are_not_finite_are_named(train, fails, tmp_path, capsys):
+def test_non_finite_weights_are_an_error(train, fails, tmp_path, capsys):
     train("--cfg-options", "train_cfg.max_epochs=1")
     path = tmp_path / "run" / "epoch_1.pth"
     checkpoint = torch.load(path, weights_only=False)

@@ -153,7 +153,7 @@ class TestSixteenBits:
         return str(path)
 
     @pytest.mark.parametrize("color_type", ["color", "grayscale"])
-    def test_12_of_16_bits(self, color_type, ramp):
+    def test_12_bit_values_in_16_bits(self, color_type, ramp):
         image = LoadReadableImage(color_type=color_type).transform({"img_path": ramp})["img"]
         expected = (np.arange(4096) >> 4).reshape(64, 64)
         channels = 3 if color_type == "color" else 1

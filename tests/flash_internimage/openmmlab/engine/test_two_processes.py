@@ -18,7 +18,7 @@ class Normalised(BaseModel):
 
     def forward(self, inputs, mode="tensor"):
         if mode != "loss":
-            # the statistics used for validation
+            # Validation uses these statistics.
             self.validated = self.norm.running_mean.tolist()
         out = self.norm(torch.stack(inputs))
         return {"loss": (out - 1).square().mean()} if mode == "loss" else list(out)
