@@ -1,4 +1,4 @@
-"""What the tests of several packages share."""
+"""Markers and fixtures shared by all tests."""
 
 import gc
 import random
@@ -36,7 +36,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def seed(request) -> int:
-    """Seed every test alike: by 0, or by the seed that shuffled the tests."""
+    """Seed every test with 0, or with the seed that shuffled the tests."""
     seed = request.config.getoption("randomly_seed", 0)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -46,7 +46,7 @@ def seed(request) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_compile_cache(tmp_path_factory) -> Iterator[None]:
-    """Compile with torch.compile in a folder of this run: killed processes leave damaged files."""
+    """Give this run its own torch.compile cache, as killed processes leave damaged files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
@@ -54,7 +54,7 @@ def own_compile_cache(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_pause_between_epochs(monkeypatch) -> None:
-    """Do not wait two seconds whenever an iteration-based loop of mmengine starts a new epoch."""
+    """Skip the two seconds that mmengine's iteration-based loop waits before each epoch."""
     if loops := sys.modules.get("mmengine.runner.loops"):
         monkeypatch.setattr(loops, "time", SimpleNamespace(sleep=lambda seconds: None))
 
@@ -71,7 +71,7 @@ def no_visualizers_of_other_tests() -> None:
 
 @pytest.fixture(scope="session")
 def assert_near():
-    """Assertion that tensors agree to a tolerance relative to the largest expected magnitude."""
+    """Assert that tensors agree, with a tolerance relative to the largest expected value."""
 
     def check(actual: Tensor, expected: Tensor, tolerance: float) -> None:
         largest = expected.abs().max().item() if expected.numel() else 0.0
@@ -83,13 +83,13 @@ def assert_near():
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where operators run: tests/gpu says otherwise."""
+    """Device of the operators, overridden in tests/gpu."""
     return "cpu"
 
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """Sums in a fixed order on every device, and NaN in memory that is not initialised."""
+    """Sum in a fixed order on every device, and fill uninitialised memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
@@ -98,7 +98,7 @@ def deterministic() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread(monkeypatch) -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and equal bits need an equal number of them."""
+    """Use one thread: tiny tensors need no more, and results depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -108,10 +108,7 @@ def one_thread(monkeypatch) -> Iterator[None]:
 
 @pytest.fixture
 def restore_scope() -> Iterator[None]:
-    """mmengine's runners set the current scope of registries for the whole process.
-
-    A module's fixtures, which run before this one, do so too; in the beginning there is none.
-    """
+    """Clear mmengine's default scope, which runners and earlier fixtures set for the process."""
     from mmengine.registry import DefaultScope
 
     DefaultScope._instance_dict.clear()
@@ -128,7 +125,7 @@ def restore_threads() -> Iterator[None]:
 
 @pytest.fixture
 def fails(write_config: Callable[..., Path], tmp_path: Path, monkeypatch) -> Callable[..., None]:
-    """Asserts that a detector's or segmentor's training ends with an error before it begins."""
+    """Assert that training a detector or segmentor raises an error before it starts."""
     from mmengine.runner import Runner
 
     from tests.runs import train

@@ -14,14 +14,14 @@ from tests.kills import run_until_killed
 
 
 def _strings(arguments: tuple) -> list[str]:
-    # Otherwise, pictures and scalars go to the folder of the first run in this process.
+    # Otherwise, images and scalars are written to the folder of this process's first run.
     DetLocalVisualizer._instance_dict.clear()
     SegLocalVisualizer._instance_dict.clear()
     return [str(argument) for argument in arguments]
 
 
 def train(*arguments) -> Runner:
-    """Train like the programs with these arguments."""
+    """Train with these arguments of the programs."""
     runner = training_runner(training_parser("train", "").parse_args(_strings(arguments)))
     runner.train()
     return runner
@@ -39,7 +39,7 @@ def log(folder: Path) -> str:
 
 
 def train_until_killed(task: str, config: Path, folder: Path) -> None:
-    """Train in another process, and kill it as soon as it has written a checkpoint."""
+    """Train in another process, and kill it after its first checkpoint."""
     run_until_killed(f"{task}.train", config, "--work-dir", folder, "--resume")
 
 

@@ -1,4 +1,4 @@
-"""Local HTTP servers in place of those that checkpoints are downloaded from."""
+"""Local HTTP servers that replace those of the checkpoints."""
 
 import hashlib
 import re
@@ -40,7 +40,7 @@ class FileServer(ThreadingHTTPServer):
         self.closing = threading.Event()
 
     def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # Some clients leave early.
+        if not isinstance(sys.exception(), ConnectionError):  # Some clients disconnect early.
             super().handle_error(request, client_address)
 
 

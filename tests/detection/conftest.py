@@ -45,12 +45,12 @@ test_evaluator = val_evaluator
 
 @pytest.fixture(autouse=True)
 def always_clean(one_thread, restore_scope):
-    """In all tests of this folder."""
+    """Apply to all tests of this folder."""
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
-    """Twelve scenes for training, one of them without objects, and four for evaluation."""
+    """Write twelve scenes for training, one of them without objects, and four for evaluation."""
     root = tmp_path_factory.mktemp("data") / "scenes"
     write_digits_scenes(root, train=12, val=4)
     return root
@@ -58,7 +58,7 @@ def scenes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_config(scenes) -> Callable[..., Path]:
-    """Writes the config of a demo, made small, and with further settings."""
+    """Write the config of a demo with a small model and additional settings."""
 
     def write(path: Path, family: str = "mask_rcnn", settings: str = "", root=scenes) -> Path:
         small = path.with_name(f"small_{path.name}")

@@ -1,4 +1,4 @@
-"""The configs beside the published recipes, and the detectors that they build."""
+"""Compare the configs and their detectors with the published recipes."""
 
 import copy
 import functools
@@ -31,7 +31,7 @@ from tests.recipes import DATA, ROOT, an_eighth, plain, read_recipes, without
 RECIPES = read_recipes("detection_recipes.csv")
 FOLDERS = {"mask_rcnn": "mask_rcnn", "cascade_mask_rcnn": "cascade", "dino-4scale": "dino"}
 
-# Transforms of the published training and testing, as the current engine names them.
+# Transforms of the published training and testing, under the names of mmengine.
 LOAD = [{"type": "LoadReadableImage"}]
 ANNOTATIONS = {
     True: {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
@@ -52,7 +52,7 @@ TO_SEVERAL_SIZES = resize_to_one_of(
 )
 
 
-def half_of_them_cropped(long_side: int, allow_negative_crop: bool) -> dict:
+def crop_half_of_the_images(long_side: int, allow_negative_crop: bool) -> dict:
     crop = {
         "type": "RandomCrop",
         "crop_type": "absolute_range",
@@ -65,14 +65,14 @@ def half_of_them_cropped(long_side: int, allow_negative_crop: bool) -> dict:
 
 AUGMENTATIONS = {
     "A": [*LOAD, ANNOTATIONS[True], TO_TEST_SIZE, FLIP, PACK],
-    "B": [*LOAD, ANNOTATIONS[True], FLIP, half_of_them_cropped(1333, True), PACK],
-    "C": [*LOAD, ANNOTATIONS[False], FLIP, half_of_them_cropped(4200, False), PACK],
+    "B": [*LOAD, ANNOTATIONS[True], FLIP, crop_half_of_the_images(1333, True), PACK],
+    "C": [*LOAD, ANNOTATIONS[False], FLIP, crop_half_of_the_images(4200, False), PACK],
 }
 
 
 @pytest.fixture(autouse=True)
 def mmdet_scope() -> Iterator[None]:
-    """The scope in which a runner builds everything."""
+    """Build models and data in the scope that a runner sets."""
     with DefaultScope.overwrite_default_scope("mmdet"):
         yield
 
@@ -83,7 +83,7 @@ build_model = functools.partial(recipes.build_model, "detection")
 
 @pytest.fixture(scope="module", autouse=True)
 def metafiles_are_read_once() -> Iterator[None]:
-    """For each base of mmdet the engine reads a hundred files."""
+    """Cache files: mmengine reads a hundred metafiles for each base config of mmdet."""
     cached = functools.cache(mmengine.config.utils.load)
     with mock.patch("mmengine.config.utils.load", cached):
         yield
@@ -109,7 +109,7 @@ def family(recipe: dict[str, str]) -> str:
 
 
 def published(recipe: dict[str, str]) -> dict:
-    """The published config of a small model of the same family."""
+    """Return the published config of a small model of the same family."""
     path = DATA / "openmmlab" / FOLDERS[family(recipe)] / "config.json"
     return json.loads(path.read_text())["model"]
 
@@ -119,7 +119,7 @@ def test_every_config_has_a_recipe():
     assert {file.stem for file in files} == set(RECIPES)
 
 
-def test_the_guides_config_for_own_data(tmp_path):
+def test_config_in_the_guide_for_own_data(tmp_path):
     guide = (ROOT / "docs" / "own-data.md").read_text().partition("## Detection\n")[2]
     code = guide.split("```python\n")[1].split("```")[0]
     path = tmp_path / "parts.py"
@@ -170,7 +170,7 @@ def learning_rates(config: Config, model: nn.Module) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name]["layer_decay_rate"]])
-def test_learning_rates_fall_from_the_neck_to_the_stem(name):
+def test_learning_rates_decrease_from_the_neck_to_the_stem(name):
     recipe = RECIPES[name]
     lr, rate = float(recipe["lr"]), float(recipe["layer_decay_rate"])
     deepest = f"backbone.levels.3.blocks.{4 if '_l_' in name else 3}."
@@ -185,7 +185,7 @@ def test_learning_rates_fall_from_the_neck_to_the_stem(name):
     assert rates["backbone.patch_embed.conv1.weight"] == pytest.approx(stem)
 
 
-def test_the_large_dino_trains_its_backbone_ten_times_slower_and_decays_all_weights():
+def test_large_dino_uses_a_tenth_of_the_rate_in_its_backbone_and_decays_all_weights():
     name = "dino-4scale_flash_internimage_l_1x_coco"
     model = build_model(name)
     optimizer = build_optim_wrapper(model, load_config(name).optim_wrapper).optimizer
@@ -297,7 +297,7 @@ def test_hooks(recipe, config):
     }
 
 
-def test_number_of_classes_is_that_of_the_data(model):
+def test_number_of_classes_matches_the_data(model):
     dataset = SimpleNamespace(metainfo=CocoDataset.METAINFO)
     loader = SimpleNamespace(dataset=dataset)
     NumClassCheckHook().before_train_epoch(SimpleNamespace(model=model, train_dataloader=loader))
@@ -319,7 +319,7 @@ def rcnn(request) -> dict[str, str]:
     return RECIPES[request.param]
 
 
-def test_rcnn_heads_and_their_training_are_the_published_ones(rcnn):
+def test_rcnn_heads_and_their_training_equal_the_published_ones(rcnn):
     config, expected = plain(load_config(rcnn["config"]).model), published(rcnn)
     for head in expected["roi_head"]["bbox_head"] if family(rcnn) == "cascade_mask_rcnn" else ():
         assert (head["type"], head.pop("with_dcn")) == ("DCNv4FCBBoxHead", False)
@@ -355,7 +355,7 @@ def dino(request) -> nn.Module:
     return build_model(request.param)
 
 
-def test_dino_losses_and_matching_are_the_published_ones(dino):
+def test_dino_losses_and_matching_equal_the_published_ones(dino):
     expected = published(RECIPES["dino-4scale_flash_internimage_t_1x_coco"])
     config = plain(load_config("dino-4scale_flash_internimage_t_1x_coco").model)
     head = expected["bbox_head"]
@@ -394,7 +394,7 @@ def test_dino_transformer(dino):
     assert set(dropout) == {0.0}
 
 
-def test_average_follows_the_published_momentum():
+def test_ema_uses_the_published_momentum():
     name = "cascade_mask_rcnn_flash_internimage_l_fpn_3x_coco"
     (average,) = (hook for hook in load_config(name).custom_hooks if hook.type == "EMAHook")
     hook = HOOKS.build(average)
@@ -406,7 +406,7 @@ def test_average_follows_the_published_momentum():
         model.weight.data.fill_(step + 1.0)
         model.running_mean.fill_(step + 1.0)
         hook.after_train_iter(runner, step)
-        # the engine starts with a copy, where the published average takes 0.9995 of the weights
+        # mmengine starts with a copy, the published average with 0.9995 of the weights.
         momentum = (1 - 1e-4) * exp(-(1 + step) / 2000) + 1e-4 if step else 1.0
         expected += momentum * (step + 1.0 - expected)
     assert expected != pytest.approx(4.0, rel=1e-5)
@@ -417,7 +417,7 @@ def test_average_follows_the_published_momentum():
 
 @pytest.fixture(scope="module")
 def tiny_coco(tmp_path_factory) -> Path:
-    """COCO's folders with two images of noise and three objects, for training and validation."""
+    """Write the folders of COCO with two images of noise and three objects."""
     root = tmp_path_factory.mktemp("coco")
     (root / "annotations").mkdir()
     rng = np.random.default_rng(0)
@@ -475,8 +475,8 @@ def test_a_test_image_is_resized_and_padded(name, tiny_coco):
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
-def test_every_parameter_of_a_small_copy_gets_a_gradient(name, tiny_coco):
-    # one without a gradient would stop training on several GPUs
+def test_all_parameters_of_a_small_copy_receive_a_gradient(name, tiny_coco):
+    # A parameter without gradient stops distributed training.
     torch.manual_seed(0)
     np.random.seed(0)
     config = copy.deepcopy(load_config(name))

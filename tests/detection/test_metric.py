@@ -1,4 +1,4 @@
-"""The configs' metric beside pycocotools, which defines COCO's figures."""
+"""Compare the metric of the configs with pycocotools, the reference implementation."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ CATEGORIES = {7: "cow", 1: "cat", 2: "dog"}
 
 
 def ellipse(x: float, y: float, width: float, height: float) -> np.ndarray:
-    """(SIDE, SIDE), 1 inside the ellipse that fills a box."""
+    """Return a mask, (SIDE, SIDE), of the ellipse that fills a box."""
     rows, columns = np.ogrid[:SIDE, :SIDE]
     across = (columns + 0.5 - x - width / 2) / (width / 2)
     down = (rows + 0.5 - y - height / 2) / (height / 2)
@@ -29,7 +29,7 @@ def ellipse(x: float, y: float, width: float, height: float) -> np.ndarray:
 
 
 def uncompressed(mask: np.ndarray) -> dict:
-    """The run lengths of a mask, zeros first, as COCO's files have them for crowds."""
+    """Return the run lengths of a mask, zeros first, in the format of crowds in COCO."""
     pixels = mask.ravel(order="F")
     edges = np.flatnonzero(np.diff(pixels, prepend=0, append=0)).tolist()
     counts = np.diff([0, *edges, pixels.size]).tolist()
@@ -38,7 +38,7 @@ def uncompressed(mask: np.ndarray) -> dict:
 
 @pytest.fixture(scope="module")
 def annotations(tmp_path_factory) -> Path:
-    """Images 1 to 12 with objects of all sizes, some of them crowds; image 4 has none."""
+    """Write images 1 to 12 with objects of all sizes, some of them crowds; image 4 is empty."""
     rng = np.random.default_rng(0)
     objects = []
     for image in set(range(1, 13)) - {4}:
@@ -71,7 +71,7 @@ def annotations(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def predictions(annotations) -> list[dict]:
-    """Objects found more than once, displaced, or as another category; in image 5 nothing."""
+    """Return duplicate, displaced and misclassified objects; none in image 5."""
     rng = np.random.default_rng(1)
     objects = json.loads(annotations.read_text())["annotations"]
     samples = []
@@ -84,7 +84,7 @@ def predictions(annotations) -> list[dict]:
         other = rng.random(len(found)) < 0.2
         instances = {
             "bboxes": torch.tensor(np.hstack([corners[:, :2], corners[:, :2] + sides])),
-            "scores": torch.tensor(rng.random(len(found)).round(1)),  # many are equal
+            "scores": torch.tensor(rng.random(len(found)).round(1)),  # with many ties
             "labels": torch.tensor((labels + other) % 3, dtype=torch.int64),
             "masks": [coco_mask.encode(ellipse(*box)) for box in corners],
         }
@@ -94,8 +94,10 @@ def predictions(annotations) -> list[dict]:
 
 @pytest.fixture
 def evaluate(annotations, monkeypatch) -> Callable:
-    """Builds a metric and evaluates; the named figures, and for boxes and for masks all of COCO's
-    twelve and the precision by threshold, recall, category, area and number of detections.
+    """Evaluate, and return the metrics and the details for boxes and for masks.
+
+    The details are COCO's twelve statistics and the precision by threshold, recall, category, area
+    and number of detections.
     """
 
     def evaluate(cfg: dict, evaluator: type, samples: list[dict]) -> tuple[dict, list]:
@@ -116,7 +118,7 @@ def evaluate(annotations, monkeypatch) -> Callable:
     return evaluate
 
 
-def test_figures_are_those_of_pycocotools(evaluate, predictions):
+def test_metrics_equal_those_of_pycocotools(evaluate, predictions):
     cfg = Config.fromfile(CONFIG).test_evaluator
     figures, details = evaluate(cfg, COCOeval_faster, predictions)
     expected, expected_details = evaluate(
@@ -132,10 +134,10 @@ def test_figures_are_those_of_pycocotools(evaluate, predictions):
             name = f"coco/{kind}_{CATEGORIES[category]}_precision"
             assert figures[name] == pytest.approx(of_class[of_class > -1].mean(), abs=6e-4)
     names = list(figures)
-    assert names[0] == "coco/bbox_mAP"  # what save_best="auto" takes
+    assert names[0] == "coco/bbox_mAP"  # selected by save_best="auto"
     assert sum(name.endswith("_precision") for name in names) == 6
     assert all(name.endswith("_precision") for name in names[-6:])
     for (stats, precision), reference in zip(details, expected_details, strict=True):
         np.testing.assert_allclose(stats, reference[0], rtol=0, atol=1e-9)
         np.testing.assert_allclose(precision, reference[1], rtol=0, atol=1e-9)
-        assert -1 not in stats  # every size is there
+        assert -1 not in stats  # objects of every size

@@ -1,4 +1,4 @@
-"""Training and evaluation on real images, by the programs."""
+"""Test the training and test programs on real images."""
 
 import pickle
 import shutil
@@ -22,21 +22,21 @@ evaluate = partial(runs.evaluate, test_program)
 
 
 def figures(folder: Path) -> dict[str, float]:
-    """The metrics of the last validation of a run."""
+    """Return the metrics of the last validation of a run."""
     scalars = curves.read_scalars(folder)
     return {name: values[max(values)] for name, values in scalars.items() if "coco/" in name}
 
 
 @pytest.fixture(scope="module", params=["mask_rcnn", "dino"])
 def trained(request, write_config, tmp_path_factory) -> tuple[Path, Path]:
-    """The config and the work folder of a run of two epochs."""
+    """Train two epochs, and return the config and the work folder."""
     folder = tmp_path_factory.mktemp(request.param)
     config = write_config(folder / f"trained_{request.param}.py", request.param)
     train(config, "--work-dir", folder / "run")
     return config, folder / "run"
 
 
-def test_a_run_leaves_checkpoints_scalars_and_curves(trained):
+def test_a_run_writes_checkpoints_scalars_and_curves(trained):
     config, folder = trained
     names = {path.name for path in folder.iterdir()}
     assert {"epoch_2.pth", "curves.png", config.name, "last_checkpoint"} <= names
@@ -51,7 +51,7 @@ def test_a_run_leaves_checkpoints_scalars_and_curves(trained):
     assert "1 without objects" in log(folder)
 
 
-def test_the_test_program_gives_the_figures_of_the_validation(trained, tmp_path):
+def test_the_test_program_gives_the_metrics_of_the_validation(trained, tmp_path):
     config, folder = trained
     arguments = (config, folder / "epoch_2.pth", "--work-dir", tmp_path)
     assert evaluate(*arguments) == pytest.approx(figures(folder), abs=1e-6)
@@ -69,8 +69,8 @@ def test_predictions_are_written_and_drawn(trained, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*/pictures/*.jpg"))) == 4
 
 
-@pytest.mark.parametrize("trained", ["mask_rcnn"], indirect=True)  # the goldens have DINO's names
-def test_a_published_container_gives_the_same_figures(trained, tmp_path):
+@pytest.mark.parametrize("trained", ["mask_rcnn"], indirect=True)  # the goldens cover DINO
+def test_a_published_checkpoint_gives_the_same_metrics(trained, tmp_path):
     config, folder = trained
     state_dict = read_checkpoint(folder / "epoch_2.pth")["state_dict"]
     averaged = {f"ema_{name.replace('.', '_')}": t for name, t in state_dict.items()}
@@ -95,7 +95,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(write_config, tmp_path):
     config = write_config(tmp_path / "killed.py", settings=settings)
     folder = tmp_path / "run"
     train_until_killed("detection", config, folder)
-    (folder / "last_checkpoint").write_text("")  # what a kill can leave of the engine's note
+    (folder / "last_checkpoint").write_text("")  # as a killed run may leave it
     done = int(latest_checkpoint(folder).stem.split("_")[1])
     train(config, "--work-dir", folder, "--resume")
     assert f"resumed epoch: {done}, iter: {3 * done}" in log(folder)
@@ -120,7 +120,7 @@ model = dict(roi_head=dict(bbox_head=dict(
     assert figures(folder) == pytest.approx(alone, abs=1e-3)
 
 
-def test_learning_rate_follows_the_number_of_images(write_config, tmp_path):
+def test_learning_rate_scales_with_the_batch_size(write_config, tmp_path):
     settings = "train_cfg = dict(max_epochs=1)\nparam_scheduler = []\n"
     config = write_config(tmp_path / "scaled.py", settings=settings)
     args = [str(config), "--auto-scale-lr", "--work-dir", str(tmp_path / "run")]
@@ -130,7 +130,7 @@ def test_learning_rate_follows_the_number_of_images(write_config, tmp_path):
 
 
 @pytest.mark.parametrize("trained", ["mask_rcnn"], indirect=True)
-def test_fine_tuning_takes_what_fits(write_config, tmp_path, trained):
+def test_fine_tuning_loads_the_tensors_that_fit(write_config, tmp_path, trained):
     _, folder = trained
     settings = """
 train_cfg = dict(max_epochs=1)
@@ -161,7 +161,7 @@ def test_damaged_images_do_not_stop_the_training(write_config, scenes, tmp_path)
 
 
 class TestErrors:
-    """At the start, before any training."""
+    """Errors are raised before the training starts."""
 
     def test_annotation_files(self, fails):
         settings = '{}_dataloader = dict(dataset=dict(ann_file="none.json"))\n'
@@ -185,7 +185,7 @@ class TestErrors:
         (root / "val" / "000003.jpg").unlink()
         fails(FileNotFoundError, r"1 of the 4 images .*val/000003\.jpg", root=root)
 
-    def test_masks_of_a_detector_without_them(self, write_config, tmp_path):
+    def test_mask_metrics_of_a_detector_without_masks(self, write_config, tmp_path):
         metric = 'dict(metric=["bbox", "segm"])\n'
         settings = f"val_evaluator = {metric}test_evaluator = {metric}"
         config = write_config(tmp_path / "masks.py", "dino", settings)
@@ -197,7 +197,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             evaluate(config, tmp_path / "none.pth", "--work-dir", tmp_path / "test")
 
-    def test_the_evaluators_file_is_that_of_the_data(self, fails, scenes):
+    def test_the_evaluator_requires_the_annotations_of_the_data(self, fails, scenes):
         settings = f'val_evaluator = dict(ann_file="{scenes}/annotations/instances_train.json")\n'
         fails(ValueError, r"instances_train\.json: image 1 \(000001\.jpg\) has .*, but", settings)
 

@@ -1,4 +1,4 @@
-"""A detector through the command that evaluates the zoo's."""
+"""Test the zoo's evaluation command on a detector."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ NAME = "mask_rcnn_small"
 
 @pytest.fixture
 def config(write_config, tmp_path, monkeypatch) -> Path:
-    """Of a row whose data are elsewhere, and are named on the command line."""
+    """Write the config of a zoo entry whose data are only given on the command line."""
     config = write_config(tmp_path / "elsewhere.py", root="nowhere")
     entry = Entry(
         task="detection",
@@ -60,7 +60,7 @@ def measured(checkpoint, scenes, tmp_path, capsys):
     return measured
 
 
-def test_the_figures_are_those_of_the_test_program(measured, write_config, checkpoint, tmp_path):
+def test_the_metrics_equal_those_of_the_test_program(measured, write_config, checkpoint, tmp_path):
     figures = measured()
     config = write_config(tmp_path / "here.py")
     expected = runs.evaluate(test_program, config, checkpoint, "--work-dir", tmp_path / "other")
@@ -70,7 +70,7 @@ def test_the_figures_are_those_of_the_test_program(measured, write_config, check
     assert not any(row["reproduced"] for row in figures.values())
 
 
-def test_a_quick_look_counts_its_images_alone(measured, scenes, tmp_path):
+def test_a_quick_evaluation_uses_only_its_images(measured, scenes, tmp_path):
     figures = measured("--limit", "2")
     assert [row["reproduced"] for row in figures.values()] == [None, None]
     [truth] = (tmp_path / "run").glob("limit_2_*.json")
@@ -83,7 +83,7 @@ def test_a_quick_look_counts_its_images_alone(measured, scenes, tmp_path):
     assert truth["categories"] == whole["categories"]
 
 
-def test_mmdet_loads_what_was_converted(config, checkpoint, scenes, tmp_path):
+def test_mmdet_loads_converted_checkpoints(config, checkpoint, scenes, tmp_path):
     converted = tmp_path / "converted.pth"
     assert tool.main(["convert", str(checkpoint), "-o", str(converted)]) == 0
     model = init_detector(str(config), str(converted), device="cpu")
@@ -94,7 +94,7 @@ def test_mmdet_loads_what_was_converted(config, checkpoint, scenes, tmp_path):
     assert len(found.pred_instances) == 20
 
 
-def test_data_that_are_not_there_are_one_error(checkpoint, tmp_path, caplog):
+def test_missing_data_are_a_single_error(checkpoint, tmp_path, caplog):
     (tmp_path / "empty").mkdir()
     data = ["--data", str(tmp_path / "empty"), "--checkpoint", str(checkpoint)]
     for limit in ([], ["--limit", "2"]):

@@ -40,19 +40,19 @@ test_dataloader = val_dataloader
 
 @pytest.fixture(autouse=True)
 def always_clean(one_thread, restore_scope):
-    """In all tests of this folder."""
+    """Apply to all tests of this folder."""
 
 
 @pytest.fixture
 def mmseg_scope() -> Iterator[None]:
-    """The scope in which a runner builds everything."""
+    """Build models and data in the scope that a runner sets."""
     with DefaultScope.overwrite_default_scope("mmseg"):
         yield
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
-    """Twelve scenes for training and four for evaluation."""
+    """Write twelve scenes for training and four for evaluation."""
     root = tmp_path_factory.mktemp("data") / "scenes"
     write_digits_scenes_ade20k(root, train=12, val=4)
     return root
@@ -60,7 +60,7 @@ def scenes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_config(scenes) -> Callable[..., Path]:
-    """Writes the config of a demo, made small, and with further settings."""
+    """Write the config of a demo with a small model and additional settings."""
 
     def write(path: Path, family: str = "upernet", settings: str = "", root=scenes) -> Path:
         small = path.with_name(f"small_{path.name}")

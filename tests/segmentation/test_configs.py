@@ -1,4 +1,4 @@
-"""The configs beside the published recipes, and the segmentors that they build."""
+"""Compare the configs and their segmentors with the published recipes."""
 
 import copy
 import functools
@@ -37,7 +37,7 @@ EMBEDDINGS = [
 DEPTHS = {"t": (4, 4, 18, 4), "s": (4, 4, 21, 4), "b": (4, 4, 21, 4), "l": (5, 5, 22, 5)}
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
-# Transforms of the published training and testing, as the current engine names them.
+# Transforms of the published training and testing, under the names of mmengine.
 DATASET = "CheckedADE20KDataset"
 ANNOTATIONS = {"type": "LoadCheckedAnnotations"}
 LOAD = {"type": "LoadImageFromFile"}
@@ -74,7 +74,7 @@ def is_mask2former(recipe: dict[str, str]) -> bool:
 
 
 def published(family: str) -> dict:
-    """The published config of a small model of the same family."""
+    """Return the published config of a small model of the same family."""
     return json.loads((DATA / "openmmlab" / family / "config.json").read_text())["model"]
 
 
@@ -90,7 +90,7 @@ def test_every_config_has_a_recipe():
 # training
 
 
-def test_the_guides_config_for_own_data(tmp_path):
+def test_config_in_the_guide_for_own_data(tmp_path):
     guide = (ROOT / "docs" / "own-data.md").read_text().partition("## Segmentation\n")[2]
     code = guide.split("```python\n")[1].split("```")[0]
     path = tmp_path / "leaves.py"
@@ -109,7 +109,7 @@ def test_the_guides_config_for_own_data(tmp_path):
     assert Path(config.load_from).stem == RECIPES[UPERNET_T]["schema"]
 
 
-def test_the_guides_options_accumulate_without_changing_the_schedule():
+def test_accumulation_options_in_the_guide_keep_the_schedule():
     text = (ROOT / "docs" / "segmentation.md").read_text()
     options = re.search(r"--cfg-options (optim_wrapper.accumulative_counts=[^`]*)```", text)[1]
     config = copy.deepcopy(load_config(UPERNET_T))
@@ -144,7 +144,7 @@ def test_optimizer(recipe, config):
 
 
 def settings(config: Config, model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Learning rate and weight decay of every parameter."""
+    """Return the learning rate and weight decay of every parameter."""
     groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
     assert {group["betas"] for group in groups} == {(0.9, 0.999)}
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups
@@ -153,7 +153,7 @@ def settings(config: Config, model: nn.Module) -> dict[str, tuple[float, float]]
 
 
 def published_settings(name: str, ndim: int, recipe: dict[str, str]) -> tuple[float, float]:
-    """Learning rate and weight decay of one parameter."""
+    """Return the published learning rate and weight decay of a parameter."""
     size = recipe["config"].split("_flash_internimage_")[1][0]
     depths, layers = DEPTHS[size], int(recipe["layers"])
     _, part, *place = name.split(".")
@@ -162,7 +162,7 @@ def published_settings(name: str, ndim: int, recipe: dict[str, str]) -> tuple[fl
         layer = 0
     elif part == "levels":
         stage, *block = place
-        # a norm and a downsampling belong to the next stage, those of the last one to its beginning
+        # Norm and downsampling belong to the next stage; in the last one, to its first block.
         if block[0] == "blocks":
             layer = 1 + sum(depths[: int(stage)]) + int(block[1])
         else:
@@ -212,14 +212,14 @@ def test_learning_rates_and_weight_decay_of_all_parameters(recipe, config, model
         ),
     ],
 )
-def test_learning_rates_fall_from_the_heads_to_the_stem(name, rates):
+def test_learning_rates_decrease_from_the_heads_to_the_stem(name, rates):
     found = settings(load_config(name), build_model(name))
     assert {parameter: found[parameter][0] for parameter in rates} == pytest.approx(rates)
 
 
 @functools.cache
 def factors(schedulers: str) -> list[float]:
-    """What the engine's schedulers multiply the learning rate by, in each of 160,000 iterations."""
+    """Return the factor of the learning rate in each of 160,000 iterations."""
     optimizer = OptimWrapper(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
     optimizer.step()
     schedules = json.loads(schedulers)
@@ -238,7 +238,7 @@ def published_factor(iteration: int) -> float:
     return falling
 
 
-def test_learning_rate_in_every_iteration(config):
+def test_learning_rate_schedule(config):
     found = factors(json.dumps(plain(config.param_scheduler)))
     np.testing.assert_allclose(found, [published_factor(i) for i in range(160_000)], rtol=1e-9)
 
@@ -279,7 +279,7 @@ class Data(list):
     metainfo = ADE20KDataset.METAINFO
 
 
-def test_the_settings_pass_their_own_checks(config, model):
+def test_the_settings_pass_the_checks(config, model):
     data = Data([{}])
     data.pipeline = Compose(config.test_dataloader.dataset.pipeline)
     loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=data))
@@ -287,7 +287,7 @@ def test_the_settings_pass_their_own_checks(config, model):
     hook.before_run(SimpleNamespace(model=model, _train_loop={}, _val_loop={}, _test_loop=loop))
 
 
-def test_names_of_the_runtime_are_known(config):
+def test_names_of_the_runtime_are_registered(config):
     for hook in (*config.default_hooks.values(), *config.custom_hooks):
         assert HOOKS.get(hook.type), hook.type
     assert HOOKS.build(config.default_hooks.checkpoint).rules == ["greater"]
@@ -363,7 +363,7 @@ def test_multi_scale_data(recipe, config):
     assert plain(config.tta_model) == {"type": "SegTTAModel"}
 
 
-def test_resizing_to_multiples_is_left_out_for_one_config_alone():
+def test_all_configs_but_one_resize_to_multiples():
     assert [name for name in RECIPES if RECIPES[name]["resize_to_multiple"] == "no"] == [UPERNET_T]
 
 
@@ -406,7 +406,7 @@ WIDTHS = {"in_channels", "channels", "num_classes"}
 
 @pytest.mark.parametrize("name", UPERNET)
 @pytest.mark.parametrize("head", ["decode_head", "auxiliary_head"])
-def test_heads_of_upernet_are_the_published_ones(name, head):
+def test_heads_of_upernet_equal_the_published_ones(name, head):
     config = plain(load_config(name).model)
     expected = published("upernet")
     assert without(config[head], WIDTHS) == without(expected[head], WIDTHS)
@@ -418,7 +418,7 @@ def mask2former(request) -> dict[str, str]:
     return RECIPES[request.param]
 
 
-def test_losses_and_matching_of_mask2former_are_the_published_ones(mask2former):
+def test_losses_and_matching_of_mask2former_equal_the_published_ones(mask2former):
     head, expected = (
         plain(load_config(mask2former["config"]).model.decode_head),
         published("mask2former"),

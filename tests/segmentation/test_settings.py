@@ -1,4 +1,4 @@
-"""Settings that do not fit each other or the data, and what they end with before a training."""
+"""Test the checks of settings that do not fit each other or the data."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ SIGMOID = 'dict(type="CrossEntropyLoss", use_sigmoid={}, class_weight={})'
 REDUCED = 'metainfo=dict(classes=(*"0123456789", "background"))'
 
 WRONG = [
-    # settings, what the message says
+    # settings, error message
     (
         "model = dict(decode_head=dict(num_classes=7))",
         r"model.decode_head.num_classes must be 11, .* got 7$",
@@ -136,12 +136,13 @@ WRONG = [
 ]
 
 
-UNPACKED = {"CheckedSegDataset": {"serialize_data": False}, "ConcatDataset": {}}  # takes a second
+# Serializing the data takes a second.
+UNPACKED = {"CheckedSegDataset": {"serialize_data": False}, "ConcatDataset": {}}
 
 
 @pytest.fixture
 def check(write_config, tmp_path) -> Callable[..., None]:
-    """Do what a run does with a config before it starts."""
+    """Check a config as a run does before it starts."""
 
     def run(settings: str, family: str = "upernet") -> None:
         config = Config.fromfile(write_config(tmp_path / "config.py", family, settings))
@@ -165,7 +166,7 @@ def check(write_config, tmp_path) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize(("settings", "message"), WRONG, ids=[m[:60] for _, m in WRONG])
-def test_of_upernet(settings, message, check):
+def test_settings_of_upernet(settings, message, check):
     with pytest.raises(ValueError, match=message):
         check(settings)
 
@@ -236,20 +237,20 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("settings", RIGHT.values(), ids=RIGHT)
-def test_settings_that_fit_leave_random_numbers_alone(settings, check):
+def test_valid_settings_pass_without_drawing_random_numbers(settings, check):
     before = np.random.get_state()[1].copy()
     check(settings)
 
     np.testing.assert_array_equal(np.random.get_state()[1], before)
 
 
-def test_wrappers_of_data_sets_are_looked_through(check):
+def test_wrapped_data_sets_are_checked(check):
     with pytest.raises(ValueError, match=r"model.decode_head.ignore_index must be 255"):
         check(RIGHT["concatenated"] + "\nmodel = dict(decode_head=dict(ignore_index=0))")
 
 
 @pytest.mark.parametrize("family", ["upernet", "mask2former"])
-def test_labels_that_are_no_classes(family, write_config, tmp_path):
+def test_labels_that_are_not_classes(family, write_config, tmp_path):
     config = Config.fromfile(write_config(tmp_path / "config.py", family, ""))
     model = revert_sync_batchnorm(MODELS.build(config.model)).train()
     labels = torch.arange(13).repeat(64, 5)[:, :64].contiguous()

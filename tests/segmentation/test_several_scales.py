@@ -1,4 +1,4 @@
-"""Images of several sizes through the configs, and through small copies of their models."""
+"""Test the configs and small copies of their models on images of several sizes."""
 
 import copy
 import functools
@@ -36,7 +36,7 @@ SIZES = {"1": (512, 683), "2": (50, 300)}  # height and width
 
 @pytest.fixture(scope="module")
 def ade(tmp_path_factory) -> Path:
-    """ADE20K's folders with a part of a photograph, and with noise of two sizes."""
+    """Write the folders of ADE20K with a crop of a photograph and noise of two sizes."""
     root = tmp_path_factory.mktemp("ade")
     rng = np.random.default_rng(0)
     images = {name: rng.integers(0, 256, (*size, 3), np.uint8) for name, size in SIZES.items()}
@@ -45,7 +45,7 @@ def ade(tmp_path_factory) -> Path:
         for folder in ("images", "annotations"):
             (root / folder / part).mkdir(parents=True)
         for name, image in images.items():
-            rows = (np.arange(image.shape[0]) % 151).astype(np.uint8)  # 0 is what has no class
+            rows = (np.arange(image.shape[0]) % 151).astype(np.uint8)  # 0 is unlabelled
             truth = np.broadcast_to(rows[:, None], image.shape[:2])
             cv2.imwrite(str(root / "images" / part / f"{name}.jpg"), image)
             cv2.imwrite(str(root / "annotations" / part / f"{name}.png"), truth)
@@ -53,7 +53,7 @@ def ade(tmp_path_factory) -> Path:
 
 
 def rescaled(size: tuple[int, int], scale: tuple[int, int]) -> tuple[int, int]:
-    """As large as the scale's long and short side allow, to whole pixels."""
+    """Return the largest size within the long and short side of the scale."""
     factor = min(max(scale) / max(size), min(scale) / min(size))
     return tuple(int(side * factor + 0.5) for side in size)
 
@@ -114,8 +114,8 @@ def small_copy(name: str) -> tuple[Config, nn.Module]:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_every_parameter_of_a_small_copy_gets_a_gradient(name, ade):
-    # one without a gradient would stop training on several GPUs
+def test_all_parameters_of_a_small_copy_receive_a_gradient(name, ade):
+    # A parameter without gradient stops distributed training.
     config, model = small_copy(name)
     data = config.train_dataloader.dataset
     pipeline = an_eighth(data.pipeline)
@@ -138,8 +138,10 @@ def scores_before_resizing(model: nn.Module, image: Tensor) -> Tensor:
     return torch.einsum("nqc,nqhw->nchw", probabilities, masks[-1].sigmoid())
 
 
-def of_one_view(model: nn.Module, image: np.ndarray, size: tuple[int, int], flip: bool) -> Tensor:
-    """Probabilities of the classes in a resized image, of the size that it had before."""
+def view_probabilities(
+    model: nn.Module, image: np.ndarray, size: tuple[int, int], flip: bool
+) -> Tensor:
+    """Return the class probabilities of a resized image, at its original size."""
     mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
     view = image[:, ::-1] if flip else image
     rgb = torch.from_numpy(view[..., ::-1].transpose(2, 0, 1).copy())
@@ -149,7 +151,7 @@ def of_one_view(model: nn.Module, image: np.ndarray, size: tuple[int, int], flip
     return interpolate(scores, size, mode="bilinear", align_corners=False)[0].softmax(0)
 
 
-def smoothly(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
@@ -160,7 +162,7 @@ def smoothly(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 @torch.no_grad()
 def test_probabilities_of_all_views_are_averaged(name, last_layers, ade):
     config, model = small_copy(name)
-    for layer in last_layers:  # so that the scores of pixels and classes differ
+    for layer in last_layers:  # for distinct scores of pixels and classes
         nn.init.normal_(model.decode_head.get_submodule(layer).weight, std=0.2)
     model.eval()
     pipeline = an_eighth(config.tta_pipeline)
@@ -173,16 +175,16 @@ def test_probabilities_of_all_views_are_averaged(name, last_layers, ade):
     size, scale = image.shape[:2], numbers(RECIPES[name]["test_scale"])
     views = []
     for ratio in RATIOS:
-        view = smoothly(image, rescaled(size, [int(side * ratio) // 8 for side in scale]))
+        view = resize_bilinear(image, rescaled(size, [int(side * ratio) // 8 for side in scale]))
         if RECIPES[name]["resize_to_multiple"] == "yes":
-            view = smoothly(view, to_multiples(view.shape[:2]))
-        views += [of_one_view(model, view, size, flip) for flip in (False, True)]
+            view = resize_bilinear(view, to_multiples(view.shape[:2]))
+        views += [view_probabilities(model, view, size, flip) for flip in (False, True)]
     mean = torch.stack(views).mean(0)
     best, second = mean.topk(2, dim=0).values
     clear = best - second > 1e-6
     found, expected = result.pred_sem_seg.data[0], mean.argmax(0)
     assert clear.float().mean() > 0.99
     assert torch.equal(found[clear], expected[clear])
-    for view in views:  # none of them decides alone
+    for view in views:  # no single view determines the result
         assert (view.argmax(0) != expected).float().mean() > 0.01
     assert torch.equal(result.gt_sem_seg.data, sample["data_samples"][0].gt_sem_seg.data)

@@ -1,4 +1,4 @@
-"""Training and evaluation on real images, by the programs."""
+"""Test the training and test programs on real images."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,21 +22,21 @@ evaluate = partial(runs.evaluate, test_program)
 
 
 def figures(folder: Path) -> dict[str, float]:
-    """The metrics of the last validation of a run."""
+    """Return the metrics of the last validation of a run."""
     scalars = curves.read_scalars(folder)
     return {name: scalars[name][max(scalars[name])] for name in FIGURES}
 
 
 @pytest.fixture(scope="module", params=["upernet", "mask2former"])
 def trained(request, write_config, tmp_path_factory) -> tuple[Path, Path]:
-    """The config and the work folder of a run of four iterations."""
+    """Train four iterations, and return the config and the work folder."""
     folder = tmp_path_factory.mktemp(request.param)
     config = write_config(folder / f"trained_{request.param}.py", request.param)
     train(config, "--work-dir", folder / "run")
     return config, folder / "run"
 
 
-def test_a_run_leaves_checkpoints_scalars_and_curves(trained):
+def test_a_run_writes_checkpoints_scalars_and_curves(trained):
     config, folder = trained
     names = {path.name for path in folder.iterdir()}
     assert {"iter_4.pth", "curves.png", config.name, "last_checkpoint"} <= names
@@ -49,7 +49,7 @@ def test_a_run_leaves_checkpoints_scalars_and_curves(trained):
     assert list(scalars["mIoU"]) == [2, 4]
 
 
-def test_the_test_program_gives_the_figures_of_the_validation(trained, tmp_path):
+def test_the_test_program_gives_the_metrics_of_the_validation(trained, tmp_path):
     config, folder = trained
     found = evaluate(config, folder / "iter_4.pth", "--work-dir", tmp_path)
     assert found == pytest.approx(figures(folder), abs=0.01)
@@ -64,7 +64,7 @@ def test_label_maps_are_written_and_drawn(trained, scenes, tmp_path):
         predicted = np.array(Image.open(path))
         truth = np.array(Image.open(scenes / "annotations" / "validation" / path.name))
         assert predicted.shape == truth.shape
-        assert predicted.min() >= 1  # numbered as the files are, 0 is what is ignored
+        assert predicted.min() >= 1  # as in the files, where 0 is ignored
         right += (predicted == truth).sum()
         valid += (truth != 0).sum()
     assert found["aAcc"] == pytest.approx(100 * right / valid, abs=0.01)
@@ -79,7 +79,7 @@ def test_several_scales(trained, tmp_path):
     assert len(list((tmp_path / "maps").iterdir())) == 4
 
 
-def test_a_published_container_gives_the_same_figures(trained, tmp_path):
+def test_a_published_checkpoint_gives_the_same_metrics(trained, tmp_path):
     config, folder = trained
     state_dict = read_checkpoint(folder / "iter_4.pth")["state_dict"]
     published = {"state_dict": state_dict, "meta": {"CLASSES": ["background", *"0123456789"]}}
@@ -114,7 +114,7 @@ default_hooks = dict(checkpoint=dict(interval=3))
     assert list(curves.read_scalars(folder)["loss"]) == list(range(1, 13))
 
 
-# Without SyncBN, which CPUs do not have: there each process has running averages of its own.
+# SyncBN does not work on CPUs: running statistics would differ between processes.
 GROUP_NORM = "dict(norm_cfg=dict(_delete_=True, type='GN', num_groups=4))"
 HEADS = {
     "upernet": f"model = dict(decode_head={GROUP_NORM}, auxiliary_head={GROUP_NORM})\n",
@@ -135,7 +135,7 @@ def test_two_processes_train_and_evaluate(family, write_config, tmp_path):
     assert together == pytest.approx(evaluate(config, folder / "iter_2.pth"), abs=0.1)
 
 
-def test_fine_tuning_takes_what_fits(write_config, scenes, trained, tmp_path):
+def test_fine_tuning_loads_the_tensors_that_fit(write_config, scenes, trained, tmp_path):
     _, folder = trained
     family = folder.parent.name.rstrip("0123456789")
     settings = {
@@ -171,7 +171,7 @@ def copy_with_labels(scenes: Path, root: Path, change: Callable[[np.ndarray], np
 
 
 @pytest.mark.parametrize("family", ["upernet", "mask2former"])
-def test_label_maps_that_ignore_everything(family, write_config, scenes, tmp_path):
+def test_label_maps_with_only_ignored_pixels(family, write_config, scenes, tmp_path):
     root = tmp_path / "scenes"
     copytree(scenes, root)
     for path in sorted(root.glob("annotations/training/*"))[:-1]:
@@ -190,11 +190,11 @@ train_dataloader = dict(sampler=dict(_delete_=True, type="DefaultSampler", shuff
 
 
 @pytest.mark.parametrize("family", ["upernet", "mask2former"])
-def test_another_value_to_ignore_trains_as_255_does(family, write_config, scenes, tmp_path):
-    """Said once, for crops larger than some images, which are padded."""
+def test_another_ignore_index_trains_like_255(family, write_config, scenes, tmp_path):
+    """Images smaller than the crop are padded with the ignore index, too."""
 
     def change(labels: np.ndarray, ignored: int) -> np.ndarray:
-        labels = labels - 1  # the scenes count classes from 1
+        labels = labels - 1  # classes start at 1 in the scenes
         labels[20:60, 30:90] = ignored
         return labels
 
@@ -238,9 +238,9 @@ def test_damaged_files_do_not_stop_the_training(write_config, scenes, tmp_path):
 
 
 class TestErrors:
-    """At the start, before any training."""
+    """Errors are raised before the training starts."""
 
-    def test_folders(self, fails):
+    def test_missing_folders(self, fails):
         settings = '{}_dataloader = dict(dataset=dict(data_prefix=dict(img_path="none")))\n'
         for split in ("train", "val"):
             message = r"folder not found: data_prefix\['img_path'\] is '.*none'"
@@ -250,7 +250,7 @@ class TestErrors:
         settings = "model = dict(auxiliary_head=dict(num_classes=7))\n"
         fails(ValueError, r"model.auxiliary_head.num_classes must be 11, .* got 7$", settings)
 
-    def test_validation_label_maps(self, fails, scenes, tmp_path):
+    def test_unreadable_and_missing_label_maps(self, fails, scenes, tmp_path):
         root = tmp_path / "scenes"
         copytree(scenes, root)
         labels = root / "annotations" / "validation"
@@ -259,7 +259,7 @@ class TestErrors:
         (labels / "000003.png").unlink()
         fails(FileNotFoundError, r"1 of the 4 images .*validation/000003\.png", root=root)
 
-    def test_values_of_label_maps(self, fails):
+    def test_invalid_values_of_label_maps(self, fails):
         settings = "train_dataloader = dict(dataset=dict(reduce_zero_label=False))\n"
         message = r"has invalid values \[11\]; with 11 classes and reduce_zero_label=False, 0 to 10"
         fails(ValueError, message, settings)

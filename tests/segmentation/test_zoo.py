@@ -1,4 +1,4 @@
-"""A segmentor through the command that evaluates the zoo's."""
+"""Test the zoo's evaluation command on a segmentor."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ NAME = "upernet_small"
 
 @pytest.fixture
 def config(write_config, tmp_path, monkeypatch) -> Path:
-    """Of a row whose data are elsewhere, and are named on the command line."""
+    """Write the config of a zoo entry whose data are only given on the command line."""
     config = write_config(tmp_path / "small.py", root="nowhere")
     entry = Entry(
         task="segmentation",
@@ -40,7 +40,7 @@ def config(write_config, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def checkpoint(config, tmp_path) -> Path:
-    """Of a model for which everything is background, in the published container."""
+    """Save a model that predicts only background, in the published format."""
     cfg = Config.fromfile(config)
     with DefaultScope.overwrite_default_scope("mmseg"):
         weights = MODELS.build(cfg.model).state_dict()
@@ -52,10 +52,10 @@ def checkpoint(config, tmp_path) -> Path:
 
 
 def miou_of_background(root: Path, pictures: slice) -> float:
-    """In percent, from the label maps: of the classes that are there, all but one are missed."""
+    """Return the mIoU in percent of predicting only background, from the label maps."""
     maps = sorted((root / "annotations" / "validation").glob("*.png"))[pictures]
     values = np.concatenate([np.asarray(Image.open(path)).ravel() for path in maps])
-    values = values[values > 0]  # 0 is to be ignored, 1 the background
+    values = values[values > 0]  # 0 is ignored, 1 the background
     return 100 * (values == 1).mean() / len(np.unique(values))
 
 
@@ -68,7 +68,7 @@ def miou_of_background(root: Path, pictures: slice) -> float:
     ],
     ids=["whole", "limit", "several scales"],
 )
-def test_the_figure_is_measured(
+def test_the_miou_is_measured(
     checkpoint, scenes, tmp_path, capsys, arguments, pictures, figure, published
 ):
     arguments = ["--device", "cpu", "--work-dir", str(tmp_path / "run"), *arguments]
@@ -82,7 +82,7 @@ def test_the_figure_is_measured(
     assert row["reproduced"] == (None if "--limit" in arguments else False)
 
 
-def test_mmseg_loads_what_was_converted(config, checkpoint, scenes, tmp_path):
+def test_mmseg_loads_converted_checkpoints(config, checkpoint, scenes, tmp_path):
     converted = tmp_path / "converted.pth"
     assert tool.main(["convert", str(checkpoint), "-o", str(converted)]) == 0
     model = init_model(str(config), str(converted), device="cpu")
@@ -91,7 +91,7 @@ def test_mmseg_loads_what_was_converted(config, checkpoint, scenes, tmp_path):
     assert inference_model(model, str(image)).pred_sem_seg.data.eq(0).all()
 
 
-def test_data_that_are_not_there_are_one_error(checkpoint, tmp_path, caplog):
+def test_missing_data_are_a_single_error(checkpoint, tmp_path, caplog):
     (tmp_path / "empty").mkdir()
     data = ["--data", str(tmp_path / "empty"), "--checkpoint", str(checkpoint)]
     for limit in ([], ["--limit", "2"]):

@@ -19,19 +19,19 @@ from tests.flash_internimage.openmmlab.small import Model, Score
 
 @pytest.fixture(autouse=True)
 def always_restore_scope(restore_scope):
-    """In all tests of this folder."""
+    """Apply to all tests of this folder."""
 
 
 @pytest.fixture
 def safe_readers():
-    """As after use_safe_readers, until the end of the test."""
+    """Enable the safe readers for one test."""
     with readers.safe_readers():
         yield
 
 
 @pytest.fixture
 def log(caplog, request):
-    """What the engine's current logger says."""
+    """Capture the messages of mmengine's current logger."""
     logger = MMLogger.get_instance(request.module.__name__)
     logger.addHandler(caplog.handler)
     yield caplog
@@ -40,7 +40,7 @@ def log(caplog, request):
 
 @pytest.fixture
 def runner(tmp_path, request):
-    """Builds runners of three epochs with two batches each."""
+    """Build runners of three epochs with two batches each."""
     number = 0
 
     def build(model: nn.Module | None = None, scores=(0.1, 0.2, 0.3), max_keep=1, **kwargs):
@@ -79,7 +79,7 @@ def runner(tmp_path, request):
 
 @pytest.fixture
 def memory(tmp_path) -> Iterator[dict[str, bytes]]:
-    """Files of a server, by their addresses memory://..."""
+    """Register a storage backend, and return its files by URL (`memory://...`)."""
     files: dict[str, bytes] = {}
 
     class Memory(BaseStorageBackend):
@@ -103,7 +103,7 @@ def memory(tmp_path) -> Iterator[dict[str, bytes]]:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Where images 1 to 4 and their label maps are."""
+    """Return a folder with images 1 to 4 and their label maps."""
     rng = np.random.default_rng(0)
     for i in range(1, 5):
         (tmp_path / "images").mkdir(exist_ok=True)

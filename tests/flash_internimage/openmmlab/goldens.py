@@ -1,4 +1,4 @@
-"""Outputs of the published detectors and segmentors, and how to build the same models."""
+"""Load outputs and configs of the published detectors and segmentors."""
 
 import json
 from functools import cache
@@ -24,7 +24,7 @@ def arrays(name: str) -> dict[str, Tensor]:
 
 @cache
 def converted(folder: str) -> dict[str, Tensor]:
-    """The weights of a published container as the zoo's command converts it."""
+    """Return the weights of a published checkpoint as converted by the zoo's command."""
     with TemporaryDirectory() as out:
         published, current = Path(out, "published.pth"), Path(out, "current.pth")
         meta = {"CLASSES": ("a", "b"), "config": SimpleNamespace(), "epoch": 12}
@@ -38,14 +38,14 @@ def published_config(folder: str) -> dict:
 
 
 def backbone_config(published: dict) -> dict:
-    """The published one without what is the same for all models."""
+    """Return the published backbone config without the settings shared by all models."""
     assert published["core_op"] == "DCNv4"
     assert published["norm_layer"] == "LN"
     return {key: value for key, value in published.items() if key not in ("core_op", "norm_layer")}
 
 
 def assert_published(actual: dict[str, Tensor], folder: str) -> None:
-    """Every array that the published code gave, no more and no less, within its tolerance."""
+    """Check that the arrays are exactly those of the published code, within their tolerances."""
     expected = arrays(f"{folder}/outputs")
     figures = json.loads((DATA / folder / "meta.json").read_text())["outputs"]
     assert sorted(actual) == sorted(expected)

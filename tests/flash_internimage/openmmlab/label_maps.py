@@ -1,4 +1,4 @@
-"""Small images with label maps, and the arguments of data sets that read them."""
+"""Write small images with label maps, and build the arguments of their data sets."""
 
 import struct
 import zlib
@@ -20,7 +20,7 @@ TEST = [
 
 
 def label_map(*values: int) -> np.ndarray:
-    """A label map with these values, each as often as the others."""
+    """Return a label map with these values, each equally often."""
     return np.resize(np.array(values, np.uint8), (HEIGHT, WIDTH))
 
 
@@ -29,21 +29,21 @@ def write_labels(folder: Path, i: int | str, values: np.ndarray) -> None:
     Image.fromarray(values).save(folder / "labels" / f"{i}.png")
 
 
-def packed(values: np.ndarray, bits: int) -> list[bytes]:
-    """The rows of an array with so many bits for each value."""
+def pack_rows(values: np.ndarray, bits: int) -> list[bytes]:
+    """Pack the rows of an array with a number of bits per value."""
     high_to_low = (values[..., None] >> np.arange(bits)[::-1]) & 1
     rows = high_to_low.astype(np.uint8).reshape(len(values), -1)
     return [np.packbits(row).tobytes() for row in rows]
 
 
 def write_grey_png(path: Path, values: np.ndarray, bits: int) -> None:
-    """Pillow itself writes no greyscale of 2 or 4 bits."""
+    """Write greyscale of 2 or 4 bits, which Pillow does not support."""
     height, width = values.shape
     with open(path, "wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")
         for kind, content in (
             (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)),
-            (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in packed(values, bits)))),
+            (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in pack_rows(values, bits)))),
             (b"IEND", b""),
         ):
             file.write(struct.pack(">I", len(content)) + kind + content)
@@ -51,9 +51,9 @@ def write_grey_png(path: Path, values: np.ndarray, bits: int) -> None:
 
 
 def write_grey_tiff(path: Path, values: np.ndarray, bits: int, photometric: int = 1) -> None:
-    """TIFF without compression; `photometric` is 0 for "white is zero", 1 for "black is zero"."""
+    """Write an uncompressed TIFF; `photometric` is 0 if white is zero, 1 if black is zero."""
     height, width = values.shape
-    rows = b"".join(packed(values, bits))
+    rows = b"".join(pack_rows(values, bits))
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 277: 1, 278: height}
     tags = sorted({**tags, 273: 8 + 2 + 9 * 12 + 4, 279: len(rows)}.items())
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
@@ -72,7 +72,7 @@ def arguments(folder: Path, **kwargs) -> dict[str, Any]:
 
 
 def reduced(value: int) -> int:
-    """mmsegmentation's rule in words: zero is ignored, all other labels are one less."""
+    """Apply reduce_zero_label: 0 is ignored, all other labels are one less."""
     return 255 if value in (0, 255) else value - 1
 
 

@@ -1,4 +1,4 @@
-"""A model and a metric for runs that take no time."""
+"""A tiny model and a metric for fast runs."""
 
 import torch
 from mmengine.evaluator import BaseMetric
@@ -20,7 +20,7 @@ class Model(BaseModel):
 
 
 class Score(BaseMetric):
-    """Metrics that are given beforehand, one per validation."""
+    """Metric with preset scores, one per validation."""
 
     def __init__(self, scores: list[float]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Mistakes in arguments, configs and files end the programs with one line, defects do not."""
+"""Test that user errors end the programs with one line, and bugs with a traceback."""
 
 import errno
 import importlib
@@ -87,7 +87,7 @@ class DefectiveModel(Model):
 
 @pytest.fixture(autouse=True)
 def registered():
-    """Registers what the config names, for one test."""
+    """Register the classes used by the config for one test."""
     added = {
         DATASETS: (SmallData, Defect, Damaged, Unsupported, Asserting),
         MODELS: (Model, DefectiveModel, UnsupportedModel),
@@ -106,7 +106,7 @@ def registered():
 
 @pytest.fixture
 def train(tmp_path, request) -> Callable[..., None]:
-    """Runs the training program with these arguments."""
+    """Run the training program with these arguments."""
     config = tmp_path / f"{re.sub(r'[^a-z]', '', request.node.name)}.py"
 
     def train(*options: object, text: str | bytes = CONFIG) -> None:
@@ -188,7 +188,7 @@ def test_settings(option, message, fails, tmp_path):
         ("Asserting", "^error: AssertionError: raise AssertionError$"),
     ],
 )
-def test_data_that_a_transform_does_not_support(dataset, message, workers, train, capfd):
+def test_data_that_a_transform_rejects(dataset, message, workers, train, capfd):
     options = f"train_dataloader.dataset.type={dataset}", f"train_dataloader.num_workers={workers}"
     with pytest.raises(SystemExit, match="2"):
         train("--cfg-options", *options)
@@ -218,12 +218,12 @@ def test_a_config_that_is_its_own_base(fails, tmp_path):
 
 
 class TestFiles:
-    def test_the_work_folder(self, fails, tmp_path):
+    def test_work_folder_that_cannot_be_written(self, fails, tmp_path):
         (tmp_path / "file").touch()
         for folder in (tmp_path / "file", tmp_path / "file" / "below"):
             fails(f"--work-dir {folder} cannot be written", "--work-dir", folder)
 
-    def test_what_is_no_checkpoint(self, fails, tmp_path):
+    def test_invalid_checkpoints(self, fails, tmp_path):
         (tmp_path / "notes.txt").write_text("no checkpoint")
         fails("--resume must be a checkpoint, got the folder", "--resume", tmp_path)
         for path, message in (
@@ -233,7 +233,7 @@ class TestFiles:
             fails(message, "--resume", path)
 
     @pytest.mark.parametrize("task", ["detection", "segmentation"])
-    def test_where_predictions_go(self, task, tmp_path, monkeypatch, capsys):
+    def test_predictions_that_cannot_be_written(self, task, tmp_path, monkeypatch, capsys):
         (tmp_path / "file").touch()
         (tmp_path / "c.py").write_text(CONFIG)
         out = tmp_path / "file" / "x.pkl"
@@ -245,7 +245,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("program", ["train", "test"])
     @pytest.mark.parametrize("task", ["detection", "segmentation"])
-    def test_a_config_that_is_not_there(self, task, program, monkeypatch, capsys):
+    def test_missing_config(self, task, program, monkeypatch, capsys):
         arguments = ["none.py", *(["none.pth"] if program == "test" else [])]
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         with pytest.raises(SystemExit, match="2"):
@@ -261,14 +261,14 @@ class TestFiles:
         ("mpi", "requires mpirun, .*: OMPI_COMM_WORLD_RANK"),
     ],
 )
-def test_a_launcher_without_its_environment(launcher, message, fails, monkeypatch):
+def test_launcher_without_its_environment(launcher, message, fails, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SLURM", "OMPI"))]:
         monkeypatch.delenv(name)
     fails(message, "--launcher", launcher)
 
 
-class TestDefects:
-    def test_they_keep_their_traceback(self, train):
+class TestBugs:
+    def test_bugs_keep_their_traceback(self, train):
         with pytest.raises(KeyError, match="boxes"):
             train("--cfg-options", "train_dataloader.dataset.type=Defect")
         with pytest.raises(TypeError, match="cannot multiply"):
@@ -276,7 +276,7 @@ class TestDefects:
         with pytest.raises(NotImplementedError, match="no such kernel"):
             train("--cfg-options", "model.type=UnsupportedModel")
 
-    def test_of_our_own_package(self):
+    def test_bugs_of_this_package_keep_their_traceback(self):
         with pytest.raises(AttributeError), one_line_errors():
             curves.save_curves(None)
 
@@ -289,7 +289,7 @@ class TestDefects:
             ("    assert f(\n           ^^\nAssertionError\n", "AssertionError: assert f("),
         ],
     )
-    def test_what_a_worker_raised_is_the_message(self, last, message):
+    def test_the_message_of_a_worker_is_shown(self, last, message):
         text = (
             "Caught ValueError in DataLoader worker process 0.\n"
             "Original Traceback (most recent call last):\n"
@@ -315,7 +315,7 @@ raise {}
         ("defect", 1, "Traceback (most recent call last):", "KeyError: 'boxes'"),
     ],
 )
-def test_errors_that_another_program_does_not_catch(name, code, first, last):
+def test_errors_that_the_calling_program_does_not_catch(name, code, first, last):
     arguments = [sys.executable, "-c", SCRIPT.format(name)]
     root = Path(__file__).parents[3]
     ended = subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=False)
@@ -323,8 +323,8 @@ def test_errors_that_another_program_does_not_catch(name, code, first, last):
     assert (ended.returncode, lines[0], lines[-1]) == (code, first, last)
 
 
-def test_the_runners_errors_are_those_that_end_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restored afterwards
+def test_errors_of_the_runner_are_marked_unless_they_are_bugs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restored after the test
     for dataset, error, one_line in (("Damaged", ValueError, True), ("Defect", KeyError, None)):
         (tmp_path / "c.py").write_text(CONFIG.replace("SmallData", dataset))
         cfg = Config.fromfile(tmp_path / "c.py")
@@ -335,7 +335,7 @@ def test_the_runners_errors_are_those_that_end_in_one_line(tmp_path, monkeypatch
 
 
 class TestOneRunPerFolder:
-    def test_a_second_run_ends_and_changes_nothing(self, fails, train, tmp_path, monkeypatch):
+    def test_a_second_run_fails_without_changes(self, fails, train, tmp_path, monkeypatch):
         monkeypatch.setattr(program, "own_folder", partial(own_folder, timeout=0))
         with own_folder(tmp_path / "run"):
             fails(r"another run is writing to .*/run")
@@ -351,7 +351,7 @@ def full(*args, **kwargs):
 
 
 class TestFullDisk:
-    """One line that says so, also in the log, and a run that can be resumed."""
+    """A full disk ends a run with one line, also in the log; the run can be resumed."""
 
     @pytest.mark.parametrize(
         ("target", "name", "message"),
@@ -361,7 +361,7 @@ class TestFullDisk:
             (logging.FileHandler, "flush", r"while writing .*/run: free some space"),
         ],
     )
-    def test_wherever_it_shows(self, target, name, message, fails, train, tmp_path, monkeypatch):
+    def test_all_writers(self, target, name, message, fails, train, tmp_path, monkeypatch):
         train("--cfg-options", "train_cfg.max_epochs=1")
         text = CONFIG.replace("[0.1, 0.2]", "[0.3]")
         with monkeypatch.context() as patch:
@@ -376,7 +376,7 @@ class TestFullDisk:
             assert re.search("ERROR - .*No space left on device while writing", logs)
 
 
-def test_weights_that_are_not_finite_are_named(train, fails, tmp_path, capsys):
+def test_non_finite_weights_are_an_error(train, fails, tmp_path, capsys):
     train("--cfg-options", "train_cfg.max_epochs=1")
     path = tmp_path / "run" / "epoch_1.pth"
     checkpoint = torch.load(path, weights_only=False)
@@ -389,7 +389,7 @@ def test_weights_that_are_not_finite_are_named(train, fails, tmp_path, capsys):
         build_runner(evaluation_config(args)).test()
 
 
-def test_an_evaluation_leaves_the_config_of_the_training(train, tmp_path):
+def test_an_evaluation_keeps_the_config_of_the_training(train, tmp_path):
     train("--cfg-options", "train_cfg.max_epochs=1")
     config = next(tmp_path.glob("*.py"))
     before = (tmp_path / "run" / config.name).read_text()
@@ -401,7 +401,7 @@ def test_an_evaluation_leaves_the_config_of_the_training(train, tmp_path):
     assert (tmp_path / "run" / config.name).read_text() == before
 
 
-def test_what_is_doubtful_is_in_the_log(train, tmp_path):
+def test_warnings_are_logged(train, tmp_path):
     train(text=CONFIG.replace("[0.1, 0.2]", "[0.1, float('nan')]"))
     logs = "".join(path.read_text() for path in (tmp_path / "run").glob("*/*.log"))
     assert "not finite: score" in logs
@@ -415,7 +415,7 @@ def test_an_assertion_without_a_message_shows_its_condition():
     assert describe(raised.value) == "AssertionError: assert crop_size[0] > 0 and crop_size[1] > 0"
 
 
-def test_a_keyword_that_a_class_of_this_package_does_not_know_is_no_defect(capsys):
+def test_unexpected_keywords_are_user_errors(capsys):
     with pytest.raises(SystemExit, match="2"), one_line_errors():
         MODELS.build({"type": "FlashInternImage", "arc": "tiny"})
     assert re.match("error: .* unexpected keyword argument 'arc'\n$", capsys.readouterr().err)

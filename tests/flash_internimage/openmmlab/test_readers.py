@@ -1,4 +1,4 @@
-"""The safe readers are those of OpenMMLab's only where they are switched on."""
+"""Test that the safe readers replace those of OpenMMLab only while enabled."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from mmengine.registry import Registry
 from mmengine.runner import CheckpointLoader
 
 import flash_internimage.openmmlab.detection
-import flash_internimage.openmmlab.segmentation  # noqa: F401  adds its readers
+import flash_internimage.openmmlab.segmentation  # noqa: F401  registers its readers
 from flash_internimage.openmmlab import readers, use_safe_readers
 from flash_internimage.openmmlab.datasets.transforms import LoadCheckedArray, LoadCheckedImage
 from flash_internimage.openmmlab.detection import CheckedPycocotoolsMetric
@@ -50,7 +50,7 @@ assert any(key not in before for key in after)
 
 
 @pytest.mark.parametrize("module", ["detection", "segmentation", "programs"])
-def test_importing_only_adds_names(module):
+def test_importing_replaces_no_readers(module):
     subprocess.run([sys.executable, "-c", SNAPSHOT.replace("MODULE", module)], check=True)
 
 
@@ -61,7 +61,7 @@ def test_detection_does_not_need_mmseg():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def found() -> list:
+def current_readers() -> list:
     schemes = CheckpointLoader._schemes
     transforms = [library.registry.TRANSFORMS for library in (mmdet, mmseg)]
     names = "LoadImageFromFile", "LoadImageFromNDArray", "InferencerLoader"
@@ -70,33 +70,33 @@ def found() -> list:
     return [*schemes.items(), *loaders, *metrics]
 
 
-def test_a_block_uses_them_and_may_be_nested():
-    before = found()
+def test_safe_readers_are_enabled_in_a_block_that_may_be_nested():
+    before = current_readers()
     with readers.safe_readers():
-        within = found()
+        within = current_readers()
         assert LoadCheckedImage in within
         assert LoadCheckedArray in within
         assert CheckedPycocotoolsMetric in within
         assert not {LoadImageFromFile, InferencerLoader, CocoMetric} & {*within}
         with pytest.raises(KeyError), readers.safe_readers():
             raise KeyError
-        assert found() == within
-    assert found() == before
+        assert current_readers() == within
+    assert current_readers() == before
 
 
-def test_the_function_uses_them_until_the_process_ends():
-    before = found()
+def test_use_safe_readers_enables_them_for_the_process():
+    before = current_readers()
     try:
         use_safe_readers()
         with readers.safe_readers():
             pass
-        assert CheckedPycocotoolsMetric in found()
+        assert CheckedPycocotoolsMetric in current_readers()
     finally:
         readers._process.close()
-    assert found() == before
+    assert current_readers() == before
 
 
-def test_what_is_imported_later_is_used_at_once(monkeypatch):
+def test_readers_registered_later_are_used_at_once(monkeypatch):
     monkeypatch.setattr(readers, "_readers", [*readers._readers])
     registry = Registry("kind")
     registry.register_module("Existing", module=LoadImageFromFile)
@@ -106,12 +106,12 @@ def test_what_is_imported_later_is_used_at_once(monkeypatch):
     assert registry.get("Existing") is LoadImageFromFile
 
 
-def test_a_runner_uses_them_while_it_works(runner):
-    before = found()
+def test_a_runner_enables_them_while_it_runs(runner):
+    before = current_readers()
     r = runner(train_cfg={"by_epoch": True, "max_epochs": 0})
-    assert found() == before
+    assert current_readers() == before
     seen = []
-    r.call_hook = lambda *args, **kwargs: seen.extend(found())
+    r.call_hook = lambda *args, **kwargs: seen.extend(current_readers())
     r.train()
     assert CheckedPycocotoolsMetric in seen
-    assert found() == before
+    assert current_readers() == before

@@ -1,4 +1,4 @@
-"""What the programs' arguments make of a config, before anything is built."""
+"""Test how the programs' arguments change a config before anything is built."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +44,7 @@ def hooks(cfg: Config) -> list[str]:
     return [hook["type"] for hook in cfg.custom_hooks]
 
 
-def test_without_options_the_config_stays(to_train):
+def test_without_options_the_config_is_unchanged(to_train):
     cfg = to_train()
     assert hooks(cfg) == ["CurvesHook"]
     assert cfg.optim_wrapper.type == "OptimWrapper"
@@ -63,7 +63,7 @@ def test_compile(to_train):
     assert hooks(to_train("--compile")) == ["CurvesHook", "CompileBackboneHook"]
 
 
-def test_weights_that_others_will_overwrite_are_not_loaded(to_train, tmp_path):
+def test_pretrained_weights_are_not_loaded_if_a_checkpoint_replaces_them(to_train, tmp_path):
     assert to_train(settings='load_from = "other.pth"').model.backbone.init_cfg is None
     (tmp_path / "run").mkdir()
     assert to_train("--resume").model.backbone.init_cfg is not None
@@ -93,7 +93,7 @@ def test_weights_that_others_will_overwrite_are_not_loaded(to_train, tmp_path):
         ("workflow = [('train', 1)]", "train_cfg.val_interval"),
     ],
 )
-def test_settings_of_mmdet_2_name_todays(setting, today, to_train, config):
+def test_obsolete_settings_name_their_replacement(setting, today, to_train, config):
     name = setting.split(" = ")[0]
     message = rf"obsolete settings of mmdet 2 or mmseg 0: for {name} use {today}"
     with pytest.raises(ValueError, match=rf"^{config} has {message}"):
@@ -102,7 +102,7 @@ def test_settings_of_mmdet_2_name_todays(setting, today, to_train, config):
         to_train("--cfg-options", f"{name}.lr=1")
 
 
-def test_all_obsolete_settings_are_named_in_tests_too(config):
+def test_all_obsolete_settings_are_named_in_evaluations_too(config):
     config.write_text(f"{CONFIG}optimizer = dict(lr=1)\ntotal_epochs = 12\n")
     message = "for optimizer use .*; for total_epochs use "
     with pytest.raises(ValueError, match=message):
@@ -126,7 +126,7 @@ resume_from = None
 @pytest.mark.parametrize(
     "settings",
     [
-        "data = dict(type='CheckedCocoDataset', data_root='parts/')",  # read by a file based on it
+        "data = dict(type='CheckedCocoDataset', data_root='parts/')",  # read by a derived config
         "data = 'parts/'",
         "optimizer = 'SGD'\nrunner = ['a']",
         "data = dict(train=dict(data_root='a'))\nloader = dict(dataset=data['train'])",
@@ -136,12 +136,12 @@ resume_from = None
         "fp16 = True\nif fp16:\n    optim_wrapper = dict(type='AmpOptimWrapper')",
     ],
 )
-def test_a_setting_that_is_no_obsolete_one_is_a_variable(settings, to_train):
+def test_settings_used_as_variables_are_allowed(settings, to_train):
     assert to_train(settings=settings).train_cfg == {"max_epochs": 1}
 
 
 @pytest.mark.parametrize("name", ["_base_.gpus", "{{_base_.gpus}}"])
-def test_a_variable_that_another_file_reads(name, config, tmp_path):
+def test_variables_read_by_another_file_are_allowed(name, config, tmp_path):
     (tmp_path / "base.py").write_text(f"gpus = 4\n{CONFIG}")
     config.write_text(f"_base_ = 'base.py'\nsize = {name}\n")
     assert to_evaluate(config).size == 4
@@ -153,7 +153,7 @@ def test_a_variable_that_another_file_reads(name, config, tmp_path):
 
 
 class TestWorkFolder:
-    """Which of its files a run resumes from."""
+    """A run resumes from the latest checkpoint in its work folder."""
 
     @pytest.mark.parametrize(
         "name",
@@ -168,7 +168,7 @@ class TestWorkFolder:
             "latest.pth",
         ],
     )
-    def test_other_files_are_none(self, name, to_train, tmp_path):
+    def test_other_files_are_ignored(self, name, to_train, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / name).touch()
         (tmp_path / "run" / "epoch_9.pth").mkdir()
@@ -180,14 +180,14 @@ class TestWorkFolder:
         assert to_train("--resume").load_from == str(tmp_path / "run" / "epoch_2.pth")
 
     @pytest.mark.parametrize(("by_epoch", "expected"), [(True, "epoch_3"), (False, "iter_200")])
-    def test_its_own_unit_counts(self, by_epoch, expected, to_train, tmp_path):
+    def test_epochs_or_iterations_as_configured(self, by_epoch, expected, to_train, tmp_path):
         (tmp_path / "run").mkdir()
         for name in ("epoch_2", "epoch_3", "iter_100", "iter_200"):
             (tmp_path / "run" / f"{name}.pth").touch()
         settings = f"default_hooks = dict(checkpoint=dict(by_epoch={by_epoch}))"
         assert Path(to_train("--resume", settings=settings).load_from).stem == expected
 
-    def test_a_config_may_ask_to_resume(self, to_train, tmp_path):
+    def test_resume_in_the_config(self, to_train, tmp_path):
         cfg = to_train(settings="resume = True")
         assert (cfg.get("load_from"), cfg.resume) == (None, False)
         (tmp_path / "run").mkdir()
@@ -204,10 +204,10 @@ OUT_DIR = (
 )
 
 
-class TestNamesOfItsOwn:
-    """What `out_dir` and `filename_tmpl` of the checkpoint hook change."""
+class TestCustomNames:
+    """`out_dir` and `filename_tmpl` of the checkpoint hook change where checkpoints are found."""
 
-    def test_the_run_is_found(self, to_train, tmp_path):
+    def test_the_latest_checkpoint_is_found(self, to_train, tmp_path):
         settings = OUT_DIR.format(tmp_path)
         folder = tmp_path / "saved" / "run"
         folder.mkdir(parents=True)
@@ -218,7 +218,7 @@ class TestNamesOfItsOwn:
         assert to_train("--resume", settings=settings).load_from == str(folder / "m_010.pth")
 
     @pytest.mark.parametrize("settings", ["", OUT_DIR])
-    def test_a_run_with_other_names_is_found_by_its_note(self, settings, to_train, tmp_path):
+    def test_last_checkpoint_locates_a_run_with_other_names(self, settings, to_train, tmp_path):
         settings = settings.format(tmp_path)
         path = tmp_path / "before_7.pth"
         (tmp_path / "run").mkdir()
@@ -229,19 +229,19 @@ class TestNamesOfItsOwn:
             to_train(settings=settings)
         assert to_train("--resume", settings=settings).load_from == str(path)
 
-    def test_a_run_from_before_out_dir_was_set_is_found(self, to_train, tmp_path):
+    def test_a_run_started_without_out_dir_is_found(self, to_train, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "epoch_7.pth").touch()
         cfg = to_train("--resume", settings=OUT_DIR.format(tmp_path))
         assert cfg.load_from == str(tmp_path / "run" / "epoch_7.pth")
 
     @pytest.mark.parametrize("note", [b"", b"\xff\x00", b"a" * 5000])
-    def test_a_damaged_note_names_nothing(self, note, to_train, tmp_path):
+    def test_a_damaged_last_checkpoint_is_ignored(self, note, to_train, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "last_checkpoint").write_bytes(note)
         assert to_train().get("load_from") is None
 
-    def test_without_any_the_log_says_where_it_looked(self, to_train, tmp_path, log):
+    def test_the_searched_folder_is_logged_if_there_is_no_checkpoint(self, to_train, tmp_path, log):
         log.set_level("INFO")
         to_train("--resume", settings=OUT_DIR.format(tmp_path))
         assert f"no checkpoint in {tmp_path}/saved/run: starting a new run" in log.text
@@ -253,11 +253,11 @@ class TestNamesOfItsOwn:
             ("out_dir='s3://a'", "out_dir must be a local folder"),
         ],
     )
-    def test_settings_that_are_refused(self, setting, message, to_train):
+    def test_invalid_settings(self, setting, message, to_train):
         with pytest.raises(ValueError, match=f"^default_hooks.checkpoint.{message}"):
             to_train(settings=f"default_hooks = dict(checkpoint=dict({setting}))")
 
-    def test_a_folder_that_cannot_be_written_is_an_error_before_the_start(self, config, tmp_path):
+    def test_a_folder_that_cannot_be_written_is_an_error(self, config, tmp_path):
         (tmp_path / "saved").touch()
         config.write_text(CONFIG + OUT_DIR.format(tmp_path))
         arguments = [str(config), "--work-dir", str(tmp_path / "run")]
@@ -267,7 +267,7 @@ class TestNamesOfItsOwn:
             program.run_training(args)
 
 
-def test_scaling_needs_the_number_of_images_that_the_rate_is_made_for(to_train):
+def test_scaling_requires_the_base_batch_size(to_train):
     for settings in ("", "auto_scale_lr = dict(enable=False)"):
         with pytest.raises(ValueError, match=r"requires auto_scale_lr\.base_batch_size"):
             to_train("--auto-scale-lr", settings=settings)
@@ -280,7 +280,7 @@ def to_evaluate(config: Path, *options: str) -> Config:
     return evaluation_config(parser.parse_args([str(config), "c.pth", *options]))
 
 
-def test_an_evaluation_has_nothing_of_the_training(config):
+def test_an_evaluation_drops_the_settings_of_the_training(config):
     cfg = to_evaluate(config)
     given = {name for name, value in cfg.items() if value is not None}
     assert {name for name in given if name.startswith(("train_", "val_", "optim"))} == set()
@@ -289,7 +289,7 @@ def test_an_evaluation_has_nothing_of_the_training(config):
 
 
 @pytest.mark.parametrize("kind", ["EarlyStoppingHook", "mmengine.EarlyStoppingHook"])
-def test_an_evaluation_does_not_stop_a_training(kind, config):
+def test_an_evaluation_drops_early_stopping(kind, config):
     settings = f"custom_hooks = [dict(type='{kind}', monitor='a'), dict(type='EMAHook')]\n"
     config.write_text(CONFIG + settings)
     assert hooks(to_evaluate(config)) == ["EMAHook"]
@@ -306,7 +306,7 @@ def test_work_folder(config, tmp_path, monkeypatch):
 def test_launcher(config, monkeypatch):
     assert to_evaluate(config).launcher == "none"
     assert to_evaluate(config, "--launcher", "slurm").launcher == "slurm"
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # as torchrun does
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # set by torchrun
     assert to_evaluate(config).launcher == "pytorch"
 
 
@@ -340,7 +340,7 @@ def test_misspelt_settings_of_a_config_are_errors(config, settings, hint):
         to_evaluate(config)
 
 
-def test_variables_of_a_config_are_none(config):
+def test_variables_of_a_config_are_not_misspelt_settings(config):
     names = "train_pipeline", "test_pipeline", "val_pipeline", "data_root", "loader", "dataset"
     config.write_text(CONFIG + "".join(f"{name} = 1\n" for name in names))
     assert to_evaluate(config).loader == 1

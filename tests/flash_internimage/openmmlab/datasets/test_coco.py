@@ -1,4 +1,4 @@
-"""Annotations and images as they come in practice."""
+"""Test COCO data sets with flawed annotations and images."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def box(image_id: int, bbox: list[float], category: int = 1, **kwargs) -> dict:
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes images 1 to n and annotations; returns the arguments of the data set."""
+    """Write images 1 to n and annotations, and return the arguments of the data set."""
 
     def write(annotations: list[dict], images: int = 3, **kwargs) -> dict:
         for i in range(1, images + 1):
@@ -60,14 +60,14 @@ def write(tmp_path):
     return write
 
 
-def test_what_cannot_be_trained_on_is_left_out_and_counted(write, log):
+def test_unusable_objects_are_left_out_and_counted(write, log):
     arguments = write(
         [
             box(1, [2, 2, 5, 5]),
             box(1, [2, 2, 9, 9], category=2, iscrowd=1),
             box(1, [2, 2, 0, 5]),  # no area
             box(1, [25, 2, 5, 5]),  # outside
-            box(1, [2, 2, 5, 5], category=7),  # of no class
+            box(1, [2, 2, 5, 5], category=7),  # unknown category
             box(1, [2, 2, 5, 5], ignore=1),
             box(2, [-3, 2, 5, 5]),  # partly outside
         ]
@@ -96,7 +96,7 @@ def test_missing_images_are_left_out_of_training(write, tmp_path, log):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no image"])
-def test_a_test_needs_all_images(content, write, tmp_path):
+def test_a_test_requires_all_images(content, write, tmp_path):
     arguments = write([box(i, [2, 2, 5, 5]) for i in (1, 2, 3)])
     (tmp_path / "2.png").unlink()
     if content is not None:
@@ -139,7 +139,7 @@ def test_annotations_are_checked_at_the_start(test_mode, write):
 
 
 @pytest.mark.parametrize("first", [0, "a"])
-def test_ids_that_the_evaluation_cannot_use(first, write, tmp_path):
+def test_ids_that_the_evaluation_does_not_support(first, write, tmp_path):
     arguments = write([box(1, [2, 2, 5, 5], id=first)])
     message = rf"annotation {first!r}: id must be a unique integer of at least 1"
     with pytest.raises(ValueError, match=message):
@@ -148,7 +148,7 @@ def test_ids_that_the_evaluation_cannot_use(first, write, tmp_path):
         CheckedCocoMetric(str(tmp_path / "annotations.json"))
 
 
-def test_two_images_of_one_id(write):
+def test_duplicate_image_ids(write):
     arguments = write([box(1, [2, 2, 5, 5])], images=2)
     path = f"{arguments['data_root']}/annotations.json"
     with open(path) as file:
@@ -174,14 +174,14 @@ def test_two_images_of_one_id(write):
         ([box(i, [2, 2, 5, 5], category=i + i // 3 * 4) for i in (1, 2, 3)], "1 of other categ"),
     ],
 )
-def test_more_than_a_trace_is_a_warning(annotations, message, write, log):
+def test_many_unusable_objects_are_a_warning(annotations, message, write, log):
     CheckedCocoDataset(**write(annotations))
     warnings = [r.getMessage() for r in log.records if r.levelno == logging.WARNING]
     assert len(warnings) == (message is not None)
     assert (message or "") in "".join(warnings)
 
 
-def test_a_trace_is_none(write, log):
+def test_few_unusable_objects_are_not_a_warning(write, log):
     objects = [box(i % 3 + 1, [2, 2, 5, 5]) for i in range(200)]
     CheckedCocoDataset(**write([*objects, box(1, [2, 2, 0, 5]), box(1, [15, 2, 9, 5])]))
     assert "1 without an area or a pixel" in log.text
@@ -189,7 +189,7 @@ def test_a_trace_is_none(write, log):
 
 
 @pytest.mark.parametrize("name", ["{folder}/1.png", "sub/1.png", "sub/../1.png", "./1.png"])
-def test_names_of_files_in_any_folder(name, write, tmp_path):
+def test_file_names_may_contain_folders(name, write, tmp_path):
     arguments = write([box(1, [2, 2, 5, 5])], images=1)
     (tmp_path / "sub").mkdir()
     Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "sub" / "1.png")
@@ -201,7 +201,7 @@ def test_names_of_files_in_any_folder(name, write, tmp_path):
         assert len(CheckedCocoDataset(**arguments, test_mode=test_mode)) == 1
 
 
-def objects_to_learn_nothing_from() -> list[list[dict]]:
+def unusable_objects() -> list[list[dict]]:
     return [
         [],
         [box(1, [2, 2, 5, 5], category=7)],
@@ -211,7 +211,7 @@ def objects_to_learn_nothing_from() -> list[list[dict]]:
 
 
 @pytest.mark.parametrize("filter_cfg", [None, {"filter_empty_gt": True}])
-@pytest.mark.parametrize("annotations", objects_to_learn_nothing_from())
+@pytest.mark.parametrize("annotations", unusable_objects())
 def test_nothing_to_train_on(annotations, filter_cfg, write):
     arguments = write(annotations) | {"filter_cfg": filter_cfg}
     message = r"nothing to train on in .*annotations.json: \d images, 0 objects .*left out: "
@@ -220,13 +220,13 @@ def test_nothing_to_train_on(annotations, filter_cfg, write):
     assert len(CheckedCocoDataset(**arguments, test_mode=True)) == 3
 
 
-def test_images_that_are_all_too_small(write):
+def test_all_images_too_small(write):
     arguments = write([box(1, [2, 2, 5, 5])]) | {"filter_cfg": {"min_size": SIDE + 1}}
     with pytest.raises(ValueError, match=r"nothing to train on .* and 3 smaller than min_size"):
         CheckedCocoDataset(**arguments)
 
 
-def test_the_classes_are_known_to_checkpoints(write):
+def test_class_names_are_saved_in_checkpoints(write):
     dataset = CheckedCocoDataset(**write([box(1, [2, 2, 5, 5])]))
     assert dataset.metainfo["classes"] == CLASSES
 
@@ -236,7 +236,7 @@ WITH_MASKS = {"pipeline": [*PIPELINE, {"type": "mmdet.LoadAnnotations", "with_ma
 
 
 @pytest.mark.parametrize("second", [{}, {"segmentation": []}])
-def test_an_object_without_a_mask_where_masks_are_loaded(second, write):
+def test_objects_without_masks_are_an_error_if_masks_are_loaded(second, write):
     arguments = write([box(1, [2, 2, 5, 5], **MASK), box(2, [2, 2, 5, 5], **second)])
     assert len(CheckedCocoDataset(**arguments)) == 2
     message = r"annotations.json: image 2 \(2\.png\), annotation 2: segmentation must be present"
@@ -244,8 +244,8 @@ def test_an_object_without_a_mask_where_masks_are_loaded(second, write):
         CheckedCocoDataset(**arguments | WITH_MASKS)
 
 
-def in_rows(mask: np.ndarray) -> list[int]:
-    """The run lengths of a mask by rows, zeros first; by columns for the transposed mask."""
+def row_lengths(mask: np.ndarray) -> list[int]:
+    """Return the row-wise run lengths of a mask, zeros first; of `mask.T` as COCO stores them."""
     edges = np.flatnonzero(np.diff(mask.ravel(), prepend=0, append=0))
     return np.diff([0, *edges, mask.size]).tolist()
 
@@ -262,15 +262,15 @@ OUTLINE = np.array([4, 2, 18, 2, 18, 4, 4, 4])
         ([[4.5, 2.5, 17.5, 2.5, 17.5, 3.5]], True),
         ([[4, 2, 8, 2, 8, 4], [12, 2, 18, 2, 18, 4], [0, 0]], True),
         ([[4, 2, 6, 2, 6, 4]], True),  # mostly hidden
-        ({"size": [SIDE, SIDE], "counts": in_rows(WIDE.T)}, True),
+        ({"size": [SIDE, SIDE], "counts": row_lengths(WIDE.T)}, True),
         ([(OUTLINE / SIDE).tolist()], False),
         ([OUTLINE.reshape(4, 2)[:, ::-1].ravel().tolist()], False),
         ([(OUTLINE + np.tile([0, 9], 4)).tolist()], False),
-        ({"size": [SIDE, SIDE], "counts": in_rows(WIDE)}, False),
-        ({"size": [SIDE, SIDE], "counts": in_rows(0 * WIDE)}, False),
+        ({"size": [SIDE, SIDE], "counts": row_lengths(WIDE)}, False),
+        ({"size": [SIDE, SIDE], "counts": row_lengths(0 * WIDE)}, False),
     ],
 )
-def test_masks_that_are_not_in_their_box_are_counted(segmentation, fits, write, log):
+def test_masks_that_do_not_fit_their_box_are_counted(segmentation, fits, write, log):
     masks = [segmentation]
     if isinstance(segmentation, dict):
         rle = coco_mask.frPyObjects(segmentation, SIDE, SIDE)
@@ -310,7 +310,7 @@ LIMITS = [
 
 
 @pytest.mark.parametrize(("limits", "masks"), LIMITS)
-def test_images_of_too_many_objects(limits, masks, write, log):
+def test_images_with_too_many_objects(limits, masks, write, log):
     annotations = [box(1, [2, 2, 5, 5], **MASK)] * 4 + [box(2, [2, 2, 5, 5], **MASK)] * 3
     arguments = write(annotations) | (WITH_MASKS if masks else {})
     assert len(CheckedCocoDataset(**arguments)) == 2
@@ -337,7 +337,7 @@ def test_twenty_thousand_objects(write, log):
 
 @pytest.mark.parametrize("name", ["max_objects", "max_mask_bytes"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "9", True, None])
-def test_limits_that_are_none(name, value, write):
+def test_invalid_limits(name, value, write):
     with pytest.raises(ValueError, match=rf"{name} must be a positive integer, got {value!r}"):
         CheckedCocoDataset(**write([]), **{name: value})
 
@@ -350,7 +350,7 @@ def test_masks_are_loaded(write):
 @pytest.mark.parametrize(
     "classes", [("cat", "horse"), ("dog", "cat"), ("cat", "dog", "owl"), ("cat"), 5, None]
 )
-def test_classes_that_are_not_those_of_the_file(classes, write):
+def test_classes_that_differ_from_those_of_the_file(classes, write):
     arguments = write([box(1, [2, 2, 5, 5])]) | {"metainfo": {"classes": classes}}
     message = r"metainfo\['classes'\] must list .* \('cow', 'cat', 'dog'\), got " + re.escape(
         repr(classes)
@@ -360,7 +360,7 @@ def test_classes_that_are_not_those_of_the_file(classes, write):
 
 
 @pytest.mark.parametrize("key", ["height", "width"])
-def test_an_image_of_another_size_than_its_annotations_say(key, write, tmp_path, log):
+def test_image_size_that_differs_from_the_annotations(key, write, tmp_path, log):
     arguments = write([box(i, [2, 2, 5, 5]) for i in (1, 2)])
     path = tmp_path / "annotations.json"
     content = json.loads(path.read_text())
@@ -381,26 +381,26 @@ def test_an_image_of_another_size_than_its_annotations_say(key, write, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["ann_file", "data_root", "data_prefix"])
-def test_paths_that_are_none(name, write):
+def test_invalid_paths(name, write):
     with pytest.raises(ValueError, match=rf"^{name} must be .*, got 3$"):
         CheckedCocoDataset(**write([box(1, [2, 2, 5, 5])]) | {name: 3})
 
 
 @pytest.mark.parametrize("metric", [3, None])
-def test_metrics_that_are_none(metric, write, tmp_path):
+def test_invalid_metrics(metric, write, tmp_path):
     write([box(1, [2, 2, 5, 5])])
     with pytest.raises(ValueError, match=rf"^metric must be text or a list of text, got {metric}$"):
         CheckedCocoMetric(str(tmp_path / "annotations.json"), metric)
 
 
 @pytest.mark.parametrize("thresholds", ["a", ["0.5"], [50], [float("nan")]])
-def test_thresholds_that_are_none(thresholds, write, tmp_path):
+def test_invalid_thresholds(thresholds, write, tmp_path):
     write([box(1, [2, 2, 5, 5])])
     with pytest.raises(ValueError, match=r"^iou_thrs must be numbers from 0 to 1, got "):
         CheckedCocoMetric(str(tmp_path / "annotations.json"), iou_thrs=thresholds)
 
 
-def test_an_image_that_cannot_be_read_gives_way_to_another(write, tmp_path, log):
+def test_unreadable_images_are_replaced_in_training(write, tmp_path, log):
     arguments = write([box(i, [2, 2, 5, 5]) for i in (1, 2)])
     dataset = CheckedCocoDataset(**arguments)
     (tmp_path / "1.png").write_bytes(b"no image")
@@ -409,7 +409,7 @@ def test_an_image_that_cannot_be_read_gives_way_to_another(write, tmp_path, log)
     assert "; 1 so far in process" in log.text
 
 
-def test_a_training_without_a_readable_image_ends(write, tmp_path):
+def test_training_without_a_readable_image_is_an_error(write, tmp_path):
     dataset = CheckedCocoDataset(**write([box(i, [2, 2, 5, 5]) for i in (1, 2)]))
     for i in (1, 2):
         (tmp_path / f"{i}.png").write_bytes(b"no image")
@@ -419,18 +419,18 @@ def test_a_training_without_a_readable_image_ends(write, tmp_path):
 
 
 @pytest.mark.parametrize("loader", ["LoadReadableImage", "LoadImageFromFile"])
-def test_a_test_names_the_image_that_cannot_be_read(loader, write, tmp_path):
+def test_an_unreadable_image_is_named_in_a_test(loader, write, tmp_path):
     arguments = write([box(i, [2, 2, 5, 5]) for i in (1, 2)]) | {"pipeline": [{"type": loader}]}
     dataset = CheckedCocoDataset(**arguments, test_mode=True)
     assert dataset[0]["img"].shape == (SIDE, SIDE, 3)
     content = (tmp_path / "1.png").read_bytes()
-    (tmp_path / "1.png").write_bytes(content[:45])  # the header and no pixels
+    (tmp_path / "1.png").write_bytes(content[:45])  # only the header
     dataset = CheckedCocoDataset(**arguments, test_mode=True)
     with pytest.raises(UnreadableImage, match=rf"^cannot read image {tmp_path}/1.png: .+$"):
         dataset[0]
 
 
-def test_other_errors_of_a_test_pipeline_stay_what_they_are(write):
+def test_other_errors_of_a_test_pipeline_are_unchanged(write):
     resize = {"type": "mmdet.Resize"}
     arguments = write([box(1, [2, 2, 5, 5])])
     arguments["pipeline"] = [{"type": "LoadImageFromFile"}, resize | {"scale": (0, 0)}]
@@ -439,7 +439,7 @@ def test_other_errors_of_a_test_pipeline_stay_what_they_are(write):
     assert not isinstance(error.value, UnreadableImage)
 
 
-def test_data_that_is_not_on_a_disk(write, tmp_path, memory):
+def test_remote_data(write, tmp_path, memory):
     arguments = write([box(i, [2, 2, 5, 5], **MASK) for i in (1, 2)]) | WITH_MASKS
     for path in tmp_path.iterdir():
         memory[f"memory://{path.name}"] = path.read_bytes()

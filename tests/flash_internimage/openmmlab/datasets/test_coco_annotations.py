@@ -1,4 +1,4 @@
-"""Checks of COCO annotation files."""
+"""Test the checks of COCO annotation files."""
 
 import copy
 import gzip
@@ -80,11 +80,11 @@ def test_annotations_as_exporters_write_them_pass():
         ("segmentation", masks_of(np.zeros((HEIGHT, WIDTH)))[0]),
     ],
 )
-def test_what_mmdet_can_use_passes(key, value):
+def test_values_supported_by_mmdet_pass(key, value):
     check_annotations(changed("annotations", 3, key, value), masks=True)
 
 
-def test_a_file_of_test_images_needs_no_annotations():
+def test_annotations_are_optional_in_files_of_test_images():
     content = {key: CONTENT[key] for key in ("images", "categories")}
     check_annotations(content, masks=True, all_masks=True)
     check_annotations(content | {"annotations": []}, masks=True, all_masks=True)
@@ -122,7 +122,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("key", "value", "message"), WRONG)
 @pytest.mark.parametrize("masks", [False, True])
-def test_fields_that_training_and_evaluation_read(key, value, message, masks):
+def test_fields_of_annotations(key, value, message, masks):
     content = changed("annotations", 3, key, value)
     image = f"image {'' if key == 'image_id' else '1 (1.png), annotation '}"
     annotation = "annotation" if key == "id" else "annotation 4: "
@@ -154,7 +154,7 @@ DIAGONAL = masks_of(np.eye(HEIGHT, WIDTH))[0]["counts"]
         [[NAN, 2, 7, 2, 7, 7]],
         [[2, 2, 7, 2, 7, INF]],
         [[2, 2, 7, 2, 7, 10**400]],
-        [[2, 2, 1e9, 2, 7, 7]],  # pycocotools would walk along this outline
+        [[2, 2, 1e9, 2, 7, 7]],  # pycocotools would trace this outline
         [[[2, 2], [7, 2], [7, 7]]],
         [{"size": [HEIGHT, WIDTH], "counts": [600]}],
         "polygon",
@@ -168,8 +168,8 @@ def test_malformed_polygons(segmentation):
     check_annotations(content, masks=False)
 
 
-def test_outlines_of_one_or_two_points_pass_beside_a_whole_one():
-    segmentation = [[2, 2], SQUARE, [2, 2, 7, 7]]  # mmdet drops them
+def test_outlines_of_one_or_two_points_pass_with_a_valid_one():
+    segmentation = [[2, 2], SQUARE, [2, 2, 7, 7]]  # mmdet drops the short outlines
     check_annotations(changed("annotations", 3, "segmentation", segmentation), masks=True)
 
 
@@ -190,7 +190,7 @@ def test_outlines_of_one_or_two_points_pass_beside_a_whole_one():
         {"size": [HEIGHT, WIDTH], "counts": ""},
         {"size": [HEIGHT, WIDTH], "counts": DIAGONAL[:-1]},
         {"size": [HEIGHT, WIDTH], "counts": DIAGONAL + "1"},
-        {"size": [HEIGHT, WIDTH], "counts": DIAGONAL + "o"},  # "another group follows", at the end
+        {"size": [HEIGHT, WIDTH], "counts": DIAGONAL + "o"},  # truncated number
         {"size": [HEIGHT, WIDTH], "counts": "ooooooooo0"},
         {"size": [HEIGHT, WIDTH], "counts": DIAGONAL + " "},
         {"size": [HEIGHT, WIDTH], "counts": DIAGONAL + "~"},
@@ -205,13 +205,13 @@ def test_malformed_run_lengths(rle):
     check_annotations(content, masks=False)
 
 
-def test_compressed_run_lengths_are_those_of_pycocotools():
+def test_compressed_run_lengths_equal_those_of_pycocotools():
     rng = np.random.default_rng(0)
     masks = [rng.random((HEIGHT, WIDTH)) < rng.random() ** 2 for _ in range(50)]
     masks += [np.ones((HEIGHT, WIDTH)), np.arange(600).reshape(HEIGHT, WIDTH) % 200 < 100]
     for rle in masks_of(*masks):
         check_annotations(changed("annotations", 3, "segmentation", rle), masks=True)
-    large = masks_of(np.arange(3000)[None].repeat(2000, 0) > 1500)[0]  # numbers of several groups
+    large = masks_of(np.arange(3000)[None].repeat(2000, 0) > 1500)[0]  # multi-character numbers
     content = changed("annotations", 0, "segmentation", large)
     content["images"][1].update(height=2000, width=3000)
     check_annotations(content, masks=True)
@@ -220,12 +220,12 @@ def test_compressed_run_lengths_are_those_of_pycocotools():
 
 
 @pytest.mark.parametrize("value", [MISSING, None, []])
-def test_evaluation_of_masks_needs_all_of_them(value):
+def test_mask_evaluation_requires_all_masks(value):
     content = changed("annotations", 3, "segmentation", value)
     fails(content, f"image 1 (1.png), annotation 4: {POLYGON}", all_masks=True)
 
 
-def test_the_number_of_faults_is_said():
+def test_the_number_of_errors_is_reported():
     content = copy.deepcopy(CONTENT)
     for annotation in content["annotations"][1:]:
         annotation["bbox"] = [1, 2, 3]
@@ -296,7 +296,7 @@ def test_lists(content, message):
     fails(content, message)
 
 
-def test_numbers_of_json_that_are_not_finite():
+def test_json_numbers_that_are_not_finite():
     text = json.dumps(CONTENT).replace("2.5", "Infinity", 1)
     fails(json.loads(text), "got [2, inf, 5, 5]")
 
@@ -307,7 +307,7 @@ def test_numbers_of_json_that_are_not_finite():
         (gzip.compress(b"{}", mtime=0), "the file must be uncompressed, got a gzip file"),
         (b'{"id": 1}\n{"id": 2}\n', "one JSON object, got another at line 2 (JSON Lines are"),
         (b'{"id": 1', "delimiter"),
-        (b"\xef\xbb\xbf{}", "BOM"),  # pycocotools does not read it
+        (b"\xef\xbb\xbf{}", "BOM"),  # not supported by pycocotools
     ],
 )
 def test_other_formats(content, message):

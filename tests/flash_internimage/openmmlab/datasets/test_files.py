@@ -1,4 +1,4 @@
-"""Images that training and tests read through the engine's transforms."""
+"""Test image loading by the transforms of training, tests and inferencers."""
 
 import os
 
@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 from PIL import Image
 
 import flash_internimage.openmmlab.detection
-import flash_internimage.openmmlab.segmentation  # noqa: F401  add the loaders
+import flash_internimage.openmmlab.segmentation  # noqa: F401  registers the loaders
 from flash_internimage.images import UnreadableImage
 from flash_internimage.openmmlab.datasets.files import find_missing, is_local, require_unique_names
 from flash_internimage.openmmlab.datasets.transforms import LoadReadableImage
@@ -43,7 +43,7 @@ UNREADABLE = pytest.mark.parametrize(
 
 
 @UNREADABLE
-def test_training_leaves_out_what_cannot_be_read(how, tmp_path):
+def test_unreadable_images_are_left_out_of_training(how, tmp_path):
     make(tmp_path / "1.jpg", how)
     loader = LoadReadableImage()
     assert loader.transform({"img_path": str(tmp_path / "1.jpg")}) is None
@@ -51,7 +51,7 @@ def test_training_leaves_out_what_cannot_be_read(how, tmp_path):
 
 
 @UNREADABLE
-def test_what_cannot_be_read_is_an_error_in_tests(how, tmp_path):
+def test_unreadable_images_are_an_error_in_tests(how, tmp_path):
     make(tmp_path / "1.jpg", how)
     with pytest.raises(UnreadableImage, match=rf"^cannot read image {tmp_path}/1.jpg: .+$"):
         LoadReadableImage().transform({"img_path": str(tmp_path / "1.jpg"), "test_mode": True})
@@ -77,7 +77,7 @@ def test_any_exception_of_a_decoder_is_an_unreadable_image(error, test_mode, tmp
         assert LoadReadableImage().transform(results) is None
 
 
-def test_the_training_ends_where_too_many_images_cannot_be_read(tmp_path):
+def test_too_many_unreadable_images_end_the_training(tmp_path):
     loader = LoadReadableImage(max_left_out=2)
     for i in (1, 2, 1, 2):
         assert loader.transform({"img_path": str(tmp_path / f"{i}.png")}) is None
@@ -87,7 +87,7 @@ def test_the_training_ends_where_too_many_images_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["scheme", "backend_args"])
-def test_images_that_are_not_on_a_disk(how, tmp_path, memory):
+def test_remote_images(how, tmp_path, memory):
     path = "memory://1.png" if how == "scheme" else "1.png"
     args = {} if how == "scheme" else {"backend_args": {"backend": "memory"}}
     Image.new("RGB", (4, 3), (1, 2, 3)).save(tmp_path / "1.png")
@@ -98,7 +98,7 @@ def test_images_that_are_not_on_a_disk(how, tmp_path, memory):
     assert LoadReadableImage(**args).transform({"img_path": path}) is None
 
 
-def test_addresses_are_not_paths(memory):
+def test_urls_are_not_local(memory):
     assert is_local("some/1.png")
     assert is_local("/some/1.png", {"backend": "local"})
     assert not is_local("memory://1.png")
@@ -115,11 +115,11 @@ MUST_BE = r"^img must be a path or an array, \(H, W\), .* of uint8 or uint16, go
 
 
 class TestArrays:
-    """Arrays that inferencers are given are read as files of the same pixels are."""
+    """Inferencers treat arrays like files with the same pixels."""
 
     @pytest.fixture(params=[mmdet, mmseg], ids=lambda library: library.__name__)
     def load(self, request):
-        """The loader of a library's inferencers."""
+        """Load an image as the inferencers of a library do."""
 
         def load(image, **kwargs) -> dict:
             cfg = {"type": "InferencerLoader", **kwargs}
@@ -164,12 +164,12 @@ class TestArrays:
             ([[1, 2]], "list"),
         ],
     )
-    def test_other_arrays(self, image, got, load):
+    def test_invalid_arrays(self, image, got, load):
         with pytest.raises(ValueError, match=MUST_BE + f"{got}$"):
             load(image)
 
     @pytest.mark.parametrize("shape", [(0, 40, 3), (30, 0), (0, 0), (1, 201), (4000, 10, 3)])
-    def test_sizes(self, shape, load):
+    def test_invalid_sizes(self, shape, load):
         with pytest.raises(
             ValueError, match=r"^img must have pixels, and no side longer than 200 "
         ):
@@ -183,11 +183,11 @@ OTHERS = [Image.new("RGB", (40, 30)), torch.zeros(3, 30, 40), None, b"1.png", 7,
 
 
 class TestPathsAndArrays:
-    """Every loader takes both, as inference functions choose one by the first of several images."""
+    """Every loader accepts both: inference functions select one by the first image."""
 
     @pytest.fixture(params=[mmdet, mmseg], ids=lambda library: library.__name__)
     def build(self, request):
-        """Builds a transform of a library."""
+        """Build a transform of a library."""
 
         def build(name, **kwargs):
             with DefaultScope.overwrite_default_scope(request.param.__name__):
@@ -211,11 +211,11 @@ class TestPathsAndArrays:
     @pytest.mark.parametrize("key", ["img", "img_path"])
     @pytest.mark.parametrize("color_type", ["color", "unchanged"])
     @pytest.mark.parametrize("image", OTHERS, ids=lambda image: type(image).__name__)
-    def test_something_else(self, image, color_type, key, name, build):
+    def test_invalid_types(self, image, color_type, key, name, build):
         with pytest.raises(ValueError, match=MUST_BE + f"{type(image).__name__}$"):
             build(name, color_type=color_type)({key: image})
 
-    def test_an_inferencer_passes_images_as_they_are(self, build, tmp_path):
+    def test_the_inferencer_loader_accepts_images_directly(self, build, tmp_path):
         loader = build("InferencerLoader")
         Image.new("RGB", (40, 30)).save(tmp_path / "1.png")
         for image in (np.zeros((30, 40), np.uint8), tmp_path / "1.png", str(tmp_path / "1.png")):
@@ -224,8 +224,8 @@ class TestPathsAndArrays:
             with pytest.raises(ValueError, match=MUST_BE + f"{type(image).__name__}$"):
                 loader(image)
 
-    def test_a_data_set_has_both(self, build, tmp_path):
-        """The name of the transform decides, as in mmdet and mmseg."""
+    def test_results_with_an_array_and_a_path(self, build, tmp_path):
+        """The transform determines which one is used, as in mmdet and mmseg."""
         Image.new("L", (4, 3), 7).save(tmp_path / "1.png")
         both = {"img": np.zeros((3, 4), np.uint8), "img_path": str(tmp_path / "1.png")}
         assert build("LoadImageFromFile")(dict(both))["img"].max() == 7
@@ -243,7 +243,7 @@ class TestPathsAndArrays:
         (("a/1.jpg", "a/1.jpg"), False, True),  # The results are equal.
     ],
 )
-def test_results_are_written_to_files_of_their_own(paths, suffixes, unique):
+def test_results_require_unique_file_names(paths, suffixes, unique):
     data = [BaseDataset(lazy_init=True, serialize_data=False) for _ in paths]
     for dataset, path in zip(data, paths, strict=True):
         dataset.data_list, dataset._fully_initialized = [{"img_path": path}], True

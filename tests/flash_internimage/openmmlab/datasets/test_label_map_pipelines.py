@@ -1,4 +1,4 @@
-"""Images and label maps through the transforms of training and tests."""
+"""Test the training and test pipelines on images and label maps."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def scenes(tmp_path_factory):
     return root
 
 
-def of_scenes(root, split, pipeline, **kwargs):
+def scenes_dataset(root, split, pipeline, **kwargs):
     return CheckedSegDataset(
         data_root=str(root),
         data_prefix={"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
@@ -67,15 +67,15 @@ def preprocessor(size):
     )
 
 
-def test_the_demo_data_of_digits_has_all_classes_and_crowds_are_ignored(scenes):
-    dataset = of_scenes(scenes, "training", TRAIN)
+def test_demo_scenes_contain_all_classes_and_ignore_crowds(scenes):
+    dataset = scenes_dataset(scenes, "training", TRAIN)
     found = [set(np.unique(dataset[i]["gt_seg_map"])) for i in range(len(dataset))]
     assert set().union(*found) == {*range(11), 255}
     assert [i for i, labels in enumerate(found) if 255 in labels] == [19]
 
 
-def test_crops_of_one_size_make_a_batch(scenes):
-    dataset = of_scenes(scenes, "training", train_pipeline((64, 64)))
+def test_crops_form_a_batch(scenes):
+    dataset = scenes_dataset(scenes, "training", train_pipeline((64, 64)))
     items = [dataset[i] for i in range(4)]
     batch = {key: [item[key] for item in items] for key in ("inputs", "data_samples")}
     batch = preprocessor((64, 64))(batch, training=True)
@@ -85,8 +85,8 @@ def test_crops_of_one_size_make_a_batch(scenes):
         assert sample.gt_sem_seg.data.max() < 11
 
 
-def test_images_smaller_than_the_crop_are_padded_with_what_is_ignored(scenes):
-    dataset = of_scenes(scenes, "training", train_pipeline((512, 512)))
+def test_images_smaller_than_the_crop_are_padded_with_the_ignore_index(scenes):
+    dataset = scenes_dataset(scenes, "training", train_pipeline((512, 512)))
     items = [dataset[i] for i in range(4)]
     shapes = [item["inputs"].shape[-2:] for item in items]
     assert max(max(shape) for shape in shapes) < 512
@@ -103,7 +103,7 @@ def test_images_smaller_than_the_crop_are_padded_with_what_is_ignored(scenes):
         torch.testing.assert_close(sample.gt_sem_seg.data[:, :height, :width], labels)
 
 
-def test_an_image_to_be_ignored_as_a_whole_is_trained_on(tmp_path):
+def test_images_with_only_ignored_labels_are_trained_on(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(2):
         Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "images" / f"{i}.jpg")
@@ -112,7 +112,7 @@ def test_an_image_to_be_ignored_as_a_whole_is_trained_on(tmp_path):
     assert (dataset[0]["data_samples"].gt_sem_seg.data == 255).all()
 
 
-def test_labels_stay_with_their_pixels(tmp_path):
+def test_labels_stay_aligned_with_their_pixels(tmp_path):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 12, (6, 8)).astype(np.uint8).repeat(16, axis=0).repeat(16, axis=1)
     for kind, array in (("images", labels * 20), ("labels", labels)):
@@ -128,10 +128,10 @@ def test_labels_stay_with_their_pixels(tmp_path):
             pipeline=pipeline,
         )
     )
-    np.random.seed(0)  # mmcv's and mmseg's transforms draw from it
+    np.random.seed(0)  # used by the transforms of mmcv and mmseg
     for _ in range(5):
         item = dataset[0]
-        shown = item["inputs"][0].float() / 20  # the value in the file, blurred at edges
+        shown = item["inputs"][0].float() / 20  # the label in the file, blurred at edges
         expected = torch.where(shown.round() == 0, 255, shown.round() - 1)
         plain = (shown - shown.round()).abs() < 0.01
         agreeing = (item["data_samples"].gt_sem_seg.data[0] == expected)[plain]
@@ -139,9 +139,9 @@ def test_labels_stay_with_their_pixels(tmp_path):
         assert agreeing.float().mean() > 0.95  # a shift by one pixel: 0.88
 
 
-def test_a_test_takes_labels_of_the_images_own_size(scenes):
+def test_a_test_keeps_labels_at_the_original_size(scenes):
     pipeline = [*TEST, {"type": "mmseg.PackSegInputs"}]
-    dataset = of_scenes(scenes, "validation", pipeline, test_mode=True)
+    dataset = scenes_dataset(scenes, "validation", pipeline, test_mode=True)
     for i in range(2):
         sample = dataset[i]["data_samples"]
         values = np.asarray(Image.open(scenes / "annotations" / "validation" / f"00000{i + 1}.png"))

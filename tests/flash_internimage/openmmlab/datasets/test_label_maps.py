@@ -1,4 +1,4 @@
-"""Label maps and images as they come in practice."""
+"""Test segmentation data sets with flawed label maps and images."""
 
 import logging
 import os
@@ -36,7 +36,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("name", ["CheckedSegDataset", "CheckedADE20KDataset"])
-def test_configs_name_the_data_sets_and_the_transform(name, folder):
+def test_data_sets_and_transform_are_registered(name, folder):
     kwargs = arguments(folder) | {"metainfo": None if "ADE" in name else {"classes": CLASSES}}
     dataset = DATASETS.build({"type": name, **kwargs})
     assert isinstance(dataset, ADE20KDataset if "ADE" in name else BaseSegDataset)
@@ -44,7 +44,7 @@ def test_configs_name_the_data_sets_and_the_transform(name, folder):
 
 
 @both_modes
-def test_the_log_says_what_there_is(test_mode, folder, log):
+def test_the_contents_are_logged(test_mode, folder, log):
     dataset = CheckedSegDataset(**arguments(folder, test_mode=test_mode))
     assert names(dataset) == ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
     assert log.records[-1].levelno == logging.INFO
@@ -70,7 +70,7 @@ def test_label_maps_without_an_image_are_counted(test_mode, folder, log):
     assert log.records[-1].levelno == logging.WARNING
 
 
-def test_label_maps_beside_their_images(folder, log):
+def test_label_maps_in_the_folder_of_their_images(folder, log):
     for path in (folder / "labels").iterdir():
         path.rename(folder / "images" / path.name)
     prefixes = {"img_path": "images", "seg_map_path": "images"}
@@ -81,7 +81,7 @@ def test_label_maps_beside_their_images(folder, log):
 
 @both_modes
 @pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".png"])
-def test_an_image_of_another_suffix_that_has_a_label_map(suffix, test_mode, folder, log):
+def test_images_with_another_suffix_and_a_label_map_are_an_error(suffix, test_mode, folder, log):
     path = folder / "images" / "2.jpg"
     message = rf"1 images of {folder}/images .* img_suffix='.jpg', the first: .*/2{suffix}; "
     path.rename(path.with_suffix(suffix))
@@ -93,7 +93,7 @@ def test_an_image_of_another_suffix_that_has_a_label_map(suffix, test_mode, fold
 
 
 @both_modes
-def test_names_of_images_and_label_maps_that_differ_in_more_than_the_suffix(test_mode, folder):
+def test_suffixes_are_suggested_if_images_and_label_maps_do_not_match(test_mode, folder):
     for i in range(1, 5):
         (folder / "images" / f"{i}.jpg").rename(folder / "images" / f"{i}_leftImg8bit.jpg")
         (folder / "labels" / f"{i}.png").rename(folder / "labels" / f"{i}_gtFine_labelIds.png")
@@ -108,14 +108,14 @@ def test_names_of_images_and_label_maps_that_differ_in_more_than_the_suffix(test
     assert len(CheckedSegDataset(**arguments(folder, test_mode=test_mode, **suffixes))) == 4
 
 
-def test_a_test_needs_all_label_maps(folder):
+def test_a_test_requires_all_label_maps(folder):
     for i in (2, 3):
         (folder / "labels" / f"{i}.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"2 of the 4 images .*first: .*labels/2\.png"):
         CheckedSegDataset(**arguments(folder, test_mode=True))
 
 
-def test_label_maps_of_another_suffix_are_an_error_in_training_too(folder):
+def test_label_maps_with_another_suffix_are_an_error_in_training_too(folder):
     message = r"4 of the 4 images .*first: .*labels/1_gt\.png; .* seg_map_suffix='.png'$"
     with pytest.raises(FileNotFoundError, match=message):
         CheckedSegDataset(**arguments(folder, seg_map_suffix="_gt.png"))
@@ -139,7 +139,7 @@ def test_a_missing_folder(key, test_mode, folder):
 
 
 @both_modes
-def test_a_list_of_names_with_suffixes(test_mode, folder):
+def test_a_list_of_names_must_not_contain_suffixes(test_mode, folder):
     (folder / "split.txt").write_text("1.jpg\n2.jpg\n")
     message = r"2 of the 2 images .*; ann_file must list names without the suffix '\.jpg'$"
     with pytest.raises(FileNotFoundError, match=message):
@@ -153,7 +153,7 @@ def test_a_folder_without_images(test_mode, folder):
         CheckedSegDataset(**arguments(folder, img_suffix=".jpeg", test_mode=test_mode))
 
 
-def test_images_in_folders_of_folders(folder):
+def test_images_in_nested_folders(folder):
     for kind in ("images", "labels"):
         (folder / kind / "deep").mkdir()
     (folder / "images" / "2.jpg").rename(folder / "images" / "deep" / "2.jpg")
@@ -171,7 +171,7 @@ def test_a_list_of_names(content, test_mode, folder, log):
     assert "some.txt: 2 images; left out: nothing; " in log.text
 
 
-def test_a_list_with_the_name_of_no_image(folder, log):
+def test_a_list_with_a_name_that_is_no_image(folder, log):
     (folder / "some.txt").write_text("4\n5\n")
     assert names(CheckedSegDataset(**arguments(folder, ann_file="some.txt"))) == ["4.jpg"]
     assert "some.txt: 1 images; left out: 1 missing images; 3 of" in log.text
@@ -190,7 +190,7 @@ def test_a_list_of_names_that_is_missing_or_empty(folder):
 
 @pytest.mark.parametrize("how", ["empty", "other"])
 @pytest.mark.parametrize("path", ["images/3.jpg", "labels/3.png"])
-def test_a_test_needs_files_that_begin_as_images(path, how, folder):
+def test_a_test_requires_valid_image_headers(path, how, folder):
     damage(folder / path, how)
     with pytest.raises(
         ValueError, match=rf"1 of the 4 .*first: cannot read image {folder}/{path}: "
@@ -207,13 +207,13 @@ def test_a_test_needs_files_that_begin_as_images(path, how, folder):
         ("seg_map_suffix", None, "str"),
     ],
 )
-def test_options_of_another_type(name, value, kind, folder):
+def test_options_of_a_wrong_type(name, value, kind, folder):
     message = re.escape(f"{name} must be {kind}, got {value!r}")
     with pytest.raises(ValueError, match=f"^{message}$"):
         CheckedSegDataset(**arguments(folder, test_mode=True) | {name: value})
 
 
-def test_a_test_needs_label_maps_of_their_images_sizes(folder):
+def test_a_test_requires_label_maps_of_the_size_of_their_images(folder):
     for i in (2, 4):
         write_labels(folder, i, np.zeros((HEIGHT, WIDTH + 1), np.uint8))
     message = r"2 of the 4 .*labels/2.png has \(height, width\) \(12, 17\), but its image \(12, 16"
@@ -222,7 +222,7 @@ def test_a_test_needs_label_maps_of_their_images_sizes(folder):
 
 
 @pytest.mark.parametrize("how", ["gone", "empty", "other", "cut", "size", "transposed"])
-def test_training_leaves_out_a_label_map_that_cannot_be_used(how, folder, log):
+def test_unusable_label_maps_are_left_out_of_training(how, folder, log):
     dataset = CheckedSegDataset(**arguments(folder))
     path = folder / "labels" / "1.png"
     if how == "gone":
@@ -244,7 +244,7 @@ def test_training_leaves_out_a_label_map_that_cannot_be_used(how, folder, log):
 
 
 @pytest.mark.parametrize("how", ["gone", "cut", "transposed"])
-def test_a_test_stops_at_a_label_map_that_cannot_be_used(how, folder):
+def test_unusable_label_maps_are_an_error_in_a_test(how, folder):
     dataset = CheckedSegDataset(**arguments(folder, test_mode=True))
     path = folder / "labels" / "1.png"
     if how == "gone":
@@ -258,7 +258,7 @@ def test_a_test_stops_at_a_label_map_that_cannot_be_used(how, folder):
 
 
 @both_modes
-def test_label_maps_that_are_all_damaged(test_mode, folder):
+def test_all_label_maps_damaged(test_mode, folder):
     for i in range(1, 5):
         damage(folder / "labels" / f"{i}.png", "cut")
     message = {
@@ -269,7 +269,7 @@ def test_label_maps_that_are_all_damaged(test_mode, folder):
         CheckedSegDataset(**arguments(folder, test_mode=test_mode))
 
 
-def test_a_training_without_a_readable_image_ends(folder):
+def test_training_without_a_readable_image_is_an_error(folder):
     dataset = CheckedSegDataset(**arguments(folder))
     for i in range(1, 5):
         damage(folder / "images" / f"{i}.jpg", "other")
@@ -277,7 +277,7 @@ def test_a_training_without_a_readable_image_ends(folder):
         dataset[0]
 
 
-def test_too_many_label_maps_that_cannot_be_used(folder):
+def test_too_many_unusable_label_maps_are_an_error(folder):
     pipeline = [TRAIN[0], TRAIN[1] | {"max_left_out": 2}]
     dataset = CheckedSegDataset(**arguments(folder) | {"pipeline": pipeline})
     for i in range(1, 5):
@@ -287,7 +287,7 @@ def test_too_many_label_maps_that_cannot_be_used(folder):
         dataset[0]
 
 
-def test_a_test_names_the_image_that_cannot_be_read(folder):
+def test_an_unreadable_image_is_named_in_a_test(folder):
     dataset = CheckedSegDataset(**arguments(folder, test_mode=True))
     damage(folder / "images" / "1.jpg", "other")
     with pytest.raises(UnreadableImage, match=rf"^cannot read image {folder}/images/1.jpg: .+$"):
@@ -315,7 +315,7 @@ def test_files_that_would_block_or_exhaust_memory(kind, test_mode, folder):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link"])
-def test_images_that_are_no_regular_files_are_counted(kind, folder, log):
+def test_images_that_are_not_regular_files_are_counted(kind, folder, log):
     path = folder / "images" / "2.jpg"
     path.unlink()
     if kind == "fifo":
@@ -329,7 +329,7 @@ def test_images_that_are_no_regular_files_are_counted(kind, folder, log):
 
 
 @both_modes
-def test_a_link_to_a_folder_above(test_mode, folder):
+def test_a_link_to_a_parent_folder(test_mode, folder):
     (folder / "images" / "again").symlink_to(folder / "images")
     with pytest.raises(OSError, match=rf"symbolic link {folder}/images/again leads back to"):
         CheckedSegDataset(**arguments(folder, test_mode=test_mode))
@@ -339,7 +339,7 @@ def test_a_link_to_a_folder_above(test_mode, folder):
 
 
 @both_modes
-def test_data_that_is_not_on_a_disk(test_mode, folder, memory):
+def test_remote_data(test_mode, folder, memory):
     for path in folder.glob("*/*"):
         memory[f"memory://{path.parent.name}/{path.name}"] = path.read_bytes()
         path.unlink()
@@ -353,7 +353,7 @@ def test_data_that_is_not_on_a_disk(test_mode, folder, memory):
         dataset[0]
 
 
-def test_a_label_map_damaged_behind_its_header_does_not_hinder_a_training_to_start(folder):
+def test_training_starts_with_a_label_map_damaged_after_its_header(folder):
     damage(folder / "labels" / "1.png", "cut")
     assert names(CheckedSegDataset(**arguments(folder)))[0] == "1.jpg"
     with pytest.raises(ValueError, match=r"cannot read image .*labels/1.png: "):
@@ -361,7 +361,7 @@ def test_a_label_map_damaged_behind_its_header_does_not_hinder_a_training_to_sta
 
 
 @pytest.mark.parametrize("how", ["empty", "other", "cut"])
-def test_an_image_that_cannot_be_read_gives_way_to_another(how, folder, log):
+def test_unreadable_images_are_replaced_in_training(how, folder, log):
     dataset = CheckedSegDataset(**arguments(folder))
     path = folder / "images" / "1.jpg"
     damage(path, how)
@@ -372,9 +372,9 @@ def test_an_image_that_cannot_be_read_gives_way_to_another(how, folder, log):
 
 @pytest.mark.parametrize("color_type", ["color", "color_ignore_orientation"])
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_photograph_that_its_exif_turns_is_read_as_its_label_map(turned, color_type, folder):
+def test_images_are_rotated_by_exif_if_their_label_map_is(turned, color_type, folder):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     image = Image.new("RGB", (WIDTH, HEIGHT))
     image.save(folder / "images" / "1.jpg", exif=exif)
     if turned:
@@ -390,6 +390,6 @@ def test_a_photograph_that_its_exif_turns_is_read_as_its_label_map(turned, color
             dataset[0]
 
 
-def test_an_image_to_be_predicted_has_no_label_map():
+def test_inference_needs_no_label_map():
     results = {"img": np.zeros((HEIGHT, WIDTH, 3), np.uint8)}
     assert LoadCheckedAnnotations().transform(results.copy()).keys() == {"img"}

@@ -1,4 +1,4 @@
-"""Values of label maps: classes, what is ignored, and what cannot be either."""
+"""Test the values of label maps: classes, ignored and invalid values."""
 
 import logging
 import re
@@ -47,7 +47,7 @@ def test_classes_from_a_file(folder):
 
 
 WRONG_VALUES = [
-    # reduce_zero_label, the values of a label map, what the message says
+    # reduce_zero_label, label map, part of the error message
     (False, label_map(0, 3, 254), "[3, 254]; with 3 classes and reduce_zero_label=False, "
      "0 to 2 are classes; ignored: 255"),
     (True, label_map(0, 4, 254), "[4, 254]; with 3 classes and reduce_zero_label=True, "
@@ -58,9 +58,7 @@ WRONG_VALUES = [
 
 @both_modes
 @pytest.mark.parametrize(("reduce", "values", "said"), WRONG_VALUES)
-def test_values_that_belong_to_no_class_are_an_error_at_the_start(
-    reduce, values, said, test_mode, folder
-):
+def test_invalid_values_are_an_error_at_the_start(reduce, values, said, test_mode, folder):
     write_labels(folder, 3, values)
     with pytest.raises(ValueError, match=re.escape(f"labels/3.png has invalid values {said}")):
         CheckedSegDataset(**arguments(folder, reduce_zero_label=reduce, test_mode=test_mode))
@@ -68,9 +66,7 @@ def test_values_that_belong_to_no_class_are_an_error_at_the_start(
 
 @both_modes
 @pytest.mark.parametrize(("reduce", "values", "said"), WRONG_VALUES)
-def test_values_that_belong_to_no_class_are_an_error_when_they_are_read(
-    reduce, values, said, test_mode, folder
-):
+def test_invalid_values_are_an_error_when_read(reduce, values, said, test_mode, folder):
     dataset = CheckedSegDataset(**arguments(folder, reduce_zero_label=reduce, test_mode=test_mode))
     write_labels(folder, 3, values)
     with pytest.raises(ValueError, match=re.escape(f"labels/3.png has invalid values {said}")):
@@ -79,7 +75,7 @@ def test_values_that_belong_to_no_class_are_an_error_when_they_are_read(
 
 @both_modes
 @pytest.mark.parametrize("channels", [2, 3, 4], ids=["LA", "RGB", "RGBA"])
-def test_label_maps_with_colours_or_transparency(channels, test_mode, folder):
+def test_label_maps_with_several_channels(channels, test_mode, folder):
     dataset = CheckedSegDataset(**arguments(folder, test_mode=test_mode))
     write_labels(folder, 1, np.zeros((HEIGHT, WIDTH, channels), np.uint8))
     message = rf"labels/1.png must have one channel .* shape \(12, 16, {channels}\)"
@@ -89,7 +85,7 @@ def test_label_maps_with_colours_or_transparency(channels, test_mode, folder):
         CheckedSegDataset(**arguments(folder, test_mode=test_mode))
 
 
-def test_masks_of_0_and_255_are_suspicious(folder, log):
+def test_masks_of_0_and_255_are_a_warning(folder, log):
     for i in range(1, 5):
         write_labels(folder, i, label_map(0, 255))
     CheckedSegDataset(**arguments(folder))
@@ -98,7 +94,7 @@ def test_masks_of_0_and_255_are_suspicious(folder, log):
     assert log.records[-1].levelno == logging.WARNING
 
 
-def test_a_first_class_of_0_that_is_reduced_is_suspicious(folder, log):
+def test_reducing_a_first_class_of_0_is_a_warning(folder, log):
     hint = "; reduce_zero_label=True ignores 0, and 1 is the first class"
     for values, level in ((label_map(0, 1, 2), logging.WARNING), (label_map(0, 3), logging.INFO)):
         write_labels(folder, 4, values)
@@ -111,7 +107,7 @@ def test_a_first_class_of_0_that_is_reduced_is_suspicious(folder, log):
 
 @both_modes
 @pytest.mark.parametrize("reduce", [False, True])
-def test_label_maps_that_are_ignored_altogether(reduce, test_mode, folder):
+def test_label_maps_that_contain_only_ignored_values(reduce, test_mode, folder):
     for i in range(1, 5):
         write_labels(folder, i, label_map(0 if reduce else 255))
     with pytest.raises(
@@ -120,7 +116,7 @@ def test_label_maps_that_are_ignored_altogether(reduce, test_mode, folder):
         CheckedSegDataset(**arguments(folder, reduce_zero_label=reduce, test_mode=test_mode))
 
 
-def test_label_maps_whose_palettes_disagree(folder, log):
+def test_label_maps_with_different_palettes(folder, log):
     colours = [[0, 0, 0], [200, 0, 0], [0, 200, 0]]
     for i in range(1, 5):
         order = [0, 2, 1] if i == 3 else [0, 1, 2]
@@ -144,7 +140,7 @@ def test_lossy_label_maps(test_mode, folder):
 
 
 @pytest.mark.parametrize(("number", "checked"), [(200, 200), (201, 101)])
-def test_the_label_maps_checked_are_from_all_over_the_data_set(number, checked, tmp_path, log):
+def test_the_label_maps_checked_are_spread_over_the_data_set(number, checked, tmp_path, log):
     for i in range(number):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / f"{i:03d}.jpg").touch()
@@ -154,7 +150,7 @@ def test_the_label_maps_checked_are_from_all_over_the_data_set(number, checked, 
 
 
 @both_modes
-def test_one_wrong_label_map_of_two_hundred_is_an_error_at_the_start(test_mode, tmp_path):
+def test_one_invalid_label_map_of_two_hundred_is_an_error_at_the_start(test_mode, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(200):
         Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "images" / f"{i:03d}.jpg")
@@ -163,12 +159,12 @@ def test_one_wrong_label_map_of_two_hundred_is_an_error_at_the_start(test_mode, 
         CheckedSegDataset(**arguments(tmp_path, test_mode=test_mode))
 
 
-def test_the_classes_are_known_to_checkpoints(folder):
+def test_class_names_are_saved_in_checkpoints(folder):
     assert CheckedSegDataset(**arguments(folder)).metainfo["classes"] == CLASSES
 
 
 @pytest.mark.parametrize("reduce", [False, True])
-def test_labels_are_those_of_the_rule_and_of_mmseg(reduce, folder):
+def test_labels_equal_those_of_mmseg(reduce, folder):
     values = label_map(*(range(4) if reduce else range(3)), 255)
     for i in range(1, 5):
         write_labels(folder, i, values)
@@ -194,8 +190,8 @@ def test_ade20k_has_150_classes_and_ignores_zero(folder):
         dataset[0]
 
 
-def test_a_choice_of_the_classes_of_ade20k(folder):
-    # wall, building, sky and floor are 1 to 4 in its files
+def test_subset_of_the_classes_of_ade20k(folder):
+    # The files contain 1 to 4 for wall, building, sky and floor.
     for i in range(1, 5):
         write_labels(folder, i, label_map(0, 1, 2, 3, 4, 150))
     metainfo = {"classes": ("floor", "wall")}
@@ -213,7 +209,7 @@ def test_a_choice_of_the_classes_of_ade20k(folder):
 @both_modes
 @pytest.mark.parametrize("reduce", [False, True])
 @pytest.mark.parametrize("ignored", [11, 200, 65535])
-def test_another_value_to_be_ignored_is_read_as_255(ignored, reduce, test_mode, folder):
+def test_another_ignore_index_is_read_as_255(ignored, reduce, test_mode, folder):
     values = np.resize(np.array([1, 2, ignored, 255], np.uint16), (HEIGHT, WIDTH))
     for i in range(1, 5):
         write_labels(folder, i, values if ignored > 255 else values.astype(np.uint8))
@@ -233,7 +229,7 @@ def test_another_value_to_be_ignored_is_read_as_255(ignored, reduce, test_mode, 
         dataset[0]
 
 
-def test_another_value_to_be_ignored_in_a_choice_of_classes(folder):
+def test_another_ignore_index_with_a_subset_of_the_classes(folder):
     for i in range(1, 5):
         write_labels(folder, i, label_map(1, 2, 4, 151))
     metainfo = {"classes": ("floor", "wall")}
@@ -242,13 +238,13 @@ def test_another_value_to_be_ignored_in_a_choice_of_classes(folder):
 
 
 @pytest.mark.parametrize(("reduce", "ignored"), [(False, 0), (False, 2), (True, 1), (True, 3)])
-def test_a_class_cannot_be_the_value_to_be_ignored(reduce, ignored, folder):
+def test_the_ignore_index_must_not_be_a_class(reduce, ignored, folder):
     message = rf"ignore_index must not be a class, got {ignored}; .* 3 classes"
     with pytest.raises(ValueError, match=message):
         CheckedSegDataset(**arguments(folder, reduce_zero_label=reduce, ignore_index=ignored))
 
 
-def test_indices_of_a_palette_and_single_bits_are_labels(folder):
+def test_labels_in_palette_and_binary_images(folder):
     values = label_map(0, 1)
     image = Image.fromarray(values)
     image.putpalette([9, 9, 9, 200, 0, 0])
@@ -262,7 +258,7 @@ def test_indices_of_a_palette_and_single_bits_are_labels(folder):
 
 @both_modes
 @pytest.mark.parametrize("bits", [2, 4])
-def test_greyscale_of_few_bits_has_the_numbers_in_the_file(bits, test_mode, folder):
+def test_greyscale_of_few_bits_is_not_rescaled(bits, test_mode, folder):
     highest = 2**bits - 1
     for i in range(1, 5):
         write_grey_png(folder / "labels" / f"{i}.png", label_map(0, 1, 2, highest), bits)
@@ -284,11 +280,11 @@ OF_MMSEG = [
 
 
 class TestDataSetsOfMmseg:
-    """mmseg's own data sets tell a transform neither their classes nor what they ignore."""
+    """mmseg's own data sets pass neither their classes nor their ignore index to transforms."""
 
     @both_modes
     @pytest.mark.parametrize(("kind", "kwargs", "values"), OF_MMSEG)
-    def test_labels_are_those_of_mmsegs_transform(self, kind, kwargs, values, test_mode, folder):
+    def test_labels_equal_those_of_mmseg(self, kind, kwargs, values, test_mode, folder):
         for i in range(1, 5):
             write_labels(folder, i, label_map(*values))
         dataset = kind(**arguments(folder, test_mode=test_mode) | kwargs)
@@ -304,14 +300,14 @@ class TestDataSetsOfMmseg:
             (ADE20KDataset, CHOICE, 151, "[151]; with 150 classes and reduce_zero_label=True"),
         ],
     )
-    def test_values_that_cannot_be_labels(self, kind, kwargs, value, said, folder):
+    def test_invalid_values(self, kind, kwargs, value, said, folder):
         dataset = kind(**arguments(folder) | kwargs)
         write_labels(folder, 1, np.full((HEIGHT, WIDTH), value, np.uint16))
         with pytest.raises(ValueError, match=re.escape(f"labels/1.png has invalid values {said}")):
             dataset[0]
 
     @both_modes
-    def test_a_label_map_that_cannot_be_read(self, test_mode, folder):
+    def test_unreadable_label_map(self, test_mode, folder):
         dataset = BaseSegDataset(**arguments(folder, test_mode=test_mode))
         (folder / "labels" / "1.png").write_bytes(b"")
         with pytest.raises(UnreadableImage, match=rf"^cannot read image {folder}/labels/1.png: "):
@@ -321,7 +317,7 @@ class TestDataSetsOfMmseg:
             dataset[0]
 
 
-def test_joined_data_sets_with_and_without_a_number_for_what_is_ignored(folder):
+def test_concatenated_data_sets_with_and_without_reduce_zero_label(folder):
     build = partial(CheckedSegDataset, **arguments(folder))
     joined = ConcatDataset(
         [build(), build(reduce_zero_label=True)], ignore_keys=["reduce_zero_label"]

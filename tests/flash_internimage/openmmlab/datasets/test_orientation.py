@@ -1,4 +1,4 @@
-"""Photographs with EXIF data that ask for a turn, and images of 16 bits."""
+"""Test images with EXIF orientation, and images of 16 bits."""
 
 import json
 import logging
@@ -19,12 +19,12 @@ from flash_internimage.openmmlab.datasets.transforms import (
 from flash_internimage.openmmlab.detection import CheckedCocoDataset
 
 HEIGHT, WIDTH = 20, 60
-TURNS = {1: 0, 3: 2, 6: 3, 8: 1}  # EXIF orientation to quarter turns of numpy, anticlockwise
+TURNS = {1: 0, 3: 2, 6: 3, 8: 1}  # EXIF orientation: k of np.rot90
 LOADERS = ["LoadReadableImage", "LoadImageFromFile"]
 
 
 def stored(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """An image that is white in its right third and dark at its top left corner."""
+    """Return an image that is white in its right third and dark at its top left corner."""
     image = np.full((height, width, 3), 100, np.uint8)
     image[:, 2 * width // 3 :] = 250
     image[: height // 2, : width // 4] = 0
@@ -39,7 +39,7 @@ def save(path, orientation: int, pixels: np.ndarray | None = None) -> None:
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A data set of one image with an object that fills its right third as stored."""
+    """Build a data set of one image with an object in its right third as stored."""
     init_default_scope("mmdet")
 
     def build(orientation, size, loader, suffix="png", test_mode=False, **kwargs):
@@ -73,7 +73,7 @@ def test_boxes_and_masks_fit_the_image_as_stored(orientation, suffix, loader, te
     results = dataset(orientation, (HEIGHT, WIDTH), loader, suffix, test_mode)[0]
     assert results["img"].shape == (HEIGHT, WIDTH, 3)
     difference = np.abs(results["img"].astype(int) - stored())
-    assert np.median(difference) <= 2  # JPEG
+    assert np.median(difference) <= 2  # JPEG is lossy
     assert results["gt_bboxes"].tensor.tolist() == [[40, 0, 60, 20]]
     mask = results["gt_masks"].masks[0].astype(bool)
     assert mask.sum() == 400
@@ -82,7 +82,7 @@ def test_boxes_and_masks_fit_the_image_as_stored(orientation, suffix, loader, te
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("orientation", [6, 8])
-def test_annotations_made_for_the_turned_image(orientation, loader, dataset):
+def test_annotations_of_the_rotated_image(orientation, loader, dataset):
     results = dataset(orientation, (WIDTH, HEIGHT), loader, test_mode=True)[0]
     turned = np.rot90(stored(), TURNS[orientation])
     np.testing.assert_array_equal(results["img"], turned)
@@ -92,12 +92,12 @@ def test_annotations_made_for_the_turned_image(orientation, loader, dataset):
 def test_another_size_is_an_error_at_the_start(loader, dataset, tmp_path):
     message = f"image {tmp_path}/1.png has (height, width) (20, 60), but its annotations (60, 20)"
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
-        dataset(1, (WIDTH, HEIGHT), loader, test_mode=True)  # nothing turns this image
+        dataset(1, (WIDTH, HEIGHT), loader, test_mode=True)  # not rotated
     with pytest.raises(FileNotFoundError, match=r"1\.png has .* its annotations \(20, 61\)"):
         dataset(6, (HEIGHT, WIDTH + 1), loader, test_mode=True)
 
 
-def test_a_half_turn_is_made_and_said_once(dataset, log):
+def test_images_rotated_by_180_degrees_are_a_warning_once(dataset, log):
     data = dataset(3, (HEIGHT, WIDTH), "LoadReadableImage")
     np.testing.assert_array_equal(data[0]["img"], np.rot90(stored(), 2))
     np.testing.assert_array_equal(data[0]["img"], np.rot90(stored(), 2))
@@ -124,7 +124,7 @@ def test_a_label_map_has_the_size_of_its_image(orientation, size, tmp_path):
 @pytest.mark.parametrize("color_type", ["color", "grayscale", "unchanged"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_without_annotations_images_are_those_of_mmcv(suffix, orientation, color_type, tmp_path):
+def test_images_without_annotations_equal_those_of_mmcv(suffix, orientation, color_type, tmp_path):
     path = tmp_path / f"1.{suffix}"
     save(path, orientation)
     expected = LoadImageFromFile(color_type=color_type).transform({"img_path": str(path)})
@@ -144,7 +144,7 @@ def test_exif_data_of_any_kind(tmp_path):
 
 
 class TestSixteenBits:
-    """Greyscale keeps its full range, wherever a pipeline or an inferencer loads it."""
+    """Greyscale images keep their full range in pipelines and inferencers."""
 
     @pytest.fixture(params=["png", "tiff"])
     def ramp(self, request, tmp_path) -> str:
@@ -153,7 +153,7 @@ class TestSixteenBits:
         return str(path)
 
     @pytest.mark.parametrize("color_type", ["color", "grayscale"])
-    def test_12_of_16_bits(self, color_type, ramp):
+    def test_12_bit_values_in_16_bits(self, color_type, ramp):
         image = LoadReadableImage(color_type=color_type).transform({"img_path": ramp})["img"]
         expected = (np.arange(4096) >> 4).reshape(64, 64)
         channels = 3 if color_type == "color" else 1
@@ -161,18 +161,18 @@ class TestSixteenBits:
         np.testing.assert_array_equal(image.reshape(64, 64, channels)[..., 0], expected)
         np.testing.assert_array_equal(image.reshape(64, 64, channels)[..., -1], expected)
 
-    def test_unchanged_stays_unchanged(self, ramp):
+    def test_color_type_unchanged_keeps_the_values(self, ramp):
         image = LoadReadableImage(color_type="unchanged").transform({"img_path": ramp})["img"]
         np.testing.assert_array_equal(image, np.arange(4096).reshape(64, 64))
 
-    def test_in_mmdets_pipelines_and_inferencers(self, ramp, safe_readers):
+    def test_pipelines_and_inferencers_of_mmdet(self, ramp, safe_readers):
         init_default_scope("mmdet")
         for loader in ("LoadImageFromFile", "InferencerLoader"):
             image = Compose([TRANSFORMS.build({"type": loader})])({"img_path": ramp})["img"]
             assert (image.min(), image.max(), len(np.unique(image))) == (0, 255, 256)
 
     @pytest.mark.parametrize("size", [(HEIGHT, WIDTH), (WIDTH, HEIGHT)])
-    def test_with_a_turn(self, size, tmp_path):
+    def test_rotated_images(self, size, tmp_path):
         pixels = (np.arange(HEIGHT * WIDTH, dtype=np.uint16) * 50).reshape(HEIGHT, WIDTH)
         save(tmp_path / "1.png", 6, pixels)
         declared = dict(zip(("height", "width"), size, strict=True))

@@ -1,4 +1,4 @@
-"""Images that a run both trains and validates on."""
+"""Test the warning of images used for both training and validation."""
 
 import pytest
 from mmengine.dataset import BaseDataset, ConcatDataset, RepeatDataset
@@ -11,12 +11,12 @@ class Images(BaseDataset):
         return [{"img_path": path} for path in self.ann_file.split()]
 
     def _join_prefix(self) -> None:
-        """Leave the list of paths as it is."""
+        """Keep the paths unchanged."""
 
 
 @pytest.fixture
 def images(tmp_path):
-    """Data sets of images in two folders; b/link.png is a link to a/2.png, c one to a."""
+    """Build data sets of images in two folders; b/link.png links to a/2.png, c to a."""
     for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -49,7 +49,7 @@ def test_shared_images_are_counted(train, val, shared, images, log):
             assert f"{shared} of the 2 images of val_dataloader" in log.text
 
 
-def test_parts_of_one_file_may_be_different(images, log):
+def test_disjoint_parts_of_one_file_are_not_shared(images, log):
     names = "a/1.png a/2.png b/1.png"
     warn_of_shared_images(images(names, indices=2), images(names, indices=-1))
     warn_of_shared_images(images(names), [{"inputs": 1}])

@@ -1,4 +1,4 @@
-"""Which file names and folders the checkpoints of a run have."""
+"""Test the file names and folders of checkpoints."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ from flash_internimage.openmmlab.engine.runner import checkpoint_names
         ("a_1_{}_3.ckpt", "a_1_7_3.ckpt", 7),
     ],
 )
-def test_the_number_in_a_name(template, name, expected):
+def test_number_in_a_name(template, name, expected):
     checkpoint_names.check_checkpoint_names(None, template)
     assert checkpoint_names.checkpoint_number(template, name) == expected
 
@@ -56,13 +56,13 @@ def test_the_number_in_a_name(template, name, expected):
         ["{}"],
     ],
 )
-def test_a_template_without_a_number_of_its_own_is_refused(template):
+def test_invalid_templates_are_rejected(template):
     with pytest.raises(ValueError, match=r"^filename_tmpl must be a file name with one {} .*, got"):
         AtomicCheckpointHook(filename_tmpl=template)
 
 
 @pytest.mark.parametrize("out_dir", ["s3://bucket/run", 3, ["a"]])
-def test_a_folder_that_is_not_local_is_refused(out_dir):
+def test_folders_that_are_not_local_are_rejected(out_dir):
     with pytest.raises(ValueError, match=r"^out_dir must be a local folder or None, got"):
         AtomicCheckpointHook(out_dir=out_dir)
 
@@ -71,17 +71,17 @@ def test_a_folder_that_is_not_local_is_refused(out_dir):
     "out_dir", [None, "saved", "{}/saved/", "{}/work/run", "{}/work", "work/run"]
 )
 @pytest.mark.parametrize("work_dir", ["{}/work/run", "{}/work/run/", "work/../work/run"])
-def test_the_folder_is_that_of_the_engine(out_dir, work_dir, tmp_path, monkeypatch):
+def test_the_folder_equals_that_of_mmengine(out_dir, work_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     work_dir, out_dir = work_dir.format(tmp_path), out_dir and out_dir.format(tmp_path)
     hook = CheckpointHook(out_dir=out_dir)
-    # What mmengine's runner makes of its argument.
+    # mmengine's runner makes its argument absolute.
     runner = SimpleNamespace(work_dir=os.path.abspath(work_dir), logger=logging.getLogger(__name__))
     hook.before_train(runner)
     assert checkpoint_names.checkpoint_folder(work_dir, out_dir) == hook.out_dir
 
 
-def test_names_of_the_template_come_first(tmp_path):
+def test_names_that_match_the_template_come_first(tmp_path):
     for name in ("epoch_9.pth", "iter_70.pth", "m_2.ckpt", "m_10.ckpt", "m_11-1a2b3c4d.ckpt"):
         (tmp_path / name).touch()
     (tmp_path / "m_12.ckpt").mkdir()

@@ -1,4 +1,4 @@
-"""Runs that end between two writes, and go on later."""
+"""Test that runs killed between two writes can be resumed."""
 
 import math
 import os
@@ -28,7 +28,7 @@ class Killed(BaseException):
 
 
 class Wave(BaseMetric):
-    """A figure of the weights that rises and falls, and how often it was asked for."""
+    """Metric that rises and falls with the weights, and counts its evaluations."""
 
     asked = 0
 
@@ -40,8 +40,8 @@ class Wave(BaseMetric):
         return {"score": math.sin(20 * sum(results))}
 
 
-class Stops(Hook):
-    """Kills the run at the nth call of a stage."""
+class KillHook(Hook):
+    """Kill the run at the nth call of a stage."""
 
     def __init__(self, stage: str, number: int):
         self.left = number
@@ -55,7 +55,7 @@ class Stops(Hook):
 
 @pytest.fixture
 def run(runner, tmp_path):
-    """Starts or resumes a run of four epochs, or of as many iterations."""
+    """Start or resume a run of four epochs or the same number of iterations."""
     torch.manual_seed(0)
     initial = Model().state_dict()
 
@@ -84,7 +84,7 @@ def run(runner, tmp_path):
 
 
 def contents(folder: Path) -> dict:
-    """The checkpoints of a work folder: weights and best figure by name."""
+    """Return the weights and the best score of each checkpoint in a work folder."""
     found = {}
     for path in [*folder.glob("*.pth"), *folder.glob("*.ckpt")]:
         checkpoint = read_checkpoint(path)
@@ -95,22 +95,22 @@ def contents(folder: Path) -> dict:
 
 
 class TestValidation:
-    """A checkpoint whose validation did not end is validated first."""
+    """A checkpoint whose validation was interrupted is validated when resuming."""
 
     @pytest.mark.parametrize("unit", LOOPS)
     @pytest.mark.parametrize("stage", ["before_val", "after_val_iter"])
     @pytest.mark.parametrize("number", [2, 4])
-    def test_the_best_is_that_of_an_uninterrupted_run(self, unit, stage, number, run):
+    def test_the_best_equals_that_of_an_uninterrupted_run(self, unit, stage, number, run):
         whole = run("whole", unit)
         with pytest.raises(Killed):
-            run("killed", unit, [Stops(stage, number * (2 if "iter" in stage else 1))])
+            run("killed", unit, [KillHook(stage, number * (2 if "iter" in stage else 1))])
         assert contents(run("killed", unit)) == contents(whole)
 
     @pytest.mark.parametrize("unit", LOOPS)
-    def test_none_is_validated_twice(self, unit, run, monkeypatch):
+    def test_no_checkpoint_is_validated_twice(self, unit, run, monkeypatch):
         monkeypatch.setattr(Wave, "asked", 0)
         with pytest.raises(Killed):
-            run("killed", unit, [Stops("before_train_iter", 5)])
+            run("killed", unit, [KillHook("before_train_iter", 5)])
         run("killed", unit)
         assert Wave.asked == 4
 
@@ -118,7 +118,7 @@ class TestValidation:
         averages = [{"type": "EMAHook", "momentum": 0.3}]
         whole = run("whole", "epochs", averages=averages)
         with pytest.raises(Killed):
-            run("killed", "epochs", [Stops("before_val", 2)], averages)
+            run("killed", "epochs", [KillHook("before_val", 2)], averages)
         assert contents(run("killed", "epochs", averages=averages)) == contents(whole)
 
 
@@ -139,7 +139,7 @@ def _kill_at(number: int, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("number", range(4, 11))
-def test_a_kill_beside_a_write_leaves_what_an_uninterrupted_run_leaves(number, run, monkeypatch):
+def test_a_run_killed_at_a_write_ends_like_an_uninterrupted_one(number, run, monkeypatch):
     whole = contents(run("whole", "epochs"))
     with monkeypatch.context() as patch:
         _kill_at(number, patch)
@@ -149,7 +149,7 @@ def test_a_kill_beside_a_write_leaves_what_an_uninterrupted_run_leaves(number, r
 
 
 @pytest.mark.parametrize("number", range(4, 9))
-def test_names_of_its_own(number, run, tmp_path, monkeypatch):
+def test_custom_names(number, run, tmp_path, monkeypatch):
     names = {"out_dir": tmp_path / "saved", "filename_tmpl": "m{:04d}.ckpt"}
     whole = contents(run("whole", "epochs", **names))
     assert whole.keys() == {"m0004.ckpt", *(name for name in whole if name.startswith("best_"))}
@@ -160,7 +160,7 @@ def test_names_of_its_own(number, run, tmp_path, monkeypatch):
     assert contents(run("killed", "epochs", **names)) == whole
 
 
-def test_another_metric_starts_without_a_best(runner, tmp_path, caplog):
+def test_another_metric_resets_the_best_score(runner, tmp_path, caplog):
     runner().train()
     hook = {"type": "AtomicCheckpointHook", "interval": 1, "save_best": "other", "rule": "less"}
 

@@ -1,4 +1,4 @@
-"""Learning rate and weight decay of every parameter of the published detectors and segmentors."""
+"""Test learning rates and weight decay of all parameters in the published recipes."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ from flash_internimage.openmmlab import (
 )
 
 DATA = Path("tests/data")
-# The layers of the stages' first blocks, of the last block and of the heads.
+# Layer numbers of the first block of each stage, of the last block and of the heads.
 LAYERS = {
     "tiny": ((1, 5, 9, 27), 30, 31),
     "small": ((1, 5, 9, 30), 33, 34),
@@ -54,7 +54,7 @@ class Recipe(NamedTuple):
         return EMBEDDINGS if "mask2former" in self.schema else ()
 
 
-# 1x and 3x have the same names and shapes.
+# The 1x and 3x schedules share names and shapes.
 MASK_RCNN = "mask_rcnn_flash_intern_image_{}_fpn_1x_coco"
 CASCADE = "cascade_flash_intern_image_l_fpn_1x_coco"
 DINO = "dino_4scale_flash_internimage_{}_1x_coco"
@@ -85,7 +85,7 @@ RECIPES = [
 
 
 def schema(recipe: Recipe) -> dict[str, list[int]]:
-    """Published names and shapes of the parameters, without buffers."""
+    """Return the published names and shapes of the parameters, without buffers."""
     shapes = json.loads((DATA / "openmmlab_schemas" / f"{recipe.schema}.json").read_text())
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     return {name: shape for name, shape in shapes.items() if not name.endswith(buffers)}
@@ -107,7 +107,7 @@ def published_layer(name: str, recipe: Recipe) -> int:
 
 
 def published(name: str, shape: list[int], recipe: Recipe) -> tuple[float, float]:
-    """Learning rate and weight decay."""
+    """Return the published learning rate and weight decay of a parameter."""
     lr = recipe.lr * recipe.rate ** (LAYERS[recipe.arch][2] - published_layer(name, recipe))
     if "offset_mask" in name and "offset_mask_dw" not in name:
         lr *= recipe.offset_lr_scale
@@ -117,7 +117,7 @@ def published(name: str, shape: list[int], recipe: Recipe) -> tuple[float, float
 
 
 def published_settings(recipe: Recipe) -> dict[str, tuple[float, float]]:
-    """Those of every parameter under its current name."""
+    """Return the published settings of all parameters by their current names."""
     return convert_state_dict(
         {name: published(name, shape, recipe) for name, shape in schema(recipe).items()}
     )
@@ -133,7 +133,7 @@ def add(model: nn.Module, name: str, shape: list[int]) -> None:
 
 
 def model_of(shapes: dict[str, list[int]], arch: str) -> nn.Module:
-    """The backbone and parameters of these names, on the meta device."""
+    """Build a backbone and parameters with these names on the meta device."""
     with torch.device("meta"):
         model = nn.Module()
         model.backbone = FlashInternImageBackbone(arch)
@@ -170,7 +170,7 @@ def optim_wrapper_of(recipe: Recipe, model: nn.Module, **others) -> OptimWrapper
 
 
 def settings(wrapper: OptimWrapper, model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Learning rate and weight decay of every parameter."""
+    """Return the learning rate and weight decay of every parameter."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = wrapper.optimizer.param_groups
     assert sum(len(group["params"]) for group in groups) == len(
@@ -188,7 +188,7 @@ def approx(expected: dict[str, tuple[float, float]]) -> dict:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.schema}-{r.lr:g}")
-def test_recipes_train_with_the_published_rates(recipe):
+def test_recipes_use_the_published_rates(recipe):
     model = model_of(convert_state_dict(schema(recipe)), recipe.arch)
     wrapper = optim_wrapper_of(recipe, model, num_layers=recipe.num_layers)
     expected = published_settings(recipe)
@@ -200,10 +200,10 @@ def test_recipes_train_with_the_published_rates(recipe):
     ("golden", "arch", "scope"),
     [("det_B_3x_offsetscale0.01", "base", "mmdet"), ("seg_T_m2f", "tiny", "mmseg")],
 )
-def test_groups_are_those_that_the_published_constructor_made(golden, arch, scope):
+def test_groups_equal_those_of_the_published_constructor(golden, arch, scope):
     golden = json.loads((DATA / "optim" / f"{golden}.json").read_text())
 
-    def current(name: str) -> str:  # mmdet's name of the embedding and its place have changed
+    def current(name: str) -> str:  # renamed and moved since
         return "level_embed" if name.endswith(".level_embeds") else name
 
     shapes = {current(name): shape for name, shape in golden["param_shapes"].items()}
@@ -223,7 +223,7 @@ def test_groups_are_those_that_the_published_constructor_made(golden, arch, scop
 
 
 def real_model(recipe: Recipe) -> nn.Module:
-    """DINO or Mask2Former of OpenMMLab on the meta device."""
+    """Build DINO or Mask2Former of OpenMMLab on the meta device."""
     package, file, indices = {
         "mmdet": (mmdet, "dino/dino-4scale_r50_8xb2-12e_coco.py", (1, 2, 3)),
         "mmseg": (mmseg, "mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py", (0, 1, 2, 3)),
@@ -242,12 +242,12 @@ def real_model(recipe: Recipe) -> nn.Module:
 
 
 @pytest.mark.parametrize("recipe", [DINO_T, MASK2FORMER_T], ids=["DINO", "Mask2Former"])
-def test_models_of_openmmlab_have_the_names_that_the_rules_know(recipe):
+def test_parameter_names_of_openmmlab_match_the_rules(recipe):
     model = real_model(recipe)
     assert settings(optim_wrapper_of(recipe, model), model) == approx(published_settings(recipe))
 
 
-def test_level_embeddings_of_dino_and_mask2former_are_told_apart():
+def test_level_embeddings_of_dino_and_mask2former_are_distinguished():
     dino, mask2former = real_model(DINO_T), real_model(MASK2FORMER_T)
     found = settings(optim_wrapper(dino, 1.0, 0.0, layer_decay_rate=0.9), dino)
     assert found["level_embed"][0] == pytest.approx(0.9**31)
@@ -256,7 +256,7 @@ def test_level_embeddings_of_dino_and_mask2former_are_told_apart():
 
 
 @pytest.mark.parametrize(("arch", "rate", "exponent"), [("tiny", 0.9, 31), ("large", 0.94, 38)])
-def test_mask2former_trains_its_embeddings_as_slowly_as_the_stem(arch, rate, exponent):
+def test_embeddings_of_mask2former_use_the_rate_of_the_stem(arch, rate, exponent):
     recipe = next(r for r in RECIPES if "mask2former" in r.schema and r.arch == arch)
     model = model_of(convert_state_dict(schema(recipe)), arch)
     found = settings(optim_wrapper_of(recipe, model), model)
@@ -276,7 +276,7 @@ def test_mask2former_trains_its_embeddings_as_slowly_as_the_stem(arch, rate, exp
 
 
 class Small(nn.Module):
-    """With blocks (1, 1, 2, 1)."""
+    """Model with a backbone of depths (1, 1, 2, 1)."""
 
     def __init__(self, **options):
         super().__init__()
@@ -287,7 +287,7 @@ class Small(nn.Module):
         return self.head(inputs)
 
 
-def test_one_step_moves_layers_by_their_own_rates():
+def test_a_step_uses_the_rate_of_each_layer():
     model = Small()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     wrapper = build_optim_wrapper(
@@ -324,10 +324,10 @@ def test_schedules_scale_all_groups():
         wrapper.step()
         scheduler.step()
     assert [group["lr"] for group in wrapper.param_groups] == pytest.approx(before)
-    assert wrapper.get_lr()["base_lr"] == [pytest.approx(1e-3)]  # what the log shows
+    assert wrapper.get_lr()["base_lr"] == [pytest.approx(1e-3)]  # the rate in the log
 
 
-def test_groups_are_few_and_say_what_they_are():
+def test_groups_are_few_and_have_descriptive_names():
     groups = optim_wrapper(Small(), 1.0, 0.05, layer_decay_rate=0.5).optimizer.param_groups
     names = [group["group_name"] for group in groups]
     assert len(set(names)) == len(names) == 2 * 7  # stem, five blocks, head
@@ -343,7 +343,7 @@ def test_frozen_parameters_are_left_out():
     assert found["backbone.levels.3.blocks.0.gamma1"] == (0.5, 0.0)
 
 
-def test_model_wrapped_for_several_processes():
+def test_model_wrapped_for_distributed_training():
     model = Small()
     alone = settings(optim_wrapper(model, 1.0, 0.05, layer_decay_rate=0.5), model)
     store = torch.distributed.HashStore()
@@ -369,7 +369,7 @@ def test_mixed_precision(type_, monkeypatch):
 
 
 @pytest.mark.parametrize("registry", [mmdet.registry, mmseg.registry])
-def test_projects_find_it_beside_their_own(registry):
+def test_projects_find_it_in_their_registries(registry):
     constructors = registry.OPTIM_WRAPPER_CONSTRUCTORS
     assert (
         constructors.get("InternImageLayerDecayOptimizerConstructor")

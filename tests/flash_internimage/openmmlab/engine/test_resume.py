@@ -1,4 +1,4 @@
-"""Runs that are resumed with other settings than their checkpoint's."""
+"""Test resuming runs with changed settings."""
 
 import itertools
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Numbers(BaseDataset):
 
 
 def settings(**changes: Any) -> dict:
-    """The arguments of a run of four epochs with two batches each, validated in none of them."""
+    """Return the arguments of a run of four epochs with two batches each, without validation."""
     loader = {
         "dataset": Numbers(changes.pop("classes", ("a", "b")), changes.pop("images", 4)),
         "batch_size": changes.pop("batch_size", 2),
@@ -57,7 +57,7 @@ def settings(**changes: Any) -> dict:
 
 @pytest.fixture
 def interrupted(runner, tmp_path) -> Callable[..., Path]:
-    """Trains two epochs and returns their checkpoint."""
+    """Train two epochs, and return their checkpoint."""
 
     def train(**changes: Any) -> Path:
         cfg = changes.pop("train_cfg", {"by_epoch": True, "max_epochs": 2})
@@ -77,7 +77,7 @@ def rates(r: SafeRunner) -> list[float]:
     return [group["lr"] for group in r.optim_wrapper.optimizer.param_groups]
 
 
-# Settings that change, and what the optimizer's groups must then hold.
+# Changed settings, and the expected values in the optimizer's groups.
 USED = {
     "weight decay": ({"optimizer": {"weight_decay": 0.3}}, {"weight_decay": 0.3}),
     "betas": ({"optimizer": {"betas": (0.5, 0.9)}}, {"betas": (0.5, 0.9)}),
@@ -112,7 +112,9 @@ class TestSettings:
         assert rates(r) == rates(whole)
         assert (r.epoch, r.iter) == (whole.epoch, whole.iter)
 
-    def test_without_changes_it_ends_as_an_uninterrupted_run(self, runner, interrupted, tmp_path):
+    def test_without_changes_the_run_equals_an_uninterrupted_one(
+        self, runner, interrupted, tmp_path
+    ):
         torch.manual_seed(0)
         initial = Model().state_dict()
         ends = []
@@ -145,21 +147,21 @@ class TestSettings:
             moments = saved["optimizer"]["state"][names.index(name)]
             assert torch.equal(optimizer.state[parameter]["exp_avg"], moments["exp_avg"])
 
-    def test_parameters_that_were_frozen_start_without_moments(self, runner, interrupted):
+    def test_previously_frozen_parameters_start_without_moments(self, runner, interrupted):
         model = Model()
         model.backbone.requires_grad_(False)
         path = interrupted(wrapper={"paramwise_cfg": {"bypass_duplicate": True}}, model=model)
         r = resumed(runner, path)
         assert len(r.optim_wrapper.optimizer.state) == 4
 
-    def test_without_ema_the_trained_weights_go_on(self, runner, interrupted):
+    def test_without_ema_the_trained_weights_are_resumed(self, runner, interrupted):
         path = interrupted(custom_hooks=[EMA])
         trained = read_checkpoint(path)["ema_state_dict"]
         r = resumed(runner, path, train_cfg={"by_epoch": True, "max_epochs": 2})
         for name, tensor in r.model.state_dict().items():
             assert torch.equal(tensor, trained[f"module.{name}"])
 
-    def test_a_seed_in_the_config_is_used(self, runner, interrupted):
+    def test_the_seed_in_the_config_takes_precedence(self, runner, interrupted):
         path = interrupted(randomness={"seed": 1})
         assert resumed(runner, path, randomness={"seed": 2}).seed == 2
         r = resumed(runner, path)
@@ -190,14 +192,14 @@ class TestSettings:
             ({}, {"classes": ("a",)}, "it has 2 classes, the data 1"),
         ],
     )
-    def test_what_cannot_go_on_is_an_error(self, before, after, message, runner, interrupted):
+    def test_incompatible_settings_are_an_error(self, before, after, message, runner, interrupted):
         hook = {"type": "AtomicCheckpointHook", "by_epoch": "train_cfg" not in before}
         hooks = {"default_hooks": {"checkpoint": {**hook, "interval": 1}}}
         path = interrupted(**before, **hooks)
         with pytest.raises(ValueError, match=rf"^cannot resume from {path}: .*{message}"):
             resumed(runner, path, **after)
 
-    def test_checkpoints_without_a_record_are_compared_by_their_groups(self, runner, interrupted):
+    def test_without_metadata_the_parameter_groups_are_compared(self, runner, interrupted):
         path = interrupted()
         checkpoint = torch.load(path, weights_only=False)
         for name in ("optimizer_type", "optimizer_names"):
@@ -213,7 +215,7 @@ class TestSettings:
             resumed(runner, path, wrapper=wrapper)
 
 
-class TestClassesOfATest:
+class TestCompareClasses:
     @pytest.mark.parametrize(
         ("saved", "own", "expected"),
         [
@@ -230,6 +232,6 @@ class TestClassesOfATest:
         assert resume.compare_classes(checkpoint, dataset) == expected
 
     @pytest.mark.parametrize("meta", [None, [], {"dataset_meta": 3}])
-    def test_files_without_names(self, meta):
+    def test_files_without_class_names(self, meta):
         dataset = type("Data", (), {"metainfo": {"classes": ("a",)}})
         assert resume.compare_classes({"meta": meta}, dataset) == (None, False)

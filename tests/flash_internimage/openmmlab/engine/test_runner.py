@@ -1,4 +1,4 @@
-"""Checkpoints, hooks and optimizer wrapper in runs of a small model."""
+"""Test checkpoints, hooks and the optimizer wrapper in runs of a small model."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ class TestCheckpoints:
         runner(scores=(0.1, 0.3, 0.2)).train()
         assert files(tmp_path / "run") == {"epoch_3.pth", "best_score_epoch_2.pth"}
 
-    def test_at_no_moment_there_is_none(self, runner, tmp_path, monkeypatch):
+    def test_a_checkpoint_exists_at_any_time(self, runner, tmp_path, monkeypatch):
         folder = tmp_path / "run"
         seen = []
         replace = os.replace
@@ -44,14 +44,12 @@ class TestCheckpoints:
         runner().train()
         epochs = [{name for name in names if name.startswith("epoch")} for names in seen]
         bests = [{name for name in names if name.startswith("best")} for names in seen]
-        # per epoch: the checkpoint, the best one, and the checkpoint again, which names the best
+        # Each epoch writes its checkpoint twice: after the best one is saved, its path is added.
         assert len(seen) == 9
         assert all(epochs[3:])
         assert all(bests[3:])
 
-    def test_a_file_that_could_not_be_written_leaves_the_old_one(
-        self, runner, tmp_path, monkeypatch
-    ):
+    def test_a_failed_write_keeps_the_old_file(self, runner, tmp_path, monkeypatch):
         r = runner(train_cfg={"by_epoch": True, "max_epochs": 1})
         r.train()
         path = tmp_path / "run" / "epoch_1.pth"
@@ -61,12 +59,12 @@ class TestCheckpoints:
             runner(train_cfg={"by_epoch": True, "max_epochs": 1}).train()
         assert path.read_bytes() == before
 
-    def test_a_folder_that_does_not_exist_is_made(self, runner, tmp_path):
+    def test_a_missing_folder_is_created(self, runner, tmp_path):
         hook = {"type": "AtomicCheckpointHook", "interval": 1, "out_dir": tmp_path / "a" / "b"}
         runner(default_hooks={"checkpoint": hook}).train()
         assert files(tmp_path / "a" / "b" / "run") == {f"epoch_{i}.pth" for i in (1, 2, 3)}
 
-    def test_a_folder_that_cannot_be_made_is_an_error_before_training(self, runner, tmp_path):
+    def test_a_folder_that_cannot_be_created_is_an_error_before_training(self, runner, tmp_path):
         (tmp_path / "a").touch()
         hook = {"type": "AtomicCheckpointHook", "interval": 1, "out_dir": tmp_path / "a"}
         r = runner(default_hooks={"checkpoint": hook})
@@ -77,7 +75,7 @@ class TestCheckpoints:
         assert r.iter == 0
 
     @pytest.mark.parametrize("averages", [[], [{"type": "EMAHook", "momentum": 0.3}]])
-    def test_any_program_can_load_them(self, averages, runner, tmp_path):
+    def test_torch_and_mmengine_can_load_them(self, averages, runner, tmp_path):
         score = Score([np.float64(0.1), np.float32(0.2), np.int64(3)])
         paramwise = {"custom_keys": {"head": {"lr_mult": np.float64(2)}}}
         sgd = {"type": "SGD", "lr": 0.01, "momentum": 0.9}
@@ -92,7 +90,7 @@ class TestCheckpoints:
             loaded = torch.load(tmp_path / "run" / name, weights_only=True)
             assert loaded["message_hub"]["runtime_info"]["best_score"] == 3
         trained = r.message_hub.log_scalars
-        # mmengine alone restores the histories by the hook, SafeRunner while it reads.
+        # SafeRunner restores the histories when reading, mmengine's own runner in this hook.
         AtomicCheckpointHook().after_load_checkpoint(r, loaded)
         for checkpoint in (loaded, readers.read_checkpoint(tmp_path / "run" / "epoch_3.pth")):
             histories = checkpoint["message_hub"]["log_scalars"]
@@ -104,7 +102,7 @@ class TestCheckpoints:
                     assert len(array) > 0
 
     @pytest.mark.parametrize("averages", [[], [{"type": "EMAHook", "momentum": 0.3}]])
-    def test_a_resumed_run_ends_as_an_uninterrupted_one(self, averages, runner, tmp_path):
+    def test_a_resumed_run_equals_an_uninterrupted_one(self, averages, runner, tmp_path):
         torch.manual_seed(0)
         initial = Model().state_dict()
         ends = []
@@ -126,7 +124,7 @@ class TestCheckpoints:
         assert set(curves.read_scalars(tmp_path / "resumed")["score"]) == {1, 2, 3}
         assert (tmp_path / "resumed" / "curves.png").stat().st_size > 1000
 
-    def test_the_latest_is_that_of_the_highest_number(self, tmp_path):
+    def test_the_latest_checkpoint_has_the_highest_number(self, tmp_path):
         assert latest_checkpoint(tmp_path) is None
         foreign = ["epoch_11.pth.partial", "best_epoch_12.pth", "epoch_12-1a2b3c4d.pth"]
         for name in ("epoch_9.pth", "epoch_10.pth", *foreign, "epoch_best.pth", "epoch_.pth"):
@@ -136,11 +134,13 @@ class TestCheckpoints:
 
 
 class TestScaledLearningRates:
-    """The linear rule: rates in proportion to the images of an update."""
+    """Learning rates scale linearly with the effective batch size."""
 
-    # Batches of 2 images, and rates that are made for 4.
+    # The batch size is 2, the base batch size 4.
     @pytest.mark.parametrize(("accumulated", "rate"), [(1, 0.5), (2, 1.0), (8, 4.0), (3, 1.5)])
-    def test_accumulated_batches_count(self, accumulated, rate, runner, caplog):
+    def test_accumulated_batches_count_towards_the_batch_size(
+        self, accumulated, rate, runner, caplog
+    ):
         r = runner(
             optim_wrapper={
                 "optimizer": {"type": "SGD", "lr": 1.0},
@@ -160,24 +160,24 @@ class TestScaledLearningRates:
             in caplog.text
         )
 
-    def test_they_are_not_scaled_unasked(self, runner):
+    def test_learning_rates_are_not_scaled_by_default(self, runner):
         r = runner(auto_scale_lr={"base_batch_size": 4})
         r.train()
         assert r.optim_wrapper.get_lr()["lr"] == [0.01]
 
-    def test_the_number_that_they_are_made_for_is_needed(self, runner):
+    def test_the_base_batch_size_is_required(self, runner):
         with pytest.raises(ValueError, match=r"auto_scale_lr\.base_batch_size must be"):
             runner(auto_scale_lr={"enable": True}).train()
 
 
 def trained(runner, folder: Path) -> Path:
-    """The checkpoint of a run of three epochs, the last of which was the best."""
+    """Train three epochs and return the last checkpoint, which has the best score."""
     runner().train()
     return folder / "run" / "epoch_3.pth"
 
 
 def resume(runner, path: Path) -> None:
-    """A fourth epoch, which is better still."""
+    """Train a fourth epoch, which has an even better score."""
     cfg = {"by_epoch": True, "max_epochs": 4}
     runner(scores=[0.4], train_cfg=cfg, resume=True, load_from=str(path)).train()
 
@@ -187,7 +187,7 @@ def load_state(path: Path) -> dict:
 
 
 class TestLoading:
-    """A published container, and others, into a runner."""
+    """A runner loads published and other checkpoints."""
 
     @pytest.fixture
     def save(self, tmp_path):
@@ -205,7 +205,7 @@ class TestLoading:
 
         return build
 
-    def test_a_published_container(self, tester, save):
+    def test_published_checkpoint(self, tester, save):
         expected = Model().state_dict()
         averaged = {
             "ema_" + name.replace(".", "_"): tensor + 1 for name, tensor in expected.items()
@@ -217,7 +217,7 @@ class TestLoading:
         assert all(torch.equal(r.model.state_dict()[name], expected[name]) for name in expected)
         assert checkpoint["meta"]["dataset_meta"] == {"classes": ("a", "b")}
 
-    def test_a_classifiers_container_is_named(self, tester, save):
+    def test_a_checkpoint_of_a_classifier_is_rejected(self, tester, save):
         path = save({})
         torch.save({"model": Model().state_dict()}, path)
         message = rf"{path} is not a checkpoint of a detector .*got the entries model .*init_cfg"
@@ -226,19 +226,19 @@ class TestLoading:
 
     @pytest.mark.parametrize("state_dict", [None, [1], 3])
     @pytest.mark.parametrize("who", ["tester", "runner"])
-    def test_a_state_dict_that_is_none(self, who, state_dict, save, request):
+    def test_an_invalid_state_dict_is_rejected(self, who, state_dict, save, request):
         path = save(state_dict, message_hub={})
         with pytest.raises(ValueError, match=rf"^{path} has no state_dict$"):
             request.getfixturevalue(who)().load_checkpoint(path)
 
-    def test_an_entry_that_is_no_tensor_starts_anew(self, runner, save, caplog):
+    def test_entries_that_are_not_tensors_are_ignored(self, runner, save, caplog):
         r = runner(load_from=save(Model().state_dict() | {"head.bias": 3}, message_hub={}))
         r.logger.addHandler(caplog.handler)
         r.load_or_resume()
         assert "1 tensors keep their initial values: head.bias" in caplog.text
 
     @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
-    def test_a_test_takes_no_other_models_weights(self, tester, save, change):
+    def test_a_test_rejects_weights_of_another_model(self, tester, save, change):
         state = Model(classes=3 if change == "shape" else 2).state_dict()
         if change == "missing":
             del state["head.bias"]
@@ -247,7 +247,7 @@ class TestLoading:
         with pytest.raises(ValueError, match=rf"does not fit the model: {change}"):
             tester().load_checkpoint(save(state))
 
-    def test_another_head_starts_anew_in_training(self, runner, save, caplog):
+    def test_a_head_of_another_shape_keeps_its_initial_values(self, runner, save, caplog):
         source = Model(classes=3)
         r = runner(load_from=save(source.state_dict()))
         r.logger.addHandler(caplog.handler)
@@ -258,13 +258,13 @@ class TestLoading:
         assert "2 tensors keep their initial values: head.bias, head.weight" in caplog.text
         assert "2 tensors of the checkpoint are not used: head.bias, head.weight" in caplog.text
 
-    def test_weights_of_which_none_fits(self, runner, save):
+    def test_weights_that_match_nothing_are_rejected(self, runner, save):
         path = save({"levels.0.weight": torch.zeros(3)})
         message = rf"^{path}: none of its 1 tensors fits .* with levels, .* with backbone, head$"
         with pytest.raises(ValueError, match=message):
             runner(load_from=path).load_or_resume()
 
-    def test_a_resumed_training_takes_no_other_models_weights(self, runner, save):
+    def test_resuming_rejects_weights_of_another_model(self, runner, save):
         r = runner(load_from=save(Model(classes=3).state_dict()), resume=True)
         with pytest.raises(ValueError, match=r"does not fit the model: shape of head\.weight"):
             r.load_or_resume()
@@ -289,7 +289,7 @@ class TestLoading:
         assert not (tmp_path / "executed").exists()
 
     @pytest.mark.parametrize("name", ["cfg", "config"])
-    def test_a_configuration_in_the_file_is_not_executed(self, runner, tmp_path, name):
+    def test_a_config_in_the_file_is_not_executed(self, runner, tmp_path, name):
         path, marker = trained(runner, tmp_path), tmp_path / "executed"
         checkpoint = torch.load(path, weights_only=False)
         checkpoint["meta"][name] = f"import os\nos.mkdir({str(marker)!r})\n"
@@ -298,7 +298,7 @@ class TestLoading:
         assert not marker.exists()
 
     @pytest.mark.parametrize("who", ["function", "runner"])
-    def test_no_part_of_a_model_is_initialised_by_what_would_be_executed(
+    def test_nothing_is_executed_when_init_cfg_loads_a_checkpoint(
         self, who, runner, save, tmp_path
     ):
         class Hostile:
@@ -329,7 +329,9 @@ class TestLoading:
             (lambda c: c["meta"].update(epoch="1"), "from epoch '1', but this run has 4"),
         ],
     )
-    def test_what_cannot_be_resumed_is_one_error(self, runner, tmp_path, change, message):
+    def test_a_checkpoint_that_cannot_be_resumed_is_an_error(
+        self, runner, tmp_path, change, message
+    ):
         path = trained(runner, tmp_path)
         checkpoint = torch.load(path, weights_only=False)
         change(checkpoint)
@@ -337,7 +339,7 @@ class TestLoading:
         with pytest.raises(ValueError, match=rf"cannot resume from {path}: .*{message}"):
             resume(runner, path)
 
-    def test_the_kernels_of_the_optimizer_are_this_runs(self, runner, tmp_path):
+    def test_resuming_keeps_the_kernel_flags_of_this_run(self, runner, tmp_path):
         path = trained(runner, tmp_path)
         checkpoint = torch.load(path, weights_only=False)
         checkpoint["optimizer"]["param_groups"][0].update(fused=True, foreach=False)
@@ -347,7 +349,7 @@ class TestLoading:
         group = r.optim_wrapper.optimizer.param_groups[0]
         assert (group["fused"], group["foreach"]) == (None, None)
 
-    def test_the_bests_of_several_figures_are_of_this_run(self, tmp_path):
+    def test_the_best_checkpoints_of_several_metrics_are_in_the_work_folder(self, tmp_path):
         info = {"best_ckpt_a": "/before/best_a_epoch_1.pth", "best_ckpt_b": str(tmp_path)}
         fake = SimpleNamespace(
             message_hub=SimpleNamespace(runtime_info=info, get_info=info.get),
@@ -371,7 +373,7 @@ class TestLoading:
             ({"type": "EarlyStoppingHook", "monitor": "score"}, "monitor of EarlyStoppingHook"),
         ],
     )
-    def test_metrics_have_the_names_of_their_evaluator(self, hook, message, runner):
+    def test_metric_names_require_the_prefix_of_the_evaluator(self, hook, message, runner):
         metric = Score([0.1])
         metric.prefix = "own"
         r = runner(
@@ -381,12 +383,12 @@ class TestLoading:
         with pytest.raises(ValueError, match=rf"{message}.* starts with own/, got 'score'"):
             r.train()
 
-    def test_the_best_of_an_unknown_metric(self, runner):
+    def test_save_best_rejects_unknown_metrics(self, runner):
         hook = {"type": "AtomicCheckpointHook", "save_best": "scores", "rule": "greater"}
         with pytest.raises(ValueError, match=r"save_best must be among score, got scores$"):
             runner(default_hooks={"checkpoint": hook}).train()
 
-    def test_a_finished_run_says_so(self, runner, tmp_path, caplog):
+    def test_resuming_a_finished_run_is_logged(self, runner, tmp_path, caplog):
         path = trained(runner, tmp_path)
         r = runner(resume=True, load_from=str(path))
         r.logger.addHandler(caplog.handler)
@@ -396,7 +398,9 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("numbers", "kept"), [(["X/../../elsewhere", 3], set()), (3, {"epoch_3.pth"})]
     )
-    def test_the_numbers_of_checkpoints_are_numbers(self, numbers, kept, runner, tmp_path):
+    def test_invalid_checkpoint_numbers_in_the_file_are_ignored(
+        self, numbers, kept, runner, tmp_path
+    ):
         path = trained(runner, tmp_path)
         (tmp_path / "run" / "epoch_X").mkdir()
         (tmp_path / "elsewhere.pth").mkdir()
@@ -408,7 +412,9 @@ class TestLoading:
         assert files(tmp_path / "run") == {"best_score_epoch_4.pth", "epoch_4.pth"} | kept
 
     @pytest.mark.parametrize("victim", ["elsewhere", "elsewhere/best_score.pth", "run/.."])
-    def test_what_the_file_calls_the_best_is_not_removed(self, runner, tmp_path, victim):
+    def test_a_best_checkpoint_outside_the_work_folder_is_not_removed(
+        self, runner, tmp_path, victim
+    ):
         path = trained(runner, tmp_path)
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "elsewhere" / "best_score.pth").touch()
@@ -420,7 +426,7 @@ class TestLoading:
         assert "best_score_epoch_4.pth" in files(tmp_path / "run")
 
     @pytest.mark.parametrize("score", ["high", None, [0.9], float("nan"), float("inf")])
-    def test_a_best_score_that_is_no_number_is_forgotten(self, score, runner, tmp_path):
+    def test_a_best_score_that_is_not_a_finite_number_is_ignored(self, score, runner, tmp_path):
         path = trained(runner, tmp_path)
         checkpoint = torch.load(path, weights_only=False)
         checkpoint["message_hub"]["runtime_info"]["best_score"] = score
@@ -436,7 +442,7 @@ class TestLoading:
         resume(runner, path)
         assert files(tmp_path / "run") == {"best_score_epoch_4.pth", "epoch_4.pth"}
 
-    def test_a_history_of_the_file_changes_no_other(self, save, monkeypatch):
+    def test_a_restored_history_does_not_change_other_histories(self, save, monkeypatch):
         history = HistoryBuffer([1.0, 3.0], [1, 1])
         with monkeypatch.context() as patch:
             patch.setitem(HistoryBuffer._statistics_methods, "mean", HistoryBuffer.max)
@@ -456,7 +462,7 @@ class TestLoading:
             None,
         ],
     )
-    def test_a_history_that_is_none_is_named(self, save, state):
+    def test_an_invalid_history_is_rejected(self, save, state):
         history = HistoryBuffer()
         history.__dict__ = state or {}
         with pytest.MonkeyPatch.context() as patch:
@@ -465,13 +471,13 @@ class TestLoading:
         with pytest.raises(ValueError, match=r"c\.pth: log_scalars\.loss must be two arrays"):
             readers.read_checkpoint(path)
 
-    def test_a_checkpoint_that_is_not_there(self, tester):
+    def test_missing_checkpoint(self, tester):
         with pytest.raises(FileNotFoundError, match=r"checkpoint not found: none\.pth"):
             tester().load_checkpoint("none.pth")
 
 
 class TestCurves:
-    def test_the_latest_attempt_counts_and_a_kill_may_cut_its_last_line(self, tmp_path):
+    def test_the_latest_attempt_is_read_and_a_truncated_last_line_ignored(self, tmp_path):
         for attempt, lines in (
             ("1", '{"loss": 4.0, "step": 1}\n{"loss": 3.0, "step": 2}\n{"loss": 9.0, "st'),
             ("2", '{"loss": 2.0, "step": 2}\n{"loss": 1.0, "lr": 0.1, "step": 3}\n'),
@@ -482,7 +488,7 @@ class TestCurves:
         expected = {"loss": {1: 4.0, 2: 2.0, 3: 1.0}, "lr": {3: 0.1}}
         assert curves.read_scalars(tmp_path) == expected
 
-    def test_they_are_drawn_after_every_validation_and_at_the_end(
+    def test_curves_are_drawn_after_every_validation_and_at_the_end(
         self, runner, tmp_path, monkeypatch
     ):
         drawn = []
@@ -490,13 +496,13 @@ class TestCurves:
         runner().train()
         assert drawn == [tmp_path / "run"] * 4
 
-    def test_a_run_without_scalars_has_none(self, tmp_path):
+    def test_a_run_without_scalars_has_no_curves(self, tmp_path):
         curves.save_curves(tmp_path)
         assert not list(tmp_path.iterdir())
 
 
-class Breaks(Model):
-    """Its loss, or its gradient alone, is not finite in one iteration."""
+class NonFiniteModel(Model):
+    """Model whose loss, or only its gradient, is not finite in one iteration."""
 
     def __init__(self, iteration: int, what: str):
         super().__init__()
@@ -513,23 +519,23 @@ class Breaks(Model):
         return outputs
 
 
-class TestWhatIsNotFinite:
+class TestNonFiniteValues:
     HOOKS = ({"type": "CheckFiniteHook"},)
 
-    def test_a_loss_stops_the_training_at_once(self, runner, tmp_path):
+    def test_a_non_finite_loss_stops_the_training(self, runner, tmp_path):
         message = r"loss is not finite in iteration 4: .*loss_broken nan"
         with pytest.raises(FloatingPointError, match=message):
-            runner(Breaks(4, "loss"), custom_hooks=[*self.HOOKS]).train()
+            runner(NonFiniteModel(4, "loss"), custom_hooks=[*self.HOOKS]).train()
         assert "epoch_1.pth" in files(tmp_path / "run")
         assert "epoch_2.pth" not in files(tmp_path / "run")
 
-    def test_weights_do_not_reach_a_checkpoint(self, runner, tmp_path):
+    def test_non_finite_weights_are_not_saved(self, runner, tmp_path):
         message = r"1 weights are not finite after iteration 4 .*not saved: head\.bias"
         with pytest.raises(FloatingPointError, match=message):
-            runner(Breaks(4, "gradient"), custom_hooks=[*self.HOOKS]).train()
+            runner(NonFiniteModel(4, "gradient"), custom_hooks=[*self.HOOKS]).train()
         assert "epoch_2.pth" not in files(tmp_path / "run")
 
-    def test_else_nothing_happens(self, runner, tmp_path):
+    def test_finite_values_do_not_stop_the_training(self, runner, tmp_path):
         runner(custom_hooks=[*self.HOOKS]).train()
         assert "epoch_3.pth" in files(tmp_path / "run")
 
@@ -553,7 +559,7 @@ def test_bfloat16_autocasts_the_loss_and_keeps_weights_in_float32(runner):
         ({"backend": "eager"}, {"dynamic": True, "backend": "eager"}),
     ],
 )
-def test_the_backbone_alone_is_compiled(runner, monkeypatch, given, expected):
+def test_only_the_backbone_is_compiled(runner, monkeypatch, given, expected):
     compiled = []
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **kwargs: compiled.append((self, kwargs))

@@ -1,4 +1,4 @@
-"""Batch norm's running statistics when two processes train."""
+"""Test the running statistics of batch norm in training on two processes."""
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ class Normalised(BaseModel):
 
     def forward(self, inputs, mode="tensor"):
         if mode != "loss":
-            # What this process validates with.
+            # Validation uses these statistics.
             self.validated = self.norm.running_mean.tolist()
         out = self.norm(torch.stack(inputs))
         return {"loss": (out - 1).square().mean()} if mode == "loss" else list(out)
@@ -55,7 +55,7 @@ def _train(rank: int, folder: str, queue: mp.Queue) -> None:
     dist.destroy_process_group()
 
 
-def test_statistics_are_averaged_before_they_are_validated_and_saved(tmp_path):
+def test_statistics_are_averaged_before_validating_and_saving(tmp_path):
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     mp.spawn(_train, (str(tmp_path), queue), nprocs=2)

@@ -1,4 +1,4 @@
-"""Figures of predictions that equal the annotations, for files as they come in practice."""
+"""Test the metrics of perfect predictions on annotation files found in practice."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from mmengine.registry import init_default_scope
 from PIL import Image
 from torch import nn
 
-import flash_internimage.openmmlab.detection  # noqa: F401  adds the metrics
+import flash_internimage.openmmlab.detection  # noqa: F401  registers the metrics
 from flash_internimage.openmmlab.datasets.coco import LABELS_FOLLOW_CLASSES
 
 pytestmark = pytest.mark.usefixtures("safe_readers")
@@ -29,7 +29,7 @@ def scope():
 
 @pytest.fixture
 def evaluate(tmp_path):
-    """Evaluate perfect predictions of some classes; return the figures without their prefix."""
+    """Evaluate perfect predictions of some classes, and return the metrics without prefix."""
 
     def evaluate(kind: str, found=("cat", "dog"), classes=("cat", "dog"), **ids) -> dict:
         cat, dog, image, annotation = (
@@ -81,27 +81,27 @@ def evaluate(tmp_path):
 def test_ids_of_any_size(kind, ids, evaluate):
     figures = evaluate(kind, **ids)
     assert [figures[n] for n in ("bbox_mAP", "cat_precision", "dog_precision")] == [1, 1, 1]
-    assert next(iter(figures)) == "bbox_mAP"  # what save_best="auto" takes
+    assert next(iter(figures)) == "bbox_mAP"  # selected by save_best="auto"
 
 
 @both_metrics
 @pytest.mark.parametrize("classes", [("cat", "dog"), ("dog", "cat")])
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)])
-def test_figures_of_a_class_have_its_name(kind, classes, order, evaluate):
+def test_metrics_of_a_class_have_its_name(kind, classes, order, evaluate):
     figures = evaluate(kind, found=("cat",), classes=classes, order=order)
     assert (figures["cat_precision"], figures["dog_precision"]) == (1, 0)
     assert figures["bbox_mAP"] == 0.5
 
 
 @both_metrics
-def test_one_class_of_several(kind, evaluate):
+def test_subset_of_the_classes(kind, evaluate):
     figures = evaluate(kind, found=("dog",), classes=("dog",), order=(2, 1))
     assert (figures["dog_precision"], figures["bbox_mAP"]) == (1, 1)
 
 
 @both_metrics
 @pytest.mark.parametrize("classes", [("cat", "cow"), "cat", None])
-def test_classes_that_the_file_does_not_have(kind, classes, evaluate):
+def test_classes_missing_from_the_file(kind, classes, evaluate):
     with pytest.raises(ValueError, match=r"evaluator .*annotations\.json: metainfo\['classes'\]"):
         evaluate(kind, classes=classes)
 
@@ -117,7 +117,7 @@ def test_classes_that_the_file_does_not_have(kind, classes, evaluate):
         ({"iscrowd": 1}, "annotations must contain objects that are not crowds"),
     ],
 )
-def test_annotations_that_an_evaluation_cannot_use(kind, change, message, tmp_path):
+def test_annotations_that_the_evaluation_does_not_support(kind, change, message, tmp_path):
     path = tmp_path / "annotations.json"
     entry = {"id": 1, "image_id": 1, "category_id": 1, "bbox": BOX, "area": 400}
     content = {
@@ -132,7 +132,7 @@ def test_annotations_that_an_evaluation_cannot_use(kind, change, message, tmp_pa
 
 @pytest.fixture
 def write(tmp_path):
-    """Write images in sub-folders and their annotations; a change is made before."""
+    """Write images in subfolders and their annotations, after applying a change to them."""
 
     def write(name: str = "a.json", change=None, images: int = 4) -> str:
         content = {
@@ -161,7 +161,7 @@ def write(tmp_path):
 
 
 def data(ann_file: str, kind: str = "CheckedCocoDataset", classes=("cat", "dog"), **settings):
-    """A data set for evaluation."""
+    """Build a data set for evaluation."""
     folder = Path(ann_file).parent
     settings = {"data_root": str(folder), "data_prefix": {"img": ""}, "pipeline": []} | settings
     cfg = {"type": kind, "ann_file": ann_file, "metainfo": {"classes": classes}, "test_mode": True}
@@ -169,7 +169,7 @@ def data(ann_file: str, kind: str = "CheckedCocoDataset", classes=("cat", "dog")
 
 
 def perfect(dataset: BaseDataset, found=None) -> list[dict]:
-    """Predictions equal to the annotations of some categories, by the data set's own labels."""
+    """Return predictions equal to the annotations of some labels of the data set."""
     samples = []
     for i in range(len(dataset)):
         info = dataset.get_data_info(i)
@@ -193,7 +193,7 @@ def warnings(log) -> list[str]:
 
 
 def figures(kind: str, ann_file: str | None, dataset, samples: list[dict], **settings) -> dict:
-    """The figures without their prefix."""
+    """Return the metrics without their prefix."""
     cfg = {"type": kind, "ann_file": ann_file, "classwise": True, **settings}
     metric = METRICS.build(cfg)
     metric.dataset_meta = dataset.metainfo
@@ -213,7 +213,7 @@ def figures(kind: str, ann_file: str | None, dataset, samples: list[dict], **set
         ("CocoDataset", ["dog", "cat"]),
     ],
 )
-def test_labels_are_numbered_as_the_data_set_does(kind, source, classes, write, tmp_path, log):
+def test_labels_follow_the_data_set(kind, source, classes, write, tmp_path, log):
     path = write()
     dataset = data(path, source, classes)
     found = figures(kind, path, dataset, perfect(dataset))
@@ -231,7 +231,7 @@ def test_labels_are_numbered_as_the_data_set_does(kind, source, classes, write, 
 
 
 @both_metrics
-def test_categories_of_the_evaluator_in_another_order(kind, write):
+def test_categories_in_another_order(kind, write):
     dataset = data(write())
     path = write("b.json", lambda content: content["categories"].reverse())
     found = figures(kind, path, dataset, perfect(dataset, found=[1]))
@@ -239,11 +239,11 @@ def test_categories_of_the_evaluator_in_another_order(kind, write):
 
 
 @both_metrics
-def test_images_that_are_not_in_the_data_are_left_out_with_a_warning(kind, write, log):
+def test_images_missing_from_the_data_are_left_out_with_a_warning(kind, write, log):
     path = write()
     dataset = data(path, indices=[3, 1])
     samples = perfect(dataset)
-    samples[0]["pred_instances"]["bboxes"] += 8  # the object of image 3 is not found
+    samples[0]["pred_instances"]["bboxes"] += 8  # misses the object of image 3
     found = figures(kind, path, dataset, samples, metric=["bbox", "proposal_fast"])
     (message,) = warnings(log)
     assert message.startswith(f"2 of the 4 images of {path} are not in the data")
@@ -257,15 +257,15 @@ def test_images_that_are_not_in_the_data_are_left_out_with_a_warning(kind, write
     samples = perfect(dataset)
     samples[1]["pred_instances"]["bboxes"] += 8
     expected = figures(kind, cut, dataset, samples, metric=["bbox", "proposal_fast"])
-    assert str(found) == str(expected)  # NaN for dogs
-    assert found["bbox_mAP"] == 0.505  # precision 1 up to a recall of 0.5: 51 of 101 thresholds
+    assert str(found) == str(expected)  # true for NaN, too
+    assert found["bbox_mAP"] == 0.505  # 51 of 101 recall thresholds
     assert found["AR@100"] == 0.5
 
 
 @both_metrics
 @pytest.mark.parametrize("with_file", [True, False])
 @pytest.mark.parametrize("wrapper", ["repeat", "concatenate"])
-def test_an_image_that_is_evaluated_twice(kind, wrapper, with_file, write):
+def test_images_evaluated_twice_are_an_error(kind, wrapper, with_file, write):
     path = write()
     dataset = data(path)
     if wrapper == "repeat":
@@ -288,13 +288,13 @@ def test_an_image_that_is_evaluated_twice(kind, wrapper, with_file, write):
 
 
 @both_metrics
-def test_joined_data_sets_of_two_kinds(kind, write):
+def test_concatenated_data_sets_of_two_types(kind, write):
     path = write()
     parts = [data(path, indices=[0, 2]), data(path, "CocoDataset", indices=[1, 3])]
     joined = ConcatDataset(parts)
     samples = [*perfect(parts[0]), *perfect(parts[1])]
     assert figures(kind, path, joined, samples)["bbox_mAP"] == 1
-    # Hooks need one dict of classes to train on.
+    # Training hooks read a single metainfo dict.
     kinds = ("CheckedCocoDataset", "CocoDataset")
     joined = ConcatDataset([data(path, source, test_mode=False) for source in kinds])
     assert joined.metainfo["classes"] == ("cat", "dog")
@@ -320,7 +320,7 @@ def resize(content: dict) -> None:
         (lambda content: content["images"][1].update(id=7), "has no image 1, but the data do"),
     ],
 )
-def test_an_image_of_another_file(kind, change, message, write):
+def test_images_that_differ_from_the_data(kind, change, message, write):
     dataset = data(write())
 
     def changed(content: dict) -> None:
@@ -337,14 +337,14 @@ def test_an_image_of_another_file(kind, change, message, write):
 
 @both_metrics
 @pytest.mark.parametrize("name", ["1.png", "./part/1.png", "part/1.jpg", "../part/1.png"])
-def test_names_of_the_same_image(kind, name, write):
+def test_equivalent_file_names(kind, name, write):
     dataset = data(write())
     path = write("b.json", rename(name))
     assert figures(kind, path, dataset, perfect(dataset))["bbox_mAP"] == 1
 
 
 @both_metrics
-def test_objects_of_another_file(kind, write, log):
+def test_objects_that_differ_from_the_data(kind, write, log):
     def move(number: int):
         def change(content: dict) -> None:
             for annotation in content["annotations"][:number]:
@@ -366,7 +366,7 @@ def test_objects_of_another_file(kind, write, log):
 
 
 @both_metrics
-def test_masks_that_the_model_does_not_predict(kind, write):
+def test_mask_metrics_require_predicted_masks(kind, write):
     def outline(content: dict) -> None:
         for annotation in content["annotations"]:
             annotation["segmentation"] = [[5, 5, 25, 5, 25, 25]]

@@ -1,4 +1,4 @@
-"""What is registered with OpenMMLab, beside the originals."""
+"""Compare the registered operator, layer and hook with the originals of OpenMMLab."""
 
 import copy
 import itertools
@@ -52,7 +52,7 @@ def test_operator_equals_that_of_mmcv(shapes, points, heads, channels, seed, ass
 
 
 def mmcv_layer(**options) -> MultiScaleDeformableAttention:
-    """With weights that make queries differ; the layer's own start does not."""
+    """Build a layer with random weights; initially, offsets do not depend on the queries."""
     torch.manual_seed(0)
     options = {"embed_dims": 32, "num_heads": 4, "num_levels": 2, "num_points": 3} | options
     layer = MultiScaleDeformableAttention(**options, dropout=0.0)
@@ -125,7 +125,7 @@ def test_reference_points_broadcast_as_in_mmcv(batch_first, reference_size, asse
 
 
 @pytest.mark.parametrize("shape", [(2, QUERIES, 3, 2), (2, 2, 2, 2), (QUERIES, 2, 2), (2, 7, 1, 3)])
-def test_reference_points_that_do_not_broadcast_are_named(shape):
+def test_reference_points_that_do_not_broadcast_are_an_error(shape):
     layer = mmcv_layer(batch_first=True)
     use_flash_attention(layer)
     arguments = random_arguments(batch_first=True) | {"reference_points": torch.rand(shape)}
@@ -133,7 +133,7 @@ def test_reference_points_that_do_not_broadcast_are_named(shape):
         layer(**arguments)
 
 
-def test_padding_mask_of_numbers_is_refused():
+def test_padding_mask_must_be_boolean():
     layer = mmcv_layer(batch_first=True)
     use_flash_attention(layer)
     with pytest.raises(ValueError, match="key_padding_mask must be a tensor of"):
@@ -150,7 +150,7 @@ def test_self_attention_and_projection_of_values(assert_near):
     assert_near(ours(**arguments), stock(**arguments).detach(), 1e-12)
 
 
-def test_configs_name_it():
+def test_it_is_registered():
     config = {"type": "FlashMultiScaleDeformableAttention", "embed_dims": 64, "num_levels": 3}
     layer, stock = MODELS.build(config), MultiScaleDeformableAttention(64, num_levels=3)
     assert type(layer) is FlashMultiScaleDeformableAttention
@@ -216,14 +216,14 @@ def test_hook_switches_the_layers_of_a_detector(assert_near, caplog):
 
 
 @pytest.mark.parametrize("missing", ["reference_points", "spatial_shapes"])
-def test_missing_argument_is_named(missing):
+def test_missing_argument_is_an_error(missing):
     layer = mmcv_layer()
     use_flash_attention(layer)
     with pytest.raises(ValueError, match=f"{missing} must be a tensor, got None"):
         layer(**random_arguments(batch_first=False) | {missing: None})
 
 
-def test_parameters_are_made_on_the_device_and_in_the_dtype_that_are_given():
+def test_parameters_have_the_given_device_and_dtype():
     layer = FlashMultiScaleDeformableAttention(32, num_heads=4, device="meta", dtype=torch.float64)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float64)}
     layer = layer.to_empty(device="cpu")

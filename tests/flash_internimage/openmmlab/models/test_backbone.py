@@ -1,4 +1,4 @@
-"""FlashInternImage as OpenMMLab builds and initialises it."""
+"""Test FlashInternImage as built and initialised by OpenMMLab."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sampling(model: nn.Module) -> nn.Module:
-    """With DCNv4 layers that sample, unlike the published zero start, and scales that differ."""
+    """Give DCNv4 nonzero offsets and masks, and the layer scales distinct values."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "gamma" in name:
@@ -59,13 +59,13 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("registry", [MODELS, MMDET_MODELS, MMSEG_MODELS])
-def test_configs_name_it_in_every_project(registry):
+def test_it_is_registered_in_every_project(registry):
     model = registry.build({"type": "FlashInternImage", **SMALL})
     assert type(model) is FlashInternImageBackbone
 
 
 @pytest.mark.parametrize("size", ARCHITECTURES)
-def test_architecture_has_the_published_names_shapes_and_counts(size):
+def test_parameters_have_the_published_names_shapes_and_counts(size):
     schema = json.loads((SCHEMAS / f"dense_{size}.json").read_text())
     with torch.device("meta"):
         model = FlashInternImageBackbone(ARCHITECTURES[size])
@@ -85,7 +85,7 @@ def test_arguments_override_the_architecture():
 
 @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 2, 3), (0, 2), (1,)])
 @torch.no_grad()
-def test_feature_maps_are_those_of_timm(out_indices):
+def test_feature_maps_equal_those_of_timm(out_indices):
     model = sampling(FlashInternImageBackbone("nano", out_indices=out_indices)).eval()
     reference = timm.create_model(
         "flash_internimage_nano", features_only=True, out_indices=out_indices, layer_scale=1.0
@@ -99,7 +99,7 @@ def test_feature_maps_are_those_of_timm(out_indices):
         torch.testing.assert_close(actual, other, rtol=0, atol=0)
 
 
-def test_what_lies_behind_the_last_feature_map_is_left_out():
+def test_layers_after_the_last_feature_map_are_left_out():
     names = {name for name, _ in backbone(out_indices=(0, 1)).named_parameters()}
     assert {name.split(".")[1] for name in names if name.startswith("levels")} == {"0", "1"}
     assert not any(name.startswith(("levels.1.downsample", "conv_head", "head")) for name in names)
@@ -107,7 +107,7 @@ def test_what_lies_behind_the_last_feature_map_is_left_out():
 
 
 @torch.no_grad()
-def test_regions_behind_a_stock_neck_are_read_where_they_lie():
+def test_roi_align_accepts_the_memory_format_of_the_feature_maps():
     maps = backbone().eval()(images(1, 3, 64, 64))
     pyramid = FPN([16, 32, 64, 128], 8, 4)(maps)
     roi_align, rois = RoIAlign(7, 0.25), torch.tensor([[0.0, 5.0, 9.0, 50.0, 40.0]])
@@ -144,7 +144,7 @@ def test_recomputing_gives_the_same_gradients():
         (4, ("patch_embed.", "levels.")),
     ],
 )
-def test_frozen_stages_have_no_gradients_and_all_others_do(frozen_stages, frozen):
+def test_only_frozen_stages_have_no_gradients(frozen_stages, frozen):
     model = backbone(frozen_stages=frozen_stages)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad != name.startswith(frozen), name
@@ -188,13 +188,13 @@ def weights() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def classifier() -> dict[str, Tensor]:
-    """The weights of an image classifier with layer scales, under the published names."""
+    """Return weights of an image classifier with layer scales, under the published names."""
     torch.manual_seed(5)
     arguments = {**SMALL, "layer_scale": 1.0, "num_classes": 7}
     return sampling(timm.create_model("flash_internimage_nano", **arguments)).state_dict()
 
 
-def test_without_a_checkpoint_the_initial_weights_stay():
+def test_initial_weights_are_kept_without_a_checkpoint():
     model = backbone()
     before = copy.deepcopy(model.state_dict())
     model.init_weights()
@@ -202,7 +202,7 @@ def test_without_a_checkpoint_the_initial_weights_stay():
 
 
 @pytest.mark.parametrize("container", ["state_dict", "model_ema", "model"])
-def test_published_containers_of_a_classifier(container, classifier, tmp_path):
+def test_published_checkpoints_of_a_classifier(container, classifier, tmp_path):
     torch.save({container: classifier, "epoch": 299}, tmp_path / "classifier.pth")
     model = pretrained(tmp_path / "classifier.pth")
     assert_weights(model, {name: classifier[name] for name in model.state_dict()})
@@ -215,7 +215,7 @@ def test_prefixes(prefix, weights, tmp_path):
     assert_weights(pretrained(tmp_path / "backbone.pth"), weights)
 
 
-def test_of_a_detector_the_backbone_alone_is_taken(weights, tmp_path):
+def test_only_the_backbone_of_a_detector_is_loaded(weights, tmp_path):
     names = {"neck.convs.0.weight": torch.zeros(1), "ema_backbone_norm": torch.zeros(1)}
     names |= {"backbone." + name: tensor for name, tensor in weights.items()}
     checkpoint = {
@@ -230,7 +230,7 @@ def test_of_a_detector_the_backbone_alone_is_taken(weights, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "backbone", "teacher.backbone.", "student"])
-def test_prefix_chooses_the_weights_as_it_does_for_mmengine(prefix, tmp_path):
+def test_prefix_selects_the_same_weights_as_in_mmengine(prefix, tmp_path):
     parts = {
         name: backbone(seed).state_dict()
         for seed, name in enumerate(("backbone.", "teacher.backbone.", "student."), start=2)
@@ -247,13 +247,13 @@ def test_prefix_chooses_the_weights_as_it_does_for_mmengine(prefix, tmp_path):
     assert_weights(theirs, expected)
 
 
-def test_prefix_that_the_checkpoint_lacks_is_named(weights, tmp_path):
+def test_prefix_missing_from_the_checkpoint_is_an_error(weights, tmp_path):
     torch.save(weights, tmp_path / "backbone.pth")
     with pytest.raises(ValueError, match=r"prefix must match names .*levels.*, got 'backbone\.'"):
         pretrained(tmp_path / "backbone.pth", init_cfg={"prefix": "backbone."})
 
 
-def test_init_cfg_takes_the_class_of_mmengine_too(weights, tmp_path):
+def test_init_cfg_accepts_the_class_of_mmengine(weights, tmp_path):
     torch.save(weights, tmp_path / "backbone.pth")
     kind = WEIGHT_INITIALIZERS.get("Pretrained")
     assert_weights(pretrained(tmp_path / "backbone.pth", init_cfg={"type": kind}), weights)
@@ -264,7 +264,7 @@ def test_safetensors(weights, tmp_path):
     assert_weights(pretrained(tmp_path / "model.safetensors"), weights)
 
 
-def test_fewer_stages_than_the_checkpoint_has(classifier, tmp_path):
+def test_fewer_stages_than_the_checkpoint(classifier, tmp_path):
     torch.save({"model": classifier}, tmp_path / "classifier.pth")
     model = pretrained(tmp_path / "classifier.pth", out_indices=(0, 2))
     assert_weights(model, {name: classifier[name] for name in model.state_dict()})
@@ -284,7 +284,7 @@ def test_checkpoint_without_layer_scales(post_norm, tmp_path):
     assert all(p.eq(1).all() for name, p in model.named_parameters() if "gamma" in name)
 
 
-def test_scales_that_start_elsewhere_must_be_in_the_checkpoint(tmp_path):
+def test_layer_scales_other_than_one_must_be_in_the_checkpoint(tmp_path):
     torch.save(backbone(layer_scale=None).state_dict(), tmp_path / "tiny.pth")
     with pytest.raises(ValueError, match=r"missing: levels\.0\.blocks\.0\.gamma1"):
         pretrained(tmp_path / "tiny.pth", layer_scale=1e-5)
@@ -306,7 +306,7 @@ def test_scales_that_start_elsewhere_must_be_in_the_checkpoint(tmp_path):
     ],
     ids=["missing", "unexpected", "shape", "one scale"],
 )
-def test_weights_that_do_not_fit_change_nothing(change, problem, weights, tmp_path):
+def test_weights_that_do_not_fit_leave_the_model_unchanged(change, problem, weights, tmp_path):
     changed = dict(weights)
     change(changed)
     torch.save(changed, tmp_path / "changed.pth")
@@ -318,7 +318,7 @@ def test_weights_that_do_not_fit_change_nothing(change, problem, weights, tmp_pa
     assert_weights(model, before)
 
 
-def test_models_without_released_weights_are_refused():
+def test_models_without_released_weights_are_rejected():
     with pytest.raises(FileNotFoundError, match=r"nano\.untrained is neither .*tiny\.in1k"):
         pretrained("flash_internimage_nano.untrained")
 

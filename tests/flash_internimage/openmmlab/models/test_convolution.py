@@ -1,4 +1,4 @@
-"""DCNv4 in the places of OpenMMLab where a config names a convolution."""
+"""Test DCNv4 as a convolution in configs of OpenMMLab."""
 
 import copy
 
@@ -24,7 +24,7 @@ def conv_module(**options) -> ConvModule:
     "options", [{}, {"padding_mode": "reflect"}, {"dilation": 2}, {"bias": True}]
 )
 @pytest.mark.filterwarnings("ignore:Unnecessary conv bias")
-def test_conv_module_has_the_attributes_of_one_around_nn_conv2d(options):
+def test_conv_module_has_the_same_attributes_as_with_nn_conv2d(options):
     module, plain = conv_module(**options), conv_module(**options, conv_cfg=None)
     assert type(module.conv) is FlashDCNv4
     names = "in_channels out_channels kernel_size stride padding dilation transposed output_padding"
@@ -37,21 +37,21 @@ def test_conv_module_has_the_attributes_of_one_around_nn_conv2d(options):
     assert module(x).shape == plain(x).shape
 
 
-def test_offset_groups_are_chosen_in_the_config():
+def test_offset_groups_are_set_in_the_config():
     assert conv_module().conv.offset_groups == 2
     assert conv_module(conv_cfg={"type": "FlashDCNv4", "deform_groups": 8}).conv.offset_groups == 8
     with pytest.raises(ValueError, match="groups must be 1, as every output channel"):
         conv_module(groups=4)
 
 
-def test_conv_cfg_takes_the_class_of_the_operators_too():
+def test_conv_cfg_accepts_the_class_of_ops_dcnv4():
     assert conv_module(conv_cfg={"type": DCNv4Conv2d}).conv.offset_groups == 2
     module = conv_module(conv_cfg={"type": DCNv4Conv2d, "offset_groups": 4})
     assert (module.groups, module.conv.groups, module.conv.offset_groups) == (1, 1, 4)
     assert module(torch.randn(2, 32, 9, 8)).shape == (2, 48, 5, 4)
 
 
-def test_fusing_batch_norms_changes_nothing():
+def test_fusing_batch_norms_keeps_the_output():
     module = conv_module().eval()
     torch.nn.init.normal_(module.bn.running_mean)
     x = torch.randn(2, 32, 9, 8)
@@ -59,7 +59,7 @@ def test_fusing_batch_norms_changes_nothing():
     torch.testing.assert_close(fused(x), module(x), rtol=0, atol=0)
 
 
-def test_mmengine_counts_its_multiply_adds_by_the_handles():
+def test_mmengine_counts_multiply_adds_with_the_handles():
     module = conv_module(norm_cfg=None)
     analyzer = FlopAnalyzer(module, torch.rand(1, 32, 9, 8)).set_op_handle(**flops.HANDLES)
     pixels, pixels_out, offset_channels = 9 * 8, 5 * 4, 56
@@ -67,7 +67,7 @@ def test_mmengine_counts_its_multiply_adds_by_the_handles():
     assert analyzer.total() == projections + 5 * pixels_out * 9 * 32
 
 
-def test_init_cfg_of_linear_layers_leaves_offsets_at_zero():
+def test_init_cfg_of_linear_layers_keeps_offsets_at_zero():
     layers = ModuleList(
         [
             MODELS.build(
@@ -80,7 +80,7 @@ def test_init_cfg_of_linear_layers_leaves_offsets_at_zero():
     assert not layers[0].offset_mask.weight.any()
 
 
-def test_resnet_of_mmdet_takes_it_as_dcn():
+def test_resnet_of_mmdet_accepts_it_as_dcn():
     resnet = ResNet(
         50, base_channels=16, dcn={"type": "FlashDCNv4"}, stage_with_dcn=(False, False, False, True)
     )

@@ -1,4 +1,4 @@
-"""The detectors, loaded with published names, beside outputs of the published code."""
+"""Compare detectors with published weights to outputs of the published code."""
 
 import copy
 
@@ -24,7 +24,7 @@ from tests.flash_internimage.openmmlab.goldens import (
 
 
 def rcnn_config(folder: str) -> dict:
-    """That of a Mask R-CNN or a Cascade Mask R-CNN; the types of two parts have other names."""
+    """Return the config of a published (Cascade) Mask R-CNN, with two modules renamed."""
     config = published_config(folder)
     config["backbone"] = backbone_config(config["backbone"])
     neck = config["neck"]
@@ -40,7 +40,7 @@ def rcnn_config(folder: str) -> dict:
 
 
 def dino_config() -> dict:
-    """The transformer, once a part of the head, is now one of the detector."""
+    """Return the config of the published DINO, with the transformer moved out of the head."""
     published = published_config("dino")
     head, transformer = published["bbox_head"], published["bbox_head"]["transformer"]
     encoder, decoder = transformer["encoder"], transformer["decoder"]
@@ -100,7 +100,7 @@ def load(folder: str, config: dict) -> nn.Module:
 
 
 def sample(image: Tensor, img_shape: Tensor, rois: Tensor | None = None) -> DetDataSample:
-    """What the data pipeline says of an image that is not resized, perhaps with proposals."""
+    """Return the data sample of an image that is not resized, optionally with proposals."""
     height, width = img_shape[0].tolist()
     metainfo = {
         "img_shape": (height, width),
@@ -115,18 +115,18 @@ def sample(image: Tensor, img_shape: Tensor, rois: Tensor | None = None) -> DetD
 
 
 def with_scores(found: InstanceData) -> Tensor:
-    """(n, 5): corners and score."""
+    """Return boxes and scores as an array, (n, 5)."""
     return torch.cat((found.bboxes, found.scores[:, None]), 1)
 
 
 def detections(model: nn.Module, image: Tensor, *description: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes with their scores, (n, 5), and labels."""
+    """Return boxes with their scores, (n, 5), and labels."""
     [result] = model.predict(image, [sample(image, *description)], rescale=False)
     return with_scores(result.pred_instances), result.pred_instances.labels
 
 
 def convolutional_outputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What Mask R-CNN and Cascade Mask R-CNN compute before the heads of the regions."""
+    """Return what (Cascade) Mask R-CNN computes before the box and mask heads."""
     image, img_shape, rois = inputs["img"], inputs["img_shape"], inputs["rois"]
     maps = model.backbone(image)
     pyramid = model.neck(maps)
@@ -179,7 +179,7 @@ def test_cascade_mask_rcnn():
 
 
 def refinement(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The regions that each stage takes over from the one before, and what it makes of them."""
+    """Return the regions that enter each stage of the cascade, and the outputs of its head."""
     heads, outputs = copy.deepcopy(model.roi_head), {}
 
     def record(i: int) -> None:
@@ -259,7 +259,7 @@ def dino_outputs(
 
 
 def head_at_the_border(head: nn.Module) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The published results for references from 0 to 1, and those of a head."""
+    """Return the published outputs for references from 0 to 1, and those of a head."""
     edge = arrays("dino/head_edge")
     with torch.no_grad():
         return edge, *head(edge["hidden_states"], list(edge["references"]))
@@ -283,12 +283,12 @@ def test_stock_dino_head_differs_at_the_border_of_the_image():
     assert (boxes - edge["all_bbox_preds"]).abs().max() > 1e-3
 
 
-def test_stock_dino_takes_no_published_weights():
+def test_stock_dino_cannot_load_published_weights():
     with pytest.raises(RuntimeError, match=r"size mismatch for decoder\.ref_point_head\.layers\.0"):
         load("dino", {**dino_config(), "type": "DINO"})
 
 
-def test_queries_of_dino_start_as_published():
+def test_queries_of_dino_are_initialised_as_published():
     torch.manual_seed(0)
     model = MODELS.build(ConfigDict(dino_config()))
     model.init_weights()
@@ -296,6 +296,6 @@ def test_queries_of_dino_start_as_published():
 
 
 @pytest.mark.parametrize("registry", [MODELS, ROOT_MODELS], ids=["mmdet", "root"])
-def test_configs_name_the_parts_of_dino(registry):
+def test_modules_of_dino_are_registered(registry):
     assert registry.get("HalfWidthEncodingDINO") is HalfWidthEncodingDINO
     assert registry.get("ClampedReferenceDINOHead") is ClampedReferenceDINOHead

@@ -1,4 +1,4 @@
-"""The feature pyramid beside its formula, written with NumPy."""
+"""Compare the feature pyramid with a NumPy implementation."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def neck(num_outs: int = 5) -> LayerNormFPN:
 
 
 def convolution(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Of (N, C, H, W), with as many zeros around as keep the size."""
+    """Convolve (N, C, H, W) with zero padding that keeps the size."""
     side = weight.shape[-1]
     x = np.pad(x, [(0, 0), (0, 0), (side // 2,) * 2, (side // 2,) * 2])
     windows = np.lib.stride_tricks.sliding_window_view(x, (side, side), axis=(2, 3))
@@ -39,7 +39,7 @@ def convolution(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Over the channels of each pixel."""
+    """Normalise over the channels of each pixel."""
     mean, variance = x.mean(1, keepdims=True), x.var(1, keepdims=True)
     x = (x - mean) / np.sqrt(variance + 1e-5)
     return x * weight[:, None, None] + bias[:, None, None]
@@ -72,7 +72,7 @@ def pyramid(maps: list[Tensor], weights: dict[str, Tensor], num_outs: int) -> li
 @pytest.mark.parametrize("num_outs", [4, 5, 6])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @torch.no_grad()
-def test_outputs_are_those_of_the_formula(sizes, num_outs, assert_near):
+def test_outputs_equal_those_of_numpy(sizes, num_outs, assert_near):
     model, maps = neck(num_outs), feature_maps(sizes)
     outputs = model(maps)
     assert isinstance(outputs, tuple)
@@ -82,7 +82,7 @@ def test_outputs_are_those_of_the_formula(sizes, num_outs, assert_near):
         assert_near(actual, torch.from_numpy(array), 1e-12)
 
 
-def test_inputs_stay_as_they_are():
+def test_inputs_are_unchanged():
     maps = feature_maps(SIZES["odd"])
     copies = [x.clone() for x in maps]
     neck()(maps)
@@ -90,13 +90,13 @@ def test_inputs_stay_as_they_are():
 
 
 @torch.no_grad()
-def test_outputs_are_contiguous_as_roi_align_needs_them():
+def test_outputs_are_contiguous_as_roi_align_requires():
     for layout in (torch.contiguous_format, torch.channels_last):
         outputs = neck()([x.to(memory_format=layout) for x in feature_maps(SIZES["even"])])
         assert all(x.is_contiguous() for x in outputs)
 
 
-def test_every_parameter_gets_a_gradient():
+def test_all_parameters_receive_a_gradient():
     model = neck()
     sum(output.square().sum() for output in model(feature_maps(SIZES["even"]))).backward()
     assert [name for name, p in model.named_parameters() if not p.grad.any()] == []
@@ -133,6 +133,6 @@ def test_fewer_outputs_than_inputs_are_an_error():
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_other_number_of_feature_maps_is_an_error(count):
+def test_wrong_number_of_feature_maps_is_an_error(count):
     with pytest.raises(ValueError, match=f"inputs must hold 4 feature maps, got {count}"):
         neck()(feature_maps(SIZES["even"])[:count])

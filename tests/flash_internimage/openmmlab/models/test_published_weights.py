@@ -1,4 +1,4 @@
-"""Published files, paths and arrays in mmdet's and mmseg's own inference."""
+"""Test published weights in the inference functions of mmdet and mmseg."""
 
 import importlib
 import logging
@@ -61,7 +61,7 @@ WAYS = [
 
 @pytest.mark.parametrize(("config", "load"), WAYS)
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_published_file(config, load, prefix, tmp_path, log):
+def test_inference_functions_load_published_files(config, load, prefix, tmp_path, log):
     model = build(config)
     published = restore_checkpoint({"state_dict": model.state_dict(), "meta": {}})["state_dict"]
     published = {prefix + name: tensor for name, tensor in published.items()}
@@ -73,7 +73,7 @@ def test_a_published_file(config, load, prefix, tmp_path, log):
 
 
 @pytest.mark.parametrize("config", [DINO, MASK2FORMER])
-def test_pytorch_loads_it_too(config):
+def test_load_state_dict_accepts_published_names(config):
     model, other = build(config), build(config)
     published = restore_checkpoint({"state_dict": model.state_dict()})["state_dict"]
     other.load_state_dict(published, strict=True)
@@ -82,7 +82,7 @@ def test_pytorch_loads_it_too(config):
 
 
 @pytest.mark.parametrize("config", [DINO, MASK2FORMER])
-def test_what_does_not_fit_is_counted_and_named(config, tmp_path, log, capsys):
+def test_tensors_that_do_not_fit_are_logged(config, tmp_path, log, capsys):
     model = build(config)
     state_dict = model.state_dict()
     part = "bbox_head.cls_branches.0" if config == DINO else "decode_head.cls_embed"
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_counted_and_named(config, tmp_path, log, capsys):
         assert text in log.text
 
 
-def test_a_classifiers_file_in_a_detector(tmp_path, log):
+def test_loading_a_classifier_into_a_detector_is_logged(tmp_path, log):
     model = build(MASK_RCNN)
     names = [f"levels.{i}.weight" for i in range(7)]
     torch.save({"state_dict": dict.fromkeys(names, torch.zeros(1))}, tmp_path / "classifier.pth")
@@ -130,7 +130,7 @@ def test_inference_on_paths_and_arrays(config, library, scores, tmp_path, safe_r
     Image.fromarray(pixels[..., ::-1]).save(path)
     expected = scores(infer(model, path))
     assert len(expected) > 0
-    for images in ([pixels, path], [path, pixels], path, Path(path)):  # arrays change the pipeline
+    for images in ([pixels, path], [path, pixels], path, Path(path)):  # arrays switch the loader
         found = infer(model, images)
         for each in found if isinstance(images, list) else [found]:
             torch.testing.assert_close(scores(each), expected, rtol=1e-3, atol=1e-3)

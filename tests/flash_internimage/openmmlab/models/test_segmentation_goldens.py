@@ -1,4 +1,4 @@
-"""The segmentors, loaded with published names, beside outputs of the published code."""
+"""Compare segmentors with published weights to outputs of the published code."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def upernet_config() -> dict:
 
 
 def mask2former_config() -> dict:
-    """The classes are one number, the head has the training's settings, layers name their parts."""
+    """Return the config of the published Mask2Former in the format of today's mmseg."""
     config = published_config("mask2former")
     head = config["decode_head"]
     pixel_decoder, transformer = head["pixel_decoder"], head["transformer_decoder"]
@@ -104,14 +104,14 @@ def load(folder: str, config: dict, weights: dict[str, Tensor] | None = None) ->
 
 
 def mask2former(**options) -> nn.Module:
-    """With options of the head."""
+    """Load the golden Mask2Former with options of the head."""
     config = mask2former_config()
     config["decode_head"] |= options
     return load("mask2former", config)
 
 
 def scores_of(model: nn.Module, folder: str, ori_shape: tuple[int, int] = INPUT) -> Tensor:
-    """Scores of the golden image, resized to a size that it had before, (1, classes, H, W)."""
+    """Return the scores of the golden image, (1, classes, H, W), at its original size."""
     sample = SegDataSample(metainfo={"ori_shape": ori_shape, "img_shape": INPUT})
     [result] = model.predict(arrays(f"{folder}/input")["img"], [sample])
     scores = result.seg_logits.data
@@ -176,7 +176,7 @@ def test_scores_are_resized_to_the_input_and_then_to_the_original_image(folder, 
 
 @torch.no_grad()
 def test_padding_counts_as_part_of_the_input():
-    """As mmseg's own heads have it: it is cut off after the resizing."""
+    """Padding is removed after resizing, as with the heads of mmseg."""
     model, image = mask2former(), arrays("mask2former/input")["img"]
     metainfo = {"ori_shape": (96, 128), "img_shape": (96, 128), "pad_shape": INPUT}
     whole = model.encode_decode(image, [{"img_shape": INPUT}])
@@ -193,7 +193,7 @@ def test_padding_counts_as_part_of_the_input():
     ids=["square", "oblong", "higher than the image", "one window"],
 )
 @torch.no_grad()
-def test_windows_are_segmented_as_images_of_their_size(crop, stride, combine_first):
+def test_windows_are_segmented_like_images_of_their_size(crop, stride, combine_first):
     model, image = mask2former(combine_first=combine_first), arrays("mask2former/input")["img"]
     image = torch.cat([image, image.flip(3)])
     (height, width), count = INPUT, torch.zeros(INPUT)
@@ -211,7 +211,7 @@ def test_windows_are_segmented_as_images_of_their_size(crop, stride, combine_fir
     torch.testing.assert_close(found, total / count, rtol=0, atol=1e-5)
 
 
-def test_order_of_mmseg_can_be_chosen_and_differs_from_the_published_one():
+def test_the_order_of_mmseg_is_optional_and_gives_other_results():
     stock = mask2former(combine_first=False)
     own = mask2former(type="Mask2FormerHead")
     assert type(stock.decode_head) is CombineFirstMask2FormerHead
@@ -227,8 +227,8 @@ def test_order_of_mmseg_can_be_chosen_and_differs_from_the_published_one():
     "swapped", [("self_attn", "cross_attn"), ("query_embed", "query_feat")], ids=" ".join
 )
 @torch.no_grad()
-def test_weights_at_the_wrong_place_show_in_the_scores(swapped):
-    """Their shapes agree, so that they load without a complaint."""
+def test_swapped_weights_change_the_scores(swapped):
+    """Swapped weights of equal shapes load without an error."""
     one, other = swapped
 
     def swap(name: str) -> str:
@@ -245,5 +245,5 @@ def test_weights_at_the_wrong_place_show_in_the_scores(swapped):
 
 
 @pytest.mark.parametrize("registry", [MODELS, ROOT_MODELS], ids=["mmseg", "root"])
-def test_configs_name_the_head_of_mask2former(registry):
+def test_the_head_of_mask2former_is_registered(registry):
     assert registry.get("CombineFirstMask2FormerHead") is CombineFirstMask2FormerHead
