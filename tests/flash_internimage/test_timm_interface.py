@@ -169,7 +169,7 @@ def test_weights_can_be_assigned_to_a_meta_model():
     assert_equal(model.state_dict(), weights)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     kwargs = {"depths": (1, 1, 1, 1), "groups": (1, 2, 4, 8), "channels": 16, "num_classes": 10}
     floats = {"drop_rate": 0.5, "drop_path_rate": 0.25, "mlp_ratio": 2.0, "cls_scale": 2.0}
     floats |= {"layer_scale": 0.5, "offset_scale": 2.0}

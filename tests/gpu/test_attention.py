@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.cuda_model.attention_cases import DTYPE_PAIRS
 from tests.cuda_model.test_attention import (  # noqa: F401
     test_other_sizes,
-    test_queries_that_fill_no_block,
-    test_sizes_that_kernels_are_compiled_for,
+    test_queries_fewer_than_a_block,
+    test_sizes_with_specialised_kernels,
     test_sums_in_a_fixed_order,
     test_unaligned_memory,
 )
@@ -64,7 +64,7 @@ def test_image_in_a_large_batch_equals_the_image_alone(form, dtype, points_dtype
 @pytest.mark.usefixtures("deterministic")
 @dtype_pairs
 @both_forms
-def test_deterministic_results_are_the_same_every_time(form, dtype, points_dtype, run):
+def test_deterministic_results_are_reproducible(form, dtype, points_dtype, run):
     inputs = encoder_inputs(dtype, points_dtype)
     expected = run(inputs, form)
     for _ in range(3):
@@ -72,7 +72,7 @@ def test_deterministic_results_are_the_same_every_time(form, dtype, points_dtype
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(65537, 1), (1, 8 * 65535 + 5)])
-def test_more_images_or_heads_than_a_grid_has_layers(batch, heads, run, assert_near):
+def test_more_images_or_heads_than_the_grid_limit(batch, heads, run, assert_near):
     inputs = random_inputs(((1, 1),), 1, heads, 1, queries=1, batch=batch)
     results = run(inputs, "split"), run_reference(inputs, "split")
     for actual, expected in zip(*results, strict=True):
@@ -100,7 +100,7 @@ def large_inputs(batch: int, length: int, queries: int) -> Inputs:
     )
 
 
-def test_a_batch_of_more_elements_than_32_bits_can_count():
+def test_a_batch_beyond_32_bit_indices():
     skip_without_memory(40 * GIB)
     inputs = large_inputs(batch=33, length=512, queries=1000)
     assert inputs.value.numel() > 2**31
@@ -110,7 +110,7 @@ def test_a_batch_of_more_elements_than_32_bits_can_count():
         assert_same_halves(tuple(t[i : i + 1] for t in together), alone)
 
 
-def test_an_image_of_more_elements_than_32_bits_can_count():
+def test_an_image_beyond_32_bit_indices():
     skip_without_memory(40 * GIB)
     inputs = large_inputs(batch=1, length=2944, queries=1000)
     assert inputs.value.numel() > 2**31
@@ -149,7 +149,7 @@ def test_every_element_of_the_results_is_written(form, dtype, points_dtype, head
 
 @pytest.mark.parametrize("levels", ["tensors", "lists"])
 @both_forms
-def test_the_cpu_does_not_wait_for_the_gpu(form, levels):
+def test_calls_do_not_synchronise_with_the_gpu(form, levels):
     inputs = encoder_inputs(torch.float16, torch.float32)
     if levels == "lists":
         inputs = inputs._replace(spatial_shapes=list(LEVELS), level_start_index=None)
@@ -162,7 +162,7 @@ def test_the_cpu_does_not_wait_for_the_gpu(form, levels):
 
 @pytest.mark.usefixtures("deterministic")
 @both_forms
-def test_a_cuda_graph_computes_anew_from_changed_inputs(form, run):
+def test_a_cuda_graph_can_be_replayed_with_other_inputs(form, run):
     example, *others = (encoder_inputs(torch.float16, seed=seed) for seed in range(3))
     results = replay(lambda inputs: compute(inputs, form), example, others)
     for result, other in zip(results, others, strict=True):

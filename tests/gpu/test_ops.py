@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ops_dcnv4 import dcnv4
 from tests.cuda_model.test_ops import (  # noqa: F401
-    test_halves_up_to_998_thousandths_of_the_largest_do_not_overflow,
-    test_images_that_fill_no_block,
-    test_more_images_than_a_grid_has_layers,
+    test_images_smaller_than_a_block,
+    test_more_images_than_the_grid_limit,
     test_other_sizes,
-    test_sizes_that_kernels_are_compiled_for,
+    test_sizes_with_specialised_kernels,
     test_unaligned_memory,
+    test_values_up_to_99_8_percent_of_the_float16_maximum_do_not_overflow,
 )
 from tests.ops_dcnv4.cases import (
     DTYPES,
@@ -44,7 +44,7 @@ def compute(tensors: Tensors, p: Parameters) -> Result:
     return Result(output.detach(), *torch.autograd.grad(output, inputs, tensors.grad_output))
 
 
-def on_the_cpu(result: Result) -> Result:
+def to_cpu(result: Result) -> Result:
     return Result(*(tensor.cpu() for tensor in result))
 
 
@@ -65,7 +65,7 @@ def test_image_in_a_large_batch_equals_the_image_alone(size, groups, dtype, run,
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_deterministic_results_are_the_same_every_time(dtype, run):
+def test_deterministic_results_are_reproducible(dtype, run):
     p = Parameters(groups=8)
     tensors = random_tensors(p, 4, (28, 28), group_channels=16).to(dtype)
     expected = run(tensors, p)
@@ -75,7 +75,7 @@ def test_deterministic_results_are_the_same_every_time(dtype, run):
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize(("batch", "groups"), [(65537, 1), (1, 8 * 65535 + 5)])
-def test_more_images_or_groups_than_a_grid_has_layers(batch, groups, run, assert_near):
+def test_more_images_or_groups_than_the_grid_limit(batch, groups, run, assert_near):
     p = Parameters(groups=groups, kernel_size=(1, 1), padding=(0, 0))
     tensors = random_tensors(p, batch, (1, 2), group_channels=1, padding_channels=0)
     for actual, expected in zip(run(tensors, p), run_reference(tensors, p), strict=True):
@@ -104,7 +104,7 @@ def assert_same_halves(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...])
         torch.testing.assert_close(a, e, rtol=4e-3, atol=2e-2)
 
 
-def test_a_batch_of_more_elements_than_32_bits_can_count():
+def test_a_batch_beyond_32_bit_indices():
     skip_without_memory(56 * GIB)
     p, images = Parameters(groups=4), 33
     tensors = large_tensors(p, images, 1024, 1024, 64)
@@ -115,7 +115,7 @@ def test_a_batch_of_more_elements_than_32_bits_can_count():
         assert_same_halves(tuple(t[i : i + 1] for t in together), alone)
 
 
-def test_an_image_of_more_elements_than_32_bits_can_count():
+def test_an_image_beyond_32_bit_indices():
     skip_without_memory(64 * GIB)
     p = Parameters(groups=4)
     tensors = large_tensors(p, 1, 6400, 6400, 64)
@@ -172,7 +172,7 @@ def test_runs_on_the_device_of_its_tensors(run):
     assert torch.cuda.current_device() == 0
     result = compute(tensors.to("cuda:1"), p)
     assert {str(t.device) for t in result} == {"cuda:1"}
-    for actual, expected in zip(on_the_cpu(result), run(tensors, p), strict=True):
+    for actual, expected in zip(to_cpu(result), run(tensors, p), strict=True):
         torch.testing.assert_close(actual, expected)
 
 
@@ -186,7 +186,7 @@ def test_tensors_on_two_devices_are_refused(device):
 
 
 @pytest.mark.parametrize("dtype", FAST_DTYPES)
-def test_the_cpu_does_not_wait_for_the_gpu(dtype, device):
+def test_calls_do_not_synchronise_with_the_gpu(dtype, device):
     p = Parameters(groups=4)
     tensors = random_tensors(p, group_channels=16).to(dtype).to(device)
     torch.cuda.set_sync_debug_mode("error")
@@ -220,7 +220,7 @@ def replay(
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", FAST_DTYPES)
-def test_a_cuda_graph_computes_anew_from_changed_inputs(dtype, run, device):
+def test_a_cuda_graph_can_be_replayed_with_other_inputs(dtype, run, device):
     p = Parameters(groups=4)
     example, *others = (
         random_tensors(p, group_channels=16, seed=seed).to(dtype) for seed in range(3)
@@ -242,7 +242,7 @@ def gpu_activities(function: Callable[[], object]) -> list[str]:
 
 
 @pytest.mark.parametrize(("dtype", "backward"), [(torch.float32, 2), (torch.float16, 3)])
-def test_nothing_is_launched_but_what_is_needed(dtype, backward, device):
+def test_only_the_necessary_kernels_are_launched(dtype, backward, device):
     p = Parameters(groups=4)
     value, offset_mask, grad_output = random_tensors(p, group_channels=16).to(dtype).to(device)
     operators = torch.ops.ops_dcnv4
@@ -257,9 +257,9 @@ def test_nothing_is_launched_but_what_is_needed(dtype, backward, device):
 # Without nvcc
 
 
-def test_the_reference_computes_the_same_on_a_gpu(device, assert_near):
+def test_the_reference_gives_the_same_results_on_a_gpu(device, assert_near):
     p = Parameters(stride=(2, 1), remove_center=True)
     tensors = random_tensors(p)
-    actual = on_the_cpu(run_reference(tensors.to(device), p))
+    actual = to_cpu(run_reference(tensors.to(device), p))
     for a, expected in zip(actual, run_operator(tensors, p), strict=True):
         assert_near(a, expected, 1e-12)

@@ -13,8 +13,8 @@ FAST_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 # Triton is only reached through the public functions, which check the arguments.
-del test_kernels_refuse_what_would_lead_outside_their_tensors  # noqa: F821
-del test_backward_kernel_refuses_a_gradient_unlike_the_output  # noqa: F821
+del test_kernels_reject_arguments_that_exceed_their_tensors  # noqa: F821
+del test_backward_kernel_rejects_a_gradient_unlike_the_output  # noqa: F821
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,7 +23,7 @@ def _triton() -> Iterator[None]:
         yield
 
 
-def test_the_compiled_kernels_are_under_test(device):
+def test_the_expected_kernels_are_used(device):
     """Replace the shared test of that name."""
     assert choose_backend(device) == "triton"
 

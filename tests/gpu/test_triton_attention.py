@@ -10,12 +10,12 @@ from tests.ops_dcnv4.test_attention import *  # noqa: F403  what every backend m
 from tests.ops_dcnv4.test_attention import both_forms
 
 # Triton is only reached through the public functions, which check the arguments.
-del test_kernels_refuse_what_would_lead_outside_their_tensors  # noqa: F821
-del test_backward_kernel_refuses_a_gradient_unlike_the_output  # noqa: F821
+del test_kernels_reject_arguments_that_exceed_their_tensors  # noqa: F821
+del test_backward_kernel_rejects_a_gradient_unlike_the_output  # noqa: F821
 
 
 @pytest.mark.parametrize("operator", [""])
-def test_the_compiled_kernels_are_under_test(operator, device):
+def test_the_expected_kernels_are_used(operator, device):
     """Triton's: the name is that of the shared test."""
     assert choose_backend(device) == "triton"
 

@@ -1,4 +1,4 @@
-"""Deformable attention with torch.library, torch.compile, torch.export and autocast."""
+"""Tests of deformable attention with torch.library, torch.compile, torch.export and autocast."""
 
 import pytest
 import torch

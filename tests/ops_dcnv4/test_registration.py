@@ -1,4 +1,4 @@
-"""DCNv4 with torch.library, torch.compile, torch.export, torch.func and autocast."""
+"""Tests of DCNv4 with torch.library, torch.compile, torch.export, torch.func and autocast."""
 
 import pytest
 import torch
