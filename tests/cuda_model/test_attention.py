@@ -9,7 +9,7 @@ from tests.cuda_model.build import AVAILABLE
 from tests.cuda_model.test_ops import (
     FORWARD,
     REVERSE,
-    _cuda_kernels,  # noqa: F401  replaces the CPU kernels
+    _cuda_kernels,  # noqa: F401  replaces the CPU kernels in this module
     set_order,  # noqa: F401
     unaligned,
 )
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Linux and g++")
 dtype_pairs = pytest.mark.parametrize(("dtype", "points_dtype"), DTYPE_PAIRS)
 
 
-# The paths through the kernels. tests/gpu imports these tests and runs them with more queries.
+# Paths through the kernels. tests/gpu imports these tests and runs them with more queries.
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_other_sizes(form, dtype, points_dtype, sizes, run):
 
 @pytest.mark.parametrize("count", [1, 15, 16, 33])
 @pytest.mark.parametrize(("heads", "head_channels"), [(1, 16), (3, 64), (9, 3)])
-def test_queries_fewer_than_a_block(heads, head_channels, count, run):
+def test_queries_that_partially_fill_a_block(heads, head_channels, count, run):
     sizes = {"heads": heads, "head_channels": head_channels, "queries": count, "points": 8}
     assert_documented_accuracy(run, exact_inputs(torch.float32, None, **sizes), "split")
 
@@ -127,7 +127,7 @@ def test_sums_in_a_fixed_order(form, head_channels, run):
     assert_documented_accuracy(run, inputs, form)
 
 
-# The order of threads, and errors that would end the process on a GPU
+# Order of threads, and errors that would end the process on a GPU
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -59,7 +59,7 @@ def _cuda_kernels() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-# The paths through the kernels. tests/gpu imports these tests and runs them on larger images.
+# Paths through the kernels. tests/gpu imports these tests and runs them on larger images.
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,9 @@ def magnitudes(tensors: Tensors, p: Parameters) -> Tensors:
 def assert_interpolated_in_halves(output: Tensor, tensors: Tensors, p: Parameters) -> None:
     """Check the error bound of interpolation in float16.
 
-    A weight and the sums that include its pixel are five numbers rounded to float16. Each has an
-    error of up to half an ulp or, if subnormal, of half the smallest number. The errors add up over
-    the taps, and the output is rounded once more.
+    Each pixel passes through five roundings to float16: its weight and the sums that include it.
+    Each adds an error of up to half an ulp or, for subnormals, half the smallest number. The errors
+    add up over the taps, and the output is rounded once more.
     """
     exact, magnitude = (run_exactly(t, p).output for t in (tensors, magnitudes(tensors, p)))
     ulp = torch.finfo(torch.float16).eps / 2
@@ -136,7 +136,7 @@ def test_other_sizes(p, group_channels, dtype, image_size, run):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (4, 4), (3, 5)])
 @pytest.mark.parametrize(("groups", "group_channels"), [(1, 16), (3, 64), (9, 3)])
-def test_images_smaller_than_a_block(groups, group_channels, size, run):
+def test_images_that_partially_fill_a_block(groups, group_channels, size, run):
     p = Parameters(groups=groups, padding=(2, 2))
     tensors = random_tensors(p, 2, size, group_channels, steps_per_pixel=64).to(torch.float32)
     assert_documented_accuracy(run, tensors, p)
@@ -173,7 +173,7 @@ def test_more_images_than_the_grid_limit(run):
     assert_documented_accuracy(run, tensors, p)
 
 
-# The order of threads
+# Order of threads
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_order_changes_only_the_rounding_of_atomic_sums(
     assert_equal(first._replace(grad_value=second.grad_value), second)
 
 
-# The ends of tensors
+# Accesses outside of tensors
 
 
 @pytest.mark.parametrize("where", ["before", "after"])

@@ -1,4 +1,4 @@
-"""The CUDA kernels of deformable attention on a GPU: the shared tests, memory and streams."""
+"""Tests of the CUDA kernels of deformable attention on a GPU: shared tests, memory, streams."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.cuda_model.attention_cases import DTYPE_PAIRS
 from tests.cuda_model.test_attention import (  # noqa: F401
     test_other_sizes,
-    test_queries_fewer_than_a_block,
+    test_queries_that_partially_fill_a_block,
     test_sizes_with_specialised_kernels,
     test_sums_in_a_fixed_order,
     test_unaligned_memory,
@@ -25,7 +25,7 @@ from tests.gpu.test_ops import (
 )
 from tests.ops_dcnv4.attention_cases import Inputs, Result, call, random_inputs, run_reference
 from tests.ops_dcnv4.cases import assert_equal
-from tests.ops_dcnv4.test_attention import *  # noqa: F403  what every backend must pass
+from tests.ops_dcnv4.test_attention import *  # noqa: F403  tests for every backend
 from tests.ops_dcnv4.test_attention import both_forms
 
 dtype_pairs = pytest.mark.parametrize(("dtype", "points_dtype"), DTYPE_PAIRS)
@@ -38,7 +38,7 @@ def queries() -> int:
 
 
 def compute(inputs: Inputs, form: str) -> Result:
-    """Output and gradients of tensors on the GPU, left there."""
+    """Return output and gradients of tensors on the GPU, without copying them to the CPU."""
     leaves = [t.detach().requires_grad_() for t in (inputs.value, inputs.locations, inputs.weights)]
     value, locations, weights = leaves
     output = call(inputs._replace(value=value, locations=locations, weights=weights), form)
@@ -83,7 +83,7 @@ def test_more_images_or_heads_than_the_grid_limit(batch, heads, run, assert_near
 
 
 def large_inputs(batch: int, length: int, queries: int) -> Inputs:
-    """Random halves, made on the GPU: a level of length x length pixels, 8 heads of 32 channels."""
+    """Draw float16 inputs on the GPU: one level of length x length pixels, 8 heads, 32 channels."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -180,7 +180,7 @@ torch.cuda.synchronize()
 
 
 def test_a_level_outside_of_value_fails_an_assertion():
-    """In a process of its own: afterwards it cannot use the GPU."""
+    """A failed assertion makes the GPU unusable for the process, so this starts another one."""
     process = subprocess.run(
         [sys.executable, "-c", OUTSIDE],
         cwd=Path(__file__).parents[2],

@@ -1,4 +1,4 @@
-"""Layers and models on a GPU: equality with the CPU, mixed precision, torch.compile."""
+"""Tests of layers and models on a GPU: equality with the CPU, mixed precision, torch.compile."""
 
 import copy
 
@@ -20,7 +20,7 @@ def _no_tf32(monkeypatch):
 
 
 def randomized_model(name: str) -> nn.Module:
-    """A registered model whose DCNv4 layers look around, unlike the published zero start."""
+    """Return a registered model with random offsets and modulation, which are initially zero."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: the shared tests, real sizes, memory and streams."""
+"""Tests of the CUDA kernels on a GPU: shared tests, realistic sizes, memory and streams."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ops_dcnv4 import dcnv4
 from tests.cuda_model.test_ops import (  # noqa: F401
-    test_images_smaller_than_a_block,
+    test_images_that_partially_fill_a_block,
     test_more_images_than_the_grid_limit,
     test_other_sizes,
     test_sizes_with_specialised_kernels,
@@ -26,7 +26,7 @@ from tests.ops_dcnv4.cases import (
     run_operator,
     run_reference,
 )
-from tests.ops_dcnv4.test_ops import *  # noqa: F403  what every backend must pass
+from tests.ops_dcnv4.test_ops import *  # noqa: F403  tests for every backend
 
 GIB = 2**30
 FAST_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -38,7 +38,7 @@ def image_size() -> tuple[int, int]:
 
 
 def compute(tensors: Tensors, p: Parameters) -> Result:
-    """Output and gradients of tensors on the GPU, left there."""
+    """Return output and gradients of tensors on the GPU, without copying them to the CPU."""
     inputs = [t.detach().requires_grad_() for t in tensors[:2]]
     output = dcnv4(*inputs, *p)
     return Result(output.detach(), *torch.autograd.grad(output, inputs, tensors.grad_output))
@@ -48,7 +48,7 @@ def to_cpu(result: Result) -> Result:
     return Result(*(tensor.cpu() for tensor in result))
 
 
-# Sizes and dependence
+# Sizes and reproducibility
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -90,7 +90,7 @@ def skip_without_memory(size: int) -> None:
 
 
 def large_tensors(p: Parameters, *shape: int) -> Tensors:
-    """Random halves, made on the GPU; coordinates are exact, so that they do not depend on size."""
+    """Draw float16 tensors on the GPU, with coordinates that are exact in images of any size."""
     generator = torch.Generator("cuda").manual_seed(0)
     normal = functools.partial(torch.randn, generator=generator, device="cuda", dtype=torch.float16)
     offset_mask = normal(*shape[:3], 3 * p.groups * p.taps)
@@ -99,7 +99,7 @@ def large_tensors(p: Parameters, *shape: int) -> Tensors:
 
 
 def assert_same_halves(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """But for the rounding of sums in another order, and of interpolation in another kernel."""
+    """Assert equality up to rounding, as the order of sums and the kernels may differ."""
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=4e-3, atol=2e-2)
 
@@ -129,9 +129,9 @@ def test_an_image_beyond_32_bit_indices():
 
 
 def poison_free_memory() -> list[range]:
-    """Put NaN (of any dtype) into the memory that is allocated next, at these addresses.
+    """Fill free memory with bytes that are NaN in any dtype, and return its addresses.
 
-    From large to small blocks, so that they fill the gaps between other tensors too.
+    Blocks are allocated from large to small, so that they also fill gaps between tensors.
     """
     torch.cuda.empty_cache()
     sizes = [2**23] * 4 + [2**19] * 16 + [2**16] * 64 + [2**12] * 64 + [2**9] * 64
@@ -201,7 +201,7 @@ def replay(
     inputs: tuple[Tensor, ...],
     others: Sequence[tuple[Tensor, ...]],
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Captures compute(inputs) in a CUDA graph; its results, on the CPU, with others as inputs."""
+    """Capture compute(inputs) in a CUDA graph and yield CPU results for other inputs."""
     warm_up = torch.cuda.Stream()
     warm_up.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm_up):
@@ -231,7 +231,7 @@ def test_a_cuda_graph_can_be_replayed_with_other_inputs(dtype, run, device):
 
 
 def gpu_activities(function: Callable[[], object]) -> list[str]:
-    """Names of the kernels, copies and fills that a call makes."""
+    """Return the names of the kernels, copies and fills that a call launches."""
     function()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -248,7 +248,7 @@ def test_only_the_necessary_kernels_are_launched(dtype, backward, device):
     operators = torch.ops.ops_dcnv4
     (kernel,) = gpu_activities(lambda: operators.dcnv4(value, offset_mask, *p))
     assert "forward" in kernel
-    # Zeros for the sums, the kernel, and the rounding of the sums to 16 bits
+    # One fill with zeros, the kernel, and the rounding of 16-bit gradients.
     names = gpu_activities(lambda: operators.dcnv4_backward(grad_output, value, offset_mask, *p))
     assert len(names) == backward
     assert "backward" in names[1]
