@@ -249,7 +249,7 @@ def test_run_writes_table_json_and_chart(quick, publish, tmp_path, capsys):
     assert "(windows of 7x7)" in table
 
 
-def test_skipped_competitors_are_left_out(quick, tmp_path, capsys):
+def test_skipped_competitors_are_omitted(quick, tmp_path, capsys):
     skip = ["--skip", *COMPETITORS.keys() - {OURS}]
     op.main([*TINY_RUN, "--shapes", "1x7x7x32", *skip, "--output", str(tmp_path)])
     (json_file,) = tmp_path.glob("*.json")

@@ -182,7 +182,7 @@ def leaves(section: type[Section], prefix: str = "") -> set[str]:
     return keys
 
 
-def test_every_setting_is_tested_as_used_or_refused():
+def test_every_setting_is_tested_as_used_or_rejected():
     assert USED.keys() | REFUSED.keys() == leaves(Config)
 
 
@@ -208,7 +208,7 @@ def test_a_changed_setting_is_used(key, change, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_a_setting_that_cannot_change_is_refused(key, change, checkpoint, digits, tmp_path):
+def test_a_setting_that_cannot_change_is_rejected(key, change, checkpoint, digits, tmp_path):
     (value, message), others = REFUSED[key], {}
     if key == "data.kind":
         others = {"data.root": str(tmp_path)}
@@ -227,7 +227,7 @@ def test_a_setting_that_cannot_change_is_refused(key, change, checkpoint, digits
 
 
 @pytest.mark.parametrize("key", REFUSED_WITHIN_AN_EPOCH)
-def test_a_setting_that_cannot_change_within_an_epoch_is_refused(key, change, checkpoint):
+def test_a_setting_that_cannot_change_within_an_epoch_is_rejected(key, change, checkpoint):
     value, message = REFUSED_WITHIN_AN_EPOCH[key]
     trainer = build(change(**{key: value}))
     with pytest.raises(ValueError, match=f"cannot resume from .*{message}"):

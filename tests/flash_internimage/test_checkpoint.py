@@ -265,14 +265,14 @@ def test_contents_other_than_a_dict_are_rejected(tmp_path, contents):
     assert message in refusal(tmp_path / "model.pth")
 
 
-def test_whole_model_is_refused(tmp_path):
+def test_whole_model_is_rejected(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "model.pth")
     message = refusal(tmp_path / "model.pth")
     assert "it contains a whole model (torch.nn.modules.linear.Linear)" in message
 
 
 @pytest.mark.parametrize("write", [write_zip, write_old, save_file])
-def test_truncated_file_is_refused_wherever_it_ends(tmp_path, write):
+def test_truncated_file_is_rejected_wherever_it_ends(tmp_path, write):
     path = tmp_path / ("model.safetensors" if write is save_file else "model.pth")
     write(WEIGHTS, path)
     whole = path.read_bytes()
@@ -282,7 +282,7 @@ def test_truncated_file_is_refused_wherever_it_ends(tmp_path, write):
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
-def test_random_bytes_are_refused(tmp_path, name):
+def test_random_bytes_are_rejected(tmp_path, name):
     path, generator = tmp_path / name, random.Random(0)
     for _ in range(100):
         path.write_bytes(generator.randbytes(generator.choice([1, 5, 50, 500])))
@@ -294,7 +294,7 @@ def test_random_bytes_are_refused(tmp_path, name):
     [b"<!DOCTYPE html>", b"version https://git-lfs", b"import torch\n", bytes(99), b"", b"PK"],
     ids=["page", "pointer", "text", "zeros", "empty", "start of a zip"],
 )
-def test_other_files_are_refused(tmp_path, contents):
+def test_other_files_are_rejected(tmp_path, contents):
     path = tmp_path / "model.pth"
     path.write_bytes(contents)
     beginning = f"not a zip archive or a pickle, it begins with {contents[:16]}"

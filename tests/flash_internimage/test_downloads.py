@@ -284,7 +284,7 @@ def test_a_truncated_body_is_rejected(server, caches):
 
 @pytest.mark.filterwarnings("ignore:Not enough free disk space")
 @pytest.mark.parametrize("length", [len(CONTENTS) // 2, 10**15])
-def test_a_wrong_length_is_refused(server, address, length, caches):
+def test_a_wrong_length_is_rejected(server, address, length, caches):
     server.headers = {"Content-Length": length}
     fails(address)
     assert kept(caches) == []
@@ -446,7 +446,7 @@ def test_redirects_are_followed(server, address, location):
 
 
 @pytest.mark.parametrize("location", ["file://{0}", "ftp://127.0.0.1/{0}", "data:,{0}", "//["])
-def test_redirects_to_other_schemes_are_refused(server, address, location, tmp_path, caches):
+def test_redirects_to_other_schemes_are_rejected(server, address, location, tmp_path, caches):
     (tmp_path / "secret.pth").write_bytes(CONTENTS)
     for path in ("/model.pth", f"{ON_HUB}/model.pth"):
         server.redirects[path] = location.format(tmp_path / "secret.pth")
@@ -477,7 +477,7 @@ def test_https_is_not_redirected_to_http(server, monkeypatch, caches):
 
 
 @pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://127.0.0.1/model.pth", "/a.pth"])
-def test_other_schemes_are_refused(address):
+def test_other_schemes_are_rejected(address):
     assert "must be http(s)://" in fails(address)
 
 

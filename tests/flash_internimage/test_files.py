@@ -66,7 +66,7 @@ def hold(folder: Path, held) -> None:
 
 
 class TestOwnFolder:
-    def test_a_second_owner_is_refused_until_the_first_is_killed(self, tmp_path):
+    def test_a_second_owner_is_rejected_until_the_first_is_killed(self, tmp_path):
         context = multiprocessing.get_context("spawn")
         held = context.Event()
         owner = context.Process(target=hold, args=(tmp_path, held))

@@ -120,7 +120,7 @@ def test_codecs_are_not_imported(path):
 def test_registered_extensions_are_rejected(path, opcode):
     copyreg.add_extension("os", "mkdir", 0x7B)
     try:
-        assert pickle.loads(program(opcode)) == {"item": os.mkdir}  # caches it
+        assert pickle.loads(program(opcode)) == {"item": os.mkdir}  # fills copyreg's cache
         write_program(program(opcode), path)
         assert_refused(path, "operation EXT")
     finally:
@@ -179,7 +179,7 @@ def test_source_code_is_not_compared(path, tmp_path, monkeypatch, archive):
         ),
     ],
 )
-def test_arrays_that_are_not_plain_are_refused(path, item, message):
+def test_arrays_that_are_not_plain_are_rejected(path, item, message):
     write_program(program(item), path)
     assert_refused(path, message)
 
@@ -346,7 +346,7 @@ def test_a_legacy_file_shorter_than_its_storages_is_rejected(path):
 
 
 @FORMATS
-def test_a_tensor_beyond_its_storage_is_refused(path, archive):
+def test_a_tensor_beyond_its_storage_is_rejected(path, archive):
     write({"x": torch.zeros(4)}, path, archive)
     contents = path.read_bytes()
     size = literal(4) + pickle.TUPLE1

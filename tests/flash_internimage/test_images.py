@@ -138,7 +138,7 @@ def test_8_bit_modes_are_converted_as_pillow_does(mode):
         (np.arange(-1000, 3096, dtype=np.int32), "must not be negative, got -1000"),
     ],
 )
-def test_pixels_without_a_known_range_are_refused(pixels, message):
+def test_pixels_without_a_known_range_are_rejected(pixels, message):
     side = int(pixels.size**0.5)
     with pytest.raises(ValueError, match=message):
         to_rgb(Image.fromarray(pixels.reshape(side, side)))

@@ -39,7 +39,7 @@ def test_every_extractor_matches_feature_info(feature_cls, out_indices):
 
 
 @pytest.mark.parametrize("out_indices", [(3, 1), (0, 0), [], (0, 4), (-1, 3), (-1, 0)])
-def test_other_orders_of_feature_maps_are_refused(out_indices):
+def test_other_orders_of_feature_maps_are_rejected(out_indices):
     with pytest.raises(ValueError, match="out_indices must be ascending stages from 0 to 3, got"):
         nano(0, features_only=True, out_indices=out_indices)
 
@@ -51,7 +51,7 @@ def test_the_extractor_can_be_given_in_a_dict():
 
 
 @pytest.mark.parametrize("feature_cls", ["list", "dict", "other"])
-def test_other_extractors_are_refused(feature_cls):
+def test_other_extractors_are_rejected(feature_cls):
     message = f"feature_cls must be 'getter', 'hook' or 'fx', got '{feature_cls}'"
     with pytest.raises(ValueError, match=message):
         nano(0, features_only=True, feature_cls=feature_cls)

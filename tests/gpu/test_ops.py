@@ -176,7 +176,7 @@ def test_runs_on_the_device_of_its_tensors(run):
         torch.testing.assert_close(actual, expected)
 
 
-def test_tensors_on_two_devices_are_refused(device):
+def test_tensors_on_two_devices_are_rejected(device):
     value, offset_mask, grad_output = random_tensors(Parameters())
     with pytest.raises(ValueError, match="value and offset_mask must be on one device"):
         dcnv4(value.to(device), offset_mask, *Parameters())

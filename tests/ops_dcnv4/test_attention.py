@@ -286,7 +286,7 @@ def test_output_gradient_of_a_query_outside_the_images_is_ignored(form, infinite
 @pytest.mark.usefixtures("deterministic")
 @dtypes_and_widths
 @pytest.mark.parametrize("infinite", [math.inf, math.nan])
-def test_a_pixel_is_read_only_by_points_in_its_cells(infinite, dtype, head_channels, run):
+def test_a_pixel_is_read_only_by_adjacent_points(infinite, dtype, head_channels, run):
     inputs = random_inputs(((4, 4), (2, 2)), 1, head_channels=head_channels).to(dtype)
     inputs.locations.fill_(0.625)  # pixels 2 and 1, at a quarter or half of their cells
     inputs.locations[:, 0, :, 0] = 0.125  # pixel 0 of the first level, in the first query

@@ -48,7 +48,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), ERRORS)
-def test_wrong_argument_is_named(change, error, message):
+def test_error_names_the_wrong_argument(change, error, message):
     arguments = {"value": VALUE, "offset_mask": OFFSET_MASK, "groups": 2} | change
     with pytest.raises(error, match=message):
         dcnv4(**arguments)
@@ -106,7 +106,7 @@ FUSED_ERRORS = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), LEVEL_ERRORS + SPLIT_ERRORS)
-def test_wrong_argument_of_ms_deform_attn_is_named(change, error, message):
+def test_error_of_ms_deform_attn_names_the_wrong_argument(change, error, message):
     arguments = {
         "value": PIXELS,
         "spatial_shapes": SHAPES,
@@ -120,7 +120,7 @@ def test_wrong_argument_of_ms_deform_attn_is_named(change, error, message):
 
 
 @pytest.mark.parametrize(("change", "error", "message"), LEVEL_ERRORS + FUSED_ERRORS)
-def test_wrong_argument_of_flash_deform_attn_is_named(change, error, message):
+def test_error_of_flash_deform_attn_names_the_wrong_argument(change, error, message):
     arguments = {
         "value": PIXELS,
         "spatial_shapes": SHAPES,

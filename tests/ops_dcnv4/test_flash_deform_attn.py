@@ -211,7 +211,7 @@ def test_trains_under_autocast(dtype):
         ({"n_points": 0}, "n_points must be at least 1, got 0"),
     ],
 )
-def test_wrong_option_is_named(options, message):
+def test_error_names_the_wrong_option(options, message):
     with pytest.raises(ValueError, match=message):
         FlashDeformAttn(**options)
 
@@ -235,6 +235,6 @@ def test_wrong_option_is_named(options, message):
         ({"query": torch.zeros(1, 7, 32)}, "query and input_flatten must have one batch size"),
     ],
 )
-def test_wrong_argument_is_named(change, message):
+def test_error_names_the_wrong_argument(change, message):
     with pytest.raises(ValueError, match=message):
         randomized_layer()(**random_arguments() | change)

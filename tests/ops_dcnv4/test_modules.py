@@ -218,7 +218,7 @@ def test_sequences_are_images_row_by_row(shape):
         ({"dilation": 0}, "dilation must be at least 1"),
     ],
 )
-def test_wrong_constructor_argument_is_named(arguments, message):
+def test_error_names_the_wrong_constructor_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         DCNv4(**arguments)
 
@@ -243,7 +243,7 @@ def test_wrong_constructor_argument_is_named(arguments, message):
         (FlashDeformAttn, {"d_model": "256"}, "d_model must be an int, got '256'"),
     ],
 )
-def test_constructor_argument_of_a_wrong_type_is_named(layer, arguments, message):
+def test_error_names_the_constructor_argument_of_a_wrong_type(layer, arguments, message):
     with pytest.raises(TypeError, match=message):
         layer(**LAYERS[layer.__name__][1] | arguments)
 
@@ -259,20 +259,20 @@ def test_constructor_argument_of_a_wrong_type_is_named(layer, arguments, message
         ((1, 24, 64), (-4, -6), r"shape must be at least 1, got \(-4, -6\)"),
     ],
 )
-def test_wrong_input_is_named(input_shape, shape, message):
+def test_error_names_the_wrong_input(input_shape, shape, message):
     with pytest.raises(ValueError, match=message):
         DCNv4()(torch.zeros(input_shape), shape)
 
 
 @pytest.mark.parametrize("shape", [(4.0, 6.0), (4, 6, 1), "4x6"], ids=str)
-def test_shape_of_a_wrong_type_is_named(shape):
+def test_error_names_a_shape_of_a_wrong_type(shape):
     with pytest.raises(TypeError, match="shape must be an int or a pair of ints"):
         DCNv4()(torch.zeros(1, 24, 64), shape)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
 @layers
-def test_torch_jit_script_is_refused_with_the_alternatives(layer, options):
+def test_torch_jit_script_is_rejected_with_the_alternatives(layer, options):
     network = nn.Sequential(nn.Identity(), layer(**options))
     message = f"{layer.__name__} cannot be compiled by torch.jit.script: use torch.export"
     with pytest.raises(NotImplementedError, match=message):
@@ -305,13 +305,13 @@ def test_traced_layers_accept_other_sizes(stride):
         ({"out_channels": 0}, "out_channels must be at least 1, got 0"),
     ],
 )
-def test_wrong_conv2d_argument_is_named(arguments, message):
+def test_error_names_the_wrong_conv2d_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         DCNv4Conv2d(**{"in_channels": 16, "out_channels": 8, "kernel_size": 3} | arguments)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 5, 5), (16, 5, 5)])
-def test_wrong_conv2d_input_is_named(shape):
+def test_error_names_the_wrong_conv2d_input(shape):
     with pytest.raises(ValueError, match=r"input must be \(N, 16, H, W\)"):
         DCNv4Conv2d(16, 8, 3)(torch.zeros(shape))
 

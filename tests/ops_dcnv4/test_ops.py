@@ -296,7 +296,7 @@ def test_output_gradient_of_a_point_outside_the_image_is_ignored(infinite, run, 
 @pytest.mark.usefixtures("deterministic")
 @dtypes_and_widths
 @pytest.mark.parametrize("infinite", [math.inf, math.nan])
-def test_a_pixel_is_read_only_by_points_in_its_cells(infinite, dtype, group_channels, run):
+def test_a_pixel_is_read_only_by_adjacent_points(infinite, dtype, group_channels, run):
     p = Parameters(kernel_size=(1, 1), padding=(0, 0))
     tensors = random_tensors(p, group_channels=group_channels).to(dtype)
     tensors.offset_mask[..., [0, 1, 3, 4]] = 0.5  # output (r, c) reads rows r, r+1, columns c, c+1

@@ -8,7 +8,7 @@ from tests.ops_dcnv4.cases import VARIED, Run, random_tensors, run_reference
 from tests.ops_dcnv4.test_ops import (  # noqa: F401
     TestSumsIn32Bits,
     test_16_bit_results_are_rounded_only_once,
-    test_a_pixel_is_read_only_by_points_in_its_cells,
+    test_a_pixel_is_read_only_by_adjacent_points,
     test_distant_and_non_finite_points_contribute_nothing,
     test_edges_are_exclusive_and_gradients_at_pixels_are_right_sided,
     test_empty_batch,

@@ -42,7 +42,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from tests.ops_dcnv4.test_ops import TestSumsIn32Bits as SharedSums
     from tests.ops_dcnv4.test_ops import (  # noqa: F401
-        test_a_pixel_is_read_only_by_points_in_its_cells,
+        test_a_pixel_is_read_only_by_adjacent_points,
         test_edges_are_exclusive_and_gradients_at_pixels_are_right_sided,
         test_empty_batch,
         test_output_gradient_of_a_point_outside_the_image_is_ignored,
@@ -149,7 +149,7 @@ def run() -> Run:
 
 @pytest.fixture
 def deterministic() -> None:
-    """Replace the shared fixture: the interpreter has one thread, and in order takes minutes."""
+    """Replace the shared fixture: one thread is deterministic, and sums in order take minutes."""
 
 
 @pytest.fixture(scope="module", autouse=INTERPRETED)
@@ -256,7 +256,7 @@ class TestDcnv4:
 
 @pytest.fixture
 def in_order() -> Iterator[None]:
-    """Replace the fixture `deterministic`, which the shared tests use and this module disables."""
+    """Sum in a fixed order, as the shared fixture `deterministic` does for other backends."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
