@@ -41,7 +41,7 @@ def stop_after(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("updates", [3, 5])  # of 5: within an epoch, and at its end
+@pytest.mark.parametrize("updates", [3, 5])  # within an epoch of 5 updates, and at its end
 def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     config, tmp_path, stop_after, updates, workers
 ):

@@ -161,7 +161,7 @@ REFUSED = {
     "model.args": (SMALL | {"channels": 32}, "does not fit the model: .*shape of patch_embed"),
     "schedule.epochs": (1, "schedule.epochs must be at least 2, .* got 1"),
     "data.root": ("renamed", r"only in the checkpoint: 3; only in the data: three"),
-    # The test moves the digits into two outer folders, which torchvision reads as classes.
+    # The test copies the digits into two outer folders, which torchvision reads as classes.
     "data.kind": ("torch/image_folder", r"only in the checkpoint: 0, 1; only in the data: a, b"),
 }
 

@@ -25,7 +25,7 @@ dim3 blockDim, gridDim;
 namespace cuda_model {
 namespace {
 
-constexpr std::size_t page = 64 * 1024;  // the largest page size of supported systems
+constexpr std::size_t page = 64 * 1024;  // the largest page size in use
 constexpr std::size_t stack_bytes = 64 * 1024;
 constexpr std::size_t shared_limit = 48 * 1024, shared_alignment = 16, canary_bytes = 128;
 constexpr unsigned char poison = 0xff;
@@ -65,7 +65,7 @@ const std::function<void()>* body;
 char* shared_start;
 std::vector<Thread> threads;  // of the running block
 Thread* warp;                 // first thread of the running warp
-int lanes;                    // threads in the warp, fewer than 32 if it is the block's last
+int lanes;                    // threads in the warp, possibly fewer than 32 in the block's last
 std::vector<int> turns;       // order in which the lanes run
 Thread* running = nullptr;
 std::exception_ptr thrown;

@@ -99,7 +99,7 @@ RAMP = np.arange(256).reshape(16, 16)
 @pytest.mark.parametrize(
     ("pixels", "expected"),
     [
-        (np.arange(4096), np.arange(4096) // 16),  # 12 bits per pixel
+        (np.arange(4096), np.arange(4096) // 16),  # 12 bits stored in 16
         (np.arange(65536), np.arange(65536) // 256),
         (np.arange(1024), np.arange(1024) // 4),
         (RAMP, RAMP),
