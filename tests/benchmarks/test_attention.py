@@ -54,13 +54,13 @@ def test_error_of_a_bad_shape_names_both_forms(text, capsys):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_shapes_of_dino_belong_to_the_defaults(device):
+def test_default_shapes_include_those_of_dino(device):
     assert {"dino-encoder", "dino-decoder"} <= set(op.SHAPES[device])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [ENCODER, DECODER], ids=str)
-def test_bytes_touched_are_those_of_the_tensors(shape, dtype):
+def test_bytes_touched_equal_the_sizes_of_the_tensors(shape, dtype):
     inputs = shape.random_inputs(dtype, CPU)
     read = inputs.value.nbytes + inputs.locations.nbytes + inputs.weights.nbytes
     touched = bytes_touched(inputs)
@@ -71,14 +71,14 @@ def test_bytes_touched_are_those_of_the_tensors(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [ENCODER, DECODER], ids=str)
-def test_points_keep_away_from_integer_positions(shape):
+def test_points_avoid_integer_positions(shape):
     inputs = shape.random_inputs(torch.float64, CPU)
     sizes = torch.tensor([[width, height] for height, width in LEVELS])[:, None]
     positions = inputs.locations * sizes - 0.5
     assert (positions - positions.round()).abs().min() > 0.0999
 
 
-def test_points_of_the_encoder_lie_around_the_pixels():
+def test_points_of_the_encoder_surround_the_pixels():
     shape = replace(ENCODER, n=200)
     around = shape.random_inputs(torch.float64, CPU).locations.mean((0, 2, 4))  # (Lq, L, 2)
     corner = torch.tensor([0.5 / 9, 0.5 / 7], dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_points_of_the_encoder_lie_around_the_pixels():
     torch.testing.assert_close(shape.reference_points(CPU)[0, 7 * 9], torch.tensor([0.1, 1 / 6]))
 
 
-def test_points_beside_16_bit_values_are_float32():
+def test_points_are_float32_for_16_bit_values():
     inputs = ENCODER.random_inputs(torch.bfloat16, CPU)
     assert inputs.value.dtype == inputs.grad_output.dtype == torch.bfloat16
     assert {t.dtype for t in (inputs.locations, inputs.weights, inputs.packed)} == {torch.float32}
@@ -105,7 +105,7 @@ def test_competitor_computes_deformable_attention(name, shape, dtype, request):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_cuda_operator_of_mmcv_is_called_as_by_its_layer(dtype, monkeypatch, mmcv):
+def test_cuda_operator_of_mmcv_is_called_as_in_its_layer(dtype, monkeypatch, mmcv):
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx, value, spatial_shapes, start, locations, weights, im2col_step):
@@ -125,7 +125,7 @@ def test_cuda_operator_of_mmcv_is_called_as_by_its_layer(dtype, monkeypatch, mmc
 
 @pytest.mark.parametrize("name", [OURS, "flash_deform_attn"])
 @pytest.mark.parametrize("what", ["output", "gradient of value", "gradient of the points"])
-def test_wrong_competitor_is_caught(name, what):
+def test_wrong_competitor_is_detected(name, what):
     run, leaves, *_ = COMPETITORS[name]
 
     def run_wrongly(inputs):
@@ -140,7 +140,7 @@ def test_wrong_competitor_is_caught(name, what):
     assert result == {"status": "wrong", "note": None}
 
 
-def test_competitor_that_leaves_out_a_gradient_fails():
+def test_competitor_without_a_gradient_fails():
     def run(inputs):
         return COMPETITORS["reference"].run(replace(inputs, weights=inputs.weights.detach()))
 
@@ -153,7 +153,7 @@ def test_competitor_that_leaves_out_a_gradient_fails():
 @pytest.mark.parametrize("module", [MMCV, "mmcv.ops", "mmcv"])
 def test_mmcv_that_cannot_be_imported_is_skipped_with_the_reason(name, module, monkeypatch):
     for absent in {MMCV, module}:
-        monkeypatch.setitem(sys.modules, absent, None)  # makes its import fail
+        monkeypatch.setitem(sys.modules, absent, None)  # makes importing it fail
     inputs = DECODER.random_inputs(torch.float32, CPU)
     result = op.examine(COMPETITORS[name], inputs, {})
     assert result == {"status": "skipped", "note": "not installed"}
@@ -166,9 +166,7 @@ def test_mmcv_that_cannot_be_imported_is_skipped_with_the_reason(name, module, m
         ("12.6", torch.bfloat16, "not for bfloat16"),
     ],
 )
-def test_cuda_operator_of_mmcv_is_skipped_where_there_is_none(
-    version, dtype, reason, monkeypatch, mmcv
-):
+def test_missing_cuda_operator_of_mmcv_is_skipped(version, dtype, reason, monkeypatch, mmcv):
     operators = importlib.import_module("mmcv.ops")
     monkeypatch.setattr(operators, "get_compiling_cuda_version", lambda: version)
     run = COMPETITORS["mmcv CUDA"].run
@@ -178,7 +176,7 @@ def test_cuda_operator_of_mmcv_is_skipped_where_there_is_none(
         run(DECODER.random_inputs(torch.float32, CPU))
 
 
-def test_run_mixes_both_kinds_of_shape(monkeypatch, tmp_path, capsys):
+def test_run_accepts_both_kinds_of_shape(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
     monkeypatch.setitem(SHAPES, "tiny-encoder", ENCODER)

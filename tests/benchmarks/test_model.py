@@ -20,7 +20,7 @@ def arguments(*options):
     return model.parse_arguments([*TINY_RUN, "--batch-size", "2", "--threads", "1", *options])
 
 
-def test_a_size_stands_for_a_model_of_each_family():
+def test_a_size_selects_a_model_of_each_family():
     args = model.parse_arguments(["--models", "tiny", "flash_internimage_nano"])
     assert args.models == [*model.SIZES["tiny"], "flash_internimage_nano"]
     assert all(timm.is_model(name) for names in model.SIZES.values() for name in names)
@@ -35,7 +35,7 @@ def test_a_size_stands_for_a_model_of_each_family():
         ("--batch-size", "0", "must be a positive integer, got '0'"),
     ],
 )
-def test_bad_argument_is_one_error_that_names_it(option, text, expected, capsys):
+def test_one_error_names_the_bad_argument(option, text, expected, capsys):
     with pytest.raises(SystemExit, match="2"):
         model.main([option, text])
     error = capsys.readouterr().err.splitlines()[-1]
@@ -58,7 +58,7 @@ def test_inference_casts_the_model_and_training_autocasts(task):
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_peak_memory_is_that_of_weights_and_activations(monkeypatch):
+def test_peak_memory_includes_weights_and_activations(monkeypatch):
     def create(name):
         network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 4096))  # 192 MiB
         network.pretrained_cfg = {"input_size": (3, 64, 64)}
@@ -88,7 +88,7 @@ def test_run_writes_table_json_and_chart(tmp_path, capsys):
         assert text not in json_file.read_text()
 
 
-def test_failing_measurement_is_a_cell_with_the_reason(tmp_path, capsys):
+def test_cell_of_a_failing_measurement_gives_the_reason(tmp_path, capsys):
     model.main([*TINY_RUN, "--batch-size", "1000000000000", "--output", str(tmp_path)])
     assert capsys.readouterr().out.count("(can't allocate memory)") == 2
     (json_file,) = tmp_path.glob("*.json")
@@ -99,12 +99,12 @@ def die(*arguments):
     os._exit(9)
 
 
-def test_killed_measurement_is_a_cell_with_the_reason(monkeypatch):
+def test_cell_of_a_killed_measurement_gives_the_reason(monkeypatch):
     monkeypatch.setattr(model, "measure_or_explain", die)
     result = model.measure_isolated(INFERENCE, arguments())
     assert result == {"status": "failed", "note": "killed, or over 600 s"}
 
 
-def test_measurement_that_takes_too_long_is_given_up():
+def test_measurement_that_takes_too_long_is_abandoned():
     result = model.measure_isolated(INFERENCE, arguments("--timeout", "1e-3"))
     assert result == {"status": "failed", "note": "killed, or over 0.001 s"}

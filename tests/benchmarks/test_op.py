@@ -21,7 +21,7 @@ TINY = Shape(2, 7, 14, 64, 16)
 SAME = [name for name, competitor in COMPETITORS.items() if not competitor.yardstick]
 TINY_RUN = ("--device", "cpu", "--min-time", "1e-6")
 
-# shared/facts/performance.md, fp16: microseconds of forward, its gather in L1, and backward.
+# Microseconds in float16 of forward, its gather in L1, and backward (shared/facts/performance.md).
 FLOORS = {
     "64x56x56x64": (22.4, 27.6, 38.8),
     "64x28x28x128": (11.0, 13.8, 19.0),
@@ -37,14 +37,14 @@ FLOORS = {
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Few input sets, and no copy of hundreds of megabytes."""
+    """Use few input sets, and skip the bandwidth measurement."""
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
 
 
 @pytest.fixture
 def publish(monkeypatch):
-    """Makes `DCNv4` importable, with the operator of this project times `factor`."""
+    """Return a function that installs a fake package `DCNv4` with scaled outputs."""
 
     def install(factor: float) -> None:
         class DCNv4Function(torch.autograd.Function):
@@ -91,7 +91,7 @@ def test_shape_is_parsed_with_16_channels_per_group_by_default():
         ("--min-time", "soon", "must be a positive number, got 'soon'"),
     ],
 )
-def test_bad_argument_is_one_error_that_names_it(option, text, expected, capsys):
+def test_one_error_names_the_bad_argument(option, text, expected, capsys):
     with pytest.raises(SystemExit, match="2"):
         op.main([option, text])
     error = capsys.readouterr().err.splitlines()[-1]
@@ -100,7 +100,7 @@ def test_bad_argument_is_one_error_that_names_it(option, text, expected, capsys)
 
 
 @pytest.mark.parametrize("text", FLOORS)
-def test_floors_are_those_derived_for_the_h200(text, monkeypatch):
+def test_floors_equal_those_derived_for_the_h200(text, monkeypatch):
     h200 = SimpleNamespace(multi_processor_count=132, clock_rate=1_980_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
     shape, (forward, gather, backward) = parse_shape(text), FLOORS[text]
@@ -113,7 +113,7 @@ def test_floors_are_those_derived_for_the_h200(text, monkeypatch):
     assert 1e6 * op.l1_floor(replace(meta, value=value)) == pytest.approx(gather, abs=0.06)
 
 
-def test_expected_results_are_those_of_the_whole_batch_in_float64():
+def test_expected_results_equal_the_whole_batch_in_float64():
     inputs = TINY.random_inputs(torch.float64, CPU)
     output = COMPETITORS["reference"].run(inputs)
     value, offset_mask = COMPETITORS["reference"].gradients(inputs, output)
@@ -141,7 +141,7 @@ def test_competitor_computes_dcnv4_in_other_dtypes(name, dtype):
 
 
 @pytest.mark.parametrize("wrong", ["output", *LEAVES])
-def test_wrong_competitor_is_caught(wrong):
+def test_wrong_competitor_is_detected(wrong):
     def run(inputs):
         if wrong in LEAVES:
             tensor = getattr(inputs, wrong)
@@ -153,7 +153,7 @@ def test_wrong_competitor_is_caught(wrong):
     assert result == {"status": "wrong", "note": None}
 
 
-def test_gradient_of_the_padding_may_be_anything():
+def test_gradient_of_the_padding_is_ignored():
     inputs = Shape(1, 5, 5, 16, 16).random_inputs(torch.float32, CPU)
 
     def run(inputs):
@@ -163,7 +163,7 @@ def test_gradient_of_the_padding_may_be_anything():
 
 
 @pytest.mark.parametrize("name", ["window attention", "global attention"])
-def test_attention_is_that_of_its_definition(name):
+def test_attention_matches_its_definition(name):
     inputs = TINY.random_inputs(torch.float64, CPU)
     n, height, width, channels = inputs.value.shape
     row, column = (torch.arange(size) // 7 for size in (height, width))
@@ -187,14 +187,14 @@ def test_attention_is_that_of_its_definition(name):
     ],
     ids=str,
 )
-def test_competitor_that_does_not_apply_is_skipped_with_the_reason(name, shape, note, monkeypatch):
-    monkeypatch.setitem(sys.modules, "DCNv4", None)  # makes its import fail
+def test_inapplicable_competitor_is_skipped_with_the_reason(name, shape, note, monkeypatch):
+    monkeypatch.setitem(sys.modules, "DCNv4", None)  # makes importing it fail
     monkeypatch.setitem(sys.modules, "DCNv4.functions", None)
     inputs = shape.random_inputs(torch.float32, CPU)
     assert op.examine(COMPETITORS[name], inputs, {}) == {"status": "skipped", "note": note}
 
 
-def test_failing_competitor_gets_a_cell_with_the_reason():
+def test_cell_of_a_failing_competitor_gives_the_reason():
     def run(inputs):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB at /home/someone")
 
@@ -207,7 +207,7 @@ def test_failing_competitor_gets_a_cell_with_the_reason():
     assert "1.00x" in cells[OURS]
 
 
-def test_input_sets_together_exceed_the_cache_twice(monkeypatch):
+def test_input_sets_exceed_twice_the_cache(monkeypatch):
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 10**6)
     sets = op.input_sets(TINY, torch.float32, CPU)
     assert len(sets) * bytes_touched(sets[0])["forward"] >= 2 * 10**6
@@ -249,14 +249,14 @@ def test_run_writes_table_json_and_chart(quick, publish, tmp_path, capsys):
     assert "(windows of 7x7)" in table
 
 
-def test_skipped_competitors_are_left_out(quick, tmp_path, capsys):
+def test_skipped_competitors_are_omitted(quick, tmp_path, capsys):
     skip = ["--skip", *COMPETITORS.keys() - {OURS}]
     op.main([*TINY_RUN, "--shapes", "1x7x7x32", *skip, "--output", str(tmp_path)])
     (json_file,) = tmp_path.glob("*.json")
     assert {r["competitor"] for r in json.loads(json_file.read_text())["results"]} == {OURS}
 
 
-def test_run_ends_where_our_own_operator_is_wrong(quick, monkeypatch, tmp_path):
+def test_run_aborts_if_our_operator_is_wrong(quick, monkeypatch, tmp_path):
     run = COMPETITORS[OURS].run
     wrong = Competitor(lambda inputs: 2 * run(inputs), LEAVES)
     monkeypatch.setitem(COMPETITORS, OURS, wrong)

@@ -14,16 +14,16 @@ def log_call(log, name, preparing):
     return lambda: log.append(name)
 
 
-def test_contestants_take_turns():
+def test_contestants_alternate():
     log = []
     prepares = {name: lambda _, name=name: log_call(log, name, False) for name in ("a", "b")}
     results = timing.measure_in_turns(prepares, [0], min_time=1e-9)
-    turn = 3  # the timer warms up with two calls
+    turn = 3  # including two warm-up calls of the timer
     assert log == (["a"] * turn + ["b"] * turn) * timing.MIN_TURNS
     assert [r["calls"] for r in results.values()] == [timing.MIN_TURNS] * 2
 
 
-def test_inputs_take_turns_and_are_prepared_before_the_calls_are_timed():
+def test_inputs_alternate_and_are_prepared_before_timing():
     log = []
     timing.measure_in_turns({"": lambda name: log_call(log, name, True)}, "abcd", min_time=1e-9)
     warm_up = ["prepare a", "prepare b", "a", "b"]
@@ -46,7 +46,7 @@ def test_calls_are_timed_for_the_requested_time(seconds, calls, monkeypatch):
 
 
 @pytest.mark.parametrize("calls_before", [0, 4])
-def test_contestant_that_fails_leaves_the_others_alone(calls_before):
+def test_failing_contestant_does_not_affect_the_others(calls_before):
     calls = iter(range(calls_before))
 
     def fail():
@@ -73,7 +73,7 @@ def test_summary_has_median_and_quartiles_per_call():
     assert not timing.is_unsteady(result | {"low": 2.8, "high": 3.2})
 
 
-def test_measuring_uses_the_threads_of_the_process():
+def test_timing_uses_the_threads_of_the_process():
     threads = []
     before = torch.get_num_threads()
     torch.set_num_threads(2)

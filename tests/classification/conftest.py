@@ -11,12 +11,12 @@ from tools.make_demo_data import write_digits
 
 @pytest.fixture(autouse=True)
 def always_one_thread(one_thread):
-    """Apply the fixture to all tests of this folder."""
+    """Use one thread in all tests of this folder."""
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
-    """Write real digits as an ImageFolder: 6 per class for training, 2 for evaluation."""
+    """Write the digits data set as an ImageFolder: 6 per class for training, 2 for evaluation."""
     everything, few = tmp_path_factory.mktemp("all") / "d", tmp_path_factory.mktemp("few")
     write_digits(everything)
     for split, count in (("train", 6), ("val", 2)):
@@ -51,7 +51,7 @@ def settings(digits, tmp_path):
 
 @pytest.fixture
 def deterministic_images() -> dict:
-    """Return settings of an augmentation that changes no image."""
+    """Return augmentation settings that leave images unchanged."""
     return {
         "scale": [1.0, 1.0],
         "ratio": [1.0, 1.0],

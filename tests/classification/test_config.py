@@ -31,7 +31,7 @@ def recipe(name: str):
     return load_config(RECIPES / f"flash_internimage_{name}.yaml")
 
 
-def test_the_guides_config_for_own_data(yaml_file):
+def test_the_config_for_own_data_in_the_guide_is_valid(yaml_file):
     guide = Path("docs/own-data.md").read_text()
     cfg = load_config(yaml_file(guide.split("```yaml\n")[1].split("```")[0]))
     assert (cfg.model.num_classes, cfg.data.root) == (5, "data/flowers")
@@ -42,7 +42,7 @@ def test_the_guides_config_for_own_data(yaml_file):
     ("name", "drop_path"),
     [("tiny_in1k_224", 0.1), ("small_in1k_224", 0.4), ("base_in1k_224", 0.5)],
 )
-def test_recipes_of_tiny_small_and_base_are_the_published_ones(name, drop_path):
+def test_recipes_of_tiny_small_and_base_match_the_published_ones(name, drop_path):
     cfg = recipe(name)
     assert cfg.model.drop_path_rate == drop_path
     assert (cfg.batch_size, cfg.ema_decay, cfg.data.image_size) == (128, 0.9999, 224)
@@ -62,7 +62,7 @@ def test_recipes_of_tiny_small_and_base_are_the_published_ones(name, drop_path):
     assert (augmentation.random_erasing, augmentation.random_erasing_mode) == (0.25, "pixel")
 
 
-def test_recipe_of_large_is_the_published_fine_tuning():
+def test_recipe_of_large_matches_the_published_fine_tuning():
     cfg = recipe("large_in22k_ft_in1k_384")
     assert (cfg.model.drop_path_rate, cfg.model.grad_checkpointing) == (0.1, True)
     assert (cfg.data.image_size, cfg.ema_decay) == (384, 0.9999)
@@ -74,7 +74,7 @@ def test_recipe_of_large_is_the_published_fine_tuning():
     assert cfg.augmentation.label_smoothing == 0.3
 
 
-def test_overrides_win_over_the_file(yaml_file):
+def test_overrides_take_precedence_over_the_file(yaml_file):
     path = yaml_file("batch_size: 32\noptimizer: {lr: 0.1}")
     cfg = load_config(path, ["optimizer.lr=1e-3", "ema_decay=null", "model.args={cls_scale: 2}"])
     assert (cfg.batch_size, cfg.optimizer.lr, cfg.ema_decay) == (32, 1e-3, None)
@@ -159,14 +159,14 @@ def test_overrides_win_over_the_file(yaml_file):
         ("# " + "x" * 100_000, "must be a YAML file of at most 100000 bytes"),
     ],
 )
-def test_a_wrong_config_is_one_clear_error(yaml_file, text, message):
+def test_a_wrong_config_raises_one_clear_error(yaml_file, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_config(yaml_file(text))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
 
 
-def test_numbers_and_booleans_are_those_of_yaml_1_2(yaml_file):
+def test_numbers_and_booleans_follow_yaml_1_2(yaml_file):
     cfg = load_config(yaml_file("amp: off\noptimizer: {lr: 1e-3, eps: 1.5E-8, lr_batch: 64}"))
     assert (cfg.amp, cfg.optimizer.lr, cfg.optimizer.eps, cfg.optimizer.lr_batch) == (
         "off", 1e-3, 1.5e-8, 64,
@@ -184,8 +184,8 @@ TEXTS = [
 @pytest.mark.parametrize(
     "key", ["output", "device", "model.name", "data.root", "data.train_split", "data.val_split"]
 )
-def test_text_is_taken_as_it_is_typed(yaml_file, key, text):
-    """Names of folders may look like dates, numbers, booleans and null in YAML."""
+def test_text_settings_are_kept_verbatim(yaml_file, key, text):
+    """Folder names can look like dates, numbers, booleans or null in YAML."""
 
     def value_of(cfg):
         return attrgetter(key)(cfg)
@@ -195,7 +195,7 @@ def test_text_is_taken_as_it_is_typed(yaml_file, key, text):
     assert value_of(load_config(path, [f"{key}='{text}'"])) == text
     section, _, name = key.rpartition(".")
     indent = "  " if section else ""
-    if all(c not in text for c in "#:{["):  # these need quotes in a file
+    if all(c not in text for c in "#:{["):  # must be quoted in a file
         path = yaml_file(f"{section}:\n" * bool(section) + f"{indent}{name}: {text}")
         assert value_of(load_config(path)) == text
 
@@ -208,7 +208,7 @@ def test_text_is_taken_as_it_is_typed(yaml_file, key, text):
         "augmentation.auto_augment", "model.initial_checkpoint", "model.class_map",
     ],
 )  # fmt: skip
-def test_what_may_be_none_is_switched_off_by_a_word(yaml_file, key, word):
+def test_optional_settings_are_disabled_by_words(yaml_file, key, word):
     cfg = load_config(yaml_file("seed: 1"), [f"{key}={word}"])
     assert attrgetter(key)(cfg) is None
     section, _, name = key.rpartition(".")
@@ -217,7 +217,7 @@ def test_what_may_be_none_is_switched_off_by_a_word(yaml_file, key, word):
     assert load_config(path, ["amp=" + word]).amp == "off"
 
 
-def test_a_checkpoint_may_be_called_as_a_number_or_a_quoted_word(yaml_file):
+def test_names_of_files_may_be_numbers_or_quoted_words(yaml_file):
     path = yaml_file("model: {initial_checkpoint: 2024.10, class_map: 'none'}")
     model = load_config(path, ["augmentation.auto_augment=v0"]).model
     assert (model.initial_checkpoint, model.class_map) == ("2024.10", "none")
@@ -231,7 +231,7 @@ def test_a_checkpoint_may_be_called_as_a_number_or_a_quoted_word(yaml_file):
         (["model.args={}", "model.args.a=1", "seed=2", "model.name=a"], []),
     ],
 )
-def test_an_override_that_a_later_one_replaces_is_named(yaml_file, overrides, replaced, caplog):
+def test_an_override_replaced_by_a_later_one_is_logged(yaml_file, overrides, replaced, caplog):
     assert load_config(yaml_file("batch_size: 2"), overrides).seed == 2
     assert len(caplog.records) == len(replaced)
     assert all(re.search(text, caplog.text) for text in replaced)
@@ -271,7 +271,7 @@ def test_an_override_that_a_later_one_replaces_is_named(yaml_file, overrides, re
         ),
     ],
 )
-def test_a_setting_without_effect_is_named(yaml_file, overrides, line):
+def test_a_setting_without_effect_is_reported(yaml_file, overrides, line):
     cfg = load_config(yaml_file("seed: 1"), overrides)
     assert [text[: len(line)] for text in find_ignored(cfg)] == [line]
 
@@ -281,7 +281,7 @@ def test_recipes_have_no_setting_without_effect(path):
     assert find_ignored(load_config(path)) == []
 
 
-def test_a_tilde_is_the_home_folder(yaml_file, monkeypatch):
+def test_a_tilde_expands_to_the_home_folder(yaml_file, monkeypatch):
     monkeypatch.setenv("HOME", "/somebody")
     text = "output: ~/run\nmodel: {initial_checkpoint: ~/a.pth, class_map: ~/map.txt}"
     cfg = load_config(yaml_file(text), ["data.root=~/images"])
@@ -309,7 +309,7 @@ def test_every_other_optimizer_of_timm_is_accepted_with_its_number_of_betas():
         assert Optimizer(name=name, betas=betas).name == name
 
 
-def test_a_file_that_is_no_text_is_one_line(tmp_path):
+def test_a_binary_config_file_is_a_one_line_error(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_bytes(b"output: \xe9")
     with pytest.raises(ConfigError, match=r"not valid YAML: .*unexpected end of data"):
@@ -318,18 +318,18 @@ def test_a_file_that_is_no_text_is_one_line(tmp_path):
         load_config(tmp_path)
 
 
-def test_an_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+def test_an_unwritable_output_is_a_one_line_error(tmp_path, monkeypatch):
     check_output(str(tmp_path / "new" / "run"))
     (tmp_path / "file").write_text("")
     for output in ("file", "file/run"):
         with pytest.raises(ConfigError, match=rf"output must be a folder, got '.*{output}'"):
             check_output(str(tmp_path / output))
-    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # Root can write anywhere.
     with pytest.raises(ConfigError, match=r"output must be writable, got '.*run'"):
         check_output(str(tmp_path / "run"))
 
 
-def test_a_missing_file_is_named():
+def test_error_names_the_missing_file():
     with pytest.raises(ConfigError, match=r"cannot read config nowhere\.yaml"):
         load_config("nowhere.yaml")
 
@@ -356,6 +356,6 @@ def test_a_missing_file_is_named():
         ("output=", "output: .*got ''"),
     ],
 )
-def test_a_malformed_override_is_named(yaml_file, override, message):
+def test_error_names_the_malformed_override(yaml_file, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(yaml_file("batch_size: 2"), [override])

@@ -32,7 +32,7 @@ def damaged(digits, tmp_path):
     return root
 
 
-def test_every_evaluation_image_comes_once_whatever_the_number_of_processes(digits):
+def test_every_image_is_evaluated_once_by_any_number_of_processes(digits):
     data = Data(root=str(digits), image_size=32, workers=0)
     dataset = build_dataset(data, "val", False, 8)
 
@@ -57,7 +57,7 @@ def test_processes_share_an_epoch_and_epochs_differ(config):
     assert (order(1, 0, 2), order(1, 1, 2)) == (order(1)[::2], order(1)[1::2])
 
 
-def test_unreadable_images_are_skipped_counted_and_named(damaged, caplog):
+def test_unreadable_images_are_skipped_counted_and_logged(damaged, caplog):
     data = Data(root=str(damaged), image_size=32, workers=0)
     dataset = build_dataset(data, "val", False, 8)
     targets = torch.cat([y for _, y in val_loader(dataset, data, 8, CPU)])
@@ -67,7 +67,7 @@ def test_unreadable_images_are_skipped_counted_and_named(damaged, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_takes_the_next_image_for_an_unreadable_one(config, damaged, workers):
+def test_training_replaces_an_unreadable_image_by_the_next_one(config, damaged, workers):
     cfg = config(data={"root": str(damaged), "workers": workers})
     dataset = build_dataset(cfg.data, "train", True, cfg.batch_size)
     batches = list(train_loader(dataset, cfg, CPU, 0, 1))
@@ -85,7 +85,7 @@ def test_too_many_unreadable_images_stop_the_run(config, damaged, workers):
     traceback.clear_frames(error.tb)  # ends the workers now; a later garbage collection waits 10 s
 
 
-def test_an_error_of_the_augmentation_is_not_taken_for_a_corrupt_image(digits):
+def test_an_error_of_the_augmentation_is_not_treated_as_a_corrupt_image(digits):
     dataset = build_dataset(Data(root=str(digits)), "train", True, 8)
 
     def broken(image):
@@ -104,7 +104,7 @@ def test_the_published_policy_works_at_its_strongest(digits, name):
     assert augmented.size == (32, 32)
 
 
-def test_a_missing_folder_or_split_is_named(digits, tmp_path):
+def test_error_names_the_missing_folder_or_split(digits, tmp_path):
     with pytest.raises(ConfigError, match=r"data.root not found: .*nowhere"):
         build_dataset(Data(root=str(tmp_path / "nowhere")), "train", True, 8)
     with pytest.raises(ConfigError, match=r"must contain a folder 'test', got train, val"):
@@ -145,11 +145,11 @@ def test_a_data_set_smaller_than_one_update_is_an_error(config):
     ("length", "limit", "indices"),
     [(4, None, [0, 1, 2, 3]), (4, 9, [0, 1, 2, 3]), (20, 4, [0, 5, 10, 15]), (7, 3, [0, 2, 4])],
 )
-def test_a_part_of_the_images_is_spread_over_all(length, limit, indices):
+def test_a_subset_is_spread_over_all_images(length, limit, indices):
     assert spread(length, limit) == indices
 
 
-def test_a_part_of_the_images_has_all_classes(digits):
+def test_a_subset_contains_all_classes(digits):
     data = Data(root=str(digits), image_size=32, workers=0)
     dataset = build_dataset(data, "val", False, 8)
     loader = val_loader(dataset, data, 8, CPU, limit=10)

@@ -1,4 +1,4 @@
-"""Evaluation, and the command line of classification.test."""
+"""Tests of evaluation and of the command line of classification.test."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_evaluation_counts_hits_and_averages_the_loss():
     assert (result.images, result.corrupt) == (49, 1)
 
 
-def test_images_without_finite_logits_are_counted_and_wrong(caplog):
+def test_images_with_non_finite_logits_are_counted_as_wrong(caplog):
     logits = torch.eye(4).repeat(3, 1)
     logits[0, 0] = torch.nan
     logits[5, 1] = torch.inf
@@ -50,7 +50,7 @@ def test_images_without_finite_logits_are_counted_and_wrong(caplog):
 
 
 @pytest.mark.parametrize("label", [4, -2])
-def test_a_label_that_is_no_class_of_the_model_is_one_line(label):
+def test_a_label_outside_the_classes_is_a_one_line_error(label):
     data = TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, label]))
     with pytest.raises(ValueError, match=rf"^labels must be from 0 to 3, .*, got {label}$"):
         evaluate(nn.Identity(), DataLoader(data, 2), CPU)
@@ -80,7 +80,7 @@ def test_the_command_reproduces_the_metrics_of_training(run, tmp_path, capsys, w
 
 
 @pytest.mark.parametrize("option", [{"weights": "EMA"}, {"amp": "fp8"}])
-def test_an_unknown_option_of_the_function_is_named(run, option):
+def test_error_names_the_invalid_option(run, option):
     ((name, value),) = option.items()
     with pytest.raises(ValueError, match=f"^{name} must be .*, got '{value}'$"):
         evaluate_checkpoint(run / "config.yaml", checkpoint=run / "last.pth", **option)
@@ -105,7 +105,7 @@ def test_throughput_needs_no_data(run, capsys):
 
 
 @pytest.mark.parametrize("option", ["--checkpoint", "--data", "--split", "--limit"])
-def test_throughput_refuses_what_it_would_ignore(run, option, caplog):
+def test_throughput_rejects_options_without_effect(run, option, caplog):
     assert main([str(run / "config.yaml"), "--throughput", option, "3"]) == 2
     assert caplog.messages[-1].endswith(f"uses random weights and images: remove {option}")
 
@@ -124,7 +124,7 @@ class Hostile:
         return os.mkdir, (str(self.marker),)
 
 
-def test_a_checkpoint_with_code_is_refused_and_not_run(run, tmp_path, caplog):
+def test_a_checkpoint_with_code_is_rejected_without_running_it(run, tmp_path, caplog):
     with open(tmp_path / "hostile.pth", "wb") as file:
         pickle.dump({"model": Hostile(tmp_path / "marker")}, file)
     arguments = [str(run / "config.yaml"), "--checkpoint", str(tmp_path / "hostile.pth")]
@@ -133,7 +133,7 @@ def test_a_checkpoint_with_code_is_refused_and_not_run(run, tmp_path, caplog):
     assert not (tmp_path / "marker").exists()
 
 
-def test_errors_are_one_line_that_says_what_is_wrong(run, digits, tmp_path, caplog):
+def test_wrong_inputs_are_reported_by_the_command(run, digits, tmp_path, caplog):
     checkpoint = load_checkpoint(run / "last.pth")["model"]
     del checkpoint["levels.0.blocks.0.mlp.fc1.weight"]
     config, data = str(run / "config.yaml"), ["--data", str(digits)]
@@ -181,7 +181,9 @@ def test_errors_are_one_line_that_says_what_is_wrong(run, digits, tmp_path, capl
         (["--checkpoint", "tests"], "tests"),
     ],
 )
-def test_a_wrong_argument_is_one_line_before_any_work(run, monkeypatch, caplog, arguments, message):
+def test_a_wrong_argument_is_a_one_line_error_before_any_work(
+    run, monkeypatch, caplog, arguments, message
+):
     monkeypatch.setattr(evaluation, "evaluate", None)
     caplog.clear()
     assert main([str(run / "config.yaml"), "--checkpoint", str(run / "last.pth"), *arguments]) == 2
@@ -190,18 +192,18 @@ def test_a_wrong_argument_is_one_line_before_any_work(run, monkeypatch, caplog, 
     assert "\n" not in record.getMessage()
 
 
-def test_overrides_of_a_model_without_a_config_are_one_line(caplog):
+def test_overrides_without_a_config_are_a_one_line_error(caplog):
     assert main(["flash_internimage_tiny", "data.crop_pct=0.9"]) == 2
     message = "key=value must be used with a CONFIG.yaml, got data.crop_pct=0.9 with model 'flash_i"
     assert message in caplog.text
 
 
-def test_a_model_that_is_no_classifier_is_one_line(digits, caplog):
+def test_a_model_other_than_a_classifier_is_a_one_line_error(digits, caplog):
     assert main(["vit_small_patch14_dinov2", "--data", str(digits)]) == 2
     assert "model must be a classifier, got 'vit_small_patch14_dinov2'" in caplog.text
 
 
-def test_settings_that_are_not_those_of_training_are_a_warning(run, tmp_path, caplog):
+def test_settings_that_differ_from_training_are_a_warning(run, tmp_path, caplog):
     settings = yaml.safe_load((run / "config.yaml").read_text())
     arguments = [str(tmp_path / "c.yaml"), "--checkpoint", str(run / "last.pth"), "--workers", "0"]
 
@@ -226,7 +228,7 @@ def test_settings_that_are_not_those_of_training_are_a_warning(run, tmp_path, ca
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_checkpoint_with_weights_that_are_not_finite_is_one_line(run, tmp_path, caplog, value):
+def test_a_checkpoint_with_non_finite_weights_is_a_one_line_error(run, tmp_path, caplog, value):
     weights = load_checkpoint(run / "last.pth")["model"]
     weights["head.weight"][0, 0] = value
     torch.save(weights, tmp_path / "broken.pth")
@@ -236,7 +238,7 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_one_line(run, tmp_path
     assert not (tmp_path / "result.json").exists()
 
 
-def test_logits_that_are_not_finite_are_one_line(run, tmp_path, capsys, caplog):
+def test_non_finite_logits_are_a_one_line_error(run, tmp_path, capsys, caplog):
     weights = load_checkpoint(run / "last.pth")["model"]
     weights["head.weight"].fill_(3e38)
     weights["head.bias"].fill_(3e38)
@@ -248,7 +250,7 @@ def test_logits_that_are_not_finite_are_one_line(run, tmp_path, capsys, caplog):
     assert not (tmp_path / "result.json").exists()
 
 
-def test_unreadable_images_are_left_out(run, digits, tmp_path, capsys):
+def test_unreadable_images_are_skipped(run, digits, tmp_path, capsys):
     shutil.copytree(digits, tmp_path / "damaged")
     next((tmp_path / "damaged" / "val" / "3").iterdir()).write_text("not an image")
     arguments = ["--checkpoint", str(run / "last.pth"), "--data", str(tmp_path / "damaged")]
@@ -271,7 +273,7 @@ def test_two_processes_share_the_images_and_report_once(run, digits, tmp_path, c
     subprocess.run([*command, "--json", output], check=True, env=environment)
     out, err = capfd.readouterr()
     two = json.loads((tmp_path / "result.json").read_text())
-    assert out.count("images_per_second") == 2  # in the table and the line of JSON
+    assert out.count("images_per_second") == 2  # in the table and in the JSON line
     assert json.loads(out.splitlines()[-1]) == two
     assert err.count("skipped: ") == 1
     assert (two["images"], two["corrupt"]) == (18, 1)

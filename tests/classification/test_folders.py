@@ -1,4 +1,4 @@
-"""Folders and tar files of images: classes, other files, and shared images."""
+"""Tests of folders and tar files of images: classes, other files, and shared images."""
 
 import os
 import re
@@ -65,7 +65,7 @@ def test_every_format_of_pillow_is_found(root, suffix, as_tar):
 
 
 @FORMS
-def test_files_that_are_left_out_are_counted_by_suffix(root, caplog, as_tar):
+def test_skipped_files_are_counted_by_suffix(root, caplog, as_tar):
     for name in ("a.txt", "b.TXT", "c.npy", "LICENSE"):
         (root / "train" / "cat" / name).write_text("no image")
     assert len(read(root, as_tar=as_tar)) == 4
@@ -73,7 +73,7 @@ def test_files_that_are_left_out_are_counted_by_suffix(root, caplog, as_tar):
 
 
 @FORMS
-def test_hidden_files_and_folders_are_no_images_and_no_warning(root, caplog, as_tar):
+def test_hidden_files_and_folders_are_ignored_silently(root, caplog, as_tar):
     image = (root / "train" / "cat" / "0.png").read_bytes()
     for name in ("cat/._0.png", "cat/.DS_Store", ".ipynb_checkpoints/0.png", "__MACOSX/cat/0.png"):
         path = root / "train" / name
@@ -87,7 +87,7 @@ def test_hidden_files_and_folders_are_no_images_and_no_warning(root, caplog, as_
 
 @FORMS
 @pytest.mark.parametrize("content", [None, "a.txt", "a.npy"])
-def test_a_class_folder_without_images_stops_training_alone(root, content, as_tar):
+def test_a_class_folder_without_images_is_an_error_only_in_training(root, content, as_tar):
     for split in ("train", "val"):
         shutil.rmtree(root / split / "dog")
         (root / split / "dog").mkdir()
@@ -118,7 +118,7 @@ def nest(root, split="train"):
 
 @FORMS
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_class_name_in_two_folders_is_one_line(root, split, as_tar):
+def test_a_class_name_in_two_folders_is_a_one_line_error(root, split, as_tar):
     nest(root, split)
     message = (
         r": class names must be unique, got 'day' in several folders \(cat/day, dog/day\): "
@@ -137,7 +137,7 @@ def test_a_class_within_a_class_is_a_warning(root, caplog, as_tar):
 
 
 @FORMS
-def test_a_folder_around_all_class_folders_is_no_warning(root, caplog, as_tar):
+def test_a_folder_around_all_class_folders_is_accepted_silently(root, caplog, as_tar):
     (root / "train").rename(root / "images")
     (root / "train").mkdir()
     (root / "images").rename(root / "train" / "images")
@@ -146,15 +146,15 @@ def test_a_folder_around_all_class_folders_is_no_warning(root, caplog, as_tar):
 
 
 @FORMS
-def test_names_that_differ_in_case_alone_have_a_fixed_order(root, as_tar):
+def test_names_that_differ_only_in_case_have_a_fixed_order(root, as_tar):
     (root / "train" / "dog").rename(root / "train" / "Cat")
     assert class_to_index(read(root, as_tar=as_tar)) == {"Cat": 0, "cat": 1}
 
 
 @FORMS
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_decomposed_names_are_the_same_classes(root, split, as_tar):
-    """Archives made on macOS decompose accents."""
+def test_composed_and_decomposed_names_are_the_same_class(root, split, as_tar):
+    """Archives created on macOS contain decomposed accents."""
     for part, form in (("train", "NFC"), ("val", "NFC"), (split, "NFD")):
         folder = next(iter((root / part).glob("[!c]*")))
         folder.rename(root / part / unicodedata.normalize(form, "é"))
@@ -165,7 +165,7 @@ def test_decomposed_names_are_the_same_classes(root, split, as_tar):
 
 
 @FORMS
-def test_a_split_without_images_is_one_line(root, as_tar):
+def test_a_split_without_images_is_a_one_line_error(root, as_tar):
     for path in root.glob("train/*/*.png"):
         path.rename(path.with_suffix(".raw"))
     with pytest.raises(
@@ -174,7 +174,7 @@ def test_a_split_without_images_is_one_line(root, as_tar):
         read(root, as_tar=as_tar)
 
 
-def test_an_empty_tar_is_one_line(root):
+def test_an_empty_tar_is_a_one_line_error(root):
     with tarfile.open(root / "train.tar", "w"):
         pass
     with pytest.raises(
@@ -205,7 +205,7 @@ def test_a_tar_of_tars_is_read(root, caplog):
     assert not caplog.records
 
 
-def test_a_tar_of_tars_is_checked_as_other_tars(root, caplog):
+def test_a_tar_of_tars_is_checked_like_other_tars(root, caplog):
     (root / "train" / "cat" / "notes.txt").write_text("no image")
     (root / "train" / "elk").mkdir()
     nest_tars(root / "all.tar", [root / "train" / name for name in ("cat", "dog", "elk")])
@@ -218,14 +218,14 @@ def test_a_tar_of_tars_is_checked_as_other_tars(root, caplog):
         build_dataset(Data(root=str(root)), "all.tar", False, 2)
 
 
-def test_a_tar_in_a_tar_of_tars_is_not_left_out(root):
+def test_no_tar_in_a_tar_of_tars_is_skipped(root):
     nest_tars(root / "train" / "deep.tar", [root / "train" / name for name in ("cat", "dog")])
     nest_tars(root / "all.tar", [root / "train"])
     with pytest.raises(ConfigError, match=r"timm reads 4 of its 12 images: nested tar files must"):
         build_dataset(Data(root=str(root)), "all.tar", True, 2)
 
 
-def test_a_class_name_in_two_tars_of_a_tar_is_one_line(root):
+def test_a_class_name_in_two_nested_tars_is_a_one_line_error(root):
     nest(root)
     nest_tars(root / "all.tar", [root / "train" / name for name in ("cat", "dog")])
     with pytest.raises(ConfigError, match=r"got 'day' in several folders \(cat/day, dog/day\)"):
@@ -245,13 +245,13 @@ def test_a_folder_that_cannot_be_read_is_an_error(root, monkeypatch):
         read(root)
 
 
-def test_one_class_alone_is_nothing_to_learn(root):
+def test_a_single_class_is_an_error(root):
     shutil.rmtree(root / "train" / "dog")
     with pytest.raises(ConfigError, match="must have at least 2 classes, got 1: cat"):
         class_names(read(root), 2)
 
 
-def of_both_splits(root, **settings):
+def both_splits(root, **settings):
     data = Data(root=str(root), **settings)
     sets = [
         build_dataset(data, getattr(data, f"{kind}_split"), False, 2) for kind in ("train", "val")
@@ -260,12 +260,12 @@ def of_both_splits(root, **settings):
 
 
 @FORMS
-def test_splits_that_share_no_image_are_no_warning(root, caplog, as_tar):
+def test_disjoint_splits_give_no_warning(root, caplog, as_tar):
     if as_tar:
         for split in ("train", "val"):
             read(root, split, as_tar)
     suffix = ".tar" if as_tar else ""
-    of_both_splits(root, train_split=f"train{suffix}", val_split=f"val{suffix}")
+    both_splits(root, train_split=f"train{suffix}", val_split=f"val{suffix}")
     assert not caplog.records
 
 
@@ -275,10 +275,10 @@ def test_validation_images_that_are_training_images_are_counted(root, caplog, mo
     target.unlink()
     if how == "renamed":
         target = target.with_name("other.png")
-    if how == "large":  # names are compared before contents
+    if how == "large":  # Names are compared before contents.
         monkeypatch.setattr("flash_internimage.classification.data.folders._LARGE", 2)
     {"linked": os.symlink, "hard-linked": os.link}.get(how, shutil.copy)(source, target)
-    of_both_splits(root)
+    both_splits(root)
     assert "1 of the 4 validation images that were compared are also training images" in caplog.text
 
 
@@ -298,7 +298,7 @@ def test_the_same_images_for_both_splits_are_a_warning(root, caplog, how):
         data = root / "all.tar"
         with tarfile.open(data, "w") as tar:
             tar.add(root / "train", arcname=".")
-    of_both_splits(data, **settings)
+    both_splits(data, **settings)
     assert "data.train_split and data.val_split contain the same images (" in caplog.text
     assert len(caplog.records) == 1
 
@@ -324,7 +324,7 @@ def test_16_bit_images_are_not_clipped(root, as_tar):
         ("HFIDS/mnist", "datasets"),
     ],
 )
-def test_a_kind_without_its_package_is_one_line(root, monkeypatch, kind, packages):
+def test_a_missing_package_for_a_kind_is_a_one_line_error(root, monkeypatch, kind, packages):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = rf"^data\.kind={kind} requires a package: pip install {re.escape(packages)}$"
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""Initial weights are matched with the classes of the data."""
+"""Tests of matching initial weights with the classes of the data."""
 
 import math
 import re
@@ -18,7 +18,7 @@ from tests.classification.helpers import (
 )
 
 
-def test_initial_weights_that_are_not_finite_are_named(config, tmp_path):
+def test_error_names_non_finite_initial_weights(config, tmp_path):
     weights = build(config()).model.state_dict()
     weights["head.weight"].fill_(math.nan)
     save_atomically({"model": weights}, tmp_path / "weights.pth")
@@ -40,7 +40,7 @@ def test_initial_weights_that_are_not_finite_are_named(config, tmp_path):
         ("ab", "abb", "2 in the checkpoint and 3 in the data"),
     ],
 )
-def test_classes_are_compared_in_their_order(checkpoint, data, difference):
+def test_classes_are_compared_in_order(checkpoint, data, difference):
     assert describe_other_classes(checkpoint, data) == difference
 
 
@@ -54,7 +54,7 @@ def test_classes_are_compared_in_their_order(checkpoint, data, difference):
         ("0123456789", "1 2 3 4 5 6 7 8 9 0", "1234567890", "class_map assigns .*class 0 is 1 in"),
     ],
 )
-def test_the_classifier_of_initial_weights_is_that_of_the_same_names(
+def test_the_classifier_is_loaded_only_for_the_same_classes(
     change, checkpoint, digits, tmp_path, caplog, names, class_map, rows, warning
 ):
     root = shutil.copytree(digits, tmp_path / "digits")
@@ -78,9 +78,7 @@ def test_the_classifier_of_initial_weights_is_that_of_the_same_names(
     assert warning is None or re.search(warning, found[0])
 
 
-def test_initial_weights_of_the_same_names_in_another_order_are_put_in_order(
-    change, checkpoint, tmp_path, caplog
-):
+def test_initial_weights_are_reordered_to_match_the_classes(change, checkpoint, tmp_path, caplog):
     state = load_checkpoint(checkpoint["between"])
     state["classes"] = list("9876543210")
     save_atomically(state, tmp_path / "initial.pth")

@@ -1,4 +1,4 @@
-"""Labels of evaluation data are matched with the classes of a checkpoint."""
+"""Tests of matching the labels of evaluation data with the classes of a checkpoint."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from flash_internimage.classification.data.classes import set_labels
 
 @pytest.fixture
 def right(monkeypatch):
-    """Make every model predict a tenth of the red value of an image."""
+    """Make every model predict the red value of an image, divided by 10."""
 
     def forward(self, images):
         red = (images[:, 0].mean((1, 2)) * Data().std[0] + Data().mean[0]) * 25.5
@@ -51,7 +51,7 @@ DIGITS = {str(i): i for i in range(10)}
         (["0", "1", "2", "3", "4", "5"], "4 of the 10 .* missing: 0, 1, 2, 3, 4, ..."),
     ],
 )
-def test_the_names_of_the_checkpoint_are_the_labels(
+def test_labels_follow_the_class_names_of_the_checkpoint(
     run, right, tmp_path, capsys, caplog, lacking, warning, as_tar
 ):
     root = coloured(tmp_path, "few", {k: v for k, v in DIGITS.items() if k not in lacking})
@@ -70,8 +70,8 @@ def test_the_names_of_the_checkpoint_are_the_labels(
     assert ("classes" in caplog.text) == bool(lacking)
 
 
-def test_names_of_classes_are_compared_and_not_their_order(run, right, tmp_path, capsys):
-    """Folders sort b before k; the checkpoint has them in another order."""
+def test_classes_are_matched_by_name_not_by_order(run, right, tmp_path, capsys):
+    """Folders are sorted (b, k); the checkpoint has another order (k, b)."""
     state = load_checkpoint(run / "last.pth")
     state["classes"] = list("kbcdefghij")
     save_atomically(state, tmp_path / "last.pth")
@@ -91,9 +91,7 @@ def test_names_of_classes_are_compared_and_not_their_order(run, right, tmp_path,
         ({"a": 1, "b": 2}, r"must be those of .*last.pth \(0, 1, .*\), got 2 others: a, b"),
     ],
 )
-def test_classes_that_the_checkpoint_does_not_know_are_refused(
-    run, tmp_path, caplog, classes, message
-):
+def test_classes_unknown_to_the_checkpoint_are_rejected(run, tmp_path, caplog, classes, message):
     arguments = ["--checkpoint", str(run / "last.pth")]
     arguments += ["--data", str(coloured(tmp_path, "val", classes))]
     assert main([str(run / "config.yaml"), *arguments]) == 2
@@ -126,7 +124,7 @@ def test_weights_without_names_need_all_classes_or_indices(run, right, tmp_path,
         ("", [f"{i:02}" for i in range(1, 11)], None),
     ],
 )  # fmt: skip
-def test_an_order_that_depends_on_the_library_is_a_warning(tmp_path, caplog, kind, names, warning):
+def test_an_ambiguous_order_of_classes_is_a_warning(tmp_path, caplog, kind, names, warning):
     coloured(tmp_path, "val", dict.fromkeys(names, 0))
     dataset = build_dataset(Data(root=str(tmp_path), kind=kind), "val", False, 2)
     set_labels(dataset, None, "weights.pth", 10)
@@ -134,7 +132,7 @@ def test_an_order_that_depends_on_the_library_is_a_warning(tmp_path, caplog, kin
     assert line is None if warning is None else re.search(warning, line)
 
 
-def test_a_part_of_imagenet_is_labelled_by_its_synsets():
+def test_a_subset_of_imagenet_is_labelled_by_synsets():
     dataset = FakeData(size=1)
     dataset.class_to_idx = {"n01443537": 0, "n02102040": 1}  # goldfish and English springer
     set_labels(dataset, None, "flash_internimage_tiny", 1000)

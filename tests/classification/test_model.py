@@ -1,4 +1,4 @@
-"""Models and devices that cannot be used end in one line before work starts."""
+"""Tests that unusable models and devices raise one-line errors before work starts."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ SMALL_MODEL = {"name": "flash_internimage_nano", "num_classes": 10, "args": SMAL
         ({"name": "ghostnet_050", "drop_path_rate": 0, "grad_checkpointing": True}, None),
     ],
 )
-def test_a_model_that_cannot_be_built_is_one_line(options, message):
+def test_a_model_that_cannot_be_built_is_a_one_line_error(options, message):
     options = Model(**{**SMALL_MODEL, "args": {}, **options})
     if message is None:
         assert build_model(options).grad_checkpointing
@@ -45,7 +45,7 @@ def test_a_model_that_cannot_be_built_is_one_line(options, message):
     assert "\n" not in str(error.value)
 
 
-def test_gradient_checkpointing_that_a_model_lacks_is_one_line(monkeypatch):
+def test_unsupported_gradient_checkpointing_is_a_one_line_error(monkeypatch):
     def refuse(self, enable=True):
         assert not enable, "gradient checkpointing not supported"
 
@@ -61,7 +61,7 @@ def test_gradient_checkpointing_that_a_model_lacks_is_one_line(monkeypatch):
         ("test_resnet", {"in_chans": 1}, r"data\.image_size=32 with 3 channels: .*channels"),
     ],
 )
-def test_a_model_that_does_not_take_the_images_is_one_line(name, args, message):
+def test_a_model_that_does_not_accept_the_images_is_a_one_line_error(name, args, message):
     model = build_model(Model(name=name, num_classes=10, drop_path_rate=0, args=args)).train()
     with pytest.raises(ConfigError, match=message) as error:
         check_model(model, 32, 10)
@@ -69,12 +69,12 @@ def test_a_model_that_does_not_take_the_images_is_one_line(name, args, message):
     assert model.training
 
 
-def test_a_model_that_returns_something_else_than_logits_is_one_line():
+def test_a_model_that_does_not_return_logits_is_a_one_line_error():
     with pytest.raises(ConfigError, match=r"must return \(N, 10\) logits .* got \(1, 10, 32, 32\)"):
         check_model(nn.Conv2d(3, 10, 1), 32, 10)
 
 
-def test_a_model_that_classifies_is_left_as_it_was():
+def test_checking_a_classifier_does_not_change_it():
     model = build_model(Model(**SMALL_MODEL)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -85,12 +85,12 @@ def test_a_model_that_classifies_is_left_as_it_was():
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "", "cpu:x", "0"])
-def test_a_device_that_is_not_there_is_one_line(name):
+def test_a_missing_device_is_a_one_line_error(name):
     with pytest.raises(ConfigError, match=rf"^device must be 'auto' or .*cpu.*, got '{name}'$"):
         pick_device(name)
 
 
-def test_an_accelerator_is_found_if_there_is_one(monkeypatch):
+def test_an_accelerator_is_used_if_available(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
@@ -103,14 +103,14 @@ def test_an_accelerator_is_found_if_there_is_one(monkeypatch):
         pick_device("cuda:7")
 
 
-def test_the_processor_is_taken_if_there_is_no_accelerator(monkeypatch):
+def test_the_cpu_is_used_without_an_accelerator(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="device must be 'auto' or one of cpu, got 'cuda'"):
         pick_device("cuda")
 
 
-def test_a_weight_that_is_not_finite_is_named():
+def test_error_names_a_non_finite_weight():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     assert find_not_finite(model) is None
     model[1].running_var[0] = torch.inf  # some buffers are masks
@@ -122,7 +122,7 @@ def test_a_weight_that_is_not_finite_is_named():
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.9])
-def test_layer_decay_needs_a_model_with_an_order_of_layers(layer_decay):
+def test_layer_decay_requires_a_model_with_ordered_layers(layer_decay):
     cfg = Config(optimizer={"layer_decay": layer_decay})
     if layer_decay is None:
         assert len(build_optimizer(nn.Linear(2, 2), cfg, 1).param_groups) == 2
@@ -132,7 +132,7 @@ def test_layer_decay_needs_a_model_with_an_order_of_layers(layer_decay):
 
 
 @pytest.mark.parametrize("name", ["fusedadamw", "bnbadam8bit"])
-def test_an_optimizer_that_is_not_installed_is_one_line(name, monkeypatch):
+def test_an_optimizer_that_is_not_installed_is_a_one_line_error(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=rf"optimizer\.name={name} cannot be used: "):
         build_optimizer(nn.Linear(2, 2), Config(optimizer={"name": name}), 1)

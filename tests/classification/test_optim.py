@@ -24,7 +24,7 @@ def load(name: str) -> dict:
 
 
 @pytest.mark.parametrize(("size", "model"), [("T", "tiny"), ("L", "large")])
-def test_parameter_groups_are_the_published_ones(size, model):
+def test_parameter_groups_match_the_published_ones(size, model):
     golden = load(f"cls_{size}_recipe.json")
     args = golden["args"]
     with torch.device("meta"):
@@ -70,10 +70,10 @@ def test_any_timm_optimizer_is_built_with_the_groups(name):
     model = timm.create_model("flash_internimage_nano", num_classes=10)
     cfg = Config(optimizer={"name": name, "layer_decay": 0.5, "lr_batch": None, "lr": 1.0})
     rates = {group["lr"] for group in build_optimizer(model, cfg, 1).param_groups}
-    assert rates == {0.5**i for i in range(5)}  # one per block
+    assert rates == {0.5**i for i in range(5)}  # one rate per block
 
 
-# Adafactor has a schedule of its own unless it is given a learning rate.
+# Adafactor uses its own schedule unless it gets a learning rate.
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "cadafactor", "sgd", "lion"])
 def test_an_optimizer_uses_the_learning_rate_of_the_config(name):
     moves = []
@@ -97,7 +97,7 @@ def test_an_optimizer_uses_the_learning_rate_of_the_config(name):
     [("adamw", "adamc"), ("nadamw", "nadamc"), ("sgdw", "sgdc"), ("lion", "lionc"),
      ("laprop", "lapropc"), ("rmsproptfw", "rmsproptfc"), ("novogradw", "novogradc")],
 )  # fmt: skip
-def test_corrected_weight_decay_is_the_usual_one_at_the_highest_learning_rate(name, corrected, lr):
+def test_corrected_weight_decay_equals_the_usual_one_at_the_peak_learning_rate(name, corrected, lr):
     decayed = []
     for each in (name, corrected):
         model = nn.Linear(4, 4, dtype=torch.float64)
@@ -111,7 +111,7 @@ def test_corrected_weight_decay_is_the_usual_one_at_the_highest_learning_rate(na
 @pytest.mark.parametrize(
     "name", ["adamw", "adabelief", "lion", "adopt", "laprop", "adafactor", "sgd"]
 )
-def test_betas_and_eps_are_the_optimizer_s_own(name):
+def test_betas_and_eps_default_to_those_of_the_optimizer(name):
     model = nn.Linear(4, 4)
     own = create_optimizer_v2(model.parameters(), opt=name, lr=1e-3).param_groups[0]
     built = build_optimizer(model, Config(optimizer={"name": name}), 1).param_groups[0]
@@ -124,7 +124,7 @@ def test_adamw_has_the_published_betas_and_eps():
     assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
 
 
-def test_a_multiplier_for_dcnv4_needs_one():
+def test_a_multiplier_for_dcnv4_requires_a_dcnv4_model():
     cfg = Config(model={"name": "resnet18"}, optimizer={"dcn_lr_multiplier": 0.1})
     with pytest.raises(ConfigError, match=r"dcn_lr_multiplier must be 1 for resnet18, .* got 0.1"):
         build_optimizer(nn.Linear(4, 4), cfg, 1)
@@ -133,7 +133,7 @@ def test_a_multiplier_for_dcnv4_needs_one():
 @pytest.mark.parametrize(
     ("name", "at_half", "at_end"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("step", 0.1, 0.01)]
 )
-def test_schedules_fall(name, at_half, at_end):
+def test_schedules_decay_as_expected(name, at_half, at_end):
     schedule = {
         "name": name, "epochs": 10, "warmup_epochs": 0, "warmup_lr": 0, "min_lr": 0,
         "decay_epochs": 4,

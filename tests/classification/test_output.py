@@ -1,4 +1,4 @@
-"""Output folders have one owner and survive full disks."""
+"""Tests that output folders have one owner and survive full disks."""
 
 import errno
 import logging
@@ -31,22 +31,22 @@ from flash_internimage.classification.training import train
 from flash_internimage.files import own_folder
 from tests.classification.helpers import CPU
 
-FULL = "/dev/full"  # can be opened; the first write fails like on a full disk
+FULL = "/dev/full"  # Opening succeeds, and the first write fails as on a full disk.
 
 
 @pytest.fixture
 def limited_files():
-    """Make files of more than 100 kB, such as checkpoints, fail like on a full disk."""
+    """Make writing more than 100 kB to a file, such as a checkpoint, fail as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_two_runs_in_one_output_are_refused(config, monkeypatch):
+def test_two_runs_in_one_output_are_rejected(config, monkeypatch):
     cfg = config()
     monkeypatch.setattr(output, "own_folder", lambda path: own_folder(path, 0.1))
-    monkeypatch.setattr(training, "find_checkpoint", pytest.fail)  # reads the output
+    monkeypatch.setattr(training, "find_checkpoint", pytest.fail)  # would read the output
     with own_folder(cfg.output), pytest.raises(OSError, match=r"another run is writing to .*run"):
         train(cfg, resume="auto")
     assert [path.name for path in Path(cfg.output).iterdir()] == [".lock"]
@@ -81,7 +81,7 @@ def test_a_run_owns_its_output_until_its_end(config, monkeypatch):
         (None, 1, None),
     ],
 )
-def test_an_average_that_keeps_the_initial_weights_is_a_warning(
+def test_an_ema_dominated_by_the_initial_weights_is_a_warning(
     config, caplog, decay, epochs, message
 ):
     trainer = SimpleNamespace(
@@ -98,7 +98,7 @@ def test_the_suggested_decay_forgets_the_initial_weights(updates):
     assert float(suitable_ema_decay(updates)) ** updates == pytest.approx(0.01, rel=0.3)
 
 
-def test_a_new_output_that_stays_empty_is_removed(tmp_path):
+def test_an_empty_new_output_is_removed(tmp_path):
     for name, content in (("empty", None), ("used", "train.log")):
         with own_output(tmp_path / name):
             if content:
@@ -110,7 +110,7 @@ def test_a_new_output_that_stays_empty_is_removed(tmp_path):
     assert (tmp_path / "empty").exists()
 
 
-def test_a_full_disk_is_one_line_and_the_run_is_resumable(
+def test_a_full_disk_is_a_one_line_error_and_the_run_is_resumable(
     settings, tmp_path, caplog, capfd, limited_files
 ):
     settings["schedule"]["epochs"] = 1
@@ -128,7 +128,7 @@ def test_a_full_disk_is_one_line_and_the_run_is_resumable(
     assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 1
 
 
-def test_warnings_from_before_the_run_are_in_its_log(settings, digits, tmp_path):
+def test_warnings_from_before_the_run_are_in_the_log(settings, digits, tmp_path):
     """Overrides, data and initial weights are checked before the log is opened."""
     root = shutil.copytree(digits, tmp_path / "digits")
     (root / "train" / "3" / "notes.txt").write_text("no image")
@@ -153,8 +153,8 @@ def test_warnings_from_before_the_run_are_in_its_log(settings, digits, tmp_path)
         log = (tmp_path / "run" / "train.log").read_text()
         return [log.count(message) for message in expected]
 
-    assert counts() == [1, 2, 1, 1]  # both splits are the one with the other file
-    assert main([str(tmp_path / "config.yaml"), *overrides]) == 2  # refused without --resume
+    assert counts() == [1, 2, 1, 1]  # Both splits are train, which has the .txt.
+    assert main([str(tmp_path / "config.yaml"), *overrides]) == 2  # rejected without --resume
     assert counts() == [1, 2, 1, 1]
     assert main([str(tmp_path / "config.yaml"), *overrides, "--resume", "auto"]) == 0
     assert counts() == [2, 4, 2, 1]
@@ -162,7 +162,7 @@ def test_warnings_from_before_the_run_are_in_its_log(settings, digits, tmp_path)
 
 
 @pytest.mark.parametrize("override", ["model.num_classes=3", "data.val_split=none", "device=x"])
-def test_a_run_that_is_refused_leaves_nothing(settings, digits, tmp_path, override):
+def test_a_rejected_run_leaves_no_output(settings, digits, tmp_path, override):
     root = shutil.copytree(digits, tmp_path / "digits")
     (root / "train" / "3" / "notes.txt").write_text("no image")
     settings["data"] |= {"root": str(root)}
@@ -171,7 +171,7 @@ def test_a_run_that_is_refused_leaves_nothing(settings, digits, tmp_path, overri
     assert not (tmp_path / "run").exists()
 
 
-def test_a_log_on_a_full_disk_is_one_line(capfd):
+def test_a_log_on_a_full_disk_is_a_one_line_error(capfd):
     handler = LogFile(Path(FULL))
     for message in ("one", "two"):
         handler.handle(logging.makeLogRecord({"msg": message}))
@@ -179,14 +179,14 @@ def test_a_log_on_a_full_disk_is_one_line(capfd):
     assert capfd.readouterr().err == f"WARNING cannot write {FULL}: No space left on device\n"
 
 
-def test_defects_of_a_log_message_are_still_shown(tmp_path, capfd):
+def test_errors_in_log_calls_are_still_shown(tmp_path, capfd):
     handler = LogFile(tmp_path / "train.log")
     handler.handle(logging.makeLogRecord({"msg": "%d", "args": ("text",)}))
     handler.close()
     assert "--- Logging error ---" in capfd.readouterr().err
 
 
-def test_tensorboard_on_a_full_disk_is_one_error_in_this_thread(tmp_path, monkeypatch, capfd):
+def test_tensorboard_on_a_full_disk_raises_one_error_in_this_thread(tmp_path, monkeypatch, capfd):
     full = Path(FULL).open("wb")  # noqa: SIM115  (Events closes it)
     monkeypatch.setattr(report, "open", lambda *_: full, raising=False)
     with pytest.raises(OSError, match=r"No space left on device while writing .*tfevents"):
@@ -197,7 +197,8 @@ def test_tensorboard_on_a_full_disk_is_one_error_in_this_thread(tmp_path, monkey
 def test_tensorboard_reads_the_scalars(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for start, losses in ((0, (4.0, 3.0, 2.0)), (1, (2.5,))):  # the second run resumes after one
+    # The second run resumes after one epoch.
+    for start, losses in ((0, (4.0, 3.0, 2.0)), (1, (2.5,))):
         metrics = Metrics(tmp_path, start)
         for i, loss in enumerate(losses, start + 1):
             metrics.add({"epoch": i, "val_loss": loss})
@@ -229,7 +230,7 @@ def test_a_damaged_metrics_file_does_not_end_a_resume(tmp_path, text, epochs):
 
 
 @pytest.mark.parametrize("where", ["weight", "buffer", "ema"])
-def test_weights_that_are_not_finite_never_reach_a_checkpoint(config, where):
+def test_non_finite_weights_are_never_saved(config, where):
     trainer = Trainer(config(), CPU)
     trainer.output.mkdir()
     trainer.save()
@@ -244,7 +245,7 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(config, where):
         assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
-def test_an_error_of_a_loader_s_worker_is_one_line(config, tmp_path):
+def test_an_error_in_a_loader_worker_is_reported_in_one_line(config, tmp_path):
     text = (
         "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
         'last):\n  File "x.py", line 1\nflash_internimage.images.UnreadableImage: a.png: damaged\n'
@@ -253,7 +254,7 @@ def test_an_error_of_a_loader_s_worker_is_one_line(config, tmp_path):
     assert describe(ValueError("as it is: all")) == "as it is: all"
 
 
-def test_errors_that_nobody_expects_are_in_the_log_with_their_traceback(config, monkeypatch):
+def test_unexpected_errors_are_logged_with_their_traceback(config, monkeypatch):
     def fail(self) -> None:
         raise ZeroDivisionError("a defect")
 
@@ -266,7 +267,7 @@ def test_errors_that_nobody_expects_are_in_the_log_with_their_traceback(config, 
     assert "in fail" in log
 
 
-def test_a_wrong_resume_leaves_a_new_output_alone(config, tmp_path):
+def test_a_wrong_resume_does_not_create_the_output(config, tmp_path):
     for name in ("none.pth", "folder"):
         (tmp_path / "folder").mkdir(exist_ok=True)
         with pytest.raises((OSError, ConfigError), match=f"checkpoint not found: .*{name}"):

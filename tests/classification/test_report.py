@@ -1,4 +1,4 @@
-"""Pictures and log texts of reports."""
+"""Tests of the pictures and log messages of reports."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def titles(monkeypatch) -> list[str]:
     "name",
     ["$x^", "$a$ _ $\\frac$", "_", "^_^", "\\", "a\nb", "\udcff", "\x00", "x" * 300, "犬", "%", ""],
 )
-def test_class_names_are_drawn_as_they_are(tmp_path, titles, name):
+def test_class_names_are_drawn_verbatim(tmp_path, titles, name):
     (right, wrong) = samples([0, 0])
     dataset = [right, (wrong[0], 1)]
     save_predictions(Model(2), dataset, Data(), [name, name], tmp_path / "predictions.png")
@@ -71,11 +71,11 @@ def test_unreadable_images_are_not_drawn(tmp_path, titles):
         (0, "0"),
     ],
 )
-def test_slow_speeds_keep_their_digits(images_per_second, text):
+def test_low_speeds_are_shown_with_enough_digits(images_per_second, text):
     assert speed(images_per_second) == text
 
 
-def test_without_any_readable_image_nothing_is_drawn(tmp_path, caplog):
+def test_nothing_is_drawn_without_readable_images(tmp_path, caplog):
     to = tmp_path / "predictions.png"
     save_predictions(Model(2), samples([SKIPPED, SKIPPED]), Data(), ["a", "b"], to)
     assert not to.exists()

@@ -1,4 +1,4 @@
-"""Interrupted runs resume from their checkpoints and end as uninterrupted ones."""
+"""Tests that interrupted runs resume from their checkpoints and equal uninterrupted ones."""
 
 import os
 import shutil
@@ -41,8 +41,8 @@ def stop_after(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("updates", [3, 5])  # of 5 per epoch: within the epoch, and at its end
-def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(
+@pytest.mark.parametrize("updates", [3, 5])  # within an epoch of 5 updates, and at its end
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     config, tmp_path, stop_after, updates, workers
 ):
     whole = config(output=str(tmp_path / "whole"), data={"workers": workers})
@@ -56,7 +56,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(
     assert metrics(whole.output) == metrics(stopped.output)
 
 
-def test_a_killed_run_resumes_and_ends_bit_for_bit_as_an_uninterrupted_one(
+def test_a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     settings, config, tmp_path
 ):
     train(config(output=str(tmp_path / "whole")))
@@ -80,7 +80,7 @@ def test_a_signal_saves_and_exits_cleanly(settings, tmp_path, number):
     while not (tmp_path / "run" / "last.pth").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, number)  # as a terminal does: the loader's workers get it too
+    os.killpg(process.pid, number)  # Like a terminal, also signal the loader's workers.
     _, stderr = process.communicate(timeout=600)
     assert process.returncode == 128 + number
     assert "Traceback" not in stderr
@@ -101,7 +101,7 @@ def test_a_new_run_does_not_overwrite_an_old_one(config):
         train(config())
 
 
-def test_resuming_another_model_is_refused(config, tmp_path):
+def test_resuming_another_model_is_rejected(config, tmp_path):
     train(config())
     other = config(output=str(tmp_path / "other"), model={"args": {}})
     with pytest.raises(ValueError, match=r"cannot resume from .*last.pth"):
@@ -112,13 +112,13 @@ class Killed(BaseException):
     pass
 
 
-def test_a_run_killed_between_any_two_files_ends_as_an_uninterrupted_one(
+def test_a_run_killed_between_any_two_files_equals_an_uninterrupted_one(
     config, tmp_path, monkeypatch
 ):
     whole, killed = config(output=str(tmp_path / "whole")), config(output=str(tmp_path / "killed"))
     train(whole)
     replace = os.replace
-    # The file that is never put in place, and how many epochs last.pth holds at that time.
+    # The file that is not moved into place, and the number of epochs in last.pth at that time.
     for name, epochs in (
         ("metrics.csv", 0), ("best.pth", 0), ("last.pth", 0), ("metrics.csv", 1), ("last.pth", 1),
         ("curves.png", 2),
@@ -150,7 +150,7 @@ def test_a_run_killed_between_any_two_files_ends_as_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, 0.9), (0.9, None)])
-def test_ema_may_be_switched_at_a_resume(config, before, after):
+def test_ema_can_be_switched_when_resuming(config, before, after):
     train(config(ema_decay=before, schedule={"epochs": 1}))
     cfg = config(ema_decay=after)
     trainer = build(cfg)
@@ -167,7 +167,7 @@ def test_ema_may_be_switched_at_a_resume(config, before, after):
 
 
 @pytest.mark.parametrize(("before", "after"), [("fp16", "off"), ("off", "fp16"), ("fp16", "bf16")])
-def test_amp_may_change_at_a_resume(config, tmp_path, before, after):
+def test_amp_can_change_when_resuming(config, tmp_path, before, after):
     trainer = build(config(amp=before))
     trainer.output.mkdir()
     trainer.epoch = 1
@@ -178,7 +178,7 @@ def test_amp_may_change_at_a_resume(config, tmp_path, before, after):
     assert resumed.train_update([next(iter(resumed.train_loader))]) > 0
 
 
-def test_an_emptied_class_is_named_before_a_resume(change, digits, tmp_path):
+def test_error_names_a_class_that_became_empty_before_resuming(change, digits, tmp_path):
     shutil.copytree(digits, tmp_path / "digits")
     for split in ("train", "val"):
         for image in (tmp_path / "digits" / split / "3").iterdir():
@@ -188,9 +188,7 @@ def test_an_emptied_class_is_named_before_a_resume(change, digits, tmp_path):
         build(cfg)
 
 
-def test_two_processes_continue_a_run_of_one_with_equal_statistics_and_errors(
-    settings, config, tmp_path
-):
+def test_two_processes_resume_a_run_of_one_process(settings, config, tmp_path):
     """Batch-norm statistics are averaged over processes; only one process reports an error."""
     trainer = build(config())
     trainer.output.mkdir()
@@ -229,7 +227,7 @@ def test_two_processes_continue_a_run_of_one_with_equal_statistics_and_errors(
     assert [row["epoch"] for row in metrics(tmp_path / "run")] == ["2"]
 
 
-def test_another_run_s_checkpoint_continues_in_an_output_of_its_own(config, tmp_path, caplog):
+def test_a_checkpoint_of_another_run_resumes_in_a_new_output(config, tmp_path, caplog):
     train(config())
     checkpoint = str(tmp_path / "run" / "last.pth")
     longer = config(output=str(tmp_path / "longer"), schedule={"epochs": 3})

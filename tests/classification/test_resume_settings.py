@@ -1,4 +1,4 @@
-"""Settings that change between a run and its continuation are used or refused."""
+"""Tests that settings changed when resuming are either used or rejected."""
 
 import shutil
 from pathlib import Path
@@ -59,7 +59,7 @@ def clips_at_its_value(trainer: Trainer, value) -> bool:
     clipped = []
     clip, nn.utils.clip_grad_norm_ = nn.utils.clip_grad_norm_, lambda _, norm: clipped.append(norm)
     try:
-        with pytest.raises(TypeError):  # the norm is None
+        with pytest.raises(TypeError):  # The norm is None.
             trainer.train_update([next(iter(trainer.train_loader))])
     finally:
         nn.utils.clip_grad_norm_ = clip
@@ -73,7 +73,7 @@ def stops_at_once(trainer: Trainer, value) -> bool:
 
 
 def run_of_an_epoch(trainer: Trainer) -> list[tuple]:
-    """Train epoch 3 and return the update and extra names of each save."""
+    """Train epoch 3 and return the update and the additional names of each save."""
     saves = []
     trainer.save = lambda *names: saves.append((trainer.update, *names))
     trainer.output.mkdir()
@@ -85,7 +85,7 @@ def run_of_an_epoch(trainer: Trainer) -> list[tuple]:
 NO_MIXUP = {"augmentation.mixup": 0.0, "augmentation.cutmix": 0.0}
 
 
-# For each setting: another value, and a check that the resumed run uses it.
+# For each setting: a changed value, and a check that the resumed run uses it.
 USED = {
     "output": ("elsewhere", lambda t, v: t.last == Path(v, "last.pth") and t.best_top1 < 0),
     "seed": (7, lambda t, v: t.train_loader.sampler.seed == v),
@@ -151,7 +151,7 @@ USED = {
 }  # fmt: skip
 
 
-# For each setting that cannot change: another value, and the message.
+# For each setting that cannot change: a changed value, and the error message.
 REFUSED = {
     "model.name": ("flash_internimage_tiny", "model.name must be 'flash_internimage_nano' as in"),
     "model.num_classes": (12, "model.num_classes must be 10 as in the checkpoint, got 12"),
@@ -161,7 +161,7 @@ REFUSED = {
     "model.args": (SMALL | {"channels": 32}, "does not fit the model: .*shape of patch_embed"),
     "schedule.epochs": (1, "schedule.epochs must be at least 2, .* got 1"),
     "data.root": ("renamed", r"only in the checkpoint: 3; only in the data: three"),
-    # The test puts the digits of each split into two folders, which are torchvision's classes.
+    # The test copies the digits into two outer folders, which torchvision reads as classes.
     "data.kind": ("torch/image_folder", r"only in the checkpoint: 0, 1; only in the data: a, b"),
 }
 
@@ -182,7 +182,7 @@ def leaves(section: type[Section], prefix: str = "") -> set[str]:
     return keys
 
 
-def test_every_setting_is_known_to_be_used_or_refused():
+def test_every_setting_is_tested_as_used_or_rejected():
     assert USED.keys() | REFUSED.keys() == leaves(Config)
 
 
@@ -208,7 +208,7 @@ def test_a_changed_setting_is_used(key, change, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_a_setting_that_cannot_change_is_refused(key, change, checkpoint, digits, tmp_path):
+def test_a_setting_that_cannot_change_is_rejected(key, change, checkpoint, digits, tmp_path):
     (value, message), others = REFUSED[key], {}
     if key == "data.kind":
         others = {"data.root": str(tmp_path)}
@@ -227,12 +227,12 @@ def test_a_setting_that_cannot_change_is_refused(key, change, checkpoint, digits
 
 
 @pytest.mark.parametrize("key", REFUSED_WITHIN_AN_EPOCH)
-def test_a_setting_that_cannot_change_within_an_epoch_is_refused(key, change, checkpoint):
+def test_a_setting_that_cannot_change_within_an_epoch_is_rejected(key, change, checkpoint):
     value, message = REFUSED_WITHIN_AN_EPOCH[key]
     trainer = build(change(**{key: value}))
     with pytest.raises(ValueError, match=f"cannot resume from .*{message}"):
         trainer.resume(checkpoint["within"])
 
 
-def test_the_case_of_an_optimizer_s_name_may_change(change, checkpoint):
+def test_the_case_of_an_optimizer_name_can_change(change, checkpoint):
     build(change(**{"optimizer.name": "AdamW"})).resume(checkpoint["between"])

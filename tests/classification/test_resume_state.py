@@ -1,4 +1,4 @@
-"""The state of a run is restored from a checkpoint, or refused with one error."""
+"""Tests that the state of a run is restored from a checkpoint, or rejected with one error."""
 
 import math
 
@@ -31,7 +31,7 @@ from tests.classification.helpers import CPU, assert_equal, build
         ({"classes": "abc"}, "classes must be a list, got 'abc'"),
     ],
 )
-def test_what_cannot_be_resumed_is_one_error(config, tmp_path, changes, message):
+def test_a_checkpoint_that_cannot_be_resumed_raises_one_error(config, tmp_path, changes, message):
     trainer = Trainer(config(), CPU)
     trainer.output.mkdir()
     trainer.epoch = 1
@@ -42,7 +42,7 @@ def test_what_cannot_be_resumed_is_one_error(config, tmp_path, changes, message)
         train(config(), resume="auto")
 
 
-def test_the_kernels_of_the_optimizer_are_this_runs(config, tmp_path):
+def test_a_resumed_run_keeps_its_own_optimizer_kernels(config, tmp_path):
     train(config())
     last = tmp_path / "run" / "last.pth"
     state = load_checkpoint(last)
@@ -55,7 +55,7 @@ def test_the_kernels_of_the_optimizer_are_this_runs(config, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"position": 2_000_000_000}, {"position": -1}, {"keys": [1]}])
-def test_a_state_in_which_numpy_would_leave_its_memory_is_refused(change):
+def test_a_random_state_that_would_crash_numpy_is_rejected(change):
     state = rng_state()
     name, keys, position, *rest = state["numpy"]
     keys, position = change.get("keys", keys), change.get("position", position)
@@ -65,7 +65,7 @@ def test_a_state_in_which_numpy_would_leave_its_memory_is_refused(change):
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion"])
 def test_the_state_of_an_optimizer_is_restored_by_name(config, name):
-    """Layer decay changes the parameter groups of the resumed run."""
+    """The resumed run has other parameter groups because of layer decay."""
     settings = {"name": name, "weight_decay": 0.05}
     trainer = build(config(optimizer=settings))
     trainer.output.mkdir()
@@ -89,7 +89,7 @@ def test_the_state_of_an_optimizer_is_restored_by_name(config, name):
     assert resumed.train_update(batches) > 0
 
 
-def test_weights_without_the_state_of_a_run_are_refused(config, tmp_path):
+def test_weights_without_the_state_of_a_run_are_rejected(config, tmp_path):
     save_atomically({"model": build(config()).model.state_dict()}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"cannot resume from .*missing: optimizer, scaler"):
         train(config(), resume=str(tmp_path / "weights.pth"))
@@ -125,7 +125,7 @@ def _first_entry(state: dict) -> dict:
         ),
     ],
 )
-def test_damaged_numbers_are_named_before_work_starts(config, tmp_path, damage, message):
+def test_error_names_damaged_values_before_work_starts(config, tmp_path, damage, message):
     trainer = build(config())
     trainer.train_epoch()
     state = trainer.state_dict()
@@ -143,7 +143,7 @@ def test_damaged_numbers_are_named_before_work_starts(config, tmp_path, damage, 
         ({"data": {"workers": 1}, "val_batch_size": 4}, 30.0),
     ],
 )
-def test_the_best_accuracy_counts_while_validation_stays_the_same(config, changes, best):
+def test_the_best_accuracy_is_kept_only_for_unchanged_validation(config, changes, best):
     trainer = build(config())
     trainer.output.mkdir()
     save_atomically(trainer.state_dict() | {"best_top1": 30.0}, trainer.last)
@@ -153,7 +153,7 @@ def test_the_best_accuracy_counts_while_validation_stays_the_same(config, change
 
 
 @pytest.mark.parametrize("best", [math.nan, math.inf])
-def test_an_impossible_best_accuracy_is_forgotten(config, tmp_path, best):
+def test_a_non_finite_best_accuracy_is_discarded(config, tmp_path, best):
     trainer = build(config())
     trainer.train_epoch()
     trainer.output.mkdir()
@@ -164,7 +164,7 @@ def test_an_impossible_best_accuracy_is_forgotten(config, tmp_path, best):
 
 
 @pytest.mark.parametrize("name", ["adafactor", "adan", "lars", "muon"])
-def test_a_state_of_another_shape_is_refused_for_any_optimizer(config, name):
+def test_a_state_of_another_shape_is_rejected_for_any_optimizer(config, name):
     betas = [0.9, 0.9, 0.9][: get_optimizer_info(name).num_betas]
     trainer, other = (
         build(config(optimizer={"name": name} | ({"betas": betas} if betas else {})))

@@ -1,4 +1,4 @@
-"""Streams of images, which may break, end early or differ between processes."""
+"""Tests of streams of images that fail, end early or differ between processes."""
 
 import re
 
@@ -37,7 +37,7 @@ class Reader:
 
 class TestStreams:
     @pytest.mark.parametrize("workers", [0, 1])
-    def test_an_error_of_the_reader_is_one_line(self, workers):
+    def test_an_error_of_the_reader_is_reported_in_one_line(self, workers):
         dataset = SkippingStream(Reader(), True, "wds/")
         dataset.transform = lambda image: torch.zeros(1)
         with pytest.raises(TooManyCorruptImages) as error:
@@ -46,7 +46,7 @@ class TestStreams:
         assert str(error.value) == message
 
     @pytest.mark.parametrize(("is_training", "labels"), [(True, [1]), (False, [1, SKIPPED])])
-    def test_an_image_that_resizing_would_blow_up_is_left_out(self, is_training, labels):
+    def test_an_image_with_an_extreme_aspect_ratio_is_skipped(self, is_training, labels):
         dataset = SkippingStream(Reader(), is_training, "wds/")
         dataset.transform = lambda image: image
         images = iter(dataset)
@@ -54,7 +54,7 @@ class TestStreams:
         with pytest.raises(TooManyCorruptImages):
             next(images)
 
-    def test_streams_are_built_to_skip(self, monkeypatch):
+    def test_streams_skip_unreadable_images(self, monkeypatch):
         stream = IterableImageDataset(None, reader=Reader())
         monkeypatch.setattr(datasets_module, "create_dataset", lambda *args, **kwargs: stream)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
@@ -64,7 +64,7 @@ class TestStreams:
 
 
 class Numbers:
-    """Reader of plain images with their index as red value, and labels from 0 to 2."""
+    """Reader of plain images with the index as red value, and labels from 0 to 2."""
 
     def __init__(self, count: int, length: int | None = None):
         self.count, self.length = count, count if length is None else length
@@ -76,7 +76,7 @@ class Numbers:
         return self.length
 
 
-class TestStreamsToTheirEnd:
+class TestCompleteStreams:
     @pytest.mark.parametrize("world_size", [1, 2, 3])
     def test_several_processes_evaluate_every_image_once(self, monkeypatch, world_size):
         seen = []
@@ -90,7 +90,7 @@ class TestStreamsToTheirEnd:
             seen += [round(255 * x.item()) for images, _ in batches for x in images[:, 0, 0, 0]]
         assert sorted(seen) == list(range(7))
 
-    def test_the_readers_of_timm_do_not_share_evaluation_images_out(self, monkeypatch):
+    def test_readers_of_timm_do_not_split_evaluation_images_over_processes(self, monkeypatch):
         monkeypatch.setattr(datasets_module, "world_size", lambda: 2)
         reader = Numbers(4)
         reader.dist_rank, reader.dist_num_replicas = 1, 2
@@ -106,14 +106,14 @@ class TestStreamsToTheirEnd:
         assert len(np.unique(next(iter(dataset))[0])) == 256
 
     @pytest.mark.parametrize(("is_training", "labels"), [(True, [1, 2]), (False, [1, SKIPPED, 2])])
-    def test_an_image_that_cannot_be_converted_is_left_out(self, is_training, labels):
+    def test_an_image_that_cannot_be_converted_is_skipped(self, is_training, labels):
         images = (Image.new("RGB", (8, 8)), Image.new("F", (8, 8)), Image.new("L", (8, 8)))
         dataset = SkippingStream(zip(images, (1, 0, 2), strict=True), is_training, "wds/")
         dataset.transform = np.asarray
         assert [label for _, label in dataset] == labels
 
     @pytest.mark.parametrize("label", [-1, None, "cat", (1, 2)])
-    def test_an_image_without_label_is_one_line(self, label):
+    def test_an_image_without_label_is_a_one_line_error(self, label):
         dataset = SkippingStream([(Image.new("RGB", (8, 8)), label)], False, "hfids/")
         with pytest.raises(
             ValueError, match=re.escape(f"labels must be integers >= 0, got {label!r}; every")
@@ -137,13 +137,13 @@ class TestStreamsToTheirEnd:
 
         return build
 
-    def test_a_stream_that_ends_early_is_counted(self, stream, caplog):
+    def test_the_early_end_of_a_stream_is_logged(self, stream, caplog):
         trainer = stream(Numbers(10, length=20))
         trainer.train_epoch()
         assert (trainer.update, trainer.updates_per_epoch) == (2, 5)
         assert "epoch 1: the training stream ended after 2 of 5 updates" in caplog.text
 
-    def test_all_processes_end_with_the_first(self, stream, monkeypatch):
+    def test_all_processes_end_the_epoch_together(self, stream, monkeypatch):
         trainer = stream(Numbers(20))
         asked = []
 
@@ -156,7 +156,7 @@ class TestStreamsToTheirEnd:
         trainer.train_epoch()
         assert (asked, trainer.update) == ([True, True, True], 2)
 
-    def test_a_stream_without_images_is_one_line(self, stream):
+    def test_a_stream_without_images_is_a_one_line_error(self, stream):
         with pytest.raises(TooManyCorruptImages, match="ended before the first update"):
             stream(Numbers(0, length=20)).train_epoch()
 
@@ -167,7 +167,7 @@ class TestStreamsToTheirEnd:
             (3, "at least the 4 images of one update per process, got 3"),
         ],
     )
-    def test_a_stream_of_unknown_or_little_length_is_one_line(self, stream, length, message):
+    def test_a_stream_of_unknown_or_short_length_is_a_one_line_error(self, stream, length, message):
         with pytest.raises(ConfigError, match=message):
             stream(Numbers(20, length=length))
 

@@ -1,4 +1,4 @@
-"""Data sets of torchvision: splits, colours, classes and damaged files."""
+"""Tests of torchvision data sets: splits, colours, classes and damaged files."""
 
 import shutil
 import struct
@@ -55,7 +55,9 @@ class TestBasic:
         ("split", "is_train"),
         [("train", True), ("training", True), ("test", False), ("val", False), ("eval", False)],
     )
-    def test_grey_images_of_the_split_become_rgb(self, grey, kind, own, split, is_train):
+    def test_greyscale_images_of_the_split_are_converted_to_rgb(
+        self, grey, kind, own, split, is_train
+    ):
         expected = own(str(grey), train=is_train)
         dataset = build(grey, kind, split)
         assert len(dataset) == COUNTS["train" if is_train else "t10k"]
@@ -68,7 +70,7 @@ class TestBasic:
         "name", ["mnist", "kmnist", "fashion_mnist", "qmnist", "cifar10", "cifar100"]
     )
     @pytest.mark.parametrize("split", ["Train", "trainset", "train+val", "train[:50%]", "extra"])
-    def test_an_unknown_split_is_not_the_test_images(self, tmp_path, name, split):
+    def test_an_unknown_split_is_an_error(self, tmp_path, name, split):
         with pytest.raises(ConfigError) as error:
             build(tmp_path, f"torch/{name}", split)
         message = str(error.value)
@@ -76,12 +78,12 @@ class TestBasic:
         assert message.endswith(f"for the test images, got {split!r}")
 
     @pytest.mark.parametrize("name", ["minst", "", "places", "svhn"])
-    def test_an_unknown_data_set_is_one_line(self, tmp_path, name):
+    def test_an_unknown_data_set_is_a_one_line_error(self, tmp_path, name):
         with pytest.raises(ConfigError, match=rf"one of cifar10, .*, qmnist, got 'torch/{name}'$"):
             build(tmp_path, f"torch/{name}", "train")
 
     @pytest.mark.parametrize(("val_split", "is_same"), [("training", True), ("val", False)])
-    def test_two_names_of_the_same_images_are_a_warning(self, grey, caplog, val_split, is_same):
+    def test_two_names_for_the_same_split_are_a_warning(self, grey, caplog, val_split, is_same):
         data = Data(root=str(grey), kind="torch/mnist", val_split=val_split)
         sets = [build(grey, data.kind, split) for split in (data.train_split, data.val_split)]
         warn_of_shared_images(data, *sets)
@@ -90,7 +92,7 @@ class TestBasic:
 
 @pytest.fixture
 def folders(tmp_path):
-    """Write classes at two depths, whose natural and lexicographic orders differ."""
+    """Write classes at two depths, with different natural and lexicographic orders."""
     for i, split in enumerate(("train", "val")):
         for j, name in enumerate(("1", "2", "10/day", "10/night")):
             folder = tmp_path / split / name
@@ -103,13 +105,13 @@ def folders(tmp_path):
 @pytest.mark.parametrize("kind", ["torch/image_folder", "torch/folder", "Torch/Image_Folder"])
 class TestImageFolder:
     @pytest.mark.parametrize("split", ["train", "val"])
-    def test_images_and_classes_are_those_of_torchvision(self, folders, kind, split):
+    def test_images_and_classes_match_torchvision(self, folders, kind, split):
         expected = datasets.ImageFolder(str(folders / split))
         dataset = build(folders, kind, split)
         assert class_to_index(dataset) == expected.class_to_idx == {"1": 0, "10": 1, "2": 2}
         assert sorted(dataset.reader.samples) == sorted(expected.samples)
 
-    def test_a_root_without_the_split_is_one_line(self, folders, kind):
+    def test_a_root_without_the_split_is_a_one_line_error(self, folders, kind):
         with pytest.raises(ConfigError, match=r"must contain a folder 'test', got train, val$"):
             build(folders, kind, "test")
 
@@ -123,9 +125,7 @@ class TestImageFolder:
         warn_of_shared_images(data, *(build(folders, kind, "train") for _ in range(2)))
         assert "contain the same images" in caplog.text
 
-    def test_damaged_and_16_bit_images_are_read_as_those_of_other_folders(
-        self, folders, kind, caplog
-    ):
+    def test_damaged_and_16_bit_images_are_read_as_in_other_folders(self, folders, kind, caplog):
         ramp = np.arange(65536).reshape(256, 256).astype(np.uint16)
         Image.fromarray(ramp).save(folders / "val" / "1" / "0.png")
         broken = folders / "val" / "1" / "1.png"
@@ -144,11 +144,11 @@ class TestImageFolder:
         if name == "3":
             with pytest.raises(ConfigError, match="1 class folders contain no images: 3 "):
                 build(folders, kind, "train", is_training=True)
-        else:  # a folder within a class
+        else:  # a folder inside a class
             assert len(build(folders, kind, "train", is_training=True)) == 8
 
 
-def test_the_classes_of_imagenet_are_its_synsets(tmp_path, caplog):
+def test_classes_of_imagenet_are_synsets(tmp_path, caplog):
     names = {"n01440764": ("tench", "Tinca tinca"), "n01443537": ("goldfish", "Carassius auratus")}
     torch.save((names, []), tmp_path / "meta.bin")
     for synset in names:

@@ -1,4 +1,4 @@
-"""Training runs and their updates."""
+"""Tests of training runs and their updates."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def no_batch_norm(monkeypatch) -> None:
     monkeypatch.setattr(state, "build_model", without_batch_norm(state.build_model))
 
 
-def test_a_run_leaves_checkpoints_metrics_and_pictures(config):
+def test_a_run_writes_checkpoints_metrics_and_pictures(config):
     cfg = config(schedule={"epochs": 3}, checkpoints={"every_epochs": 2})
     train(cfg)
     output = Path(cfg.output)
@@ -54,7 +54,7 @@ def test_training_reduces_the_loss(config, deterministic_images):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_an_update_without_a_finite_loss_changes_nothing_and_is_counted(config, monkeypatch):
+def test_an_update_with_a_non_finite_loss_is_skipped_and_counted(config, monkeypatch):
     trainer = Trainer(config(), CPU)
     trainer.metrics = None
     batches = [next(iter(trainer.train_loader))]
@@ -79,7 +79,7 @@ def test_an_update_with_an_infinite_gradient_is_skipped(config):
     assert all(torch.equal(before[k], v) for k, v in trainer.model.state_dict().items())
 
 
-def test_too_many_updates_without_a_finite_loss_stop_the_run_with_advice(config, monkeypatch):
+def test_too_many_non_finite_losses_stop_the_run_with_advice(config, monkeypatch):
     nan = lambda *_: torch.tensor(torch.nan, requires_grad=True)  # noqa: E731
     monkeypatch.setattr(engine, "build_criterion", lambda cfg: nan)
     with pytest.raises(Diverged, match=r"3 consecutive .*warmup_epochs.*clip_grad.*amp=bf16"):
@@ -115,10 +115,10 @@ def test_accumulated_batches_equal_one_large_batch(
         torch.testing.assert_close(accumulated[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_two_processes_equal_one_with_the_joint_batch(
+def test_two_processes_equal_one_with_the_combined_batch(
     settings, config, tmp_path, no_batch_norm, deterministic_images
 ):
-    # SGD: Adam's normalisation would amplify rounding where a gradient is nearly zero.
+    # Adam's normalisation would amplify rounding errors of near-zero gradients.
     same = {
         "augmentation": deterministic_images,
         "model": {**settings["model"], "drop_path_rate": 0.0},
@@ -166,7 +166,7 @@ def test_gradient_clipping_bounds_the_norm(config):
     assert torch.stack(steps).norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_compile_and_gradient_checkpointing_are_switched_on(config, monkeypatch):
+def test_compile_and_gradient_checkpointing_are_enabled(config, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     trainer = Trainer(config(model={"compile": True, "grad_checkpointing": True}), CPU)
     assert isinstance(trainer.parallel, torch._dynamo.OptimizedModule)
@@ -200,11 +200,11 @@ def test_graphs_are_compiled_for_the_shape_of_their_batches(config, monkeypatch)
         ({"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0}, nn.CrossEntropyLoss),
     ],
 )
-def test_the_loss_follows_the_augmentation(config, augmentation, criterion):
+def test_the_loss_depends_on_the_augmentation(config, augmentation, criterion):
     assert type(build_criterion(config(augmentation=augmentation))) is criterion
 
 
-def test_the_classes_of_training_label_validation(config, digits, tmp_path, caplog):
+def test_validation_uses_the_classes_of_training(config, digits, tmp_path, caplog):
     shutil.copytree(digits, tmp_path / "digits")
     shutil.rmtree(tmp_path / "digits" / "val" / "4")
     cfg = config(data={"root": str(tmp_path / "digits")})
@@ -218,7 +218,7 @@ def test_the_classes_of_training_label_validation(config, digits, tmp_path, capl
         Trainer(cfg, CPU)
 
 
-def test_settings_may_follow_options(settings, tmp_path, caplog):
+def test_overrides_may_follow_options(settings, tmp_path, caplog):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     assert main([str(tmp_path / "config.yaml"), "--resume", "auto", "optimizer.lrr=1"]) == 2
     assert "did you mean 'optimizer.lr'?" in caplog.text

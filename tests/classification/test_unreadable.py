@@ -1,4 +1,4 @@
-"""Images that cannot be read, folders with loops of links, and damaged tar files."""
+"""Tests of unreadable images, loops of symbolic links, and damaged tar files."""
 
 import io
 import os
@@ -26,7 +26,7 @@ from tests.classification.helpers import CPU
 
 @pytest.fixture
 def root(digits, tmp_path):
-    """Copy the digits, to be damaged."""
+    """Return a copy of the digits that tests can damage."""
     return shutil.copytree(digits, tmp_path / "damaged")
 
 
@@ -48,9 +48,7 @@ def skipped(caplog) -> list[str]:
 
 class TestCount:
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_a_file_counts_and_is_logged_once_however_often_it_is_met(
-        self, config, root, caplog, workers
-    ):
+    def test_a_file_is_counted_and_logged_only_once(self, config, root, caplog, workers):
         first(root, "train", 3).write_text("no image")
         cfg = config(data={"root": str(root), "workers": workers, "max_corrupt": 1})
         dataset = build_dataset(cfg.data, "train", True, cfg.batch_size)
@@ -58,7 +56,7 @@ class TestCount:
         for _ in range(3):
             assert sum(len(labels) for _, labels in loader) == 60
         assert dataset.corrupt == 1
-        if not workers:  # those of workers are theirs
+        if not workers:  # Workers log in their own processes.
             assert len(skipped(caplog)) == 1
 
     def test_validation_counts_its_own_files(self, root):
@@ -71,7 +69,7 @@ class TestCount:
                 assert (dataset[index][1] == SKIPPED) == (split == "val")
             assert dataset.corrupt == 1
 
-    def test_the_limit_is_that_of_all_workers_together(self, root):
+    def test_the_limit_applies_to_all_workers_together(self, root):
         for label in (1, 8):
             first(root, "val", label).write_text("no image")
         data = Data(root=str(root), image_size=32, workers=2, max_corrupt=1)
@@ -92,7 +90,7 @@ class TestCount:
         assert of_worker[6][1] == SKIPPED
         assert dataset.corrupt == 1
 
-    def test_a_split_without_any_readable_image_ends(self, root):
+    def test_a_split_without_readable_images_is_an_error(self, root):
         for file in (root / "train").glob("*/*"):
             file.write_text("no image")
         with pytest.raises(TooManyCorruptImages, match="none of the 60 images"):
@@ -116,7 +114,9 @@ class TestKinds:
         "error",
         [NotImplementedError, IndexError, TypeError, OverflowError, MemoryError, AttributeError],
     )
-    def test_any_error_of_a_decoder_is_an_unreadable_image(self, root, monkeypatch, caplog, error):
+    def test_any_error_of_a_decoder_means_an_unreadable_image(
+        self, root, monkeypatch, caplog, error
+    ):
         broken = first(root, "val", 4)
         load = ImageFile.ImageFile.load
 
@@ -137,12 +137,12 @@ class TestKinds:
             image.convert("RGB").save(path.with_suffix(".qoi"))
         qoi = path.with_suffix(".qoi")
         path.unlink()
-        qoi.rename(path)  # Pillow knows it by its first bytes
+        qoi.rename(path)  # Pillow recognises the format by the contents.
         path.write_bytes(path.read_bytes()[:40])
         dataset = dataset_of(root)
         assert sum(dataset[i][1] == SKIPPED for i in range(len(dataset))) == 1
 
-    def test_an_error_of_the_conversion_is_an_unreadable_image(self, root, monkeypatch, caplog):
+    def test_an_error_of_the_conversion_means_an_unreadable_image(self, root, monkeypatch, caplog):
         def convert(image, mode):
             raise ValueError("conversion not supported")
 
@@ -150,7 +150,7 @@ class TestKinds:
         assert dataset_of(root)[0][1] == SKIPPED
         assert "conversion not supported" in skipped(caplog)[0]
 
-    def test_neither_fifos_nor_loops_of_links_are_waited_for(self, root, caplog):
+    def test_fifos_and_loops_of_links_do_not_block(self, root, caplog):
         fifo, loop, dangling = (first(root, "val", label) for label in (1, 2, 3))
         for path in (fifo, loop, dangling):
             path.unlink()
@@ -162,7 +162,7 @@ class TestKinds:
         assert [str(p) in line for p, line in zip((fifo, loop, dangling), skipped(caplog),
                 strict=True)] == [True] * 3  # fmt: skip
 
-    def test_an_image_that_resizing_would_blow_up_is_left_out(self, root, caplog):
+    def test_an_image_with_an_extreme_aspect_ratio_is_skipped(self, root, caplog):
         Image.new("L", (1, 60000)).save(first(root, "val", 5))
         dataset = dataset_of(root)
         assert sum(dataset[i][1] == SKIPPED for i in range(len(dataset))) == 1
@@ -180,12 +180,12 @@ class TestKinds:
 
 
 class TestFolders:
-    def test_a_link_that_leads_back_is_named(self, root):
+    def test_error_names_a_loop_of_links(self, root):
         (root / "val" / "3" / "again").symlink_to(root / "val")
         with pytest.raises(ConfigError, match=r"symbolic link .*again leads back to"):
             dataset_of(root)
 
-    def test_images_outside_of_the_class_folders_are_no_class(self, root):
+    def test_images_outside_of_class_folders_do_not_form_a_class(self, root):
         shutil.copy(first(root, "val", 3), root / "val" / "stray.png")
         with pytest.raises(ConfigError, match="a folder per class, got images outside"):
             dataset_of(root)
@@ -207,13 +207,13 @@ class TestTars:
                     tar.add(image, arcname=f"{name}/{image.name}")
         return path
 
-    def test_classes_have_their_names(self, tar):
+    def test_classes_are_named_after_folders(self, tar):
         dataset = dataset_of(tar)
         assert class_names(dataset, 3) == ["one", "zero", "2"]
         with pytest.raises(ConfigError, match=r"model.num_classes must be at least 2, .* got 1"):
             class_names(dataset, 1)
 
-    def test_a_damaged_image_is_named(self, tar, caplog):
+    def test_a_damaged_image_is_logged_by_name(self, tar, caplog):
         with tarfile.open(tar) as file:
             member = file.getmembers()[1]
         contents = bytearray(tar.read_bytes())
@@ -223,7 +223,7 @@ class TestTars:
         assert [dataset[i][1] == SKIPPED for i in range(4)].count(True) == 1
         assert f"{tar}:{member.name}" in skipped(caplog)[0]
 
-    def test_a_truncated_file_is_named_wherever_it_ends(self, tar):
+    def test_error_names_a_tar_truncated_anywhere(self, tar):
         contents = tar.read_bytes()
         with tarfile.open(tar) as file:
             last = file.getmembers()[-1]
@@ -244,7 +244,9 @@ class TestTars:
             ("empty", "empty file"),
         ],
     )
-    def test_a_file_that_is_no_plain_tar_is_called_what_it_is(self, digits, tmp_path, how, message):
+    def test_error_names_the_format_of_files_other_than_plain_tar(
+        self, digits, tmp_path, how, message
+    ):
         path = tmp_path / "val.tar"
         if how == "zip":
             shutil.make_archive(str(path), "zip", digits, "val")
@@ -257,15 +259,15 @@ class TestTars:
         with pytest.raises(ConfigError, match=f"it must be an uncompressed tar file: {message}$"):
             dataset_of(path)
 
-    def test_a_member_may_be_called_like_an_archive(self, digits, tmp_path):
+    def test_a_member_may_have_the_name_of_an_archive(self, digits, tmp_path):
         with tarfile.open(tmp_path / "val.tar", "w") as tar:
             for name in ("PK\x03\x04", "BZh"):
                 tar.add(digits / "val" / "3", arcname=name)
         assert len(dataset_of(tmp_path / "val.tar")) == 4
 
 
-def test_streams_of_bytes_are_read(root):
-    """The reader of hfds/ yields streams, whose images may have no path."""
+def test_images_given_as_streams_of_bytes_are_read(root):
+    """The reader of hfds/ returns streams, whose images may have no path."""
 
     class Bytes:
         def __init__(self):

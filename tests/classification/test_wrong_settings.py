@@ -1,4 +1,4 @@
-"""Settings that the schema cannot validate end in one line before anything is written."""
+"""Tests that settings beyond the schema's checks are rejected before anything is written."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ VIT = {"name": "vit_tiny_patch16_224", "args": {"depth": 1}}
         ({"data": {"val_split": "x" * 300}}, "must contain a folder 'xxx.*', got train, val"),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_one_line(config, monkeypatch, changes, message):
+def test_an_invalid_setting_is_a_one_line_error(config, monkeypatch, changes, message):
     monkeypatch.setattr(Trainer, "fit", None)
     cfg = config(**changes)
     with pytest.raises(ConfigError, match=message) as error:

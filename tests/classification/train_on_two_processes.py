@@ -1,7 +1,7 @@
 """Run classification.train as one of two processes, and compare their weights at every save.
 
-The output is the type of error that this process raises when the second one fails, and the exit
-codes of a run and of a run that the first process rejects.
+Prints the type of the error that this process raises when the second one fails, and the exit codes
+of a run and of a run that the first process rejects.
 """
 
 import os
@@ -41,6 +41,6 @@ def compared(method: Callable) -> Callable:
 Trainer.save = compared(Trainer.save)
 Trainer.validate_epoch = compared(Trainer.validate_epoch)
 codes = [main([*sys.argv[1:], "--resume", "auto"])]
-os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]  # the first may still be open
+os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]  # The first port may still be in use.
 codes.append(main(sys.argv[1:]))
 sys.stdout.write(f"{fates} {codes}\n")

@@ -1,4 +1,4 @@
-"""Inputs of deformable attention that reveal accesses outside of tensors."""
+"""Inputs for deformable attention that reveal accesses outside of tensors."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from tests.ops_dcnv4.attention_cases import Inputs, random_inputs
 from tests.ops_dcnv4.cases import DTYPES
 
 HALVES = (torch.float16, torch.bfloat16)
-# Dtypes of value, and of locations and weights.
+# Pairs of dtypes: value; locations and weights.
 DTYPE_PAIRS = [*zip(DTYPES, DTYPES, strict=True), *((half, torch.float32) for half in HALVES)]
 FOUR_LEVELS = ((4, 5), (3, 4), (2, 2), (1, 2))
 
@@ -29,7 +29,7 @@ def small_cases() -> Iterator[Inputs]:
 
 
 def levels_outside_of_value() -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield sizes and starts of FOUR_LEVELS, of which one level exceeds the pixels of value."""
+    """Yield spatial shapes and start indices with one level that exceeds the pixels of value."""
     value, shapes, starts, *_ = random_inputs(FOUR_LEVELS)
     pixels = value.shape[1]
     for level, (height, width) in enumerate(FOUR_LEVELS):

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 
 HERE = Path(__file__).parent
-HEADERS = HERE / "include"  # replace headers of CUDA and PyTorch
+HEADERS = HERE / "include"  # replacements for headers of CUDA and PyTorch
 ROOT = HERE.parents[1]
 CSRC = ROOT / "ops_dcnv4" / "csrc"
 CACHE = ROOT / ".cache" / "cuda_model"
@@ -58,7 +58,7 @@ def _compile(source: Path) -> Path:
 
 
 def _with_headers(source: Path) -> set[Path]:
-    """Return the source and the files of this repository that it includes, also indirectly."""
+    """Return the source and all files of this repository that it includes."""
     files, new = set(), {source}
     while new:
         files |= new
@@ -79,7 +79,7 @@ def _cached(name: str, command: Sequence[str], inputs: Iterable[Path]) -> Path:
         key.update(str(path).encode() + path.read_bytes())
     output = CACHE / f"{key.hexdigest()[:16]}-{name}"
     CACHE.mkdir(parents=True, exist_ok=True)
-    # Of several processes, one runs the command and the others wait.
+    # Only one of several processes runs the command; the others wait.
     with FileLock(output.with_suffix(".lock")):
         if not output.exists():
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:

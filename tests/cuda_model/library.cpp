@@ -11,9 +11,8 @@
 
 namespace {
 
-// Allocates memory directly in front of (or, with `before`, directly after) a guard region, on
-// which every access is a segmentation fault. Up to 15 bytes are left in between, for the
-// alignment.
+// Allocates memory directly before (or, with `before`, directly after) a guard region, where every
+// access is a segmentation fault. Alignment can leave a gap of up to 15 bytes.
 class GuardedAllocator final : public c10::Allocator {
  public:
   bool before = false;

@@ -1,7 +1,6 @@
-// Every thread runs on a fiber, a stack of its own, so that it can wait while others run. Fibers
-// are entered through ucontext and then switched by _setjmp and _longjmp, which make no system
-// calls.
-#undef _FORTIFY_SOURCE  // its longjmp rejects jumps to another stack
+// Every thread runs on a fiber with its own stack, so that it can wait while others run. Fibers are
+// entered through ucontext and then switched by _setjmp and _longjmp, which make no system calls.
+#undef _FORTIFY_SOURCE  // The fortified longjmp rejects jumps to another stack.
 #include "model.h"
 
 #include <setjmp.h>
@@ -26,7 +25,7 @@ dim3 blockDim, gridDim;
 namespace cuda_model {
 namespace {
 
-constexpr std::size_t page = 64 * 1024;  // the largest in use
+constexpr std::size_t page = 64 * 1024;  // the largest page size in use
 constexpr std::size_t stack_bytes = 64 * 1024;
 constexpr std::size_t shared_limit = 48 * 1024, shared_alignment = 16, canary_bytes = 128;
 constexpr unsigned char poison = 0xff;
@@ -43,17 +42,17 @@ enum class State { ready, at_block_barrier, at_warp_operation, exited };
 struct Thread {
   uint3 index;
   State state = State::ready;
-  Fiber* fiber = nullptr;  // none before it starts
-  // The operation that it waits for, and its operands in a warp operation.
+  Fiber* fiber = nullptr;  // null until the thread starts
+  // The operation for which it waits, and the operands of a warp operation.
   const char* operation = nullptr;
   Site site{};
   unsigned mask = 0;
   std::uint64_t bits = 0;
-  int source = 0;  // the lane whose bits it reads, or every_lane
+  int source = 0;  // the lane that it reads, or every_lane
   std::uint64_t result = 0;
 };
 
-constexpr int every_lane = -1;  // reads the mask of the lanes whose bits are not 0
+constexpr int every_lane = -1;  // reads the mask of lanes with non-zero bits
 
 struct Aborted {};  // thrown into the waiting threads of a launch that has failed
 
@@ -64,10 +63,10 @@ std::mt19937_64 random_order;
 std::mutex one_at_a_time;
 const std::function<void()>* body;
 char* shared_start;
-std::vector<Thread> threads;  // of the block
-Thread* warp;                 // the first thread of the running warp,
-int lanes;                    // their number, which may be less than 32 in the block's last warp,
-std::vector<int> turns;       // and the order in which they run
+std::vector<Thread> threads;  // of the running block
+Thread* warp;                 // first thread of the running warp
+int lanes;                    // threads in the warp, possibly fewer than 32 in the block's last
+std::vector<int> turns;       // order in which the lanes run
 Thread* running = nullptr;
 std::exception_ptr thrown;
 std::string misaligned;  // the first misaligned access of the block
@@ -126,8 +125,8 @@ __attribute__((noinline)) void jump(jmp_buf from, jmp_buf to) {
   if (_setjmp(from) == 0) _longjmp(to, 1);
 }
 
-// One fiber runs thread after thread until one has to wait, so that a kernel without barriers needs
-// no switches.
+// A fiber runs threads one after another until one has to wait. Kernels without barriers therefore
+// need no switches.
 void run_fiber() {
   Fiber* fiber = running->fiber;
   while (true) {
@@ -162,7 +161,7 @@ __attribute__((noinline)) void enter(Fiber* fiber) {
   if (_setjmp(scheduler) == 0) setcontext(&fiber->context);
 }
 
-// Runs the thread until it waits or exits; then `running` is the last thread that ran.
+// Runs the thread until it waits or exits. Afterwards, `running` is the last thread that ran.
 void resume(Thread& thread) {
   if (thread.fiber == nullptr) {
     if (idle_fibers.empty()) idle_fibers.push_back(make_fiber());
@@ -196,12 +195,12 @@ bool meet(const Thread& a, const Thread& b) {
   return b.state == State::at_warp_operation && a.mask == b.mask && same_place(a, b);
 }
 
-// Completes the warp operation that `last` has reached, if all other lanes of its mask have too.
-// A mask may include lanes that the block does not have.
+// Completes the warp operation of `last` once all other lanes of its mask have reached it. A mask
+// may include lanes that do not exist in the block.
 void finish_warp_operation(const Thread& last) {
   unsigned ballot = 0;
   for (auto turn = turns.rbegin(); turn != turns.rend();
-       ++turn) {  // the latest lane is the likeliest to be missing
+       ++turn) {  // the last lane is most likely to be missing
     const int lane = *turn;
     if (lane >= lanes || !(last.mask >> lane & 1)) continue;
     if (!meet(last, warp[lane])) return;
@@ -229,9 +228,8 @@ void finish_warp_operation(const Thread& last) {
   fail(what);
 }
 
-// Runs the warp's threads until all wait for the block or have exited. A warp goes as far as it can
-// before the next, and each released lane before the lanes after it, so that two orders differ as
-// much as possible.
+// Runs the warp's threads until all wait for the block or have exited. Each warp, and each released
+// lane, runs as far as possible before the next one, so that orders differ as much as possible.
 void run_warp() {
   while (Thread* next = next_in_warp()) {
     resume(*next);
@@ -243,7 +241,7 @@ void run_warp() {
   }
 }
 
-// Releases the threads at a barrier; false if all have exited.
+// Releases the threads at a barrier. Returns false if all have exited.
 bool finish_block_barrier() {
   const Thread* first = nullptr;
   for (Thread& thread : threads) {
@@ -289,7 +287,7 @@ void run_block(std::size_t shared_bytes) {
   }
 }
 
-// Ends the threads of a failed launch, which wait in the middle of the kernel.
+// Unwinds the threads of a failed launch, which still wait inside the kernel.
 void unwind() {
   aborting = true;
   for (Thread& thread : threads) {
@@ -402,8 +400,8 @@ unsigned ballot(unsigned mask, bool predicate, const char* operation, Site site)
   return warp_operation(operation, mask, predicate, every_lane, site);
 }
 
-// The source lanes of PTX's shfl instruction: a lane whose source lies outside of its segment of
-// `width` lanes gets its own value, but an exchange may reach into earlier segments.
+// The source lanes of PTX's shfl instruction: a lane gets its own value if the source is outside of
+// its segment of `width` lanes, except that __shfl_xor_sync can read from earlier segments.
 std::uint64_t shuffle(Shuffle kind, unsigned mask, std::uint64_t bits, unsigned operand, int width,
                       Site site) {
   static constexpr const char* names[] = {"__shfl_sync", "__shfl_up_sync", "__shfl_down_sync",
@@ -437,7 +435,7 @@ std::uint64_t shuffle(Shuffle kind, unsigned mask, std::uint64_t bits, unsigned 
 }  // namespace cuda_model
 
 // Called by -fsanitize=alignment before a misaligned access, which is an error on a GPU. It must
-// not throw, which the compiler relies on.
+// not throw, because the compiler assumes that it does not.
 struct Mismatch {
   const char* file;
   unsigned line, column;

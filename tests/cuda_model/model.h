@@ -1,6 +1,6 @@
-// A serial CUDA emulator. CUDA sources that are compiled with the headers in include/ instead of
-// CUDA's own are plain C++, and their kernels run on the CPU, one thread at a time, with checks
-// that a GPU does not make. Static __shared__ variables are not supported and do not compile.
+// A serial CUDA emulator. With the headers in include/ instead of CUDA's own, CUDA sources compile
+// as plain C++. Their kernels run on the CPU, one thread at a time, with checks that a GPU does not
+// make. Static __shared__ variables are not supported and do not compile.
 #pragma once
 
 #include <cstddef>
@@ -50,12 +50,12 @@ namespace cuda_model {
 
 // The order in which blocks, warps and the lanes of a warp run. A thread runs until it has to wait,
 // so a kernel with a missing barrier gives different results in the orders `forward` and `reverse`.
-// A positive number is the seed of a random order.
+// Positive numbers are seeds of random orders.
 constexpr std::int64_t forward = 0, reverse = -1;
 void set_order(std::int64_t order);
 
-// Returns the block's dynamic shared memory: of exactly the size in the launch, aligned to 16 bytes
-// as CUDA guarantees, and filled with NaN (bytes of 0xff) when the block starts.
+// Returns the block's dynamic shared memory. It has exactly the size given at launch, is aligned to
+// 16 bytes as CUDA guarantees, and is filled with NaN (bytes of 0xff) when the block starts.
 void* shared_memory();
 
 // Runs `thread` for every thread of the grid. Throws std::runtime_error for a launch that CUDA
@@ -73,7 +73,7 @@ void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*kernel)(Para
   run(grid, block, shared_bytes, [&] { std::apply(kernel, parameters); });
 }
 
-// Memory between two guard regions. Every access to those is a segmentation fault.
+// Memory between two guard regions, where every access is a segmentation fault.
 class Guarded {
  public:
   explicit Guarded(std::size_t bytes);  // rounded up to whole pages
@@ -87,7 +87,7 @@ class Guarded {
   char *begin_, *end_;
 };
 
-// The source line at which a thread waits. As a default argument, `here` is the caller's line.
+// The source line at which a thread waits. As a default argument, `here` gives the caller's line.
 struct Site {
   const char* file;
   int line;
@@ -183,7 +183,7 @@ inline int __all_sync(unsigned mask, int predicate,
   return cuda_model::ballot(mask, predicate == 0, "__all_sync", site) == 0;
 }
 
-// T is not deduced from the second parameter, which is converted as by CUDA's overloads.
+// T is deduced only from the first parameter; the second is converted, as by CUDA's overloads.
 template <typename T>
 T atomicAdd(T* address, std::common_type_t<T> value) {
   static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned> ||

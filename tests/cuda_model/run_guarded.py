@@ -1,8 +1,9 @@
 """Run the emulated CUDA kernels with a guard region next to every tensor.
 
-Run it as a separate process: `python -m tests.cuda_model.run_guarded before` or `after`, where the
-guard region is before or after the tensors. An access to it ends the process, and the last line of
-output names the case. If the kernels make no such access, the script makes one itself.
+Run it as a separate process: `python -m tests.cuda_model.run_guarded before` or `after` places the
+guard region before or after each tensor. An access to it ends the process, and the last line of
+output names the case. If the kernels make no such access, the script makes one itself to verify
+that the guard works.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ def main(where: str) -> None:
             torch.use_deterministic_algorithms(deterministic)
             run_reference(inputs, form, operators)
     for levels in levels_outside_of_value():
-        for dtype in (torch.float32, torch.float64):  # specialised kernels, and general ones
+        for dtype in (torch.float32, torch.float64):  # specialised and generic kernels
             say(f"levels outside of value: {levels}, {dtype}")
             inputs = random_inputs(FOUR_LEVELS, points=4, head_channels=16).to(dtype)
             arguments = inputs.value, *levels, *inputs[3:5]

@@ -32,7 +32,7 @@ __global__ void write_indices(int* out) {
 
 // ---- Barriers
 
-// Sums each block's part of `in` by a tree in shared memory.
+// Sums each block's part of `in` with a tree reduction in shared memory.
 __global__ void __launch_bounds__(1024) block_sum(const float* in, float* out) {
   float* sums = shared<float>();
   const unsigned i = threadIdx.x;
@@ -180,7 +180,7 @@ __global__ void neighbour(int* out) {
   out[i] = shared<int>()[i / 32 * 32 + (i + 1) % 32];
 }
 
-// Reads from the next warp, where a barrier within the warp is not enough.
+// Reads from the next warp, for which a barrier within the warp does not suffice.
 template <bool synced>
 __global__ void next_warp(int* out) {
   const int i = threadIdx.x;

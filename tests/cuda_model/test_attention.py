@@ -9,7 +9,7 @@ from tests.cuda_model.build import AVAILABLE
 from tests.cuda_model.test_ops import (
     FORWARD,
     REVERSE,
-    _cuda_kernels,  # noqa: F401  replaces the CPU kernels
+    _cuda_kernels,  # noqa: F401  replaces the CPU kernels in this module
     set_order,  # noqa: F401
     unaligned,
 )
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs Linux and g++")
 dtype_pairs = pytest.mark.parametrize(("dtype", "points_dtype"), DTYPE_PAIRS)
 
 
-# The paths through the kernels. tests/gpu imports these tests and runs them with more queries.
+# Paths through the kernels. tests/gpu imports these tests and runs them with more queries.
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def assert_interpolated_in_halves(output: Tensor, inputs: Inputs, form: str) -> 
     assert (error <= 5.1 * ulp * magnitude + 1.1 * ulp * exact.abs() + 2e-5).all()
 
 
-def assert_as_exact_as_promised(run: Run, inputs: Inputs, form: str) -> None:
+def assert_documented_accuracy(run: Run, inputs: Inputs, form: str) -> None:
     actual, in_halves, inputs = run(inputs, form), interpolates_in_halves(inputs), inputs.on("cpu")
     exact = run_exactly(inputs, form)
     value, points = inputs.value.dtype, inputs.weights.dtype
@@ -77,12 +77,12 @@ def assert_as_exact_as_promised(run: Run, inputs: Inputs, form: str) -> None:
 )
 @dtype_pairs
 @both_forms
-def test_sizes_that_kernels_are_compiled_for(
+def test_sizes_with_specialised_kernels(
     form, dtype, points_dtype, shapes, points, head_channels, queries, run
 ):
     sizes = {"heads": 3, "head_channels": head_channels, "queries": queries, "batch": 1}
     inputs = exact_inputs(dtype, points_dtype, shapes=shapes, points=points, **sizes)
-    assert_as_exact_as_promised(run, inputs, form)
+    assert_documented_accuracy(run, inputs, form)
 
 
 OTHER_SIZES = [
@@ -100,14 +100,14 @@ OTHER_SIZES = [
 @dtype_pairs
 @both_forms
 def test_other_sizes(form, dtype, points_dtype, sizes, run):
-    assert_as_exact_as_promised(run, exact_inputs(dtype, points_dtype, **sizes), form)
+    assert_documented_accuracy(run, exact_inputs(dtype, points_dtype, **sizes), form)
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 33])
 @pytest.mark.parametrize(("heads", "head_channels"), [(1, 16), (3, 64), (9, 3)])
-def test_queries_that_fill_no_block(heads, head_channels, count, run):
+def test_queries_that_partially_fill_a_block(heads, head_channels, count, run):
     sizes = {"heads": heads, "head_channels": head_channels, "queries": count, "points": 8}
-    assert_as_exact_as_promised(run, exact_inputs(torch.float32, None, **sizes), "split")
+    assert_documented_accuracy(run, exact_inputs(torch.float32, None, **sizes), "split")
 
 
 @pytest.mark.parametrize("name", ["value", "locations", "weights", "grad_output"])
@@ -116,7 +116,7 @@ def test_unaligned_memory(name, dtype, points_dtype, run, device):
     inputs = exact_inputs(dtype, points_dtype, head_channels=16, points=8).on(device)
     inputs = inputs._replace(**{name: unaligned(getattr(inputs, name))})
     assert getattr(inputs, name).data_ptr() % 16 != 0
-    assert_as_exact_as_promised(run, inputs, "split")
+    assert_documented_accuracy(run, inputs, "split")
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -124,10 +124,10 @@ def test_unaligned_memory(name, dtype, points_dtype, run, device):
 @both_forms
 def test_sums_in_a_fixed_order(form, head_channels, run):
     inputs = exact_inputs(torch.float64, None, head_channels=head_channels, heads=5, points=8)
-    assert_as_exact_as_promised(run, inputs, form)
+    assert_documented_accuracy(run, inputs, form)
 
 
-# The order of threads, and errors that would end the process on a GPU
+# Order of threads, and errors that would end the process on a GPU
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -148,7 +148,7 @@ def test_a_level_outside_of_value_is_an_error(form, dtype):
 @pytest.mark.parametrize("head_channels", [3, 16])
 @dtype_pairs
 @both_forms
-def test_order_changes_no_bit_of_deterministic_results(
+def test_deterministic_results_do_not_depend_on_the_order(
     form, dtype, points_dtype, head_channels, run, set_order  # noqa: F811
 ):  # fmt: skip
     inputs = random_inputs(head_channels=head_channels, points=8).to(dtype, points_dtype)
@@ -162,7 +162,7 @@ def test_order_changes_no_bit_of_deterministic_results(
 
 @pytest.mark.parametrize("head_channels", [3, 16])
 @both_forms
-def test_order_changes_rounding_only_where_threads_add_up(
+def test_order_changes_only_the_rounding_of_atomic_sums(
     form, head_channels, run, set_order, assert_near  # noqa: F811
 ):  # fmt: skip
     inputs = random_inputs(head_channels=head_channels, points=8, queries=17).to(torch.float32)

@@ -1,4 +1,4 @@
-"""Tests of the CUDA emulator on which the CUDA kernels are tested."""
+"""Tests of the serial CUDA emulator itself."""
 
 import ctypes
 import faulthandler
@@ -57,12 +57,12 @@ def test_every_thread_of_every_block_runs_once_with_its_indices():
 
 
 @pytest.mark.parametrize("block", [(1024, 1, 1), (1, 1024, 1), (16, 1, 64), (1, 1, 1)])
-def test_the_largest_blocks_run(block):
+def test_the_largest_blocks_are_accepted(block):
     launch("do_nothing", block=block, shared_bytes=48 * 1024)
 
 
 @pytest.mark.parametrize("grid", [(100_000, 1, 1), (1, 65535, 1), (1, 1, 65535)])
-def test_long_grids_run(grid):
+def test_long_grids_are_accepted(grid):
     launch("do_nothing", grid, (1, 1, 1))
 
 
@@ -94,7 +94,7 @@ def test_a_launch_beyond_the_limits_is_an_error(limits, message):
 
 @pytest.mark.parametrize("order", [FORWARD, REVERSE, 1])
 @pytest.mark.parametrize("threads", [32, 256, 1024])
-def test_a_block_adds_up_through_shared_memory(threads, order, set_order):
+def test_a_block_reduces_through_shared_memory(threads, order, set_order):
     set_order(order)
     x = torch.randint(100, (3, threads)).float()
     sums = torch.zeros(3)
@@ -120,7 +120,7 @@ def test_a_block_waiting_at_two_barriers_is_an_error():
         launch("barriers_apart", block=(64, 1, 1))
 
 
-def test_a_shuffle_is_not_met_by_a_barrier():
+def test_a_shuffle_and_a_barrier_do_not_match():
     message = r"__shfl_sync at .* with mask 0xffffffff, but thread \(3, 0, 0\) waits for __syncthre"
     with pytest.raises(RuntimeError, match=message):
         launch("barrier_and_shuffle")
@@ -130,28 +130,28 @@ def test_a_shuffle_is_not_met_by_a_barrier():
 
 
 @pytest.mark.parametrize("width", [2, 8, 32])
-def test_xor_shuffles_add_up_segments(width):
+def test_xor_shuffles_reduce_segments(width):
     x = torch.randint(100, (64,)).float()
     sums = x.clone()
     launch("xor_sums", block=(64, 1, 1), arguments=[sums, width])
     assert torch.equal(sums, x.view(-1, width).sum(1).repeat_interleave(width))
 
 
-def test_a_mask_may_name_lanes_that_the_block_does_not_have():
+def test_a_mask_may_include_lanes_beyond_the_block():
     x = torch.randint(100, (40,)).float()
     sums = x.clone()
     launch("xor_sums", block=(40, 1, 1), arguments=[sums, 8])
     assert torch.equal(sums, x.view(-1, 8).sum(1).repeat_interleave(8))
 
 
-def test_lanes_of_a_block_count_along_x_then_y_then_z():
+def test_lanes_are_numbered_along_x_then_y_then_z():
     x = torch.randint(100, (64,)).float()
     sums = x.clone()
     launch("xor_sums_3d", block=(4, 2, 8), arguments=[sums])
     assert torch.equal(sums, x.view(-1, 32).sum(1).repeat_interleave(32))
 
 
-def test_halves_of_a_warp_go_separate_ways():
+def test_halves_of_a_warp_can_diverge():
     out = torch.zeros(32, dtype=torch.double)
     launch("half_warps", arguments=[out])
     assert out.tolist() == [120.0] * 16 + [16.0] * 16
@@ -159,7 +159,7 @@ def test_halves_of_a_warp_go_separate_ways():
 
 @pytest.mark.parametrize("width", [1, 8, 32])
 @pytest.mark.parametrize("operand", [0, 1, 5, 8, 31])
-def test_shuffles_read_the_lane_that_cuda_says(operand, width):
+def test_shuffles_read_the_same_lane_as_in_cuda(operand, width):
     out = torch.zeros(4, 32, dtype=torch.int)
     launch("shuffle_kinds", arguments=[out, operand, width])
     for lane in range(32):
@@ -200,7 +200,7 @@ def test_a_misused_warp_operation_is_an_error(kernel, message):
         launch(kernel)
 
 
-def test_reading_a_lane_that_the_block_does_not_have_is_an_error():
+def test_reading_a_lane_beyond_the_block_is_an_error():
     with pytest.raises(RuntimeError, match=r"thread \(0, 0, 0\): .* reads lane 16, which takes no"):
         launch("reads_absent_lane", block=(16, 1, 1))
 
@@ -246,13 +246,13 @@ def test_a_misaligned_access_is_an_error():
 # ---- Errors and order
 
 
-def test_an_exception_in_a_kernel_arrives_and_leaves_nothing_behind():
+def test_an_exception_in_a_kernel_is_rethrown_and_unwinds_all_threads():
     for _ in range(3):
         ended = torch.zeros(1, dtype=torch.int)
         with pytest.raises(RuntimeError, match=r"^thrown in the kernel$"):
             launch("throws", block=(64, 1, 1), arguments=[ended])
         assert ended == 64  # all threads were unwound
-        test_a_block_adds_up_through_shared_memory(256, FORWARD, library().set_order)
+        test_a_block_reduces_through_shared_memory(256, FORWARD, library().set_order)
 
 
 def test_launches_from_other_threads():
@@ -274,7 +274,7 @@ def test_launches_from_other_threads():
 
 
 @pytest.mark.parametrize("kernel", ["neighbour", "next_warp"])
-def test_orders_find_a_missing_barrier(kernel, set_order):
+def test_orders_reveal_a_missing_barrier(kernel, set_order):
     def in_orders(kernel: str) -> list[Tensor]:
         results = []
         for order in (FORWARD, REVERSE, 1, 2):
@@ -289,7 +289,7 @@ def test_orders_find_a_missing_barrier(kernel, set_order):
     assert all((first != other).any() for other in others[:1])
 
 
-def test_orders_are_what_they_say(set_order):
+def test_threads_run_in_the_requested_order(set_order):
     def turns(order: int) -> list[int]:
         set_order(order)
         out, turn = torch.zeros(400, dtype=torch.int), torch.zeros(1, dtype=torch.int)
@@ -308,7 +308,7 @@ def test_atomic_additions():
     assert [s.item() for s in sums] == [50, 50, 200, 300]
 
 
-def test_a_failing_compilation_tells_what_the_compiler_says(tmp_path):
+def test_a_compilation_error_contains_the_compilers_message(tmp_path):
     source = tmp_path / "wrong.cu"
     source.write_text("int x = unknown;")
     with pytest.raises(RuntimeError, match=r"wrong\.cu:1:9: error: .unknown. was not declared"):

@@ -59,7 +59,7 @@ def _cuda_kernels() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-# The paths through the kernels. tests/gpu imports these tests and runs them on larger images.
+# Paths through the kernels. tests/gpu imports these tests and runs them on larger images.
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,9 @@ def magnitudes(tensors: Tensors, p: Parameters) -> Tensors:
 def assert_interpolated_in_halves(output: Tensor, tensors: Tensors, p: Parameters) -> None:
     """Check the error bound of interpolation in float16.
 
-    A weight and the sums that include its pixel are five numbers rounded to float16. Each has an
-    error of up to half an ulp or, if subnormal, of half the smallest number. The errors add up over
-    the taps, and the output is rounded once more.
+    Each pixel passes through five roundings to float16: its weight and the sums that include it.
+    Each adds an error of up to half an ulp or, for subnormals, half the smallest number. The errors
+    add up over the taps, and the output is rounded once more.
     """
     exact, magnitude = (run_exactly(t, p).output for t in (tensors, magnitudes(tensors, p)))
     ulp = torch.finfo(torch.float16).eps / 2
@@ -96,7 +96,7 @@ def assert_interpolated_in_halves(output: Tensor, tensors: Tensors, p: Parameter
     assert (error <= 5.1 * ulp * magnitude + 1.1 * ulp * exact.abs() + 2e-5).all()
 
 
-def assert_as_exact_as_promised(run: Run, tensors: Tensors, p: Parameters) -> None:
+def assert_documented_accuracy(run: Run, tensors: Tensors, p: Parameters) -> None:
     actual, exact = run(tensors, p), run_exactly(tensors.to("cpu"), p)
     assert {t.dtype for t in actual} == {tensors.value.dtype}
     if interpolates_in_halves(tensors, p):
@@ -109,10 +109,10 @@ def assert_as_exact_as_promised(run: Run, tensors: Tensors, p: Parameters) -> No
 @pytest.mark.parametrize("remove_center", [False, True])
 @pytest.mark.parametrize("group_channels", [16, 32, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_sizes_that_kernels_are_compiled_for(dtype, group_channels, remove_center, image_size, run):
+def test_sizes_with_specialised_kernels(dtype, group_channels, remove_center, image_size, run):
     p = Parameters(groups=3, remove_center=remove_center)
     tensors = random_tensors(p, 2, image_size, group_channels, steps_per_pixel=64).to(dtype)
-    assert_as_exact_as_promised(run, tensors, p)
+    assert_documented_accuracy(run, tensors, p)
 
 
 OTHER_SIZES = [
@@ -131,15 +131,15 @@ OTHER_SIZES = [
 @pytest.mark.parametrize(("p", "group_channels"), OTHER_SIZES)
 def test_other_sizes(p, group_channels, dtype, image_size, run):
     tensors = random_tensors(p, 1, image_size, group_channels, steps_per_pixel=64).to(dtype)
-    assert_as_exact_as_promised(run, tensors, p)
+    assert_documented_accuracy(run, tensors, p)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (4, 4), (3, 5)])
 @pytest.mark.parametrize(("groups", "group_channels"), [(1, 16), (3, 64), (9, 3)])
-def test_images_that_fill_no_block(groups, group_channels, size, run):
+def test_images_that_partially_fill_a_block(groups, group_channels, size, run):
     p = Parameters(groups=groups, padding=(2, 2))
     tensors = random_tensors(p, 2, size, group_channels, steps_per_pixel=64).to(torch.float32)
-    assert_as_exact_as_promised(run, tensors, p)
+    assert_documented_accuracy(run, tensors, p)
 
 
 def unaligned(tensor: Tensor) -> Tensor:
@@ -155,11 +155,11 @@ def test_unaligned_memory(name, dtype, run, device):
     tensors = random_tensors(p, group_channels=16, steps_per_pixel=64).to(dtype).to(device)
     tensors = tensors._replace(**{name: unaligned(getattr(tensors, name))})
     assert getattr(tensors, name).data_ptr() % 16 != 0
-    assert_as_exact_as_promised(run, tensors, p)
+    assert_documented_accuracy(run, tensors, p)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_halves_up_to_998_thousandths_of_the_largest_do_not_overflow(sign, run):
+def test_values_up_to_99_8_percent_of_the_float16_maximum_do_not_overflow(sign, run):
     p = Parameters(groups=1)
     tensors = random_tensors(p, group_channels=16).to(torch.float16)
     tensors.value.fill_(sign * 0.998 * torch.finfo(torch.float16).max)
@@ -167,13 +167,13 @@ def test_halves_up_to_998_thousandths_of_the_largest_do_not_overflow(sign, run):
     assert run(tensors, p).output.isfinite().all()
 
 
-def test_more_images_than_a_grid_has_layers(run):
+def test_more_images_than_the_grid_limit(run):
     p = Parameters(groups=1, kernel_size=(1, 1), padding=(0, 0))
     tensors = random_tensors(p, 65537, (1, 1), 1, padding_channels=0).to(torch.float32)
-    assert_as_exact_as_promised(run, tensors, p)
+    assert_documented_accuracy(run, tensors, p)
 
 
-# The order of threads
+# Order of threads
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def set_order() -> Iterator[Callable[[int], None]]:
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_channels", [3, 16])
-def test_order_changes_no_bit_of_deterministic_results(group_channels, dtype, run, set_order):
+def test_deterministic_results_do_not_depend_on_the_order(group_channels, dtype, run, set_order):
     p = Parameters(groups=5)
     tensors = random_tensors(p, group_channels=group_channels).to(dtype)
     expected = run(tensors, p)
@@ -195,7 +195,7 @@ def test_order_changes_no_bit_of_deterministic_results(group_channels, dtype, ru
 
 
 @pytest.mark.parametrize("group_channels", [3, 16])
-def test_order_changes_rounding_only_where_threads_add_up(
+def test_order_changes_only_the_rounding_of_atomic_sums(
     group_channels, run, set_order, assert_near
 ):
     p = Parameters(groups=5)
@@ -210,7 +210,7 @@ def test_order_changes_rounding_only_where_threads_add_up(
     assert_equal(first._replace(grad_value=second.grad_value), second)
 
 
-# The ends of tensors
+# Accesses outside of tensors
 
 
 @pytest.mark.parametrize("where", ["before", "after"])

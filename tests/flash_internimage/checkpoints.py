@@ -1,4 +1,4 @@
-"""Files of torch.save, and such that it would not write."""
+"""Write checkpoints as torch.save does, and malicious ones."""
 
 import importlib
 import pickle
@@ -21,7 +21,7 @@ def write(contents: object, path: Path, archive: bool = True) -> None:
 
 
 def write_program(program: bytes, path: Path, archive: bool = True) -> None:
-    """A file of torch.save with another pickle for its contents."""
+    """Write a file in the format of torch.save with the given pickle as its contents."""
     if archive:
         writer = torch._C.PyTorchFileWriter(str(path))
         writer.write_record("data.pkl", program, len(program))
@@ -47,7 +47,7 @@ def named(module: str, name: str) -> bytes:
 
 
 def dotted(module: str, name: str) -> bytes:
-    """As in protocol 4, where a name may lead to the attribute of an attribute."""
+    """Return the opcode of protocol 4, whose names may contain dots (nested attributes)."""
     return literal(module) + literal(name) + pickle.STACK_GLOBAL
 
 
@@ -56,7 +56,7 @@ def call(function: bytes, *args: bytes) -> bytes:
 
 
 def program(item: bytes) -> bytes:
-    """The pickle of {"item": item}."""
+    """Return the pickle of {"item": item}."""
     return b"\x80\x04}" + literal("item") + item + pickle.SETITEM + pickle.STOP
 
 
@@ -66,7 +66,7 @@ def assert_refused(path: Path, message: str) -> None:
 
 
 class RunsCommand:
-    """Runs a command when it is unpickled."""
+    """Object that runs a shell command when it is unpickled."""
 
     def __init__(self, command: str):
         self.command = command

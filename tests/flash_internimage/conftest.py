@@ -1,4 +1,4 @@
-"""What the tests of reading checkpoints share."""
+"""Fixtures of the tests that read checkpoints."""
 
 import importlib
 import sys
@@ -56,7 +56,7 @@ def path(tmp_path) -> Path:
 
 @pytest.fixture
 def library(tmp_path, monkeypatch) -> Iterator[ModuleType]:
-    """A library that is there while a checkpoint is written; `forget` removes it."""
+    """Install a library for writing a checkpoint; `forget` removes it."""
     (tmp_path / "foreign_library.py").write_text(LIBRARY)
     monkeypatch.syspath_prepend(tmp_path)
     library = importlib.import_module("foreign_library")

@@ -1,4 +1,4 @@
-"""Small models that several tests use."""
+"""Small models for tests."""
 
 import pytest
 import timm

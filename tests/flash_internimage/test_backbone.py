@@ -1,4 +1,4 @@
-"""The backbone: published values, names and initialisation, and what timm expects of a model."""
+"""Tests of the backbone: published values, names and initialisation, and timm's interface."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_model(**kwargs) -> FlashInternImage:
-    """A small model in eval mode whose DCNv4 layers sample, unlike the published zero start."""
+    """Return a small model in eval mode with non-zero offsets, unlike a freshly initialised one."""
     torch.manual_seed(0)
     model = FlashInternImage(**{**SMALL, **kwargs})
     for module in model.modules():
@@ -51,7 +51,7 @@ def small_model(**kwargs) -> FlashInternImage:
 
 
 def meta_model(name: str, **kwargs) -> nn.Module:
-    """Names and shapes of a registered model, without the time it takes to initialise."""
+    """Return a registered model on the meta device, which skips the slow initialisation."""
     with torch.device("meta"):
         return timm.create_model(name, **kwargs)
 
@@ -91,7 +91,7 @@ def load_golden(path: Path) -> tuple[dict[str, np.ndarray], FlashInternImage]:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
 @torch.no_grad()
-def test_values_are_the_published_ones(path, dtype, tolerance, assert_near):
+def test_output_equals_the_published_values(path, dtype, tolerance, assert_near):
     golden, model = load_golden(path)
     model, x = model.to(dtype), torch.from_numpy(golden["input"]).to(dtype)
     features, maps = model.forward_intermediates(x)
@@ -106,7 +106,7 @@ def test_values_are_the_published_ones(path, dtype, tolerance, assert_near):
 @pytest.mark.parametrize(
     "path", [path for path in GOLDENS if path.stem.startswith("cls")], ids=lambda path: path.stem
 )
-def test_gradient_of_the_input_is_the_published_one(path, assert_near):
+def test_input_gradient_equals_the_published_one(path, assert_near):
     golden, model = load_golden(path)
     x = torch.from_numpy(golden["input"]).double().requires_grad_()
     grad_logits = torch.from_numpy(golden["grad_logits"]).double()
@@ -180,7 +180,7 @@ def test_initialisation_is_distributed_as_published(style):
 
 
 def assert_same_distribution(name: str, tensor: Tensor, stats: dict) -> None:
-    """Against the statistics of another sample of the same size."""
+    """Compare a tensor with the statistics of another sample of the same size."""
     if stats["min"] == stats["max"]:
         assert tensor.eq(stats["min"]).all(), name
         return
@@ -208,7 +208,7 @@ def test_fine_groups_give_the_published_layer_decay():
 
 
 @pytest.mark.parametrize("size", "TL")
-def test_weight_decay_spares_the_published_parameters(size):
+def test_weight_decay_excludes_the_published_parameters(size):
     model = meta_model(NAMES[size])
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = param_groups_weight_decay(
@@ -219,7 +219,7 @@ def test_weight_decay_spares_the_published_parameters(size):
     assert actual == {name: weight_decay for name, _, weight_decay, _ in recipe}
 
 
-def test_coarse_groups_are_stem_stages_and_head():
+def test_coarse_groups_are_the_stem_stages_and_head():
     model = small_model()
     groups = group_parameters(model, model.group_matcher(coarse=True))
     prefixes = [{".".join(name.split(".")[:2]) for name in names} for names in groups.values()]
@@ -250,7 +250,7 @@ def test_pretrained_config_describes_the_model(name):
 
 
 @pytest.mark.parametrize(("name", "size"), [("nano", 64), ("tiny", 224), ("large", 384)])
-def test_evaluation_takes_the_whole_image_in_bicubic(name, size):
+def test_evaluation_resizes_the_whole_image_bicubically(name, size):
     config = resolve_model_data_config(meta_model(f"flash_internimage_{name}"))
     assert config["input_size"] == (3, size, size)
     assert (config["crop_pct"], config["interpolation"]) == (1.0, "bicubic")
@@ -261,7 +261,7 @@ def test_evaluation_takes_the_whole_image_in_bicubic(name, size):
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
-def test_input_channels_and_classes_are_free(in_chans):
+def test_input_channels_and_classes_are_configurable(in_chans):
     model = timm.create_model("flash_internimage_nano", num_classes=7, in_chans=in_chans)
     assert model(images(2, in_chans, 64, 64)).shape == (2, 7)
 
@@ -276,19 +276,19 @@ def test_any_image_size_works(style, size):
     ]
 
 
-def test_no_classes_means_pooled_features():
+def test_zero_classes_give_pooled_features():
     model, x = small_model(num_classes=0), images(2, 3, 64, 64)
     assert isinstance(model.get_classifier(), nn.Identity)
     assert model(x).shape == (2, model.head_hidden_size)
     assert model(x).equal(model.forward_head(model.forward_features(x), pre_logits=True))
 
 
-def test_no_pooling_means_a_feature_map():
+def test_disabled_pooling_gives_a_feature_map():
     model = small_model(num_classes=0, global_pool="")
     assert model(images(2, 3, 64, 96)).shape == (2, model.head_hidden_size, 2, 3)
 
 
-def test_head_follows_features():
+def test_forward_is_forward_features_then_forward_head():
     model, x = small_model(), images(2, 3, 64, 64)
     features = model.forward_features(x)
     assert features.shape == (2, model.num_features, 2, 2)
@@ -306,7 +306,7 @@ def test_reset_classifier_changes_classes_and_pooling(global_pool):
     assert model(x).shape == (2, 5)
 
 
-def test_reset_classifier_pools_as_asked():
+def test_reset_classifier_applies_the_requested_pooling():
     model, x = small_model(num_classes=0), images(2, 3, 64, 64)
     feature_map = model.conv_head(model.forward_features(x))
     model.reset_classifier(0, "max")
@@ -325,7 +325,7 @@ def test_reset_classifier_keeps_dtype_and_published_initialisation():
     assert not model.head.bias.any()
 
 
-def test_reset_classifier_leaves_no_weights_behind():
+def test_reset_classifier_removes_the_old_weights():
     model = small_model()
     model.reset_classifier(0)
     assert not any(name.startswith("head.") for name in model.state_dict())
@@ -350,7 +350,7 @@ def test_groups_must_match_depths():
         ((-3,), [1]),
     ],
 )
-def test_features_only_gives_what_feature_info_says(out_indices, stages):
+def test_features_only_matches_feature_info(out_indices, stages):
     kwargs = {} if out_indices is None else {"out_indices": out_indices}
     model = timm.create_model("flash_internimage_nano", features_only=True, **kwargs)
     assert model.feature_info.channels() == [32 * 2**stage for stage in stages]
@@ -366,7 +366,7 @@ def test_features_only_gives_what_feature_info_says(out_indices, stages):
 
 
 @STYLES
-def test_intermediates_are_the_stages_outputs(style):
+def test_intermediates_are_the_outputs_of_the_stages(style):
     model, x = small_model(**style), images(2, 3, 64, 64)
     outputs = []
     for stage in model.levels:
@@ -377,7 +377,7 @@ def test_intermediates_are_the_stages_outputs(style):
     assert features.equal(model.forward_features(x))
 
 
-def test_intermediates_of_chosen_stages():
+def test_intermediates_of_selected_stages():
     model, x = small_model(), images(1, 3, 64, 64)
     _, maps = model.forward_intermediates(x)
     for indices, stages in [(2, [2, 3]), ([0, 2], [0, 2]), ([-1], [3]), ((1,), [1])]:
@@ -389,7 +389,7 @@ def test_intermediates_of_chosen_stages():
 def test_intermediates_stop_early():
     model, x = small_model(), images(1, 3, 64, 64)
     _, maps = model.forward_intermediates(x)
-    model.levels[1].downsample = model.levels[2] = nn.Module()  # cannot be run
+    model.levels[1].downsample = model.levels[2] = nn.Module()  # fails when called
     features, chosen = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
     assert all(m.equal(expected) for m, expected in zip(chosen, maps[:2], strict=True))
     assert features.equal(maps[1])
@@ -404,7 +404,7 @@ def test_intermediates_channels_last():
 
 
 @pytest.mark.parametrize("output_fmt", ["NLC", "nchw", ""])
-def test_intermediates_in_no_other_format(output_fmt):
+def test_unsupported_formats_of_intermediates_are_rejected(output_fmt):
     with pytest.raises(ValueError, match=f"'NCHW' or 'NHWC', got '{output_fmt}'"):
         small_model().forward_intermediates(images(1, 3, 64, 64), output_fmt=output_fmt)
 
@@ -429,7 +429,7 @@ def test_pruning_may_keep_the_head():
     assert model(x).equal(logits)
 
 
-def test_a_pruned_model_has_the_layers_of_its_stages():
+def test_pruned_model_keeps_only_the_layers_of_its_stages():
     model = timm.create_model("flash_internimage_nano")
     whole = group_parameters(model, model.group_matcher(), reverse=True)
     model.prune_intermediate_layers([2])
@@ -446,7 +446,7 @@ def test_pruned_model_can_be_pruned_again():
     assert model(images(1, 3, 64, 64)).shape == (1, 16, 16, 16)
 
 
-def test_pruned_model_takes_a_new_classifier():
+def test_pruned_model_accepts_a_new_classifier():
     model = small_model()
     model.prune_intermediate_layers([0, 1])
     model.reset_classifier(5, "avg")
@@ -487,7 +487,7 @@ def test_gradient_checkpointing_recomputes_blocks():
 
 
 @pytest.mark.parametrize("regularisation", ["drop_path_rate", "drop_rate"])
-def test_regularisation_acts_in_training_only(regularisation):
+def test_regularisation_applies_only_in_training(regularisation):
     plain, model = small_model(), small_model(**{regularisation: 0.5})
     x = images(4, 3, 64, 64)
     assert model(x).equal(plain(x))
@@ -536,7 +536,7 @@ def test_export_with_dynamic_batch_and_size():
 def test_compiled_model_equals_the_eager_one(assert_near):
     model = small_model(depths=(1, 1), groups=(1, 2)).double()
     x = images(2, 3, 32, 32).double()
-    # Scalar code in one C++ file per graph: a third of the time in the C++ compiler.
+    # Scalar code in one C++ file per graph compiles three times as fast.
     quick = {
         "cpp_wrapper": True,
         "cpp.vec_isa_ok": False,

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read, what is refused, and how they are written."""
+"""Tests of reading, rejecting and writing checkpoints."""
 
 import logging
 import os
@@ -36,7 +36,7 @@ WEIGHTS = {"head.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.ones(
 
 
 AVERAGED = ["state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema"]
-# Names that other programs use; any with "ema", "swa" or "averaged" is taken for one of these.
+# Names used by other programs: any name with "ema", "swa" or "averaged" is recognised.
 AVERAGED += [
     "swa_state_dict",
     "swa_model",
@@ -50,20 +50,20 @@ OTHER = {name: tensor + 1 for name, tensor in WEIGHTS.items()}
 
 
 @pytest.mark.parametrize("container", [*AVERAGED, *TRAINED])
-def test_weights_are_taken_out_of_their_container(container):
+def test_weights_are_extracted_from_their_container(container):
     checkpoint = {"epoch": 3, container: WEIGHTS, "optimizer": {"state": {}}}
     for use_ema in (True, False):
         assert_equal(clean_state_dict(checkpoint, use_ema), WEIGHTS)
 
 
-def test_bare_weights_are_taken_as_they_are():
+def test_bare_weights_are_returned_unchanged():
     assert_equal(clean_state_dict(WEIGHTS), WEIGHTS)
 
 
 @pytest.mark.parametrize(
     ("averaged", "trained"), [*((a, "state_dict") for a in AVERAGED), ("model_ema", "model")]
 )
-def test_averaged_weights_are_preferred_and_the_log_says_so(averaged, trained, caplog):
+def test_averaged_weights_are_preferred_and_logged(averaged, trained, caplog):
     caplog.set_level(logging.INFO)
     checkpoint = {trained: OTHER, averaged: WEIGHTS}
     assert_equal(clean_state_dict(checkpoint), WEIGHTS)
@@ -74,7 +74,7 @@ def test_averaged_weights_are_preferred_and_the_log_says_so(averaged, trained, c
 
 @pytest.mark.parametrize("name", ["teacher", "best_state", "my_weights"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_weights_that_could_be_meant_as_well_are_named(name, prefix, caplog):
+def test_ignored_weights_are_logged(name, prefix, caplog):
     caplog.set_level(logging.INFO)
     others = {f"{prefix}{key}": tensor for key, tensor in OTHER.items()}
     checkpoint = {"state_dict": WEIGHTS, name: others, "scaler": {"scale": torch.ones(1)}}
@@ -82,7 +82,7 @@ def test_weights_that_could_be_meant_as_well_are_named(name, prefix, caplog):
     assert caplog.messages == [f"using state_dict, ignoring {name}"]
 
 
-def test_mmengine_keeps_averaged_weights_in_the_place_of_the_others():
+def test_averaged_weights_of_mmengine_are_in_state_dict():
     raw = {"steps": torch.tensor(8)} | {f"module.{name}": OTHER[name] for name in OTHER}
     checkpoint = {"meta": {"mmengine_version": "0.10.4"}, "state_dict": WEIGHTS}
     assert_equal(clean_state_dict(checkpoint, use_ema=False), WEIGHTS)
@@ -92,7 +92,7 @@ def test_mmengine_keeps_averaged_weights_in_the_place_of_the_others():
 
 
 @pytest.mark.parametrize("empty", [None, {}, 3])
-def test_container_without_weights_is_passed_over(empty, caplog):
+def test_container_without_weights_is_skipped(empty, caplog):
     assert_equal(clean_state_dict({"model_ema": empty, "model": WEIGHTS}), WEIGHTS)
     warning = f"using model: model_ema is a {type(empty).__name__} without weights"
     assert caplog.messages == ([] if empty is None else [warning])
@@ -129,12 +129,12 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
-def test_wrappers_of_torch_and_timm_are_known(wrapper):
+def test_wrappers_of_torch_and_timm_are_recognised(wrapper):
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     assert_equal(clean_state_dict(WRAPPED[wrapper](model).state_dict()), model.state_dict())
 
 
-def test_a_compiled_part_has_its_own_name():
+def test_prefix_of_a_compiled_submodule_is_stripped():
     model = nn.ModuleDict({"head": nn.Linear(2, 3)})
     weights = model.state_dict()
     model["head"] = torch.compile(model["head"])
@@ -143,12 +143,12 @@ def test_a_compiled_part_has_its_own_name():
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "net."])
-def test_what_only_some_names_begin_with_is_no_wrapper(prefix):
+def test_prefix_of_only_some_names_is_kept(prefix):
     names = {f"{prefix}weight": torch.zeros(1), "criterion.weight": torch.zeros(1)}
     assert_equal(clean_state_dict(names), names)
 
 
-def test_a_module_may_hold_weights_and_their_average(caplog):
+def test_averaged_weights_in_the_same_state_dict_are_separated(caplog):
     caplog.set_level(logging.INFO)
     names = {f"model.{name}": OTHER[name] for name in OTHER}
     names |= {f"ema_model.module.{name}": WEIGHTS[name] for name in WEIGHTS}
@@ -159,12 +159,12 @@ def test_a_module_may_hold_weights_and_their_average(caplog):
     assert "using 2 of 5 tensors: those not in ema_model., model_ema., ema." in caplog.text
 
 
-def test_prefixes_are_stripped_at_the_start_only():
+def test_prefixes_are_stripped_only_at_the_start():
     names = {"neck.backbone.weight": torch.zeros(1), "backbone_norm.weight": torch.zeros(1)}
     assert_equal(clean_state_dict(names), names)
 
 
-def test_two_entries_for_one_name_are_an_error():
+def test_duplicate_names_after_stripping_are_an_error():
     names = {"a.weight": torch.zeros(1), "a._orig_mod.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"two entries for a\.weight: .* and a\._orig_mod\.weight"):
         clean_state_dict(names)
@@ -172,7 +172,7 @@ def test_two_entries_for_one_name_are_an_error():
 
 @pytest.mark.parametrize("prefix", ["student.backbone", "student.backbone."])
 @pytest.mark.parametrize("outer", ["", "module."])
-def test_a_prefix_chooses_a_part_of_a_model(outer, prefix):
+def test_prefix_selects_a_part_of_a_model(outer, prefix):
     names = {f"student.backbone.{name}": tensor for name, tensor in WEIGHTS.items()}
     names |= {f"teacher.backbone.{name}": tensor for name, tensor in OTHER.items()}
     names |= {"student.backbone_2.weight": torch.ones(1), "student.neck.weight": torch.ones(1)}
@@ -183,7 +183,7 @@ def test_a_prefix_chooses_a_part_of_a_model(outer, prefix):
         clean_state_dict(checkpoint, prefix="backbone")
 
 
-def test_of_a_detector_the_backbone_alone_is_taken(caplog):
+def test_only_the_backbone_of_a_detector_is_used(caplog):
     caplog.set_level(logging.INFO)
     names = {"module.neck.weight": torch.zeros(1), "ema_backbone_head_bias": torch.zeros(1)}
     names |= {"module.backbone." + name: tensor for name, tensor in WEIGHTS.items()}
@@ -192,7 +192,7 @@ def test_of_a_detector_the_backbone_alone_is_taken(caplog):
 
 
 @pytest.mark.parametrize("other", [{"epoch": 3}, {"head": {}}, {1: torch.zeros(1)}, {"text": "x"}])
-def test_more_than_tensors_is_an_error(other):
+def test_values_other_than_tensors_are_an_error(other):
     for checkpoint in (WEIGHTS | other, {"model": WEIGHTS | other}):
         with pytest.raises(ValueError, match=f"only tensors, got also {next(iter(other))}"):
             clean_state_dict(checkpoint)
@@ -201,7 +201,7 @@ def test_more_than_tensors_is_an_error(other):
 # load_checkpoint
 
 
-def test_pth_keeps_its_contents(tmp_path):
+def test_pth_file_is_read(tmp_path):
     path = tmp_path / "last.pth"
     torch.save({"model": WEIGHTS, "epoch": 3, "best": {"top1": 0.5}}, path)
     checkpoint = load_checkpoint(path)
@@ -209,13 +209,13 @@ def test_pth_keeps_its_contents(tmp_path):
     assert_equal(checkpoint["model"], WEIGHTS)
 
 
-def test_pth_of_old_pytorch_is_read(tmp_path):
+def test_legacy_pth_file_is_read(tmp_path):
     path = tmp_path / "old.pth"
     torch.save({"model": WEIGHTS}, path, _use_new_zipfile_serialization=False)
     assert_equal(load_checkpoint(str(path))["model"], WEIGHTS)
 
 
-def test_safetensors_are_read(tmp_path):
+def test_safetensors_file_is_read(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(WEIGHTS, path)
     loaded = load_checkpoint(path)
@@ -224,7 +224,7 @@ def test_safetensors_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("map_location", ["meta", torch.device("meta")])
-def test_pth_goes_to_the_device_asked_for(tmp_path, map_location):
+def test_pth_file_is_loaded_to_the_requested_device(tmp_path, map_location):
     torch.save(WEIGHTS, tmp_path / "model.pth")
     assert load_checkpoint(tmp_path / "model.pth", map_location)["head.bias"].is_meta
 
@@ -243,7 +243,7 @@ def write_pickle(contents: object, path: os.PathLike) -> None:
 
 
 def refusal(path: os.PathLike) -> str:
-    """The text with which a file is refused: it names the file and gives no unsafe advice."""
+    """Return the error for a rejected file, which names it and gives no unsafe advice."""
     with pytest.raises(ValueError, match=r"\S") as refused:
         load_checkpoint(path)
     assert str(path) in str(refused.value)
@@ -251,7 +251,7 @@ def refusal(path: os.PathLike) -> str:
     return str(refused.value)
 
 
-def test_safetensors_in_name_only_do_not_run(tmp_path):
+def test_pickle_named_safetensors_is_not_executed(tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "evil.safetensors"
     write_pickle(RunsCommand(f"touch {marker}"), path)
     refusal(path)
@@ -259,20 +259,20 @@ def test_safetensors_in_name_only_do_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("contents", [[WEIGHTS], torch.zeros(2), 3, None])
-def test_anything_but_a_dict_is_refused(tmp_path, contents):
+def test_contents_other_than_a_dict_are_rejected(tmp_path, contents):
     torch.save(contents, tmp_path / "model.pth")
     message = f"must contain a dict, got a {type(contents).__name__}"
     assert message in refusal(tmp_path / "model.pth")
 
 
-def test_whole_model_is_refused(tmp_path):
+def test_whole_model_is_rejected(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "model.pth")
     message = refusal(tmp_path / "model.pth")
     assert "it contains a whole model (torch.nn.modules.linear.Linear)" in message
 
 
 @pytest.mark.parametrize("write", [write_zip, write_old, save_file])
-def test_truncated_file_is_refused_wherever_it_ends(tmp_path, write):
+def test_truncated_file_is_rejected_wherever_it_ends(tmp_path, write):
     path = tmp_path / ("model.safetensors" if write is save_file else "model.pth")
     write(WEIGHTS, path)
     whole = path.read_bytes()
@@ -282,7 +282,7 @@ def test_truncated_file_is_refused_wherever_it_ends(tmp_path, write):
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
-def test_random_bytes_are_refused(tmp_path, name):
+def test_random_bytes_are_rejected(tmp_path, name):
     path, generator = tmp_path / name, random.Random(0)
     for _ in range(100):
         path.write_bytes(generator.randbytes(generator.choice([1, 5, 50, 500])))
@@ -294,21 +294,21 @@ def test_random_bytes_are_refused(tmp_path, name):
     [b"<!DOCTYPE html>", b"version https://git-lfs", b"import torch\n", bytes(99), b"", b"PK"],
     ids=["page", "pointer", "text", "zeros", "empty", "start of a zip"],
 )
-def test_other_files_are_refused(tmp_path, contents):
+def test_other_files_are_rejected(tmp_path, contents):
     path = tmp_path / "model.pth"
     path.write_bytes(contents)
     beginning = f"not a zip archive or a pickle, it begins with {contents[:16]}"
     assert refusal(path) == f"{path} is damaged or not a checkpoint: {beginning}"
 
 
-def test_files_of_other_programs_are_told_from_damaged_ones(tmp_path):
+def test_files_of_other_programs_are_distinguished_from_damaged_ones(tmp_path):
     write_pickle({"epoch": 3}, tmp_path / "model.pth")
     assert refusal(tmp_path / "model.pth").endswith("a pickle not written by torch.save")
     np.savez(tmp_path / "model.npz", **{name: WEIGHTS[name].numpy() for name in WEIGHTS})
     assert refusal(tmp_path / "model.npz").endswith("zip archive not written by torch.save")
 
 
-def test_missing_file_is_named(tmp_path):
+def test_error_names_the_missing_file(tmp_path):
     for path in (tmp_path / "none.pth", tmp_path):
         with pytest.raises(FileNotFoundError, match=str(path)):
             load_checkpoint(path)
@@ -318,7 +318,7 @@ def test_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [str, Path])
-def test_file_at_hand_is_taken_as_it_is(tmp_path, kind):
+def test_local_file_is_used_directly(tmp_path, kind):
     torch.save(WEIGHTS, tmp_path / "model.pth")
     assert fetch_checkpoint(kind(tmp_path / "model.pth")) == tmp_path / "model.pth"
 
@@ -339,7 +339,7 @@ def test_released_weights_are_found_by_name(tmp_path, monkeypatch):
     "source",
     ["flash_internimage_nano.untrained", "flash_internimage_tiny", "resnet50.a1_in1k", "none.pth"],
 )
-def test_what_is_neither_file_address_nor_released_is_refused(source):
+def test_unknown_source_is_rejected(source):
     message = f"not found: {source} is neither a file, .* flash_internimage_tiny.in1k"
     with pytest.raises(FileNotFoundError, match=message):
         fetch_checkpoint(source)
@@ -358,7 +358,7 @@ def test_saved_checkpoint_is_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("existing", [True, False])
-def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch, existing):
+def test_failed_save_keeps_the_existing_file(tmp_path, monkeypatch, existing):
     path = tmp_path / "last.pth"
     if existing:
         save_atomically({"epoch": 0}, path)
@@ -385,7 +385,12 @@ def test_save_after_a_failed_one_succeeds(tmp_path):
 
 
 def loaded_optimizer(shape: tuple[int, ...], **kwargs) -> torch.optim.Optimizer:
-    """With a state from a file that asks for other kernels, and has one tensor of this shape."""
+    """Return an optimizer with a loaded state that selects other kernels.
+
+    Args:
+        shape: Shape of one tensor of the state.
+        **kwargs: Options of the optimizer.
+    """
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(3, 4))], **kwargs)
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3, 4)
     optimizer.step()
@@ -397,7 +402,7 @@ def loaded_optimizer(shape: tuple[int, ...], **kwargs) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"foreach": True}, {"fused": True}])
-def test_a_file_does_not_choose_the_optimizers_kernels(kwargs):
+def test_loaded_state_does_not_change_the_optimizers_kernels(kwargs):
     optimizer = loaded_optimizer((3, 4), **kwargs)
     check_optimizer(optimizer)
     group = optimizer.param_groups[0]
@@ -405,7 +410,7 @@ def test_a_file_does_not_choose_the_optimizers_kernels(kwargs):
     assert {name: group[name] for name in expected} == expected
 
 
-def test_fused_kernels_have_states_of_the_right_shapes():
+def test_state_of_a_wrong_shape_is_rejected_for_fused_kernels():
     with pytest.raises(ValueError, match=r"exp_avg must have .*\(3, 4\), got \(1,\)"):
         check_optimizer(loaded_optimizer((1,), fused=True))
     optimizer = loaded_optimizer((1,))
@@ -414,13 +419,13 @@ def test_fused_kernels_have_states_of_the_right_shapes():
         optimizer.step()
 
 
-def test_weights_are_loaded_whole():
+def test_all_weights_are_loaded():
     source, model = nano(0, num_classes=5), nano(1, num_classes=5)
     load_weights(model, source.state_dict())
     assert_equal(model.state_dict(), source.state_dict())
 
 
-def test_classifier_of_other_classes_keeps_its_initial_values_and_says_so(caplog):
+def test_classifier_for_other_classes_keeps_its_initial_values(caplog):
     source, model = nano(0, num_classes=7), nano(1, num_classes=5)
     own_head, _ = split_head(nano(1, num_classes=5).state_dict())
     with caplog.at_level(logging.WARNING):
@@ -433,7 +438,7 @@ def test_classifier_of_other_classes_keeps_its_initial_values_and_says_so(caplog
     ]
 
 
-def test_every_classifier_of_a_timm_model_is_known(caplog):
+def test_every_classifier_of_a_timm_model_is_recognised(caplog):
     source, model = (
         timm.create_model("deit_tiny_distilled_patch16_224", num_classes=n, depth=1) for n in (7, 5)
     )
@@ -443,7 +448,7 @@ def test_every_classifier_of_a_timm_model_is_known(caplog):
 
 
 @pytest.mark.parametrize("classes", [7, 3])
-def test_class_map_picks_the_classes(classes):
+def test_class_map_selects_the_classes(classes):
     source, model = nano(0, num_classes=classes), nano(1, num_classes=3)
     class_map = [classes - 1, 0, 1]
     load_weights(model, source.state_dict(), class_map)

@@ -1,6 +1,6 @@
-"""Published names and containers are converted; compared with the schemas of the released models.
+"""Tests of the conversion of published checkpoints, with the schemas of the released models.
 
-Mask R-CNN and Cascade Mask R-CNN have the same schema for 1x and 3x.
+The 1x and 3x models of Mask R-CNN share a schema, as do those of Cascade Mask R-CNN.
 """
 
 import json
@@ -37,7 +37,7 @@ def test_every_family_has_schemas():
 
 
 @ALL
-def test_as_many_names_change_as_moved_and_no_entry_is_lost(path):
+def test_only_the_expected_names_change_and_no_entry_is_lost(path):
     published = plain(path)
     converted = convert_state_dict(published)
     assert len(published.keys() - converted.keys()) == RENAMED[path.stem.split("_")[0]]
@@ -53,7 +53,7 @@ def test_backbone_and_neck_keep_their_names(path):
 
 
 @ALL
-def test_current_names_stay(path):
+def test_current_names_are_unchanged(path):
     current = convert_state_dict(schema(path))
     assert convert_state_dict(current) == current
 
@@ -74,7 +74,7 @@ def test_published_names_are_restored(path):
 
 
 @ALL
-def test_published_names_stay_when_restored(path):
+def test_restoring_published_names_changes_nothing(path):
     assert restore_state_dict(plain(path)) == plain(path)
 
 
@@ -135,7 +135,7 @@ MASK2FORMER = {
 @pytest.mark.parametrize(
     ("family", "names"), [("dino", DINO), ("mask2former", MASK2FORMER)], ids=["dino", "mask2former"]
 )
-def test_every_part_goes_where_it_belongs(family, names):
+def test_every_part_gets_its_current_name(family, names):
     for path in SCHEMAS:
         if path.stem.startswith(family):
             published = schema(path)
@@ -161,7 +161,7 @@ def test_every_part_goes_where_it_belongs(family, names):
         ({f"{LAYER}.ffns.1.x": 0}, "unknown to .*ffns.1.x"),
     ],
 )
-def test_names_that_cannot_be_told_apart_or_known_are_errors(state_dict, message):
+def test_ambiguous_or_unknown_names_are_errors(state_dict, message):
     with pytest.raises(ValueError, match=message):
         convert_state_dict(state_dict)
 
@@ -173,7 +173,7 @@ def test_names_that_cannot_be_told_apart_or_known_are_errors(state_dict, message
         (f"{QUERIES}.query.weight", f"{LAYER}.ffn2.weight", f"{LAYER}.middle.ffn.x"),
     ],
 )
-def test_names_that_were_never_published_are_errors(names):
+def test_restoring_unpublished_names_is_an_error(names):
     with pytest.raises(ValueError, match=f"names unknown to such models: {names[-1]}"):
         restore_state_dict(dict.fromkeys(names, 0))
 
@@ -184,7 +184,7 @@ WEIGHTS = {f"{HEAD}.level_embeds": torch.ones(4, 256), "ema_backbone_weight": to
 META = {"epoch": 12, "mmdet_version": "2.28.1", "hook_msgs": {"best": ["bbox_mAP", 0.5, None]}}
 
 
-def test_weights_are_converted_and_the_optimizer_is_left_out():
+def test_weights_are_converted_and_the_optimizer_is_dropped():
     converted = convert_checkpoint({"meta": META, "state_dict": WEIGHTS, "optimizer": {"state": 0}})
     assert converted.keys() == {"state_dict", "meta"}
     assert converted["state_dict"].keys() == {"level_embed"}
@@ -192,7 +192,7 @@ def test_weights_are_converted_and_the_optimizer_is_left_out():
 
 
 @pytest.mark.parametrize("keys", [("CLASSES",), ("CLASSES", "PALETTE")])
-def test_classes_and_colours_go_where_the_engine_looks_for_them(keys):
+def test_classes_and_palette_move_to_dataset_meta(keys):
     dataset = {"CLASSES": ("person", "bicycle"), "PALETTE": [(220, 20, 60), (119, 11, 32)]}
     meta = META | {key: dataset[key] for key in keys}
     converted = convert_checkpoint({"meta": meta, "state_dict": WEIGHTS})["meta"]
@@ -200,12 +200,12 @@ def test_classes_and_colours_go_where_the_engine_looks_for_them(keys):
 
 
 @pytest.mark.parametrize("meta", [{}, {"meta": None}, {"meta": {}}, {"meta": {"CLASSES": None}}])
-def test_checkpoint_may_lack_a_description(meta):
+def test_metadata_is_optional(meta):
     assert restore_checkpoint({"state_dict": WEIGHTS, **meta})["meta"] == {}
     assert convert_checkpoint({"state_dict": WEIGHTS, **meta})["meta"] == {}
 
 
-def test_what_only_unpickling_restores_is_left_out(tmp_path):
+def test_metadata_other_than_plain_data_is_dropped(tmp_path):
     class Config(dict):
         pass
 
@@ -216,7 +216,7 @@ def test_what_only_unpickling_restores_is_left_out(tmp_path):
     assert load_checkpoint(tmp_path / "converted.pth")["meta"] == META
 
 
-def test_texts_that_others_execute_are_left_out():
+def test_executable_configs_in_the_metadata_are_dropped():
     meta = {**META, "config": "import os", "cfg": "import os"}
     for convert in (convert_checkpoint, restore_checkpoint):
         assert convert({"state_dict": WEIGHTS, "meta": meta})["meta"] == META
@@ -227,7 +227,7 @@ def test_bare_state_dict_is_accepted():
     assert (converted["state_dict"].keys(), converted["meta"]) == ({"level_embed"}, {})
 
 
-def test_converted_checkpoint_stays():
+def test_converting_twice_changes_nothing():
     converted = convert_checkpoint(
         {"state_dict": WEIGHTS, "meta": {**META, "CLASSES": ("a",), "PALETTE": [[0, 0, 0]]}}
     )

@@ -1,4 +1,4 @@
-"""Downloads: what they leave in the caches, and what errors say."""
+"""Tests of downloads: caches, rejected contents, and error messages."""
 
 import hashlib
 import http.client
@@ -24,7 +24,7 @@ from tests.servers import COMMIT, FileServer, serve, use_as_hub, use_own_caches
 
 
 def torch_file(legacy: bool = False, value: int = 1) -> bytes:
-    """Return a checkpoint of several of the pieces in which files are read."""
+    """Return a checkpoint that spans several read buffers."""
     buffer = io.BytesIO()
     weights = {"w": torch.full((3_000_000,), value, dtype=torch.uint8)}
     torch.save(weights, buffer, _use_new_zipfile_serialization=not legacy)
@@ -48,14 +48,14 @@ def caches(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch) -> None:
-    """The hub's client waits for seconds before it tries again."""
+def no_retry_delay(monkeypatch) -> None:
+    """Skip the pauses of huggingface_hub between retries."""
     monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
 
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[FileServer]:
-    """Serve one checkpoint under both kinds of address."""
+    """Serve one checkpoint under a URL of the hub and under a plain one."""
     with serve({"/model.pth": CONTENTS, f"{ON_HUB}/model.pth": CONTENTS}) as server:
         use_as_hub(monkeypatch, server.address)
         yield server
@@ -73,7 +73,7 @@ def address(base) -> str:
 
 @pytest.fixture
 def unused_address() -> Iterator[str]:
-    """Return an address at which no server listens."""
+    """Return an address without a server."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -84,14 +84,14 @@ def put(server: FileServer, name: str, contents: bytes) -> None:
 
 
 def kept(folder: Path) -> list[Path]:
-    """Return all files but locks and what the hub's client notes."""
+    """Return all files except locks and the metadata of huggingface_hub."""
     files = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
     noted = ("CACHEDIR.TAG", "main")
     return [path for path in files if path.name not in noted and path.suffix != ".lock"]
 
 
 def fails(address: str, **settings) -> str:
-    """Return the one line of the error of a failed download."""
+    """Return the message of a failed download, which must be a single line."""
     with pytest.raises(OSError, match=r"^download of .* failed: .") as error:
         download(address, **settings)
     assert "\n" not in str(error.value)
@@ -140,7 +140,7 @@ def test_files_of_the_hub_are_in_its_cache(base, caches):
 
 
 @pytest.mark.parametrize("second", ["/b/model.pth", "/a/model.pth?version=2"])
-def test_two_addresses_of_one_name_are_two_files(server, second):
+def test_equal_file_names_at_different_addresses_are_cached_separately(server, second):
     server.files = {"/a/model.pth": CONTENTS}
     first = download(f"{server.address}/a/model.pth")
     server.files = dict.fromkeys(["/a/model.pth", "/b/model.pth"], torch_file(value=2))
@@ -252,7 +252,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("name", "contents"), BROKEN.values(), ids=BROKEN)
-def test_what_cannot_be_a_checkpoint_is_refused_and_not_kept(server, base, name, contents, caches):
+def test_contents_other_than_a_checkpoint_are_not_cached(server, base, name, contents, caches):
     put(server, name, contents)
     address = f"{base}/{name}"
     message = fails(address)
@@ -272,19 +272,19 @@ def test_a_damaged_file_in_the_cache_is_downloaded_again(server, address, conten
     assert path.read_bytes() == CONTENTS
 
 
-def test_a_body_that_ends_early_is_refused(server, caches):
+def test_a_truncated_body_is_rejected(server, caches):
     server.cut = len(CONTENTS) - 1000
     assert "ended 1,000 bytes too early" in fails(f"{server.address}/model.pth")
     assert kept(caches) == []
     server.headers = {"Content-Length": None, "Transfer-Encoding": "chunked"}
-    server.files["/model.pth"] = b"FFFFFF\r\n" + CONTENTS  # A chunk of more than comes.
+    server.files["/model.pth"] = b"FFFFFF\r\n" + CONTENTS  # a chunk longer than the body
     assert "IncompleteRead" in fails(f"{server.address}/model.pth")
     assert kept(caches) == []
 
 
 @pytest.mark.filterwarnings("ignore:Not enough free disk space")
 @pytest.mark.parametrize("length", [len(CONTENTS) // 2, 10**15])
-def test_a_wrong_length_is_refused(server, address, length, caches):
+def test_a_wrong_length_is_rejected(server, address, length, caches):
     server.headers = {"Content-Length": length}
     fails(address)
     assert kept(caches) == []
@@ -293,22 +293,22 @@ def test_a_wrong_length_is_refused(server, address, length, caches):
 
 
 @pytest.mark.parametrize("size", [len(CONTENTS) - 1, len(CONTENTS) + 1])
-def test_another_length_than_the_hub_states_is_refused(server, size, caches):
+def test_a_length_other_than_the_hubs_is_rejected(server, size, caches):
     server.headers = {"X-Linked-Size": size}
     assert f"size {size} " in fails(f"{HUB}/model.pth")
     assert kept(caches) == []
 
 
-def test_the_hubs_client_goes_on_where_the_connection_broke(server, monkeypatch):
+def test_huggingface_hub_resumes_after_a_lost_connection(server, monkeypatch):
     third = len(CONTENTS) // 3
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", third)
-    server.cut = third + 10  # The client drops parts of chunks.
+    server.cut = third + 10  # The client discards incomplete chunks.
     assert download(f"{HUB}/model.pth").read_bytes() == CONTENTS
     asked = [wanted for method, path, wanted in server.requests if path.endswith("model.pth")]
     assert asked[1:3] == [None, f"bytes={third}-"]
 
 
-def test_another_sha256_is_an_error(server, address, caches):
+def test_a_wrong_sha256_is_an_error(server, address, caches):
     message = rf"SHA-256 mismatch for {address}: expected {'0' * 64}, got {SHA256}"
     with pytest.raises(ValueError, match=message):
         download(address, sha256="0" * 64)
@@ -322,16 +322,16 @@ def test_another_sha256_is_an_error(server, address, caches):
     assert path.name == "model.pth"
 
 
-def test_the_sha256_that_the_hub_states_is_compared(server, caches):
+def test_the_sha256_of_the_hub_is_checked(server, caches):
     server.headers = {"ETag": f'"{"1" * 64}"'}
     with pytest.raises(ValueError, match=f"expected {'1' * 64}, got {SHA256}"):
         download(f"{HUB}/model.pth")
     assert kept(caches) == []
-    server.headers = {"ETag": f'"{"1" * 40}"'}  # Small files have one of git instead.
+    server.headers = {"ETag": f'"{"1" * 40}"'}  # For small files, the ETag is git's SHA-1.
     assert download(f"{HUB}/model.pth").read_bytes() == CONTENTS
 
 
-def test_parts_that_a_killed_process_left_are_removed(server):
+def test_partial_files_of_a_killed_process_are_removed(server):
     address = f"{server.address}/model.pth"
     path = download(address)
     path.rename(path.with_name(".model.pth.0123.partial"))
@@ -343,7 +343,7 @@ def test_parts_that_a_killed_process_left_are_removed(server):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410, 429, 500, 503])
-def test_a_status_is_an_error(server, address, status, caches):
+def test_an_http_error_status_is_an_error(server, address, status, caches):
     server.status = status
     assert f"download of {address} failed: " in fails(address)
     assert str(status) in fails(address)
@@ -359,7 +359,7 @@ def test_a_status_is_an_error(server, address, status, caches):
         (404, "EntryNotFound", "Entry Not Found"),
     ],
 )
-def test_an_error_of_the_hub_is_one_line(server, status, code, reason):
+def test_an_error_of_the_hub_is_reported_in_one_line(server, status, code, reason):
     server.status, server.headers = status, {"X-Error-Code": code}
     assert reason in fails(f"{HUB}/model.pth")
 
@@ -371,14 +371,14 @@ def test_the_error_names_both_spellings(base):
 
 
 @pytest.mark.parametrize("by", ["address", "proxy"])
-def test_no_connection_is_an_error(base, by, unused_address, monkeypatch, request):
+def test_a_failed_connection_is_an_error(base, by, unused_address, monkeypatch, request):
     if by == "address":
         use_as_hub(monkeypatch, unused_address)
         base = base if base == HUB else unused_address
     else:
         monkeypatch.setenv("http_proxy", unused_address)
         monkeypatch.delenv("no_proxy")
-        huggingface_hub.close_session()  # The client keeps the proxies that it found at its start.
+        huggingface_hub.close_session()  # An open session keeps its proxies.
         request.addfinalizer(huggingface_hub.close_session)
     message = fails(f"{base}/{FILE}")
     assert message.startswith(f"download of {base}/{FILE} failed: ")
@@ -425,7 +425,7 @@ def test_an_address_without_a_file_is_an_error(path, caches):
     assert not caches.exists()
 
 
-def test_names_may_hold_spaces_and_other_letters(server, base):
+def test_names_may_contain_spaces_and_non_ascii_letters(server, base):
     put(server, "my%20mod%C3%A8le.pth", CONTENTS)
     assert download(f"{base}/my modèle.pth").name == "my modèle.pth"
     assert download(f"{base}/my%20mod%C3%A8le.pth").name == "my modèle.pth"
@@ -446,7 +446,7 @@ def test_redirects_are_followed(server, address, location):
 
 
 @pytest.mark.parametrize("location", ["file://{0}", "ftp://127.0.0.1/{0}", "data:,{0}", "//["])
-def test_redirects_to_other_schemes_are_refused(server, address, location, tmp_path, caches):
+def test_redirects_to_other_schemes_are_rejected(server, address, location, tmp_path, caches):
     (tmp_path / "secret.pth").write_bytes(CONTENTS)
     for path in ("/model.pth", f"{ON_HUB}/model.pth"):
         server.redirects[path] = location.format(tmp_path / "secret.pth")
@@ -455,7 +455,7 @@ def test_redirects_to_other_schemes_are_refused(server, address, location, tmp_p
     assert kept(caches) == []
 
 
-def test_a_redirect_that_leads_back_is_an_error(server, address):
+def test_a_redirect_loop_is_an_error(server, address):
     for path in ("/model.pth", f"{ON_HUB}/model.pth"):
         server.redirects[path] = path
     server.headers = {"X-Linked-Etag": f'"{SHA256}"'}
@@ -477,7 +477,7 @@ def test_https_is_not_redirected_to_http(server, monkeypatch, caches):
 
 
 @pytest.mark.parametrize("address", ["file:///etc/passwd", "ftp://127.0.0.1/model.pth", "/a.pth"])
-def test_other_schemes_are_refused(address):
+def test_other_schemes_are_rejected(address):
     assert "must be http(s)://" in fails(address)
 
 

@@ -17,7 +17,7 @@ def fill_disk(file) -> None:
 
 
 class TestWriteAtomically:
-    def test_full_disk_leaves_the_old_file_alone_and_says_so(self, tmp_path):
+    def test_full_disk_is_reported_and_keeps_the_old_file(self, tmp_path):
         path = tmp_path / "last.pth"
         path.write_bytes(b"old")
         with pytest.raises(OSError, match=rf"^\[Errno 28\] No space left .* writing {path}: free"):
@@ -25,7 +25,7 @@ class TestWriteAtomically:
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]
 
-    def test_full_disk_is_recognised_behind_an_error_of_torch(self, tmp_path, monkeypatch):
+    def test_full_disk_is_recognised_as_the_cause_of_an_error_of_torch(self, tmp_path, monkeypatch):
         class Full:
             def write(self, data):
                 fill_disk(self.file)
@@ -66,7 +66,7 @@ def hold(folder: Path, held) -> None:
 
 
 class TestOwnFolder:
-    def test_a_second_owner_is_refused_until_the_first_is_killed(self, tmp_path):
+    def test_a_second_owner_is_rejected_until_the_first_is_killed(self, tmp_path):
         context = multiprocessing.get_context("spawn")
         held = context.Event()
         owner = context.Process(target=hold, args=(tmp_path, held))
@@ -96,7 +96,7 @@ class TestCheckNoLoops:
         ("link", "target"),
         [("a/self", "../a"), ("a/b/up", ".."), ("a/b/root", "../.."), ("a/b/cross", "../../c")],
     )
-    def test_links_that_lead_back(self, tmp_path, link, target):
+    def test_loops_of_links_are_rejected(self, tmp_path, link, target):
         (tmp_path / "a/b").mkdir(parents=True)
         (tmp_path / "c").mkdir()
         (tmp_path / "c/back").symlink_to("../a")
@@ -104,7 +104,7 @@ class TestCheckNoLoops:
         with pytest.raises(OSError, match=r"symbolic link .* leads back to"):
             check_no_loops(tmp_path)
 
-    def test_other_links(self, tmp_path):
+    def test_other_links_are_accepted(self, tmp_path):
         (tmp_path / "data/a").mkdir(parents=True)
         (tmp_path / "elsewhere/b").mkdir(parents=True)
         (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere/b")

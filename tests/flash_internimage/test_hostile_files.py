@@ -1,4 +1,4 @@
-"""Nothing in a checkpoint is executed or imported; what is damaged or grows is refused."""
+"""Tests that malicious and damaged checkpoints are rejected without executing anything."""
 
 import codecs
 import copy
@@ -35,7 +35,7 @@ from tests.flash_internimage.checkpoints import (
 
 SYSTEM = call(named("builtins", "__import__"), literal("os"))
 MKDIR = named("posix", "mkdir")
-# Each makes a file or a folder of the name that it is given.
+# Each creates a file or folder with the given name when unpickled.
 HOSTILE: dict[str, Callable[[str], bytes]] = {
     "system": lambda f: call(named("os", "system"), literal(f"touch {f}")),
     "mkdir": lambda f: call(MKDIR, literal(f)),
@@ -73,7 +73,7 @@ HOSTILE: dict[str, Callable[[str], bytes]] = {
 def test_nothing_is_executed(path, tmp_path, kind, archive):
     marker = tmp_path / "marker.npy"
     hostile = program(HOSTILE[kind](str(marker)))
-    pickle.loads(hostile)  # which would do it
+    pickle.loads(hostile)  # Unrestricted unpickling executes the call.
     assert marker.exists()
     marker.rename(tmp_path / "done")
     write_program(hostile, path, archive)
@@ -83,7 +83,7 @@ def test_nothing_is_executed(path, tmp_path, kind, archive):
 
 
 @FORMATS
-def test_a_rebuild_of_tensors_calls_nothing_else(path, tmp_path, archive):
+def test_rebuild_functions_call_no_other_functions(path, tmp_path, archive):
     rebuild = named("torch._tensor", "_rebuild_from_type_v2")
     args = MKDIR, named("torch", "Tensor"), literal((str(tmp_path / "made"),)), literal({})
     write_program(program(call(rebuild, *args)), path, archive)
@@ -108,7 +108,7 @@ def test_nothing_is_imported(path, library, item, archive):
     assert "foreign_library" not in sys.modules
 
 
-def test_a_codec_is_not_imported(path):
+def test_codecs_are_not_imported(path):
     encoded = call(named("_codecs", "encode"), literal("text"), literal("rot13"))
     write_program(program(encoded), path)
     sys.modules.pop("encodings.rot_13", None)
@@ -117,10 +117,10 @@ def test_a_codec_is_not_imported(path):
 
 
 @pytest.mark.parametrize("opcode", [b"\x82\x7b", b"\x83\x7b\x00", b"\x84\x7b\x00\x00\x00"])
-def test_registered_extensions_are_not_reached(path, opcode):
+def test_registered_extensions_are_rejected(path, opcode):
     copyreg.add_extension("os", "mkdir", 0x7B)
     try:
-        assert pickle.loads(program(opcode)) == {"item": os.mkdir}  # and keeps it in its cache
+        assert pickle.loads(program(opcode)) == {"item": os.mkdir}  # fills copyreg's cache
         write_program(program(opcode), path)
         assert_refused(path, "operation EXT")
     finally:
@@ -134,7 +134,7 @@ REBUILD = named("torch._utils", "_rebuild_tensor_v2")
 @pytest.mark.parametrize(
     "target", [REBUILD, named("torch", "Size"), named("torch", "FloatStorage"), named("here", "X")]
 )
-def test_attributes_of_the_process_stay(path, target, archive):
+def test_attributes_of_classes_and_functions_are_not_changed(path, target, archive):
     state = literal((None, {"changed": True}))
     write_program(program(target + state + pickle.BUILD), path, archive)
     with pytest.raises(ValueError, match=r"state set on a|unknown state"):
@@ -145,15 +145,15 @@ def test_attributes_of_the_process_stay(path, target, archive):
 @pytest.mark.parametrize(
     "write_to", [literal(0) + literal(1) + pickle.SETITEM, literal(1) + pickle.APPEND]
 )
-def test_nothing_but_containers_takes_items(path, write_to):
+def test_items_are_added_only_to_containers(path, write_to):
     array = literal(np.zeros(2))
     write_program(program(array + write_to), path)
     assert_refused(path, "items added to a numpy._core.multiarray._reconstruct")
 
 
 @FORMATS
-def test_no_source_is_compared(path, tmp_path, monkeypatch, archive):
-    """Where a class has dump_patches, torch's legacy reader writes its changes to a file."""
+def test_source_code_is_not_compared(path, tmp_path, monkeypatch, archive):
+    """For classes with dump_patches, torch's legacy reader writes a source diff to a file."""
     monkeypatch.chdir(tmp_path)
     cell = named("torch.nn", "Linear")
     key = pickle.MARK + literal("module") + cell + literal("a") + literal("b") + pickle.TUPLE
@@ -179,7 +179,7 @@ def test_no_source_is_compared(path, tmp_path, monkeypatch, archive):
         ),
     ],
 )
-def test_arrays_that_are_not_plain_are_refused(path, item, message):
+def test_arrays_that_are_not_plain_are_rejected(path, item, message):
     write_program(program(item), path)
     assert_refused(path, message)
 
@@ -205,19 +205,19 @@ def test_arrays_that_are_not_plain_are_refused(path, item, message):
         b"\x97.",
     ],
 )
-def test_pickles_that_are_none_are_refused(path, contents, archive):
+def test_invalid_pickles_are_rejected(path, contents, archive):
     write_program(contents, path, archive)
     assert_refused(path, "")
 
 
 @FORMATS
-def test_a_value_that_the_pickle_does_not_have_is_no_bare_number(path, archive):
+def test_a_missing_memo_entry_is_reported_in_words(path, archive):
     write_program(b"}h\x07.", path, archive)
     assert_refused(path, "checkpoint: its pickle is incomplete$")
 
 
 @FORMATS
-def test_storages_are_no_longer_than_their_data(path, archive):
+def test_storages_longer_than_their_data_are_rejected(path, archive):
     write({"x": torch.zeros(7)}, path, archive)
     contents = path.read_bytes()
     assert contents.count(literal(7)) >= 2
@@ -226,12 +226,12 @@ def test_storages_are_no_longer_than_their_data(path, archive):
 
 
 @FORMATS
-def test_a_damaged_file_is_read_or_refused(path, library, archive):
+def test_a_damaged_file_is_read_or_rejected(path, library, archive):
     contents = {"x": torch.zeros(4), "best": np.float64(1), "config": library.CfgNode({"a": 1})}
     write(contents, path, archive)
     forget(library)
     load_checkpoint(path)
-    codecs.lookup("raw_unicode_escape")  # of an opcode for text
+    codecs.lookup("raw_unicode_escape")  # imports the codec of an opcode for text
     modules, whole, chance = set(sys.modules), path.read_bytes(), random.Random(0)
     refused = 0
     for _ in range(400):
@@ -261,7 +261,7 @@ def test_tar_archives_are_not_unpacked(path, tmp_path, monkeypatch):
 
 
 def rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes, int]]) -> None:
-    """Writes an archive anew with other names, contents and compression of its records."""
+    """Rewrite an archive, changing the names, contents and compression of its records."""
     with zipfile.ZipFile(path) as archive:
         records = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(path, "w") as archive:
@@ -297,7 +297,7 @@ def test_zip_bombs_are_not_unpacked(tmp_path):
     assert max(grown) < megabytes // 2
 
 
-# Prints by how many megabytes each refused file makes the process grow.
+# Print by how many megabytes peak memory grows when each file is rejected.
 MEMORY_OF_LOADING = """
 import resource, sys
 from flash_internimage.checkpoints import load_checkpoint
@@ -312,20 +312,20 @@ for path in sys.argv[1:]:
 """
 
 
-def test_records_that_overlap_are_refused(path):
+def test_overlapping_records_are_rejected(path):
     write({"x": torch.zeros(1 << 18)}, path)
     with zipfile.ZipFile(path, "a") as archive:
         for i in range(100):
             twin = copy.copy(archive.getinfo("model/data/0"))
             twin.filename = f"model/data/{i + 1}"
             archive.filelist.append(twin)
-        archive.writestr("model/more", b"")  # or the list is not written anew
+        archive.writestr("model/more", b"")  # makes zipfile rewrite the central directory
     assert path.stat().st_size < 2 << 20
     assert_refused(path, "records of 105,9.* bytes in a file of 1,0")
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "model/../../evil"])
-def test_records_go_nowhere(path, tmp_path, name):
+def test_records_are_not_extracted(path, tmp_path, name):
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
     write({"x": torch.zeros(4)}, path)
@@ -338,7 +338,7 @@ def test_records_go_nowhere(path, tmp_path, name):
     assert not Path("/tmp/evil").exists()
 
 
-def test_a_legacy_file_that_promises_too_much_is_refused(path):
+def test_a_legacy_file_shorter_than_its_storages_is_rejected(path):
     write({"x": torch.zeros(7)}, path, archive=False)
     contents = path.read_bytes()
     path.write_bytes(contents.replace(literal(7), literal(1 << 40)))
@@ -346,7 +346,7 @@ def test_a_legacy_file_that_promises_too_much_is_refused(path):
 
 
 @FORMATS
-def test_a_tensor_beyond_its_storage_is_refused(path, archive):
+def test_a_tensor_beyond_its_storage_is_rejected(path, archive):
     write({"x": torch.zeros(4)}, path, archive)
     contents = path.read_bytes()
     size = literal(4) + pickle.TUPLE1
@@ -365,17 +365,17 @@ def tensor(storage: bytes, size: int, stride: int) -> bytes:
     return call(REBUILD, storage, *parts)
 
 
-def test_storages_of_which_the_file_has_no_contents_are_refused(path):
+def test_storages_without_contents_in_the_file_are_rejected(path):
     write_program(program(tensor(storage(64, view=literal(None)), 64, 1)), path, archive=False)
     assert_refused(path, "does not match its contents")
 
 
-def test_one_record_is_not_named_in_many_ways(path):
+def test_alternative_names_of_a_record_are_rejected(path):
     write_program(program(tensor(storage(4, key="a"), 4, 1)), path)
     assert_refused(path, "a storage not described")
 
 
-def test_a_list_of_records_in_two_places_is_refused(path):
+def test_two_central_directories_are_rejected(path):
     write({"x": torch.zeros(4)}, path)
     contents = path.read_bytes()
     path.write_bytes(b"")
@@ -388,10 +388,10 @@ def test_a_list_of_records_in_two_places_is_refused(path):
 
 SHARED = b")q\x01" + b"h\x01h\x01\x86q\x01" * 60
 LONG_LIST = b"](" + b"K\x01" * 10_000 + b"eq\x01"
-# Of few bytes, that grow to any size or take any time.
+# Small pickles that would use unlimited memory or time.
 BOMBS = {
     "bytes": b"\x96" + (1 << 31).to_bytes(8, "little"),
-    "copies of bytes": literal("8" * 10_000)  # as number 0
+    "copies of bytes": literal("8" * 10_000)  # stored as memo 0
     + pickle.POP
     + pickle.MARK
     + (named("builtins", "bytearray") + b"h\x00\x85R") * 100
@@ -399,7 +399,7 @@ BOMBS = {
     "copies of numbers": pickle.BINBYTES
     + (10_000).to_bytes(4, "little")
     + bytes(10_000)
-    + b"q\x09"  # number 9
+    + b"q\x09"  # stored as memo 9
     + pickle.POP
     + pickle.MARK
     + call(
@@ -461,7 +461,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_what_grows_as_it_is_read_is_refused(path, kind):
+def test_pickles_that_use_unlimited_resources_are_rejected(path, kind):
     writer = torch._C.PyTorchFileWriter(str(path))
     for name, record in {"data.pkl": program(BOMBS[kind]), "data/0": bytes(4)}.items():
         writer.write_record(name, record, len(record))
@@ -470,7 +470,7 @@ def test_what_grows_as_it_is_read_is_refused(path, kind):
         load_checkpoint(path)
 
 
-def test_what_is_used_many_times_is_restored(path):
+def test_shared_objects_are_restored(path):
     once, text = [1, 2], "text" * 10
     contents = {"lists": [once] * 20, "texts": [text] * 1000, "bytes": [b"x" * 100] * 10}
     write({**contents, "x": torch.zeros(2, 3)[:, 1]}, path)
@@ -479,7 +479,7 @@ def test_what_is_used_many_times_is_restored(path):
     assert loaded == contents
 
 
-def test_hooks_of_the_file_are_dropped(path):
+def test_tensor_hooks_are_dropped(path):
     hooks = (
         call(named("collections", "OrderedDict")) + literal(1) + named("builtins", "print") + b"s"
     )
@@ -501,8 +501,8 @@ def test_attributes_of_dicts_are_dropped(path):
 
 
 @pytest.mark.parametrize("size", [1 << 34, 100])
-def test_sizes_of_records_are_in_one_place(path, size):
-    """Sizes for files over 4 GiB have a second place, which readers do not treat alike."""
+def test_sizes_in_extra_fields_are_rejected(path, size):
+    """Readers treat the extra fields of ZIP64, for files over 4 GiB, differently."""
     write({"x": torch.zeros(4)}, path)
     rewrite(path, lambda name, contents: (name, contents, zipfile.ZIP_STORED))
     contents = path.read_bytes()
@@ -519,7 +519,7 @@ def test_sizes_of_records_are_in_one_place(path, size):
 
 
 @pytest.mark.parametrize("alignment", [b"0", b"-1", b"9" * 5000])
-def test_alignments_by_which_torch_cannot_divide_are_refused(path, alignment):
+def test_invalid_alignments_are_rejected(path, alignment):
     write({"x": torch.zeros(4)}, path)
     rewrite(
         path,

@@ -32,7 +32,7 @@ def test_an_image_is_read_with_its_mode_and_size(tmp_path):
     assert read_size(tmp_path / "grey.png") == (3, 4)
 
 
-def test_a_stream_is_named_by_its_argument(tmp_path):
+def test_an_error_names_a_stream_by_the_argument(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     with open(tmp_path / "a.png", "rb") as file, pytest.raises(UnreadableImage, match="member a"):
         read_image(file, "member a of t.tar")
@@ -40,7 +40,7 @@ def test_a_stream_is_named_by_its_argument(tmp_path):
 
 @READERS
 @pytest.mark.parametrize("kind", ["missing", "fifo", "folder", "loop", "device"])
-def test_paths_that_are_no_files_are_never_opened(tmp_path, read, kind):
+def test_paths_other_than_files_are_never_opened(tmp_path, read, kind):
     path = tmp_path / "image.png"
     if kind == "fifo":
         os.mkfifo(path)
@@ -55,18 +55,18 @@ def test_paths_that_are_no_files_are_never_opened(tmp_path, read, kind):
 
 @READERS
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (2, 401)])
-def test_aspect_ratios_that_no_network_can_use(tmp_path, read, size):
+def test_extreme_aspect_ratios_are_rejected(tmp_path, read, size):
     Image.new("1", size).save(tmp_path / "line.png")
     refused(read, tmp_path / "line.png", f"{size[0]} x {size[1]} pixels; one side must not")
 
 
-def test_aspect_ratios_up_to_the_limit(tmp_path):
+def test_aspect_ratios_up_to_the_limit_are_accepted(tmp_path):
     Image.new("L", (2, 400)).save(tmp_path / "strip.png")
     assert read_size(tmp_path / "strip.png") == (400, 2)
 
 
 @READERS
-def test_decompression_bombs(tmp_path, read):
+def test_decompression_bombs_are_rejected(tmp_path, read):
     side = 20_000
     Image.new("1", (side, side)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
@@ -76,7 +76,7 @@ def test_decompression_bombs(tmp_path, read):
 @pytest.mark.parametrize(
     "error", [NotImplementedError, IndexError, TypeError, OverflowError, MemoryError, KeyError]
 )
-def test_whatever_a_decoder_raises_is_an_unreadable_image(tmp_path, monkeypatch, error):
+def test_any_error_of_a_decoder_means_an_unreadable_image(tmp_path, monkeypatch, error):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
 
     def fail(self):
@@ -86,7 +86,7 @@ def test_whatever_a_decoder_raises_is_an_unreadable_image(tmp_path, monkeypatch,
     refused(read_image, tmp_path / "a.png", "of a decoder")
 
 
-def test_formats_that_pillow_does_not_know_are_left_to_other_decoders(tmp_path):
+def test_formats_unknown_to_pillow_are_left_to_other_decoders(tmp_path):
     path = tmp_path / "a.hdr"
     path.write_bytes(b"#?RADIANCE\n")
     check_image_file(path)
@@ -99,7 +99,7 @@ RAMP = np.arange(256).reshape(16, 16)
 @pytest.mark.parametrize(
     ("pixels", "expected"),
     [
-        (np.arange(4096), np.arange(4096) // 16),  # 12 bits in 16
+        (np.arange(4096), np.arange(4096) // 16),  # 12 bits stored in 16
         (np.arange(65536), np.arange(65536) // 256),
         (np.arange(1024), np.arange(1024) // 4),
         (RAMP, RAMP),
@@ -110,7 +110,7 @@ RAMP = np.arange(256).reshape(16, 16)
 )
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, ">u2"])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_grey_uses_the_whole_range(tmp_path, pixels, expected, dtype, suffix):
+def test_16_bit_greyscale_uses_the_full_range(tmp_path, pixels, expected, dtype, suffix):
     if suffix == "png" and dtype == np.int32:
         dtype = np.uint16  # PNG has at most 16 bits
     side = int(pixels.size**0.5)
@@ -138,14 +138,14 @@ def test_8_bit_modes_are_converted_as_pillow_does(mode):
         (np.arange(-1000, 3096, dtype=np.int32), "must not be negative, got -1000"),
     ],
 )
-def test_pixels_without_a_known_range_are_refused(pixels, message):
+def test_pixels_without_a_known_range_are_rejected(pixels, message):
     side = int(pixels.size**0.5)
     with pytest.raises(ValueError, match=message):
         to_rgb(Image.fromarray(pixels.reshape(side, side)))
 
 
 class TestLabelMaps:
-    """Pixels are the numbers in the file, of which Pillow's are multiples in some formats."""
+    """Labels are the numbers in the file, which Pillow scales in some formats."""
 
     @pytest.mark.parametrize("write", [write_grey_png, write_grey_tiff])
     @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -175,7 +175,7 @@ class TestLabelMaps:
         np.testing.assert_array_equal(read_label_map(tmp_path / "1.png"), numbers)
 
     @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
-    def test_other_numbers_are_as_in_pillow(self, dtype, tmp_path):
+    def test_other_label_maps_are_read_as_by_pillow(self, dtype, tmp_path):
         numbers = np.arange(99, dtype=dtype).reshape(9, 11)
         Image.fromarray(numbers).save(tmp_path / "1.tiff", compression="tiff_lzw")
         np.testing.assert_array_equal(read_label_map(tmp_path / "1.tiff"), numbers)
@@ -198,7 +198,7 @@ class TestLabelMaps:
         ("suffix", "options", "got"),
         [("jpg", {}, "JPEG"), ("jp2", {}, "JPEG2000"), ("tiff", {"compression": "jpeg"}, "TIFF")],
     )
-    def test_lossy_formats(self, suffix, options, got, tmp_path):
+    def test_lossy_formats_are_rejected(self, suffix, options, got, tmp_path):
         path = tmp_path / f"1.{suffix}"
         Image.fromarray(np.zeros((9, 11), np.uint8)).save(path, **options)
         with pytest.raises(ValueError, match=f"label map {path} must be lossless, .* got {got}$"):

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("package", ["flash_internimage", "ops_dcnv4"])
-def test_the_installed_version_is_that_of_the_source(package):
+def test_installed_version_equals_the_version_in_the_source(package):
     module = importlib.import_module(package)
     assert metadata.version(package.replace("_", "-")) == module.__version__
     assert f"\nversion: {module.__version__}\n" in (ROOT / "CITATION.cff").read_text()
@@ -24,6 +24,6 @@ def test_the_installed_version_is_that_of_the_source(package):
         ("flash_internimage.conversion", "checkpoints.conversion"),
     ],
 )
-def test_former_names_are_the_same_modules(former, current):
+def test_former_module_names_are_aliases(former, current):
     module = importlib.import_module(former)
     assert module is importlib.import_module(f"flash_internimage.{current}")

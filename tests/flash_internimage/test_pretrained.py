@@ -1,4 +1,4 @@
-"""Weights that timm loads: from every place it knows, all of them, or an error or a warning."""
+"""Tests of pretrained weights in timm: every source loads them completely, or says why not."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,18 +20,18 @@ from tests.servers import FileServer, serve, use_as_hub, use_own_caches
 
 @pytest.fixture(scope="module")
 def source() -> FlashInternImage:
-    """A model of as many classes as the released ones."""
+    """Return a model with the number of classes of the released ones."""
     return nano(0)
 
 
 @pytest.fixture(scope="module")
 def own() -> FlashInternImage:
-    """A model of another number of classes."""
+    """Return a model with a different number of classes."""
     return nano(0, num_classes=10)
 
 
 def file(model: nn.Module | dict, folder: Path, **overlay) -> dict:
-    """Keyword arguments with which timm loads a file of these weights."""
+    """Save weights and return the keyword arguments with which timm loads the file."""
     path = folder / "model.pth"
     torch.save(dict(model if isinstance(model, dict) else model.state_dict()), path)
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), **overlay}}
@@ -39,7 +39,7 @@ def file(model: nn.Module | dict, folder: Path, **overlay) -> dict:
 
 @pytest.fixture
 def server(own, tmp_path, monkeypatch) -> Iterator[FileServer]:
-    """Serves the weights of `own` by an address, and as a repository of the hub."""
+    """Serve the weights of `own` at a URL and as a repository of the hub."""
     save_file(own.state_dict(), tmp_path / "own.safetensors")
     torch.save({"model": own.state_dict(), "config": SimpleNamespace()}, tmp_path / "own.pth")
     use_own_caches(monkeypatch, tmp_path / "caches")
@@ -60,7 +60,7 @@ def from_address(own, tmp_path, server, **kwargs):
 
 
 def from_hub(own, tmp_path, server, **kwargs):
-    # The address of the registry does not count: timm prefers the hub.
+    # timm prefers the hub to the URL.
     overlay = {"hf_hub_id": "me/own", "url": f"{server.address}/other.pth"}
     return nano(1, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
 
@@ -116,9 +116,7 @@ def test_own_weights_are_loaded_with_their_classifier(own, tmp_path, server, way
 
 
 @WAYS
-def test_another_number_of_classes_keeps_its_initial_values_and_says_so(
-    own, tmp_path, server, way, caplog
-):
+def test_classifier_for_other_classes_keeps_its_initial_values(own, tmp_path, server, way, caplog):
     model = way(own, tmp_path, server, num_classes=7)
     assert model.head.out_features == 7
     assert_equal(split_head(model.state_dict())[1], split_head(own.state_dict())[1])
@@ -129,7 +127,7 @@ def test_another_number_of_classes_keeps_its_initial_values_and_says_so(
 
 @WAYS
 @pytest.mark.parametrize("feature_cls", ["getter", "hook", "fx"])
-def test_feature_maps_are_those_of_own_weights(own, tmp_path, server, way, feature_cls):
+def test_feature_maps_use_the_loaded_weights(own, tmp_path, server, way, feature_cls):
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     expected = own.eval().forward_intermediates(x, [1, 2], intermediates_only=True)
     features = way(
@@ -141,7 +139,7 @@ def test_feature_maps_are_those_of_own_weights(own, tmp_path, server, way, featu
 
 @WAYS
 @pytest.mark.parametrize("in_chans", [1, 4])
-def test_the_stem_is_adapted_to_other_channels(own, tmp_path, server, way, in_chans):
+def test_the_stem_is_adapted_to_other_input_channels(own, tmp_path, server, way, in_chans):
     model = way(own, tmp_path, server, num_classes=10, in_chans=in_chans)
     weight = own.patch_embed.conv1.weight
     expected = weight.sum(1, keepdim=True) if in_chans == 1 else weight[:, [0, 1, 2, 0]] * 3 / 4
@@ -151,12 +149,12 @@ def test_the_stem_is_adapted_to_other_channels(own, tmp_path, server, way, in_ch
 
 @WAYS
 @pytest.mark.parametrize("global_pool", ["avg", ""])
-def test_a_model_without_classifier_takes_the_others(own, tmp_path, server, way, global_pool):
+def test_a_model_without_classifier_loads_the_rest(own, tmp_path, server, way, global_pool):
     model = way(own, tmp_path, server, num_classes=0, global_pool=global_pool)
     assert_equal(model.state_dict(), split_head(own.state_dict())[1])
 
 
-def test_the_weights_may_be_loaded_after_the_construction(own, tmp_path):
+def test_checkpoint_path_loads_the_weights(own, tmp_path):
     file(own, tmp_path)
     model = nano(1, num_classes=10, checkpoint_path=tmp_path / "model.pth")
     assert_equal(model.state_dict(), own.state_dict())
@@ -164,7 +162,7 @@ def test_the_weights_may_be_loaded_after_the_construction(own, tmp_path):
         nano(1, num_classes=7, checkpoint_path=tmp_path / "model.pth")
 
 
-def test_a_teacher_has_its_weights(own, tmp_path):
+def test_a_distillation_teacher_loads_its_weights(own, tmp_path):
     path = file(own, tmp_path)["pretrained_cfg_overlay"]["file"]
     teacher = DistillationTeacher(
         "flash_internimage_nano", 10, pretrained_path=path, device="cpu", dtype=torch.float64
@@ -174,7 +172,7 @@ def test_a_teacher_has_its_weights(own, tmp_path):
     assert teacher(torch.zeros(1, 3, 64, 64, dtype=torch.float64)).dtype == torch.float64
 
 
-def test_own_weights_for_other_channels_are_loaded_as_they_are(tmp_path, caplog):
+def test_own_weights_for_other_channels_are_loaded_unchanged(tmp_path, caplog):
     own = nano(0, num_classes=10, in_chans=4)
     model = nano(1, num_classes=10, in_chans=4, **file(own, tmp_path))
     assert_equal(model.state_dict(), own.state_dict())
@@ -227,14 +225,14 @@ OWN_HEAD = [
     + [(change, {"in_chans": 1}, message) for change, _, message in MISFITS]
     + OWN_HEAD,
 )
-def test_no_part_of_a_checkpoint_is_loaded(own, tmp_path, change, kwargs, message):
+def test_a_checkpoint_that_does_not_fit_is_rejected(own, tmp_path, change, kwargs, message):
     weights = dict(own.state_dict())
     change(weights)
     with pytest.raises(ValueError, match=message):
         nano(1, **kwargs, **file(weights, tmp_path))
 
 
-def test_weights_without_classifier_leave_it_and_say_so(own, tmp_path, caplog):
+def test_weights_without_classifier_keep_the_initial_one_and_are_logged(own, tmp_path, caplog):
     weights = split_head(own.state_dict())[1]
     model = nano(1, num_classes=7, **file(weights, tmp_path))
     assert_equal(split_head(model.state_dict())[1], weights)
@@ -243,7 +241,7 @@ def test_weights_without_classifier_leave_it_and_say_so(own, tmp_path, caplog):
     ]
 
 
-def test_other_names_are_counted_where_they_are_allowed(own, tmp_path, caplog):
+def test_non_strict_loading_logs_the_names_that_do_not_match(own, tmp_path, caplog):
     weights = dict(own.state_dict())
     rename(FC1, "levels.0.x")(weights)
     model = nano(1, num_classes=10, pretrained_strict=False, **file(weights, tmp_path))
@@ -255,7 +253,7 @@ def test_other_names_are_counted_where_they_are_allowed(own, tmp_path, caplog):
         nano(1, num_classes=10, pretrained_strict=False, **file(weights, tmp_path))
 
 
-def test_a_misfit_names_what_the_checkpoint_has_in_place_of_the_models_names(own, tmp_path):
+def test_error_lists_missing_and_unexpected_names(own, tmp_path):
     weights = {f"model.{name}": tensor for name, tensor in own.state_dict().items()}
     weights["criterion.weight"] = torch.ones(10)
     with pytest.raises(ValueError, match=r"missing: .*unexpected: model\.patch.* and \d+ more"):
@@ -263,46 +261,47 @@ def test_a_misfit_names_what_the_checkpoint_has_in_place_of_the_models_names(own
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_not_finite_are_refused(own, tmp_path, value):
+def test_non_finite_weights_are_rejected(own, tmp_path, value):
     weights = own.state_dict()
     weights[FC1] = weights[FC1].clone().fill_(value)
     with pytest.raises(ValueError, match=rf"weights must be finite, got NaN or infinity in {FC1}"):
         nano(1, num_classes=10, **file(weights, tmp_path))
 
 
-def test_a_file_without_pretrained_has_no_effect_and_says_so(own, tmp_path, caplog):
+def test_a_file_without_pretrained_is_ignored_with_a_warning(own, tmp_path, caplog):
     nano(1, num_classes=10, **(file(own.state_dict(), tmp_path) | {"pretrained": False}))
     assert caplog.messages == [
         "file of pretrained_cfg_overlay has no effect without pretrained=True"
     ]
 
 
-def test_a_model_that_holds_no_values_has_no_pretrained_ones(own, tmp_path):
+def test_pretrained_models_on_the_meta_device_are_rejected(own, tmp_path):
     with pytest.raises(ValueError, match="device must not be 'meta' with pretrained=True"):
         nano(1, num_classes=10, device="meta", **file(own, tmp_path))
 
 
-def test_no_loader_of_another_format_is_promised(own, tmp_path):
+def test_custom_load_is_rejected(own, tmp_path):
     with pytest.raises(ValueError, match="custom_load must be False for flash_internimage_nano"):
         nano(1, num_classes=10, **file(own, tmp_path, custom_load=True))
 
 
-def test_released_weights_have_their_number_of_classes(source, tmp_path):
+def test_released_weights_are_loaded_with_their_classifier(source, tmp_path):
     model = nano(1, **file({"model": source.state_dict(), "epoch": 299}, tmp_path))
     assert_equal(model.state_dict(), source.state_dict())
 
 
 @pytest.mark.parametrize("feature_cls", ["getter", "hook", "fx"])
-def test_weights_of_an_extractor_are_loaded(tmp_path, feature_cls):
+def test_weights_of_a_feature_extractor_are_loaded(tmp_path, feature_cls):
     kwargs = {"features_only": True, "out_indices": (0, 1, 2, 3), "feature_cls": feature_cls}
     expected = nano(0, **kwargs).state_dict()
     actual = nano(1, **kwargs, **file(expected, tmp_path)).state_dict()
     assert len(actual) > 50
-    expected |= {name: actual[name] for name in actual if "conv_head" in name}  # not of the maps
+    # Feature maps do not use conv_head.
+    expected |= {name: actual[name] for name in actual if "conv_head" in name}
     assert_equal(actual, expected)
 
 
-def test_feature_maps_are_loaded_from_a_detector(source, tmp_path):
+def test_a_feature_extractor_loads_the_backbone_of_a_detector(source, tmp_path):
     detector = {"backbone." + name: tensor for name, tensor in source.state_dict().items()}
     detector |= {"neck.weight": torch.zeros(1)}
     del detector["backbone.conv_head.0.weight"]
@@ -312,7 +311,7 @@ def test_feature_maps_are_loaded_from_a_detector(source, tmp_path):
 
 
 @pytest.mark.parametrize("address", ["{}/own.pth", "https://huggingface.co/me/it/resolve/main/{}"])
-def test_downloads_go_where_the_caller_says(own, tmp_path, server, address, caplog):
+def test_cache_dir_selects_the_folder_of_downloads(own, tmp_path, server, address, caplog):
     server.files["/me/it/resolve/main/own.pth"] = server.files["/own.pth"]
     overlay = {"url": address.format(server.address if "{}/" in address else "own.pth")}
     kwargs = {"num_classes": 10, "pretrained": True, "pretrained_cfg_overlay": overlay}

@@ -1,4 +1,4 @@
-"""What checkpoints hold beside weights is restored or left out."""
+"""Tests of restoring or dropping the contents of checkpoints other than weights."""
 
 import pickle
 import re
@@ -24,7 +24,7 @@ from tests.flash_internimage.checkpoints import (
 
 
 def assert_identical(actual: object, expected: object) -> None:
-    """Of the same type throughout, and tensors and arrays of the same bits."""
+    """Assert equal types at all levels, and bitwise equal tensors and arrays."""
     assert type(actual) is type(expected)
     if isinstance(expected, dict):
         assert list(actual) == list(expected)
@@ -87,7 +87,7 @@ def test_tensors_are_restored(path, archive):
     assert loaded["row"].untyped_storage().data_ptr() == loaded["whole"].data_ptr()
 
 
-# but for quantized ones, and for those that torch does not save
+# All except quantized dtypes and those that torch cannot save.
 DTYPES = {
     dtype
     for dtype in vars(torch).values()
@@ -105,7 +105,7 @@ def test_every_dtype_is_restored(path, dtype):
 
 
 @pytest.mark.parametrize("numpy_1", [False, True])
-def test_numpys_arrays_and_numbers_are_restored(path, numpy_1):
+def test_numpy_arrays_and_scalars_are_restored(path, numpy_1):
     counts = np.arange(6).reshape(2, 3)
     contents = {
         "arrays": [counts.astype(kind) for kind in "?bBhHiIqQefd"],
@@ -119,13 +119,13 @@ def test_numpys_arrays_and_numbers_are_restored(path, numpy_1):
         program = program.replace(b"numpy._core", b"numpy.core")
     write_program(program, path)
     loaded = load_checkpoint(path)
-    assert_identical(loaded, pickle.loads(program))  # as numpy does, which makes some native
+    assert_identical(loaded, pickle.loads(program))  # NumPy makes some byte orders native.
     loaded["arrays"][-1][0, 0] = 1
 
 
 @FORMATS
-def test_a_published_container_gives_its_weights(path, library, archive, caplog):
-    """As the authors' training writes it: the configuration is an object of yacs."""
+def test_weights_of_a_published_container_are_restored(path, library, archive, caplog):
+    """The authors' training saves its configuration as an object of yacs."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(3)).sum().backward()
@@ -162,7 +162,7 @@ STRANGE = {
 
 @FORMATS
 @pytest.mark.parametrize("kind", STRANGE)
-def test_objects_of_other_libraries_are_left_out(path, library, kind, archive):
+def test_objects_of_other_libraries_are_replaced(path, library, kind, archive):
     strange = STRANGE[kind](library)
     write({"one": strange, "list": [1, strange], "last": 2}, path, archive)
     forget(library)
@@ -172,13 +172,13 @@ def test_objects_of_other_libraries_are_left_out(path, library, kind, archive):
     assert "foreign_library" not in sys.modules
 
 
-def test_keys_of_other_libraries_stay_apart(path, library):
+def test_keys_of_other_libraries_remain_distinct(path, library):
     write({kind: kind.value for kind in library.Kind}, path)
     forget(library)
     assert list(load_checkpoint(path).values()) == [1, 2]
 
 
-def noted(tensor: torch.Tensor) -> Callable:
+def with_attribute(tensor: torch.Tensor) -> Callable:
     tensor.note = "ours"
     return lambda library: tensor
 
@@ -198,9 +198,12 @@ REFUSED = {
         lambda library: torch.ones(1).cfloat().conj(),
         "_rebuild_tensor_v2 has arguments",
     ),
-    "tensor with attributes": (noted(torch.ones(1)), "_rebuild_from_type_v2 is not plain data"),
+    "tensor with attributes": (
+        with_attribute(torch.ones(1)),
+        "_rebuild_from_type_v2 is not plain data",
+    ),
     "parameter with attributes": (
-        noted(nn.Parameter(torch.ones(1))),
+        with_attribute(nn.Parameter(torch.ones(1))),
         "_rebuild_parameter_with_state is not plain data",
     ),
     "module": (lambda library: nn.Linear(2, 2), "a whole model (torch.nn.modules.linear.Linear)"),
@@ -219,31 +222,31 @@ REFUSED = {
 
 @FORMATS
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_be_read_is_named(path, library, kind, archive):
+def test_error_names_the_unsupported_object(path, library, kind, archive):
     make, message = REFUSED[kind]
     write({"x": make(library)}, path, archive)
     assert_refused(path, re.escape(message))
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_other_protocols_are_named(path, protocol):
+def test_error_names_the_required_protocol(path, protocol):
     torch.save({"x": torch.ones(1), "y": b"1"}, path, pickle_protocol=protocol)
     assert_refused(path, "must be of protocol 2, the default of torch.save")
 
 
-def test_dtypes_that_torch_does_not_read_in_the_older_format_are_named(path):
+def test_dtypes_unsupported_by_the_legacy_format_are_rejected(path):
     write({"x": torch.ones(1).to(torch.uint16)}, path, archive=False)
     assert_refused(path, "torch reads this dtype from zip archives only")
 
 
-def test_the_state_of_an_object_is_plain_data(path):
+def test_the_state_of_a_replaced_object_is_kept(path):
     write({"args": Namespace(lr=0.1, weights=torch.ones(2))}, path)
     args = load_checkpoint(path)["args"]
     assert (args.name, args.state["lr"]) == ("argparse.Namespace", 0.1)
     assert args.state["weights"].equal(torch.ones(2))
 
 
-def test_classes_that_a_user_admits_are_not_made_here_and_stay_admitted(path):
+def test_safe_globals_of_the_user_are_ignored_and_kept(path):
     write({"args": Namespace(lr=0.1)}, path)
     with torch.serialization.safe_globals([Namespace, (np.dtype, "numpy.dtype")]):
         before = set(torch.serialization.get_safe_globals())

@@ -1,4 +1,4 @@
-"""What timm, torchvision and torch expect of any model: after timm's own tests of all models."""
+"""Tests of the interfaces of timm, torchvision and torch, modelled on timm's own tests."""
 
 import math
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("feature_cls", ["getter", "hook", "fx"])
 @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 3), (-1,)])
-def test_every_extractor_gives_what_feature_info_says(feature_cls, out_indices):
+def test_every_extractor_matches_feature_info(feature_cls, out_indices):
     model = nano(0, features_only=True, out_indices=out_indices, feature_cls=feature_cls).eval()
     x = images(1, 3, 97, 70)
     _, expected = nano(0).eval().forward_intermediates(x)
@@ -39,19 +39,19 @@ def test_every_extractor_gives_what_feature_info_says(feature_cls, out_indices):
 
 
 @pytest.mark.parametrize("out_indices", [(3, 1), (0, 0), [], (0, 4), (-1, 3), (-1, 0)])
-def test_other_orders_of_feature_maps_are_refused(out_indices):
+def test_other_orders_of_feature_maps_are_rejected(out_indices):
     with pytest.raises(ValueError, match="out_indices must be ascending stages from 0 to 3, got"):
         nano(0, features_only=True, out_indices=out_indices)
 
 
-def test_the_extractor_may_be_named_in_a_dict():
+def test_the_extractor_can_be_given_in_a_dict():
     model = nano(0, features_only=True, feature_cfg={"feature_cls": "hook", "out_indices": (1,)})
     assert isinstance(model, timm.models.FeatureHookNet)
     assert [m.shape for m in model(images(1, 3, 64, 64))] == [(1, 64, 8, 8)]
 
 
 @pytest.mark.parametrize("feature_cls", ["list", "dict", "other"])
-def test_other_extractors_are_refused(feature_cls):
+def test_other_extractors_are_rejected(feature_cls):
     message = f"feature_cls must be 'getter', 'hook' or 'fx', got '{feature_cls}'"
     with pytest.raises(ValueError, match=message):
         nano(0, features_only=True, feature_cls=feature_cls)
@@ -81,7 +81,7 @@ def test_torch_fx_trains(style):
     assert graph(images(2, 3, 64, 64)).equal(expected)
 
 
-def test_intermediates_end_with_the_features():
+def test_forward_intermediates_returns_the_features_last():
     model, x = nano(0).eval(), images(1, 3, 96, 96)
     info = FeatureInfo(model.feature_info, len(model.feature_info))
     output, maps = model.forward_intermediates(x, output_fmt="NCHW")
@@ -95,7 +95,7 @@ def test_intermediates_end_with_the_features():
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"scriptable": True}, {"features_only": True}])
-def test_torch_jit_script_is_refused_in_one_sentence(kwargs):
+def test_torch_jit_script_is_rejected_in_one_sentence(kwargs):
     with pytest.raises(
         NotImplementedError, match=r"^DCNv4 cannot be compiled by torch\.jit\.script: use"
     ):
@@ -111,7 +111,7 @@ def test_traced_model_gives_the_same_values():
 # Construction
 
 
-def test_only_the_published_stride_is_there():
+def test_only_the_published_output_stride_is_supported():
     assert nano(0, output_stride=32)(images(1, 3, 64, 64)).shape == (1, 1000)
     assert len(nano(0, output_stride=32, features_only=True)(images(1, 3, 64, 64))) == 4
     with pytest.raises(ValueError, match="output_stride must be 32, got 16"):
@@ -120,7 +120,7 @@ def test_only_the_published_stride_is_there():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @STYLES
-def test_dtype_is_that_of_every_parameter(dtype, style):
+def test_dtype_applies_to_every_parameter(dtype, style):
     model = FlashInternImage(**SMALL, **style, dtype=dtype, device="cpu")
     assert {tensor.dtype for tensor in model.parameters()} == {dtype}
     assert model(images(1, 3, 64, 64).to(dtype)).dtype == dtype
@@ -162,14 +162,14 @@ def test_weights_can_be_initialised_later(construct, style):
             assert tensor.equal(expected[name]), name
 
 
-def test_weights_of_a_meta_model_may_be_assigned():
+def test_weights_can_be_assigned_to_a_meta_model():
     model = nano(0, num_classes=10, device="meta")
     weights = nano(1, num_classes=10).state_dict()
     model.load_state_dict(weights, assign=True)
     assert_equal(model.state_dict(), weights)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     kwargs = {"depths": (1, 1, 1, 1), "groups": (1, 2, 4, 8), "channels": 16, "num_classes": 10}
     floats = {"drop_rate": 0.5, "drop_path_rate": 0.25, "mlp_ratio": 2.0, "cls_scale": 2.0}
     floats |= {"layer_scale": 0.5, "offset_scale": 2.0}
@@ -209,7 +209,7 @@ def test_numbers_of_numpy_are_numbers():
         ({"cls_scale": -1.5}, r"cls_scale must be positive, got -1\.5"),
     ],
 )
-def test_arguments_out_of_range_are_named(kwargs, message):
+def test_errors_name_arguments_out_of_range(kwargs, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         FlashInternImage(**kwargs, device="meta")
 
@@ -223,7 +223,7 @@ def test_arguments_out_of_range_are_named(kwargs, message):
         ((10, "mean"), "global_pool must be '', 'avg', .* got 'mean'"),
     ],
 )
-def test_a_reset_refuses_what_the_constructor_refuses(args, message):
+def test_reset_classifier_rejects_what_the_constructor_rejects(args, message):
     model, x = nano(0, num_classes=0, global_pool=""), images(2, 3, 64, 64)
     with pytest.raises(ValueError, match=f"^{message}$"):
         model.reset_classifier(*args)

@@ -1,4 +1,4 @@
-"""Tests that need a GPU: without one their modules are imported, and skipped as a whole."""
+"""Fixtures of the tests that need a GPU; without one, their modules are skipped."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels of deformable attention on a GPU: the shared tests, memory and streams."""
+"""Tests of the CUDA kernels of deformable attention on a GPU: shared tests, memory, streams."""
 
 import subprocess
 import sys
@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.cuda_model.attention_cases import DTYPE_PAIRS
 from tests.cuda_model.test_attention import (  # noqa: F401
     test_other_sizes,
-    test_queries_that_fill_no_block,
-    test_sizes_that_kernels_are_compiled_for,
+    test_queries_that_partially_fill_a_block,
+    test_sizes_with_specialised_kernels,
     test_sums_in_a_fixed_order,
     test_unaligned_memory,
 )
@@ -25,7 +25,7 @@ from tests.gpu.test_ops import (
 )
 from tests.ops_dcnv4.attention_cases import Inputs, Result, call, random_inputs, run_reference
 from tests.ops_dcnv4.cases import assert_equal
-from tests.ops_dcnv4.test_attention import *  # noqa: F403  what every backend must pass
+from tests.ops_dcnv4.test_attention import *  # noqa: F403  tests for every backend
 from tests.ops_dcnv4.test_attention import both_forms
 
 dtype_pairs = pytest.mark.parametrize(("dtype", "points_dtype"), DTYPE_PAIRS)
@@ -38,7 +38,7 @@ def queries() -> int:
 
 
 def compute(inputs: Inputs, form: str) -> Result:
-    """Output and gradients of tensors on the GPU, left there."""
+    """Return output and gradients of tensors on the GPU, without copying them to the CPU."""
     leaves = [t.detach().requires_grad_() for t in (inputs.value, inputs.locations, inputs.weights)]
     value, locations, weights = leaves
     output = call(inputs._replace(value=value, locations=locations, weights=weights), form)
@@ -64,7 +64,7 @@ def test_image_in_a_large_batch_equals_the_image_alone(form, dtype, points_dtype
 @pytest.mark.usefixtures("deterministic")
 @dtype_pairs
 @both_forms
-def test_deterministic_results_are_the_same_every_time(form, dtype, points_dtype, run):
+def test_deterministic_results_are_reproducible(form, dtype, points_dtype, run):
     inputs = encoder_inputs(dtype, points_dtype)
     expected = run(inputs, form)
     for _ in range(3):
@@ -72,7 +72,7 @@ def test_deterministic_results_are_the_same_every_time(form, dtype, points_dtype
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(65537, 1), (1, 8 * 65535 + 5)])
-def test_more_images_or_heads_than_a_grid_has_layers(batch, heads, run, assert_near):
+def test_more_images_or_heads_than_the_grid_limit(batch, heads, run, assert_near):
     inputs = random_inputs(((1, 1),), 1, heads, 1, queries=1, batch=batch)
     results = run(inputs, "split"), run_reference(inputs, "split")
     for actual, expected in zip(*results, strict=True):
@@ -83,7 +83,7 @@ def test_more_images_or_heads_than_a_grid_has_layers(batch, heads, run, assert_n
 
 
 def large_inputs(batch: int, length: int, queries: int) -> Inputs:
-    """Random halves, made on the GPU: a level of length x length pixels, 8 heads of 32 channels."""
+    """Draw float16 inputs on the GPU: one level of length x length pixels, 8 heads, 32 channels."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -100,7 +100,7 @@ def large_inputs(batch: int, length: int, queries: int) -> Inputs:
     )
 
 
-def test_a_batch_of_more_elements_than_32_bits_can_count():
+def test_a_batch_beyond_32_bit_indices():
     skip_without_memory(40 * GIB)
     inputs = large_inputs(batch=33, length=512, queries=1000)
     assert inputs.value.numel() > 2**31
@@ -110,7 +110,7 @@ def test_a_batch_of_more_elements_than_32_bits_can_count():
         assert_same_halves(tuple(t[i : i + 1] for t in together), alone)
 
 
-def test_an_image_of_more_elements_than_32_bits_can_count():
+def test_an_image_beyond_32_bit_indices():
     skip_without_memory(40 * GIB)
     inputs = large_inputs(batch=1, length=2944, queries=1000)
     assert inputs.value.numel() > 2**31
@@ -149,7 +149,7 @@ def test_every_element_of_the_results_is_written(form, dtype, points_dtype, head
 
 @pytest.mark.parametrize("levels", ["tensors", "lists"])
 @both_forms
-def test_the_cpu_does_not_wait_for_the_gpu(form, levels):
+def test_calls_do_not_synchronise_with_the_gpu(form, levels):
     inputs = encoder_inputs(torch.float16, torch.float32)
     if levels == "lists":
         inputs = inputs._replace(spatial_shapes=list(LEVELS), level_start_index=None)
@@ -162,7 +162,7 @@ def test_the_cpu_does_not_wait_for_the_gpu(form, levels):
 
 @pytest.mark.usefixtures("deterministic")
 @both_forms
-def test_a_cuda_graph_computes_anew_from_changed_inputs(form, run):
+def test_a_cuda_graph_can_be_replayed_with_other_inputs(form, run):
     example, *others = (encoder_inputs(torch.float16, seed=seed) for seed in range(3))
     results = replay(lambda inputs: compute(inputs, form), example, others)
     for result, other in zip(results, others, strict=True):
@@ -180,7 +180,7 @@ torch.cuda.synchronize()
 
 
 def test_a_level_outside_of_value_fails_an_assertion():
-    """In a process of its own: afterwards it cannot use the GPU."""
+    """A failed assertion makes the GPU unusable for the process, so this starts another one."""
     process = subprocess.run(
         [sys.executable, "-c", OUTSIDE],
         cwd=Path(__file__).parents[2],

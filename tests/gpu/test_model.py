@@ -1,4 +1,4 @@
-"""Layers and models on a GPU: equality with the CPU, mixed precision, torch.compile."""
+"""Tests of layers and models on a GPU: equality with the CPU, mixed precision, torch.compile."""
 
 import copy
 
@@ -19,8 +19,8 @@ def _no_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def model_that_samples(name: str) -> nn.Module:
-    """A registered model whose DCNv4 layers look around, unlike the published zero start."""
+def randomized_model(name: str) -> nn.Module:
+    """Return a registered model with random offsets and modulation, which are initially zero."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10)
     for module in model.modules():
@@ -35,13 +35,13 @@ models = pytest.mark.parametrize(
 )
 
 
-def on_the_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
 @torch.no_grad()
-def test_feature_maps_are_the_published_ones(path, device, assert_near):
+def test_feature_maps_equal_the_published_ones(path, device, assert_near):
     golden, model = load_golden(path)
     x = torch.from_numpy(golden["input"]).to(device, torch.float64)
     maps = model.to(device, torch.float64).forward_intermediates(x, intermediates_only=True)
@@ -51,25 +51,25 @@ def test_feature_maps_are_the_published_ones(path, device, assert_near):
 
 @models
 @torch.no_grad()
-def test_logits_in_float32_are_those_of_the_cpu(name, size, device, assert_near):
-    model, x = model_that_samples(name), images(2, 3, size, size)
+def test_float32_logits_equal_those_of_the_cpu(name, size, device, assert_near):
+    model, x = randomized_model(name), images(2, 3, size, size)
     expected = model(x)
     assert_near(model.to(device)(x.to(device)).cpu(), expected, 1e-4)
 
 
 @models
-def test_gradients_are_those_of_the_cpu(name, size, device, assert_near):
-    model, x = model_that_samples(name).double(), images(2, 3, size, size).double()
+def test_gradients_equal_those_of_the_cpu(name, size, device, assert_near):
+    model, x = randomized_model(name).double(), images(2, 3, size, size).double()
     expected = gradients(model, x)
-    actual = on_the_cpu(gradients(model.to(device), x.to(device)))
+    actual = to_cpu(gradients(model.to(device), x.to(device)))
     for parameter, gradient in expected.items():
         assert_near(actual[parameter], gradient, 1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @models
-def test_learns_in_mixed_precision(name, size, dtype, device):
-    model = model_that_samples(name).to(device).train()
+def test_mixed_precision_training_reduces_the_loss(name, size, dtype, device):
+    model = randomized_model(name).to(device).train()
     x, target = images(8, 3, size, size).to(device), torch.arange(8, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
@@ -87,7 +87,7 @@ def test_learns_in_mixed_precision(name, size, dtype, device):
 
 
 def test_compiled_model_equals_the_eager_one(device, assert_near):
-    model = model_that_samples("flash_internimage_nano").to(device, torch.float64)
+    model = randomized_model("flash_internimage_nano").to(device, torch.float64)
     x = images(2, 3, 64, 64).to(device, torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True)

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: the shared tests, real sizes, memory and streams."""
+"""Tests of the CUDA kernels on a GPU: shared tests, realistic sizes, memory and streams."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ops_dcnv4 import dcnv4
 from tests.cuda_model.test_ops import (  # noqa: F401
-    test_halves_up_to_998_thousandths_of_the_largest_do_not_overflow,
-    test_images_that_fill_no_block,
-    test_more_images_than_a_grid_has_layers,
+    test_images_that_partially_fill_a_block,
+    test_more_images_than_the_grid_limit,
     test_other_sizes,
-    test_sizes_that_kernels_are_compiled_for,
+    test_sizes_with_specialised_kernels,
     test_unaligned_memory,
+    test_values_up_to_99_8_percent_of_the_float16_maximum_do_not_overflow,
 )
 from tests.ops_dcnv4.cases import (
     DTYPES,
@@ -26,7 +26,7 @@ from tests.ops_dcnv4.cases import (
     run_operator,
     run_reference,
 )
-from tests.ops_dcnv4.test_ops import *  # noqa: F403  what every backend must pass
+from tests.ops_dcnv4.test_ops import *  # noqa: F403  tests for every backend
 
 GIB = 2**30
 FAST_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -38,17 +38,17 @@ def image_size() -> tuple[int, int]:
 
 
 def compute(tensors: Tensors, p: Parameters) -> Result:
-    """Output and gradients of tensors on the GPU, left there."""
+    """Return output and gradients of tensors on the GPU, without copying them to the CPU."""
     inputs = [t.detach().requires_grad_() for t in tensors[:2]]
     output = dcnv4(*inputs, *p)
     return Result(output.detach(), *torch.autograd.grad(output, inputs, tensors.grad_output))
 
 
-def on_the_cpu(result: Result) -> Result:
+def to_cpu(result: Result) -> Result:
     return Result(*(tensor.cpu() for tensor in result))
 
 
-# Sizes and dependence
+# Sizes and reproducibility
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -65,7 +65,7 @@ def test_image_in_a_large_batch_equals_the_image_alone(size, groups, dtype, run,
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_deterministic_results_are_the_same_every_time(dtype, run):
+def test_deterministic_results_are_reproducible(dtype, run):
     p = Parameters(groups=8)
     tensors = random_tensors(p, 4, (28, 28), group_channels=16).to(dtype)
     expected = run(tensors, p)
@@ -75,7 +75,7 @@ def test_deterministic_results_are_the_same_every_time(dtype, run):
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize(("batch", "groups"), [(65537, 1), (1, 8 * 65535 + 5)])
-def test_more_images_or_groups_than_a_grid_has_layers(batch, groups, run, assert_near):
+def test_more_images_or_groups_than_the_grid_limit(batch, groups, run, assert_near):
     p = Parameters(groups=groups, kernel_size=(1, 1), padding=(0, 0))
     tensors = random_tensors(p, batch, (1, 2), group_channels=1, padding_channels=0)
     for actual, expected in zip(run(tensors, p), run_reference(tensors, p), strict=True):
@@ -90,7 +90,7 @@ def skip_without_memory(size: int) -> None:
 
 
 def large_tensors(p: Parameters, *shape: int) -> Tensors:
-    """Random halves, made on the GPU; coordinates are exact, so that they do not depend on size."""
+    """Draw float16 tensors on the GPU, with coordinates that are exact in images of any size."""
     generator = torch.Generator("cuda").manual_seed(0)
     normal = functools.partial(torch.randn, generator=generator, device="cuda", dtype=torch.float16)
     offset_mask = normal(*shape[:3], 3 * p.groups * p.taps)
@@ -99,12 +99,12 @@ def large_tensors(p: Parameters, *shape: int) -> Tensors:
 
 
 def assert_same_halves(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """But for the rounding of sums in another order, and of interpolation in another kernel."""
+    """Assert equality up to rounding, as the order of sums and the kernels may differ."""
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=4e-3, atol=2e-2)
 
 
-def test_a_batch_of_more_elements_than_32_bits_can_count():
+def test_a_batch_beyond_32_bit_indices():
     skip_without_memory(56 * GIB)
     p, images = Parameters(groups=4), 33
     tensors = large_tensors(p, images, 1024, 1024, 64)
@@ -115,7 +115,7 @@ def test_a_batch_of_more_elements_than_32_bits_can_count():
         assert_same_halves(tuple(t[i : i + 1] for t in together), alone)
 
 
-def test_an_image_of_more_elements_than_32_bits_can_count():
+def test_an_image_beyond_32_bit_indices():
     skip_without_memory(64 * GIB)
     p = Parameters(groups=4)
     tensors = large_tensors(p, 1, 6400, 6400, 64)
@@ -129,9 +129,9 @@ def test_an_image_of_more_elements_than_32_bits_can_count():
 
 
 def poison_free_memory() -> list[range]:
-    """Put NaN (of any dtype) into the memory that is allocated next, at these addresses.
+    """Fill free memory with bytes that are NaN in any dtype, and return its addresses.
 
-    From large to small blocks, so that they fill the gaps between other tensors too.
+    Blocks are allocated from large to small, so that they also fill gaps between tensors.
     """
     torch.cuda.empty_cache()
     sizes = [2**23] * 4 + [2**19] * 16 + [2**16] * 64 + [2**12] * 64 + [2**9] * 64
@@ -172,11 +172,11 @@ def test_runs_on_the_device_of_its_tensors(run):
     assert torch.cuda.current_device() == 0
     result = compute(tensors.to("cuda:1"), p)
     assert {str(t.device) for t in result} == {"cuda:1"}
-    for actual, expected in zip(on_the_cpu(result), run(tensors, p), strict=True):
+    for actual, expected in zip(to_cpu(result), run(tensors, p), strict=True):
         torch.testing.assert_close(actual, expected)
 
 
-def test_tensors_on_two_devices_are_refused(device):
+def test_tensors_on_two_devices_are_rejected(device):
     value, offset_mask, grad_output = random_tensors(Parameters())
     with pytest.raises(ValueError, match="value and offset_mask must be on one device"):
         dcnv4(value.to(device), offset_mask, *Parameters())
@@ -186,7 +186,7 @@ def test_tensors_on_two_devices_are_refused(device):
 
 
 @pytest.mark.parametrize("dtype", FAST_DTYPES)
-def test_the_cpu_does_not_wait_for_the_gpu(dtype, device):
+def test_calls_do_not_synchronise_with_the_gpu(dtype, device):
     p = Parameters(groups=4)
     tensors = random_tensors(p, group_channels=16).to(dtype).to(device)
     torch.cuda.set_sync_debug_mode("error")
@@ -201,7 +201,7 @@ def replay(
     inputs: tuple[Tensor, ...],
     others: Sequence[tuple[Tensor, ...]],
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Captures compute(inputs) in a CUDA graph; its results, on the CPU, with others as inputs."""
+    """Capture compute(inputs) in a CUDA graph and yield CPU results for other inputs."""
     warm_up = torch.cuda.Stream()
     warm_up.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm_up):
@@ -220,7 +220,7 @@ def replay(
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dtype", FAST_DTYPES)
-def test_a_cuda_graph_computes_anew_from_changed_inputs(dtype, run, device):
+def test_a_cuda_graph_can_be_replayed_with_other_inputs(dtype, run, device):
     p = Parameters(groups=4)
     example, *others = (
         random_tensors(p, group_channels=16, seed=seed).to(dtype) for seed in range(3)
@@ -231,7 +231,7 @@ def test_a_cuda_graph_computes_anew_from_changed_inputs(dtype, run, device):
 
 
 def gpu_activities(function: Callable[[], object]) -> list[str]:
-    """Names of the kernels, copies and fills that a call makes."""
+    """Return the names of the kernels, copies and fills that a call launches."""
     function()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -242,13 +242,13 @@ def gpu_activities(function: Callable[[], object]) -> list[str]:
 
 
 @pytest.mark.parametrize(("dtype", "backward"), [(torch.float32, 2), (torch.float16, 3)])
-def test_nothing_is_launched_but_what_is_needed(dtype, backward, device):
+def test_only_the_necessary_kernels_are_launched(dtype, backward, device):
     p = Parameters(groups=4)
     value, offset_mask, grad_output = random_tensors(p, group_channels=16).to(dtype).to(device)
     operators = torch.ops.ops_dcnv4
     (kernel,) = gpu_activities(lambda: operators.dcnv4(value, offset_mask, *p))
     assert "forward" in kernel
-    # Zeros for the sums, the kernel, and the rounding of the sums to 16 bits
+    # One fill with zeros, the kernel, and the rounding of 16-bit gradients.
     names = gpu_activities(lambda: operators.dcnv4_backward(grad_output, value, offset_mask, *p))
     assert len(names) == backward
     assert "backward" in names[1]
@@ -257,9 +257,9 @@ def test_nothing_is_launched_but_what_is_needed(dtype, backward, device):
 # Without nvcc
 
 
-def test_the_reference_computes_the_same_on_a_gpu(device, assert_near):
+def test_the_reference_gives_the_same_results_on_a_gpu(device, assert_near):
     p = Parameters(stride=(2, 1), remove_center=True)
     tensors = random_tensors(p)
-    actual = on_the_cpu(run_reference(tensors.to(device), p))
+    actual = to_cpu(run_reference(tensors.to(device), p))
     for a, expected in zip(actual, run_operator(tensors, p), strict=True):
         assert_near(a, expected, 1e-12)

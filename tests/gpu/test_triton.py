@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: the shared tests and real sizes."""
+"""Tests of the Triton kernels on a GPU: shared tests and realistic sizes."""
 
 from collections.abc import Iterator
 
@@ -7,14 +7,14 @@ import torch
 
 from ops_dcnv4 import choose_backend, use_backend
 from tests.ops_dcnv4 import cases
-from tests.ops_dcnv4.test_ops import *  # noqa: F403  what every backend must pass
+from tests.ops_dcnv4.test_ops import *  # noqa: F403  tests for every backend
 
 FAST_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-# Triton is only reached through the public functions, which check the arguments.
-del test_kernels_refuse_what_would_lead_outside_their_tensors  # noqa: F821
-del test_backward_kernel_refuses_a_gradient_unlike_the_output  # noqa: F821
+# Triton is used only by the public functions, which check the arguments.
+del test_kernels_reject_arguments_that_exceed_their_tensors  # noqa: F821
+del test_backward_kernel_rejects_a_gradient_unlike_the_output  # noqa: F821
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,8 +23,8 @@ def _triton() -> Iterator[None]:
         yield
 
 
-def test_the_compiled_kernels_are_under_test(device):
-    """Replace the shared test of that name."""
+def test_the_expected_kernels_are_used(device):
+    """Replace the shared test of the same name."""
     assert choose_backend(device) == "triton"
 
 

@@ -1,22 +1,22 @@
-"""The Triton kernels of deformable attention on a GPU."""
+"""Tests of the Triton kernels of deformable attention on a GPU."""
 
 import pytest
 import torch
 
 from ops_dcnv4 import choose_backend
-from tests.gpu.test_triton import _triton  # noqa: F401  for this module too
+from tests.gpu.test_triton import _triton  # noqa: F401  autouse fixture
 from tests.ops_dcnv4 import attention_cases, cases
-from tests.ops_dcnv4.test_attention import *  # noqa: F403  what every backend must pass
+from tests.ops_dcnv4.test_attention import *  # noqa: F403  tests for every backend
 from tests.ops_dcnv4.test_attention import both_forms
 
-# Triton is only reached through the public functions, which check the arguments.
-del test_kernels_refuse_what_would_lead_outside_their_tensors  # noqa: F821
-del test_backward_kernel_refuses_a_gradient_unlike_the_output  # noqa: F821
+# Triton is used only by the public functions, which check the arguments.
+del test_kernels_reject_arguments_that_exceed_their_tensors  # noqa: F821
+del test_backward_kernel_rejects_a_gradient_unlike_the_output  # noqa: F821
 
 
 @pytest.mark.parametrize("operator", [""])
-def test_the_compiled_kernels_are_under_test(operator, device):
-    """Triton's: the name is that of the shared test."""
+def test_the_expected_kernels_are_used(operator, device):
+    """Replace the shared test of the same name."""
     assert choose_backend(device) == "triton"
 
 

@@ -1,7 +1,7 @@
 """Inputs for deformable attention, and functions that run the operators on them.
 
-Both forms take the same inputs: the weights of the form with two tensors ("split") are logits in
-the fused form.
+Both forms take the same inputs: the weights of the "split" form, which has separate tensors for
+locations and weights, are the logits of the fused form.
 """
 
 from collections.abc import Callable

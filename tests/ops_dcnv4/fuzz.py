@@ -1,8 +1,8 @@
 """Random calls of the operators, mostly invalid, on which all backends must agree.
 
-A call is computed or refused by the compiled kernels, by the PyTorch reference and on the meta
-device alike. What is computed equals the reference in float64; what is refused is a TypeError or a
-ValueError. `make sanitize-cpu` runs this module on a library with GCC's sanitizers:
+The compiled kernels, the PyTorch reference and the meta device must either all accept or all reject
+a call. Results must equal the reference in float64; rejected calls must raise a TypeError or a
+ValueError. `make sanitize-cpu` runs this module with a library built with GCC's sanitizers:
 
     python -m tests.ops_dcnv4.fuzz --cases 3000 --seed 0
 """
@@ -158,7 +158,7 @@ def _make_attention(rng: random.Random, form: str) -> Call:
 
 
 def _resize(rng: random.Random, tensor: Tensor) -> Tensor:
-    """Another size of one dimension, with the numbers repeated or left out."""
+    """Change the size of one dimension, dropping elements or appending ones."""
     dim = rng.randrange(tensor.dim())
     size = tensor.shape[dim] + rng.choice([-1, 1, 2])
     wanted = [*tensor.shape]
@@ -188,7 +188,7 @@ def _use_special_numbers(rng: random.Random, tensor: Tensor) -> Tensor:
 
 
 def _scatter(rng: random.Random, tensor: Tensor) -> Tensor:
-    """The same numbers elsewhere: apart from each other, in another order, or misaligned."""
+    """Return equal values in another memory layout: strided, transposed, misaligned or negated."""
     way = rng.choice(["apart", "order", "misaligned", "negated"])
     if way == "apart":
         return tensor.repeat_interleave(2, dim=-1)[..., ::2]
@@ -203,7 +203,7 @@ def _scatter(rng: random.Random, tensor: Tensor) -> Tensor:
 
 
 def _overlap(rng: random.Random, tensor: Tensor) -> Tensor:
-    """The same shape, whose numbers share memory."""
+    """Return a tensor of the same shape whose elements overlap in memory."""
     if tensor.numel() == 0:
         return tensor
     if rng.random() < 0.5:
@@ -214,14 +214,14 @@ def _overlap(rng: random.Random, tensor: Tensor) -> Tensor:
 
 
 def _inflate(rng: random.Random, tensor: Tensor) -> Tensor:
-    """A size beyond every limit, without the memory for it."""
+    """Return a tensor with a size beyond every limit, expanded so that it needs no memory."""
     shape = [min(size, 1) for size in tensor.shape]
     shape[rng.randrange(len(shape))] = rng.choice([2**29, 2**31, 2**33, 2**40])
     return tensor.new_zeros([1] * len(shape)).expand(shape)
 
 
 def _move(rng: random.Random, tensor: Tensor) -> Tensor:
-    """Another layout or device."""
+    """Convert to a sparse or MKL-DNN layout, or move to the meta device."""
     way = rng.choice(["sparse", "csr", "mkldnn", "meta"])
     if way == "meta":
         return tensor.to("meta")
@@ -276,7 +276,7 @@ def _change_scale(rng: random.Random, call: Call) -> Call:
 
 
 def _empty_image(rng: random.Random, call: Call) -> Call:
-    """An image of no rows or columns, in padding that leaves an output."""
+    """Make an image without rows or columns, with enough padding for a non-empty output."""
     arguments = call.arguments
     value, offset_mask = arguments["value"], arguments["offset_mask"]
     axis = rng.randrange(2)
@@ -340,7 +340,7 @@ def make_call(seed: int) -> Call:
     return call
 
 
-# Running them
+# Running calls
 
 
 Outcome = tuple[Tensor, ...] | Exception
@@ -421,7 +421,7 @@ def find_fault(call: Call, compiled: dict[str, Outcome], others: dict[str, Outco
             if shapes != [tuple(t.shape) for t in outcome]:
                 return f"{direction}: shapes {shapes} on meta"
         for actual, expected in zip(outcome, run_exactly(call, direction), strict=True):
-            if call.arguments["value"].numel() == 0:  # zeros, or products of them with infinity
+            if call.arguments["value"].numel() == 0:  # zeros, or NaN from zero times infinity
                 actual, expected = actual.nan_to_num(0), torch.zeros_like(expected)
             if not _are_near(actual, expected):
                 return f"{direction}: {actual} is not {expected}"
@@ -438,12 +438,12 @@ def run(seeds: Sequence[int], show: bool = False) -> collections.Counter:
     """Run the calls of some seeds; return how many were computed and refused.
 
     Raises:
-        AssertionError: a call was computed wrongly, or not everywhere.
+        AssertionError: If a result is wrong, or backends disagree on accepting a call.
     """
     calls = [make_call(seed) for seed in seeds]
     compiled = []
     for seed, call in zip(seeds, calls, strict=True):
-        if show:  # shows which call a sanitizer's report is about
+        if show:  # to identify the call of a sanitizer's report
             sys.stderr.write(f"{seed}: {call}\n")
         compiled.append(run_raw(call))
     with ops_dcnv4.use_backend("reference"):

@@ -1,4 +1,4 @@
-"""Values, gradients, edge cases and errors of deformable attention, for every backend.
+"""Tests of values, gradients, edge cases and errors of deformable attention, for every backend.
 
 This module tests the CPU kernels. Tests of other backends import it and replace the fixtures that
 run the operator.
@@ -42,7 +42,7 @@ def run(device) -> Run:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_the_compiled_kernels_are_under_test(operator, device):
+def test_the_expected_kernels_are_used(operator, device):
     assert is_compiled()
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ops_dcnv4::{operator}", device.upper())
 
@@ -76,11 +76,12 @@ def test_published_operator(path, form, dtype, tolerance, run, assert_near):
 
 @pytest.mark.usefixtures("deterministic")
 @both_forms
-def test_gradients_are_those_of_finite_differences(form, device):
+def test_gradients_match_finite_differences(form, device):
     inputs = random_inputs(((4, 8),), points=2, queries=3, batch=1)
     sizes = inputs.spatial_shapes.flip(1)
     pixels = (inputs.locations * sizes).round() + 0.2 + 0.1 * inputs.weights.sigmoid()[..., None]
-    inputs = inputs._replace(locations=(pixels + 0.5) / sizes).on(device)  # none near an integer
+    # Gradients are discontinuous at integers.
+    inputs = inputs._replace(locations=(pixels + 0.5) / sizes).on(device)
     leaves = [inputs.value, inputs.locations, inputs.weights]
 
     def function(value, locations, weights):
@@ -113,7 +114,7 @@ def test_operator_equals_reference_for_all_sizes(sizes, form, run, assert_near):
         assert_near(actual, expected, 1e-11)
 
 
-def test_edges_are_exclusive_and_slopes_at_pixels_look_forward(run):
+def test_edges_are_exclusive_and_gradients_at_pixels_are_right_sided(run):
     value = torch.tensor([9.0, 1, 2, 4, 8]).view(1, 5, 1, 1)  # one pixel, then four in a row
     x = torch.tensor([-1.0, 0, 1, 3, 4])  # in pixels of the row
     locations = torch.stack(((x + 0.5) / 4, torch.full((5,), 0.5)), dim=-1).view(1, 5, 1, 1, 1, 2)
@@ -152,7 +153,7 @@ def test_16_bit_results_are_rounded_only_once(form, dtype, points, run):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 class TestSumsIn32Bits:
-    """2304 ones: counting in 16 bits stops at 256 (bfloat16) or 2048 (float16)."""
+    """Sums of 2304 ones, which saturate at 256 in bfloat16 and at 2048 in float16."""
 
     def inputs(self, dtype, queries=1, points=1, channels=1) -> Inputs:
         ones = random_inputs(((1, 1),), points, 1, channels, queries, 1)
@@ -185,13 +186,13 @@ def test_image_in_a_batch_equals_the_image_alone(form, head_channels, dtype, run
 
 
 def scatter(tensor: Tensor) -> Tensor:
-    """The same numbers, not side by side."""
+    """Return equal values in non-contiguous memory."""
     return tensor.repeat_interleave(2, dim=-1)[..., ::2]
 
 
 @pytest.mark.usefixtures("deterministic")
 @both_forms
-def test_memory_layout_changes_nothing(form, run, device, monkeypatch):
+def test_results_do_not_depend_on_the_memory_layout(form, run, device, monkeypatch):
     inputs = random_inputs().on(device)
     expected = run(inputs, form)
     scattered = Inputs(*(scatter(t) for t in inputs))
@@ -202,7 +203,7 @@ def test_memory_layout_changes_nothing(form, run, device, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [{"batch": 0}, {"queries": 0}, {"head_channels": 0}])
 @both_forms
-def test_nothing_to_do(form, sizes, run):
+def test_empty_work_gives_zeros(form, sizes, run):
     inputs = random_inputs(**sizes)
     result = run(inputs, form)
     shapes = [inputs.grad_output.shape, inputs.value.shape, inputs.locations.shape]
@@ -212,7 +213,7 @@ def test_nothing_to_do(form, sizes, run):
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("which", ["value", "locations", "weights"])
-def test_only_the_gradient_asked_for_is_returned(which, run, device):
+def test_only_the_requested_gradient_is_returned(which, run, device):
     inputs = random_inputs().on(device)
     getattr(inputs, which).requires_grad_()
     call(inputs, "split").backward(inputs.grad_output)
@@ -222,13 +223,13 @@ def test_only_the_gradient_asked_for_is_returned(which, run, device):
     torch.testing.assert_close(grads[which].cpu(), expected, rtol=0, atol=0)
 
 
-# Points outside the images, and numbers that are not finite
+# Points outside the images, and non-finite numbers
 
 POINT = (slice(None), slice(None), slice(None), 1, 2)  # the third point of the second level
 
 
 def without_the_point(inputs: Inputs) -> Inputs:
-    """The same sums without the point, which has the weight zero."""
+    """Return the inputs with a weight of zero for the point."""
     weights = inputs.weights.clone()
     weights[POINT] = 0
     return inputs._replace(weights=weights)
@@ -244,7 +245,7 @@ dtypes_and_widths = pytest.mark.parametrize(
 @pytest.mark.parametrize("location", [1e30, -1e30, 1e4, math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("weight", [1.0, math.inf, math.nan])
-def test_a_point_nowhere_in_the_image_contributes_nothing(
+def test_distant_and_non_finite_points_contribute_nothing(
     weight, axis, location, dtype, head_channels, run, assert_near
 ):
     inputs = random_inputs(head_channels=head_channels).to(dtype)
@@ -259,7 +260,7 @@ def test_a_point_nowhere_in_the_image_contributes_nothing(
 
 @dtypes_and_widths
 @pytest.mark.parametrize("location", [1e30, -math.inf, math.nan])
-def test_a_point_nowhere_takes_its_share_of_the_softmax(
+def test_distant_and_non_finite_points_keep_their_softmax_weight(
     location, dtype, head_channels, run, assert_near
 ):
     inputs = random_inputs(head_channels=head_channels).to(dtype)
@@ -273,7 +274,7 @@ def test_a_point_nowhere_takes_its_share_of_the_softmax(
 
 @pytest.mark.parametrize("infinite", [math.inf, math.nan])
 @both_forms
-def test_a_query_outside_the_images_hides_its_output_gradient(form, infinite, run, assert_near):
+def test_output_gradient_of_a_query_outside_the_images_is_ignored(form, infinite, run, assert_near):
     inputs = random_inputs()
     inputs.locations[:, 2] = 100
     expected = run(inputs, form)
@@ -285,7 +286,7 @@ def test_a_query_outside_the_images_hides_its_output_gradient(form, infinite, ru
 @pytest.mark.usefixtures("deterministic")
 @dtypes_and_widths
 @pytest.mark.parametrize("infinite", [math.inf, math.nan])
-def test_a_pixel_is_read_only_by_points_in_its_cells(infinite, dtype, head_channels, run):
+def test_a_pixel_is_read_only_by_adjacent_points(infinite, dtype, head_channels, run):
     inputs = random_inputs(((4, 4), (2, 2)), 1, head_channels=head_channels).to(dtype)
     inputs.locations.fill_(0.625)  # pixels 2 and 1, at a quarter or half of their cells
     inputs.locations[:, 0, :, 0] = 0.125  # pixel 0 of the first level, in the first query
@@ -347,7 +348,7 @@ def raw_operators(form: str) -> tuple:
 
 @pytest.mark.parametrize(("change", "error", "message"), CHANGES)
 @both_forms
-def test_kernels_refuse_what_would_lead_outside_their_tensors(form, change, error, message, device):
+def test_kernels_reject_arguments_that_exceed_their_tensors(form, change, error, message, device):
     inputs = SPLIT._replace(**change).on(device)
     forward, backward = raw_operators(form)
     with pytest.raises(error, match=message):
@@ -358,7 +359,7 @@ def test_kernels_refuse_what_would_lead_outside_their_tensors(form, change, erro
 
 @pytest.mark.parametrize("grad_output", [SPLIT.grad_output[:, 1:], SPLIT.grad_output.float()])
 @both_forms
-def test_backward_kernel_refuses_a_gradient_unlike_the_output(form, grad_output, device):
+def test_backward_kernel_rejects_a_gradient_unlike_the_output(form, grad_output, device):
     inputs = SPLIT._replace(grad_output=grad_output).on(device)
     with pytest.raises(ValueError, match="grad_output"):
         raw_operators(form)[1](inputs.grad_output, *raw_arguments(inputs, form))

@@ -1,4 +1,4 @@
-"""The PyTorch reference of deformable attention."""
+"""Tests of the PyTorch reference of deformable attention."""
 
 import pytest
 import torch
@@ -8,15 +8,15 @@ from tests.ops_dcnv4.attention_cases import FORMS, Run, pack, random_inputs, run
 from tests.ops_dcnv4.test_attention import (  # noqa: F401
     TestSumsIn32Bits,
     test_16_bit_results_are_rounded_only_once,
-    test_a_pixel_is_read_only_by_points_in_its_cells,
-    test_a_point_nowhere_in_the_image_contributes_nothing,
-    test_a_point_nowhere_takes_its_share_of_the_softmax,
-    test_a_query_outside_the_images_hides_its_output_gradient,
-    test_edges_are_exclusive_and_slopes_at_pixels_look_forward,
+    test_a_pixel_is_read_only_by_adjacent_points,
+    test_distant_and_non_finite_points_contribute_nothing,
+    test_distant_and_non_finite_points_keep_their_softmax_weight,
+    test_edges_are_exclusive_and_gradients_at_pixels_are_right_sided,
+    test_empty_work_gives_zeros,
     test_large_logits_and_weights_do_not_overflow,
-    test_memory_layout_changes_nothing,
-    test_nothing_to_do,
+    test_output_gradient_of_a_query_outside_the_images_is_ignored,
     test_published_operator,
+    test_results_do_not_depend_on_the_memory_layout,
 )
 
 

@@ -1,4 +1,4 @@
-"""Deformable attention with torch.library, torch.compile, torch.export and autocast."""
+"""Tests of deformable attention with torch.library, torch.compile, torch.export and autocast."""
 
 import pytest
 import torch
@@ -140,7 +140,7 @@ def test_autocast_leaves_float64_alone(form, device):
 
 
 @both_forms
-def test_second_derivative_is_refused(form, device):
+def test_second_derivative_is_rejected(form, device):
     inputs = random_inputs().on(device)
     output = call(inputs._replace(value=inputs.value.requires_grad_()), form)
     (grad,) = torch.autograd.grad(output.sum(), inputs.value, create_graph=True)
@@ -149,7 +149,7 @@ def test_second_derivative_is_refused(form, device):
 
 
 @both_forms
-def test_forward_mode_derivatives_are_refused(form, device):
+def test_forward_mode_derivatives_are_rejected(form, device):
     inputs = random_inputs().on(device)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         call(inputs._replace(weights=forward_ad.make_dual(inputs.weights, inputs.weights)), form)

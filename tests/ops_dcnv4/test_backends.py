@@ -1,4 +1,4 @@
-"""The choice of the backend."""
+"""Tests of the selection of the backend."""
 
 import os
 import re
@@ -36,7 +36,7 @@ P = cases.Parameters()
         ("cuda:1", False, True, "triton"),
     ],
 )
-def test_order_of_choice(device_type, compiled, triton, expected, monkeypatch):
+def test_order_of_backends(device_type, compiled, triton, expected, monkeypatch):
     reason = None if compiled else "not built"
     monkeypatch.setattr(backends, "_why_not_compiled", {"cpu": reason, "cuda": reason})
     monkeypatch.setattr(backends, "has_triton", lambda: triton)
@@ -47,7 +47,7 @@ def test_order_of_choice(device_type, compiled, triton, expected, monkeypatch):
 
 
 def record_calls(monkeypatch) -> list[str]:
-    """Record the names of the reference's functions in the order of their calls."""
+    """Record the calls of the reference's functions by name."""
     calls = []
 
     def recorded(name, function):
@@ -82,7 +82,7 @@ def test_a_forced_backend_computes_outputs_and_gradients(monkeypatch, assert_nea
     assert not calls
 
 
-def test_contexts_nest_and_are_left_by_exceptions(monkeypatch):
+def test_contexts_nest_and_end_with_exceptions(monkeypatch):
     tensors = cases.random_tensors(P)
     calls = record_calls(monkeypatch)
     with use_backend("reference"):
@@ -98,7 +98,7 @@ def test_contexts_nest_and_are_left_by_exceptions(monkeypatch):
     assert choose_backend("cpu") == "compiled"
 
 
-def test_unknown_and_missing_backends_are_named(monkeypatch):
+def test_errors_name_unknown_and_missing_backends(monkeypatch):
     with pytest.raises(ValueError, match=r"name must be one of compiled, triton, .*'cuda'"):
         use_backend("cuda")
     monkeypatch.setattr(backends, "has_triton", lambda: False)
@@ -107,7 +107,7 @@ def test_unknown_and_missing_backends_are_named(monkeypatch):
     assert choose_backend("cpu") == "compiled"
     value, offset_mask, _ = cases.random_tensors(P).to("meta")
     with use_backend("compiled"):
-        assert dcnv4(value, offset_mask, *P).is_meta  # shapes need no kernel
+        assert dcnv4(value, offset_mask, *P).is_meta  # Meta tensors need no kernel.
 
 
 def test_triton_on_the_cpu_requires_its_interpreter(monkeypatch):
@@ -133,7 +133,7 @@ def test_triton_on_the_cpu_requires_its_interpreter(monkeypatch):
         ("mps", True, True, "there are no kernels for device type 'mps'"),
     ],
 )
-def test_explanation_gives_the_reason_of_the_choice(
+def test_explanation_gives_the_reason_for_the_backend(
     device_type, compiled, triton, reason, monkeypatch
 ):
     why_not = None if compiled else "not built"
@@ -171,13 +171,13 @@ def test_explanation_names_what_selected_the_backend(monkeypatch):
         (torch.int32, r"value must be floating point .* got torch\.int32"),
     ],
 )
-def test_explanation_says_what_a_dtype_changes(dtype, explanation):
+def test_explanation_covers_dtype_conversions(dtype, explanation):
     text = explain_backend("cpu", dtype)
     assert re.search(rf"dtype {dtype}: {explanation}$", text)
     assert text.startswith("compiled, but" if dtype == torch.int32 else "compiled\n")
 
 
-def test_explanation_knows_autocast_and_interpolation_in_float16(monkeypatch):
+def test_explanation_covers_autocast_and_interpolation_in_float16(monkeypatch):
     monkeypatch.setattr(backends, "_why_not_compiled", {"cpu": None, "cuda": None})
     monkeypatch.setattr(backends, "_LIBRARIES", {"cpu": "_C", "cuda": "_C"})
     assert "pixels are interpolated in float16" in explain_backend("cuda", torch.float16)
@@ -199,7 +199,7 @@ def test_explanation_knows_autocast_and_interpolation_in_float16(monkeypatch):
         ((2, 2**30, 6, 8), "each size of value must be at most 536870911, got 1073741824"),
     ],
 )
-def test_explanation_says_whether_calls_of_a_shape_fail(shape, explanation):
+def test_explanation_covers_shapes_that_fail(shape, explanation):
     text = explain_backend("cpu", torch.float32, shape)
     assert re.search(rf"shape {re.escape(str(tuple(shape)))}: {explanation}$", text)
     fails = text.startswith("compiled, but the call would fail\n")

@@ -1,4 +1,4 @@
-"""The CPU kernels: threads, and installations without compiled libraries."""
+"""Tests of threads in the CPU kernels, and of installations without compiled libraries."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ from tests.ops_dcnv4.cases import DTYPES, Parameters, assert_equal, random_tenso
 
 @pytest.mark.usefixtures("restore_threads")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_number_of_threads_changes_nothing(dtype):
+def test_results_do_not_depend_on_the_number_of_threads(dtype):
     p = Parameters(groups=3)
     tensors = random_tensors(p, batch=3, size=(13, 17), group_channels=16).to(dtype)
     torch.set_num_threads(1)
@@ -27,7 +27,7 @@ def test_number_of_threads_changes_nothing(dtype):
 
 @pytest.mark.usefixtures("restore_threads")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_number_of_threads_changes_nothing_in_attention(dtype):
+def test_attention_does_not_depend_on_the_number_of_threads(dtype):
     inputs = attention_cases.random_inputs(queries=700, head_channels=32, batch=3).to(dtype)
     torch.set_num_threads(1)
     expected = attention_cases.run_operator(inputs, "fused")

@@ -1,4 +1,4 @@
-"""The reference as a decomposition of the operators in exported and traced graphs."""
+"""Tests of the reference as a decomposition of the operators in exported and traced graphs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Errors of the public functions, which name the argument."""
+"""Tests that errors of the public functions name the argument."""
 
 import inspect
 
@@ -48,7 +48,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), ERRORS)
-def test_wrong_argument_is_named(change, error, message):
+def test_error_names_the_wrong_argument(change, error, message):
     arguments = {"value": VALUE, "offset_mask": OFFSET_MASK, "groups": 2} | change
     with pytest.raises(error, match=message):
         dcnv4(**arguments)
@@ -106,7 +106,7 @@ FUSED_ERRORS = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), LEVEL_ERRORS + SPLIT_ERRORS)
-def test_wrong_argument_of_ms_deform_attn_is_named(change, error, message):
+def test_error_of_ms_deform_attn_names_the_wrong_argument(change, error, message):
     arguments = {
         "value": PIXELS,
         "spatial_shapes": SHAPES,
@@ -120,7 +120,7 @@ def test_wrong_argument_of_ms_deform_attn_is_named(change, error, message):
 
 
 @pytest.mark.parametrize(("change", "error", "message"), LEVEL_ERRORS + FUSED_ERRORS)
-def test_wrong_argument_of_flash_deform_attn_is_named(change, error, message):
+def test_error_of_flash_deform_attn_names_the_wrong_argument(change, error, message):
     arguments = {
         "value": PIXELS,
         "spatial_shapes": SHAPES,
@@ -166,13 +166,13 @@ CONVERSIONS = {
 @pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse CSR|Sparse.*invariant)")
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 @pytest.mark.parametrize(("operator", "argument"), [(o, a) for o in DENSE for a in DENSE[o]])
-def test_sparse_nested_and_mkldnn_tensors_are_refused_by_name(operator, argument, conversion):
+def test_errors_name_sparse_nested_and_mkldnn_tensors(operator, argument, conversion):
     dense = DENSE[operator][argument]
     is_integer, has_rows = dense.dtype == torch.int64, dense.dim() > 1
     if (conversion == "_mkldnn" and (is_integer or dense.dim() > 5)) or (
         conversion == "sparse_csr" and not has_rows
     ):
-        return  # There is no such tensor.
+        return  # PyTorch has no such tensor.
     arguments = DENSE[operator] | {argument: CONVERSIONS[conversion](dense)}
     raw = getattr(torch.ops.ops_dcnv4, operator)
     backward = getattr(torch.ops.ops_dcnv4, f"{operator}_backward")
@@ -188,13 +188,13 @@ def test_sparse_nested_and_mkldnn_tensors_are_refused_by_name(operator, argument
 
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_gradients_that_are_not_dense_are_refused_by_name(conversion):
+def test_errors_name_gradients_that_are_not_dense(conversion):
     grad_output = CONVERSIONS[conversion](VALUE)
     with pytest.raises(TypeError, match=f"grad_output must be a dense tensor.*{conversion}"):
         torch.ops.ops_dcnv4.dcnv4_backward(grad_output, VALUE, OFFSET_MASK, *FURTHER["dcnv4"])
 
 
-def test_numbers_of_numpy_and_lists_are_accepted():
+def test_numpy_numbers_and_lists_are_accepted():
     generator = torch.Generator().manual_seed(0)
     value, offset_mask, pixels, packed = (
         torch.rand(t.shape, generator=generator) for t in (VALUE, OFFSET_MASK, PIXELS, PACKED)
@@ -217,7 +217,7 @@ def test_ms_deform_attn_takes_its_arguments_in_the_order_of_mmcv():
         ms_deform_attn(PIXELS, SHAPES, LOCATIONS, WEIGHTS, START)
 
 
-def test_start_indices_of_none_are_computed():
+def test_level_start_index_of_none_is_computed():
     generator = torch.Generator().manual_seed(0)
     value, locations, weights = (
         torch.rand(t.shape, generator=generator) for t in (PIXELS, LOCATIONS, WEIGHTS)
@@ -229,7 +229,7 @@ def test_start_indices_of_none_are_computed():
     assert ms_deform_attn(value, SHAPES, level_start_index=None, **points).equal(expected)
 
 
-def test_levels_in_lists_are_made_on_the_device_of_value():
+def test_levels_in_lists_become_tensors_on_the_device_of_value():
     with torch.device("meta"):
         assert not ms_deform_attn(PIXELS, LEVELS, [0, 6], LOCATIONS, WEIGHTS).any()
     on_meta = (t.to("meta") for t in (PIXELS, LOCATIONS, WEIGHTS))
@@ -245,7 +245,7 @@ def test_levels_in_lists_are_checked_in_compiled_graphs_too():
 
 
 @pytest.mark.parametrize("under_autocast", [False, True])
-def test_float64_beside_other_dtypes_is_refused(under_autocast):
+def test_mixing_float64_with_other_dtypes_is_rejected(under_autocast):
     doubles = PIXELS.double(), LOCATIONS.double(), WEIGHTS.double()
     with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
         for value, locations, weights in (

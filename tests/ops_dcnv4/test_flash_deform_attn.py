@@ -1,4 +1,4 @@
-"""The FlashDeformAttn layer."""
+"""Tests of the FlashDeformAttn layer."""
 
 import json
 import math
@@ -16,8 +16,8 @@ LEVELS = ((6, 8), (3, 4), (2, 2))
 PIXELS = sum(height * width for height, width in LEVELS)
 
 
-def layer_that_samples(**options) -> FlashDeformAttn:
-    """With weights that make queries differ; the layer's own start does not."""
+def randomized_layer(**options) -> FlashDeformAttn:
+    """Return a layer with random weights; the initial ones treat all queries alike."""
     torch.manual_seed(0)
     layer = FlashDeformAttn(**{"d_model": 32, "n_levels": 3, "n_heads": 4, "n_points": 2} | options)
     torch.nn.init.normal_(layer.sampling_offsets.weight, std=0.2)
@@ -51,7 +51,7 @@ def test_published_layer(dtype, tolerance, assert_near):
 
 
 def locations_from_the_formula(layer, query, reference_points) -> torch.Tensor:
-    """Head by head and point by point, after the paper."""
+    """Compute the sampling locations per head and point, following the paper."""
     n, queries, _ = query.shape
     offsets = layer.sampling_offsets(query).view(n, queries, 4, 3, 2, 2)
     locations = torch.empty_like(offsets)
@@ -70,8 +70,8 @@ def locations_from_the_formula(layer, query, reference_points) -> torch.Tensor:
 
 @pytest.mark.parametrize("reference_size", [2, 4])
 @pytest.mark.parametrize("masked", [False, True])
-def test_layer_is_the_paper_s_formula(reference_size, masked, assert_near):
-    layer, arguments = layer_that_samples(), random_arguments(reference_size)
+def test_layer_equals_the_formula_of_the_paper(reference_size, masked, assert_near):
+    layer, arguments = randomized_layer(), random_arguments(reference_size)
     mask = torch.zeros(2, PIXELS, dtype=torch.bool)
     mask[0, 10:30] = masked
     query, reference_points, pixels, _ = arguments.values()
@@ -88,27 +88,27 @@ def test_layer_is_the_paper_s_formula(reference_size, masked, assert_near):
 
 @pytest.mark.parametrize("shape", [(1, 7, 3, 2), (2, 7, 1, 4), (2, 1, 3, 4), (1, 1, 1, 2)], ids=str)
 def test_reference_points_broadcast(shape):
-    layer, arguments = layer_that_samples(), random_arguments()
+    layer, arguments = randomized_layer(), random_arguments()
     points = torch.rand(shape, dtype=torch.float64)
     expected = layer(**arguments | {"reference_points": points.expand(2, 7, 3, -1)})
     actual = layer(**arguments | {"reference_points": points})
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_start_index_and_lists_change_nothing():
-    layer, arguments = layer_that_samples(), random_arguments()
+def test_level_start_index_and_lists_of_shapes_are_equivalent():
+    layer, arguments = randomized_layer(), random_arguments()
     expected = layer(**arguments)
     start = torch.tensor([0, 48, 60])
     actual = layer(**arguments | {"input_spatial_shapes": LEVELS}, input_level_start_index=start)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-class OfMaps(torch.nn.Module):
-    """The layer on feature maps, whose sizes it hands on in a list."""
+class LayerOnMaps(torch.nn.Module):
+    """Apply the layer to two feature maps, passing their sizes in a list."""
 
     def __init__(self):
         super().__init__()
-        self.layer = layer_that_samples(n_levels=2)
+        self.layer = randomized_layer(n_levels=2)
 
     def forward(self, query, reference_points, large, small):
         pixels = torch.cat([m.flatten(2).transpose(1, 2) for m in (large, small)], dim=1)
@@ -126,7 +126,7 @@ def test_exports_with_dynamic_batch_queries_and_maps(strict):
     n, queries = torch.export.dims("n", "queries")
     sizes = dict(enumerate(torch.export.dims("h", "w"), start=2))
     dynamic = ({0: n, 1: queries}, {0: n, 1: queries}, {0: n} | sizes, {0: n})
-    module = OfMaps()
+    module = LayerOnMaps()
     program = torch.export.export(
         module, maps_and_queries(2, 5, 4, 6), dynamic_shapes=dynamic, strict=strict
     )
@@ -135,7 +135,7 @@ def test_exports_with_dynamic_batch_queries_and_maps(strict):
 
 
 def test_feature_maps_of_any_size_are_compiled_once():
-    module = OfMaps()
+    module = LayerOnMaps()
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
@@ -145,7 +145,7 @@ def test_feature_maps_of_any_size_are_compiled_once():
     assert counter.frame_count == 1
 
 
-def test_start_is_that_of_deformable_detr():
+def test_initialisation_equals_that_of_deformable_detr():
     layer = FlashDeformAttn(d_model=64, n_levels=2, n_heads=8, n_points=3)
     assert not layer.sampling_offsets.weight.any()
     offsets = layer.sampling_offsets.bias.detach().view(8, 2, 3, 2)
@@ -173,7 +173,7 @@ def test_state_dict_has_the_published_keys():
 
 
 def test_sampling_locations_are_not_rounded_under_autocast(monkeypatch):
-    layer = layer_that_samples(n_levels=1).float()
+    layer = randomized_layer(n_levels=1).float()
     torch.nn.init.zeros_(layer.sampling_offsets.weight)
     seen = []
     monkeypatch.setattr(
@@ -193,7 +193,7 @@ def test_sampling_locations_are_not_rounded_under_autocast(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_trains_under_autocast(dtype):
-    layer, arguments = layer_that_samples().float(), random_arguments()
+    layer, arguments = randomized_layer().float(), random_arguments()
     arguments = {k: v.float() if v.is_floating_point() else v for k, v in arguments.items()}
     with torch.autocast("cpu", dtype):
         output = layer(**arguments)
@@ -211,7 +211,7 @@ def test_trains_under_autocast(dtype):
         ({"n_points": 0}, "n_points must be at least 1, got 0"),
     ],
 )
-def test_wrong_option_is_named(options, message):
+def test_error_names_the_wrong_option(options, message):
     with pytest.raises(ValueError, match=message):
         FlashDeformAttn(**options)
 
@@ -235,6 +235,6 @@ def test_wrong_option_is_named(options, message):
         ({"query": torch.zeros(1, 7, 32)}, "query and input_flatten must have one batch size"),
     ],
 )
-def test_wrong_argument_is_named(change, message):
+def test_error_names_the_wrong_argument(change, message):
     with pytest.raises(ValueError, match=message):
-        layer_that_samples()(**random_arguments() | change)
+        randomized_layer()(**random_arguments() | change)

@@ -1,4 +1,4 @@
-"""Operation counts, against counts by hand and the multiply-adds of convolutions."""
+"""Tests of operation counts against manual counts and the multiply-adds of convolutions."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def linear(pixels: int, channels_in: int, channels_out: int) -> int:
 
 
 def multiply_adds_of_operators(layer, arguments) -> int:
-    """What fvcore and mmengine add up by the handles: they trace a model and read its graph."""
+    """Count from a traced graph with the handles, as fvcore and mmengine do."""
     graph, _ = torch.jit._get_trace_graph(layer, arguments)
     counts = [
         flops.HANDLES[node.kind()](list(node.inputs()), list(node.outputs()))
@@ -58,7 +58,7 @@ def multiply_adds_of_operators(layer, arguments) -> int:
     return counts[0]
 
 
-# Layer, inputs, multiply-adds of its convolutions and linear layers, and of its operator
+# Layer, inputs, multiply-adds of the convolutions and linear layers, and those of the operator.
 LAYERS = {
     "dcnv4": (
         lambda: DCNv4(32, group=2, stride=2, dw_kernel_size=3),

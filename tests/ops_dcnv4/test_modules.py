@@ -1,4 +1,4 @@
-"""The layers: equality with the published module, geometry, initialisation, training."""
+"""Tests of the layers: equality with the published module, geometry, initialisation, training."""
 
 import copy
 import inspect
@@ -19,7 +19,7 @@ GOLDENS = sorted((Path(__file__).parents[1] / "data" / "module").glob("dcnv4_*.n
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
-    """The module with all parameters random, so that none hides behind its initial zero."""
+    """Randomize all parameters, many of which are initially zero and would hide errors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -99,7 +99,7 @@ layers = pytest.mark.parametrize(("layer", "options"), LAYERS.values(), ids=LAYE
 
 
 @layers
-def test_device_and_dtype_are_those_of_all_parameters(layer, options):
+def test_device_and_dtype_apply_to_all_parameters(layer, options):
     made = layer(**options, device="meta", dtype=torch.float64)
     assert {(p.device.type, p.dtype) for p in made.parameters()} == {("meta", torch.float64)}
     with torch.device("meta"):
@@ -110,7 +110,7 @@ def test_device_and_dtype_are_those_of_all_parameters(layer, options):
 
 
 @layers
-def test_reset_parameters_initializes_all_that_is_empty(layer, options):
+def test_reset_parameters_initializes_all_parameters(layer, options):
     module = layer(**options, device="meta").to_empty(device="cpu")
     for parameter in module.parameters():
         nn.init.constant_(parameter, 7.0)
@@ -123,7 +123,7 @@ def test_reset_parameters_initializes_all_that_is_empty(layer, options):
 
 
 @layers
-def test_numbers_of_numpy_are_numbers(layer, options):
+def test_numpy_numbers_are_accepted(layer, options):
     kinds = {int: np.int64, bool: np.bool_, float: np.float32}
     converted = {name: kinds[type(option)](option) for name, option in options.items()}
     module, expected = (randomized(layer(**each)) for each in (converted, options))
@@ -149,7 +149,15 @@ SIZE = (9, 11)
 
 
 def at_window_centers(image: Tensor, module: DCNv4) -> Tensor:
-    """(N, H_out, W_out, C) of an image (N, C, H + 20, W + 20) with margins of 10 pixels."""
+    """Sample an image at the window centres of a module.
+
+    Args:
+        image: Image with margins of 10 pixels (N, C, H + 20, W + 20).
+        module: Module that defines the windows.
+
+    Returns:
+        Pixels (N, H_out, W_out, C).
+    """
     out = output_size(SIZE, module.kernel_size, module.stride, module.pad, module.dilation)
     rows, columns = (
         10 + torch.arange(n) * stride - pad + dilation * (kernel - 1) // 2
@@ -210,7 +218,7 @@ def test_sequences_are_images_row_by_row(shape):
         ({"dilation": 0}, "dilation must be at least 1"),
     ],
 )
-def test_wrong_constructor_argument_is_named(arguments, message):
+def test_error_names_the_wrong_constructor_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         DCNv4(**arguments)
 
@@ -235,7 +243,7 @@ def test_wrong_constructor_argument_is_named(arguments, message):
         (FlashDeformAttn, {"d_model": "256"}, "d_model must be an int, got '256'"),
     ],
 )
-def test_constructor_argument_of_a_wrong_type_is_named(layer, arguments, message):
+def test_error_names_the_constructor_argument_of_a_wrong_type(layer, arguments, message):
     with pytest.raises(TypeError, match=message):
         layer(**LAYERS[layer.__name__][1] | arguments)
 
@@ -251,20 +259,20 @@ def test_constructor_argument_of_a_wrong_type_is_named(layer, arguments, message
         ((1, 24, 64), (-4, -6), r"shape must be at least 1, got \(-4, -6\)"),
     ],
 )
-def test_wrong_input_is_named(input_shape, shape, message):
+def test_error_names_the_wrong_input(input_shape, shape, message):
     with pytest.raises(ValueError, match=message):
         DCNv4()(torch.zeros(input_shape), shape)
 
 
 @pytest.mark.parametrize("shape", [(4.0, 6.0), (4, 6, 1), "4x6"], ids=str)
-def test_shape_of_a_wrong_type_is_named(shape):
+def test_error_names_a_shape_of_a_wrong_type(shape):
     with pytest.raises(TypeError, match="shape must be an int or a pair of ints"):
         DCNv4()(torch.zeros(1, 24, 64), shape)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
 @layers
-def test_torch_jit_script_is_refused_with_the_alternatives(layer, options):
+def test_torch_jit_script_is_rejected_with_the_alternatives(layer, options):
     network = nn.Sequential(nn.Identity(), layer(**options))
     message = f"{layer.__name__} cannot be compiled by torch.jit.script: use torch.export"
     with pytest.raises(NotImplementedError, match=message):
@@ -274,7 +282,7 @@ def test_torch_jit_script_is_refused_with_the_alternatives(layer, options):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("stride", [1, 2])
-def test_traces_run_on_other_sizes(stride):
+def test_traced_layers_accept_other_sizes(stride):
     module = randomized(DCNv4(16, group=2, stride=stride))
     example, other = (
         random_image(*size, 16, dtype=torch.float32) for size in ((1, 6, 7), (2, 9, 8))
@@ -297,13 +305,13 @@ def test_traces_run_on_other_sizes(stride):
         ({"out_channels": 0}, "out_channels must be at least 1, got 0"),
     ],
 )
-def test_wrong_conv2d_argument_is_named(arguments, message):
+def test_error_names_the_wrong_conv2d_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         DCNv4Conv2d(**{"in_channels": 16, "out_channels": 8, "kernel_size": 3} | arguments)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 5, 5), (16, 5, 5)])
-def test_wrong_conv2d_input_is_named(shape):
+def test_error_names_the_wrong_conv2d_input(shape):
     with pytest.raises(ValueError, match=r"input must be \(N, 16, H, W\)"):
         DCNv4Conv2d(16, 8, 3)(torch.zeros(shape))
 
@@ -334,7 +342,7 @@ def test_conv2d_has_the_arguments_and_attributes_of_nn_conv2d():
         assert (ours.bias is None) == (plain.bias is None)
 
 
-def test_conv2d_computes_by_the_attributes_that_can_be_changed_afterwards(assert_near):
+def test_conv2d_uses_attributes_changed_after_construction(assert_near):
     module = randomized(DCNv4Conv2d(16, 10, 3, padding=1)).double()
     changed = randomized(DCNv4Conv2d(16, 10, 3, stride=2, padding=2, dilation=2)).double()
     module.stride, module.padding, module.dilation = (2, 2), (2, 2), (2, 2)
@@ -342,7 +350,7 @@ def test_conv2d_computes_by_the_attributes_that_can_be_changed_afterwards(assert
     assert_near(module(x), changed(x).detach(), 1e-12)
 
 
-def test_conv2d_has_offsets_for_each_group_of_offsets(assert_near):
+def test_conv2d_predicts_offsets_for_each_offset_group(assert_near):
     assert DCNv4Conv2d(48, 8, 3).offset_groups == 3
     assert DCNv4Conv2d(40, 8, 3).offset_groups == 1
     module = randomized(DCNv4Conv2d(16, 10, 3, padding=1, offset_groups=4)).double()
@@ -385,7 +393,7 @@ def test_conv2d_trains_all_parameters_from_the_first_step(arguments):
     assert (module.output_proj.bias is not None) == arguments.get("bias", True)
 
 
-def test_conv2d_learns_in_a_sequential():
+def test_conv2d_trains_in_a_sequential():
     torch.manual_seed(0)
     network = nn.Sequential(
         DCNv4Conv2d(3, 8, 3, padding=1),
@@ -460,7 +468,7 @@ def test_conv2d_exports_with_dynamic_batch_and_image_size(stride):
         torch.testing.assert_close(program(other), module(other))
 
 
-def test_export_of_a_dynamic_length_asks_for_the_shape():
+def test_export_with_a_dynamic_length_requires_the_shape():
     module = randomized(DCNv4(16, group=2))
     sequence, other = (random_image(2, n, 16, dtype=torch.float32) for n in (24, 42))
     size = torch.export.Dim.DYNAMIC
@@ -510,13 +518,13 @@ COPIES = {
 
 
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
-def test_copies_compute_the_same(duplicate):
+def test_copies_give_the_same_results(duplicate):
     module = randomized(DCNv4Conv2d(16, 10, (2, 3), stride=2, padding=1, offset_groups=2))
     x = random_image(2, 16, 7, 6, dtype=torch.float32)
     torch.testing.assert_close(duplicate(module)(x), module(x), rtol=0, atol=0)
 
 
-def test_state_dict_holds_all_that_was_learnt():
+def test_state_dict_restores_the_results():
     arguments = {"group": 2, "dw_kernel_size": 3, "center_feature_scale": True}
     module, other = (randomized(DCNv4(16, **arguments), seed) for seed in (0, 1))
     other.load_state_dict(module.state_dict())
@@ -529,6 +537,6 @@ def test_state_dict_holds_all_that_was_learnt():
     [({"kernel_size": 7}, 4), ({"kernel_size": 3, "dilation": 4}, 8), ({"kernel_size": (1, 5)}, 4)],
 )
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_window_larger_than_the_image_is_refused_by_name(arguments, size, stride):
+def test_error_names_a_window_larger_than_the_image(arguments, size, stride):
     with pytest.raises(ValueError, match=rf"input of {size} x {size} is too small for kernel_size"):
         DCNv4Conv2d(16, 32, **arguments, stride=stride)(torch.randn(1, 16, size, size))

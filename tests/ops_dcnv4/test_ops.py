@@ -1,4 +1,4 @@
-"""Values, gradients, edge cases and errors of DCNv4, for every backend.
+"""Tests of values, gradients, edge cases and errors of DCNv4, for every backend.
 
 This module tests the CPU kernels. Tests of other backends import it and replace the fixtures that
 run the operator.
@@ -39,7 +39,7 @@ def run(device) -> Run:
     return functools.partial(run_operator, device=device)
 
 
-def test_the_compiled_kernels_are_under_test(device):
+def test_the_expected_kernels_are_used(device):
     assert is_compiled()
     for operator in ("ops_dcnv4::dcnv4", "ops_dcnv4::dcnv4_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, device.upper())
@@ -72,9 +72,9 @@ def test_published_operator(path, dtype, tolerance, run, assert_near):
 
 @pytest.mark.usefixtures("deterministic")
 @varied
-def test_gradients_are_those_of_finite_differences(p, device):
+def test_gradients_match_finite_differences(p, device):
     tensors = random_tensors(p, batch=1, size=(4, 5), group_channels=3)
-    fraction = 0.2 + 0.2 * tensors.offset_mask.sigmoid()  # no coordinate is near an integer
+    fraction = 0.2 + 0.2 * tensors.offset_mask.sigmoid()  # Gradients are discontinuous at integers.
     offset_mask = tensors.offset_mask.clamp(-1, 1).round() + fraction
     inputs = [t.to(device).requires_grad_() for t in (tensors.value, offset_mask)]
     assert torch.autograd.gradcheck(lambda v, o: dcnv4(v, o, *p), inputs, fast_mode=True)
@@ -118,7 +118,7 @@ def test_operator_equals_reference_for_all_parameters(problem, run, assert_near)
         assert_near(actual, expected, 1e-11)
 
 
-def test_edges_are_exclusive_and_slopes_at_pixels_look_forward(run):
+def test_edges_are_exclusive_and_gradients_at_pixels_are_right_sided(run):
     p = Parameters(kernel_size=(1, 1), padding=(0, 0), groups=1)
     value = torch.tensor([1.0, 2, 4, 8]).view(1, 1, 4, 1)
     offset_mask = torch.zeros(1, 1, 4, 3)
@@ -147,7 +147,7 @@ def test_16_bit_results_are_rounded_only_once(p, dtype, run):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 class TestSumsIn32Bits:
-    """2304 ones: counting in 16 bits stops at 256 (bfloat16) or 2048 (float16)."""
+    """Sums of 2304 ones, which saturate at 256 in bfloat16 and at 2048 in float16."""
 
     def test_over_the_taps(self, dtype, run):
         p = Parameters(kernel_size=(48, 48), padding=(0, 0), groups=1)
@@ -187,7 +187,7 @@ def test_image_in_a_batch_equals_the_image_alone(size, group_channels, dtype, ru
 
 
 @pytest.mark.usefixtures("deterministic")
-def test_memory_layout_changes_nothing(run, device):
+def test_results_do_not_depend_on_the_memory_layout(run, device):
     p = Parameters()
     tensors = random_tensors(p).to(device)
     scattered = Tensors(
@@ -216,7 +216,7 @@ def test_empty_batch(run):
     ],
     ids=["no channels", "no taps and channels of offsets", "no taps"],
 )
-def test_nothing_to_do(p, sizes, run):
+def test_empty_work_gives_zeros(p, sizes, run):
     tensors = random_tensors(p, **sizes)
     result = run(tensors, p)
     expected = (tensors.grad_output, tensors.value, tensors.offset_mask)
@@ -226,7 +226,7 @@ def test_nothing_to_do(p, sizes, run):
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("which", [0, 1])
-def test_only_the_gradient_asked_for_is_returned(which, run, device):
+def test_only_the_requested_gradient_is_returned(which, run, device):
     p = Parameters()
     *inputs, grad_output = tensors = random_tensors(p).to(device)
     inputs[which].requires_grad_()
@@ -236,14 +236,14 @@ def test_only_the_gradient_asked_for_is_returned(which, run, device):
     torch.testing.assert_close(inputs[which].grad.cpu(), expected, rtol=0, atol=0)
 
 
-# Points outside the image, and numbers that are not finite
+# Points outside the image, and non-finite numbers
 
 TAP = 4  # of the first group of Parameters()
 X, Y, MODULATION = 2 * TAP, 2 * TAP + 1, 18 + TAP
 
 
 def assert_tap_contributes_nothing(tensors: Tensors, p: Parameters, run, assert_near) -> None:
-    """The result is that of zero modulation, and the tap's own gradients are zero."""
+    """Assert that results equal those for zero modulation, and that the tap has zero gradients."""
     switched_off = tensors.offset_mask.clone()
     switched_off[..., [X, Y, MODULATION]] = 0
     result, expected = run(tensors, p), run(tensors._replace(offset_mask=switched_off), p)
@@ -262,7 +262,7 @@ dtypes_and_widths = pytest.mark.parametrize(
 @dtypes_and_widths
 @pytest.mark.parametrize("offset", [1e30, -1e30, 1e4, math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("channel", [X, Y])
-def test_a_point_nowhere_in_the_image_contributes_nothing(
+def test_distant_and_non_finite_points_contribute_nothing(
     channel, offset, dtype, group_channels, run, assert_near
 ):
     p = Parameters()
@@ -273,7 +273,7 @@ def test_a_point_nowhere_in_the_image_contributes_nothing(
 
 @dtypes_and_widths
 @pytest.mark.parametrize("modulation", [math.inf, math.nan])
-def test_a_point_outside_the_image_hides_its_modulation(
+def test_modulation_of_a_point_outside_the_image_is_ignored(
     modulation, dtype, group_channels, run, assert_near
 ):
     p = Parameters()
@@ -283,7 +283,7 @@ def test_a_point_outside_the_image_hides_its_modulation(
 
 
 @pytest.mark.parametrize("infinite", [math.inf, math.nan])
-def test_a_point_outside_the_image_hides_its_output_gradient(infinite, run, assert_near):
+def test_output_gradient_of_a_point_outside_the_image_is_ignored(infinite, run, assert_near):
     p = Parameters(kernel_size=(1, 1), padding=(0, 0))
     tensors = random_tensors(p)
     tensors.offset_mask[:, 2, 3, :6] = 100
@@ -296,7 +296,7 @@ def test_a_point_outside_the_image_hides_its_output_gradient(infinite, run, asse
 @pytest.mark.usefixtures("deterministic")
 @dtypes_and_widths
 @pytest.mark.parametrize("infinite", [math.inf, math.nan])
-def test_a_pixel_is_read_only_by_points_in_its_cells(infinite, dtype, group_channels, run):
+def test_a_pixel_is_read_only_by_adjacent_points(infinite, dtype, group_channels, run):
     p = Parameters(kernel_size=(1, 1), padding=(0, 0))
     tensors = random_tensors(p, group_channels=group_channels).to(dtype)
     tensors.offset_mask[..., [0, 1, 3, 4]] = 0.5  # output (r, c) reads rows r, r+1, columns c, c+1
@@ -318,7 +318,7 @@ VALUE, OFFSET_MASK = torch.zeros(2, 5, 6, 8), torch.zeros(2, 5, 6, 56)
 SCHEMA_ORDER = ("value", "offset_mask", *Parameters._fields)
 
 
-ONE = torch.zeros(1, 1, 1, 1)  # in all pixels and channels: no memory is needed for many
+ONE = torch.zeros(1, 1, 1, 1)  # expands to large shapes without memory
 REFUSED = [
     ({"value": VALUE[0]}, ValueError, "dimensions of value must be 4, got 3"),
     ({"offset_mask": OFFSET_MASK[:1]}, ValueError, "batch size of offset_mask must be 2, got 1"),
@@ -339,7 +339,7 @@ REFUSED = [
     ({"dilation": (1, 0)}, ValueError, "dilation must be from 1"),
     ({"dilation": (2**27, 1)}, ValueError, "the output would be empty"),
     ({"kernel_size": (9, 3)}, ValueError, "the output would be empty"),
-    # Images without pixels, though the padding leaves an output.
+    # Images without pixels, with enough padding for a non-empty output.
     (
         {"value": VALUE[:, :0], "offset_mask": OFFSET_MASK[:, :2], "padding": (2, 1)},
         ValueError,
@@ -350,11 +350,11 @@ REFUSED = [
         ValueError,
         "width of value must be from 1 to 16777216, got 0",
     ),
-    # Offsets for another output than the window's, or none.
+    # Offsets for an output of another size, or an empty one.
     ({"offset_mask": OFFSET_MASK[:, :4]}, ValueError, "height of offset_mask must be 5"),
     ({"offset_mask": OFFSET_MASK[:, :, :0]}, ValueError, "width of offset_mask must be 6"),
     ({"stride": (2, 2)}, ValueError, "height of offset_mask must be 3"),
-    # Sides that float32 rounds, and sizes that 32 bits cannot count.
+    # Sides that are not exact in float32, and sizes beyond 32 bits.
     (
         {
             "value": ONE.expand(1, 1, 2**24 + 3, 2),
@@ -373,7 +373,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), REFUSED)
-def test_kernels_refuse_what_would_lead_outside_their_tensors(change, error, message, device):
+def test_kernels_reject_arguments_that_exceed_their_tensors(change, error, message, device):
     arguments = Parameters()._asdict() | {"value": VALUE, "offset_mask": OFFSET_MASK} | change
     value, offset_mask, *parameters = (arguments[name] for name in SCHEMA_ORDER)
     tensors = value.to(device), offset_mask.to(device)
@@ -385,7 +385,7 @@ def test_kernels_refuse_what_would_lead_outside_their_tensors(change, error, mes
 
 
 @pytest.mark.parametrize("grad_output", [VALUE[:, 1:], VALUE.double()])
-def test_backward_kernel_refuses_a_gradient_unlike_the_output(grad_output, device):
+def test_backward_kernel_rejects_a_gradient_unlike_the_output(grad_output, device):
     tensors = Tensors(VALUE, OFFSET_MASK, grad_output).to(device)
     with pytest.raises(ValueError, match="grad_output"):
         torch.ops.ops_dcnv4.dcnv4_backward(tensors.grad_output, *tensors[:2], *Parameters())

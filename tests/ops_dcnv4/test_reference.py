@@ -1,4 +1,4 @@
-"""The PyTorch reference of DCNv4."""
+"""Tests of the PyTorch reference of DCNv4."""
 
 import pytest
 import torch
@@ -8,14 +8,14 @@ from tests.ops_dcnv4.cases import VARIED, Run, random_tensors, run_reference
 from tests.ops_dcnv4.test_ops import (  # noqa: F401
     TestSumsIn32Bits,
     test_16_bit_results_are_rounded_only_once,
-    test_a_pixel_is_read_only_by_points_in_its_cells,
-    test_a_point_nowhere_in_the_image_contributes_nothing,
-    test_a_point_outside_the_image_hides_its_modulation,
-    test_a_point_outside_the_image_hides_its_output_gradient,
-    test_edges_are_exclusive_and_slopes_at_pixels_look_forward,
+    test_a_pixel_is_read_only_by_adjacent_points,
+    test_distant_and_non_finite_points_contribute_nothing,
+    test_edges_are_exclusive_and_gradients_at_pixels_are_right_sided,
     test_empty_batch,
-    test_memory_layout_changes_nothing,
+    test_modulation_of_a_point_outside_the_image_is_ignored,
+    test_output_gradient_of_a_point_outside_the_image_is_ignored,
     test_published_operator,
+    test_results_do_not_depend_on_the_memory_layout,
 )
 
 

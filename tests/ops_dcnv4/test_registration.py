@@ -1,4 +1,4 @@
-"""DCNv4 with torch.library, torch.compile, torch.export, torch.func and autocast."""
+"""Tests of DCNv4 with torch.library, torch.compile, torch.export, torch.func and autocast."""
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ def test_autocast_leaves_float64_alone(device):
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 
-def test_second_derivative_is_refused(device):
+def test_second_derivative_is_rejected(device):
     value, offset_mask, _ = random_tensors(Parameters()).to(device)
     output = dcnv4(value.requires_grad_(), offset_mask, *Parameters())
     (grad,) = torch.autograd.grad(output.sum(), value, create_graph=True)
@@ -128,7 +128,7 @@ def test_second_derivative_is_refused(device):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode_derivatives_are_refused(requires_grad, device):
+def test_forward_mode_derivatives_are_rejected(requires_grad, device):
     value, offset_mask, _ = random_tensors(Parameters()).to(device)
     value.requires_grad_(requires_grad)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
@@ -136,7 +136,7 @@ def test_forward_mode_derivatives_are_refused(requires_grad, device):
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd])
-def test_derivatives_of_torch_func_are_refused(transform, device):
+def test_derivatives_of_torch_func_are_rejected(transform, device):
     value, offset_mask, _ = random_tensors(Parameters()).to(device)
     with pytest.raises(RuntimeError, match="setup_context"):
         transform(lambda x: dcnv4(x, offset_mask, *Parameters()).sum())(value)

@@ -1,4 +1,4 @@
-"""Every backend rejects arguments that would access memory outside the tensors."""
+"""Tests that every backend rejects arguments that would access memory outside the tensors."""
 
 import os
 import re
@@ -21,11 +21,11 @@ CPU_SOURCES = ROOT / "ops_dcnv4" / "csrc" / "cpu"
 
 @pytest.fixture(params=["compiled", "reference", "triton", "meta"])
 def device(request) -> str:
-    """Where the tensors are, in the context of a backend."""
+    """Select a backend and return the device of its tensors."""
     if request.param == "meta":
         yield "meta"
         return
-    if request.param == "triton":  # checks arguments before it needs a GPU
+    if request.param == "triton":  # Arguments are checked before a GPU is needed.
         pytest.importorskip("triton")
     with use_backend(request.param):
         yield "cpu"
@@ -42,7 +42,7 @@ def assert_refused(
 
 
 @pytest.mark.parametrize(("change", "error", "message"), test_ops.REFUSED)
-def test_dcnv4_refuses_everywhere(change, error, message, device):
+def test_dcnv4_rejects_invalid_arguments_in_every_backend(change, error, message, device):
     tensors = {"value": test_ops.VALUE, "offset_mask": test_ops.OFFSET_MASK}
     arguments = Parameters()._asdict() | tensors | change
     value, offset_mask, *parameters = (arguments[name] for name in test_ops.SCHEMA_ORDER)
@@ -53,7 +53,7 @@ def test_dcnv4_refuses_everywhere(change, error, message, device):
 
 @pytest.mark.parametrize("pair", [[], [1], [1, 1, 1]])
 @pytest.mark.parametrize("name", fuzz.WINDOW)
-def test_dcnv4_refuses_what_is_not_a_pair(name, pair, device):
+def test_dcnv4_rejects_parameters_other_than_pairs(name, pair, device):
     value, offset_mask, grad_output = random_tensors(Parameters()).to(device)
     parameters = Parameters()._replace(**{name: pair})
     assert_refused("dcnv4", ValueError, grad_output, value, offset_mask, *parameters)
@@ -61,7 +61,7 @@ def test_dcnv4_refuses_what_is_not_a_pair(name, pair, device):
 
 @pytest.mark.parametrize(("change", "error", "message"), test_attention.CHANGES)
 @pytest.mark.parametrize("form", FORMS)
-def test_attention_refuses_everywhere(form, change, error, message, device):
+def test_attention_rejects_invalid_arguments_in_every_backend(form, change, error, message, device):
     inputs = test_attention.SPLIT._replace(**change)
     arguments = [
         a.to(device) if isinstance(a, Tensor) else a
@@ -74,7 +74,7 @@ def test_attention_refuses_everywhere(form, change, error, message, device):
 @pytest.mark.parametrize("shapes", [[[2, 3], [2, 3]], [[2**40, 2**40], [2, 2]], [[0, 3], [2, 2]]])
 @pytest.mark.parametrize("start", [[0, 6], [-1, 6], [0, 2**62]])
 @pytest.mark.parametrize("backend", ["compiled", "reference", "triton"])
-def test_levels_outside_of_value_are_refused(backend, start, shapes):
+def test_levels_outside_of_value_are_rejected(backend, start, shapes):
     if backend == "triton":
         pytest.importorskip("triton")
     levels = torch.zeros(2, 10, 2, 4), torch.tensor(shapes), torch.tensor(start)
@@ -86,7 +86,7 @@ def test_levels_outside_of_value_are_refused(backend, start, shapes):
         )
 
 
-def test_devices_that_differ_are_refused():
+def test_tensors_on_different_devices_are_rejected():
     p = Parameters()
     value, offset_mask, grad_output = random_tensors(p)
     for tensors in (
@@ -99,7 +99,7 @@ def test_devices_that_differ_are_refused():
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_public_function_names_an_image_of_no_pixels(axis, device):
+def test_public_function_rejects_an_image_without_pixels(axis, device):
     size, padding = [[0, 4], [4, 0]][axis], [[2, 1], [1, 2]][axis]
     out = [2, 4] if axis == 0 else [4, 2]
     value = torch.zeros(1, *size, 16, device=device, requires_grad=True)
@@ -109,7 +109,7 @@ def test_public_function_names_an_image_of_no_pixels(axis, device):
 
 
 @pytest.mark.parametrize("levels", [[(0, 3)], [(3, 0)], torch.tensor([[0, 0]])])
-def test_public_functions_name_levels_of_no_pixels(levels, device):
+def test_public_functions_reject_levels_without_pixels(levels, device):
     value, points = torch.zeros(1, 0, 2, 4, device=device), torch.zeros(1, 5, 2, 3, device=device)
     message = "value must have at least one pixel"
     with pytest.raises(ValueError, match=message):
@@ -121,7 +121,7 @@ def test_public_functions_name_levels_of_no_pixels(levels, device):
 
 @pytest.mark.parametrize("name", fuzz.WINDOW)
 @pytest.mark.parametrize("number", [2**29, 2**63, 2**80])
-def test_public_function_names_a_window_beyond_all_limits(name, number):
+def test_public_function_rejects_a_window_beyond_the_limits(name, number):
     value, offset_mask, _ = random_tensors(Parameters())
     parameters = Parameters()._replace(**{name: (1, number)})
     with pytest.raises(ValueError, match=f"{name} must be at most 134217728, got"):
@@ -129,7 +129,7 @@ def test_public_function_names_a_window_beyond_all_limits(name, number):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_misaligned_memory_changes_nothing(dtype):
+def test_results_do_not_depend_on_the_alignment(dtype):
     def misaligned(tensor: Tensor) -> Tensor:
         memory = bytearray(tensor.numel() * tensor.element_size() + 1)
         moved = torch.frombuffer(memory, dtype=tensor.dtype, offset=1).view(tensor.shape)
@@ -144,8 +144,8 @@ def test_misaligned_memory_changes_nothing(dtype):
         assert torch.equal(actual, wanted)
 
 
-def test_windows_of_any_reach_are_computed():
-    """Parameters just within the limits; coordinates are as far away as they can be."""
+def test_windows_just_within_the_limits_are_computed():
+    """Parameters just within the limits give the most distant coordinates."""
     p = Parameters((1, 2), (2**27, 2**27), (2**27, 2**27), (2**27, 2**27), groups=1)
     value = torch.ones(1, 3, 4, 1)
     out = output_size((3, 4), *p[:4])
@@ -196,18 +196,18 @@ def checked_features(bodies: dict[str, str], name: str) -> set[str]:
 # Random calls
 
 
-def test_random_calls_are_computed_or_refused_alike():
+def test_backends_agree_on_random_calls():
     counts = fuzz.run(range(400))
     for operator in ("dcnv4", "ms_deform_attn", "flash_deform_attn"):
         assert counts[operator, "computed"] > 20
         assert counts[operator, "refused"] > 20
 
 
-# Sets below the best one, which the test above uses.
+# Instruction sets below the best one, which the test above uses.
 LOWER = {"AVX2": {"default": "baseline"}, "AVX512": {"default": "baseline", "avx2": "avx2"}}
 
 
-def test_random_calls_with_lower_instruction_sets():
+def test_lower_instruction_sets_agree_on_random_calls():
     sets = LOWER.get(torch.backends.cpu.get_cpu_capability(), {"default": "baseline"})
     for highest, chosen in sets.items():
         process = subprocess.run(

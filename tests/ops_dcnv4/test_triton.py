@@ -1,7 +1,7 @@
-"""The Triton kernels, compiled for GPUs that need not be present and run in Triton's interpreter.
+"""Tests of the Triton kernels, compiled without a GPU and run in Triton's interpreter.
 
-The interpreter is chosen when triton is imported, and would affect other tests that use it. So this
-module runs itself once more in a process of its own, where TRITON_INTERPRET is set.
+The interpreter is enabled when triton is imported, and would affect other tests that use triton.
+Therefore this module runs itself again in a separate process with TRITON_INTERPRET set.
 """
 
 import functools
@@ -35,19 +35,19 @@ from tests.ops_dcnv4.cases import (
 from tests.ops_dcnv4.test_ops import MODULATION, X, Y, assert_tap_contributes_nothing, problems
 
 triton = pytest.importorskip("triton")
-from ops_dcnv4 import triton_kernels  # noqa: E402  it imports triton
+from ops_dcnv4 import triton_kernels  # noqa: E402  imports triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
     from tests.ops_dcnv4.test_ops import TestSumsIn32Bits as SharedSums
     from tests.ops_dcnv4.test_ops import (  # noqa: F401
-        test_a_pixel_is_read_only_by_points_in_its_cells,
-        test_a_point_outside_the_image_hides_its_output_gradient,
-        test_edges_are_exclusive_and_slopes_at_pixels_look_forward,
+        test_a_pixel_is_read_only_by_adjacent_points,
+        test_edges_are_exclusive_and_gradients_at_pixels_are_right_sided,
         test_empty_batch,
-        test_memory_layout_changes_nothing,
+        test_output_gradient_of_a_point_outside_the_image_is_ignored,
         test_published_operator,
+        test_results_do_not_depend_on_the_memory_layout,
     )
 
 
@@ -67,12 +67,12 @@ class TestCompiled:
 
     @pytest.fixture
     def grids(self) -> list[tuple[int, ...]]:
-        """The grids of all launches."""
+        """Return a list to which each launch appends its grid."""
         return []
 
     @pytest.fixture
     def compiled(self, monkeypatch, tmp_path, grids) -> list:
-        """The kernels of all launches, which are compiled instead; the tensors are on the CPU."""
+        """Compile kernels instead of launching them, so that tensors can be on the CPU."""
         kernels = []
 
         def run(kernel, *arguments, grid, warmup, num_warps, **constants):
@@ -115,7 +115,7 @@ class TestCompiled:
         assert len(compiled) == 4
 
     @pytest.mark.usefixtures("in_order")
-    def test_in_order_one_thread_adds_to_a_channel(self, compiled, grids, monkeypatch):
+    def test_deterministic_launches_use_one_thread_per_channel(self, compiled, grids, monkeypatch):
         monkeypatch.setattr(triton_kernels, "MAX_INT32", 0)
         run_dcnv4(random_tensors(Parameters()), Parameters())
         assert grids[1] == (2 * 2,)  # images and groups
@@ -149,12 +149,12 @@ def run() -> Run:
 
 @pytest.fixture
 def deterministic() -> None:
-    """Nothing: the interpreter has one thread. In order, it would take minutes."""
+    """Replace the shared fixture: one thread is deterministic, and sums in order take minutes."""
 
 
 @pytest.fixture(scope="module", autouse=INTERPRETED)
-def quick_interpreter():
-    """No checks for overflow, nothing set up or looked up again every time, few programs."""
+def _fast_interpreter():
+    """Speed up the interpreter: no overflow checks, cached set-up and look-ups, few programs."""
     from triton.runtime import interpreter
 
     look_up, numpy_dtypes = interpreter._get_np_dtype, {}
@@ -200,7 +200,7 @@ class TestDcnv4:
             assert_near(actual, expected, 1e-11)
 
     @pytest.mark.parametrize("name", ["PROGRAM_BYTES", "MAX_CHANNELS", "MAX_INT32"])
-    def test_division_of_the_work_changes_nothing(self, name, monkeypatch, assert_near):
+    def test_partition_of_the_work_does_not_change_results(self, name, monkeypatch, assert_near):
         p = Parameters(kernel_size=(2, 1), groups=3)
         tensors = random_tensors(p, batch=1, size=(3, 2), group_channels=9)
         expected = run_dcnv4(tensors, p)
@@ -245,7 +245,7 @@ class TestDcnv4:
             (Y, 1e4, math.inf, torch.float16),
         ],
     )
-    def test_a_point_nowhere_in_the_image(self, channel, offset, modulation, dtype, assert_near):
+    def test_distant_and_non_finite_points(self, channel, offset, modulation, dtype, assert_near):
         p = Parameters()
         tensors = random_tensors(p).to(dtype)
         tensors.offset_mask[..., [channel, MODULATION]] = torch.tensor([offset, modulation]).to(
@@ -256,7 +256,7 @@ class TestDcnv4:
 
 @pytest.fixture
 def in_order() -> Iterator[None]:
-    """Not the fixture `deterministic`, which the shared tests ask for."""
+    """Sum in a fixed order, as the shared fixture `deterministic` does for other backends."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -271,10 +271,12 @@ class TestAttention:
 
     test_published_operator = staticmethod(test_attention.test_published_operator)
     test_16_bits = staticmethod(test_attention.test_16_bit_results_are_rounded_only_once)
-    test_memory_layout = staticmethod(test_attention.test_memory_layout_changes_nothing)
-    test_nothing_to_do = staticmethod(test_attention.test_nothing_to_do)
+    test_memory_layout = staticmethod(
+        test_attention.test_results_do_not_depend_on_the_memory_layout
+    )
+    test_empty_work_gives_zeros = staticmethod(test_attention.test_empty_work_gives_zeros)
     test_edges = staticmethod(
-        test_attention.test_edges_are_exclusive_and_slopes_at_pixels_look_forward
+        test_attention.test_edges_are_exclusive_and_gradients_at_pixels_are_right_sided
     )
 
     @pytest.mark.parametrize(
@@ -296,23 +298,25 @@ class TestAttention:
                 assert_near(actual, expected, 1e-12 if dtype == torch.float64 else 1e-5)
 
     @pytest.mark.parametrize("nowhere", [1e30, -math.inf, math.nan])
-    def test_a_point_nowhere(self, nowhere, run, assert_near):
+    def test_distant_and_non_finite_points(self, nowhere, run, assert_near):
         in_float64 = torch.float64, 5, run, assert_near
-        test_attention.test_a_point_nowhere_in_the_image_contributes_nothing(
+        test_attention.test_distant_and_non_finite_points_contribute_nothing(
             math.nan, 0, nowhere, *in_float64
         )
-        test_attention.test_a_point_nowhere_takes_its_share_of_the_softmax(nowhere, *in_float64)
+        test_attention.test_distant_and_non_finite_points_keep_their_softmax_weight(
+            nowhere, *in_float64
+        )
 
     @both_forms
-    def test_a_query_outside_hides_its_output_gradient(self, form, run, assert_near):
-        test_attention.test_a_query_outside_the_images_hides_its_output_gradient(
+    def test_output_gradient_of_a_query_outside_is_ignored(self, form, run, assert_near):
+        test_attention.test_output_gradient_of_a_query_outside_the_images_is_ignored(
             form, math.nan, run, assert_near
         )
 
     @pytest.mark.parametrize("sizes", [{"shapes": ()}, {"points": 0}])
     @both_forms
-    def test_what_the_public_functions_refuse(self, form, sizes, run):
-        test_attention.test_nothing_to_do(form, sizes, run)
+    def test_empty_levels_and_points_give_zeros(self, form, sizes, run):
+        test_attention.test_empty_work_gives_zeros(form, sizes, run)
 
     @pytest.mark.parametrize(
         ("shape", "start"),
@@ -320,7 +324,7 @@ class TestAttention:
     )
     @both_forms
     def test_a_level_outside_of_value_has_no_pixels(self, form, shape, start, assert_near):
-        inputs = random_inputs(points=1)  # of 47 pixels
+        inputs = random_inputs(points=1)  # 47 pixels
         inputs.spatial_shapes[0], inputs.level_start_index[0] = torch.zeros(2), 0
         expected = attention_cases.run_reference(inputs, form)
         inputs.spatial_shapes[0], inputs.level_start_index[0] = torch.tensor(shape), start
@@ -339,7 +343,9 @@ class TestAttention:
 
     @pytest.mark.parametrize("name", ["PROGRAM_BYTES", "MAX_CHANNELS", "MAX_INT32"])
     @both_forms
-    def test_division_of_the_work_changes_nothing(self, form, name, monkeypatch, assert_near):
+    def test_partition_of_the_work_does_not_change_results(
+        self, form, name, monkeypatch, assert_near
+    ):
         inputs = random_inputs(points=1)
         expected = run_attention(inputs, form)
         changed = {"PROGRAM_BYTES": 8 * 8 * 4, "MAX_CHANNELS": 4, "MAX_INT32": 0}

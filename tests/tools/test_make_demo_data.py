@@ -18,7 +18,7 @@ from tools.make_demo_data import (
 )
 from tools.scenes import Instance, Scene
 
-# of pycocotools, whose decoder predates NumPy 2
+# The decoder of pycocotools predates NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
@@ -44,7 +44,7 @@ def test_digits_are_written_as_a_stratified_image_folder(folder):
     assert len({file.stem for file in files}) == 1797  # no image in both splits
 
 
-def test_an_image_shows_the_digit_that_its_folder_names(folder):
+def test_images_show_the_digit_of_their_folder(folder):
     digits = load_digits()
     for file in sorted((folder / "val").rglob("*.png"))[::40]:
         with Image.open(file) as image:
@@ -54,7 +54,7 @@ def test_an_image_shows_the_digit_that_its_folder_names(folder):
         assert np.corrcoef(small.ravel(), digits.images[index].ravel())[0, 1] > 0.95
 
 
-def test_writing_twice_gives_the_same_split(folder, tmp_path):
+def test_the_split_is_deterministic(folder, tmp_path):
     write_digits(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folder)
 
@@ -75,7 +75,7 @@ def coco(scenes, request):
     return COCO(scenes / "annotations" / f"instances_{request.param}.json"), scenes / request.param
 
 
-def test_coco_lists_the_images_as_they_are(coco):
+def test_coco_lists_all_images_with_their_sizes(coco):
     coco, folder = coco
     assert {image["file_name"] for image in coco.imgs.values()} == {
         f.name for f in folder.iterdir()
@@ -93,7 +93,7 @@ def test_categories_are_the_ten_digits_and_all_occur(coco):
     assert {annotation["category_id"] for annotation in coco.anns.values()} == set(names)
 
 
-def test_every_mask_has_the_area_and_the_box_of_its_annotation(coco):
+def test_areas_and_boxes_match_the_masks(coco):
     coco, _ = coco
     for annotation in coco.anns.values():
         mask = coco.annToMask(annotation)
@@ -106,18 +106,18 @@ def test_every_mask_has_the_area_and_the_box_of_its_annotation(coco):
         assert (rows.min(), rows.max() + 1) == (top, top + height)
 
 
-def test_no_pixel_belongs_to_two_instances(coco):
+def test_instances_do_not_overlap(coco):
     coco, _ = coco
     for annotations in coco.imgToAnns.values():
         assert sum(coco.annToMask(annotation) for annotation in annotations).max() == 1
 
 
-def test_runs_are_for_crowds_and_digits_with_holes_and_polygons_for_the_rest(coco):
+def test_crowds_and_digits_with_holes_are_rle_and_others_polygons(coco):
     coco, _ = coco
     found = set()
     for annotation in coco.anns.values():
         background = 1 - np.pad(coco.annToMask(annotation), 1)
-        regions, _ = cv2.connectedComponents(background, connectivity=8)  # 0 is the mask
+        regions, _ = cv2.connectedComponents(background, connectivity=8)  # Label 0 is the mask.
         has_holes = regions > 2
         expected = dict if annotation["iscrowd"] or has_holes else list
         assert isinstance(annotation["segmentation"], expected)
@@ -125,7 +125,7 @@ def test_runs_are_for_crowds_and_digits_with_holes_and_polygons_for_the_rest(coc
     assert found == {(0, list), (0, dict), (1, dict)}
 
 
-def test_a_crowd_is_of_many_small_digits(coco):
+def test_a_crowd_consists_of_many_small_digits(coco):
     coco, _ = coco
     crowds = [annotation for annotation in coco.anns.values() if annotation["iscrowd"]]
     assert 1 <= len(crowds) <= 2
@@ -141,7 +141,7 @@ def test_some_images_are_empty_and_the_others_have_two_to_seven_objects(coco):
     assert set(counts) <= {0, 2, 3, 4, 5, 6, 7}
 
 
-def test_an_annotation_names_the_digit_that_is_drawn(coco):
+def test_annotations_match_the_drawn_digits(coco):
     coco, _ = coco
     digits = load_digits()
     likeness = []
@@ -155,11 +155,11 @@ def test_an_annotation_names_the_digit_that_is_drawn(coco):
             drawn = image[:, image.max(axis=0) >= 8].astype(np.float32)
             drawn = cv2.resize(drawn, (width, height))
             likeness.append(np.corrcoef(ink.ravel(), drawn.ravel())[0, 1])
-    # Rotated and covered as they are, about 0.57; to a digit of another class about 0.1.
+    # The median is about 0.57 despite rotation and occlusion, and about 0.1 for other digits.
     assert np.median(likeness) > 0.4
 
 
-def test_the_image_has_one_colour_where_the_mask_is_and_another_around_it(coco):
+def test_masks_match_the_colours_of_the_image(coco):
     coco, folder = coco
     for annotation in coco.anns.values():
         if annotation["iscrowd"]:
@@ -173,7 +173,7 @@ def test_the_image_has_one_colour_where_the_mask_is_and_another_around_it(coco):
         assert np.median(distance[around]) > 80
 
 
-def test_the_splits_share_no_digit(scenes):
+def test_splits_share_no_digit(scenes):
     train, val = (
         {
             i
@@ -187,7 +187,7 @@ def test_the_splits_share_no_digit(scenes):
     assert not train & val
 
 
-def test_the_splits_share_no_part_of_a_photograph(scenes):
+def test_splits_share_no_background(scenes):
     photos = load_sample_images().images
     for split, begin, end in (("train", 0, 440), ("val", 440, 640)):
         coco = annotations(scenes, split)
@@ -198,13 +198,13 @@ def test_the_splits_share_no_part_of_a_photograph(scenes):
             crop = np.asarray(Image.open(scenes / split / image["file_name"]))
             matches = [cv2.matchTemplate(photo, crop, cv2.TM_CCOEFF_NORMED) for photo in photos]
             best = max(matches, key=np.max)
-            assert best.max() > 0.98  # JPEG changes it a little
+            assert best.max() > 0.98  # JPEG is lossy.
             left = best.argmax() % best.shape[1]
             assert begin <= left
             assert left + image["width"] <= end
 
 
-def test_writing_scenes_twice_gives_the_same_bytes_and_more_scenes_begin_alike(tmp_path):
+def test_scenes_are_deterministic_and_do_not_depend_on_their_number(tmp_path):
     for name, train in (("a", 4), ("b", 4), ("c", 6)):
         write_digits_scenes(tmp_path / name, train=train, val=2)
     a, b, c = (contents(tmp_path / name) for name in "abc")
@@ -215,7 +215,7 @@ def test_writing_scenes_twice_gives_the_same_bytes_and_more_scenes_begin_alike(t
     assert first == annotations(tmp_path / "c", "train")["annotations"][: len(first)]
 
 
-def test_label_map_has_zero_for_crowds_one_for_background_and_the_digit_plus_two_for_ink():
+def test_label_map_encodes_crowds_background_and_digits():
     left, middle, right = np.zeros((3, 3, 4), bool)
     left[1, 0] = middle[:, 1] = right[:, 3] = True
     scene = Scene(
@@ -238,7 +238,9 @@ def ade20k(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("split", "folder"), [("train", "training"), ("val", "validation")])
-def test_images_in_the_layout_of_ade20k_are_the_scenes_in_other_inks(split, folder, scenes, ade20k):
+def test_images_in_ade20k_layout_are_the_same_scenes_in_class_colours(
+    split, folder, scenes, ade20k
+):
     images = contents(ade20k / "images" / folder)
     assert set(images) == set(contents(scenes / split))
     colors = {}
@@ -249,7 +251,7 @@ def test_images_in_the_layout_of_ade20k_are_the_scenes_in_other_inks(split, fold
         )
         with Image.open((ade20k / "annotations" / folder / path).with_suffix(".png")) as file:
             labels = np.asarray(file)
-        far_from_ink = ~binary_dilation(labels != 1, iterations=8)  # JPEG blurs
+        far_from_ink = ~binary_dilation(labels != 1, iterations=8)  # JPEG blurs edges.
         assert np.abs(one - other)[far_from_ink].mean() < 1
         inside = binary_erosion(labels > 1, iterations=2)
         for label in np.unique(labels[inside]):
@@ -300,9 +302,7 @@ def test_label_maps_agree_with_the_masks_of_coco(split, folder, scenes, ade20k):
     ],
     ids=["digits", "scenes", "ade20k"],
 )
-def test_an_interrupted_write_leaves_no_root_and_does_not_disturb_the_next(
-    write, tmp_path, monkeypatch
-):
+def test_an_interrupted_write_leaves_no_partial_data_set(write, tmp_path, monkeypatch):
     save, saved = Image.Image.save, []
 
     def interrupted(self, path, **options):
@@ -348,5 +348,5 @@ def test_command_writes_the_named_data_set_once(arguments, name, root, tmp_path,
     monkeypatch.setattr(sys, "argv", ["make_demo_data", *arguments])
     monkeypatch.chdir(tmp_path)
     main()
-    main()  # nothing to do
+    main()  # The data set exists.
     assert written == [(name, root)]

@@ -1,4 +1,4 @@
-"""The commands of the zoo on files in the published format, from a server that plays the hub."""
+"""Tests of the zoo's commands on files in the published format, with a local server as the hub."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def caches(tmp_path, monkeypatch, one_thread) -> None:
 
 @pytest.fixture
 def weights() -> dict[str, Tensor]:
-    """Of a classifier that takes every image for one of class 3."""
+    """Return the weights of a classifier that always predicts class 3."""
     torch.manual_seed(0)
     weights = timm.create_model("flash_internimage_nano").state_dict()
     weights["head.weight"].zero_()
@@ -53,7 +53,7 @@ def weights() -> dict[str, Tensor]:
 
 @pytest.fixture
 def server(weights, tmp_path, monkeypatch, digits_config) -> FileServer:
-    """The hub with that classifier in a published container, and a zoo of it alone."""
+    """Serve that classifier in a published container as the hub, as the zoo's only entry."""
     published = tmp_path / "published.pth"
     config = SimpleNamespace(MODEL="nano")
     averaged = {"model": {}, "model_ema": weights, "config": config, "epoch": 299}
@@ -85,7 +85,7 @@ def digits_config(tmp_path) -> Path:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """Two images of each of ten classes."""
+    """Write two images for each of ten classes."""
     for label in range(10):
         folder = tmp_path / "data" / "val" / str(label)
         folder.mkdir(parents=True)
@@ -96,7 +96,7 @@ def data(tmp_path) -> Path:
 
 @pytest.fixture
 def run(capsys, caplog) -> Callable[..., str]:
-    """What a command says on standard output."""
+    """Return a function that runs a command and returns its standard output."""
 
     def run(*arguments) -> str:
         assert tool.main([str(argument) for argument in arguments]) == 0, caplog.text
@@ -107,7 +107,7 @@ def run(capsys, caplog) -> Callable[..., str]:
 
 @pytest.fixture
 def refused(caplog) -> Callable[..., str]:
-    """What a command that fails logs."""
+    """Return a function that runs a failing command and returns the logged error."""
 
     def refused(*arguments) -> str:
         assert tool.main([str(argument) for argument in arguments]) == 2
@@ -133,7 +133,7 @@ def test_every_entry_is_listed_with_its_figures(run):
 
 
 @pytest.mark.usefixtures("server")
-def test_a_file_is_downloaded_and_found(run):
+def test_a_downloaded_file_is_found_by_info(run):
     assert yaml.safe_load(run("info", NANO))[NANO]["file"] == "not downloaded"
     path = run("download", NANO).strip()
     assert load_checkpoint(path)["epoch"] == 299
@@ -142,13 +142,13 @@ def test_a_file_is_downloaded_and_found(run):
     assert run("download", NANO, "--offline").strip() == path
 
 
-def test_what_is_not_there_is_one_error(server, refused):
+def test_a_missing_file_is_one_error(server, refused):
     assert "nano.pth failed: not in the cache (" in refused("download", NANO, "--offline")
     server.files.clear()
     assert f"download of {HUB}/nano.pth failed: 404" in refused("download", NANO)
 
 
-def test_a_login_page_is_not_kept(server, refused, run):
+def test_a_login_page_is_not_cached(server, refused, run):
     whole = dict(server.files)
     server.files = dict.fromkeys(whole, b"<html>Log in</html>")
     assert "not a complete checkpoint: it begins with b'<html>" in refused("download", NANO)
@@ -156,7 +156,7 @@ def test_a_login_page_is_not_kept(server, refused, run):
     assert load_checkpoint(run("download", NANO).strip())["epoch"] == 299
 
 
-def test_timm_and_openmmlab_take_the_same_file(server, weights, run):
+def test_timm_and_openmmlab_use_the_same_file(server, weights, run):
     run("download", NANO)
     address = f"{HUB}/nano.pth"
     model = timm.create_model(
@@ -176,7 +176,7 @@ def test_timm_and_openmmlab_take_the_same_file(server, weights, run):
 
 
 def published_container(folder: str, path: Path) -> dict[str, Tensor]:
-    """A golden in the format of mmdet 2 and mmseg 0, with averaged weights beside; its weights."""
+    """Write a golden in the format of mmdet 2 and mmseg 0 with EMA buffers; return its weights."""
     published = arrays(f"{folder}/state_dict")
     buffers = {f"ema_{name.replace('.', '_')}": tensor + 1 for name, tensor in published.items()}
     meta = {"CLASSES": CLASSES, "PALETTE": [[0, 0, 0]], "env": SimpleNamespace(), "epoch": 12}
@@ -187,7 +187,7 @@ def published_container(folder: str, path: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("folder", GOLDENS)
-def test_a_published_container_becomes_a_current_one_and_back(folder, run, tmp_path):
+def test_conversion_of_a_published_container_is_reversible(folder, run, tmp_path):
     old, new, back = (tmp_path / f"{name}.pth" for name in ("old", "new", "back"))
     published = published_container(folder, old)
     assert run("convert", old, "-o", new) == f"{new}\n"
@@ -204,7 +204,7 @@ def test_a_published_container_becomes_a_current_one_and_back(folder, run, tmp_p
 
 
 @pytest.mark.parametrize("folder", GOLDENS)
-def test_safetensors_have_the_same_weights_and_the_classes(folder, run, tmp_path):
+def test_safetensors_contain_the_same_weights_and_classes(folder, run, tmp_path):
     old, new, tensors = tmp_path / "old.pth", tmp_path / "new.pth", tmp_path / "new.safetensors"
     published = published_container(folder, old)
     run("convert", old, "-o", new)
@@ -226,7 +226,7 @@ RELEASED = [
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_converted_schemas_fit_the_models_of_their_rows(name):
+def test_converted_schemas_fit_their_models(name):
     recipes = read_recipes("detection_recipes.csv") | read_recipes("segmentation_recipes.csv")
     schema = DATA / "openmmlab_schemas" / f"{recipes[name]['schema']}.json"
     shapes = convert_state_dict(json.loads(schema.read_text()))
@@ -269,13 +269,13 @@ def test_every_name_that_does_not_fit_is_reported(weights, refused, run, tmp_pat
     assert load_checkpoint(out)["state_dict"].keys() == weights.keys() - gone
 
 
-def test_without_a_model_the_conversion_says_that_nothing_was_compared(run, tmp_path, caplog):
+def test_conversion_without_a_model_logs_that_nothing_was_compared(run, tmp_path, caplog):
     torch.save({"neck.weight": torch.zeros(1)}, tmp_path / "a.pth")
     run("convert", tmp_path / "a.pth", "-o", tmp_path / "b.pth")
     assert "a.pth are not compared with a model; see --model" in caplog.text
 
 
-def test_a_folder_or_a_source_that_is_not_there_is_one_error(refused, tmp_path):
+def test_a_missing_folder_or_source_is_one_error(refused, tmp_path):
     source, out = tmp_path / "a.pth", tmp_path / "none" / "b.pth"
     torch.save({"neck.weight": torch.zeros(1)}, source)
     assert f"output must be in an existing folder, got {out}" in refused(
@@ -301,7 +301,7 @@ def test_a_folder_or_a_source_that_is_not_there_is_one_error(refused, tmp_path):
         ({"bbox_head.transformer.x": torch.ones(1)}, "out.pth", "unknown to such models"),
     ],
 )
-def test_what_cannot_be_converted_is_one_error(contents, out, message, refused, tmp_path):
+def test_unsupported_contents_are_one_error(contents, out, message, refused, tmp_path):
     torch.save(contents, tmp_path / "source.pth")
     assert message in refused("convert", tmp_path / "source.pth", "-o", tmp_path / out)
     assert not (tmp_path / out).exists()
@@ -311,7 +311,7 @@ def test_what_cannot_be_converted_is_one_error(contents, out, message, refused, 
 
 
 @pytest.mark.usefixtures("server")
-def test_a_classifier_is_measured_beside_its_published_figure(run, data, tmp_path, monkeypatch):
+def test_evaluation_compares_with_the_published_figure(run, data, tmp_path, monkeypatch):
     monkeypatch.setitem(tool.IMAGES, "classification", 20)
     out = tmp_path / "result.json"
     text = run("evaluate", NANO, "--data", data, "--device", "cpu", "--json", out)
@@ -327,10 +327,12 @@ def test_a_classifier_is_measured_beside_its_published_figure(run, data, tmp_pat
 
 @pytest.mark.usefixtures("server")
 @pytest.mark.parametrize(("arguments", "images"), [(["--limit", "10"], 10), ([], 20)])
-def test_a_part_of_the_images_reproduces_nothing(run, data, caplog, arguments, images):
+def test_a_subset_of_the_images_does_not_count_as_reproduction(
+    run, data, caplog, arguments, images
+):
     text = run("evaluate", NANO, "--data", data, *arguments)
     result = json.loads(text.splitlines()[-1])
-    assert result["images"] == images  # as many of each class
+    assert result["images"] == images  # equally many of each class
     row = {"measured": 10.0, "published": 9.9, "difference": 0.1, "reproduced": None}
     assert result["figures"] == {"top1": row}
     assert f"evaluated on {images} images, not on all 50000" in caplog.text
@@ -339,13 +341,13 @@ def test_a_part_of_the_images_reproduces_nothing(run, data, caplog, arguments, i
 @pytest.mark.parametrize(
     ("measured", "reproduced"), [(83.6, True), (83.41, True), (83.8, True), (83.39, False)]
 )
-def test_a_figure_is_reproduced_within_the_tolerance(measured, reproduced):
+def test_a_figure_within_the_tolerance_is_reproduced(measured, reproduced):
     entry = read_zoo()["flash_internimage_tiny.in1k"]
     row = tool.compare(entry, {"top1": measured}, whole=True)["top1"]
     assert (row["published"], row["reproduced"]) == (83.6, reproduced)
 
 
-def test_what_nobody_published_is_not_compared():
+def test_figures_without_a_published_value_are_not_compared():
     entry = read_zoo()["flash_internimage_large.in22k_384"]
     assert tool.compare(entry, {"top1": 50.0}, whole=True) == {"top1": {"measured": 50.0}}
 

@@ -1,4 +1,4 @@
-"""The entries of the zoo match the published figures, and what is generated matches them."""
+"""Tests that the zoo matches the published figures, and that generated files match the zoo."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from tools.zoo_documents import documents
 ENTRIES = read_zoo()
 RECIPES = {task: read_recipes(f"{task}_recipes.csv") for task in ("detection", "segmentation")}
 HUB = "https://huggingface.co/OpenGVLab/DCNv4/resolve/main"
-# file, resolution, top-1
+# File, resolution and top-1 accuracy.
 CLASSIFICATION = {
     "flash_internimage_tiny.in1k": ("flash_intern_image_t_1k_224", 224, 83.6),
     "flash_internimage_small.in1k": ("flash_intern_image_s_1k_224", 224, 84.4),
@@ -33,16 +33,16 @@ CLASSIFICATION = {
 DENSE = [(task, name) for task, recipes in RECIPES.items() for name in recipes]
 
 
-def of_task(task: str) -> dict[str, Entry]:
+def entries_of_task(task: str) -> dict[str, Entry]:
     return {name: entry for name, entry in ENTRIES.items() if entry.task == task}
 
 
-def test_every_row_is_there_once():
-    assert list(of_task("classification")) == list(CLASSIFICATION)
-    assert list(of_task("detection")) == list(RECIPES["detection"])
-    assert list(of_task("segmentation")) == list(RECIPES["segmentation"])
+def test_every_row_occurs_once():
+    assert list(entries_of_task("classification")) == list(CLASSIFICATION)
+    assert list(entries_of_task("detection")) == list(RECIPES["detection"])
+    assert list(entries_of_task("segmentation")) == list(RECIPES["segmentation"])
     names = re.findall(r"^\S+(?=:$)", ZOO.read_text(), re.MULTILINE)
-    assert names == list(ENTRIES)  # in YAML the last of two of the same name would win
+    assert names == list(ENTRIES)  # YAML silently drops duplicate keys.
 
 
 def test_values_have_the_declared_types():
@@ -51,7 +51,7 @@ def test_values_have_the_declared_types():
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
-def test_classification_is_as_published(name):
+def test_classification_matches_the_published_figures(name):
     file, resolution, top1 = CLASSIFICATION[name]
     entry = ENTRIES[name]
     assert entry.addresses[0] == f"{HUB}/{file}.pth"
@@ -67,7 +67,7 @@ def test_the_large_classifier_has_two_spellings():
 
 
 @pytest.mark.parametrize(("task", "name"), DENSE)
-def test_detection_and_segmentation_are_as_published(task, name):
+def test_detection_and_segmentation_match_the_published_figures(task, name):
     recipe, entry = RECIPES[task][name], ENTRIES[name]
     if task == "detection":
         columns, file = {"box_ap": "box_ap", "mask_ap": "mask_ap"}, recipe["checkpoint"]
@@ -80,7 +80,7 @@ def test_detection_and_segmentation_are_as_published(task, name):
 
 
 @pytest.mark.parametrize(("task", "name"), DENSE)
-def test_parameters_are_those_of_the_released_file(task, name):
+def test_parameters_match_the_released_file(task, name):
     recipe, entry = RECIPES[task][name], ENTRIES[name]
     schema = DATA / "openmmlab_schemas" / f"{recipe['schema']}.json"
     buffers = re.compile(r"^ema_|\.(num_batches_tracked|running_mean|running_var)$")
@@ -89,7 +89,7 @@ def test_parameters_are_those_of_the_released_file(task, name):
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
-def test_timm_knows_the_classifiers(name):
+def test_timm_registers_the_classifiers(name):
     entry, cfg = ENTRIES[name], timm.get_pretrained_cfg(name)
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -100,7 +100,7 @@ def test_timm_knows_the_classifiers(name):
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_the_config_is_that_of_the_row(name):
+def test_the_config_matches_the_row(name):
     entry = ENTRIES[name]
     if entry.config is None:
         assert not entry.published
@@ -130,24 +130,24 @@ def test_a_misspelt_name_is_an_error():
         find(ENTRIES, "xyz")
 
 
-# What is generated
+# Generated files
 
 
 @pytest.mark.parametrize(
     "path", documents(ENTRIES), ids=lambda path: path.relative_to(ROOT).as_posix()
 )
-def test_generated_files_are_in_step(path):
+def test_generated_files_are_up_to_date(path):
     assert path.read_text() == documents(ENTRIES)[path]
 
 
-def test_another_figure_changes_table_and_metafile():
+def test_a_changed_figure_updates_table_and_metafile():
     changed = deepcopy(ENTRIES)
     changed["mask_rcnn_flash_internimage_t_fpn_1x_coco"].published["box_ap"] = 12.3
     differ = {path.name for path, text in documents(changed).items() if text != path.read_text()}
     assert differ == {"README.md", "metafile.yml"}
 
 
-def test_metafiles_lead_to_files_and_figures():
+def test_metafiles_refer_to_existing_files_and_figures():
     index = yaml.safe_load((ROOT / "model-index.yml").read_text())
     models = {}
     for path in index["Import"]:

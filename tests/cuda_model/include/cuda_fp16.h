@@ -1,4 +1,4 @@
-// The part of CUDA's arithmetic on pairs of halves that the kernels use.
+// The subset of CUDA's half2 arithmetic that the kernels use.
 #pragma once
 
 #include <c10/util/Half.h>
