@@ -68,7 +68,7 @@ bench: $(VENV)/.package
 docs: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.docs
 	$(RUN) -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
 
-# Run the CUDA kernels under NVIDIA's memory, race, initialisation and synchronisation checkers on a GPU.
+# Run the CUDA kernels under NVIDIA's memory, race, initialization and synchronization checkers on a GPU.
 sanitize: $(VENV)/.package $(VENV)/.dev
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) -m tests.gpu.sanitize || exit 1; done

@@ -73,14 +73,14 @@ class Shape:
         return len(self.levels) * self.points
 
     def reference_points(self, device: torch.device) -> Tensor:
-        """Return reference points (N, Lq, 2): all pixel centres in an encoder, else random."""
+        """Return reference points (N, Lq, 2): all pixel centers in an encoder, else random."""
         if self.decoder_queries:
             return torch.rand(self.n, self.decoder_queries, 2, device=device)
-        centres = []
+        centers = []
         for level in self.levels:
             y, x = ((torch.arange(size, device=device) + 0.5) / size for size in level)
-            centres.append(torch.cartesian_prod(y, x).flip(1))
-        return torch.cat(centres).expand(self.n, -1, -1)
+            centers.append(torch.cartesian_prod(y, x).flip(1))
+        return torch.cat(centers).expand(self.n, -1, -1)
 
     def random_inputs(self, dtype: torch.dtype, device: torch.device) -> "Inputs":
         """Return random inputs that require gradients."""
@@ -94,9 +94,9 @@ class Shape:
         sizes = spatial_shapes.flip(1)[:, None]  # (L, 1, 2): W, H
         points = self.n, self.queries, self.heads, len(self.levels), self.points
 
-        centres = self.reference_points(device)[:, :, None, None, None].to(point_dtype)
+        centers = self.reference_points(device)[:, :, None, None, None].to(point_dtype)
         offsets = SPREAD * randn(*points, 2, dtype=point_dtype)
-        locations = (away_from_integers(centres * sizes - 0.5 + offsets) + 0.5) / sizes
+        locations = (away_from_integers(centers * sizes - 0.5 + offsets) + 0.5) / sizes
         logits = randn(*points, dtype=point_dtype).flatten(3)
         packed = torch.cat((locations.flatten(3), logits), dim=-1)
         return Inputs(

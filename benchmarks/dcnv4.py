@@ -137,7 +137,7 @@ def run_grid_sample(inputs: Inputs) -> Tensor:
 
 @functools.cache
 def regular_grid(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the normalised positions (x, y) of the taps without offsets, (H, TAPS, W, 2)."""
+    """Return the normalized positions (x, y) of the taps without offsets, (H, TAPS, W, 2)."""
     rows, columns = (torch.arange(n, dtype=dtype, device=device) for n in (height, width))
     column_steps, row_steps = torch.cartesian_prod(*[torch.arange(-1, 2, device=device)] * 2).T
     x = (2 * (columns + column_steps[:, None]) + 1) / width - 1
@@ -146,17 +146,17 @@ def regular_grid(height: int, width: int, dtype: torch.dtype, device: torch.devi
 
 
 def run_tuned_grid_sample(inputs: Inputs) -> Tensor:
-    """Run an optimised implementation around `grid_sample`.
+    """Run an optimized implementation around `grid_sample`.
 
-    The regular grid is cached, and the grid is ordered by row, tap and column, so that neighbours
-    in memory are neighbours in the image.
+    The regular grid is cached, and the grid is ordered by row, tap and column, so that neighbors
+    in memory are neighbors in the image.
     """
     n, height, width, _ = inputs.value.shape
     dtype, device = reference.compute_dtype(inputs.value.dtype), inputs.value.device
     packed = inputs.packed.to(dtype).permute(0, 3, 1, 4, 2)  # (N, groups, H, 3 * TAPS, W)
     offsets, modulation = packed.split([2 * TAPS, TAPS], dim=3)
-    to_normalised = torch.tensor([2 / width, 2 / height], dtype=dtype, device=device)
-    offsets = offsets.unflatten(3, (TAPS, 2)).transpose(4, 5) * to_normalised
+    to_normalized = torch.tensor([2 / width, 2 / height], dtype=dtype, device=device)
+    offsets = offsets.unflatten(3, (TAPS, 2)).transpose(4, 5) * to_normalized
     grid = regular_grid(height, width, dtype, device) + offsets  # (N, groups, H, TAPS, W, 2)
     grid = grid.flatten(0, 1).flatten(2, 3)
     samples = F.grid_sample(images_of_groups(inputs, dtype), grid, align_corners=False)

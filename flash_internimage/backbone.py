@@ -81,7 +81,7 @@ class FlashInternImage(nn.Module):
         drop_path_rate: Stochastic depth rate of the last block; the rates increase linearly from 0.
         layer_scale: Initial value of the layer scale; None disables it.
         offset_scale: Factor on the offsets that DCNv4 predicts.
-        post_norm: Normalise the output of each residual branch instead of its input.
+        post_norm: Normalize the output of each residual branch instead of its input.
         dw_kernel_size: Kernel size of the depth-wise convolution in DCNv4; None omits it.
         dcn_output_bias: Add a bias to the output projection of DCNv4.
         mlp_fc2_bias: Add a bias to the second linear layer of the MLPs.
@@ -178,7 +178,7 @@ class FlashInternImage(nn.Module):
         self.apply(self._init_weights)
 
     def init_weights(self) -> None:
-        """Initialise all parameters and buffers, for example after creation on the meta device."""
+        """Initialize all parameters and buffers, for example after creation on the meta device."""
         for module in self.modules():
             if callable(reset_parameters := getattr(module, "reset_parameters", None)):
                 reset_parameters()
@@ -186,7 +186,7 @@ class FlashInternImage(nn.Module):
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
-        # nn.Module.apply visits children first, so DCNv4 re-initialises its own linear layers.
+        # nn.Module.apply visits children first, so DCNv4 re-initializes its own linear layers.
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
@@ -273,7 +273,7 @@ class FlashInternImage(nn.Module):
         Args:
             x: Images of shape (N, C_in, H, W).
             indices: Stages to return; the last n if an int, all if None.
-            norm: Has no effect, as the features of every stage are already normalised.
+            norm: Has no effect, as the features of every stage are already normalized.
             stop_early: Skip the stages after the last selected one.
             output_fmt: Layout of the feature maps, 'NCHW' or 'NHWC'.
             intermediates_only: Return only the feature maps.

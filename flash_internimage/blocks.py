@@ -85,7 +85,7 @@ class Block(nn.Module):
         drop_path: Stochastic depth rate of both branches.
         layer_scale: Initial value of the layer scale; None disables it.
         offset_scale: Factor on the offsets that DCNv4 predicts.
-        post_norm: Normalise the output of each residual branch instead of its input.
+        post_norm: Normalize the output of each residual branch instead of its input.
         dw_kernel_size: Kernel size of the depth-wise convolution in DCNv4; None omits it.
         dcn_output_bias: Add a bias to the output projection of DCNv4.
         mlp_fc2_bias: Add a bias to the second linear layer of the MLP.
@@ -129,7 +129,7 @@ class Block(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the layer scale; the layers initialise themselves."""
+        """Initialize the layer scale; the layers initialize themselves."""
         for gamma in (self.gamma1, self.gamma2):
             if gamma is not None and self.layer_scale is not None:
                 nn.init.constant_(gamma, self.layer_scale)
@@ -165,7 +165,7 @@ class Stage(nn.Module):
         groups: Number of DCNv4 groups.
         drop_path_rates: Stochastic depth rate of each block.
         downsample: Whether another stage follows.
-        post_norm: Normalise the output of each residual branch instead of its input.
+        post_norm: Normalize the output of each residual branch instead of its input.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
         **block_args: Further arguments of :class:`Block`.

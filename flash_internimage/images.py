@@ -46,7 +46,7 @@ def read_image(source: str | os.PathLike | BinaryIO, name: str | None = None) ->
 def read_label_map(source: str | os.PathLike | BinaryIO, name: str | None = None) -> Image.Image:
     """Decode an image whose pixel values are labels.
 
-    Pillow stretches 2-bit and 4-bit greyscale, and PGM files with a maximum other than 255 or
+    Pillow stretches 2-bit and 4-bit grayscale, and PGM files with a maximum other than 255 or
     65535, to the full range of 8 or 16 bits. This function returns the values in the file.
 
     Args:
@@ -54,7 +54,7 @@ def read_label_map(source: str | os.PathLike | BinaryIO, name: str | None = None
         name: Name of the label map in error messages, `source` by default.
 
     Returns:
-        The image, whose pixels are integers, palette indices or unchanged colours.
+        The image, whose pixels are integers, palette indices or unchanged colors.
 
     Raises:
         UnreadableImage: See :func:`read_image`.
@@ -62,12 +62,12 @@ def read_label_map(source: str | os.PathLike | BinaryIO, name: str | None = None
     """
     image, maximum = _read(source, name)
     if len(image.getbands()) > 1:
-        return image  # colours are not stretched
+        return image  # colors are not stretched
     if image.format in ("JPEG", "MPO", "JPEG2000") or image.info.get("compression") == "jpeg":
         raise ValueError(
             f"label map {name or source} must be lossless, such as PNG, got {image.format}"
         )
-    # Pillow inverts such greyscale of up to 8 bits, other programs do not. All of them agree on
+    # Pillow inverts such grayscale of up to 8 bits, other programs do not. All of them agree on
     # 1-bit masks.
     tags = getattr(image, "tag_v2", {})
     if image.format == "TIFF" and image.mode != "1" and tags.get(_PHOTOMETRIC, 0) == 0:
@@ -84,13 +84,13 @@ def read_label_map(source: str | os.PathLike | BinaryIO, name: str | None = None
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB.
 
-    16-bit and 32-bit greyscale is reduced to the eight highest of the bits that its brightest pixel
+    16-bit and 32-bit grayscale is reduced to the eight highest of the bits that its brightest pixel
     needs: 0 to 4095 and 0 to 65535 both become 0 to 255, and values up to 255 are unchanged.
     Pillow's own conversion would turn everything above 255 white. As in `convert("RGB")`,
-    transparency is dropped and CMYK is converted without a colour profile.
+    transparency is dropped and CMYK is converted without a color profile.
 
     Raises:
-        ValueError: If pixels are negative or floating-point, or Pillow cannot convert the colour
+        ValueError: If pixels are negative or floating-point, or Pillow cannot convert the color
             space.
     """
     if image.mode == "F":

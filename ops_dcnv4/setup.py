@@ -7,7 +7,7 @@ to Triton or the PyTorch reference. Environment variables:
     TORCH_CUDA_ARCH_LIST          GPU architectures, as for PyTorch (default: DEFAULT_ARCHITECTURES)
     FORCE_CPU=1                   do not build the CUDA library
     OPS_DCNV4_REQUIRE_COMPILED=1  fail if the compiler fails (a missing nvcc is not a failure)
-    OPS_DCNV4_SANITIZE=1          build with GCC's address and undefined-behaviour sanitizers, for
+    OPS_DCNV4_SANITIZE=1          build with GCC's address and undefined-behavior sanitizers, for
                                   `make sanitize-cpu`; the library needs libasan in LD_PRELOAD
 """
 

@@ -89,7 +89,7 @@ def device() -> str:
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """Sum in a fixed order on every device, and fill uninitialised memory with NaN."""
+    """Sum in a fixed order on every device, and fill uninitialized memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield

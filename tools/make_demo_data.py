@@ -1,4 +1,4 @@
-"""Write demo data sets of real images. The images are part of scikit-learn; nothing is downloaded.
+"""Write demo datasets of real images. The images are part of scikit-learn; nothing is downloaded.
 
     python -m tools.make_demo_data [digits | digits-scenes | digits-scenes-ade20k] [--root data/...]
 
@@ -71,7 +71,7 @@ def write_digits_scenes(root: Path, train: int = 400, val: int = 60) -> None:
 def write_digits_scenes_ade20k(root: Path, train: int = 400, val: int = 60) -> None:
     """Write the scenes of :func:`write_digits_scenes` and their label maps in ADE20K's layout.
 
-    Here, each of the ten digits has its own colour, so that a segmentor learns them in minutes on a
+    Here, each of the ten digits has its own color, so that a segmentor learns them in minutes on a
     CPU. From shape alone, the demo's segmentor only reached 16.5 % mIoU in 2,400 iterations, which
     took ten minutes.
     """
@@ -128,14 +128,14 @@ def _write_atomically(root: Path) -> Iterator[Path]:
 
 
 def main() -> None:
-    """Write the data set named on the command line, unless its folder exists."""
+    """Write the dataset named on the command line, unless its folder exists."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     writers: dict[str, Callable[[Path], None]] = {
         "digits": write_digits,
         "digits-scenes": write_digits_scenes,
         "digits-scenes-ade20k": write_digits_scenes_ade20k,
     }
-    parser = argparse.ArgumentParser(description="Write a demo data set.")
+    parser = argparse.ArgumentParser(description="Write a demo dataset.")
     parser.add_argument("name", nargs="?", choices=writers, default="digits")
     parser.add_argument("--root", type=Path, help="folder to create (default: data/NAME)")
     arguments = parser.parse_args()

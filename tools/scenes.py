@@ -32,7 +32,7 @@ class Material:
     labels: np.ndarray  # (K,), 0 to 9
     indices: np.ndarray  # (K,), in scikit-learn's load_digits
     photos: list[np.ndarray]
-    inks: np.ndarray | None = None  # (10, 3), 0 to 255: colours of the ten digits, or random
+    inks: np.ndarray | None = None  # (10, 3), 0 to 255: colors of the ten digits, or random
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _paint(
 ) -> None:
     """Paint a digit in place.
 
-    The colour is a slight variation of `ink`. Without one, it is the random colour, of a few, that
+    The color is a slight variation of `ink`. Without one, it is the random color, of a few, that
     differs most from the background.
     """
     there = np.tensordot(opacity, image) / opacity.sum()
@@ -212,7 +212,7 @@ def _polygons(mask: np.ndarray) -> list[list[float]] | None:
     parts, offsets = outlines
     if any(len(boundaries) > 2 for boundaries in offsets):
         return None
-    # Convert indices into the padded mask to coordinates, in which the centre of the first pixel is
+    # Convert indices into the padded mask to coordinates, in which the center of the first pixel is
     # at 0.5. The last point repeats the first.
     return [(points[:-1] - 0.5).ravel().tolist() for points in parts]
 

@@ -24,7 +24,7 @@ _COLUMNS = {
     "detection": ("detector", "backbone", "schedule", "box AP", "mask AP", "config"),
     "segmentation": ("segmentor", "backbone", "crop", "mIoU", "several scales", "config"),
 }
-# OpenMMLab's names of task, data set and metric of each figure.
+# OpenMMLab's names of task, dataset and metric of each figure.
 _RESULTS = {
     "top1": ("Image Classification", "ImageNet-1K", "Top 1 Accuracy"),
     "box_ap": ("Object Detection", "COCO", "box AP"),

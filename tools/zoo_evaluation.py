@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # are rounded to 0.1, and the kernel used for them mixed up some pixels of the images in a batch.
 TOLERANCE = 0.2
 
-# Number of images in the complete data sets.
+# Number of images in the complete datasets.
 IMAGES = {"classification": 50_000, "detection": 5_000, "segmentation": 2_000}
 
 # Names of the figures in mmdet and mmseg, and the factors that convert them to percent.
@@ -41,7 +41,7 @@ def evaluate(
     tta: bool = False,
     work_dir: Path | None = None,
 ) -> tuple[dict[Figure, float], int]:
-    """Evaluate a checkpoint on a data set.
+    """Evaluate a checkpoint on a dataset.
 
     Args:
         name: Name of the entry.
@@ -125,7 +125,7 @@ def compare(
     Args:
         entry: Entry of the zoo.
         measured: Measured figures, in percent.
-        whole: Whether they were measured on the whole data set.
+        whole: Whether they were measured on the whole dataset.
 
     Returns:
         For each figure `measured` and, if a figure was published, `published`, `difference` and

@@ -60,7 +60,7 @@ _MASK2FORMER = (
 
 class _Family(NamedTuple):
     table: tuple[tuple[str, str], ...]
-    published: str  # prefix by which published names are recognised
+    published: str  # prefix by which published names are recognized
     only_published: str  # pattern that no converted name matches
     current: str
     only_current: str
@@ -159,7 +159,7 @@ def convert_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any
 
     Returns:
         Dict with `state_dict`, see :func:`convert_state_dict`, and `meta`, which contains the class
-        names and colours under `dataset_meta`, and all other metadata that consists of strings,
+        names and colors under `dataset_meta`, and all other metadata that consists of strings,
         numbers and containers of these, except the entries in `EXECUTED`.
 
     Raises:
@@ -232,7 +232,7 @@ def convert_file(
     Args:
         source: Checkpoint of a classifier, detector or segmentor, with current or published names.
         output: File to write, `.safetensors` or `.pth`; the latter contains `state_dict` and
-            `meta`. The names and colours of the classes are stored where current OpenMMLab expects
+            `meta`. The names and colors of the classes are stored where current OpenMMLab expects
             them or, with `published`, where mmdet 2 and mmseg 0 do.
         expected: State dict of the model that the weights should fit. If None, nothing is compared.
         published: Write the published names instead of the current ones.

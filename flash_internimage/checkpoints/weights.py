@@ -35,7 +35,7 @@ def clean_state_dict(
 ) -> dict[str, Tensor]:
     """Return the weights in a checkpoint under the parameter names of the model.
 
-    The formats of timm, torchvision, OpenMMLab, Lightning and DeepSpeed are recognised. If a
+    The formats of timm, torchvision, OpenMMLab, Lightning and DeepSpeed are recognized. If a
     checkpoint contains several sets of weights, the choice is logged. Prefixes of
     wrappers, such as `module.`, are stripped. From a detector or segmentor, only the parameters of
     its `backbone.` are returned.

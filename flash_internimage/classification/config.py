@@ -123,7 +123,7 @@ class Model(Section):
 
 
 class Data(Section):
-    """Settings of the data sets, their preprocessing and loading."""
+    """Settings of the datasets, their preprocessing and loading."""
 
     root: str = Field("data/imagenet", min_length=1)
     kind: str = ""  # timm's prefix, such as 'hfds/' or 'wds/'; empty for folders and tar files

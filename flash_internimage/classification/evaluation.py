@@ -70,7 +70,7 @@ def evaluate(
     device: torch.device,
     amp: str = "off",
 ) -> Result:
-    """Evaluate a model on a data set, together with all other processes.
+    """Evaluate a model on a dataset, together with all other processes.
 
     Args:
         model: Classifier on `device`; its training mode is preserved.
@@ -168,15 +168,15 @@ def evaluate_checkpoint(
     device: str | torch.device = "auto",
     amp: str = "off",
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint on a data set; every process of torchrun must call this.
+    """Evaluate a checkpoint on a dataset; every process of torchrun must call this.
 
     Args:
         model: Name of a timm model, or path of a training configuration (`*.yaml`).
         overrides: `key=value` overrides of a configuration, such as `data.crop_pct=0.9`.
         checkpoint: Path or URL of the checkpoint; None for the released weights of the model.
         weights: 'ema' or 'model', for checkpoints that contain both.
-        data: Root of the data set; None for that of the configuration.
-        split: Split of the data set; None for the validation split of the configuration.
+        data: Root of the dataset; None for that of the configuration.
+        split: Split of the dataset; None for the validation split of the configuration.
         limit: Maximum number of images, evenly spaced; None for all.
         batch_size: Images per batch and process.
         workers: Data loader workers per process.
@@ -188,7 +188,7 @@ def evaluate_checkpoint(
         `nonfinite`.
 
     Raises:
-        ValueError: If an argument, model or data set cannot be used, or a result is not finite.
+        ValueError: If an argument, model or dataset cannot be used, or a result is not finite.
         OSError: If a file cannot be read.
         TooManyCorruptImages: If more images than `data.max_corrupt` cannot be read.
         EndedByAnother: If one of the above was raised on another process.

@@ -161,14 +161,14 @@ def save_curves(metrics_csv: Path, to: Path) -> None:
 def save_predictions(
     model: nn.Module, dataset: ImageSet, data: Data, names: list[str], to: Path, count: int = 32
 ) -> None:
-    """Draw images of a data set with the model's predictions, mistakes in red.
+    """Draw images of a dataset with the model's predictions, mistakes in red.
 
     Unreadable images are skipped.
 
     Args:
         model: Classifier.
-        dataset: Data set with the evaluation transform.
-        data: Settings of the data, to undo the normalisation.
+        dataset: Dataset with the evaluation transform.
+        data: Settings of the data, to undo the normalization.
         names: Class names of the model, in the order of its outputs.
         to: Destination of the PNG file.
         count: Number of images, evenly spaced, or the first ones of a stream.

@@ -1,4 +1,4 @@
-"""mmdet integration: DINO as published, COCO data sets and metrics.
+"""mmdet integration: DINO as published, COCO datasets and metrics.
 
 Importing this module also imports `flash_internimage.openmmlab`.
 

@@ -13,7 +13,7 @@ import flash_internimage
 # Errors about data, files and values of settings, whenever they are raised.
 _ALWAYS = (OSError, ValueError, FloatingPointError)
 
-# Errors about settings while models, data sets, optimizers and hooks are built from them.
+# Errors about settings while models, datasets, optimizers and hooks are built from them.
 _WHILE_BUILDING = (
     AssertionError, AttributeError, ImportError, IndexError, KeyError, NotImplementedError,
     RuntimeError, TypeError,

@@ -45,7 +45,7 @@ def use_safe_readers() -> None:
       by `init_cfg`.
     - With `flash_internimage.openmmlab.detection` or `.segmentation` imported, now or later, the
       transforms `LoadImageFromFile`, `LoadImageFromNDArray` and `InferencerLoader` reject files
-      that are not images, read 16-bit greyscale in its full range, and rotate photographs as their
+      that are not images, read 16-bit grayscale in its full range, and rotate photographs as their
       annotations require.
     - With `flash_internimage.openmmlab.detection` imported, the metrics `CocoMetric` and
       `FasterCocoMetric` validate their annotation file.

@@ -1,4 +1,4 @@
-"""mmseg integration: Mask2Former as published, data sets and checks.
+"""mmseg integration: Mask2Former as published, datasets and checks.
 
 Importing this module also imports `flash_internimage.openmmlab`.
 

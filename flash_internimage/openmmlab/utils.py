@@ -1,4 +1,4 @@
-"""Helpers for OpenMMLab's loggers, models and data sets."""
+"""Helpers for OpenMMLab's loggers, models and datasets."""
 
 import logging
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def unwrap_model(model: Any) -> Any:
 
 
 def unwrap_dataset(dataset: Any) -> Iterator[Any]:
-    """Yield the data sets inside wrappers such as ConcatDataset."""
+    """Yield the datasets inside wrappers such as ConcatDataset."""
     if hasattr(dataset, "datasets"):
         for part in dataset.datasets:
             yield from unwrap_dataset(part)

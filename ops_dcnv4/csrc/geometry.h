@@ -18,13 +18,13 @@ struct Axis {
   int padding;
   int dilation;
 
-  // Distance from the first kernel tap to the window's centre, in pixels.
+  // Distance from the first kernel tap to the window's center, in pixels.
   OPS_DCNV4_INLINE int center() const { return dilation * (kernel - 1) / 2; }
 
-  // Distance of a tap from the window's centre, in pixels.
+  // Distance of a tap from the window's center, in pixels.
   OPS_DCNV4_INLINE int grid(int tap) const { return tap * dilation - center(); }
 
-  // Input coordinate of the window's centre for output coordinate `out`.
+  // Input coordinate of the window's center for output coordinate `out`.
   OPS_DCNV4_INLINE int center_of(int out) const { return out * stride - padding + center(); }
 };
 

@@ -39,7 +39,7 @@ def ms_deform_attn(
             (N, Lq, M, L, K, 2). (0, 0) is the top left corner of the level and (1, 1) the bottom
             right corner. The dtype is that of `value`, or float32 with a 16-bit `value`, which
             avoids rounding the locations; autocast uses float32.
-        attention_weights: Normalised weights of shape (N, Lq, M, L, K). The dtype is that of
+        attention_weights: Normalized weights of shape (N, Lq, M, L, K). The dtype is that of
             `value`, or float32 with a 16-bit `value`.
 
     Returns:
@@ -49,7 +49,7 @@ def ms_deform_attn(
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or device does not match, a level has no pixels, or the levels do not
             cover `value` exactly; the message names the argument. The contents of GPU tensors are
-            not checked here, to avoid a synchronisation: a level that exceeds `value` is treated as
+            not checked here, to avoid a synchronization: a level that exceeds `value` is treated as
             empty, and the compiled kernels fail a device-side assertion.
 
     Example:
@@ -114,7 +114,7 @@ def _levels(
 ) -> tuple[Tensor, Tensor]:
     """Return the shapes and start indices as int64 tensors on the device of `value`.
 
-    Their contents are checked if they can be read without synchronising.
+    Their contents are checked if they can be read without synchronizing.
     """
     shapes = to_integers("spatial_shapes", spatial_shapes)
     readable = _is_readable(spatial_shapes) and _is_readable(level_start_index)
@@ -146,7 +146,7 @@ def _levels(
 
 
 def _is_readable(numbers: Tensor | Sequence | None) -> bool:
-    """Return whether the contents can be read without a synchronisation or a graph break."""
+    """Return whether the contents can be read without a synchronization or a graph break."""
     if not isinstance(numbers, Tensor):
         return True
     # Tracing uses tensor subclasses that have no contents.

@@ -31,7 +31,7 @@ def dcnv4(
 
     For each output pixel, channel group and tap of the kernel window, `value` is sampled bilinearly
     at the tap's position plus a learned offset, multiplied by a learned modulation scalar, and
-    summed over the taps. Neither offsets nor scalars are normalised. :mod:`ops_dcnv4.reference`
+    summed over the taps. Neither offsets nor scalars are normalized. :mod:`ops_dcnv4.reference`
     states the formula.
 
     Args:
@@ -49,7 +49,7 @@ def dcnv4(
         dilation: Spacing between kernel taps, in pixels.
         groups: Number of channel groups, each with its own offsets and modulation.
         offset_scale: Factor on both the regular tap grid and the learned offsets.
-        remove_center: Omit the centre tap of the kernel.
+        remove_center: Omit the center tap of the kernel.
 
     Returns:
         Tensor of shape (N, H_out, W_out, C); :func:`output_size` computes H_out and W_out.

@@ -6,8 +6,8 @@
     y = r * stride_h - padding_h + center_h + offset_scale * (j * dilation_h - center_h + dy[k])
     output[r, c, g] = sum over k of modulation[k] * bilinear(value[:, :, g], y, x)
 
-with center = dilation * (kernel_size - 1) // 2. The modulation is not normalised (DCNv4,
-arXiv:2401.06197, section 3.1). Taps are ordered column by column; remove_center omits the centre
+with center = dilation * (kernel_size - 1) // 2. The modulation is not normalized (DCNv4,
+arXiv:2401.06197, section 3.1). Taps are ordered column by column; remove_center omits the center
 tap. With K taps, group g owns channels [3*K*g, 3*K*(g + 1)) of offset_mask: K pairs (dx, dy), then
 K modulation scalars. Channels from 3*K*groups on are padding.
 
@@ -22,7 +22,7 @@ starts at pixel level_start_index[l] of value,
 The fused form packs, for each query and head, 2*L*K location coordinates in that order, then L*K
 logits. The weights are the softmax of the logits over all levels and points.
 
-**Both.** A point contributes if -1 < y < H and -1 < x < W; of its four neighbouring pixels, those
+**Both.** A point contributes if -1 < y < H and -1 < x < W; of its four neighboring pixels, those
 outside the image count as zero. Gradients are those of the cell that starts at floor(coordinate).
 Float16 and bfloat16 are computed in float32.
 

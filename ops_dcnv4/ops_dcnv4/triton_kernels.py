@@ -19,7 +19,7 @@ from .window import Pair, Window
 
 
 @triton.jit
-def _neighbours(coordinate, size, in_range, INDEX: tl.constexpr):
+def _neighbors(coordinate, size, in_range, INDEX: tl.constexpr):
     """Return indices, inside flags and weights of the pixels before and after a coordinate."""
     floor = tl.floor(coordinate)
     before, weight = floor.to(INDEX), coordinate - floor
@@ -30,11 +30,11 @@ def _neighbours(coordinate, size, in_range, INDEX: tl.constexpr):
 
 @triton.jit
 def _cell(x, y, height, width, exists, INDEX: tl.constexpr):
-    """Return columns and rows of the four pixels around points (x, y), each as _neighbours does."""
+    """Return columns and rows of the four pixels around points (x, y), each as _neighbors does."""
     # NaN and infinite points fail the comparisons. Zeros keep NaN out of the weights.
     in_range = exists & (y > -1) & (y < height) & (x > -1) & (x < width)
     x, y = tl.where(in_range, x, 0), tl.where(in_range, y, 0)
-    return _neighbours(x, width, in_range, INDEX), _neighbours(y, height, in_range, INDEX)
+    return _neighbors(x, width, in_range, INDEX), _neighbors(y, height, in_range, INDEX)
 
 
 @triton.jit

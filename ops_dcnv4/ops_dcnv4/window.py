@@ -47,17 +47,17 @@ class Window(NamedTuple):
         return self.kernel_size[0] * self.kernel_size[1] - (1 if self.remove_center else 0)
 
     def center_tap(self) -> int:
-        """Return the index of the centre tap, counted column by column."""
+        """Return the index of the center tap, counted column by column."""
         rows, columns = self.kernel_size
         return columns // 2 * rows + rows // 2
 
     def center(self) -> Pair:
-        """Return the distance in pixels from the first tap to the centre, rounded down."""
+        """Return the distance in pixels from the first tap to the center, rounded down."""
         (rows, columns), (step_y, step_x) = self.kernel_size, self.dilation
         return step_y * (rows - 1) // 2, step_x * (columns - 1) // 2
 
     def has_center(self) -> bool:
-        """Return whether the centre of the window is a pixel."""
+        """Return whether the center of the window is a pixel."""
         extents = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
         return all(extent % 2 == 0 for extent in extents)
 
@@ -82,7 +82,7 @@ class Window(NamedTuple):
         """Return the padding that aligns a sliding window of another size with this one.
 
         With x (N, H, W, C) padded by (before, after) in H and in W, a window of `size` and the same
-        stride has the same output size and centres as this one. Negative padding crops.
+        stride has the same output size and centers as this one. Negative padding crops.
         """
         out, center = self.output_size("input", (x.shape[1], x.shape[2])), self.center()
         pads = []
@@ -93,7 +93,7 @@ class Window(NamedTuple):
         return pads
 
     def at_centers(self, x: Tensor) -> Tensor:
-        """Return x (N, H, W, C) at the centres of the output pixels' windows, zero-padded."""
+        """Return x (N, H, W, C) at the centers of the output pixels' windows, zero-padded."""
         out, pads = self.output_size("input", (x.shape[1], x.shape[2])), self.padding_for(x, size=1)
         if not (self.has_center() and all(before == 0 for before, _ in pads)):
             x = F.pad(x, (0, 0, *pads[1], *pads[0]))

@@ -16,7 +16,7 @@ def always_one_thread(one_thread):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
-    """Write the digits data set as an ImageFolder: 6 per class for training, 2 for evaluation."""
+    """Write the digits dataset as an ImageFolder: 6 per class for training, 2 for evaluation."""
     everything, few = tmp_path_factory.mktemp("all") / "d", tmp_path_factory.mktemp("few")
     write_digits(everything)
     for split, count in (("train", 6), ("val", 2)):

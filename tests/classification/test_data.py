@@ -115,7 +115,7 @@ def test_error_names_the_missing_folder_or_split(digits, tmp_path):
     ):
         build_dataset(Data(root=str(tmp_path)), "val", False, 8)
     (tmp_path / "train").mkdir()
-    with pytest.raises(ConfigError, match="cannot be read as a data set"):
+    with pytest.raises(ConfigError, match="cannot be read as a dataset"):
         build_dataset(Data(root=str(tmp_path)), "train", True, 8)
 
 

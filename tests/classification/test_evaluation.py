@@ -176,7 +176,7 @@ def test_wrong_inputs_are_reported_by_the_command(run, digits, tmp_path, caplog)
         (["--split", "test"], "must contain a folder 'test', got train, val"),
         (
             ["--data", "README.md"],
-            "README.md cannot be read as a data set: it must be a folder or an",
+            "README.md cannot be read as a dataset: it must be a folder or an",
         ),
         (["--checkpoint", "tests"], "tests"),
     ],

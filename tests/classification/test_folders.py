@@ -35,7 +35,7 @@ def root(tmp_path):
 
 
 def read(root, split="train", as_tar=False):
-    """Build the data set of a split from its folder, or from a tar file of the folder."""
+    """Build the dataset of a split from its folder, or from a tar file of the folder."""
     if as_tar:
         with tarfile.open(root / f"{split}.tar", "w") as tar:
             tar.add(root / split, arcname=".")
@@ -169,7 +169,7 @@ def test_a_split_without_images_is_a_one_line_error(root, as_tar):
     for path in root.glob("train/*/*.png"):
         path.rename(path.with_suffix(".raw"))
     with pytest.raises(
-        ConfigError, match=r"as a data set: it contains no images \(other .*: 4 .raw\)"
+        ConfigError, match=r"as a dataset: it contains no images \(other .*: 4 .raw\)"
     ):
         read(root, as_tar=as_tar)
 
@@ -241,7 +241,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(root, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", fail)
-    with pytest.raises(ConfigError, match=r"cannot be read as a data set: .*Permission.*dog"):
+    with pytest.raises(ConfigError, match=r"cannot be read as a dataset: .*Permission.*dog"):
         read(root)
 
 

@@ -29,8 +29,8 @@ def right(monkeypatch):
     monkeypatch.setattr(FlashInternImage, "forward", forward)
 
 
-def coloured(root, split: str, classes: dict[str, int]):
-    """Write plain images whose colour determines the prediction of `right`, by class folder."""
+def colored(root, split: str, classes: dict[str, int]):
+    """Write plain images whose color determines the prediction of `right`, by class folder."""
     for name, output in classes.items():
         (root / split / name).mkdir(parents=True)
         for i in range(2):
@@ -54,7 +54,7 @@ DIGITS = {str(i): i for i in range(10)}
 def test_labels_follow_the_class_names_of_the_checkpoint(
     run, right, tmp_path, capsys, caplog, lacking, warning, as_tar
 ):
-    root = coloured(tmp_path, "few", {k: v for k, v in DIGITS.items() if k not in lacking})
+    root = colored(tmp_path, "few", {k: v for k, v in DIGITS.items() if k not in lacking})
     for name in lacking:
         (root / "few" / name).mkdir()
     data, options = root, ["--split", "few"]
@@ -75,7 +75,7 @@ def test_classes_are_matched_by_name_not_by_order(run, right, tmp_path, capsys):
     state = load_checkpoint(run / "last.pth")
     state["classes"] = list("kbcdefghij")
     save_atomically(state, tmp_path / "last.pth")
-    root = coloured(tmp_path, "val", {"b": 1, "k": 0, "d": 3})
+    root = colored(tmp_path, "val", {"b": 1, "k": 0, "d": 3})
     arguments = ["--checkpoint", str(tmp_path / "last.pth"), "--data", str(root)]
     assert main([str(run / "config.yaml"), *arguments]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == 100
@@ -93,7 +93,7 @@ def test_classes_are_matched_by_name_not_by_order(run, right, tmp_path, capsys):
 )
 def test_classes_unknown_to_the_checkpoint_are_rejected(run, tmp_path, caplog, classes, message):
     arguments = ["--checkpoint", str(run / "last.pth")]
-    arguments += ["--data", str(coloured(tmp_path, "val", classes))]
+    arguments += ["--data", str(colored(tmp_path, "val", classes))]
     assert main([str(run / "config.yaml"), *arguments]) == 2
     assert re.search(message, caplog.text)
 
@@ -101,12 +101,12 @@ def test_classes_unknown_to_the_checkpoint_are_rejected(run, tmp_path, caplog, c
 def test_weights_without_names_need_all_classes_or_indices(run, right, tmp_path, capsys, caplog):
     save_atomically(load_checkpoint(run / "last.pth")["model"], tmp_path / "weights.pth")
     command = [str(run / "config.yaml"), "--checkpoint", str(tmp_path / "weights.pth")]
-    coloured(tmp_path, "all", {name: i for i, name in enumerate("abcdefghij")})
-    coloured(tmp_path, "numbered", {"3": 3, "7": 7})
+    colored(tmp_path, "all", {name: i for i, name in enumerate("abcdefghij")})
+    colored(tmp_path, "numbered", {"3": 3, "7": 7})
     for split in ("all", "numbered"):
         assert main([*command, "--data", str(tmp_path), "--split", split]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == 100
-    coloured(tmp_path, "few", {"a": 0, "b": 1})
+    colored(tmp_path, "few", {"a": 0, "b": 1})
     assert main([*command, "--data", str(tmp_path), "--split", "few"]) == 2
     assert "must have all 10 classes of" in caplog.text
 
@@ -125,14 +125,14 @@ def test_weights_without_names_need_all_classes_or_indices(run, right, tmp_path,
     ],
 )  # fmt: skip
 def test_an_ambiguous_order_of_classes_is_a_warning(tmp_path, caplog, kind, names, warning):
-    coloured(tmp_path, "val", dict.fromkeys(names, 0))
+    colored(tmp_path, "val", dict.fromkeys(names, 0))
     dataset = build_dataset(Data(root=str(tmp_path), kind=kind), "val", False, 2)
     set_labels(dataset, None, "weights.pth", 10)
     (line,) = [record.getMessage() for record in caplog.records] or [None]
     assert line is None if warning is None else re.search(warning, line)
 
 
-def test_a_subset_of_imagenet_is_labelled_by_synsets():
+def test_a_subset_of_imagenet_is_labeled_by_synsets():
     dataset = FakeData(size=1)
     dataset.class_to_idx = {"n01443537": 0, "n02102040": 1}  # goldfish and English springer
     set_labels(dataset, None, "flash_internimage_tiny", 1000)

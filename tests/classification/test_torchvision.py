@@ -1,4 +1,4 @@
-"""Tests of torchvision data sets: splits, colours, classes and damaged files."""
+"""Tests of torchvision datasets: splits, colors, classes and damaged files."""
 
 import shutil
 import struct
@@ -21,8 +21,8 @@ COUNTS = {"train": 12, "t10k": 6}
 
 
 @pytest.fixture
-def grey(tmp_path):
-    """Write random images as MNIST and the data sets that share its format."""
+def gray(tmp_path):
+    """Write random images as MNIST and the datasets that share its format."""
     generator = np.random.default_rng(0)
     for name in ("MNIST", "KMNIST", "FashionMNIST"):
         (tmp_path / name / "raw").mkdir(parents=True)
@@ -55,11 +55,11 @@ class TestBasic:
         ("split", "is_train"),
         [("train", True), ("training", True), ("test", False), ("val", False), ("eval", False)],
     )
-    def test_greyscale_images_of_the_split_are_converted_to_rgb(
-        self, grey, kind, own, split, is_train
+    def test_grayscale_images_of_the_split_are_converted_to_rgb(
+        self, gray, kind, own, split, is_train
     ):
-        expected = own(str(grey), train=is_train)
-        dataset = build(grey, kind, split)
+        expected = own(str(gray), train=is_train)
+        dataset = build(gray, kind, split)
         assert len(dataset) == COUNTS["train" if is_train else "t10k"]
         assert class_to_index(dataset) == expected.class_to_idx
         for i, (image, label) in enumerate(expected):
@@ -83,9 +83,9 @@ class TestBasic:
             build(tmp_path, f"torch/{name}", "train")
 
     @pytest.mark.parametrize(("val_split", "is_same"), [("training", True), ("val", False)])
-    def test_two_names_for_the_same_split_are_a_warning(self, grey, caplog, val_split, is_same):
-        data = Data(root=str(grey), kind="torch/mnist", val_split=val_split)
-        sets = [build(grey, data.kind, split) for split in (data.train_split, data.val_split)]
+    def test_two_names_for_the_same_split_are_a_warning(self, gray, caplog, val_split, is_same):
+        data = Data(root=str(gray), kind="torch/mnist", val_split=val_split)
+        sets = [build(gray, data.kind, split) for split in (data.train_split, data.val_split)]
         warn_of_shared_images(data, *sets)
         assert ("contain the same images" in caplog.text) == is_same
 

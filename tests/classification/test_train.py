@@ -118,7 +118,7 @@ def test_accumulated_batches_equal_one_large_batch(
 def test_two_processes_equal_one_with_the_combined_batch(
     settings, config, tmp_path, no_batch_norm, deterministic_images
 ):
-    # Adam's normalisation would amplify rounding errors of near-zero gradients.
+    # Adam's normalization would amplify rounding errors of near-zero gradients.
     same = {
         "augmentation": deterministic_images,
         "model": {**settings["model"], "drop_path_rate": 0.0},

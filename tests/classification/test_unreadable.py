@@ -137,7 +137,7 @@ class TestKinds:
             image.convert("RGB").save(path.with_suffix(".qoi"))
         qoi = path.with_suffix(".qoi")
         path.unlink()
-        qoi.rename(path)  # Pillow recognises the format by the contents.
+        qoi.rename(path)  # Pillow recognizes the format by the contents.
         path.write_bytes(path.read_bytes()[:40])
         dataset = dataset_of(root)
         assert sum(dataset[i][1] == SKIPPED for i in range(len(dataset))) == 1
@@ -230,7 +230,7 @@ class TestTars:
         end = last.offset_data + last.size
         for length in [0, 100, *range(512, end, 512), end]:
             tar.write_bytes(contents[:length])
-            with pytest.raises(ConfigError, match=r"val\.tar cannot be read as a data set: ."):
+            with pytest.raises(ConfigError, match=r"val\.tar cannot be read as a dataset: ."):
                 dataset_of(tar)
 
     @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def main(where: str) -> None:
             torch.use_deterministic_algorithms(deterministic)
             run_reference(inputs, form, operators)
     for levels in levels_outside_of_value():
-        for dtype in (torch.float32, torch.float64):  # specialised and generic kernels
+        for dtype in (torch.float32, torch.float64):  # specialized and generic kernels
             say(f"levels outside of value: {levels}, {dtype}")
             inputs = random_inputs(FOUR_LEVELS, points=4, head_channels=16).to(dtype)
             arguments = inputs.value, *levels, *inputs[3:5]

@@ -171,9 +171,9 @@ __global__ void throws(int* ended) {
   __syncthreads();
 }
 
-// Reads the neighbour's number, with or without a barrier between writing and reading.
+// Reads the neighbor's number, with or without a barrier between writing and reading.
 template <bool synced>
-__global__ void neighbour(int* out) {
+__global__ void neighbor(int* out) {
   const int i = threadIdx.x;
   shared<int>()[i] = i;
   if (synced) __syncwarp();
@@ -262,8 +262,8 @@ const std::map<std::string, void*> launchers = {
     KERNEL(read_shared),
     KERNEL(load_four),
     KERNEL(throws),
-    KERNEL(neighbour<true>),
-    KERNEL(neighbour<false>),
+    KERNEL(neighbor<true>),
+    KERNEL(neighbor<false>),
     KERNEL(next_warp<true>),
     KERNEL(next_warp<false>),
     KERNEL(record_turns),

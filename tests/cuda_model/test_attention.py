@@ -77,7 +77,7 @@ def assert_documented_accuracy(run: Run, inputs: Inputs, form: str) -> None:
 )
 @dtype_pairs
 @both_forms
-def test_sizes_with_specialised_kernels(
+def test_sizes_with_specialized_kernels(
     form, dtype, points_dtype, shapes, points, head_channels, queries, run
 ):
     sizes = {"heads": 3, "head_channels": head_channels, "queries": queries, "batch": 1}

@@ -273,7 +273,7 @@ def test_launches_from_other_threads():
     assert all((sums == 32).all() for sums in results)
 
 
-@pytest.mark.parametrize("kernel", ["neighbour", "next_warp"])
+@pytest.mark.parametrize("kernel", ["neighbor", "next_warp"])
 def test_orders_reveal_a_missing_barrier(kernel, set_order):
     def in_orders(kernel: str) -> list[Tensor]:
         results = []

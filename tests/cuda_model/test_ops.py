@@ -109,7 +109,7 @@ def assert_documented_accuracy(run: Run, tensors: Tensors, p: Parameters) -> Non
 @pytest.mark.parametrize("remove_center", [False, True])
 @pytest.mark.parametrize("group_channels", [16, 32, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_sizes_with_specialised_kernels(dtype, group_channels, remove_center, image_size, run):
+def test_sizes_with_specialized_kernels(dtype, group_channels, remove_center, image_size, run):
     p = Parameters(groups=3, remove_center=remove_center)
     tensors = random_tensors(p, 2, image_size, group_channels, steps_per_pixel=64).to(dtype)
     assert_documented_accuracy(run, tensors, p)

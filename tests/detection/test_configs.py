@@ -271,7 +271,7 @@ def test_test_data(recipe, config):
     assert config.val_evaluator == config.test_evaluator
 
 
-def test_images_are_normalised_and_padded_to_multiples_of_32(config):
+def test_images_are_normalized_and_padded_to_multiples_of_32(config):
     preprocessor = MODELS.build(config.model.data_preprocessor)
     assert preprocessor.mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
     assert preprocessor.std.flatten().tolist() == pytest.approx([58.395, 57.12, 57.375])

@@ -1,4 +1,4 @@
-"""Tests of the backbone: published values, names and initialisation, and timm's interface."""
+"""Tests of the backbone: published values, names and initialization, and timm's interface."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_model(**kwargs) -> FlashInternImage:
-    """Return a small model in eval mode with non-zero offsets, unlike a freshly initialised one."""
+    """Return a small model in eval mode with non-zero offsets, unlike a freshly initialized one."""
     torch.manual_seed(0)
     model = FlashInternImage(**{**SMALL, **kwargs})
     for module in model.modules():
@@ -51,7 +51,7 @@ def small_model(**kwargs) -> FlashInternImage:
 
 
 def meta_model(name: str, **kwargs) -> nn.Module:
-    """Return a registered model on the meta device, which skips the slow initialisation."""
+    """Return a registered model on the meta device, which skips the slow initialization."""
     with torch.device("meta"):
         return timm.create_model(name, **kwargs)
 
@@ -114,7 +114,7 @@ def test_input_gradient_equals_the_published_one(path, assert_near):
     assert_near(grad, torch.from_numpy(golden["grad_input_float64_only"]), 1e-9)
 
 
-# --- Published names, shapes and initialisation -------------------------------------------------
+# --- Published names, shapes and initialization -------------------------------------------------
 
 
 def shapes(model: nn.Module) -> list[tuple[str, list[int]]]:
@@ -170,7 +170,7 @@ def test_model_costs_the_published_macs(size):
 
 
 @pytest.mark.parametrize("style", "TL")
-def test_initialisation_is_distributed_as_published(style):
+def test_initialization_is_distributed_as_published(style):
     golden = read_json(f"schemas/init_stats_{style}_style.json")
     torch.manual_seed(0)
     model = FlashInternImage(**golden["config"])
@@ -317,7 +317,7 @@ def test_reset_classifier_applies_the_requested_pooling():
     assert model(x).equal(feature_map)
 
 
-def test_reset_classifier_keeps_dtype_and_published_initialisation():
+def test_reset_classifier_keeps_dtype_and_published_initialization():
     model = small_model().double()
     model.reset_classifier(1000)
     assert model.head.weight.dtype == torch.float64
@@ -486,9 +486,9 @@ def test_gradient_checkpointing_recomputes_blocks():
     assert len(calls) == 12 + 4
 
 
-@pytest.mark.parametrize("regularisation", ["drop_path_rate", "drop_rate"])
-def test_regularisation_applies_only_in_training(regularisation):
-    plain, model = small_model(), small_model(**{regularisation: 0.5})
+@pytest.mark.parametrize("regularization", ["drop_path_rate", "drop_rate"])
+def test_regularization_applies_only_in_training(regularization):
+    plain, model = small_model(), small_model(**{regularization: 0.5})
     x = images(4, 3, 64, 64)
     assert model(x).equal(plain(x))
     first, second = plain.train()(x), plain(x)

@@ -36,7 +36,7 @@ WEIGHTS = {"head.weight": torch.arange(6.0).view(2, 3), "head.bias": torch.ones(
 
 
 AVERAGED = ["state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema"]
-# Names used by other programs: any name with "ema", "swa" or "averaged" is recognised.
+# Names used by other programs: any name with "ema", "swa" or "averaged" is recognized.
 AVERAGED += [
     "swa_state_dict",
     "swa_model",
@@ -129,7 +129,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
-def test_wrappers_of_torch_and_timm_are_recognised(wrapper):
+def test_wrappers_of_torch_and_timm_are_recognized(wrapper):
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     assert_equal(clean_state_dict(WRAPPED[wrapper](model).state_dict()), model.state_dict())
 
@@ -438,7 +438,7 @@ def test_classifier_for_other_classes_keeps_its_initial_values(caplog):
     ]
 
 
-def test_every_classifier_of_a_timm_model_is_recognised(caplog):
+def test_every_classifier_of_a_timm_model_is_recognized(caplog):
     source, model = (
         timm.create_model("deit_tiny_distilled_patch16_224", num_classes=n, depth=1) for n in (7, 5)
     )

@@ -25,7 +25,7 @@ class TestWriteAtomically:
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]
 
-    def test_full_disk_is_recognised_as_the_cause_of_an_error_of_torch(self, tmp_path, monkeypatch):
+    def test_full_disk_is_recognized_as_the_cause_of_an_error_of_torch(self, tmp_path, monkeypatch):
         class Full:
             def write(self, data):
                 fill_disk(self.file)

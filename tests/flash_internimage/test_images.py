@@ -25,11 +25,11 @@ def refused(read, path, reason: str = "") -> None:
 
 def test_an_image_is_read_with_its_mode_and_size(tmp_path):
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    Image.fromarray(pixels).save(tmp_path / "grey.png")
-    image = read_image(tmp_path / "grey.png")
+    Image.fromarray(pixels).save(tmp_path / "gray.png")
+    image = read_image(tmp_path / "gray.png")
     assert image.mode == "L"
     np.testing.assert_array_equal(np.asarray(image), pixels)
-    assert read_size(tmp_path / "grey.png") == (3, 4)
+    assert read_size(tmp_path / "gray.png") == (3, 4)
 
 
 def test_an_error_names_a_stream_by_the_argument(tmp_path):
@@ -110,7 +110,7 @@ RAMP = np.arange(256).reshape(16, 16)
 )
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, ">u2"])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_greyscale_uses_the_full_range(tmp_path, pixels, expected, dtype, suffix):
+def test_16_bit_grayscale_uses_the_full_range(tmp_path, pixels, expected, dtype, suffix):
     if suffix == "png" and dtype == np.int32:
         dtype = np.uint16  # PNG has at most 16 bits
     side = int(pixels.size**0.5)
@@ -124,10 +124,8 @@ def test_16_bit_greyscale_uses_the_full_range(tmp_path, pixels, expected, dtype,
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
 def test_8_bit_modes_are_converted_as_pillow_does(mode):
-    colours = Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    )
-    image = colours.convert("P").convert(mode) if mode == "PA" else colours.convert(mode)
+    colors = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    image = colors.convert("P").convert(mode) if mode == "PA" else colors.convert(mode)
     np.testing.assert_array_equal(np.asarray(to_rgb(image)), np.asarray(image.convert("RGB")))
 
 

@@ -1,4 +1,4 @@
-"""Tests of the interfaces of timm, torchvision and torch, modelled on timm's own tests."""
+"""Tests of the interfaces of timm, torchvision and torch, modeled on timm's own tests."""
 
 import math
 
@@ -139,15 +139,15 @@ def on_meta_by_context(**kwargs):
     return model.to_empty(device="cpu")
 
 
-def without_initialisation(**kwargs):
+def without_initialization(**kwargs):
     return nn.utils.skip_init(FlashInternImage, **kwargs)
 
 
 @pytest.mark.parametrize(
-    "construct", [on_meta_by_argument, on_meta_by_context, without_initialisation]
+    "construct", [on_meta_by_argument, on_meta_by_context, without_initialization]
 )
 @STYLES
-def test_weights_can_be_initialised_later(construct, style):
+def test_weights_can_be_initialized_later(construct, style):
     model = construct(**SMALL, **style)
     for tensor in model.state_dict().values():
         tensor.fill_(99)

@@ -12,7 +12,7 @@ from tests.cuda_model.attention_cases import DTYPE_PAIRS
 from tests.cuda_model.test_attention import (  # noqa: F401
     test_other_sizes,
     test_queries_that_partially_fill_a_block,
-    test_sizes_with_specialised_kernels,
+    test_sizes_with_specialized_kernels,
     test_sums_in_a_fixed_order,
     test_unaligned_memory,
 )
@@ -149,7 +149,7 @@ def test_every_element_of_the_results_is_written(form, dtype, points_dtype, head
 
 @pytest.mark.parametrize("levels", ["tensors", "lists"])
 @both_forms
-def test_calls_do_not_synchronise_with_the_gpu(form, levels):
+def test_calls_do_not_synchronize_with_the_gpu(form, levels):
     inputs = encoder_inputs(torch.float16, torch.float32)
     if levels == "lists":
         inputs = inputs._replace(spatial_shapes=list(LEVELS), level_start_index=None)

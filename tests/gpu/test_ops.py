@@ -12,7 +12,7 @@ from tests.cuda_model.test_ops import (  # noqa: F401
     test_images_that_partially_fill_a_block,
     test_more_images_than_the_grid_limit,
     test_other_sizes,
-    test_sizes_with_specialised_kernels,
+    test_sizes_with_specialized_kernels,
     test_unaligned_memory,
     test_values_up_to_99_8_percent_of_the_float16_maximum_do_not_overflow,
 )
@@ -186,7 +186,7 @@ def test_tensors_on_two_devices_are_rejected(device):
 
 
 @pytest.mark.parametrize("dtype", FAST_DTYPES)
-def test_calls_do_not_synchronise_with_the_gpu(dtype, device):
+def test_calls_do_not_synchronize_with_the_gpu(dtype, device):
     p = Parameters(groups=4)
     tensors = random_tensors(p, group_channels=16).to(dtype).to(device)
     torch.cuda.set_sync_debug_mode("error")

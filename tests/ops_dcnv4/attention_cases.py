@@ -65,7 +65,7 @@ def random_inputs(
     steps: int | None = None,
     seed: int = 0,
 ) -> Inputs:
-    """Draw normally distributed float64 tensors, with locations around the image centres.
+    """Draw normally distributed float64 tensors, with locations around the image centers.
 
     With `steps`, a power of two, locations are multiples of 1 / steps: exact in any dtype.
     """

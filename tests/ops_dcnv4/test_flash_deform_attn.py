@@ -145,7 +145,7 @@ def test_feature_maps_of_any_size_are_compiled_once():
     assert counter.frame_count == 1
 
 
-def test_initialisation_equals_that_of_deformable_detr():
+def test_initialization_equals_that_of_deformable_detr():
     layer = FlashDeformAttn(d_model=64, n_levels=2, n_heads=8, n_points=3)
     assert not layer.sampling_offsets.weight.any()
     offsets = layer.sampling_offsets.bias.detach().view(8, 2, 3, 2)

@@ -1,4 +1,4 @@
-"""Tests of the layers: equality with the published module, geometry, initialisation, training."""
+"""Tests of the layers: equality with the published module, geometry, initialization, training."""
 
 import copy
 import inspect
@@ -58,7 +58,7 @@ def test_published_module(path, dtype, tolerance, as_image, device, assert_near)
         assert_near(parameter.grad.cpu(), golden[f"grad.{name}"], tolerance)
 
 
-# Initialisation
+# Initialization
 
 
 def test_fresh_module_returns_its_output_bias():
@@ -149,7 +149,7 @@ SIZE = (9, 11)
 
 
 def at_window_centers(image: Tensor, module: DCNv4) -> Tensor:
-    """Sample an image at the window centres of a module.
+    """Sample an image at the window centers of a module.
 
     Args:
         image: Image with margins of 10 pixels (N, C, H + 20, W + 20).

@@ -367,7 +367,7 @@ def test_all_configs_but_one_resize_to_multiples():
     assert [name for name in RECIPES if RECIPES[name]["resize_to_multiple"] == "no"] == [UPERNET_T]
 
 
-def test_images_are_normalised_and_padded_to_the_crop(recipe, config):
+def test_images_are_normalized_and_padded_to_the_crop(recipe, config):
     preprocessor = MODELS.build(config.model.data_preprocessor)
     crop = int(recipe["crop"])
     image = torch.randint(256, (3, crop - 100, crop - 7), dtype=torch.uint8)

@@ -45,7 +45,7 @@ def ade(tmp_path_factory) -> Path:
         for folder in ("images", "annotations"):
             (root / folder / part).mkdir(parents=True)
         for name, image in images.items():
-            rows = (np.arange(image.shape[0]) % 151).astype(np.uint8)  # 0 is unlabelled
+            rows = (np.arange(image.shape[0]) % 151).astype(np.uint8)  # 0 is unlabeled
             truth = np.broadcast_to(rows[:, None], image.shape[:2])
             cv2.imwrite(str(root / "images" / part / f"{name}.jpg"), image)
             cv2.imwrite(str(root / "annotations" / part / f"{name}.png"), truth)

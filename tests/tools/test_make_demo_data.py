@@ -159,7 +159,7 @@ def test_annotations_match_the_drawn_digits(coco):
     assert np.median(likeness) > 0.4
 
 
-def test_masks_match_the_colours_of_the_image(coco):
+def test_masks_match_the_colors_of_the_image(coco):
     coco, folder = coco
     for annotation in coco.anns.values():
         if annotation["iscrowd"]:
@@ -238,9 +238,7 @@ def ade20k(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("split", "folder"), [("train", "training"), ("val", "validation")])
-def test_images_in_ade20k_layout_are_the_same_scenes_in_class_colours(
-    split, folder, scenes, ade20k
-):
+def test_images_in_ade20k_layout_are_the_same_scenes_in_class_colors(split, folder, scenes, ade20k):
     images = contents(ade20k / "images" / folder)
     assert set(images) == set(contents(scenes / split))
     colors = {}
@@ -348,5 +346,5 @@ def test_command_writes_the_named_data_set_once(arguments, name, root, tmp_path,
     monkeypatch.setattr(sys, "argv", ["make_demo_data", *arguments])
     monkeypatch.chdir(tmp_path)
     main()
-    main()  # The data set exists.
+    main()  # The dataset exists.
     assert written == [(name, root)]

@@ -33,7 +33,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL|CONFIG", help="timm model, or training config")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.crop_pct=0.9")
     parser.add_argument("--checkpoint", help="path or URL (default: the released weights)")
-    parser.add_argument("--data", help="root of the data set (default: from the config)")
+    parser.add_argument("--data", help="root of the dataset (default: from the config)")
     parser.add_argument("--split", help="split to evaluate (default: from the config)")
     parser.add_argument("--limit", type=int, metavar="N",
                         help="evaluate N evenly spaced images (default: all)")  # fmt: skip

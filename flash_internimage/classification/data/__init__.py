@@ -1,4 +1,4 @@
-"""Data sets, the classes of their images, and loaders with timm's transforms."""
+"""Datasets, the classes of their images, and loaders with timm's transforms."""
 
 from .classes import class_names, class_to_index, match_classes
 from .datasets import (

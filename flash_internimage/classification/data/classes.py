@@ -1,4 +1,4 @@
-"""Match the labels of a data set to the outputs of a model by class name."""
+"""Match the labels of a dataset to the outputs of a model by class name."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 
 
 def class_to_index(dataset: object) -> dict[str, int]:
-    """Return the class indices of a data set by class name; empty if it has no names."""
+    """Return the class indices of a dataset by class name; empty if it has no names."""
     source = getattr(dataset, "reader", dataset)
     for name in ("class_to_idx", "class_name_to_idx"):  # the second is that of timm's tar reader
         if getattr(source, name, None):
@@ -34,13 +34,13 @@ def class_names(dataset: object, num_classes: int) -> list[str]:
         num_classes: Number of classes of the model.
 
     Raises:
-        ConfigError: If the data set has more classes than the model, or only one.
+        ConfigError: If the dataset has more classes than the model, or only one.
     """
     class_to_idx = class_to_index(dataset)
     if len(class_to_idx) > num_classes:
         raise ConfigError(
             f"model.num_classes must be at least {len(class_to_idx)}, the number of classes of the "
-            f"data set, got {num_classes}"
+            f"dataset, got {num_classes}"
         )
     if len(class_to_idx) == 1:
         raise ConfigError(
@@ -49,7 +49,7 @@ def class_names(dataset: object, num_classes: int) -> list[str]:
     if class_to_idx and len(class_to_idx) < num_classes:
         _logger.log(
             on_first(logging.WARNING),
-            "the data set has %d classes, mapped to the first of the model's %d outputs",
+            "the dataset has %d classes, mapped to the first of the model's %d outputs",
             len(class_to_idx), num_classes,
         )  # fmt: skip
     names = {index: name for name, index in class_to_idx.items()}
@@ -57,17 +57,17 @@ def class_names(dataset: object, num_classes: int) -> list[str]:
 
 
 def match_classes(dataset: ImageSet, names: Sequence[str], source: str) -> None:
-    """Map the labels of a data set to the classes of a model by name, in place.
+    """Map the labels of a dataset to the classes of a model by name, in place.
 
-    The data set may lack classes, which is logged as a warning.
+    The dataset may lack classes, which is logged as a warning.
 
     Args:
-        dataset: Data set of timm or torchvision. Without class names, it keeps its labels.
+        dataset: Dataset of timm or torchvision. Without class names, it keeps its labels.
         names: Class names of the model, in the order of its outputs.
         source: Origin of the names, for error messages.
 
     Raises:
-        ConfigError: If a class of the data set is unknown, or two classes have the same name.
+        ConfigError: If a class of the dataset is unknown, or two classes have the same name.
     """
     class_to_idx = class_to_index(dataset)
     if not class_to_idx or list(names) == sorted(class_to_idx, key=class_to_idx.__getitem__):
@@ -75,7 +75,7 @@ def match_classes(dataset: ImageSet, names: Sequence[str], source: str) -> None:
     indices = {name: i for i, name in enumerate(names)}
     if unknown := [name for name in class_to_idx if name not in indices]:
         raise ConfigError(
-            f"the classes of the data set must be those of {source} ({_some(list(names))}), got "
+            f"the classes of the dataset must be those of {source} ({_some(list(names))}), got "
             f"{len(unknown)} others: {_some(unknown)}"
         )
     if len(indices) < len(names):
@@ -83,7 +83,7 @@ def match_classes(dataset: ImageSet, names: Sequence[str], source: str) -> None:
     if missing := [name for name in names if name not in class_to_idx]:
         _logger.log(
             on_first(logging.WARNING),
-            "the data set has %d of the %d classes of %s, missing: %s",
+            "the dataset has %d of the %d classes of %s, missing: %s",
             len(class_to_idx), len(names), source, _some(missing),
         )  # fmt: skip
     table = {class_to_idx[name]: indices[name] for name in class_to_idx}
@@ -103,11 +103,11 @@ def names_of(checkpoint: Mapping[str, Any]) -> list[str] | None:
 
 
 def describe_other_classes(checkpoint: Sequence[str], data: Sequence[str]) -> str | None:
-    """Describe how the classes of a checkpoint and a data set differ; None if they are equal.
+    """Describe how the classes of a checkpoint and a dataset differ; None if they are equal.
 
     Args:
         checkpoint: Class names of the checkpoint, in the order of its outputs.
-        data: Class names of the data set, in the order of its labels.
+        data: Class names of the dataset, in the order of its labels.
     """
     checkpoint, data = list(checkpoint), list(data)
     if checkpoint == data:
@@ -131,19 +131,19 @@ def describe_other_classes(checkpoint: Sequence[str], data: Sequence[str]) -> st
 
 
 def set_labels(dataset: ImageSet, names: list[str] | None, source: str, num_classes: int) -> None:
-    """Map the labels of a data set to the classes of a model, in place.
+    """Map the labels of a dataset to the classes of a model, in place.
 
-    For weights without class names, the classes of the data set may be named by ImageNet synset or
+    For weights without class names, the classes of the dataset may be named by ImageNet synset or
     by class index. Otherwise they are taken in their order.
 
     Args:
-        dataset: Data set of timm or torchvision.
+        dataset: Dataset of timm or torchvision.
         names: Class names of the model, in the order of its outputs; None if unknown.
         source: Origin of the names or weights, for error messages.
         num_classes: Number of classes of the model.
 
     Raises:
-        ConfigError: If the number of names differs from the number of classes, or the data set has
+        ConfigError: If the number of names differs from the number of classes, or the dataset has
             a class that the model does not know or, without names, another number of classes.
     """
     if names is not None and len(names) != num_classes:
@@ -158,7 +158,7 @@ def set_labels(dataset: ImageSet, names: list[str] | None, source: str, num_clas
         match_classes(dataset, names, source)
     elif own and len(own) != num_classes:
         raise ConfigError(
-            f"the data set must have all {num_classes} classes of {source}, which has no class "
+            f"the dataset must have all {num_classes} classes of {source}, which has no class "
             f"names, got {len(own)}"
         )
     elif own:

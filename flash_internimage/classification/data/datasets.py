@@ -1,4 +1,4 @@
-"""Data sets of timm, torchvision, folders and tar files that skip unreadable images."""
+"""Datasets of timm, torchvision, folders and tar files that skip unreadable images."""
 
 import importlib.util
 import itertools
@@ -53,7 +53,7 @@ _PACKAGES = {
     "wds": ("webdataset", "webdataset"),
 }
 
-# torchvision's data sets that timm supports. For those with a training and a test split, timm would
+# torchvision's datasets that timm supports. For those with a training and a test split, timm would
 # return the test split for every name that is not in `_TRAIN_NAMES`.
 _TRAIN_AND_TEST = ("cifar10", "cifar100", "fashion_mnist", "kmnist", "mnist", "qmnist")
 _TORCHVISION = (
@@ -104,10 +104,10 @@ class SkippingImageDataset(ImageDataset):
     """timm ImageDataset that skips unreadable images, logs their paths and counts them.
 
     In training, they are replaced by the next readable image; in evaluation, by a black image
-    labelled `SKIPPED`, so that no image counts twice.
+    labeled `SKIPPED`, so that no image counts twice.
 
     Args:
-        reader: Reader of timm, or data set of torchvision.
+        reader: Reader of timm, or dataset of torchvision.
         is_training: Whether the images are used for training.
         max_corrupt: Number of unreadable images that are tolerated.
     """
@@ -155,7 +155,7 @@ class SkippingImageDataset(ImageDataset):
                 return to_rgb(read_image(source, name)), target
             source, target = self.reader[index]
             with source:
-                # torchvision's data sets return images, all others binary streams.
+                # torchvision's datasets return images, all others binary streams.
                 is_image = isinstance(source, Image.Image)
                 image = source if is_image else read_image(source, name)
                 return to_rgb(image), _checked_label(target)
@@ -207,7 +207,7 @@ class SkippingStream(IterableImageDataset):
     """timm IterableImageDataset that skips unusable images; its reader decodes them.
 
     Images that cannot be resized within bounded memory or converted to RGB are skipped in training
-    and labelled `SKIPPED` in evaluation. In training, the reader distributes the images over the
+    and labeled `SKIPPED` in evaluation. In training, the reader distributes the images over the
     processes. In evaluation, each process reads all images and yields its share, none twice.
 
     Args:
@@ -264,7 +264,7 @@ def _placeholder() -> Image.Image:
 
 
 def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) -> ImageSet:
-    """Build the data set of a split, without a transform.
+    """Build the dataset of a split, without a transform.
 
     Args:
         data: Settings of the data.
@@ -291,7 +291,7 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
         dataset = _build(data, split, is_training, batch_size)
     except Exception as error:  # timm, tarfile and other packages raise errors of any type
         raise ConfigError(
-            f"data.root={source} cannot be read as a data set"
+            f"data.root={source} cannot be read as a dataset"
             f"{f' of data.kind={data.kind}' if data.kind else ''}: {one_line(error)}"
         ) from error
     if isinstance(dataset, IterableImageDataset):
@@ -300,7 +300,7 @@ def build_dataset(data: Data, split: str, is_training: bool, batch_size: int) ->
 
 
 def _build(data: Data, split: str, is_training: bool, batch_size: int) -> Any:
-    """Return a map-style reader of images, or the data set of a stream."""
+    """Return a map-style reader of images, or the dataset of a stream."""
     source = source_of(data, split)
     if _is_folder_kind(data):
         if data.kind or source.is_dir():
@@ -316,7 +316,7 @@ def _build(data: Data, split: str, is_training: bool, batch_size: int) -> Any:
         # Readers of other streams return images in their own mode, for to_rgb.
         input_img_mode="RGB" if data.kind.lower().startswith("tfds/") else "",
     )
-    if hasattr(dataset, "loader"):  # data sets of torchvision that read files
+    if hasattr(dataset, "loader"):  # datasets of torchvision that read files
         dataset.loader = read_image
     if hasattr(dataset, "wnid_to_idx"):  # ImageNet, where each class has several names
         dataset.class_to_idx = dataset.wnid_to_idx
@@ -335,7 +335,7 @@ def _is_folder_kind(data: Data) -> bool:
 
 
 def _torchvision_name(kind: str) -> str | None:
-    """Return the name of a torchvision data set as timm parses it; None for other kinds."""
+    """Return the name of a torchvision dataset as timm parses it; None for other kinds."""
     return kind.split("/", 2)[-1].lower() if kind.lower().startswith("torch/") else None
 
 
@@ -406,13 +406,13 @@ def _check_tar(path: Path) -> None:
 def warn_of_shared_images(data: Data, train_set: ImageSet, val_set: ImageSet) -> None:
     """Warn if the validation split contains training images.
 
-    Folders are compared image by image. For tar files and other map-style data sets, a sample is
+    Folders are compared image by image. For tar files and other map-style datasets, a sample is
     compared, which detects identical splits. For streams, only the names are compared.
 
     Args:
         data: Settings of the data.
-        train_set: Data set of the training split.
-        val_set: Data set of the validation split.
+        train_set: Dataset of the training split.
+        val_set: Dataset of the validation split.
     """
     train, val = (source_of(data, split) for split in (data.train_split, data.val_split))
     readers = [dataset.reader for dataset in (train_set, val_set)]
@@ -438,7 +438,7 @@ def warn_of_shared_images(data: Data, train_set: ImageSet, val_set: ImageSet) ->
 
 
 def _are_alike(one: ImageSet, other: ImageSet) -> bool:
-    """Return whether two data sets appear to contain the same images in the same order."""
+    """Return whether two datasets appear to contain the same images in the same order."""
     tars = [d.reader.root for d in (one, other) if isinstance(d.reader, ReaderImageInTar)]
     if tars:  # Reading images would open files that worker processes must not share.
         return len(tars) == 2 and start_of_file(tars[0]) == start_of_file(tars[1])

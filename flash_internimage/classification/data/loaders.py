@@ -21,7 +21,7 @@ from .datasets import ImageSet, SkippingImageDataset, SkippingStream
 
 
 def spread(length: int, limit: int | None) -> list[int]:
-    """Return at most `limit` evenly spaced indices, as data sets are often sorted by class."""
+    """Return at most `limit` evenly spaced indices, as datasets are often sorted by class."""
     limit = length if limit is None else min(limit, length)
     return [i * length // limit for i in range(limit)]
 
@@ -61,7 +61,7 @@ def train_transform(
     Args:
         data: Settings of the data.
         augmentation: Settings of the augmentation.
-        for_prefetcher: Leave normalisation and random erasing to timm's prefetcher.
+        for_prefetcher: Leave normalization and random erasing to timm's prefetcher.
 
     Raises:
         ConfigError: If timm does not accept a setting.
@@ -89,11 +89,11 @@ def train_transform(
 
 
 def eval_transform(data: Data, for_prefetcher: bool = False) -> Callable[[Image.Image], Any]:
-    """Build the transform that resizes the shorter side and takes the centre crop.
+    """Build the transform that resizes the shorter side and takes the center crop.
 
     Args:
         data: Settings of the data.
-        for_prefetcher: Leave normalisation to timm's prefetcher.
+        for_prefetcher: Leave normalization to timm's prefetcher.
     """
     return create_transform(
         data.image_size,
@@ -106,8 +106,8 @@ def eval_transform(data: Data, for_prefetcher: bool = False) -> Callable[[Image.
 
 
 def _uses_prefetcher(device: torch.device) -> bool:
-    # timm's prefetcher copies bytes to the GPU, and normalises and erases there. On the CPU, the
-    # data set does all of this, so that a resumed run repeats it exactly.
+    # timm's prefetcher copies bytes to the GPU, and normalizes and erases there. On the CPU, the
+    # dataset does all of this, so that a resumed run repeats it exactly.
     return device.type == "cuda"
 
 
@@ -182,7 +182,7 @@ def train_loader(
         world_size: Number of processes.
 
     Raises:
-        ConfigError: If the data set is smaller than one update or is a stream of unknown length,
+        ConfigError: If the dataset is smaller than one update or is a stream of unknown length,
             or if `data.workers` is 0 for `tfds/` on several processes.
     """
     is_stream = isinstance(dataset, SkippingStream)
@@ -239,7 +239,7 @@ def val_loader(
 ) -> DataLoader | PrefetchLoader:
     """Build the evaluation loader, which yields every image, or `limit` of them, exactly once.
 
-    Images are resized and centre-cropped.
+    Images are resized and center-cropped.
 
     Args:
         dataset: Split to evaluate; its transform is set.
@@ -251,7 +251,7 @@ def val_loader(
         limit: Maximum number of images, evenly spaced; None for all.
 
     Raises:
-        ConfigError: If there is a limit for a data set that is read as a stream.
+        ConfigError: If there is a limit for a dataset that is read as a stream.
     """
     if limit is not None and isinstance(dataset, SkippingStream):
         raise ConfigError(
@@ -278,6 +278,6 @@ def build_mixup(augmentation: Augmentation, num_classes: int) -> Mixup | None:
 
 
 def denormalize(image: torch.Tensor, data: Data) -> np.ndarray:
-    """Convert a normalised image (3, H, W) to an array (H, W, 3) with values in [0, 1]."""
+    """Convert a normalized image (3, H, W) to an array (H, W, 3) with values in [0, 1]."""
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (data.mean, data.std))
     return (image.cpu().float() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()

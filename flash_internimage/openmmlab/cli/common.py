@@ -69,7 +69,7 @@ def build_runner(cfg: Config) -> SafeRunner:
 
 
 def start_processes(cfg: Config) -> None:
-    """Initialise distributed processes if the config has a launcher.
+    """Initialize distributed processes if the config has a launcher.
 
     Raises:
         ValueError: If the launcher's environment variables are not set.

@@ -1,1 +1,1 @@
-"""Data sets that are validated before a run, and the transforms that read their files."""
+"""Datasets that are validated before a run, and the transforms that read their files."""

@@ -1,4 +1,4 @@
-"""Base class of the data sets."""
+"""Base class of the datasets."""
 
 import os
 from typing import Any
@@ -10,11 +10,11 @@ from .transforms import LoadCheckedImage
 
 
 class ReadableImages(BaseDataset):
-    """Base class of the data sets that reports image errors in one line with the file name.
+    """Base class of the datasets that reports image errors in one line with the file name.
 
     Args:
-        args: Arguments of the data set.
-        kwargs: Keyword arguments of the data set.
+        args: Arguments of the dataset.
+        kwargs: Keyword arguments of the dataset.
 
     Raises:
         ValueError: If `ann_file`, `data_root` or `data_prefix` is of the wrong type.

@@ -1,4 +1,4 @@
-"""COCO data sets that are validated before a run."""
+"""COCO datasets that are validated before a run."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .coco_annotations import check_annotations, parse_json
 from .files import find_missing, is_local
 from .transforms import check_size
 
-# Metainfo of data sets whose labels follow the order of their classes, not that of the file.
+# Metainfo of datasets whose labels follow the order of their classes, not that of the file.
 LABELS_FOLLOW_CLASSES = "labels_follow_classes"
 _TRACE = 0.01  # Leaving out a larger share is a warning.
 
@@ -262,7 +262,7 @@ def _misses_box(annotation: dict, height: int, width: int) -> bool:
         lowest = [min(min(polygon[i::2]) for polygon in polygons) for i in (0, 1)]
         highest = [max(max(polygon[i::2]) for polygon in polygons) for i in (0, 1)]
         bounds = [*lowest, highest[0] - lowest[0], highest[1] - lowest[1]]
-    # Polygons may connect pixel centres, so each side may be 1 longer.
+    # Polygons may connect pixel centers, so each side may be 1 longer.
     (x, y, w, h), (left, top, box_width, box_height) = bounds, annotation["bbox"]
     across = min(x + w, left + box_width) - max(x, left) + 1
     down = min(y + h, top + box_height) - max(y, top) + 1

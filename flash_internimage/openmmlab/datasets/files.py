@@ -1,4 +1,4 @@
-"""Files of data sets: where they are, which of them exist, and whether their names are unique."""
+"""Files of datasets: where they are, which of them exist, and whether their names are unique."""
 
 import os
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ def require_unique_names(dataset: Any, argument: str, suffixes: bool = False) ->
     """Require that results of all images can be written to files named after them.
 
     Args:
-        dataset: mmengine data set, or a wrapper of one or several.
+        dataset: mmengine dataset, or a wrapper of one or several.
         argument: Name of the setting that writes the files, for the error.
         suffixes: Whether the names keep the suffixes of the images.
 

@@ -29,7 +29,7 @@ def read_labels(info: dict[str, Any]) -> np.ndarray:
     """Read the label map of an image as class indices.
 
     Args:
-        info: Entry of a data set of this module or of mmseg. mmseg's do not contain the number of
+        info: Entry of a dataset of this module or of mmseg. mmseg's do not contain the number of
             classes: without a `label_map`, all values up to 255 are accepted.
 
     Returns:
@@ -87,17 +87,17 @@ class Palettes:
     """Compare the palettes of label maps."""
 
     def __init__(self) -> None:
-        self.colours: dict[int, tuple[int, ...]] = {}
+        self.colors: dict[int, tuple[int, ...]] = {}
         self.others: list[str] = []
 
     def add(self, image: Image.Image, path: str) -> None:
-        """Record the colours of a label map, or its path if they differ from those recorded."""
+        """Record the colors of a label map, or its path if they differ from those recorded."""
         if image.mode != "P":
             return
-        colours = np.reshape(image.getpalette("RGB") or [], (-1, 3)).tolist()
+        colors = np.reshape(image.getpalette("RGB") or [], (-1, 3)).tolist()
         indices = np.unique(np.asarray(image)).tolist()
-        used = {i: tuple(colours[i]) for i in indices if i < len(colours)}
-        if any(self.colours.setdefault(i, colour) != colour for i, colour in used.items()):
+        used = {i: tuple(colors[i]) for i in indices if i < len(colors)}
+        if any(self.colors.setdefault(i, color) != color for i, color in used.items()):
             self.others.append(path)
 
 

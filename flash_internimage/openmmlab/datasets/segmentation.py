@@ -1,4 +1,4 @@
-"""Semantic segmentation data sets that are validated before a run."""
+"""Semantic segmentation datasets that are validated before a run."""
 
 import os
 from collections import Counter
@@ -27,7 +27,7 @@ class CheckedSegDataset(ReadableImages, BaseSegDataset):
     In training, images without a label map are left out and counted. In tests (`test_mode=True`)
     all files must exist and, according to their headers, have the size of their counterpart:
     results on only some of them would be misleading. In both cases, up to 200 label maps spread
-    over the data set are checked for values outside the classes, the others when they are read.
+    over the dataset are checked for values outside the classes, the others when they are read.
 
     `ignore_index` is the value of ignored pixels in the files. It is read as 255, which is always
     ignored, so that transforms, heads, losses and metrics keep their defaults.
@@ -94,7 +94,7 @@ class CheckedSegDataset(ReadableImages, BaseSegDataset):
             if folder is None and key == "seg_map_path" and self.test_mode:
                 raise ValueError(
                     "data_prefix must have seg_map_path, the folder of the label maps; to segment "
-                    "images without label maps, set type='BaseSegDataset' in the data set and "
+                    "images without label maps, set type='BaseSegDataset' in the dataset and "
                     "format_only=True in the evaluator"
                 )
             if folder is None or (self._is_local(folder) and not Path(folder).is_dir()):
@@ -175,7 +175,7 @@ class CheckedSegDataset(ReadableImages, BaseSegDataset):
         if others:
             raise ValueError(
                 f"{len(others)} images of {folder} have label maps but do not end in img_suffix="
-                f"{self.img_suffix!r}, the first: {others[0]}; rename them, or use one data set "
+                f"{self.img_suffix!r}, the first: {others[0]}; rename them, or use one dataset "
                 "per suffix"
             )
         return sorted(skipped), sorted(unused)
@@ -203,7 +203,7 @@ class CheckedSegDataset(ReadableImages, BaseSegDataset):
         return None
 
     def _check_values(self, data_list: list[dict]) -> None:
-        """Check the values of label maps spread over the data set, and log a summary."""
+        """Check the values of label maps spread over the dataset, and log a summary."""
         some = data_list[:: -(-len(data_list) // _CHECKED_AT_START)]
         counts = np.zeros(256, np.int64)
         palettes, unreadable = Palettes(), []
@@ -240,7 +240,7 @@ class CheckedSegDataset(ReadableImages, BaseSegDataset):
             doubts.append("reduce_zero_label=True ignores 0, and 1 is the first class")
         if palettes.others:
             doubts.append(
-                f"{len(palettes.others)} have different colours for the same values, such as "
+                f"{len(palettes.others)} have different colors for the same values, such as "
                 f"{palettes.others[0]}"
             )
         facts = [

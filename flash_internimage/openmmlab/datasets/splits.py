@@ -13,7 +13,7 @@ def warn_of_shared_images(train: Any, val: Any) -> None:
     """Warn if validation images are also trained on.
 
     Args:
-        train: Data set of mmengine, or a wrapper around one or several.
+        train: Dataset of mmengine, or a wrapper around one or several.
         val: Likewise.
     """
     trained = set(_real_paths(_image_paths(train)))
@@ -21,7 +21,7 @@ def warn_of_shared_images(train: Any, val: Any) -> None:
     if shared := sorted(trained & validated):
         log_warning(
             f"{len(shared)} of the {len(validated)} images of val_dataloader are also in "
-            f"train_dataloader, the first: {shared[0]}; the metrics do not measure generalisation "
+            f"train_dataloader, the first: {shared[0]}; the metrics do not measure generalization "
             "to new images"
         )
 

@@ -63,7 +63,7 @@ class LoadCheckedImage(LoadImageFromFile):
 
     - A photograph with an EXIF orientation is read rotated or as stored, whichever has the size of
       the annotations or the label map, and rotated if both have.
-    - 16-bit greyscale keeps its full range, see :func:`flash_internimage.images.to_rgb`.
+    - 16-bit grayscale keeps its full range, see :func:`flash_internimage.images.to_rgb`.
 
     Without a path it accepts an array, like :class:`LoadCheckedArray`, because the inference
     functions of mmdet and mmseg choose a loader by the first image and keep it in later calls.
@@ -165,7 +165,7 @@ class LoadCheckedArray(LoadCheckedImage):
     """Load an image from an array, as LoadCheckedImage does from a file.
 
     The safe readers register it under the names LoadImageFromNDArray and InferencerLoader, which
-    the inference functions of mmdet and mmseg use. Greyscale is repeated in three channels, and 16
+    the inference functions of mmdet and mmseg use. Grayscale is repeated in three channels, and 16
     bits are reduced to 8, see :func:`flash_internimage.images.to_8_bits`. With
     `color_type='unchanged'` any array is accepted. Without an array, the image is loaded from a
     path.
@@ -247,7 +247,7 @@ class LoadReadableImage(LoadCheckedImage):
     """LoadCheckedImage that leaves unreadable images out of training.
 
     In training, an image that is unreadable or not of its annotated size is left out with a
-    warning, and the data set draws another one. In tests (`test_mode=True` in the data sets of this
+    warning, and the dataset draws another one. In tests (`test_mode=True` in the datasets of this
     package) it is an error.
 
     Args:
@@ -307,11 +307,11 @@ class LoadCheckedAnnotations(BaseTransform):
     """Load a label map, as mmseg's LoadAnnotations does, and validate it.
 
     In training, a label map that is unreadable or not of the size of its image is left out with a
-    warning, and the data set draws another image. In tests it is an error, as it is with mmseg's
-    own data sets, whose entries do not distinguish training from tests.
+    warning, and the dataset draws another image. In tests it is an error, as it is with mmseg's
+    own datasets, whose entries do not distinguish training from tests.
 
     Values outside the classes are always an error, because on a GPU they would fail an assertion
-    that names no file. mmseg's own data sets do not provide the number of classes for this check,
+    that names no file. mmseg's own datasets do not provide the number of classes for this check,
     unless they select some of their classes.
 
     Images without a label map, as in mmseg's inference, are passed on unchanged.
@@ -327,7 +327,7 @@ class LoadCheckedAnnotations(BaseTransform):
         """Add `gt_seg_map` to `results`.
 
         Args:
-            results: Entry of a data set of this module or of mmseg, with the image's `ori_shape`.
+            results: Entry of a dataset of this module or of mmseg, with the image's `ori_shape`.
 
         Raises:
             ValueError: If the label map cannot be used.

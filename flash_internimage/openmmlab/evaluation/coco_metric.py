@@ -65,7 +65,7 @@ class _Checked(CocoMetric):
 
     @property
     def dataset_meta(self) -> dict | None:
-        """Metainfo of the data set, such as its class names."""
+        """Metainfo of the dataset, such as its class names."""
         return self._dataset_meta
 
     @dataset_meta.setter
@@ -75,13 +75,13 @@ class _Checked(CocoMetric):
             self._category_ids(warn=True)
 
     def check_run(self, model: nn.Module, dataset: Any) -> None:
-        """Check that a model can be evaluated on a data set.
+        """Check that a model can be evaluated on a dataset.
 
         SafeRunner calls this before the run starts.
 
         Args:
             model: Model that makes the predictions.
-            dataset: Data set of mmengine, or a wrapper around one or several.
+            dataset: Dataset of mmengine, or a wrapper around one or several.
 
         Raises:
             ValueError: If the model, the data and the annotation file do not fit together.
@@ -203,7 +203,7 @@ class _Checked(CocoMetric):
     def _category_ids(self, warn: bool = False) -> list[int]:
         """Return the category ids in the order of the labels."""
         ids = {category["name"]: i for i, category in self._coco_api.cats.items()}
-        # mmdet's ConcatDataset has a list if the metainfo of its data sets differs.
+        # mmdet's ConcatDataset has a list if the metainfo of its datasets differs.
         given = self.dataset_meta or {}
         first, *others = given if isinstance(given, list) else [given]
         classes: Any = first.get("classes")

@@ -43,7 +43,7 @@ class FlashMultiScaleDeformableAttention(MultiScaleDeformableAttention):
         self.to(dtype=dtype)
 
     def init_weights(self) -> None:
-        """Initialise the parameters as mmcv does, keeping their dtype."""
+        """Initialize the parameters as mmcv does, keeping their dtype."""
         super().init_weights()
         bias = self.sampling_offsets.bias  # mmcv replaces it with a float32 tensor.
         bias.data = bias.data.to(self.sampling_offsets.weight.dtype)

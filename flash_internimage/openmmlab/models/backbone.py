@@ -107,7 +107,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
             weights |= {name: weight for name, weight in own.items() if "gamma" in name}
         require_fit(own, weights)
         self.load_state_dict(weights)
-        log_info(f"backbone initialised from {source}")
+        log_info(f"backbone initialized from {source}")
         self.is_init = True
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:

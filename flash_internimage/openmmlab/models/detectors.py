@@ -36,7 +36,7 @@ class HalfWidthEncodingDINO(LoadsPublishedWeights, DINO):
         self.decoder.ref_point_head = _EveryOtherFrequency(2 * channels, channels, channels, 2)
 
     def init_weights(self) -> None:
-        """Initialise the weights, the query embeddings from a standard normal distribution."""
+        """Initialize the weights, the query embeddings from a standard normal distribution."""
         super().init_weights()
         nn.init.normal_(self.query_embedding.weight)  # mmdet 3: Xavier, much smaller
 

@@ -38,7 +38,7 @@ class CheckedEncoderDecoder(EncoderDecoder):
         if len(wrong):
             raise ValueError(
                 f"gt_sem_seg must contain classes from 0 to {classes - 1}, or {ignored} for "
-                f"ignored pixels, got {wrong[:10].tolist()}; the data sets read their ignore_index "
+                f"ignored pixels, got {wrong[:10].tolist()}; the datasets read their ignore_index "
                 "as 255"
             )
         return super().loss(inputs, data_samples)
@@ -75,7 +75,7 @@ class CombineFirstMask2FormerHead(LoadsPublishedWeights, Mask2FormerHead):
 
         Returns:
             Scores at the input size of the network, (N, classes, H, W). They are not negative, but
-            not normalised either.
+            not normalized either.
         """
         size = batch_img_metas[0]["img_shape"]
         if not isinstance(size, torch.Size):

@@ -1,4 +1,4 @@
-// Specialisations of simd.h for AVX2 and F16C.
+// Specializations of simd.h for AVX2 and F16C.
 #pragma once
 
 #include "cpu/simd.h"

@@ -1,4 +1,4 @@
-// Specialisations of simd.h for AVX-512.
+// Specializations of simd.h for AVX-512.
 #pragma once
 
 #include "cpu/simd.h"

@@ -10,9 +10,9 @@ namespace {
 template <typename acc_t>
 struct Dcnv4Sampler {
   int row_pixels;  // of an image
-  int reach;  // from a window's centre down to the first row that it does not read without offsets
+  int reach;  // from a window's center down to the first row that it does not read without offsets
   acc_t width, height;                   // of an image
-  int start_x, step_x, start_y, step_y;  // of the windows' centres
+  int start_x, step_x, start_y, step_y;  // of the windows' centers
   acc_t scale;
   const acc_t *grid_x, *grid_y;  // the window's regular grid
 

@@ -30,7 +30,7 @@ struct Dcnv4Tensors {
   scalar_t* grad_offset_mask;   // backward
 };
 
-// Locations and normalised weights have the accumulator's type. Weights are contiguous. Locations
+// Locations and normalized weights have the accumulator's type. Weights are contiguous. Locations
 // are Attention::location_stride apart from one (query, head) to the next.
 template <typename scalar_t>
 struct AttentionTensors {

@@ -23,7 +23,7 @@ inline void check_levels(const Attention& a, const at::Tensor& shapes, const at:
   }
 }
 
-// Contiguous, with locations and normalised weights in the accumulator's type.
+// Contiguous, with locations and normalized weights in the accumulator's type.
 struct DenseInputs {
   at::Tensor value, spatial_shapes, level_start_index, locations, weights;
 

@@ -1,4 +1,4 @@
-// Backward kernels, parameterised by the sampler of the operator.
+// Backward kernels, parameterized by the sampler of the operator.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Forward kernel, parameterised by the sampler of the operator.
+// Forward kernel, parameterized by the sampler of the operator.
 #pragma once
 
 #include <algorithm>

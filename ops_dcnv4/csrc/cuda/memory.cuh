@@ -1,4 +1,4 @@
-// Vectorised loads, stores and atomic additions.
+// Vectorized loads, stores and atomic additions.
 #pragma once
 
 #include <c10/util/BFloat16.h>

@@ -24,7 +24,7 @@ struct LevelTensors {
 constexpr int empty_height = -1;
 
 // In the fused form, locations and weights share a tensor, and the weights are logits to be
-// normalised by a softmax.
+// normalized by a softmax.
 template <typename S, typename point>
 struct MsDeformAttnSampler {
   using Compiled = S;
@@ -97,7 +97,7 @@ struct MsDeformAttnSampler {
   }
 
   // Returns a level, which has no pixels if it exceeds value. The host does not check the sizes,
-  // because it would have to synchronise.
+  // because it would have to synchronize.
   __device__ __forceinline__ Level<int, int> level_of(int level) const {
     const int64_t height = levels.shapes[2 * level], width = levels.shapes[2 * level + 1];
     const int64_t start = levels.starts[level];

@@ -47,7 +47,7 @@ Layout layout_of(const Sampler& sampler) {
 // Sizes of a call that determine its kernels.
 struct KernelSizes {
   int64_t group_channels;
-  int taps;          // 0 for windows without a specialised kernel
+  int taps;          // 0 for windows without a specialized kernel
   int64_t distance;  // largest offset within an image, in elements
 };
 

@@ -15,12 +15,12 @@ struct Tap {
 };
 
 // The pixels of a cell, as offsets in memory from the first pixel of the image. A pixel outside the
-// level is replaced by its neighbour inside, whose weight is then zero: loads need no branch, and
+// level is replaced by its neighbor inside, whose weight is then zero: loads need no branch, and
 // read no pixel that the sample does not depend on.
 template <typename index_t>
 struct CellOffsets {
   index_t first;         // of the top-left pixel; -1 if the tap reaches no pixel
-  index_t right, below;  // steps to the neighbours; 0 if there is none
+  index_t right, below;  // steps to the neighbors; 0 if there is none
 
   CellOffsets() = default;
   template <typename Math>

@@ -9,9 +9,9 @@
 namespace ops_dcnv4 {
 
 // A unit of work is one output pixel (or query) and one channel group (or head). The `lanes`
-// neighbouring threads of a unit hold up to 16 bytes of channels each. Each of them plans every
+// neighboring threads of a unit hold up to 16 bytes of channels each. Each of them plans every
 // lanes-th tap, and they exchange the plans in registers. A block processes the pixels of a tile,
-// and as many groups as fill a cache line of 128 bytes: warps read whole lines, and neighbours find
+// and as many groups as fill a cache line of 128 bytes: warps read whole lines, and neighbors find
 // each other's pixels in the L1 cache. Blocks are small, four warps for a tile of 4 x 4 pixels or
 // 16 queries, so that the small images of late stages are still distributed over many
 // multiprocessors. Tensor sizes only determine the grid. (Groups of more than 128 bytes have tiles

@@ -22,7 +22,7 @@ def offset_mask_channels(groups: int, taps: int) -> int:
 
 
 def reset_offset_mask(linear: nn.Linear, groups: int, taps: int, modulation: float) -> None:
-    """Initialise the prediction of `offset_mask`: zero offsets, constant modulation."""
+    """Initialize the prediction of `offset_mask`: zero offsets, constant modulation."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     if modulation:
@@ -31,7 +31,7 @@ def reset_offset_mask(linear: nn.Linear, groups: int, taps: int, modulation: flo
 
 
 def reset_projection(linear: nn.Linear) -> None:
-    """Initialise a projection as published: Xavier weights, zero bias."""
+    """Initialize a projection as published: Xavier weights, zero bias."""
     nn.init.xavier_uniform_(linear.weight)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

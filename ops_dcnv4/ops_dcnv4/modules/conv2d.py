@@ -88,7 +88,7 @@ class DCNv4Conv2d(NotScriptable):
                 f"got {offset_groups}"
             )
         self._window()  # Reject unsupported names of paddings.
-        # Further attributes of nn.Conv2d, which code that converts or summarises models reads.
+        # Further attributes of nn.Conv2d, which code that converts or summarizes models reads.
         self.padding_mode, self.transposed, self.output_padding = padding_mode, False, (0, 0)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -105,7 +105,7 @@ class DCNv4Conv2d(NotScriptable):
         return self.output_proj.bias
 
     def reset_parameters(self) -> None:
-        """Initialise the layer to average over its window."""
+        """Initialize the layer to average over its window."""
         taps = math.prod(self.kernel_size)
         reset_offset_mask(self.offset_mask, self.offset_groups, taps, modulation=1 / taps)
         reset_projection(self.value_proj)

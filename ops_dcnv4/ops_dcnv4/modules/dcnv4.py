@@ -17,7 +17,7 @@ class DCNv4(NotScriptable):
 
     Offsets and modulation are predicted from the input by a linear layer, optionally preceded by a
     depth-wise convolution. Argument names and state-dict keys are those of the published layer. As
-    published, offsets and modulation are initialised to zero: the operator of a fresh layer returns
+    published, offsets and modulation are initialized to zero: the operator of a fresh layer returns
     zeros, and the value projection receives no gradient in the very first step.
 
     Args:
@@ -32,11 +32,11 @@ class DCNv4(NotScriptable):
         dw_kernel_size: Odd kernel size of the depth-wise convolution before the offset prediction.
             None omits the convolution.
         center_feature_scale: Blend the output with the value by a learned gate per group.
-        remove_center: Omit the centre tap of the kernel.
+        remove_center: Omit the center tap of the kernel.
         output_bias: Add a learnable bias in the output projection.
         without_pointwise: Omit the value and output projections.
         initial_modulation: Initial value of the modulation scalars. With 1 / taps, a fresh layer
-            averages over its window, which helps where the published initialisation does not train.
+            averages over its window, which helps where the published initialization does not train.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
@@ -108,7 +108,7 @@ class DCNv4(NotScriptable):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as published; the depth-wise convolution is initialised like nn.Conv2d."""
+        """Initialize as published; the depth-wise convolution is initialized like nn.Conv2d."""
         if self.dw_kernel_size is not None:
             self.offset_mask_dw.reset_parameters()
         reset_offset_mask(self.offset_mask, self.group, self.taps, self.initial_modulation)
@@ -183,7 +183,7 @@ class DCNv4(NotScriptable):
         return input.unflatten(1, (height, width))
 
     def predict_offset_mask(self, x: Tensor) -> Tensor:
-        """Predict offsets and modulation at the centre of each output pixel's window.
+        """Predict offsets and modulation at the center of each output pixel's window.
 
         Args:
             x: Features of shape (N, H, W, C).

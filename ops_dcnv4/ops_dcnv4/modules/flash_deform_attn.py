@@ -58,7 +58,7 @@ class FlashDeformAttn(NotScriptable):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as in Deformable DETR.
+        """Initialize as in Deformable DETR.
 
         The points of each head start 1, 2, ... pixels away from the reference point, in one
         direction per head.
@@ -87,7 +87,7 @@ class FlashDeformAttn(NotScriptable):
             query: Queries of shape (N, Lq, C).
             reference_points: Points (x, y) of shape (N, Lq, L, 2), where (0, 0) is the top left
                 corner of the image and (1, 1) the bottom right corner, or boxes (x, y, w, h) of
-                shape (N, Lq, L, 4), where (x, y) is the centre and offsets are relative to the box
+                shape (N, Lq, L, 4), where (x, y) is the center and offsets are relative to the box
                 size. Points or boxes may be shared between images, queries or levels (a size of 1).
             input_flatten: Feature maps of shape (N, S, C), the levels concatenated.
             input_spatial_shapes: (H, W) of each level, of shape (L, 2).

@@ -1,4 +1,4 @@
-"""Write small images with label maps, and build the arguments of their data sets."""
+"""Write small images with label maps, and build the arguments of their datasets."""
 
 import struct
 import zlib
@@ -37,7 +37,7 @@ def pack_rows(values: np.ndarray, bits: int) -> list[bytes]:
 
 
 def write_grey_png(path: Path, values: np.ndarray, bits: int) -> None:
-    """Write greyscale of 2 or 4 bits, which Pillow does not support."""
+    """Write grayscale of 2 or 4 bits, which Pillow does not support."""
     height, width = values.shape
     with open(path, "wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")

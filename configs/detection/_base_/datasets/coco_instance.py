@@ -1,4 +1,4 @@
-# COCO 2017 with masks, at a single scale. The data preprocessor normalises and pads.
+# COCO 2017 with masks, at a single scale. The data preprocessor normalizes and pads.
 _base_ = "mmdet::_base_/datasets/coco_instance.py"
 dataset_type = "CheckedCocoDataset"
 train_pipeline = [

@@ -1,4 +1,4 @@
-# ADE20K, trained on crops of 512 x 512 and tested on whole images. The data preprocessor normalises
+# ADE20K, trained on crops of 512 x 512 and tested on whole images. The data preprocessor normalizes
 # and pads.
 data_root = "data/ade/ADEChallengeData2016"
 dataset_type = "CheckedADE20KDataset"

@@ -29,7 +29,7 @@ class CheckSegmentorHook(Hook):
     """Check settings before a run that would otherwise fail late or silently train incorrectly.
 
     The hook checks the classes of heads, losses and data, the ignore index and the padding of label
-    maps (255 in the data sets of this package), the sizes of crops and windows, and the metrics. It
+    maps (255 in the datasets of this package), the sizes of crops and windows, and the metrics. It
     tries the transforms on one image and, before training, the whole model on a black image.
 
     It replaces mmdet's NumClassCheckHook, which does not check tests.
@@ -39,7 +39,7 @@ class CheckSegmentorHook(Hook):
     """
 
     def before_run(self, runner: Runner) -> None:
-        """Check the model and all data sets that the run uses."""
+        """Check the model and all datasets that the run uses."""
         model = unwrap_model(runner.model)
         heads = {
             f"model.{name}": head
@@ -166,7 +166,7 @@ def _check_ignored(name: str, part: Any, classes: int) -> None:
                 continue
             raise ValueError(
                 f"{'.'.join(filter(None, (name, inner, key)))} must be {IGNORED}, which the data "
-                f"sets use for ignored pixels, got {value}; set ignore_index only in the data sets"
+                f"sets use for ignored pixels, got {value}; set ignore_index only in the datasets"
             )
 
 
@@ -210,8 +210,8 @@ def _try_transforms(split: str, dataset: Any) -> dict:
 def _check_batch(loader: Any, heads: dict[str, Any]) -> None:
     for name, head in heads.items():
         pooled = getattr(head, "psp_modules", nn.Module()).modules()
-        normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pooled)
-        if loader.batch_size == 1 and normalised and 1 in head.psp_modules.pool_scales:
+        normalized = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pooled)
+        if loader.batch_size == 1 and normalized and 1 in head.psp_modules.pool_scales:
             raise ValueError(
                 "train_dataloader.batch_size must be at least 2, got 1: batch norm cannot be "
                 f"trained on the single pixel to which {name} pools an image"

@@ -38,7 +38,7 @@ def describe_run(runner: Runner) -> dict[str, Any]:
 
 
 def compare_classes(checkpoint: Mapping, dataset: Any) -> tuple[str | None, bool]:
-    """Compare the class names of a checkpoint with those of a data set.
+    """Compare the class names of a checkpoint with those of a dataset.
 
     Returns:
         A phrase that describes the first difference, or None if there is none or one of them has no

@@ -35,7 +35,7 @@ from .resume import (
 
 @contextmanager
 def _building_loop(dataloader: str) -> Iterator[None]:
-    """Use the safe readers, and prefix errors about a data set with the name of its data loader."""
+    """Use the safe readers, and prefix errors about a dataset with the name of its data loader."""
     try:
         with safe_readers():
             yield
@@ -255,7 +255,7 @@ class SafeRunner(Runner):
             filename: Path, URL or name of released weights.
             map_location: See :func:`torch.load`.
             strict: Whether names and shapes must agree in training, too.
-            revise_keys: Unused; published names are recognised and converted.
+            revise_keys: Unused; published names are recognized and converted.
 
         Returns:
             The contents of the checkpoint, as loaded into the model.
@@ -307,7 +307,7 @@ class SafeRunner(Runner):
 
         Raises:
             FileNotFoundError: If the checkpoint does not exist.
-            ValueError: If the checkpoint is damaged, belongs to another model, optimizer, data set
+            ValueError: If the checkpoint is damaged, belongs to another model, optimizer, dataset
                 or kind of loop, or is past the end of this run.
         """
         self._resume = self._resuming = True

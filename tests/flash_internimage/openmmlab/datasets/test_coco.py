@@ -1,4 +1,4 @@
-"""Test COCO data sets with flawed annotations and images."""
+"""Test COCO datasets with flawed annotations and images."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def box(image_id: int, bbox: list[float], category: int = 1, **kwargs) -> dict:
 
 @pytest.fixture
 def write(tmp_path):
-    """Write images 1 to n and annotations, and return the arguments of the data set."""
+    """Write images 1 to n and annotations, and return the arguments of the dataset."""
 
     def write(annotations: list[dict], images: int = 3, **kwargs) -> dict:
         for i in range(1, images + 1):

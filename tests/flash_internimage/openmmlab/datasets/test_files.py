@@ -130,7 +130,7 @@ class TestArrays:
         return load
 
     @pytest.mark.parametrize("top", [200, 255, 4095, 65535])
-    def test_greyscale(self, top, load, tmp_path):
+    def test_grayscale(self, top, load, tmp_path):
         bits = max(8, top.bit_length())
         pixels = np.linspace(0, top, 30 * 40).astype(np.uint8 if bits == 8 else np.uint16)
         pixels = pixels.reshape(30, 40)
@@ -143,7 +143,7 @@ class TestArrays:
             assert results["img"].dtype == np.uint8
             assert results["img_shape"] == results["ori_shape"] == (30, 40)
 
-    def test_colour(self, load):
+    def test_color(self, load):
         image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
         np.testing.assert_array_equal(load(image)["img"], image)
         np.testing.assert_array_equal(load(image.astype(np.uint16) * 16 + 7)["img"], image)

@@ -1,4 +1,4 @@
-"""Test segmentation data sets with flawed label maps and images."""
+"""Test segmentation datasets with flawed label maps and images."""
 
 import logging
 import os

@@ -117,16 +117,16 @@ def test_label_maps_that_contain_only_ignored_values(reduce, test_mode, folder):
 
 
 def test_label_maps_with_different_palettes(folder, log):
-    colours = [[0, 0, 0], [200, 0, 0], [0, 200, 0]]
+    colors = [[0, 0, 0], [200, 0, 0], [0, 200, 0]]
     for i in range(1, 5):
         order = [0, 2, 1] if i == 3 else [0, 1, 2]
         image = Image.fromarray(label_map(0, 1, 2))
-        image.putpalette([value for k in order for value in colours[k]])
+        image.putpalette([value for k in order for value in colors[k]])
         image.save(folder / "labels" / f"{i}.png")
     CheckedSegDataset(**arguments(folder))
     assert log.records[-1].levelno == logging.WARNING
     assert log.messages[-1].endswith(
-        f"; 1 have different colours for the same values, such as {folder}/labels/3.png"
+        f"; 1 have different colors for the same values, such as {folder}/labels/3.png"
     )
 
 
@@ -258,7 +258,7 @@ def test_labels_in_palette_and_binary_images(folder):
 
 @both_modes
 @pytest.mark.parametrize("bits", [2, 4])
-def test_greyscale_of_few_bits_is_not_rescaled(bits, test_mode, folder):
+def test_grayscale_of_few_bits_is_not_rescaled(bits, test_mode, folder):
     highest = 2**bits - 1
     for i in range(1, 5):
         write_grey_png(folder / "labels" / f"{i}.png", label_map(0, 1, 2, highest), bits)
@@ -280,7 +280,7 @@ OF_MMSEG = [
 
 
 class TestDataSetsOfMmseg:
-    """mmseg's own data sets pass neither their classes nor their ignore index to transforms."""
+    """mmseg's own datasets pass neither their classes nor their ignore index to transforms."""
 
     @both_modes
     @pytest.mark.parametrize(("kind", "kwargs", "values"), OF_MMSEG)

@@ -39,7 +39,7 @@ def save(path, orientation: int, pixels: np.ndarray | None = None) -> None:
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Build a data set of one image with an object in its right third as stored."""
+    """Build a dataset of one image with an object in its right third as stored."""
     init_default_scope("mmdet")
 
     def build(orientation, size, loader, suffix="png", test_mode=False, **kwargs):
@@ -144,7 +144,7 @@ def test_exif_data_of_any_kind(tmp_path):
 
 
 class TestSixteenBits:
-    """Greyscale images keep their full range in pipelines and inferencers."""
+    """Grayscale images keep their full range in pipelines and inferencers."""
 
     @pytest.fixture(params=["png", "tiff"])
     def ramp(self, request, tmp_path) -> str:

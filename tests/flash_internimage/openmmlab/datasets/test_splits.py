@@ -16,7 +16,7 @@ class Images(BaseDataset):
 
 @pytest.fixture
 def images(tmp_path):
-    """Build data sets of images in two folders; b/link.png links to a/2.png, c to a."""
+    """Build datasets of images in two folders; b/link.png links to a/2.png, c to a."""
     for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

@@ -11,7 +11,7 @@ from flash_internimage.openmmlab.readers import read_checkpoint
 from tests.flash_internimage.openmmlab.small import Score
 
 
-class Normalised(BaseModel):
+class Normalized(BaseModel):
     def __init__(self):
         super().__init__()
         self.norm = nn.BatchNorm1d(3, momentum=0.5)
@@ -28,7 +28,7 @@ def _train(rank: int, folder: str, queue: mp.Queue) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    model = Normalised()
+    model = Normalized()
     loader = {
         "dataset": [{"inputs": torch.full((3,), float(i**2))} for i in range(8)],
         "batch_size": 2,

@@ -161,7 +161,7 @@ def write(tmp_path):
 
 
 def data(ann_file: str, kind: str = "CheckedCocoDataset", classes=("cat", "dog"), **settings):
-    """Build a data set for evaluation."""
+    """Build a dataset for evaluation."""
     folder = Path(ann_file).parent
     settings = {"data_root": str(folder), "data_prefix": {"img": ""}, "pipeline": []} | settings
     cfg = {"type": kind, "ann_file": ann_file, "metainfo": {"classes": classes}, "test_mode": True}
@@ -169,7 +169,7 @@ def data(ann_file: str, kind: str = "CheckedCocoDataset", classes=("cat", "dog")
 
 
 def perfect(dataset: BaseDataset, found=None) -> list[dict]:
-    """Return predictions equal to the annotations of some labels of the data set."""
+    """Return predictions equal to the annotations of some labels of the dataset."""
     samples = []
     for i in range(len(dataset)):
         info = dataset.get_data_info(i)

@@ -1,4 +1,4 @@
-"""Test FlashInternImage as built and initialised by OpenMMLab."""
+"""Test FlashInternImage as built and initialized by OpenMMLab."""
 
 import copy
 import json
@@ -331,7 +331,7 @@ def test_weights_are_loaded_once(weights, tmp_path):
     assert not model.patch_embed.conv1.bias.any()
 
 
-def test_detector_initialises_its_backbone(weights, tmp_path):
+def test_detector_initializes_its_backbone(weights, tmp_path):
     torch.save({"model": weights}, tmp_path / "backbone.pth")
     init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "backbone.pth")}
     config = {

@@ -288,7 +288,7 @@ def test_stock_dino_cannot_load_published_weights():
         load("dino", {**dino_config(), "type": "DINO"})
 
 
-def test_queries_of_dino_are_initialised_as_published():
+def test_queries_of_dino_are_initialized_as_published():
     torch.manual_seed(0)
     model = MODELS.build(ConfigDict(dino_config()))
     model.init_weights()

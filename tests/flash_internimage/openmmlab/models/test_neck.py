@@ -39,7 +39,7 @@ def convolution(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Normalise over the channels of each pixel."""
+    """Normalize over the channels of each pixel."""
     mean, variance = x.mean(1, keepdims=True), x.var(1, keepdims=True)
     x = (x - mean) / np.sqrt(variance + 1e-5)
     return x * weight[:, None, None] + bias[:, None, None]

@@ -26,7 +26,7 @@ def build(config: str) -> torch.nn.Module:
     cfg = Config.fromfile(CONFIGS / config)
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
-    for parameter in model.parameters():  # mmdet leaves some of them uninitialised
+    for parameter in model.parameters():  # mmdet leaves some of them uninitialized
         torch.nn.init.normal_(parameter)
     return model
 
