@@ -46,7 +46,8 @@ test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev $(VENV)/.cuda_model
 
 # At most two minutes on two cores: no slow tests, and none that need OpenMMLab, the emulator or a GPU.
 test-fast: $(VENV)/.package $(VENV)/.dev
-	$(PYTEST) -m 'not slow and not mm and not gpu' $(addprefix --ignore tests/,cuda_model detection gpu flash_internimage/openmmlab segmentation)
+	$(PYTEST) -m 'not slow and not mm and not gpu' \
+	  $(addprefix --ignore tests/,cuda_model detection flash_internimage/openmmlab gpu segmentation tools/test_zoo.py tools/test_zoo_entries.py)
 
 # The tests run the CUDA kernels, compiled as C++, on a serial emulator of CUDA.
 $(VENV)/.cuda_model: $(OPS_SOURCES) $(shell find tests/cuda_model -name '*.cpp' -o -name '*.h') $(VENV)/.package $(VENV)/.dev

@@ -17,14 +17,16 @@ MARKERS = {
     "flash_internimage/openmmlab": "mm",
     "gpu": "gpu",
     "segmentation": "mm",
+    "tools/test_zoo.py": "mm",
+    "tools/test_zoo_entries.py": "mm",
 }
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark tests by their folder."""
+    """Mark tests by their folder or module."""
     path = item.path.relative_to(Path(__file__).parent)
-    for folder, marker in MARKERS.items():
-        if path.is_relative_to(folder):
+    for part, marker in MARKERS.items():
+        if path.is_relative_to(part):
             item.add_marker(marker)
 
 

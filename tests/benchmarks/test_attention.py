@@ -176,6 +176,7 @@ def test_missing_cuda_operator_of_mmcv_is_skipped(version, dtype, reason, monkey
         run(DECODER.random_inputs(torch.float32, CPU))
 
 
+@pytest.mark.slow
 def test_run_accepts_both_kinds_of_shape(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
     monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)

@@ -70,6 +70,7 @@ def test_peak_memory_includes_weights_and_activations(monkeypatch):
     assert result["peak_bytes"] == pytest.approx(192 * 2**20, rel=0.4)
 
 
+@pytest.mark.slow
 def test_run_writes_table_json_and_chart(tmp_path, capsys):
     model.main([*TINY_RUN, "--batch-size", "2", "--output", str(tmp_path)])
     table = capsys.readouterr().out
@@ -88,6 +89,7 @@ def test_run_writes_table_json_and_chart(tmp_path, capsys):
         assert text not in json_file.read_text()
 
 
+@pytest.mark.slow
 def test_cell_of_a_failing_measurement_gives_the_reason(tmp_path, capsys):
     model.main([*TINY_RUN, "--batch-size", "1000000000000", "--output", str(tmp_path)])
     assert capsys.readouterr().out.count("(can't allocate memory)") == 2

@@ -213,6 +213,7 @@ def test_input_sets_exceed_twice_the_cache(monkeypatch):
     assert len(sets) * bytes_touched(sets[0])["forward"] >= 2 * 10**6
 
 
+@pytest.mark.slow
 def test_run_writes_table_json_and_chart(quick, publish, tmp_path, capsys):
     publish(factor=2)
     arguments = ["--shapes", "2x7x7x32", "1x8x7x32/32", "--dtypes", "float32", "bfloat16"]

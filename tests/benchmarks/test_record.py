@@ -17,6 +17,7 @@ def test_file_names_contain_the_machine_without_trademarks(tmp_path):
     assert record.machine_name({**machine, "gpu": "NVIDIA H200"}) == "NVIDIA H200"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
 def test_chart_of_published_results_can_be_drawn(file, tmp_path):
     copy = tmp_path / file.name
@@ -25,6 +26,7 @@ def test_chart_of_published_results_can_be_drawn(file, tmp_path):
     assert copy.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("benchmark", "count"), [("op", 30), ("model", 4)])
 def test_chart_of_an_interrupted_run_can_be_drawn(benchmark, count, tmp_path):
     results = json.loads(next(RESULTS.glob(f"{benchmark}_*.json")).read_text())

@@ -81,6 +81,7 @@ def test_overrides_take_precedence_over_the_file(yaml_file):
     assert cfg.model.args == {"cls_scale": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -32,6 +32,7 @@ def damaged(digits, tmp_path):
     return root
 
 
+@pytest.mark.slow
 def test_every_image_is_evaluated_once_by_any_number_of_processes(digits):
     data = Data(root=str(digits), image_size=32, workers=0)
     dataset = build_dataset(data, "val", False, 8)

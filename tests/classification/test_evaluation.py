@@ -56,6 +56,7 @@ def test_a_label_outside_the_classes_is_a_one_line_error(label):
         evaluate(nn.Identity(), DataLoader(data, 2), CPU)
 
 
+@pytest.mark.slow
 def test_evaluation_restores_training_mode(config, digits):
     model = build_model(config().model).train()
     data = Data(root=str(digits), image_size=32, workers=0)
@@ -64,6 +65,7 @@ def test_evaluation_restores_training_mode(config, digits):
     assert model.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weights", "column"), [("ema", "ema"), ("model", "val")])
 def test_the_command_reproduces_the_metrics_of_training(run, tmp_path, capsys, weights, column):
     arguments = [str(run / "config.yaml"), "--checkpoint", str(run / "last.pth"), "--workers", "0"]
@@ -99,6 +101,7 @@ def test_automatic_precision_depends_on_the_device(monkeypatch, amp, device, has
     assert resolve_amp(amp, torch.device(device)) == resolved
 
 
+@pytest.mark.slow
 def test_throughput_needs_no_data(run, capsys):
     assert main([str(run / "config.yaml"), "--throughput", "--batch-size", "2"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["images_per_second"] > 0
@@ -259,6 +262,7 @@ def test_unreadable_images_are_skipped(run, digits, tmp_path, capsys):
     assert (result["images"], result["corrupt"]) == (19, 1)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_images_and_report_once(run, digits, tmp_path, capfd):
     shutil.copytree(digits, tmp_path / "damaged")
     next((tmp_path / "damaged" / "val" / "3").iterdir()).write_text("not an image")

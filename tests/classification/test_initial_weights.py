@@ -89,6 +89,7 @@ def test_initial_weights_are_reordered_to_match_the_classes(change, checkpoint, 
     assert "are reordered to match the data (class 0 is 9 in the checkpoint" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_need_its_initial_weights(config, checkpoint, tmp_path):
     shutil.copy(checkpoint["between"], tmp_path / "initial.pth")
     cfg = config(

@@ -42,6 +42,7 @@ def colored(root, split: str, classes: dict[str, int]):
 DIGITS = {str(i): i for i in range(10)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_tar", [False, True])
 @pytest.mark.parametrize(
     ("lacking", "warning"),

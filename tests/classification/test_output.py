@@ -110,6 +110,7 @@ def test_an_empty_new_output_is_removed(tmp_path):
     assert (tmp_path / "empty").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_one_line_error_and_the_run_is_resumable(
     settings, tmp_path, caplog, capfd, limited_files
 ):
@@ -128,6 +129,7 @@ def test_a_full_disk_is_a_one_line_error_and_the_run_is_resumable(
     assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_warnings_from_before_the_run_are_in_the_log(settings, digits, tmp_path):
     """Overrides, data and initial weights are checked before the log is opened."""
     root = shutil.copytree(digits, tmp_path / "digits")

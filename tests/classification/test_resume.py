@@ -40,6 +40,7 @@ def stop_after(monkeypatch):
     return arm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("updates", [3, 5])  # within an epoch of 5 updates, and at its end
 def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
@@ -56,6 +57,7 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     assert metrics(whole.output) == metrics(stopped.output)
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     settings, config, tmp_path
 ):
@@ -70,6 +72,7 @@ def test_a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_cleanly(settings, tmp_path, number):
     settings["schedule"]["epochs"] = 1000
@@ -88,6 +91,7 @@ def test_a_signal_saves_and_exits_cleanly(settings, tmp_path, number):
     assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] >= 1
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again(config, monkeypatch):
     cfg = config()
     train(cfg)
@@ -95,12 +99,14 @@ def test_a_finished_run_is_not_trained_again(config, monkeypatch):
     train(cfg, resume="auto")
 
 
+@pytest.mark.slow
 def test_a_new_run_does_not_overwrite_an_old_one(config):
     train(config())
     with pytest.raises(ConfigError, match=r"last.pth exists: pass --resume auto"):
         train(config())
 
 
+@pytest.mark.slow
 def test_resuming_another_model_is_rejected(config, tmp_path):
     train(config())
     other = config(output=str(tmp_path / "other"), model={"args": {}})
@@ -112,6 +118,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_any_two_files_equals_an_uninterrupted_one(
     config, tmp_path, monkeypatch
 ):
@@ -149,6 +156,7 @@ def test_a_run_killed_between_any_two_files_equals_an_uninterrupted_one(
     assert not list((tmp_path / "killed").glob(".*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(None, 0.9), (0.9, None)])
 def test_ema_can_be_switched_when_resuming(config, before, after):
     train(config(ema_decay=before, schedule={"epochs": 1}))
@@ -188,6 +196,7 @@ def test_error_names_a_class_that_became_empty_before_resuming(change, digits, t
         build(cfg)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_a_run_of_one_process(settings, config, tmp_path):
     """Batch-norm statistics are averaged over processes; only one process reports an error."""
     trainer = build(config())
@@ -227,6 +236,7 @@ def test_two_processes_resume_a_run_of_one_process(settings, config, tmp_path):
     assert [row["epoch"] for row in metrics(tmp_path / "run")] == ["2"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_resumes_in_a_new_output(config, tmp_path, caplog):
     train(config())
     checkpoint = str(tmp_path / "run" / "last.pth")

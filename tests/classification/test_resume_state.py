@@ -42,6 +42,7 @@ def test_a_checkpoint_that_cannot_be_resumed_raises_one_error(config, tmp_path, 
         train(config(), resume="auto")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_own_optimizer_kernels(config, tmp_path):
     train(config())
     last = tmp_path / "run" / "last.pth"
@@ -163,6 +164,7 @@ def test_a_non_finite_best_accuracy_is_discarded(config, tmp_path, best):
     assert resumed.best_top1 == -math.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adafactor", "adan", "lars", "muon"])
 def test_a_state_of_another_shape_is_rejected_for_any_optimizer(config, name):
     betas = [0.9, 0.9, 0.9][: get_optimizer_info(name).num_betas]

@@ -77,6 +77,7 @@ class Numbers:
 
 
 class TestCompleteStreams:
+    @pytest.mark.slow
     @pytest.mark.parametrize("world_size", [1, 2, 3])
     def test_several_processes_evaluate_every_image_once(self, monkeypatch, world_size):
         seen = []

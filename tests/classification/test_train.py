@@ -29,6 +29,7 @@ def no_batch_norm(monkeypatch) -> None:
     monkeypatch.setattr(state, "build_model", without_batch_norm(state.build_model))
 
 
+@pytest.mark.slow
 def test_a_run_writes_checkpoints_metrics_and_pictures(config):
     cfg = config(schedule={"epochs": 3}, checkpoints={"every_epochs": 2})
     train(cfg)
@@ -47,6 +48,7 @@ def test_a_run_writes_checkpoints_metrics_and_pictures(config):
     assert yaml.safe_load((output / "config.yaml").read_text()) == last["config"]
 
 
+@pytest.mark.slow
 def test_training_reduces_the_loss(config, deterministic_images):
     cfg = config(augmentation=deterministic_images, schedule={"epochs": 8})
     train(cfg)
@@ -96,6 +98,7 @@ def test_too_many_corrupt_images_stop_the_run(config, tmp_path):
         train(config(data={"root": str(tmp_path / "broken"), "max_corrupt": 2}))
 
 
+@pytest.mark.slow
 def test_accumulated_batches_equal_one_large_batch(
     config, tmp_path, no_batch_norm, deterministic_images
 ):
@@ -115,6 +118,7 @@ def test_accumulated_batches_equal_one_large_batch(
         torch.testing.assert_close(accumulated[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_combined_batch(
     settings, config, tmp_path, no_batch_norm, deterministic_images
 ):
@@ -166,6 +170,7 @@ def test_gradient_clipping_bounds_the_norm(config):
     assert torch.stack(steps).norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_compile_and_gradient_checkpointing_are_enabled(config, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     trainer = Trainer(config(model={"compile": True, "grad_checkpointing": True}), CPU)
@@ -175,6 +180,7 @@ def test_compile_and_gradient_checkpointing_are_enabled(config, monkeypatch):
     assert not any("_orig_mod" in name for name in trainer.state_dict()["model"])
 
 
+@pytest.mark.slow
 def test_graphs_are_compiled_for_the_shape_of_their_batches(config, monkeypatch):
     symbolic = []
 

@@ -47,6 +47,7 @@ def skipped(caplog) -> list[str]:
 
 
 class TestCount:
+    @pytest.mark.slow
     @pytest.mark.parametrize("workers", [0, 2])
     def test_a_file_is_counted_and_logged_only_once(self, config, root, caplog, workers):
         first(root, "train", 3).write_text("no image")

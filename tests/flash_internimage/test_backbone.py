@@ -158,6 +158,7 @@ def test_drop_path_rises_as_published(size):
     assert rates == schema["drop_path_per_block"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", NAMES)
 def test_model_costs_the_published_macs(size):
     macs = read_json(f"schemas/cls_{size}.json")["macs"]
@@ -520,6 +521,7 @@ def test_memory_format_of_the_input_does_not_matter():
     torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), model(x))
 
 
+@pytest.mark.slow
 def test_export_with_dynamic_batch_and_size():
     model = small_model(depths=(1, 1), groups=(1, 2))
     dynamic = torch.export.Dim.AUTO
@@ -533,6 +535,7 @@ def test_export_with_dynamic_batch_and_size():
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.slow
 def test_compiled_model_equals_the_eager_one(assert_near):
     model = small_model(depths=(1, 1), groups=(1, 2)).double()
     x = images(2, 3, 32, 32).double()

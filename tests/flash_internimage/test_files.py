@@ -66,6 +66,7 @@ def hold(folder: Path, held) -> None:
 
 
 class TestOwnFolder:
+    @pytest.mark.slow
     def test_a_second_owner_is_rejected_until_the_first_is_killed(self, tmp_path):
         context = multiprocessing.get_context("spawn")
         held = context.Event()

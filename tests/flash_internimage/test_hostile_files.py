@@ -269,6 +269,7 @@ def rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes, int]]) 
             archive.writestr(*change(name, contents))
 
 
+@pytest.mark.slow
 def test_zip_bombs_are_not_unpacked(tmp_path):
     megabytes = 200
     bomb = bytes(megabytes << 20)

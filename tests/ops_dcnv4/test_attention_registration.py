@@ -46,6 +46,7 @@ def output_and_gradients(function, inputs: Inputs, form: str) -> tuple[Tensor, .
     return output.detach(), *torch.autograd.grad(output, leaves, inputs.grad_output)
 
 
+@pytest.mark.slow
 @both_forms
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_torch_compile_equals_eager(backend, form, device, assert_near):

@@ -146,6 +146,7 @@ def test_explanation_gives_the_reason_for_the_backend(
     assert dtype == "  dtype torch.float32: computes in float32"
 
 
+@pytest.mark.slow
 def test_explanation_names_what_selected_the_backend(monkeypatch):
     with use_backend("reference"):
         with use_backend("compiled"):
@@ -236,6 +237,7 @@ def run_with(backend: str, script: str = FORCED) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_environment_variable_forces_a_backend():
     assert is_compiled()
     result = run_with("reference")
@@ -244,6 +246,7 @@ def test_environment_variable_forces_a_backend():
     assert "OPS_DCNV4_BACKEND" in run_with("fastest").stderr
 
 
+@pytest.mark.slow
 def test_selecting_missing_compiled_kernels_is_an_error():
     script = (
         "import sys; sys.modules['ops_dcnv4._C'] = None\n"

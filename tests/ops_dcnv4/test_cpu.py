@@ -65,6 +65,7 @@ torch.save((*map(tuple, results), output), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_without_the_compiled_library(tmp_path, assert_near):
     p = Parameters(stride=(2, 1))
     tensors = random_tensors(p)
@@ -79,6 +80,7 @@ def test_without_the_compiled_library(tmp_path, assert_near):
     assert "pip install --no-build-isolation" in message
 
 
+@pytest.mark.slow
 def test_attention_without_the_compiled_library(tmp_path, assert_near):
     inputs = attention_cases.random_inputs()
     torch.save(tuple(inputs), tmp_path / "inputs")
@@ -96,6 +98,7 @@ def test_attention_without_the_compiled_library(tmp_path, assert_near):
     assert_near(under_autocast.float(), expected.float(), 1e-2)
 
 
+@pytest.mark.slow
 def test_the_sanitizer_inputs_run():
     command = [sys.executable, "-m", "tests.gpu.sanitize", "--device", "cpu"]
     subprocess.run(command, cwd=Path(__file__).parents[2], check=True)

@@ -26,6 +26,7 @@ class Dcnv4Layer(nn.Module):
         return dcnv4(value, offset_mask, *self.p)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("p", "dtype"),
     [(p, torch.float32) for p in VARIED.values()]
@@ -48,6 +49,7 @@ def sampling_layer() -> FlashDeformAttn:
     return layer
 
 
+@pytest.mark.slow
 def test_exported_layers_of_dynamic_sizes_are_decomposed(assert_near):
     n, length = torch.export.dims("n", "length")
     queries, points, pixels = {0: n, 1: length}, {0: n, 1: length}, {0: n}

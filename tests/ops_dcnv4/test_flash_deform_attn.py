@@ -121,6 +121,7 @@ def maps_and_queries(n: int, queries: int, height: int, width: int) -> tuple[tor
     return tuple(torch.rand(shape, dtype=torch.float64) for shape in shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_exports_with_dynamic_batch_queries_and_maps(strict):
     n, queries = torch.export.dims("n", "queries")

@@ -416,6 +416,7 @@ def test_conv2d_trains_in_a_sequential():
 # torch.compile, torch.export, autocast and copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "dynamic"), [({"center_feature_scale": True}, False), ({"stride": 2}, True)]
 )
@@ -479,6 +480,7 @@ def test_export_with_a_dynamic_length_requires_the_shape():
         export_with_dynamic_sizes(module, torch.ones(4, 25, 16), "nlc")
 
 
+@pytest.mark.slow
 def test_square_sequences_of_any_length_are_compiled_once():
     module = randomized(DCNv4(16, group=2))
     torch._dynamo.reset()

@@ -43,6 +43,7 @@ def assert_compiled_equals_eager(compiled, size, device, assert_near) -> None:
         assert_near(actual, expected, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_compile_equals_eager(dynamic, device, assert_near):
     torch._dynamo.reset()
@@ -53,6 +54,7 @@ def test_torch_compile_equals_eager(dynamic, device, assert_near):
     assert_compiled_equals_eager(compiled, (8, 9), device, assert_near)
 
 
+@pytest.mark.slow
 def test_torch_compile_with_inductor_equals_eager(device, assert_near):
     torch._dynamo.reset()
     quick = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False}

@@ -196,6 +196,7 @@ def checked_features(bodies: dict[str, str], name: str) -> set[str]:
 # Random calls
 
 
+@pytest.mark.slow
 def test_backends_agree_on_random_calls():
     counts = fuzz.run(range(400))
     for operator in ("dcnv4", "ms_deform_attn", "flash_deform_attn"):
@@ -207,6 +208,7 @@ def test_backends_agree_on_random_calls():
 LOWER = {"AVX2": {"default": "baseline"}, "AVX512": {"default": "baseline", "avx2": "avx2"}}
 
 
+@pytest.mark.slow
 def test_lower_instruction_sets_agree_on_random_calls():
     sets = LOWER.get(torch.backends.cpu.get_cpu_capability(), {"default": "baseline"})
     for highest, chosen in sets.items():

@@ -96,6 +96,7 @@ class TestCompiled:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         return kernels
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("dtype", "group_channels"), [(torch.bfloat16, 16), (torch.float64, 160)]
     )
@@ -105,6 +106,7 @@ class TestCompiled:
         assert all(kernel.asm["ptx"] for kernel in compiled)
         assert len(compiled) == 2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("dtype", "points_dtype"), [(torch.float16, torch.float32), (torch.float64, torch.float64)]
     )
@@ -114,6 +116,7 @@ class TestCompiled:
         assert all(kernel.asm["ptx"] for kernel in compiled)
         assert len(compiled) == 4
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("in_order")
     def test_deterministic_launches_use_one_thread_per_channel(self, compiled, grids, monkeypatch):
         monkeypatch.setattr(triton_kernels, "MAX_INT32", 0)
@@ -126,6 +129,7 @@ class TestCompiled:
         assert len(set(layouts)) == 1
 
 
+@pytest.mark.slow
 def test_in_the_interpreter():
     assert not INTERPRETED
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
