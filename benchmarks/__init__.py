@@ -1,1 +1,1 @@
-"""Programs that measure the operators and the models, and their published results."""
+"""Benchmarks of the operators and the models, and their published results."""

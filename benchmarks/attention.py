@@ -44,7 +44,7 @@ class Shape:
     form: ClassVar = "[Nx]dino-encoder or [Nx]dino-decoder, such as 2xdino-encoder"
     used_channels: ClassVar[dict[str, int]] = {}  # nothing is padded
     competitors: ClassVar[dict[str, Competitor]]  # the first is ours
-    references: ClassVar[list[Competitor]]  # their results are expected of the competitors
+    references: ClassVar[list[Competitor]]  # ground truth for the competitors
 
     @staticmethod
     def parse(text: str) -> "Shape | None":

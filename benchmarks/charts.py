@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from benchmarks.record import machine_name, write
 
 PASSES = ("forward", "backward", "forward+backward")
-FLOOR = "memory floor"
+FLOOR = "memory-bandwidth bound"
 
 
 def make_panels(
@@ -30,7 +30,7 @@ def make_panels(
 
 
 def draw_op(record: dict) -> Figure:
-    """Draw a dot for each implementation: its time relative to ours, the first of each shape."""
+    """Draw a dot for each implementation: time relative to ours, the first of each shape."""
     settings, results = record["settings"], record["results"]
     ours: dict[str, str] = {}
     for result in results:
@@ -52,8 +52,10 @@ def draw_op(record: dict) -> Figure:
         axis.set_ylim(len(ours) - 0.5, -0.5)
         axis.grid(alpha=0.3)
         axis.set_title(f"{pass_name.replace('+', ' + ')}, {dtype}", fontsize="medium")
+    for axis in figure.axes[-len(PASSES) :]:
+        axis.set_xlabel("relative time (this project = 1)")
     figure.suptitle(
-        f"Time relative to {' and '.join(dict.fromkeys(ours.values()))} (right of 1x: slower)\n"
+        f"Time relative to {' and '.join(dict.fromkeys(ours.values()))} (lower is better)\n"
         f"{machine_name(record['machine'])}, {record['date'][:10]}"
     )
     drawn = {line.get_label(): line for axis in figure.axes for line in axis.lines[::-1]}
@@ -64,19 +66,19 @@ def draw_op(record: dict) -> Figure:
         loc="outside lower center",
         ncols=5,
         frameon=False,
-        title="hollow: yardsticks that compute something else; cross: wrong results",
+        title="hollow: baselines that compute something else; cross: wrong results",
     )
     return figure
 
 
 def draw_result(axis: Axes, result: dict, ours: dict[str, str], colors: dict) -> None:
-    """Draw the dot of an implementation, or the memory floor in the place of ours."""
+    """Draw the dot of an implementation, or the memory-bandwidth bound in place of ours."""
     row, name = list(ours).index(result["shape"]), result["competitor"]
     if name == ours[result["shape"]]:
         axis.plot(result["share_of_floor"], row, "|k", markersize=12, label=FLOOR)
         return
     marker = "X" if result["status"] == "wrong" else "o"
-    fill = "full" if "share_of_floor" in result else "none"  # yardsticks have no floor
+    fill = "full" if "share_of_floor" in result else "none"  # baselines have no bound
     axis.plot(result["ratio"], row, marker, color=colors[name], fillstyle=fill, label=name)
 
 
@@ -99,9 +101,12 @@ def draw_model(record: dict) -> Figure:
         axis.margins(x=0.2)
         axis.set_title(f"{task}, {', '.join(kind)}", fontsize="medium")
     figure.axes[0].invert_yaxis()  # shared by all panels
+    for axis in figure.axes[-len(kinds) :]:
+        axis.set_xlabel("images per second")
     machine = machine_name(record["machine"])
     figure.suptitle(
-        f"Images per second, batch size {settings['batch_size']}\n{machine}, {record['date'][:10]}",
+        f"Throughput at batch size {settings['batch_size']} (higher is better)\n"
+        f"{machine}, {record['date'][:10]}",
         fontsize="medium",
     )
     return figure

@@ -24,7 +24,7 @@ class Competitor(NamedTuple):
 
     run: Callable[[Any], Tensor]  # computes the output from the inputs
     leaves: tuple[str, ...]  # names of the inputs that receive a gradient
-    yardstick: bool = False  # computes something else, so that its results are not verified
+    baseline: bool = False  # computes something else, so that its results are not verified
     tolerances: dict[str, float] = TOLERANCES
 
     def gradients(self, inputs: Any, output: Tensor, retain_graph: bool = False) -> tuple:

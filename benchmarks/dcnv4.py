@@ -1,4 +1,4 @@
-"""DCNv4 benchmark: shapes, inputs, alternative implementations and yardsticks."""
+"""DCNv4 benchmark: shapes, inputs, alternative implementations and baselines."""
 
 import argparse
 import functools
@@ -34,7 +34,7 @@ class Shape:
     form: ClassVar = "NxHxWxC or NxHxWxC/D, such as 64x56x56x128/32"
     samples: ClassVar = TAPS  # sampling points per output channel
     competitors: ClassVar[dict[str, Competitor]]  # the first is ours
-    references: ClassVar[list[Competitor]]  # their results are expected of the competitors
+    references: ClassVar[list[Competitor]]  # ground truth for the competitors
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
@@ -85,7 +85,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of all implementations and yardsticks."""
+    """Inputs of all implementations and baselines."""
 
     value: Tensor  # (N, H, W, C)
     offset_mask: Tensor  # (N, H, W, 3 * TAPS * groups, padded)
@@ -231,7 +231,7 @@ Shape.competitors = {
     "tuned grid_sample": Competitor(run_tuned_grid_sample, LEAVES),
     "deform_conv2d": Competitor(run_deform_conv2d, LEAVES),
     "published DCNv4": Competitor(run_published, LEAVES),
-    "depth-wise 7x7": Competitor(run_depthwise, ("value", "weight"), yardstick=True),
-    "window attention": Competitor(run_window_attention, ("qkv",), yardstick=True),
-    "global attention": Competitor(run_global_attention, ("qkv",), yardstick=True),
+    "depth-wise 7x7": Competitor(run_depthwise, ("value", "weight"), baseline=True),
+    "window attention": Competitor(run_window_attention, ("qkv",), baseline=True),
+    "global attention": Competitor(run_global_attention, ("qkv",), baseline=True),
 }

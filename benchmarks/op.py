@@ -5,9 +5,9 @@
     python -m benchmarks.op --shapes dino-encoder 2xdino-decoder
 
 DCNv4 shapes are NxHxWxC/D with D channels per group (16 by default); other operators of similar
-size are included as yardsticks. Shapes of multi-scale deformable attention are those of DINO's
+size are included as baselines. Shapes of multi-scale deformable attention are those of DINO's
 encoder and decoder, preceded by the batch size (1 by default). Before timing, output and gradients
-of all implementations except the yardsticks are verified.
+of all implementations except the baselines are verified.
 """
 
 import argparse
@@ -49,9 +49,9 @@ DTYPES = {"cpu": ("float32",), "cuda": ("float32", "float16", "bfloat16")}
 MIN_INPUT_SETS = 4
 LEGEND = f"""
 Median time per call (~ marks an interquartile range above {timing.UNSTEADY:.0%}), time relative to
-ours, the first row (x), and share of the memory floor (%): the time of a plain copy of as many
-bytes as the operator must read and write. "wrong": output or gradients differ from the reference.
-In parentheses: why there is no measurement. Yardsticks for DCNv4 compute something else: a 7x7
+ours, the first row (x), and share of the memory-bandwidth bound (%): the time to copy the same
+bytes that the operator must read and write. "wrong": output or gradients differ from the reference.
+In parentheses: why there is no measurement. The baselines for DCNv4 compute something else: a 7x7
 depth-wise convolution, and attention within 7x7 windows or over all pixels, with
 {dcnv4.HEAD_CHANNELS} channels per head."""
 
@@ -88,7 +88,7 @@ def is_right(competitor: Competitor, inputs: Inputs, expected: dict[str, Tensor]
     """Run a competitor and return whether output and gradients, without padding, are right."""
     tolerance = competitor.tolerances[str(inputs.value.dtype).removeprefix("torch.")]
     actual = forward(competitor, inputs)(), *forward_backward(competitor, inputs)()
-    if competitor.yardstick:
+    if competitor.baseline:
         return True
     for name, tensor in zip(("output", *competitor.leaves), actual, strict=True):
         right = expected[name]
@@ -110,7 +110,7 @@ def examine(competitor: Competitor, inputs: Inputs, expected: dict[str, Tensor])
 
 
 def input_sets(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
-    """Return so many sets of inputs that they do not all fit in the caches."""
+    """Return enough inputs that each call reads from memory, not cache."""
     first = shape.random_inputs(dtype, device)
     cached = math.ceil(2 * timing.cache_bytes(device) / bytes_touched(first)["forward"])
     count = max(MIN_INPUT_SETS, cached)
@@ -127,9 +127,9 @@ def time_competitors(
 
     Args:
         competitors: Implementations by name; the first is ours.
-        inputs: Sets of inputs that take turns.
-        floors: Seconds per pass that a copy of the bytes touched takes.
-        min_time: Seconds to measure in each case.
+        inputs: Sets of inputs to cycle through.
+        floors: Memory-bandwidth bound of each pass: seconds to copy the same bytes.
+        min_time: Measuring time of each case in seconds.
     """
     ours, expected = next(iter(competitors)), expected_results(inputs[0])
     statuses = {name: examine(c, inputs[0], expected) for name, c in competitors.items()}
@@ -140,12 +140,12 @@ def time_competitors(
     results = []
     for pass_name, prepare in PASSES.items():
         prepares = {name: functools.partial(prepare, competitors[name]) for name in able}
-        timings = timing.measure_in_turns(prepares, inputs, min_time)
+        timings = timing.measure_interleaved(prepares, inputs, min_time)
         for name, status in statuses.items():
             result = {"competitor": name, "pass": pass_name, **status, **timings.get(name, {})}
             if "seconds" in result and "seconds" in timings[ours]:
                 result["ratio"] = result["seconds"] / timings[ours]["seconds"]
-            if "seconds" in result and not competitors[name].yardstick:
+            if "seconds" in result and not competitors[name].baseline:
                 result["floor_seconds"] = floors[pass_name]
                 result["share_of_floor"] = floors[pass_name] / result["seconds"]
             results.append(result)
@@ -153,7 +153,7 @@ def time_competitors(
 
 
 def l1_floor(inputs: Inputs) -> float | None:
-    """Return the seconds that the forward's gathers take if each SM reads 128 bytes per clock."""
+    """Return the L1-bandwidth bound of the forward pass in seconds: 128 bytes per SM and clock."""
     if inputs.value.device.type != "cuda":
         return None
     gpu = torch.cuda.get_device_properties(inputs.value.device)
@@ -186,9 +186,9 @@ def benchmark(
     l1 = l1_floor(inputs[0])
     write("")
     write_row(str(shape), PASSES)
-    write_row(dtype_name, (f"memory floor {1e6 * floors[name]:.1f} us" for name in PASSES))
+    write_row(dtype_name, (f"bandwidth bound {1e6 * floors[name]:.1f} us" for name in PASSES))
     if l1:
-        write(f"L1 floor of the forward pass: {1e6 * l1:.1f} us")
+        write(f"L1-bandwidth bound of the forward pass: {1e6 * l1:.1f} us")
     competitors = {n: c for n, c in shape.competitors.items() if n not in args.skip}
     results = time_competitors(competitors, inputs, floors, args.min_time)
     for name in competitors:

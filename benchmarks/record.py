@@ -115,7 +115,7 @@ def add_common_options(parser: argparse.ArgumentParser, min_time: float) -> None
     text = f"CPU threads, {default}"
     option("--device", choices=devices, default=devices[-1], help=default)
     option("--threads", type=positive(int), default=threads, metavar="N", help=text)
-    text = f"seconds to measure in each case, {default}"
+    text = f"measuring time of each case in seconds, {default}"
     option("--min-time", type=positive(float), default=min_time, metavar="T", help=text)
     text = f"folder of the JSON file and the chart, {default}"
     option("--output", type=Path, default=folder, metavar="DIR", help=text)

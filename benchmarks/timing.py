@@ -1,4 +1,4 @@
-"""Timing with torch.utils.benchmark, in turns and with cold inputs."""
+"""Interleaved timing with torch.utils.benchmark, on inputs that are not cached."""
 
 import functools
 import itertools
@@ -12,18 +12,19 @@ from torch.utils.benchmark import Measurement, Timer
 
 Input = TypeVar("Input")
 Call = Callable[[], object]
-# Calls take turns until each was measured long enough. Slow calls take at least MIN_TURNS.
+# Calls alternate for at most TURNS rounds, until each has been measured for the requested time.
+# Slow calls are measured in at least MIN_TURNS rounds.
 MIN_TURNS, TURNS = 3, 30
 UNSTEADY = 0.2  # interquartile range, relative to the median, that indicates a shared machine
 
 
-class Contestant(Generic[Input]):
-    """A call that is timed in turns with others, on inputs that take turns.
+class InterleavedTimer(Generic[Input]):
+    """Timer of one of several interleaved calls, which cycles through the inputs.
 
     Args:
-        prepare: Returns the call to time for an input. Not timed itself.
-        inputs: Inputs, so many that a call does not find its own in a cache.
-        min_time: Total time to measure, in seconds.
+        prepare: Returns the call to time for an input; not timed itself.
+        inputs: Enough inputs that each call reads from memory, not cache.
+        min_time: Total measuring time in seconds.
     """
 
     def __init__(
@@ -35,12 +36,12 @@ class Contestant(Generic[Input]):
         self.timer = make_timer("next(calls)()", "calls = prepare()", prepare=self.prepare_calls)
 
     def prepare_calls(self) -> Iterator[Call]:
-        """Prepare calls on the next inputs, before any is timed; the timer warms up with two."""
+        """Prepare calls on the next inputs before timing; the timer uses two for warm-up."""
         count = min(self.input_count, max(2, self.calls_per_turn))
         return itertools.cycle([self.prepare(next(self.inputs)) for _ in range(count)])
 
     def take_turn(self) -> None:
-        """Time one call at first, then a share of the time to measure, until it has passed."""
+        """Time a single call first, then a fraction of `min_time` per turn until it is reached."""
         seconds = sum(sum(m.raw_times) for m in self.measurements)
         if len(self.measurements) < MIN_TURNS or seconds < self.min_time:
             measurement = self.timer.timeit(self.calls_per_turn)
@@ -53,29 +54,29 @@ def make_timer(statement: str, setup: str = "pass", **names: Any) -> Timer:
     return Timer(statement, setup, globals=names, num_threads=torch.get_num_threads())
 
 
-def measure_in_turns(
+def measure_interleaved(
     prepares: Mapping[str, Callable[[Input], Call]], inputs: Sequence[Input], min_time: float
 ) -> dict[str, dict]:
-    """Time calls in turns, so that changes in the machine's speed affect all of them.
+    """Time calls alternately, so that changes in the machine's speed affect all of them.
 
     Args:
-        prepares: By name, a function that returns the call to time for an input.
+        prepares: Functions by name; each returns the call to time for an input.
         inputs: Inputs of the calls.
-        min_time: Time to measure of each, in seconds.
+        min_time: Measuring time per call, in seconds.
 
     Returns:
-        By name, a summary of the measurements, or why there are none.
+        Summaries of the measurements by name, or the reason why there are none.
     """
-    contestants = {n: Contestant(prepare, inputs, min_time) for n, prepare in prepares.items()}
+    timers = {n: InterleavedTimer(prepare, inputs, min_time) for n, prepare in prepares.items()}
     failures: dict[str, dict] = {}
     for _ in range(TURNS):
-        for name, contestant in contestants.items():
+        for name, timer in timers.items():
             try:
                 if name not in failures:
-                    contestant.take_turn()
+                    timer.take_turn()
             except RuntimeError as error:
                 failures[name] = {"status": "failed", "note": reason(error)}
-    return {n: failures.get(n) or summarize(c.measurements) for n, c in contestants.items()}
+    return {n: failures.get(n) or summarize(t.measurements) for n, t in timers.items()}
 
 
 def measure(call: Call, min_time: float) -> dict:
@@ -119,7 +120,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Return the bytes read and written per second by a copy that does not fit in the caches."""
+    """Return the bytes read and written per second by a copy larger than the caches."""
     size = max(8 * cache_bytes(device), 256 * 2**20)
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * size / measure(lambda: target.copy_(source), min_time=0.5)["seconds"]

@@ -1,6 +1,14 @@
-// Bilinear sampling, shared by all kernels. `Math` is Scalar in CUDA, where a thread samples one
-// point, and Lanes (cpu/simd.h) on the CPU, which samples a vector of points at a time. There,
-// include this after choosing the instruction set (see cpu/kernels_*.cpp).
+// Bilinear sampling. The CPU and CUDA kernels share the location of a point's cell, the test
+// whether it counts, the addresses of its pixels, the products that weight its corners, and
+// interpolation.
+//
+// Row and column weights are not shared: those in CellAxis are for CUDA's forward pass. The CPU
+// computes its own in cpu/plan.h, where cells may extend beyond the image, and in
+// cpu/dcnv4_sampler.h for windows inside the image, whose cells are located there without checks.
+//
+// `Math` is Scalar in CUDA, where a thread samples one point, and Lanes (cpu/simd.h) on the CPU,
+// which samples a vector of points at a time. There, include this after choosing the instruction
+// set (see cpu/kernels_*.cpp).
 #pragma once
 
 #include <cmath>

@@ -313,7 +313,7 @@ def _check_sizes(value: Tensor, levels: int, queries: int, points: int) -> None:
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     if tuple(tensor.shape) != expected:
         raise ValueError(
-            f"{name} must be {meaning} = {expected} to fit value and spatial_shapes, "
+            f"{name} must be {meaning} = {expected} to match value and spatial_shapes, "
             f"got shape {tuple(tensor.shape)}"
         )
 

@@ -18,7 +18,7 @@ from ops_dcnv4 import choose_backend, reference
 CPU = torch.device("cpu")
 OURS, COMPETITORS = "ops_dcnv4", Shape.competitors
 TINY = Shape(2, 7, 14, 64, 16)
-SAME = [name for name, competitor in COMPETITORS.items() if not competitor.yardstick]
+SAME = [name for name, competitor in COMPETITORS.items() if not competitor.baseline]
 TINY_RUN = ("--device", "cpu", "--min-time", "1e-6")
 
 # Microseconds in float16 of forward, its gather in L1, and backward (shared/facts/performance.md).
@@ -100,7 +100,7 @@ def test_one_error_names_the_bad_argument(option, text, expected, capsys):
 
 
 @pytest.mark.parametrize("text", FLOORS)
-def test_floors_equal_those_derived_for_the_h200(text, monkeypatch):
+def test_bandwidth_bounds_equal_those_derived_for_the_h200(text, monkeypatch):
     h200 = SimpleNamespace(multi_processor_count=132, clock_rate=1_980_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
     shape, (forward, gather, backward) = parse_shape(text), FLOORS[text]

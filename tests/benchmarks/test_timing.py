@@ -14,10 +14,10 @@ def log_call(log, name, preparing):
     return lambda: log.append(name)
 
 
-def test_contestants_alternate():
+def test_calls_alternate():
     log = []
     prepares = {name: lambda _, name=name: log_call(log, name, False) for name in ("a", "b")}
-    results = timing.measure_in_turns(prepares, [0], min_time=1e-9)
+    results = timing.measure_interleaved(prepares, [0], min_time=1e-9)
     turn = 3  # including two warm-up calls of the timer
     assert log == (["a"] * turn + ["b"] * turn) * timing.MIN_TURNS
     assert [r["calls"] for r in results.values()] == [timing.MIN_TURNS] * 2
@@ -25,7 +25,7 @@ def test_contestants_alternate():
 
 def test_inputs_alternate_and_are_prepared_before_timing():
     log = []
-    timing.measure_in_turns({"": lambda name: log_call(log, name, True)}, "abcd", min_time=1e-9)
+    timing.measure_interleaved({"": lambda name: log_call(log, name, True)}, "abcd", min_time=1e-9)
     warm_up = ["prepare a", "prepare b", "a", "b"]
     assert log[: len(warm_up)] == warm_up
     assert log[len(warm_up) :][:3] == ["prepare c", "prepare d", "c"]
@@ -40,13 +40,13 @@ def test_calls_are_timed_for_the_requested_time(seconds, calls, monkeypatch):
 
     clock = functools.partial(timing.Timer, timer=lambda: now[0])
     monkeypatch.setattr(timing, "Timer", clock)
-    result = timing.measure_in_turns({"": lambda _: call}, [0], min_time=0.3)[""]
+    result = timing.measure_interleaved({"": lambda _: call}, [0], min_time=0.3)[""]
     assert result["calls"] == calls
     assert [result[key] for key in ("low", "seconds", "high")] == pytest.approx([seconds] * 3)
 
 
 @pytest.mark.parametrize("calls_before", [0, 4])
-def test_failing_contestant_does_not_affect_the_others(calls_before):
+def test_failing_call_does_not_affect_the_others(calls_before):
     calls = iter(range(calls_before))
 
     def fail():
@@ -54,7 +54,7 @@ def test_failing_contestant_does_not_affect_the_others(calls_before):
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB at /home/someone")
 
     prepares = {"fails": lambda _: fail, "works": lambda _: int}
-    results = timing.measure_in_turns(prepares, [0], min_time=1e-9)
+    results = timing.measure_interleaved(prepares, [0], min_time=1e-9)
     assert results["fails"] == {"status": "failed", "note": "out of memory"}
     assert results["works"]["calls"] >= timing.MIN_TURNS
 

@@ -88,18 +88,18 @@ SPLIT_ERRORS = [
     ({"attention_weights": WEIGHTS[:, :, :1]}, ValueError, "attention_weights must be .N, Lq, M"),
     ({"attention_weights": WEIGHTS.double()}, TypeError, "attention_weights must have value's"),
     ({"value": PIXELS[:1]}, ValueError, r"sampling_locations must be .* = \(1, 5, 2, 2, 3, 2\)"),
-    ({"spatial_shapes": [(5, 2)]}, ValueError, r"sampling_locations must be .* to fit value and s"),
+    ({"spatial_shapes": [(5, 2)]}, ValueError, r"sampling_locations must be .* to match value and"),
 ]
 PACKED = torch.zeros(2, 5, 2, 18)
 FUSED_ERRORS = [
     ({"sampling_loc_attn": PACKED[0]}, ValueError, "sampling_loc_attn must be .N, Lq, M, 3 .*"),
-    ({"sampling_loc_attn": PACKED[..., :17]}, ValueError, r"= \(2, 5, 2, 18\) to fit"),
+    ({"sampling_loc_attn": PACKED[..., :17]}, ValueError, r"= \(2, 5, 2, 18\) to match"),
     (
         {"sampling_loc_attn": PACKED.double()},
         TypeError,
         "sampling_loc_attn must have value's dtype",
     ),
-    ({"n_points": 4}, ValueError, r"sampling_loc_attn must be .* = \(2, 5, 2, 24\) to fit"),
+    ({"n_points": 4}, ValueError, r"sampling_loc_attn must be .* = \(2, 5, 2, 24\) to match"),
     ({"n_points": 0}, ValueError, "n_points must be at least 1, got 0"),
     ({"n_points": 3.0}, TypeError, "n_points must be an int, got 3.0"),
 ]
