@@ -42,9 +42,9 @@ def test_an_invalid_setting_is_a_one_line_error(config, monkeypatch, changes, me
 
 
 def test_the_command_reports_a_wrong_config_in_one_line(tmp_path, caplog):
-    (tmp_path / "config.yaml").write_text("optimizer: {lr: 1}")
+    (tmp_path / "config.yaml").write_text("optimzer: {lr: 1}")
     assert main([str(tmp_path / "config.yaml")]) == 2
-    assert "unknown key 'optimizer'; did you mean 'optimizer'?" in caplog.text
+    assert "unknown key 'optimzer'; did you mean 'optimizer'?" in caplog.text
 
 
 def test_the_command_ends_with_status_2(settings, tmp_path, caplog):
