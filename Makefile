@@ -1,5 +1,5 @@
-# Targets: demo, demo-detection, demo-segmentation, test, test-fast, lint, bench and docs. Each installs
-# what it needs.
+# Targets: demo, demo-detection, demo-segmentation, test, test-fast, lint, bench, docs, sanitize,
+# sanitize-cpu and clean. Each installs what it needs.
 # PYTHON is the interpreter from which the virtual environment is created.
 PYTHON ?= python3
 VENV := .venv

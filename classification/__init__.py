@@ -1,4 +1,4 @@
-"""Programs that train and evaluate classifiers.
+"""Scripts that train and evaluate classifiers.
 
 The modules that they use are in :mod:`flash_internimage.classification`.
 """

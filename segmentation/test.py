@@ -20,7 +20,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser("segmentation.test", "Evaluate a segmentor.")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips")
     parser.add_argument("--out", type=Path, help="write the label maps to this folder, as PNG")
-    parser.add_argument("--show-dir", help="draw the predictions to <work dir>/<this folder>")
+    parser.add_argument(
+        "--show-dir",
+        metavar="DIR",
+        help="draw the predictions to <work dir>/DIR/vis_data/vis_image",
+    )
     return parser
 
 

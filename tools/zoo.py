@@ -89,7 +89,7 @@ def _convert(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
         _logger.warning("%s", misfit)
     if misfits and not arguments.partial:
         raise ValueError(
-            f"{source} does not fit {name}, see above; --partial writes the weights that fit"
+            f"{source} does not match {name}, see above; --partial writes the matching weights"
         )
     _say(str(arguments.output))
 
@@ -116,7 +116,7 @@ def _evaluate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
     whole = images == IMAGES[entry.task]
     if not whole:
         _logger.warning(
-            "evaluated on %d images, not on all %d: 'reproduced' is left open",
+            "evaluated %d of %d images: cannot tell whether the result is reproduced",
             images, IMAGES[entry.task],
         )  # fmt: skip
     result = {
@@ -151,7 +151,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     cached = argparse.ArgumentParser(add_help=False)
     cached.add_argument("--offline", action="store_true", help="use cached files only")
 
-    listing = commands.add_parser("list", help="list names, sizes and published figures")
+    listing = commands.add_parser("list", help="list names, sizes and published results")
     listing.set_defaults(run=_list)
 
     info = commands.add_parser("info", help="show an entry")
@@ -167,20 +167,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     conversion.add_argument("source", metavar="NAME|FILE", help="entry of the zoo, path or URL")
     conversion.add_argument("-o", "--output", type=Path, required=True, metavar="OUT",
                             help="*.safetensors or *.pth")  # fmt: skip
-    conversion.add_argument("--model", metavar="NAME", help="entry that the weights should fit")
+    conversion.add_argument(
+        "--model", metavar="NAME", help="zoo entry whose model the weights are checked against"
+    )
     conversion.add_argument("--published", action="store_true",
                             help="convert to the published parameter names")  # fmt: skip
-    conversion.add_argument("--partial", action="store_true", help="omit weights that do not fit")
+    conversion.add_argument("--partial", action="store_true",
+                            help="write only the matching weights")  # fmt: skip
     conversion.set_defaults(run=_convert)
 
     evaluation = commands.add_parser("evaluate", parents=[cached],
-                                     help="evaluate, compare with published figures")  # fmt: skip
+                                     help="evaluate, compare with published results")  # fmt: skip
     evaluation.add_argument("name", metavar="NAME")
     evaluation.add_argument("--data", type=Path, required=True, metavar="DIR",
                             help="root of ImageNet, COCO or ADEChallengeData2016")  # fmt: skip
     evaluation.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto)")
     evaluation.add_argument("--limit", type=int, metavar="N", help="evaluate on N images only")
-    evaluation.add_argument("--tta", action="store_true", help="test a segmentor at several scales")
+    evaluation.add_argument("--tta", action="store_true",
+                            help="multi-scale evaluation of a segmentor")  # fmt: skip
     evaluation.add_argument("--checkpoint", help="path or URL of another checkpoint of this model")
     evaluation.add_argument("--work-dir", type=Path,
                             help="folder for OpenMMLab's logs (output/zoo/NAME)")  # fmt: skip

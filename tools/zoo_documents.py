@@ -22,9 +22,9 @@ _COLUMNS = {
         "top-1 (published)",
     ),
     "detection": ("detector", "backbone", "schedule", "box AP", "mask AP", "config"),
-    "segmentation": ("segmentor", "backbone", "crop", "mIoU", "several scales", "config"),
+    "segmentation": ("segmentor", "backbone", "crop", "mIoU", "mIoU (ms)", "config"),
 }
-# OpenMMLab's names of task, dataset and metric of each figure.
+# OpenMMLab's names of task, dataset and metric of each result.
 _RESULTS = {
     "top1": ("Image Classification", "ImageNet-1K", "Top 1 Accuracy"),
     "box_ap": ("Object Detection", "COCO", "box AP"),

@@ -1,4 +1,4 @@
-"""Evaluate released checkpoints and compare the results with the published figures."""
+"""Evaluate released checkpoints and compare the results with the published results."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from flash_internimage.classification.model import pick_device
 
 ROOT = Path(__file__).parents[1]
 
-# Accepted difference of a measured from a published figure, in percentage points. Published figures
+# Accepted difference of a measured from a published result, in percentage points. Published results
 # are rounded to 0.1, and the kernel used for them mixed up some pixels of the images in a batch.
 TOLERANCE = 0.2
 
 # Number of images in the complete datasets.
 IMAGES = {"classification": 50_000, "detection": 5_000, "segmentation": 2_000}
 
-# Names of the figures in mmdet and mmseg, and the factors that convert them to percent.
+# Names of the metrics in mmdet and mmseg, and the factors that convert them to percent.
 _METRICS: dict[Figure, tuple[str, int]] = {
     "box_ap": ("coco/bbox_mAP", 100),
     "mask_ap": ("coco/segm_mAP", 100),
@@ -50,11 +50,11 @@ def evaluate(
         data: Root of ImageNet, COCO or ADE20K.
         device: Device to use; 'auto' selects the accelerator if there is one.
         limit: Maximum number of images, evenly spaced; None for all.
-        tta: Test a segmentor at several scales, with and without flip.
+        tta: Evaluate a segmentor multi-scale, with and without flip.
         work_dir: Folder for OpenMMLab's logs; None for output/zoo/NAME.
 
     Returns:
-        Tuple of the figures in percent and the number of images.
+        Tuple of the metrics in percent and the number of images.
     """
     if entry.task == "classification":
         model = str(ROOT / entry.config) if entry.config else name
@@ -120,15 +120,15 @@ def _limit_annotations(path: Path, limit: int | None, folder: Path) -> Path:
 def compare(
     entry: Entry, measured: dict[Figure, float], whole: bool
 ) -> dict[Figure, dict[str, Any]]:
-    """Compare measured with published figures.
+    """Compare measured with published results.
 
     Args:
         entry: Entry of the zoo.
-        measured: Measured figures, in percent.
+        measured: Measured metrics, in percent.
         whole: Whether they were measured on the whole dataset.
 
     Returns:
-        For each figure `measured` and, if a figure was published, `published`, `difference` and
+        For each metric `measured` and, if it was published, `published`, `difference` and
         `reproduced`. The latter is None unless `whole`.
     """
     figures = {}

@@ -6,7 +6,7 @@ _base_ = [
     "_base_/schedules/adamw_160k.py",
     "_base_/runtime.py",
 ]
-# With plain ReLU, the last layer's features die on all digits before it can tell them apart.
+# With ReLU, the last layer collapses (dead units) before the digits are separated.
 head = dict(
     channels=32,
     num_classes=11,

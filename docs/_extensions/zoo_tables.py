@@ -1,7 +1,7 @@
 """Directives that write tables from the entries of the zoo.
 
 ``zoo-table`` lists the released checkpoints of a task, ``reproduction-table`` how to train and
-evaluate each of them and which figures count as reproduced.
+evaluate each of them and which results count as reproduced.
 """
 
 import re
@@ -79,7 +79,7 @@ def _reproduction_row(name: str, task: str, config: str, entry: Entry) -> tuple:
 
 
 def reproduction_table(task: str, zoo: dict[str, Entry]) -> str:
-    """Return the Markdown table of commands and figures of a task."""
+    """Return the Markdown table of commands and results of a task."""
     columns = ("config", "GPUs x images", "train, then evaluate", "published", "reproduced")
     rows = (
         _reproduction_row(name, task, entry.config, entry)
@@ -107,7 +107,7 @@ class ZooTable(_Table):
 
 
 class ReproductionTable(_Table):
-    """List the commands and figures of a task."""
+    """List the commands and results of a task."""
 
     make = staticmethod(reproduction_table)
 

@@ -71,7 +71,7 @@ def _expand_user(path: str | None) -> str | None:
     return os.path.expanduser(path) if path is not None else None
 
 
-# Arguments of timm.create_model itself, and those that this program sets.
+# Arguments of timm.create_model itself, and those that this project sets.
 _RESERVED_ARGS = {
     *inspect.signature(create_model).parameters, "pretrained_strict", "num_classes",
     "drop_path_rate", "features_only", "device", "dtype",
@@ -87,7 +87,7 @@ class Model(Section):
     args: dict[str, Any] = {}  # further arguments of the timm model
     initial_checkpoint: str | None = None
     # Text file with one index per class of this model: its row in the classifier of the initial
-    # checkpoint. Without it, a classifier of another size keeps its initial values.
+    # checkpoint. Without it, a classifier of another size stays randomly initialized.
     class_map: str | None = None
     grad_checkpointing: bool = False
     compile: bool = False
@@ -187,8 +187,8 @@ class Optimizer(Section):
     """Settings of the optimizer and gradient clipping."""
 
     name: str = "adamw"
-    lr: NonNegative = 5e-4  # for lr_batch images per update
-    # lr, warmup_lr and min_lr are multiplied by (images per update / lr_batch); null: unscaled.
+    lr: NonNegative = 5e-4  # for a total batch size of lr_batch
+    # lr, warmup_lr and min_lr are multiplied by (total batch size / lr_batch); null: unscaled.
     lr_batch: PositiveInt | None = 512
     weight_decay: NonNegative = 0.05
     betas: tuple[Beta, ...] | None = None  # null: the optimizer's own; 0.9, 0.999 for adamw
@@ -206,7 +206,7 @@ class Optimizer(Section):
             hint = f"did you mean '{close[0]}'?" if close else "see timm.optim.list_optimizers()"
             raise ValueError(f"must be a timm optimizer; {hint}")
         if get_optimizer_info(name).second_order:
-            raise ValueError("must be an optimizer that only uses first derivatives")
+            raise ValueError("second-order optimizers are not supported")
         return name
 
     @field_validator("betas")
@@ -251,7 +251,7 @@ class Config(Section):
     accumulation_steps: PositiveInt = 1
     amp: Annotated[Literal["auto", "off", "bf16", "fp16"], BeforeValidator(_off)] = "auto"
     ema_decay: Number | None = Field(0.9999, ge=0, lt=1)
-    max_nonfinite: PositiveInt = 20  # consecutive updates without a finite loss that stop the run
+    max_nonfinite: PositiveInt = 20  # consecutive steps without a finite loss that stop the run
     model: Model = Model()
     data: Data = Data()
     augmentation: Augmentation = Augmentation()

@@ -27,11 +27,11 @@ _logger = logging.getLogger(__name__)
 
 
 class Trainer(TrainingState):
-    """Training run: its state, and the loop over epochs and updates.
+    """Training run: its state, and the loop over epochs and optimizer steps.
 
-    An update is one optimizer step on `accumulation_steps` batches. At the start of each epoch, the
-    random number generators are seeded from the seed, the epoch and the rank, so that a run resumed
-    there repeats exactly.
+    An optimizer step uses `accumulation_steps` batches. At the start of each epoch, the random
+    number generators are seeded from the seed, the epoch and the rank, so that a run resumed there
+    repeats exactly.
     """
 
     def __post_init__(self, load_initial: bool) -> None:
@@ -56,7 +56,7 @@ class Trainer(TrainingState):
 
         Raises:
             Interrupted: If a signal arrived; last.pth contains the state.
-            Diverged: If `max_nonfinite` consecutive updates were skipped or a weight is not finite.
+            Diverged: If `max_nonfinite` consecutive steps were skipped or a weight is not finite.
             TooManyCorruptImages: If more images than `data.max_corrupt` cannot be read.
         """
         with contextlib.ExitStack() as stack:
@@ -103,7 +103,7 @@ class Trainer(TrainingState):
         set_epoch(self.train_loader, self.epoch)
         batches = start(self.train_loader)
         accumulation = self.cfg.accumulation_steps
-        if self.update:  # skip the batches of updates that are done
+        if self.update:  # skip the batches of steps that are done
             skip = self.update * accumulation
             with fail_together(self.device):
                 next(itertools.islice(batches, skip - 1, skip), None)
@@ -140,7 +140,7 @@ class Trainer(TrainingState):
                 if bar.disable and self.rank == 0 and time.monotonic() - logged > 60:
                     logged = time.monotonic()
                     _logger.info(
-                        "epoch %d/%d  update %d/%d  loss %.4f  lr %.2e  %s images/s",
+                        "epoch %d/%d  step %d/%d  loss %.4f  lr %.2e  %s images/s",
                         self.epoch + 1, self.cfg.schedule.epochs, self.update,
                         self.updates_per_epoch, loss, self._lr(), speed(images / seconds),
                     )  # fmt: skip
@@ -152,16 +152,18 @@ class Trainer(TrainingState):
         """Return whether any process has run out of images, as streams can.
 
         Raises:
-            TooManyCorruptImages: If there are not enough for the first update.
+            TooManyCorruptImages: If there are not enough for the first optimizer step.
         """
         is_short = len(group) < self.cfg.accumulation_steps
         if isinstance(self.train_loader.dataset, IterableDataset):
             is_short = not all_agree(not is_short, self.device)
         if is_short and not self.update:
-            raise_once(TooManyCorruptImages("the training stream ended before the first update"))
+            raise_once(
+                TooManyCorruptImages("the training stream ended before the first optimizer step")
+            )
         if is_short and self.rank == 0:
             _logger.warning(
-                "epoch %d: the training stream ended after %d of %d updates",
+                "epoch %d: the training stream ended after %d of %d optimizer steps",
                 self.epoch + 1, self.update, self.updates_per_epoch,
             )  # fmt: skip
         return is_short
@@ -202,7 +204,7 @@ class Trainer(TrainingState):
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.world_size > 1:
-            # Processes see different images. With equal batch-norm statistics after every update,
+            # Processes see different images. With equal batch-norm statistics after every step,
             # any process may save and validate, and a resumed run continues as if it never stopped.
             distribute_bn(self.model, self.world_size, reduce=True)
         if self.ema is not None:
@@ -224,13 +226,13 @@ class Trainer(TrainingState):
             return
         if self.rank == 0:
             _logger.warning(
-                "epoch %d, update %d: the loss or its gradient is not finite, update skipped",
+                "epoch %d, step %d: the loss or its gradient is not finite, step skipped",
                 self.epoch + 1, self.update + 1,
             )  # fmt: skip
         if self.nonfinite_in_a_row >= self.cfg.max_nonfinite:
             error = Diverged(
                 f"the loss or its gradient was not finite in {self.nonfinite_in_a_row} consecutive "
-                f"updates (max_nonfinite). {self.advice()}"
+                f"optimizer steps (max_nonfinite). {self.advice()}"
             )
             raise_once(error)
 
@@ -273,7 +275,7 @@ class Trainer(TrainingState):
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _stop_on_signal(self) -> None:
-        number = maximum(self.signal_number, self.device)  # all stop after the same update
+        number = maximum(self.signal_number, self.device)  # all stop after the same step
         if number:
             self.save()
             raise Interrupted(number)

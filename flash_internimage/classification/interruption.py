@@ -1,4 +1,4 @@
-"""Stop a run on a signal, after it has finished the current update and saved its state."""
+"""Stop a run on a signal, after it has finished the current optimizer step and saved its state."""
 
 import contextlib
 import signal
@@ -20,7 +20,7 @@ class Interrupted(Exception):
 
 
 class Stoppable(Protocol):
-    """Object that stops after its current update once `signal_number` is set."""
+    """Object that stops after its current optimizer step once `signal_number` is set."""
 
     signal_number: int
 

@@ -34,7 +34,8 @@ def build_model(options: Model, classes: Sequence[str] | None = None) -> nn.Modu
         classes: Class names of the data, if known, to match with those of an initial checkpoint.
 
     Raises:
-        ConfigError: If the name or an argument is unknown, or the initial checkpoint does not fit.
+        ConfigError: If the name or an argument is unknown, or the initial checkpoint does not
+            match.
     """
     if options.class_map is not None and options.initial_checkpoint is None:
         raise ConfigError(
@@ -169,7 +170,7 @@ def _match_names(
     """Adapt weights and class map to a model whose class names differ from the checkpoint's.
 
     If only the order differs, the rows of the classifier are reordered. If the names differ, it
-    keeps its initial values, as with another number of classes, unless a class map assigns its
+    stays randomly initialized, as with another number of classes, unless a class map assigns its
     rows.
     """
     given = names if class_map is None else [names[i] for i in class_map if 0 <= i < len(names)]
@@ -189,8 +190,8 @@ def _match_names(
         own = {name: t for name, t in model.state_dict().items() if name.startswith(prefixes)}
         weights = weights | own
         message = (
-            f"{' and '.join(parts)} keeps its initial values, as model.initial_checkpoint was "
-            "trained on other classes; set model.class_map to assign its rows"
+            f"{' and '.join(parts)} stays randomly initialized, as model.initial_checkpoint "
+            "was trained on other classes; set model.class_map to assign its rows"
         )
     _logger.log(on_first(logging.WARNING), "%s (%s)", message, printable(difference))
     return weights, class_map

@@ -58,7 +58,7 @@ def parameter_groups(
 
 
 def lr_scale(cfg: Config, world_size: int) -> float:
-    """Return images per update / `optimizer.lr_batch`, the factor on lr, warmup_lr and min_lr."""
+    """Return total batch size / `optimizer.lr_batch`, the factor on lr, warmup_lr and min_lr."""
     if cfg.optimizer.lr_batch is None:
         return 1.0
     return cfg.batch_size * cfg.accumulation_steps * world_size / cfg.optimizer.lr_batch
@@ -105,8 +105,8 @@ def build_scheduler(
 ) -> Scheduler:
     """Build the learning-rate schedule of a configuration.
 
-    As in the published code, call `step_update(i)` after update i. The first two updates therefore
-    share `warmup_lr`, and the decay runs from update 0 instead of the end of the warm-up.
+    As in the published code, call `step_update(i)` after step i. The first two steps therefore
+    share `warmup_lr`, and the decay runs from step 0 instead of the end of the warm-up.
 
     Args:
         optimizer: Optimizer with the groups of :func:`parameter_groups`.

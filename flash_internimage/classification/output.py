@@ -126,30 +126,31 @@ def log_file(path: Path, held: MemoryHandler) -> Iterator[LogFile]:
 
 
 def suitable_ema_decay(updates: int) -> str:
-    """Return the EMA decay that leaves about 1 % of the initial weights after all updates."""
+    """Return the EMA decay that leaves about 1 % of the initial weights at the end of a run."""
     return f"{1 - float(f'{1 - 0.01 ** (1 / updates):.2g}'):.9g}"
 
 
 def log_start(state: TrainingState, checkpoint: Path | None, changes: list[str]) -> None:
     """Log the model, changed and ignored settings, and the checkpoint that a run resumes from."""
     cfg, parameters = state.cfg, sum(p.numel() for p in state.model.parameters())
+    images = cfg.batch_size * cfg.accumulation_steps  # per process
     _logger.info(
-        "%s, %.1f M parameters; %d x %d images per update on %s with amp=%s; %d updates per epoch",
-        cfg.model.name, parameters / 1e6, state.world_size,
-        cfg.batch_size * cfg.accumulation_steps, state.device, state.amp,
-        state.updates_per_epoch,
+        "%s, %.1f M parameters; total batch size %d (%d x %d) on %s with amp=%s; "
+        "%d optimizer steps per epoch",
+        cfg.model.name, parameters / 1e6, state.world_size * images, state.world_size, images,
+        state.device, state.amp, state.updates_per_epoch,
     )  # fmt: skip
     for line in (*changes, *find_ignored(cfg)):
         _logger.warning("%s", line)
     updates = cfg.schedule.epochs * state.updates_per_epoch
     if cfg.ema_decay is not None and (rest := cfg.ema_decay**updates) > 0.1:
         _logger.warning(
-            "ema_decay=%s is high for a run of %d updates: the average would retain %.3g %% "
-            "of the initial weights; consider ema_decay=%s",
+            "ema_decay=%s is high for a run of %d optimizer steps: the average would retain "
+            "%.3g %% of the initial weights; consider ema_decay=%s",
             cfg.ema_decay, updates, 100 * rest, suitable_ema_decay(updates),
         )  # fmt: skip
     if checkpoint is not None:
         _logger.info(
-            "resuming from %s: %d epochs and %d of %d updates are done",
+            "resuming from %s after %d epochs, at step %d/%d",
             checkpoint, state.epoch, state.update, state.updates_per_epoch,
         )  # fmt: skip

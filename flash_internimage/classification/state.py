@@ -26,7 +26,7 @@ from .optim import build_optimizer, build_scheduler
 from .precision import resolve_amp
 from .processes import fail_together, gather, rank, world_size
 from .random_numbers import rng_state, seed_everything, set_rng_state
-from .resuming import (
+from .resume_checks import (
     changed_settings,
     check_entries,
     check_settings,
@@ -37,7 +37,7 @@ from .resuming import (
 
 
 class Diverged(RuntimeError):
-    """Raised if too many consecutive updates have no finite loss, or the weights are not finite."""
+    """Raised if too many consecutive steps have no finite loss, or the weights are not finite."""
 
 
 class Totals(NamedTuple):
@@ -45,9 +45,9 @@ class Totals(NamedTuple):
 
     Attributes:
         loss: Sum of the finite losses.
-        finite: Number of updates with a finite loss.
-        skipped: Number of updates without a finite loss, which were skipped.
-        seconds: Total time of the updates.
+        finite: Number of optimizer steps with a finite loss.
+        skipped: Number of optimizer steps without a finite loss, which were skipped.
+        seconds: Total time of the steps.
     """
 
     loss: float = 0.0
@@ -56,7 +56,7 @@ class Totals(NamedTuple):
     seconds: float = 0.0
 
     def plus(self, loss: float, seconds: float) -> "Totals":
-        """Return the totals after another update."""
+        """Return the totals after another step."""
         if not math.isfinite(loss):
             return self._replace(skipped=self.skipped + 1, seconds=self.seconds + seconds)
         return Totals(self.loss + loss, self.finite + 1, self.skipped, self.seconds + seconds)
@@ -80,7 +80,7 @@ class TrainingState:
         self.rank, self.world_size = rank(), world_size()
         self.amp = resolve_amp(self.cfg.amp, self.device)
         self.output = Path(self.cfg.output)
-        self.epoch, self.update = 0, 0  # next epoch, and next update within it
+        self.epoch, self.update = 0, 0  # next epoch, and next step within it
         self.totals = Totals()
         self.best_top1 = -math.inf
         self.nonfinite_in_a_row = 0
@@ -177,7 +177,7 @@ class TrainingState:
             Diverged: If a weight is not finite.
         """
         if name := self._find_not_finite():
-            raise Diverged(f"{name} is not finite after an update. {self.advice()}")
+            raise Diverged(f"{name} is not finite after an optimizer step. {self.advice()}")
 
     def resume(self, path: Path) -> list[str]:
         """Restore the state from a checkpoint of the same model and classes.
@@ -210,7 +210,7 @@ class TrainingState:
         )
         if epoch < 0 or not 0 <= update <= updates:
             raise ValueError(
-                f"its progress must be valid, got epoch {epoch}, update {update} of {updates}"
+                f"its progress must be valid, got epoch {epoch}, step {update} of {updates}"
             )
         before, now = flatten(state["config"]), flatten(self.cfg.model_dump(mode="json"))
         check_settings(before, now, within_epoch=update > 0)
@@ -228,8 +228,9 @@ class TrainingState:
         rng = list(state["rng"])
         if update and (updates, len(rng)) != (self.updates_per_epoch, self.world_size):
             raise ValueError(
-                f"it was saved within an epoch of {updates} updates on {len(rng)} processes, got "
-                f"{self.updates_per_epoch} updates on {self.world_size} processes"
+                f"it was saved within an epoch of {updates} optimizer steps on {len(rng)} "
+                f"processes, got {self.updates_per_epoch} optimizer steps on {self.world_size} "
+                "processes"
             )
         require_fit(self.model.state_dict(), state["model"])
         self.model.load_state_dict(state["model"])
@@ -250,7 +251,7 @@ class TrainingState:
         if update:
             set_rng_state(rng[self.rank])  # only a check, as train_epoch sets it again
             self.resumed_rng = rng[self.rank]
-        # This sets the learning rate of the next update from the schedule of this run.
+        # This sets the learning rate of the next step from the schedule of this run.
         if done := epoch * self.updates_per_epoch + update:
             self.scheduler.step_update(done - 1)
         return changed_settings(before, now)

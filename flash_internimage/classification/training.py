@@ -31,7 +31,7 @@ def train(cfg: Config, resume: str | None = None, held: MemoryHandler | None = N
         Interrupted: If a signal arrived; the state has been saved.
         ValueError: If a setting, the data or the checkpoint cannot be used.
         OSError: If a file cannot be read or written, or another run owns the output folder.
-        Diverged: If too many consecutive updates have no finite loss, or a weight is not finite.
+        Diverged: If too many consecutive steps have no finite loss, or a weight is not finite.
         TooManyCorruptImages: If more images than `data.max_corrupt` cannot be read.
         EndedByAnother: If one of the above was raised on another process.
     """

@@ -138,7 +138,7 @@ def test_more_classes_than_the_model_has_are_an_error(digits):
 def test_a_data_set_smaller_than_one_update_is_an_error(config):
     cfg = config(batch_size=32, accumulation_steps=2)
     dataset = build_dataset(cfg.data, "train", True, cfg.batch_size)
-    with pytest.raises(ConfigError, match="at least the 64 images of one update, got 60"):
+    with pytest.raises(ConfigError, match="at least the 64 images of one optimizer step, got 60"):
         train_loader(dataset, cfg, CPU, 0, 1)
 
 

@@ -87,9 +87,9 @@ def test_classes_are_matched_by_name_not_by_order(run, right, tmp_path, capsys):
     [
         (
             DIGITS | {"three": 3},
-            r"must be those of .*last.pth \(0, 1, .*\), got 1 others: three",
+            r"1 class is not in .*last.pth \(0, 1, .*\): three",
         ),
-        ({"a": 1, "b": 2}, r"must be those of .*last.pth \(0, 1, .*\), got 2 others: a, b"),
+        ({"a": 1, "b": 2}, r"2 classes are not in .*last.pth \(0, 1, .*\): a, b"),
     ],
 )
 def test_classes_unknown_to_the_checkpoint_are_rejected(run, tmp_path, caplog, classes, message):

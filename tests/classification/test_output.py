@@ -71,8 +71,8 @@ def test_a_run_owns_its_output_until_its_end(config, monkeypatch):
 @pytest.mark.parametrize(
     ("decay", "epochs", "message"),
     [
-        (0.9999, 4, r"of 4 updates: .* retain 100 % .*; consider ema_decay=0\.32"),
-        (0.9, 20, r"of 20 updates: .* retain 12\.2 % .*; consider ema_decay=0\.79"),
+        (0.9999, 4, r"of 4 optimizer steps: .* retain 100 % .*; consider ema_decay=0\.32"),
+        (0.9, 20, r"of 20 optimizer steps: .* retain 12\.2 % .*; consider ema_decay=0\.79"),
         (0.9999, 20_000, r"retain 13\.5 % of .*; consider ema_decay=0\.99977"),
         (0.99999, 200_000, r"retain 13\.5 % of .*; consider ema_decay=0\.999977"),
         (0.9, 22, None),
@@ -148,7 +148,7 @@ def test_warnings_from_before_the_run_are_in_the_log(settings, digits, tmp_path)
         "override seed=1 is replaced by the later seed=2",
         "60 images; other files: 1 .txt",
         "data.train_split and data.val_split contain the same images",
-        "head keeps its initial values, as model.initial_checkpoint was trained on other classes",
+        "head stays randomly initialized, as model.initial_checkpoint was trained on other classes",
     ]
 
     def counts() -> list[int]:
@@ -239,7 +239,9 @@ def test_non_finite_weights_are_never_saved(config, where):
     model = trainer.ema.module if where == "ema" else trainer.model
     tensor = next(iter(model.buffers() if where == "buffer" else model.parameters()))
     tensor.data.flatten()[0] = torch.nan
-    with pytest.raises(Diverged, match=r"is not finite after an update\. Try more schedule"):
+    with pytest.raises(
+        Diverged, match=r"is not finite after an optimizer step\. Try more schedule"
+    ):
         trainer.save("best.pth")
     assert not (trainer.output / "best.pth").exists()
     state = load_checkpoint(trainer.last)

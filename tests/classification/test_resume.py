@@ -23,7 +23,7 @@ from tests.kills import run_until_killed
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Return a function that sends SIGTERM during the n-th update of the run."""
+    """Return a function that sends SIGTERM during the n-th optimizer step of the run."""
 
     def arm(updates: int) -> None:
         train_update, done = Trainer.train_update, 0
@@ -42,7 +42,7 @@ def stop_after(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("updates", [3, 5])  # within an epoch of 5 updates, and at its end
+@pytest.mark.parametrize("updates", [3, 5])  # within an epoch of 5 steps, and at its end
 def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     config, tmp_path, stop_after, updates, workers
 ):

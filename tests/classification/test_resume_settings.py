@@ -67,7 +67,7 @@ def clips_at_its_value(trainer: Trainer, value) -> bool:
 
 
 def stops_at_once(trainer: Trainer, value) -> bool:
-    with pytest.raises(Diverged, match="in 1 consecutive updates"):
+    with pytest.raises(Diverged, match="in 1 consecutive optimizer steps"):
         trainer._count(torch.nan, 1.0)
     return True
 
@@ -170,7 +170,7 @@ REFUSED_WITHIN_AN_EPOCH = {
     "seed": (7, "seed must be 0 as in the checkpoint, which was saved within an epoch, got 7"),
     "batch_size": (6, "batch_size must be 12 as in"),
     "accumulation_steps": (5, "accumulation_steps must be 1 as in"),
-    "data.train_split": ("val", "of 5 updates on 1 processes, got 1 updates on 1"),
+    "data.train_split": ("val", "of 5 optimizer steps on 1 processes, got 1 optimizer steps on 1"),
 }
 
 

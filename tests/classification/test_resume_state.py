@@ -9,7 +9,7 @@ from timm.optim import get_optimizer_info
 from flash_internimage.checkpoints import load_checkpoint, save_atomically
 from flash_internimage.classification.engine import Trainer
 from flash_internimage.classification.random_numbers import rng_state, set_rng_state
-from flash_internimage.classification.resuming import restore_optimizer
+from flash_internimage.classification.resume_checks import restore_optimizer
 from flash_internimage.classification.training import train
 from tests.classification.helpers import CPU, assert_equal, build
 
@@ -20,7 +20,7 @@ from tests.classification.helpers import CPU, assert_equal, build
         ({"model": [1]}, "weights must be a dict of tensors, got list"),
         ({"epoch": "1"}, "TypeError"),
         ({"epoch": -1}, "its progress must be valid, got epoch -1"),
-        ({"update": 10**12}, "update 1000000000000 of"),
+        ({"update": 10**12}, "step 1000000000000 of"),
         ({"config": 5}, "config must be a dict, got 5"),
         ({"config": None}, "config must be a dict, got None"),
         ({"config": {"model": {}}}, "config must contain all settings .* missing: model.name"),

@@ -142,7 +142,7 @@ class TestCompleteStreams:
         trainer = stream(Numbers(10, length=20))
         trainer.train_epoch()
         assert (trainer.update, trainer.updates_per_epoch) == (2, 5)
-        assert "epoch 1: the training stream ended after 2 of 5 updates" in caplog.text
+        assert "epoch 1: the training stream ended after 2 of 5 optimizer steps" in caplog.text
 
     def test_all_processes_end_the_epoch_together(self, stream, monkeypatch):
         trainer = stream(Numbers(20))
@@ -158,14 +158,14 @@ class TestCompleteStreams:
         assert (asked, trainer.update) == ([True, True, True], 2)
 
     def test_a_stream_without_images_is_a_one_line_error(self, stream):
-        with pytest.raises(TooManyCorruptImages, match="ended before the first update"):
+        with pytest.raises(TooManyCorruptImages, match="ended before the first optimizer step"):
             stream(Numbers(0, length=20)).train_epoch()
 
     @pytest.mark.parametrize(
         ("length", "message"),
         [
             (0, "data.kind= must provide the number of training images"),
-            (3, "at least the 4 images of one update per process, got 3"),
+            (3, "at least the 4 images of one optimizer step per process, got 3"),
         ],
     )
     def test_a_stream_of_unknown_or_short_length_is_a_one_line_error(self, stream, length, message):

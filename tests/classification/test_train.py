@@ -219,7 +219,7 @@ def test_validation_uses_the_classes_of_training(config, digits, tmp_path, caplo
     labels = [label for _, y in trainer.val_loader for label in y.tolist()]
     assert labels == sorted([*range(4), *range(5, 10)] * 2)
     (tmp_path / "digits" / "val" / "5").rename(tmp_path / "digits" / "val" / "five")
-    message = r"must be those of data.train_split=train \(0, 1, 2, .*\), got 1 others: five"
+    message = r"1 class is not in data.train_split=train \(0, 1, 2, .*\): five"
     with pytest.raises(ConfigError, match=message):
         Trainer(cfg, CPU)
 

@@ -259,7 +259,7 @@ def test_every_name_that_does_not_fit_is_reported(weights, refused, run, tmp_pat
         "shape of patch_embed.conv1.bias: (3,), expected (16,)",
     ]
     message = refused(*arguments)
-    assert message.startswith(f"{source} does not fit {NANO}, see above; --partial writes")
+    assert message.startswith(f"{source} does not match {NANO}, see above; --partial writes")
     assert [record.getMessage() for record in caplog.records[-len(report) - 1 : -1]] == report
     assert not out.exists()
     caplog.clear()
@@ -335,7 +335,7 @@ def test_a_subset_of_the_images_does_not_count_as_reproduction(
     assert result["images"] == images  # equally many of each class
     row = {"measured": 10.0, "published": 9.9, "difference": 0.1, "reproduced": None}
     assert result["figures"] == {"top1": row}
-    assert f"evaluated on {images} images, not on all 50000" in caplog.text
+    assert f"evaluated {images} of 50000 images: cannot tell" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tests that the zoo matches the published figures, and that generated files match the zoo."""
+"""Tests that the zoo matches the published results, and that generated files match the zoo."""
 
 import json
 import re

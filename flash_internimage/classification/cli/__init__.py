@@ -1,1 +1,1 @@
-"""Command lines of the classification programs."""
+"""Command lines of the classification scripts."""

@@ -44,8 +44,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--amp", choices=("auto", *AMP_DTYPES), default="off",
                         help="mixed precision (default: off)")  # fmt: skip
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema",
-                        help="weights to use of a checkpoint with both (default: ema)")  # fmt: skip
+    parser.add_argument(
+        "--weights", choices=("ema", "model"), default="ema",
+        help="weights to evaluate if the checkpoint has both (default: ema)",
+    )  # fmt: skip
     parser.add_argument("--throughput", action="store_true",
                         help="measure the speed of random weights on random images")  # fmt: skip
     parser.add_argument("--json", type=Path, help="also write the result to this file")
@@ -106,7 +108,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program and return its exit code."""
+    """Run the script and return its exit code."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     arguments = parse_arguments(argv)
     for name in ("checkpoint", "data"):  # Shells do not expand --data=~/images.

@@ -32,7 +32,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program and return its exit code."""
+    """Run the script and return its exit code."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     arguments = parse_arguments(argv)
     try:

@@ -74,10 +74,8 @@ def match_classes(dataset: ImageSet, names: Sequence[str], source: str) -> None:
         return
     indices = {name: i for i, name in enumerate(names)}
     if unknown := [name for name in class_to_idx if name not in indices]:
-        raise ConfigError(
-            f"the classes of the dataset must be those of {source} ({_some(list(names))}), got "
-            f"{len(unknown)} others: {_some(unknown)}"
-        )
+        count = "1 class is" if len(unknown) == 1 else f"{len(unknown)} classes are"
+        raise ConfigError(f"{count} not in {source} ({_some(list(names))}): {_some(unknown)}")
     if len(indices) < len(names):
         raise ConfigError(f"class names must be unique, {source} has duplicates")
     if missing := [name for name in names if name not in class_to_idx]:

@@ -76,7 +76,7 @@ class TooManyCorruptImages(RuntimeError):
     """Raised if unreadable images stop the run.
 
     More files than `data.max_corrupt`, or all files of a split, cannot be read, or a stream fails
-    or ends before the first update.
+    or ends before the first optimizer step.
     """
 
     def __init__(self, message: str) -> None:

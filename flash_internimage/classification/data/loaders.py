@@ -113,7 +113,7 @@ def _uses_prefetcher(device: torch.device) -> bool:
 
 def _init_worker(worker_id: int) -> None:
     # Terminals and batch systems signal every process of a run. Workers that exit would end the
-    # main process within an update, before it has saved.
+    # main process within an optimizer step, before it has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # identifies the sender of a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -182,8 +182,8 @@ def train_loader(
         world_size: Number of processes.
 
     Raises:
-        ConfigError: If the dataset is smaller than one update or is a stream of unknown length,
-            or if `data.workers` is 0 for `tfds/` on several processes.
+        ConfigError: If the dataset is smaller than the total batch size or is a stream of unknown
+            length, or if `data.workers` is 0 for `tfds/` on several processes.
     """
     is_stream = isinstance(dataset, SkippingStream)
     if is_stream and not len(dataset):
@@ -194,7 +194,7 @@ def train_loader(
     images = cfg.batch_size * cfg.accumulation_steps * (1 if is_stream else world_size)
     if len(dataset) < images:
         raise ConfigError(
-            f"the training split must have at least the {images} images of one update"
+            f"the training split must have at least the {images} images of one optimizer step"
             f"{' per process' * is_stream}, got {len(dataset)}"
         )
     dataset.transform = train_transform(cfg.data, cfg.augmentation, _uses_prefetcher(device))

@@ -1,4 +1,4 @@
-# COCO 2017 without masks, with DETR's augmentation: several scales, and half of the images cropped.
+# COCO 2017 without masks, with DETR's augmentation: multi-scale, and half of the images cropped.
 # Unlike in mmdet's DINO, images without objects are left out (filter_empty_gt of the base), and
 # every crop contains an object.
 _base_ = ["mmdet::_base_/datasets/coco_detection.py", "crop.py"]

@@ -1,4 +1,4 @@
-# COCO 2017 with masks and DETR's augmentation: several scales, and half of the images cropped.
+# COCO 2017 with masks and DETR's augmentation: multi-scale, and half of the images cropped.
 _base_ = ["coco_instance.py", "crop.py"]
 train_pipeline = [
     dict(type="LoadReadableImage"),

@@ -1,4 +1,4 @@
-# AdamW for 12 epochs, 16 images per update: 500 iterations of warm-up, steps at epochs 8 and 11.
+# AdamW for 12 epochs, total batch size 16: 500 iterations of warm-up, steps at epochs 8 and 11.
 _base_ = "mmdet::_base_/schedules/schedule_1x.py"
 optim_wrapper = dict(
     _delete_=True,

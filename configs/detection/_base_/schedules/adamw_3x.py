@@ -1,4 +1,4 @@
-# AdamW for 36 epochs, 64 images per update.
+# AdamW for 36 epochs, total batch size 64.
 _base_ = "adamw_1x.py"
 train_cfg = dict(max_epochs=36)
 param_scheduler = [

@@ -1,4 +1,4 @@
-# AdamW for 12 epochs, 32 images per update. Unlike mmdet's DINO, it has a warm-up and layer-wise
+# AdamW for 12 epochs, total batch size 32. Unlike mmdet's DINO, it has a warm-up and layer-wise
 # learning rate decay.
 _base_ = "adamw_1x.py"
 param_scheduler = [

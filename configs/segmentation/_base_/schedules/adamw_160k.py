@@ -1,4 +1,4 @@
-# AdamW for 160,000 iterations, 16 images per update. The learning rate decays linearly to 0 from
+# AdamW for 160,000 iterations, total batch size 16. The learning rate decays linearly to 0 from
 # the first iteration on, and the warm-up is applied on top; in mmseg 1 the decay begins after the
 # warm-up. mmengine's schedules reach their last value in iteration end - 1.
 optim_wrapper = dict(

@@ -16,7 +16,7 @@ _ENTRIES = (
 
 _KINDS = {"optimizer": dict, "scaler": dict, "rng": list, "classes": list, "config": dict}
 
-# Settings that cannot change on resuming, as weights and optimizer state would not fit.
+# Settings that cannot change on resuming, as weights and optimizer state would not match.
 _FIXED = (
     "model.name", "model.num_classes", "model.initial_checkpoint", "model.class_map",
     "optimizer.name",
@@ -178,7 +178,9 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     names = [name for group in state["param_groups"] for name in group["names"]]
     if set(names) != old_index.keys():
         other = sorted(set(names) ^ old_index.keys())
-        raise ValueError(f"optimizer parameters must be those of the checkpoint, got {other[0]}")
+        raise ValueError(
+            f"the optimizer's parameters differ from the checkpoint's, first: {other[0]}"
+        )
     entries, expected = {}, _first_entries(optimizer)
     for group in state["param_groups"]:
         for name, index in zip(group["names"], group["params"], strict=True):
