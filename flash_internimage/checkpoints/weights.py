@@ -151,7 +151,7 @@ def load_weights(
         sizes = {_first_size(state_dict.get(name)) for name in names}
         classes, expected = max(sizes, default=0), max((len(own[n]) for n in names), default=0)
         if len(sizes) != 1 or not classes or (class_map is None and classes == expected):
-            continue  # require_fit reports any mismatch.
+            continue  # check_state_dict reports any mismatch.
         if class_map is None:
             _warn_of_initial_values(classifier, classes, expected)
             state_dict |= {name: own[name] for name in names}
@@ -162,7 +162,7 @@ def load_weights(
             )
         else:
             state_dict |= {name: state_dict[name][class_map] for name in names}
-    require_fit(own, state_dict)
+    check_state_dict(own, state_dict)
     model.load_state_dict(state_dict)
 
 
@@ -225,7 +225,7 @@ def read_pretrained(
     for name in ignored:
         expected.pop(name, None)
         weights.pop(name, None)
-    require_fit(expected, weights)
+    check_state_dict(expected, weights)
     if broken := [name for name, tensor in weights.items() if not is_finite(tensor)]:
         raise ValueError(f"weights must be finite, got NaN or infinity in {_shorten(broken)}")
     if model.num_classes and not features_only and "head." in fresh:
@@ -260,7 +260,7 @@ def _fresh_parts(model: "FlashInternImage", classes: int, features_only: bool) -
     return ()
 
 
-def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> list[str]:
+def find_mismatches(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> list[str]:
     """Return all mismatches between weights and a model.
 
     Args:
@@ -276,23 +276,23 @@ def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"weights must be a dict of tensors, got {type(state_dict).__name__}")
-    misfits = [f"missing: {name}" for name in expected if name not in state_dict]
-    misfits += [f"unexpected: {name}" for name in state_dict if name not in expected]
+    mismatches = [f"missing: {name}" for name in expected if name not in state_dict]
+    mismatches += [f"unexpected: {name}" for name in state_dict if name not in expected]
     shapes, dtypes = [], []
     for name in [name for name in state_dict if name in expected]:
         value, own = state_dict[name], expected[name]
         if not isinstance(value, Tensor):
-            misfits.append(f"not a tensor: {name} is of type {type(value).__name__}")
+            mismatches.append(f"not a tensor: {name} is of type {type(value).__name__}")
             continue
         if value.shape != own.shape:
             shapes.append(f"shape of {name}: {tuple(value.shape)}, expected {tuple(own.shape)}")
         # load_state_dict would silently cast quantized and complex weights.
         if own.is_floating_point() and not value.is_floating_point():
             dtypes.append(f"dtype of {name}: {value.dtype}, expected {own.dtype}")
-    return misfits + shapes + dtypes
+    return mismatches + shapes + dtypes
 
 
-def require_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+def check_state_dict(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
     """Raise an error if weights do not fit a model.
 
     Args:
@@ -300,10 +300,10 @@ def require_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
         state_dict: Weights to load.
 
     Raises:
-        ValueError: If :func:`find_misfits` finds any mismatch; the message lists up to five of each
-            kind.
+        ValueError: If :func:`find_mismatches` finds any mismatch; the message lists up to five of
+            each kind.
     """
-    problems = find_misfits(expected, state_dict)
+    problems = find_mismatches(expected, state_dict)
     if problems:
         kinds = groupby(problems, key=lambda problem: problem.split(maxsplit=1)[0])
         shown = [problem for _, kind in kinds for problem in islice(kind, 5)]

@@ -14,7 +14,7 @@ from detection import test as test_program
 from flash_internimage.openmmlab.cli.train import training_parser, training_runner
 from flash_internimage.openmmlab.engine.hooks import curves
 from flash_internimage.openmmlab.engine.runner.checkpoint_names import latest_checkpoint
-from flash_internimage.openmmlab.readers import read_checkpoint
+from flash_internimage.openmmlab.safe_loading import read_checkpoint
 from tests import runs
 from tests.runs import log, train, train_until_killed, train_with_two_processes
 

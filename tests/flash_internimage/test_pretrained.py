@@ -195,7 +195,7 @@ def rename(old: str, new: str) -> Callable[[dict], None]:
 
 
 FC1 = "levels.0.blocks.0.mlp.fc1.weight"
-MISFITS = [
+MISMATCHES = [
     (rename(FC1, "levels.0.x"), {}, r"missing: .*fc1\.weight; unexpected: levels\.0\.x"),
     (without("patch_embed.conv1.weight"), {}, r"missing: patch_embed\.conv1\.weight"),
     (reshape("patch_embed.conv1.weight", 16, 3, 7, 7), {}, r"shape of patch_embed\.conv1\.weight"),
@@ -220,9 +220,9 @@ OWN_HEAD = [
 
 @pytest.mark.parametrize(
     ("change", "kwargs", "message"),
-    [(change, {"num_classes": n}, message) for change, _, message in MISFITS for n in (7, 10, 0)]
-    + [(change, {"features_only": True}, message) for change, _, message in MISFITS[:-1]]
-    + [(change, {"in_chans": 1}, message) for change, _, message in MISFITS]
+    [(change, {"num_classes": n}, message) for change, _, message in MISMATCHES for n in (7, 10, 0)]
+    + [(change, {"features_only": True}, message) for change, _, message in MISMATCHES[:-1]]
+    + [(change, {"in_chans": 1}, message) for change, _, message in MISMATCHES]
     + OWN_HEAD,
 )
 def test_a_checkpoint_that_does_not_fit_is_rejected(own, tmp_path, change, kwargs, message):

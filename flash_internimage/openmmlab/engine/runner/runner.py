@@ -16,13 +16,13 @@ from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from ....checkpoints import check_optimizer, convert_checkpoint, is_finite, require_fit
+from ....checkpoints import check_optimizer, check_state_dict, convert_checkpoint, is_finite
 from ....checkpoints.conversion import EXECUTED
 from ....checkpoints.downloads import hide_secrets
 from ....files import disk_full_error, write_atomically
 from ...datasets.splits import warn_of_shared_images
 from ...errors import describe, end_in_one_line, is_from_this_package, is_users
-from ...readers import read_checkpoint, safe_readers
+from ...safe_loading import read_checkpoint, safe_loading
 from ...utils import unwrap_model
 from .resume import (
     adapt_checkpoint,
@@ -35,9 +35,9 @@ from .resume import (
 
 @contextmanager
 def _building_loop(dataloader: str) -> Iterator[None]:
-    """Use the safe readers, and prefix errors about a dataset with the name of its data loader."""
+    """Enable safe loading, and prefix errors about a dataset with the name of its data loader."""
     try:
-        with safe_readers():
+        with safe_loading():
             yield
     except (FileNotFoundError, ValueError) as error:
         message = describe(error)
@@ -57,13 +57,14 @@ def _raise_file_errors(record: logging.LogRecord) -> None:
 
 @RUNNERS.register_module()
 class SafeRunner(Runner):
-    """mmengine's Runner with safe readers, and resuming under changed settings.
+    """mmengine's Runner with safe loading, and resuming under changed settings.
 
-    While it works, it reads files as after :func:`~flash_internimage.openmmlab.use_safe_readers`:
-    nothing in a checkpoint is executed. Published parameter names are converted. When resuming
-    and testing, all names and shapes must agree. A model to be trained keeps its initial values for
-    weights that the checkpoint lacks, and the log names them. A resumed run combines its own
-    settings with the state of its checkpoint.
+    While it works, safe loading is enabled as by
+    :func:`~flash_internimage.openmmlab.enable_safe_loading`: nothing in a checkpoint is executed.
+    Published parameter names are converted. When resuming and testing, all names and shapes must
+    agree. In a model to be trained, weights that the checkpoint lacks stay randomly initialized,
+    and the log names them. A resumed run combines its own settings with the state of its
+    checkpoint.
 
     Args:
         args: Arguments of Runner.
@@ -102,7 +103,7 @@ class SafeRunner(Runner):
             OSError: If the disk is full.
         """
         try:
-            with safe_readers():
+            with safe_loading():
                 yield
         except Exception as error:
             full = disk_full_error(error, getattr(self, "_work_dir", "a log"))
@@ -286,7 +287,7 @@ class SafeRunner(Runner):
             except ValueError as error:
                 raise ValueError(f"{filename}: {error}") from error
             checkpoint["state_dict"] = filled
-        require_fit(model.state_dict(), checkpoint["state_dict"])
+        check_state_dict(model.state_dict(), checkpoint["state_dict"])
         if self._resuming:
             self._other_schedule = adapt_checkpoint(self, checkpoint)
         elif self._train_loop is None:

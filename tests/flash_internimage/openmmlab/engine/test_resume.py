@@ -11,7 +11,7 @@ from mmengine.dataset import BaseDataset
 
 from flash_internimage.openmmlab import SafeRunner
 from flash_internimage.openmmlab.engine.runner import resume
-from flash_internimage.openmmlab.readers import read_checkpoint
+from flash_internimage.openmmlab.safe_loading import read_checkpoint
 from tests.flash_internimage.openmmlab.small import Model
 
 ADAMW = {"type": "AdamW", "lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.1}

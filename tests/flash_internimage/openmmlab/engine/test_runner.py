@@ -15,7 +15,7 @@ from mmengine.logging import HistoryBuffer
 from torch import nn
 
 from flash_internimage.checkpoints import Placeholder
-from flash_internimage.openmmlab import AtomicCheckpointHook, readers
+from flash_internimage.openmmlab import AtomicCheckpointHook, safe_loading
 from flash_internimage.openmmlab.engine.hooks import curves
 from flash_internimage.openmmlab.engine.runner.checkpoint_names import latest_checkpoint
 from tests.flash_internimage.openmmlab.small import Model, Score
@@ -92,7 +92,7 @@ class TestCheckpoints:
         trained = r.message_hub.log_scalars
         # SafeRunner restores the histories when reading, mmengine's own runner in this hook.
         AtomicCheckpointHook().after_load_checkpoint(r, loaded)
-        for checkpoint in (loaded, readers.read_checkpoint(tmp_path / "run" / "epoch_3.pth")):
+        for checkpoint in (loaded, safe_loading.read_checkpoint(tmp_path / "run" / "epoch_3.pth")):
             histories = checkpoint["message_hub"]["log_scalars"]
             assert {"train/loss", "train/lr"} <= histories.keys()
             for name, history in histories.items():
@@ -183,7 +183,7 @@ def resume(runner, path: Path) -> None:
 
 
 def load_state(path: Path) -> dict:
-    return readers.read_checkpoint(path)["state_dict"]
+    return safe_loading.read_checkpoint(path)["state_dict"]
 
 
 class TestLoading:
@@ -310,7 +310,7 @@ class TestLoading:
         model = Model(classes=3)
         model.init_cfg = {"type": "Pretrained", "checkpoint": path}
         if who == "function":
-            with readers.safe_readers():
+            with safe_loading.safe_loading():
                 model.init_weights()
         else:
             runner(model, train_cfg={"by_epoch": True, "max_epochs": 0}).train()
@@ -447,7 +447,7 @@ class TestLoading:
         with monkeypatch.context() as patch:
             patch.setitem(HistoryBuffer._statistics_methods, "mean", HistoryBuffer.max)
             path = save({}, message_hub={"log_scalars": {"loss": history}})
-        loaded = readers.read_checkpoint(path)["message_hub"]["log_scalars"]["loss"]
+        loaded = safe_loading.read_checkpoint(path)["message_hub"]["log_scalars"]["loss"]
         loaded.update(5.0)
         assert loaded.statistics("mean") == 3
         assert HistoryBuffer._statistics_methods["mean"] is HistoryBuffer.mean
@@ -469,7 +469,7 @@ class TestLoading:
             patch.setattr(HistoryBuffer, "__getstate__", lambda self: state, raising=False)
             path = save({}, message_hub={"log_scalars": {"loss": history}})
         with pytest.raises(ValueError, match=r"c\.pth: log_scalars\.loss must be two arrays"):
-            readers.read_checkpoint(path)
+            safe_loading.read_checkpoint(path)
 
     def test_missing_checkpoint(self, tester):
         with pytest.raises(FileNotFoundError, match=r"checkpoint not found: none\.pth"):
