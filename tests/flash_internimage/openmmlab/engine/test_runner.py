@@ -156,7 +156,7 @@ class TestScaledLearningRates:
         assert sorted({*rates["lr"]}) == pytest.approx([rate / 10, rate])
         assert rates["base_lr"] == [rate]
         assert (
-            f"scaling learning rates by {rate:g}: an update has {2 * accumulated} images"
+            f"scaling learning rates by {rate:g}: the total batch size is {2 * accumulated} "
             in caplog.text
         )
 
@@ -235,7 +235,7 @@ class TestLoading:
         r = runner(load_from=save(Model().state_dict() | {"head.bias": 3}, message_hub={}))
         r.logger.addHandler(caplog.handler)
         r.load_or_resume()
-        assert "1 tensors keep their initial values: head.bias" in caplog.text
+        assert "1 tensors stay randomly initialized: head.bias" in caplog.text
 
     @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
     def test_a_test_rejects_weights_of_another_model(self, tester, save, change):
@@ -244,7 +244,7 @@ class TestLoading:
             del state["head.bias"]
         elif change == "unexpected":
             state["other"] = torch.zeros(1)
-        with pytest.raises(ValueError, match=rf"does not fit the model: {change}"):
+        with pytest.raises(ValueError, match=rf"does not match the model: {change}"):
             tester().load_checkpoint(save(state))
 
     def test_a_head_of_another_shape_keeps_its_initial_values(self, runner, save, caplog):
@@ -255,18 +255,18 @@ class TestLoading:
         r.load_or_resume()
         assert torch.equal(r.model.backbone.weight, source.backbone.weight)
         assert torch.equal(r.model.head.weight, head)
-        assert "2 tensors keep their initial values: head.bias, head.weight" in caplog.text
+        assert "2 tensors stay randomly initialized: head.bias, head.weight" in caplog.text
         assert "2 tensors of the checkpoint are not used: head.bias, head.weight" in caplog.text
 
     def test_weights_that_match_nothing_are_rejected(self, runner, save):
         path = save({"levels.0.weight": torch.zeros(3)})
-        message = rf"^{path}: none of its 1 tensors fits .* with levels, .* with backbone, head$"
+        message = rf"^{path}: none of its 1 tensors matches .* with levels, .* with backbone, head$"
         with pytest.raises(ValueError, match=message):
             runner(load_from=path).load_or_resume()
 
     def test_resuming_rejects_weights_of_another_model(self, runner, save):
         r = runner(load_from=save(Model(classes=3).state_dict()), resume=True)
-        with pytest.raises(ValueError, match=r"does not fit the model: shape of head\.weight"):
+        with pytest.raises(ValueError, match=r"does not match the model: shape of head\.weight"):
             r.load_or_resume()
 
     @pytest.mark.parametrize(
@@ -323,10 +323,19 @@ class TestLoading:
             (lambda c: c.pop("meta"), "KeyError: 'meta'"),
             (lambda c: c.pop("state_dict"), "has no state_dict"),
             (lambda c: c.update(optimizer=[]), "TypeError"),
-            (lambda c: c["meta"].update(iter=-1), "from iteration -1"),
+            (
+                lambda c: c["meta"].update(iter=-1),
+                "meta.iter must be a non-negative integer, got -1",
+            ),
             (lambda c: c.pop("optimizer"), "no optimizer state; to start from its weights"),
-            (lambda c: c["meta"].update(epoch=-1), "from epoch -1, but this run has 4"),
-            (lambda c: c["meta"].update(epoch="1"), "from epoch '1', but this run has 4"),
+            (
+                lambda c: c["meta"].update(epoch=-1),
+                "meta.epoch must be a non-negative integer, got -1",
+            ),
+            (
+                lambda c: c["meta"].update(epoch="1"),
+                "meta.epoch must be a non-negative integer, got '1'",
+            ),
         ],
     )
     def test_a_checkpoint_that_cannot_be_resumed_is_an_error(
@@ -393,7 +402,7 @@ class TestLoading:
         r = runner(resume=True, load_from=str(path))
         r.logger.addHandler(caplog.handler)
         r.train()
-        assert f"{path} is from the end of this run: nothing left to train" in caplog.text
+        assert f"training is already complete in {path}" in caplog.text
 
     @pytest.mark.parametrize(
         ("numbers", "kept"), [(["X/../../elsewhere", 3], set()), (3, {"epoch_3.pth"})]
