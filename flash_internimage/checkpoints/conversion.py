@@ -19,7 +19,7 @@ from .loading import load_checkpoint, save_atomically
 from .names import T, rename, unwrap_names
 from .weights import clean_state_dict, find_mismatches
 
-# Configs in the `meta` of a checkpoint: strings that OpenMMLab's programs execute as Python.
+# Configs in the `meta` of a checkpoint: strings that OpenMMLab's scripts execute as Python.
 EXECUTED = ("cfg", "config")
 
 # Prefixes of the parameter names of detectors and segmentors, except the backbone's.
@@ -234,9 +234,10 @@ def convert_file(
         output: File to write, `.safetensors` or `.pth`; the latter contains `state_dict` and
             `meta`. The names and colors of the classes are stored where current OpenMMLab expects
             them or, with `published`, where mmdet 2 and mmseg 0 do.
-        expected: State dict of the model that the weights should fit. If None, nothing is compared.
+        expected: State dict of the model that the weights should match. If None, nothing is
+            compared.
         published: Write the published names instead of the current ones.
-        partial: Write the weights that fit even if others do not.
+        partial: Write the weights that match even if others do not.
 
     Returns:
         The mismatches, see :func:`find_mismatches`. If there are any, nothing is written

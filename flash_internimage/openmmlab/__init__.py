@@ -2,7 +2,7 @@
 
 Importing this package, `flash_internimage.openmmlab.detection` or
 `flash_internimage.openmmlab.segmentation` registers new names and changes nothing else. To read
-files safely in programs without :class:`SafeRunner`, see :func:`enable_safe_loading`.
+files safely in scripts without :class:`SafeRunner`, see :func:`enable_safe_loading`.
 
 Example::
 

@@ -121,7 +121,7 @@ def test_classifier_for_other_classes_keeps_its_initial_values(own, tmp_path, se
     assert model.head.out_features == 7
     assert_equal(split_head(model.state_dict())[1], split_head(own.state_dict())[1])
     assert caplog.messages == [
-        "head keeps its initial values: the checkpoint has 10 classes, the model 7"
+        "head stays randomly initialized: the checkpoint has 10 classes, the model 7"
     ]
 
 
@@ -237,7 +237,7 @@ def test_weights_without_classifier_keep_the_initial_one_and_are_logged(own, tmp
     model = nano(1, num_classes=7, **file(weights, tmp_path))
     assert_equal(split_head(model.state_dict())[1], weights)
     assert caplog.messages == [
-        "head keeps its initial values: the checkpoint has no classes, the model 7"
+        "head stays randomly initialized: the checkpoint has no classes, the model 7"
     ]
 
 

@@ -247,8 +247,8 @@ class LoadReadableImage(LoadCheckedImage):
     """LoadCheckedImage that leaves unreadable images out of training.
 
     In training, an image that is unreadable or not of its annotated size is left out with a
-    warning, and the dataset draws another one. In tests (`test_mode=True` in the datasets of this
-    package) it is an error.
+    warning, and the dataset draws another one. At test time (`test_mode=True` in the datasets of
+    this package) it is an error.
 
     Args:
         args: Arguments of LoadCheckedImage.
@@ -264,7 +264,7 @@ class LoadReadableImage(LoadCheckedImage):
         """Add `img`, `img_shape` and `ori_shape` to `results`.
 
         Raises:
-            UnreadableImage: If the image cannot be used in a test.
+            UnreadableImage: If the image cannot be used at test time.
             ValueError: If more than `max_corrupt` images cannot be used in training.
         """
         try:
@@ -307,8 +307,8 @@ class LoadCheckedAnnotations(BaseTransform):
     """Load a label map, as mmseg's LoadAnnotations does, and validate it.
 
     In training, a label map that is unreadable or not of the size of its image is left out with a
-    warning, and the dataset draws another image. In tests it is an error, as it is with mmseg's
-    own datasets, whose entries do not distinguish training from tests.
+    warning, and the dataset draws another image. At test time it is an error, as it is with mmseg's
+    own datasets, whose entries do not distinguish training from testing.
 
     Values outside the classes are always an error, because on a GPU they would fail an assertion
     that names no file. mmseg's own datasets do not provide the number of classes for this check,

@@ -151,4 +151,4 @@ def _check_init_cfg(init_cfg: dict | None) -> None:
     if unknown := init_cfg.keys() - {"type", "checkpoint", "prefix", "map_location"}:
         raise ValueError(f"{accepted}, got the unknown key {', '.join(sorted(map(repr, unknown)))}")
     if not isinstance(prefix := init_cfg.get("prefix"), str | None):
-        raise ValueError(f"init_cfg's prefix must be text, got {prefix!r}")
+        raise ValueError(f"init_cfg's prefix must be a string, got {prefix!r}")

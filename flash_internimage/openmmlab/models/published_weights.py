@@ -15,7 +15,7 @@ class LoadsPublishedWeights(BaseModule):
 
     Names are converted however the weights are loaded: by the inference functions of mmdet and
     mmseg, by `init_cfg`, or by PyTorch's `load_state_dict`. A warning counts the tensors that do
-    not fit.
+    not match.
 
     Attributes:
         published_prefix: Prefix of the module's parameter names in a whole model.

@@ -47,7 +47,7 @@ class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
               learning rate of `patch_embed`, such as 'decode_head.query_embed'.
 
     Raises:
-        ValueError: If an option is unknown, missing, out of range, or does not fit the model. The
+        ValueError: If an option is unknown, missing, out of range, or does not match the model. The
             message names it.
 
     Example::
@@ -95,7 +95,7 @@ class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             **kwargs: Unused.
 
         Raises:
-            ValueError: If an option does not fit the model.
+            ValueError: If an option does not match the model.
         """
         backbone = getattr(module, "backbone", None)
         if not isinstance(backbone, FlashInternImage):
