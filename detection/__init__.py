@@ -1,1 +1,1 @@
-"""Training and test programs of the detectors."""
+"""Training and test scripts of the detectors."""

@@ -28,7 +28,7 @@ class _AtomicDump(DumpDetResults):
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """Return the argument parser of the program."""
+    """Return the argument parser of the script."""
     parser = evaluation_parser("detection.test", "Evaluate a detector.")
     parser.add_argument("--out", type=Path, help="write the predictions to this .pkl file")
     parser.add_argument(
@@ -43,7 +43,7 @@ def get_runner(args: argparse.Namespace) -> SafeRunner:
     Raises:
         FileNotFoundError: If the config does not exist.
         OSError: If a folder cannot be written.
-        ValueError: If an argument does not fit.
+        ValueError: If an argument is invalid.
     """
     if args.out and args.out.suffix not in (".pkl", ".pickle"):
         raise ValueError(f"--out must end in .pkl or .pickle, got {args.out}")

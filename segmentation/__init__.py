@@ -1,1 +1,1 @@
-"""Training and test programs of the segmentors."""
+"""Training and test scripts of the segmentors."""

@@ -16,7 +16,7 @@ from flash_internimage.openmmlab.errors import one_line_errors
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """Return the argument parser of the program."""
+    """Return the argument parser of the script."""
     parser = evaluation_parser("segmentation.test", "Evaluate a segmentor.")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips")
     parser.add_argument("--out", type=Path, help="write the label maps to this folder, as PNG")
@@ -34,7 +34,7 @@ def get_runner(args: argparse.Namespace) -> SafeRunner:
     Raises:
         FileNotFoundError: If the config does not exist.
         OSError: If a folder cannot be written.
-        ValueError: If an argument does not fit.
+        ValueError: If an argument is invalid.
     """
     if args.out:
         require_writable(args.out, "--out")

@@ -82,12 +82,12 @@ def _convert(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
         source = find(zoo, source).fetch(arguments.offline)
     if expected is None:
         _logger.warning("the weights of %s are not compared with a model; see --model", source)
-    misfits = convert_file(
+    mismatches = convert_file(
         source, arguments.output, expected, arguments.published, arguments.partial
     )
-    for misfit in misfits:
-        _logger.warning("%s", misfit)
-    if misfits and not arguments.partial:
+    for mismatch in mismatches:
+        _logger.warning("%s", mismatch)
+    if mismatches and not arguments.partial:
         raise ValueError(
             f"{source} does not match {name}, see above; --partial writes the matching weights"
         )

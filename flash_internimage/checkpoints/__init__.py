@@ -4,19 +4,19 @@ from .conversion import (
     convert_checkpoint,
     convert_file,
     convert_state_dict,
-    restore_checkpoint,
-    restore_state_dict,
+    to_published_checkpoint,
+    to_published_state_dict,
 )
 from .downloads import download
 from .loading import check_optimizer, fetch_checkpoint, load_checkpoint, save_atomically
 from .safe_load import Placeholder
 from .weights import (
+    check_state_dict,
     clean_state_dict,
-    find_misfits,
+    find_mismatches,
     is_finite,
     load_weights,
     read_pretrained,
-    require_fit,
 )
 from .zoo import Entry, read_zoo
 
@@ -24,20 +24,20 @@ __all__ = [
     "Entry",
     "Placeholder",
     "check_optimizer",
+    "check_state_dict",
     "clean_state_dict",
     "convert_checkpoint",
     "convert_file",
     "convert_state_dict",
     "download",
     "fetch_checkpoint",
-    "find_misfits",
+    "find_mismatches",
     "is_finite",
     "load_checkpoint",
     "load_weights",
     "read_pretrained",
     "read_zoo",
-    "require_fit",
-    "restore_checkpoint",
-    "restore_state_dict",
     "save_atomically",
+    "to_published_checkpoint",
+    "to_published_state_dict",
 ]

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..files import write_atomically
 from .loading import load_checkpoint, save_atomically
 from .names import T, rename, unwrap_names
-from .weights import clean_state_dict, find_misfits
+from .weights import clean_state_dict, find_mismatches
 
-# Configs in the `meta` of a checkpoint: strings that OpenMMLab's programs execute as Python.
+# Configs in the `meta` of a checkpoint: strings that OpenMMLab's scripts execute as Python.
 EXECUTED = ("cfg", "config")
 
 # Prefixes of the parameter names of detectors and segmentors, except the backbone's.
@@ -104,7 +104,7 @@ def convert_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
     return rename(state_dict, names)
 
 
-def restore_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
+def to_published_state_dict(state_dict: Mapping[str, T]) -> dict[str, T]:
     """Rename the entries of a model of this project to the published names.
 
     This is the inverse of :func:`convert_state_dict`, which additionally strips prefixes of
@@ -187,7 +187,7 @@ def convert_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any
     return {"state_dict": convert_state_dict(state_dict), "meta": meta}
 
 
-def restore_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def to_published_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Convert a checkpoint of this project to the format of the published code.
 
     Args:
@@ -195,7 +195,7 @@ def restore_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any
             :func:`convert_checkpoint`.
 
     Returns:
-        Dict with `state_dict`, see :func:`restore_state_dict`, and `meta`.
+        Dict with `state_dict`, see :func:`to_published_state_dict`, and `meta`.
 
     Raises:
         ValueError: If there is no state dict, or it cannot be converted.
@@ -205,7 +205,7 @@ def restore_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any
     dataset_meta = meta.pop("dataset_meta", {})
     names = {"CLASSES": "classes", "PALETTE": "palette"}
     meta |= {old: dataset_meta[new] for old, new in names.items() if new in dataset_meta}
-    return {"state_dict": restore_state_dict(checkpoint["state_dict"]), "meta": meta}
+    return {"state_dict": to_published_state_dict(checkpoint["state_dict"]), "meta": meta}
 
 
 def _is_plain(value: Any) -> bool:
@@ -234,12 +234,13 @@ def convert_file(
         output: File to write, `.safetensors` or `.pth`; the latter contains `state_dict` and
             `meta`. The names and colors of the classes are stored where current OpenMMLab expects
             them or, with `published`, where mmdet 2 and mmseg 0 do.
-        expected: State dict of the model that the weights should fit. If None, nothing is compared.
+        expected: State dict of the model that the weights should match. If None, nothing is
+            compared.
         published: Write the published names instead of the current ones.
-        partial: Write the weights that fit even if others do not.
+        partial: Write the weights that match even if others do not.
 
     Returns:
-        The mismatches, see :func:`find_misfits`. If there are any, nothing is written
+        The mismatches, see :func:`find_mismatches`. If there are any, nothing is written
         unless `partial`.
 
     Raises:
@@ -259,9 +260,9 @@ def convert_file(
     weights = checkpoint["state_dict"]
     if not weights or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise ValueError(f"{source} must contain weights and nothing else")
-    misfits = [] if expected is None else find_misfits(expected, weights)
-    if misfits and not partial:
-        return misfits
+    mismatches = [] if expected is None else find_mismatches(expected, weights)
+    if mismatches and not partial:
+        return mismatches
     if expected is not None:
         checkpoint["state_dict"] = {
             name: weight
@@ -269,16 +270,16 @@ def convert_file(
             if name in expected and expected[name].shape == weight.shape
         }
     if published:
-        checkpoint = restore_checkpoint(checkpoint)
+        checkpoint = to_published_checkpoint(checkpoint)
     if output.suffix == ".pth":
         save_atomically(checkpoint, output)
-        return misfits
+        return mismatches
     # safetensors rejects tensors that share memory.
     weights = {name: value.contiguous().clone() for name, value in checkpoint["state_dict"].items()}
     meta = {key: json.dumps(value) for key, value in checkpoint["meta"].items()}
     contents = safetensors.torch.save(weights, {"format": "pt", **meta})
     write_atomically(output, lambda file: file.write(contents))
-    return misfits
+    return mismatches
 
 
 def _is_from_openmmlab(checkpoint: Mapping[str, Any]) -> bool:
@@ -288,3 +289,8 @@ def _is_from_openmmlab(checkpoint: Mapping[str, Any]) -> bool:
         return False
     names = unwrap_names({name: name for name in map(str, weights)})
     return any(name.startswith(_NOT_IN_CLASSIFIERS) for name in names.values())
+
+
+# Former names of these functions, kept for one release.
+restore_checkpoint = to_published_checkpoint
+restore_state_dict = to_published_state_dict

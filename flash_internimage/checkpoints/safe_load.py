@@ -242,7 +242,10 @@ class _Check:
         return made
 
     def call(self, name: Any, args: Any, new: bool = False) -> _Made:
-        _require(_are(_Name, name) and _are(tuple, args), "a call of a value that is no function")
+        _require(
+            _are(_Name, name) and _are(tuple, args),
+            "its pickle calls an object that is not a function",
+        )
         self.spend(args, *args)
         known = name in self.foreign or (not new and _is_known(name, *args))
         _require(known, f"{name} has arguments that torch.save does not write")

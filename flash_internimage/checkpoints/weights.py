@@ -136,7 +136,7 @@ def load_weights(
         model: timm model.
         state_dict: Weights under the model's parameter names.
         class_map: Index in the checkpoint's classifier for each class of the model. If None, a
-            classifier of another size keeps its initial values, with a warning.
+            classifier of another size stays randomly initialized, with a warning.
 
     Raises:
         ValueError: If a parameter is missing, unexpected or of another shape, or an index is out of
@@ -151,9 +151,9 @@ def load_weights(
         sizes = {_first_size(state_dict.get(name)) for name in names}
         classes, expected = max(sizes, default=0), max((len(own[n]) for n in names), default=0)
         if len(sizes) != 1 or not classes or (class_map is None and classes == expected):
-            continue  # require_fit reports any mismatch.
+            continue  # check_state_dict reports any mismatch.
         if class_map is None:
-            _warn_of_initial_values(classifier, classes, expected)
+            _warn_of_random_classifier(classifier, classes, expected)
             state_dict |= {name: own[name] for name in names}
         elif len(class_map) != expected or not all(0 <= i < classes for i in class_map):
             raise ValueError(
@@ -162,7 +162,7 @@ def load_weights(
             )
         else:
             state_dict |= {name: state_dict[name][class_map] for name in names}
-    require_fit(own, state_dict)
+    check_state_dict(own, state_dict)
     model.load_state_dict(state_dict)
 
 
@@ -170,9 +170,9 @@ def _first_size(tensor: Any) -> int:
     return len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0
 
 
-def _warn_of_initial_values(name: str, classes: int, expected: int) -> None:
+def _warn_of_random_classifier(name: str, classes: int, expected: int) -> None:
     _logger.warning(
-        "%s keeps its initial values: the checkpoint has %s classes, the model %d",
+        "%s stays randomly initialized: the checkpoint has %s classes, the model %d",
         name, classes or "no", expected,
     )  # fmt: skip
 
@@ -186,8 +186,8 @@ def read_pretrained(
 ) -> dict[str, Tensor]:
     """Return pretrained weights in the form that timm loads.
 
-    timm then adapts the first convolution to other numbers of input channels. The classifier keeps
-    its initial values, with a warning, if its number of classes differs from both the weights and
+    timm then adapts the first convolution to other numbers of input channels. The classifier stays
+    randomly initialized, with a warning, if its number of classes differs from both the weights and
     the pretrained config.
 
     Args:
@@ -201,7 +201,8 @@ def read_pretrained(
         State dict with all parameters and buffers of the model.
 
     Raises:
-        ValueError: If the weights do not fit or are not finite, or the model is on the meta device.
+        ValueError: If the weights do not match or are not finite, or the model is on the meta
+            device.
     """
     cfg, own = model.pretrained_cfg, model.state_dict()
     cfg.pop("state_dict", None)  # Otherwise, the config keeps the weights in memory.
@@ -225,11 +226,11 @@ def read_pretrained(
     for name in ignored:
         expected.pop(name, None)
         weights.pop(name, None)
-    require_fit(expected, weights)
+    check_state_dict(expected, weights)
     if broken := [name for name, tensor in weights.items() if not is_finite(tensor)]:
         raise ValueError(f"weights must be finite, got NaN or infinity in {_shorten(broken)}")
     if model.num_classes and not features_only and "head." in fresh:
-        _warn_of_initial_values("head", classes, model.num_classes)
+        _warn_of_random_classifier("head", classes, model.num_classes)
     return own | weights
 
 
@@ -241,7 +242,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _fresh_parts(model: "FlashInternImage", classes: int, features_only: bool) -> tuple[str, ...]:
-    """Return the prefixes of parameters that keep their initial values.
+    """Return the prefixes of parameters that stay randomly initialized.
 
     Args:
         model: FlashInternImage.
@@ -254,13 +255,13 @@ def _fresh_parts(model: "FlashInternImage", classes: int, features_only: bool) -
     if model.num_classes == 0:
         return ("head.",)
     if classes == model.num_classes:
-        cfg["num_classes"] = classes  # Otherwise timm would drop a classifier that fits.
+        cfg["num_classes"] = classes  # Otherwise timm would drop a classifier that matches.
     elif cfg["num_classes"] != model.num_classes:
         return ("head.",)
     return ()
 
 
-def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> list[str]:
+def find_mismatches(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> list[str]:
     """Return all mismatches between weights and a model.
 
     Args:
@@ -276,39 +277,39 @@ def find_misfits(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor
     """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"weights must be a dict of tensors, got {type(state_dict).__name__}")
-    misfits = [f"missing: {name}" for name in expected if name not in state_dict]
-    misfits += [f"unexpected: {name}" for name in state_dict if name not in expected]
+    mismatches = [f"missing: {name}" for name in expected if name not in state_dict]
+    mismatches += [f"unexpected: {name}" for name in state_dict if name not in expected]
     shapes, dtypes = [], []
     for name in [name for name in state_dict if name in expected]:
         value, own = state_dict[name], expected[name]
         if not isinstance(value, Tensor):
-            misfits.append(f"not a tensor: {name} is of type {type(value).__name__}")
+            mismatches.append(f"not a tensor: {name} is of type {type(value).__name__}")
             continue
         if value.shape != own.shape:
             shapes.append(f"shape of {name}: {tuple(value.shape)}, expected {tuple(own.shape)}")
         # load_state_dict would silently cast quantized and complex weights.
         if own.is_floating_point() and not value.is_floating_point():
             dtypes.append(f"dtype of {name}: {value.dtype}, expected {own.dtype}")
-    return misfits + shapes + dtypes
+    return mismatches + shapes + dtypes
 
 
-def require_fit(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
-    """Raise an error if weights do not fit a model.
+def check_state_dict(expected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+    """Raise an error if weights do not match a model.
 
     Args:
         expected: State dict of the model.
         state_dict: Weights to load.
 
     Raises:
-        ValueError: If :func:`find_misfits` finds any mismatch; the message lists up to five of each
-            kind.
+        ValueError: If :func:`find_mismatches` finds any mismatch; the message lists up to five of
+            each kind.
     """
-    problems = find_misfits(expected, state_dict)
+    problems = find_mismatches(expected, state_dict)
     if problems:
         kinds = groupby(problems, key=lambda problem: problem.split(maxsplit=1)[0])
         shown = [problem for _, kind in kinds for problem in islice(kind, 5)]
         more = f" and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(shown)}{more}")
+        raise ValueError(f"the checkpoint does not match the model: {'; '.join(shown)}{more}")
 
 
 def _shorten(items: list[str]) -> str:

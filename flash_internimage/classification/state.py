@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from timm.utils import ModelEmaV3
 
-from ..checkpoints import load_checkpoint, require_fit, save_atomically
+from ..checkpoints import check_state_dict, load_checkpoint, save_atomically
 from .config import Config
 from .data import (
     build_dataset,
@@ -232,7 +232,7 @@ class TrainingState:
                 f"processes, got {self.updates_per_epoch} optimizer steps on {self.world_size} "
                 "processes"
             )
-        require_fit(self.model.state_dict(), state["model"])
+        check_state_dict(self.model.state_dict(), state["model"])
         self.model.load_state_dict(state["model"])
         restore_optimizer(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:  # empty without fp16

@@ -2,7 +2,7 @@
 
 Importing this package, `flash_internimage.openmmlab.detection` or
 `flash_internimage.openmmlab.segmentation` registers new names and changes nothing else. To read
-files safely in programs without :class:`SafeRunner`, see :func:`use_safe_readers`.
+files safely in scripts without :class:`SafeRunner`, see :func:`enable_safe_loading`.
 
 Example::
 
@@ -21,7 +21,7 @@ from .models.attention import FlashMultiScaleDeformableAttention, use_flash_atte
 from .models.backbone import FlashInternImageBackbone
 from .models.convolution import FlashDCNv4
 from .models.neck import LayerNormFPN
-from .readers import use_safe_readers
+from .safe_loading import enable_safe_loading
 
 __all__ = [
     "AtomicCheckpointHook",
@@ -38,6 +38,6 @@ __all__ = [
     "LayerNormFPN",
     "LoadReadableImage",
     "SafeRunner",
+    "enable_safe_loading",
     "use_flash_attention",
-    "use_safe_readers",
 ]

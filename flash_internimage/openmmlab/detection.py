@@ -13,7 +13,7 @@ from mmdet.registry import METRICS, TRANSFORMS
 from .datasets.coco import CheckedCocoDataset
 from .evaluation.coco_metric import CheckedCocoMetric, CheckedPycocotoolsMetric
 from .models.detectors import ClampedReferenceDINOHead, HalfWidthEncodingDINO
-from .readers import add_image_loaders, add_reader
+from .safe_loading import register_image_loaders, register_override
 
 __all__ = [
     "CheckedCocoDataset",
@@ -23,6 +23,6 @@ __all__ = [
     "HalfWidthEncodingDINO",
 ]
 
-add_image_loaders(TRANSFORMS)
-add_reader(METRICS, "FasterCocoMetric", CheckedCocoMetric)
-add_reader(METRICS, "CocoMetric", CheckedPycocotoolsMetric)
+register_image_loaders(TRANSFORMS)
+register_override(METRICS, "FasterCocoMetric", CheckedCocoMetric)
+register_override(METRICS, "CocoMetric", CheckedPycocotoolsMetric)

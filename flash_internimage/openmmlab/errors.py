@@ -1,4 +1,4 @@
-"""How programs report errors: user errors in one line, defects with a traceback."""
+"""Reporting of errors by the scripts: user errors in one line, bugs with a traceback."""
 
 import sys
 import traceback
@@ -29,7 +29,7 @@ _OURS = str(Path(flash_internimage.__file__).parent)
 def one_line_errors() -> Iterator[None]:
     """Exit with code 2 and one line on stderr if the user can fix the cause of an error.
 
-    All other errors are defects and keep their traceback.
+    All other errors are bugs and keep their traceback.
     """
     try:
         yield
@@ -43,7 +43,7 @@ def one_line_errors() -> Iterator[None]:
 def end_in_one_line(error: Exception) -> None:
     """Make an uncaught error end the program as :func:`one_line_errors` does.
 
-    OpenMMLab's own programs do not catch errors. Other errors keep their traceback.
+    OpenMMLab's own scripts do not catch errors. Other errors keep their traceback.
     """
     vars(error)["ends_in_one_line"] = True
     if sys.excepthook is not _print_one_line:

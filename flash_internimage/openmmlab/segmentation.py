@@ -13,7 +13,7 @@ from .datasets.segmentation import CheckedADE20KDataset, CheckedSegDataset
 from .datasets.transforms import LoadCheckedAnnotations
 from .engine.hooks.check_segmentor import CheckSegmentorHook
 from .models.segmentors import CheckedEncoderDecoder, CombineFirstMask2FormerHead
-from .readers import add_image_loaders
+from .safe_loading import register_image_loaders
 
 __all__ = [
     "CheckSegmentorHook",
@@ -24,4 +24,4 @@ __all__ = [
     "LoadCheckedAnnotations",
 ]
 
-add_image_loaders(TRANSFORMS)
+register_image_loaders(TRANSFORMS)

@@ -158,7 +158,7 @@ REFUSED = {
     "model.initial_checkpoint": ("other.pth", "model.initial_checkpoint must be None as in"),
     "model.class_map": ("other.txt", "model.class_map must be None as in"),
     "optimizer.name": ("sgd", "optimizer.name must be 'adamw' as in the checkpoint, got 'sgd'"),
-    "model.args": (SMALL | {"channels": 32}, "does not fit the model: .*shape of patch_embed"),
+    "model.args": (SMALL | {"channels": 32}, "does not match the model: .*shape of patch_embed"),
     "schedule.epochs": (1, "schedule.epochs must be at least 2, .* got 1"),
     "data.root": ("renamed", r"only in the checkpoint: 3; only in the data: three"),
     # The test copies the digits into two outer folders, which torchvision reads as classes.

@@ -1,4 +1,4 @@
-"""Test the training and test programs on real images."""
+"""Test the training and test scripts on real images."""
 
 import pickle
 import shutil
@@ -14,7 +14,7 @@ from detection import test as test_program
 from flash_internimage.openmmlab.cli.train import training_parser, training_runner
 from flash_internimage.openmmlab.engine.hooks import curves
 from flash_internimage.openmmlab.engine.runner.checkpoint_names import latest_checkpoint
-from flash_internimage.openmmlab.readers import read_checkpoint
+from flash_internimage.openmmlab.safe_loading import read_checkpoint
 from tests import runs
 from tests.runs import log, train, train_until_killed, train_with_two_processes
 
@@ -144,7 +144,7 @@ model = dict(roi_head=dict(bbox_head=dict(num_classes=3), mask_head=dict(num_cla
     run = tmp_path / "run"
     train(config, "--work-dir", run, "--cfg-options", f"load_from={folder / 'epoch_2.pth'}")
     names = "roi_head.bbox_head.fc_cls.bias, roi_head.bbox_head.fc_cls.weight, "
-    assert f"6 tensors keep their initial values: {names}" in log(run)
+    assert f"6 tensors stay randomly initialized: {names}" in log(run)
 
 
 def test_damaged_images_do_not_stop_the_training(write_config, scenes, tmp_path):

@@ -434,7 +434,7 @@ def test_classifier_for_other_classes_keeps_its_initial_values(caplog):
     assert_equal(head, own_head)
     assert_equal(body, split_head(source.state_dict())[1])
     assert caplog.messages == [
-        "head keeps its initial values: the checkpoint has 7 classes, the model 5"
+        "head stays randomly initialized: the checkpoint has 7 classes, the model 5"
     ]
 
 

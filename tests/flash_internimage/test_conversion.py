@@ -14,8 +14,8 @@ from flash_internimage.checkpoints import (
     convert_checkpoint,
     convert_state_dict,
     load_checkpoint,
-    restore_checkpoint,
-    restore_state_dict,
+    to_published_checkpoint,
+    to_published_state_dict,
 )
 
 SCHEMAS = sorted((Path(__file__).parents[1] / "data" / "openmmlab_schemas").glob("*.json"))
@@ -68,14 +68,14 @@ def test_prefixes_of_wrappers_are_stripped(path, prefix):
 @ALL
 def test_published_names_are_restored(path):
     published = {name: name for name in plain(path)}
-    restored = restore_state_dict(convert_state_dict(published))
+    restored = to_published_state_dict(convert_state_dict(published))
     assert restored == published
     assert list(restored) == list(published)
 
 
 @ALL
 def test_restoring_published_names_changes_nothing(path):
-    assert restore_state_dict(plain(path)) == plain(path)
+    assert to_published_state_dict(plain(path)) == plain(path)
 
 
 def test_buffers_of_averaged_weights_are_dropped():
@@ -175,10 +175,10 @@ def test_ambiguous_or_unknown_names_are_errors(state_dict, message):
 )
 def test_restoring_unpublished_names_is_an_error(names):
     with pytest.raises(ValueError, match=f"names unknown to such models: {names[-1]}"):
-        restore_state_dict(dict.fromkeys(names, 0))
+        to_published_state_dict(dict.fromkeys(names, 0))
 
 
-# convert_checkpoint, restore_checkpoint
+# convert_checkpoint, to_published_checkpoint
 
 WEIGHTS = {f"{HEAD}.level_embeds": torch.ones(4, 256), "ema_backbone_weight": torch.zeros(1)}
 META = {"epoch": 12, "mmdet_version": "2.28.1", "hook_msgs": {"best": ["bbox_mAP", 0.5, None]}}
@@ -201,7 +201,7 @@ def test_classes_and_palette_move_to_dataset_meta(keys):
 
 @pytest.mark.parametrize("meta", [{}, {"meta": None}, {"meta": {}}, {"meta": {"CLASSES": None}}])
 def test_metadata_is_optional(meta):
-    assert restore_checkpoint({"state_dict": WEIGHTS, **meta})["meta"] == {}
+    assert to_published_checkpoint({"state_dict": WEIGHTS, **meta})["meta"] == {}
     assert convert_checkpoint({"state_dict": WEIGHTS, **meta})["meta"] == {}
 
 
@@ -218,7 +218,7 @@ def test_metadata_other_than_plain_data_is_dropped(tmp_path):
 
 def test_executable_configs_in_the_metadata_are_dropped():
     meta = {**META, "config": "import os", "cfg": "import os"}
-    for convert in (convert_checkpoint, restore_checkpoint):
+    for convert in (convert_checkpoint, to_published_checkpoint):
         assert convert({"state_dict": WEIGHTS, "meta": meta})["meta"] == META
 
 
@@ -248,5 +248,5 @@ def test_checkpoint_without_a_state_dict_is_an_error(checkpoint):
 def test_a_published_container_is_restored(dataset):
     weights = {f"{HEAD}.level_embeds": 1, f"{HEAD}.enc_output.bias": 2, "neck.convs.0.gn.bias": 3}
     published = {"state_dict": weights, "meta": META | dataset}
-    assert restore_checkpoint(convert_checkpoint(published)) == published
-    assert restore_checkpoint(published) == published
+    assert to_published_checkpoint(convert_checkpoint(published)) == published
+    assert to_published_checkpoint(published) == published

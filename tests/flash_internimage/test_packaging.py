@@ -27,3 +27,9 @@ def test_installed_version_equals_the_version_in_the_source(package):
 def test_former_module_names_are_aliases(former, current):
     module = importlib.import_module(former)
     assert module is importlib.import_module(f"flash_internimage.{current}")
+
+
+def test_former_function_names_are_aliases():
+    conversion = importlib.import_module("flash_internimage.conversion")
+    assert conversion.restore_checkpoint is conversion.to_published_checkpoint
+    assert conversion.restore_state_dict is conversion.to_published_state_dict

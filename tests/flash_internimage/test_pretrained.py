@@ -121,7 +121,7 @@ def test_classifier_for_other_classes_keeps_its_initial_values(own, tmp_path, se
     assert model.head.out_features == 7
     assert_equal(split_head(model.state_dict())[1], split_head(own.state_dict())[1])
     assert caplog.messages == [
-        "head keeps its initial values: the checkpoint has 10 classes, the model 7"
+        "head stays randomly initialized: the checkpoint has 10 classes, the model 7"
     ]
 
 
@@ -195,7 +195,7 @@ def rename(old: str, new: str) -> Callable[[dict], None]:
 
 
 FC1 = "levels.0.blocks.0.mlp.fc1.weight"
-MISFITS = [
+MISMATCHES = [
     (rename(FC1, "levels.0.x"), {}, r"missing: .*fc1\.weight; unexpected: levels\.0\.x"),
     (without("patch_embed.conv1.weight"), {}, r"missing: patch_embed\.conv1\.weight"),
     (reshape("patch_embed.conv1.weight", 16, 3, 7, 7), {}, r"shape of patch_embed\.conv1\.weight"),
@@ -220,9 +220,9 @@ OWN_HEAD = [
 
 @pytest.mark.parametrize(
     ("change", "kwargs", "message"),
-    [(change, {"num_classes": n}, message) for change, _, message in MISFITS for n in (7, 10, 0)]
-    + [(change, {"features_only": True}, message) for change, _, message in MISFITS[:-1]]
-    + [(change, {"in_chans": 1}, message) for change, _, message in MISFITS]
+    [(change, {"num_classes": n}, message) for change, _, message in MISMATCHES for n in (7, 10, 0)]
+    + [(change, {"features_only": True}, message) for change, _, message in MISMATCHES[:-1]]
+    + [(change, {"in_chans": 1}, message) for change, _, message in MISMATCHES]
     + OWN_HEAD,
 )
 def test_a_checkpoint_that_does_not_fit_is_rejected(own, tmp_path, change, kwargs, message):
@@ -237,7 +237,7 @@ def test_weights_without_classifier_keep_the_initial_one_and_are_logged(own, tmp
     model = nano(1, num_classes=7, **file(weights, tmp_path))
     assert_equal(split_head(model.state_dict())[1], weights)
     assert caplog.messages == [
-        "head keeps its initial values: the checkpoint has no classes, the model 7"
+        "head stays randomly initialized: the checkpoint has no classes, the model 7"
     ]
 
 

@@ -185,10 +185,13 @@ def with_attribute(tensor: torch.Tensor) -> Callable:
 
 REFUSED = {
     "list": (lambda library: library.Meter([1, 2, 3]), "items added to a foreign_library.Meter"),
-    "keywords": (lambda library: library.Keywords(), "a call of a value that is no function"),
+    "keywords": (
+        lambda library: library.Keywords(),
+        "calls an object that is not a function",
+    ),
     "nested": (
         lambda library: library.Slots.Nested(),
-        "a call of a value that is no function",
+        "calls an object that is not a function",
     ),
     "complex number": (lambda library: 1 + 2j, "builtins.complex is not plain data"),
     "bytearray": (lambda library: bytearray(b"a"), "builtins.bytearray is not plain data"),

@@ -1,4 +1,4 @@
-"""Test the checks of settings that do not fit each other or the data."""
+"""Test the checks of settings that do not match each other or the data."""
 
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Test the training and test programs on real images."""
+"""Test the training and test scripts on real images."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from PIL import Image
 
 from flash_internimage.openmmlab.engine.hooks import curves
 from flash_internimage.openmmlab.engine.runner.checkpoint_names import latest_checkpoint
-from flash_internimage.openmmlab.readers import read_checkpoint
+from flash_internimage.openmmlab.safe_loading import read_checkpoint
 from segmentation import test as test_program
 from tests import runs
 from tests.runs import log, train, train_until_killed, train_with_two_processes
@@ -155,9 +155,9 @@ train_cfg = dict(max_iters=1)
     run = tmp_path / "run"
     train(config, "--work-dir", run, "--cfg-options", f"load_from={folder / 'iter_4.pth'}")
     anew = {
-        "upernet": "4 tensors keep their initial values: auxiliary_head.conv_seg.bias, "
+        "upernet": "4 tensors stay randomly initialized: auxiliary_head.conv_seg.bias, "
         "auxiliary_head.conv_seg.weight, decode_head.conv_seg.bias, decode_head.conv_seg.weight",
-        "mask2former": "2 tensors keep their initial values: decode_head.cls_embed.bias, "
+        "mask2former": "2 tensors stay randomly initialized: decode_head.cls_embed.bias, "
         "decode_head.cls_embed.weight",
     }
     assert anew[family] in log(run).replace("decode_head.loss_cls.class_weight, ", "")

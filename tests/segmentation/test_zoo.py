@@ -66,7 +66,7 @@ def miou_of_background(root: Path, pictures: slice) -> float:
         (["--limit", "2"], slice(0, None, 2), "miou", 50.0),
         (["--tta"], slice(None), "miou_several_scales", 60.0),
     ],
-    ids=["whole", "limit", "several scales"],
+    ids=["whole", "limit", "multi-scale"],
 )
 def test_the_miou_is_measured(
     checkpoint, scenes, tmp_path, capsys, arguments, pictures, figure, published

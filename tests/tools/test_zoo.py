@@ -19,7 +19,7 @@ from torch import Tensor
 from flash_internimage.checkpoints import (
     Entry,
     convert_state_dict,
-    find_misfits,
+    find_mismatches,
     load_checkpoint,
     read_zoo,
 )
@@ -232,7 +232,7 @@ def test_converted_schemas_fit_their_models(name):
     shapes = convert_state_dict(json.loads(schema.read_text()))
     converted = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     own = tool.build_model(name, read_zoo()[name]).state_dict()
-    assert find_misfits(own, converted) == []
+    assert find_mismatches(own, converted) == []
 
 
 @pytest.mark.usefixtures("server")

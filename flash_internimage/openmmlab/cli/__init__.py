@@ -1,1 +1,1 @@
-"""Command lines of the detection and segmentation programs."""
+"""Command lines of the detection and segmentation scripts."""

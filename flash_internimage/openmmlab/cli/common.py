@@ -1,4 +1,4 @@
-"""Arguments and distributed processes, shared by all programs."""
+"""Arguments and distributed processes, shared by all scripts."""
 
 import argparse
 import os
@@ -39,7 +39,7 @@ class _Settings(DictAction):
 
 
 def base_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """Return an argument parser with the arguments that all programs share."""
+    """Return an argument parser with the arguments that all scripts share."""
     parser = argparse.ArgumentParser(f"python -m {program}", description=description)
     parser.add_argument("config", type=Path, help="config file, see configs/")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Configs of the programs: loading, overriding and validating them."""
+"""Configs of the scripts: loading, overriding and validating them."""
 
 import argparse
 import ast
@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 
 from ..errors import describe, is_from_this_package
 
-# Top-level keys that mmengine and the programs read in addition to the runner's arguments.
+# Top-level keys that mmengine and the scripts read in addition to the runner's arguments.
 _READ = {"activation_checkpointing", "compile", "efficient_conv_bn_eval", "find_unused_parameters"}
 _READ |= {"model_wrapper_cfg", "sync_bn", "tta_model", "tta_pipeline"}
 

@@ -1,4 +1,4 @@
-"""Command line of the test programs."""
+"""Command line of the test scripts."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ from .config import load_config
 
 
 def evaluation_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """Return an argument parser with the arguments that all test programs share."""
+    """Return an argument parser with the arguments that all test scripts share."""
     parser = base_parser(program, description)
     parser.add_argument("checkpoint", help="path or URL; published checkpoints are converted")
     return parser
@@ -43,7 +43,7 @@ def prepare_evaluation(cfg: Config, checkpoint: str, tta: bool = False) -> Confi
     Args:
         cfg: Config, with a work folder and a launcher.
         checkpoint: Path or URL of the checkpoint.
-        tta: Test at several scales, with and without flip, as configured in `tta_model`.
+        tta: Run multi-scale testing with flips, as configured in `tta_model`.
 
     Returns:
         `cfg`, in which everything that only training and validation need is None.

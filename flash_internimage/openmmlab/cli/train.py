@@ -1,4 +1,4 @@
-"""Command line of the training programs."""
+"""Command line of the training scripts."""
 
 import argparse
 import os
@@ -23,26 +23,26 @@ from .config import OF_TRAINING, load_config, require_dicts
 
 
 def training_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """Return the argument parser of a training program."""
+    """Return the argument parser of a training script."""
     parser = base_parser(program, description)
     parser.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="resume from CHECKPOINT; without a value, from the latest in the work folder, if any",
+        help="resume from CHECKPOINT (default: the latest in the work dir, if any)",
     )
     parser.add_argument(
         "--amp",
         nargs="?",
         const="fp16",
         choices=("fp16", "bf16"),
-        help="mixed precision, fp16 without a value (GPUs only)",
+        help="mixed precision in fp16 (the default, GPUs only) or bf16 (GPUs and CPUs)",
     )
     parser.add_argument(
         "--auto-scale-lr",
         action="store_true",
-        help="scale the learning rate with the number of images per update",
+        help="scale the learning rate with the total batch size",
     )
     parser.add_argument(
         "--compile", action="store_true", help="compile the backbone with torch.compile"

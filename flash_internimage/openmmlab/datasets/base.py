@@ -30,6 +30,8 @@ class ReadableImages(BaseDataset):
                 raise ValueError(f"{name} must be {accepted}, got {kwargs[name]!r:.200}")
         super().__init__(*args, **kwargs)
         transforms = self.pipeline.transforms
+        # Safe loading replaces the registry entry instead, see safe_loading.py. Pipelines that were
+        # built while it is not enabled are changed here.
         for i, transform in enumerate(transforms):
             if type(transform) is LoadImageFromFile:
                 transforms[i] = LoadCheckedImage()

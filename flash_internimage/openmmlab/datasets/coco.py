@@ -50,15 +50,15 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
     """mmdet's CocoDataset, validated before the run starts.
 
     All annotations are checked. In training, images that are missing or have too many objects, and
-    annotations that mmdet does not use, are left out and counted. In tests all images must exist
-    and, according to their headers, have the annotated size: results on only some of them would be
-    misleading.
+    annotations that mmdet does not use, are left out and counted. At test time, all images must
+    exist and, according to their headers, have the annotated size: results on only some of them
+    would be misleading.
 
     Args:
         args: Arguments of CocoDataset.
-        max_objects: Maximum number of objects per image in training, and in tests if the pipeline
-            loads masks. mmdet compares all objects with all anchors, which takes 36 bytes per pair:
-            10 MB per object in an image of 1333 x 800 pixels.
+        max_objects: Maximum number of objects per image in training, and at test time if the
+            pipeline loads masks. mmdet compares all objects with all anchors, which takes 36 bytes
+            per pair: 10 MB per object in an image of 1333 x 800 pixels.
         max_mask_bytes: Maximum size of all masks of an image if the pipeline loads masks. mmdet
             stores one byte per object and pixel.
         kwargs: Keyword arguments of CocoDataset.
@@ -150,7 +150,7 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         return "wrong area" if annotation["area"] > 1.01 * width * height + 1 else None
 
     def _with_images(self, data_list: list[dict]) -> list[dict]:
-        """Return the images whose files exist, requiring all of them in tests."""
+        """Return the images whose files exist, requiring all of them at test time."""
         local = [i for i in data_list if is_local(i["img_path"], self.backend_args)]
         missing = find_missing(info["img_path"] for info in local)
         faults = {path: f"{path} does not exist" for path in missing}
@@ -175,7 +175,7 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         return present
 
     def _with_few_objects(self, data_list: list[dict]) -> list[dict]:
-        """Return the images whose objects fit into memory, requiring all of them in tests."""
+        """Return the images whose objects fit into memory, requiring all of them at test time."""
         if self.test_mode and not self._loads_masks:
             return data_list
         kept: list[dict] = []
@@ -212,7 +212,7 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         smallest = (self.filter_cfg or {}).get("min_size", 0)
         left_out = len(self.data_list) - len(kept)
         small = sum(min(info["height"], info["width"]) < smallest for info in self.data_list)
-        small = min(small, left_out)  # Nothing is filtered in tests.
+        small = min(small, left_out)  # Nothing is filtered at test time.
         crowds = sum(instance["ignore_flag"] for info in kept for instance in info["instances"])
         objects = sum(len(info["instances"]) for info in kept) - crowds
         reasons = [counts[r] for r in ("outside", "without area", "of other categories", "ignored")]

@@ -106,7 +106,7 @@ def _category_faults(categories: list[dict]) -> Iterator[str]:
         name = category.get("name", _NOTHING)
         fault = _id_fault(category, seen)
         if not fault and not (isinstance(name, str) and name):
-            fault = _fault(category, "name", "text")
+            fault = _fault(category, "name", "a string")
         elif not fault and name in names:
             fault = f"name must be unique, got {_short(name)} again"
         if fault:

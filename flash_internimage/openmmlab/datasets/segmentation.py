@@ -24,10 +24,11 @@ _CHECKED_AT_START = 200  # label maps; 512 x 683 pixels take about 4 ms each
 class CheckedSegDataset(ReadableImages, BaseSegDataset):
     """mmseg's BaseSegDataset for custom data, validated before the run starts.
 
-    In training, images without a label map are left out and counted. In tests (`test_mode=True`)
-    all files must exist and, according to their headers, have the size of their counterpart:
-    results on only some of them would be misleading. In both cases, up to 200 label maps spread
-    over the dataset are checked for values outside the classes, the others when they are read.
+    In training, images without a label map are left out and counted. At test time
+    (`test_mode=True`), all files must exist and, according to their headers, have the size of their
+    counterpart: results on only some of them would be misleading. In both cases, up to 200 label
+    maps spread over the dataset are checked for values outside the classes, the others when they
+    are read.
 
     `ignore_index` is the value of ignored pixels in the files. It is read as 255, which is always
     ignored, so that transforms, heads, losses and metrics keep their defaults.
@@ -117,7 +118,7 @@ class CheckedSegDataset(ReadableImages, BaseSegDataset):
         return is_local(path, self.backend_args)
 
     def _with_files(self, data_list: list[dict]) -> list[dict]:
-        """Return the images that exist and have a label map, requiring all of them in tests."""
+        """Return the images that exist and have a label map, requiring all of them at test time."""
         paths = [(info["img_path"], info["seg_map_path"]) for info in data_list]
         missing = find_missing(path for pair in paths for path in pair if self._is_local(path))
         images = [image for image, _ in paths if image in missing]

@@ -49,7 +49,7 @@ class LeftOutFiles:
         self._paths.add(path)
         if len(self._paths) > self.limit:
             raise ValueError(
-                f"more than max_left_out={self.limit} images or label maps cannot be used, the "
+                f"more than max_corrupt={self.limit} images or label maps cannot be used, the "
                 f"last: {reason}"
             )
         log_warning(f"left out: {reason}; {len(self._paths)} so far in process {os.getpid()}")
@@ -58,7 +58,7 @@ class LeftOutFiles:
 class LoadCheckedImage(LoadImageFromFile):
     """Load an image as its annotations describe it.
 
-    The safe readers register it under the name of mmcv's LoadImageFromFile, which the test
+    Safe loading registers it under the name of mmcv's LoadImageFromFile, which the test
     pipelines of mmdet and mmseg use. It differs from mmcv's in two cases:
 
     - A photograph with an EXIF orientation is read rotated or as stored, whichever has the size of
@@ -164,7 +164,7 @@ class LoadCheckedImage(LoadImageFromFile):
 class LoadCheckedArray(LoadCheckedImage):
     """Load an image from an array, as LoadCheckedImage does from a file.
 
-    The safe readers register it under the names LoadImageFromNDArray and InferencerLoader, which
+    Safe loading registers it under the names LoadImageFromNDArray and InferencerLoader, which
     the inference functions of mmdet and mmseg use. Grayscale is repeated in three channels, and 16
     bits are reduced to 8, see :func:`flash_internimage.images.to_8_bits`. With
     `color_type='unchanged'` any array is accepted. Without an array, the image is loaded from a
@@ -247,25 +247,25 @@ class LoadReadableImage(LoadCheckedImage):
     """LoadCheckedImage that leaves unreadable images out of training.
 
     In training, an image that is unreadable or not of its annotated size is left out with a
-    warning, and the dataset draws another one. In tests (`test_mode=True` in the datasets of this
-    package) it is an error.
+    warning, and the dataset draws another one. At test time (`test_mode=True` in the datasets of
+    this package) it is an error.
 
     Args:
         args: Arguments of LoadCheckedImage.
-        max_left_out: Number of such images per process up to which training continues.
+        max_corrupt: Number of such images per process up to which training continues.
         kwargs: Keyword arguments of LoadCheckedImage.
     """
 
-    def __init__(self, *args: Any, max_left_out: int = 100, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, max_corrupt: int = 100, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.left_out = LeftOutFiles(max_left_out)
+        self.left_out = LeftOutFiles(max_corrupt)
 
     def transform(self, results: dict) -> dict | None:
         """Add `img`, `img_shape` and `ori_shape` to `results`.
 
         Raises:
-            UnreadableImage: If the image cannot be used in a test.
-            ValueError: If more than `max_left_out` images cannot be used in training.
+            UnreadableImage: If the image cannot be used at test time.
+            ValueError: If more than `max_corrupt` images cannot be used in training.
         """
         try:
             return super().transform(results)
@@ -307,8 +307,8 @@ class LoadCheckedAnnotations(BaseTransform):
     """Load a label map, as mmseg's LoadAnnotations does, and validate it.
 
     In training, a label map that is unreadable or not of the size of its image is left out with a
-    warning, and the dataset draws another image. In tests it is an error, as it is with mmseg's
-    own datasets, whose entries do not distinguish training from tests.
+    warning, and the dataset draws another image. At test time it is an error, as it is with mmseg's
+    own datasets, whose entries do not distinguish training from testing.
 
     Values outside the classes are always an error, because on a GPU they would fail an assertion
     that names no file. mmseg's own datasets do not provide the number of classes for this check,
@@ -317,11 +317,11 @@ class LoadCheckedAnnotations(BaseTransform):
     Images without a label map, as in mmseg's inference, are passed on unchanged.
 
     Args:
-        max_left_out: Number of label maps per process up to which training continues.
+        max_corrupt: Number of label maps per process up to which training continues.
     """
 
-    def __init__(self, max_left_out: int = 100) -> None:
-        self.left_out = LeftOutFiles(max_left_out)
+    def __init__(self, max_corrupt: int = 100) -> None:
+        self.left_out = LeftOutFiles(max_corrupt)
 
     def transform(self, results: dict) -> dict | None:
         """Add `gt_seg_map` to `results`.

@@ -21,11 +21,11 @@ from ..datasets.coco_annotations import check_annotations, parse_json
 from ..datasets.files import is_local
 from ..utils import log_warning, unwrap_model
 
-_OF_CLASS = "_precision"  # suffix of per-class figures
+_OF_CLASS = "_precision"  # suffix of per-class results
 
 
 class _Checked(CocoMetric):
-    """Base of COCO metrics that are validated and name per-class figures correctly.
+    """Base of COCO metrics that are validated and name per-class results correctly.
 
     Images of the annotation file that are not in the data are left out of the evaluation, with a
     warning.
@@ -33,7 +33,7 @@ class _Checked(CocoMetric):
     Raises:
         FileNotFoundError: If the annotation file is missing.
         ValueError: If the annotation file is malformed or has no annotations to evaluate, an
-            argument does not fit, a class is not a category of the file, an image of the data is
+            argument is invalid, a class is not a category of the file, an image of the data is
             not in the file, differs from it in name or size or is evaluated twice, or `metric`
             contains 'segm' for a model without masks.
     """
@@ -45,7 +45,7 @@ class _Checked(CocoMetric):
         self, ann_file: str | None = None, metric: str | list[str] = "bbox", **kwargs: Any
     ) -> None:
         if not isinstance(metric, str | list | tuple):
-            raise ValueError(f"metric must be text or a list of text, got {metric!r}")
+            raise ValueError(f"metric must be a string or a list of strings, got {metric!r}")
         thresholds = kwargs.get("iou_thrs") or []
         for value in thresholds if isinstance(thresholds, list | tuple) else [thresholds]:
             if type(value) not in (int, float) or not 0 <= value <= 1:
@@ -84,7 +84,7 @@ class _Checked(CocoMetric):
             dataset: Dataset of mmengine, or a wrapper around one or several.
 
         Raises:
-            ValueError: If the model, the data and the annotation file do not fit together.
+            ValueError: If the model, the data and the annotation file do not match.
         """
         if "segm" in self.metrics and _predicts_boxes_alone(model):
             raise ValueError(self._lacks_masks())
@@ -132,13 +132,13 @@ class _Checked(CocoMetric):
         """Compute the metrics from the collected predictions.
 
         Returns:
-            The figures of mmdet, per-class figures last. These are named `{class}_precision`, or
+            mmdet's metrics, per-class results last. These are named `{class}_precision`, or
             `bbox_{class}_precision` and `segm_{class}_precision` if both boxes and masks are
             evaluated.
         """
         self.img_ids = self._evaluated_ids(results)
         metrics, figures = self.metrics, {}
-        # mmdet would overwrite the per-class figures of the boxes with those of the masks.
+        # mmdet would overwrite the per-class results of the boxes with those of the masks.
         separate = self.classwise and {"bbox", "segm"} <= {*metrics}
         try:
             for self.metrics in [[metric] for metric in metrics] if separate else [metrics]:
@@ -148,13 +148,13 @@ class _Checked(CocoMetric):
                     figures[prefix + name if name.endswith(_OF_CLASS) else name] = value
         finally:
             self.metrics = metrics
-        # `save_best="auto"` uses the first figure.
+        # `save_best="auto"` uses the first metric.
         return dict(sorted(figures.items(), key=lambda figure: figure[0].endswith(_OF_CLASS)))
 
     def results2json(self, results: Sequence[dict], outfile_prefix: str) -> dict[str, str]:
         """Write the predictions in COCO's result format."""
         files = super().results2json(results, outfile_prefix)
-        # The evaluation sorts the categories, but mmdet names its figures in the order of cat_ids.
+        # The evaluation sorts the categories, but mmdet names its results in the order of cat_ids.
         self.cat_ids = sorted(self.cat_ids)
         return files
 
@@ -230,7 +230,7 @@ class _Checked(CocoMetric):
 
 @METRICS.register_module()
 class CheckedCocoMetric(_Checked, FasterCocoMetric):
-    """mmdet's FasterCocoMetric, validated before the run, with correctly named per-class figures.
+    """mmdet's FasterCocoMetric, validated before the run, with correctly named per-class results.
 
     Args:
         ann_file: Path of the annotation file.

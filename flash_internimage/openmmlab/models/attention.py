@@ -82,7 +82,7 @@ class FlashMultiScaleDeformableAttention(MultiScaleDeformableAttention):
             A tensor of the shape of `query`.
 
         Raises:
-            ValueError: If an argument does not fit. The message names it.
+            ValueError: If an argument is invalid. The message names it.
         """
         if reference_points is None:
             raise ValueError("reference_points must be a tensor, got None")

@@ -10,10 +10,10 @@ from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
 from ...backbone import ARCHITECTURES, FlashInternImage
-from ...checkpoints import clean_state_dict, require_fit
-from ..readers import read_checkpoint
+from ...checkpoints import check_state_dict, clean_state_dict
+from ..safe_loading import read_checkpoint
 from ..utils import log_info
-from .published_weights import warn_of_misfit
+from .published_weights import warn_of_mismatches
 
 
 @MODELS.register_module("FlashInternImage")
@@ -105,13 +105,13 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         weights = {name: weight for name, weight in weights.items() if not self._left_out(name)}
         if self.layer_scale == 1.0 and not any("gamma" in name for name in weights):
             weights |= {name: weight for name, weight in own.items() if "gamma" in name}
-        require_fit(own, weights)
+        check_state_dict(own, weights)
         self.load_state_dict(weights)
         log_info(f"backbone initialized from {source}")
         self.is_init = True
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        warn_of_misfit(self, state_dict, prefix)
+        warn_of_mismatches(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _left_out(self, name: str) -> bool:
@@ -151,4 +151,4 @@ def _check_init_cfg(init_cfg: dict | None) -> None:
     if unknown := init_cfg.keys() - {"type", "checkpoint", "prefix", "map_location"}:
         raise ValueError(f"{accepted}, got the unknown key {', '.join(sorted(map(repr, unknown)))}")
     if not isinstance(prefix := init_cfg.get("prefix"), str | None):
-        raise ValueError(f"init_cfg's prefix must be text, got {prefix!r}")
+        raise ValueError(f"init_cfg's prefix must be a string, got {prefix!r}")

@@ -26,8 +26,8 @@ class HalfWidthEncodingDINO(LoadsPublishedWeights, DINO):
 
     The published weights require this encoding. They load under their published names, too.
 
-    onedl-mmdetection uses C features since 3.5.1, so its decoder does not fit earlier weights. The
-    frequencies of C / 2 features are every other frequency of C features.
+    onedl-mmdetection uses C features since 3.5.1, so its decoder does not match earlier weights.
+    The frequencies of C / 2 features are every other frequency of C features.
     """
 
     def _init_layers(self) -> None:

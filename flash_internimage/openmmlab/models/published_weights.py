@@ -15,7 +15,7 @@ class LoadsPublishedWeights(BaseModule):
 
     Names are converted however the weights are loaded: by the inference functions of mmdet and
     mmseg, by `init_cfg`, or by PyTorch's `load_state_dict`. A warning counts the tensors that do
-    not fit.
+    not match.
 
     Attributes:
         published_prefix: Prefix of the module's parameter names in a whole model.
@@ -31,11 +31,11 @@ class LoadsPublishedWeights(BaseModule):
         }
         for name, tensor in convert_state_dict(published).items():
             state_dict[prefix + name.removeprefix(self.published_prefix)] = tensor
-        warn_of_misfit(self, state_dict, prefix)
+        warn_of_mismatches(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def warn_of_misfit(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+def warn_of_mismatches(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
     """Warn about tensors that are missing, unexpected or of another shape.
 
     Tensors of a backbone within the module are not considered.

@@ -12,7 +12,7 @@ from mmengine.logging import MMLogger
 from PIL import Image
 from torch import nn
 
-from flash_internimage.openmmlab import SafeRunner, readers
+from flash_internimage.openmmlab import SafeRunner, safe_loading
 from tests.flash_internimage.openmmlab.label_maps import HEIGHT, WIDTH, label_map, write_labels
 from tests.flash_internimage.openmmlab.small import Model, Score
 
@@ -22,10 +22,10 @@ def always_restore_scope(restore_scope):
     """Apply to all tests of this folder."""
 
 
-@pytest.fixture
-def safe_readers():
-    """Enable the safe readers for one test."""
-    with readers.safe_readers():
+@pytest.fixture(name="safe_loading")
+def enable_safe_loading():
+    """Enable safe loading for one test."""
+    with safe_loading.safe_loading():
         yield
 
 

@@ -1,4 +1,4 @@
-"""Test that user errors end the programs with one line, and bugs with a traceback."""
+"""Test that user errors end the scripts with one line, and bugs with a traceback."""
 
 import errno
 import importlib
@@ -106,7 +106,7 @@ def registered():
 
 @pytest.fixture
 def train(tmp_path, request) -> Callable[..., None]:
-    """Run the training program with these arguments."""
+    """Run the training script with these arguments."""
     config = tmp_path / f"{re.sub(r'[^a-z]', '', request.node.name)}.py"
 
     def train(*options: object, text: str | bytes = CONFIG) -> None:

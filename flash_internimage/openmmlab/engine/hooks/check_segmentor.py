@@ -32,10 +32,10 @@ class CheckSegmentorHook(Hook):
     maps (255 in the datasets of this package), the sizes of crops and windows, and the metrics. It
     tries the transforms on one image and, before training, the whole model on a black image.
 
-    It replaces mmdet's NumClassCheckHook, which does not check tests.
+    It replaces mmdet's NumClassCheckHook, which does not run at test time.
 
     Raises:
-        ValueError: If settings do not fit. The message names them.
+        ValueError: If settings do not match. The message names them.
     """
 
     def before_run(self, runner: Runner) -> None:
@@ -220,7 +220,7 @@ def _check_batch(loader: Any, heads: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _check_maps(model: Any, heads: dict[str, Any], channels: int) -> None:
-    """Run the model on a black image to check that the heads fit the backbone."""
+    """Run the model on a black image to check that the heads match the backbone."""
     preprocessor = model.data_preprocessor
     image = torch.zeros(1, channels, *(getattr(preprocessor, "size", None) or (256, 256)))
     modes = {module: module.training for module in model.modules()}

@@ -47,7 +47,7 @@ class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
               learning rate of `patch_embed`, such as 'decode_head.query_embed'.
 
     Raises:
-        ValueError: If an option is unknown, missing, out of range, or does not fit the model. The
+        ValueError: If an option is unknown, missing, out of range, or does not match the model. The
             message names it.
 
     Example::
@@ -95,7 +95,7 @@ class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             **kwargs: Unused.
 
         Raises:
-            ValueError: If an option does not fit the model.
+            ValueError: If an option does not match the model.
         """
         backbone = getattr(module, "backbone", None)
         if not isinstance(backbone, FlashInternImage):
@@ -116,7 +116,7 @@ class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            layer = self._layer(name, backbone.depths)
+            layer = self._get_layer_id(name, backbone.depths)
             scale = self.layer_decay_rate ** (num_layers + 1 - layer)
             if _OFFSETS.search(name):
                 scale *= self.offset_lr_scale
@@ -142,7 +142,7 @@ class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             size = len(group["params"])
             log_debug(f"{group['group_name']}: lr {group['lr']:.4g}, {size} tensors")
 
-    def _layer(self, name: str, depths: Sequence[int]) -> int:
+    def _get_layer_id(self, name: str, depths: Sequence[int]) -> int:
         """Return 0 for patch_embed, 1 for the first block, up to sum(depths) + 1 for the heads."""
         if any(_is_in(name, first) for first in (*_FIRST_LAYER, *self.first_layer)):
             return 0

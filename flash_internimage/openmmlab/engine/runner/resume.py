@@ -134,12 +134,17 @@ def _count_unit(runner: Runner) -> str:
 
 def _adapt_progress(runner: Runner, meta: dict) -> None:
     """Check the progress, and convert epochs to iterations of this run's epoch length."""
-    unit = meta.get("train_loop", _count_unit(runner))
-    if unit != _count_unit(runner):
-        raise ValueError(f"it counts {unit!s:.20}, but this run {_count_unit(runner)}")
-    _require_progress(meta["epoch"], runner.max_epochs, "epoch")
+    own = _count_unit(runner)
+    unit = meta.get("train_loop", own)
+    if unit != own:
+        saved = f"{unit!s:.20}".removesuffix("s")
+        raise ValueError(
+            f"the checkpoint is from an {saved}-based run, but this run is "
+            f"{own.removesuffix('s')}-based"
+        )
+    _check_progress(meta, "epoch", runner.max_epochs)
     if unit == "epochs":
-        _require_progress(meta["iter"], None, "iteration")
+        _check_progress(meta, "iter", None)
         iterations = meta["epoch"] * len(runner.train_dataloader)
         if meta["iter"] != iterations:
             runner.logger.warning(
@@ -147,12 +152,16 @@ def _adapt_progress(runner: Runner, meta: dict) -> None:
                 meta["iter"], iterations, meta["epoch"],
             )  # fmt: skip
         meta["iter"] = iterations
-    _require_progress(meta["iter"], runner.max_iters, "iteration")
+    _check_progress(meta, "iter", runner.max_iters)
 
 
-def _require_progress(number: Any, last: int | None, what: str) -> None:
-    if type(number) is not int or number < 0 or (last is not None and number > last):
-        raise ValueError(f"it is from {what} {number!r:.20}, but this run has {last}")
+def _check_progress(meta: dict, name: str, last: int | None) -> None:
+    number = meta[name]
+    if type(number) is not int or number < 0:
+        raise ValueError(f"meta.{name} must be a non-negative integer, got {number!r:.20}")
+    if last is not None and number > last:
+        what = "iteration" if name == "iter" else name
+        raise ValueError(f"the checkpoint is at {what} {number}, but max_{name}s is {last}")
 
 
 def _use_trained_weights(runner: Runner, checkpoint: dict) -> None:
@@ -178,9 +187,7 @@ def _are_changed(runner: Runner, checkpoint: dict) -> bool:
         ]
         return False
     if any(getattr(s, "need_val_args", False) for s in runner.param_schedulers or []):
-        raise ValueError(
-            "a param_scheduler that depends on a metric must be that of the checkpoint"
-        )
+        raise ValueError("metric-based param_schedulers cannot be changed when resuming")
     if own or saved:
         runner.logger.warning(
             "param_scheduler or the learning rate differs from the checkpoint's: continuing as if "

@@ -16,13 +16,13 @@ from mmengine.registry import OPTIMIZERS, RUNNERS
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from ....checkpoints import check_optimizer, convert_checkpoint, is_finite, require_fit
+from ....checkpoints import check_optimizer, check_state_dict, convert_checkpoint, is_finite
 from ....checkpoints.conversion import EXECUTED
 from ....checkpoints.downloads import hide_secrets
 from ....files import disk_full_error, write_atomically
 from ...datasets.splits import warn_of_shared_images
 from ...errors import describe, end_in_one_line, is_from_this_package, is_users
-from ...readers import read_checkpoint, safe_readers
+from ...safe_loading import read_checkpoint, safe_loading
 from ...utils import unwrap_model
 from .resume import (
     adapt_checkpoint,
@@ -35,9 +35,9 @@ from .resume import (
 
 @contextmanager
 def _building_loop(dataloader: str) -> Iterator[None]:
-    """Use the safe readers, and prefix errors about a dataset with the name of its data loader."""
+    """Enable safe loading, and prefix errors about a dataset with the name of its data loader."""
     try:
-        with safe_readers():
+        with safe_loading():
             yield
     except (FileNotFoundError, ValueError) as error:
         message = describe(error)
@@ -57,13 +57,14 @@ def _raise_file_errors(record: logging.LogRecord) -> None:
 
 @RUNNERS.register_module()
 class SafeRunner(Runner):
-    """mmengine's Runner with safe readers, and resuming under changed settings.
+    """mmengine's Runner with safe loading, and resuming under changed settings.
 
-    While it works, it reads files as after :func:`~flash_internimage.openmmlab.use_safe_readers`:
-    nothing in a checkpoint is executed. Published parameter names are converted. When resuming
-    and testing, all names and shapes must agree. A model to be trained keeps its initial values for
-    weights that the checkpoint lacks, and the log names them. A resumed run combines its own
-    settings with the state of its checkpoint.
+    While it works, safe loading is enabled as by
+    :func:`~flash_internimage.openmmlab.enable_safe_loading`: nothing in a checkpoint is executed.
+    Published parameter names are converted. When resuming and testing, all names and shapes must
+    agree. In a model to be trained, weights that the checkpoint lacks stay randomly initialized,
+    and the log names them. A resumed run combines its own settings with the state of its
+    checkpoint.
 
     Args:
         args: Arguments of Runner.
@@ -102,7 +103,7 @@ class SafeRunner(Runner):
             OSError: If the disk is full.
         """
         try:
-            with safe_readers():
+            with safe_loading():
                 yield
         except Exception as error:
             full = disk_full_error(error, getattr(self, "_work_dir", "a log"))
@@ -124,7 +125,7 @@ class SafeRunner(Runner):
         return logger
 
     def dump_config(self) -> None:
-        """Write the config to the work folder or, in tests, to the folder of the log."""
+        """Write the config to the work folder or, when testing, to the folder of the log."""
         folder = self.log_dir if self._train_loop is None else self.work_dir
         name = Path(self.cfg.filename or f"{self.timestamp}.py").name
         if is_main_process():
@@ -181,7 +182,7 @@ class SafeRunner(Runner):
         """Build the optimizer and its wrapper.
 
         Raises:
-            ValueError: If the optimizer is unknown, its settings do not fit, or it requires a
+            ValueError: If the optimizer is unknown, its settings are invalid, or it requires a
                 closure or sparse gradients.
         """
         given = isinstance(optim_wrapper, dict) and "optimizer" in optim_wrapper
@@ -209,14 +210,14 @@ class SafeRunner(Runner):
         return built
 
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
-        """Scale the learning rates with the number of images per update.
+        """Scale the learning rates with the total batch size.
 
-        Unlike in mmengine, this number includes accumulated batches.
+        Unlike in mmengine, it includes accumulated batches.
 
         Args:
             optim_wrapper: Optimizer wrapper whose schedules have not been built yet.
-            auto_scale_lr: A dict with `enable` (default: False) and `base_batch_size`, the images
-                per update for which the learning rates are set.
+            auto_scale_lr: A dict with `enable` (default: False) and `base_batch_size`, the total
+                batch size that the learning rates are tuned for.
 
         Raises:
             ValueError: If `base_batch_size` is missing.
@@ -226,7 +227,8 @@ class SafeRunner(Runner):
         base = auto_scale_lr.get("base_batch_size")
         if base is None:
             raise ValueError(
-                "auto_scale_lr.base_batch_size must be the images per update, got None"
+                "auto_scale_lr.base_batch_size must be set to the total batch size that lr is "
+                "tuned for, got None"
             )
         loader = self._train_dataloader
         batch = loader["batch_size"] if isinstance(loader, dict) else loader.batch_size
@@ -235,7 +237,7 @@ class SafeRunner(Runner):
             accumulated = wrapper._accumulative_counts
             images = batch * self.world_size * accumulated
             self.logger.info(
-                "scaling learning rates by %g: an update has %d images (batch size %d x "
+                "scaling learning rates by %g: the total batch size is %d (batch size %d x "
                 "processes %d x accumulative_counts %d), base_batch_size is %d",
                 images / base, images, batch, self.world_size, accumulated, base,
             )  # fmt: skip
@@ -262,8 +264,8 @@ class SafeRunner(Runner):
 
         Raises:
             FileNotFoundError: If the checkpoint does not exist.
-            ValueError: If the checkpoint is damaged, does not fit the model, contains weights that
-                are not finite, or is tested on data whose classes are in another order.
+            ValueError: If the checkpoint is damaged, does not match the model, contains weights
+                that are not finite, or is tested on data whose classes are in another order.
         """
         checkpoint = read_checkpoint(filename, map_location)
         if isinstance(meta := checkpoint.get("meta"), dict):
@@ -286,7 +288,7 @@ class SafeRunner(Runner):
             except ValueError as error:
                 raise ValueError(f"{filename}: {error}") from error
             checkpoint["state_dict"] = filled
-        require_fit(model.state_dict(), checkpoint["state_dict"])
+        check_state_dict(model.state_dict(), checkpoint["state_dict"])
         if self._resuming:
             self._other_schedule = adapt_checkpoint(self, checkpoint)
         elif self._train_loop is None:
@@ -326,7 +328,7 @@ class SafeRunner(Runner):
         if self._other_schedule:
             replay_schedules(self)
         if self.iter == self.max_iters:
-            self.logger.warning("%s is from the end of this run: nothing left to train", filename)
+            self.logger.warning("training is already complete in %s", filename)
 
     def save_checkpoint(self, *args: Any, meta: dict | None = None, **kwargs: Any) -> None:
         """Save a checkpoint, including what is needed to resume with other settings."""
@@ -344,24 +346,24 @@ class SafeRunner(Runner):
 
     def _fill_in(self, state_dict: dict, own: dict) -> dict:
         """Return `own` with the tensors of `state_dict` that have a known name and its shape."""
-        fitting = {
+        matching = {
             name: tensor
             for name, tensor in state_dict.items()
             if name in own and own[name].shape == getattr(tensor, "shape", None)
         }
-        if not fitting:
+        if not matching:
             raise ValueError(
-                f"none of its {len(state_dict)} tensors fits the model: their names start with "
+                f"none of its {len(state_dict)} tensors matches the model: their names start with "
                 f"{', '.join(sorted({name.split('.')[0] for name in state_dict})[:5])}, the "
                 f"model's with {', '.join(sorted({name.split('.')[0] for name in own}))}"
             )
         for what, names in (
-            ("keep their initial values", own.keys() - fitting.keys()),
-            ("of the checkpoint are not used", state_dict.keys() - fitting.keys()),
+            ("stay randomly initialized", own.keys() - matching.keys()),
+            ("of the checkpoint are not used", state_dict.keys() - matching.keys()),
         ):
             if names:
                 self.logger.warning("%d tensors %s: %s", len(names), what, ", ".join(sorted(names)))
-        return own | fitting
+        return own | matching
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap the model for distributed training; on CPUs, replace SyncBN by batch norm."""

@@ -1,4 +1,4 @@
-"""Test how the programs' arguments change a config before anything is built."""
+"""Test how the scripts' arguments change a config before anything is built."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -389,7 +389,9 @@ def test_invalid_paths(name, write):
 @pytest.mark.parametrize("metric", [3, None])
 def test_invalid_metrics(metric, write, tmp_path):
     write([box(1, [2, 2, 5, 5])])
-    with pytest.raises(ValueError, match=rf"^metric must be text or a list of text, got {metric}$"):
+    with pytest.raises(
+        ValueError, match=rf"^metric must be a string or a list of strings, got {metric}$"
+    ):
         CheckedCocoMetric(str(tmp_path / "annotations.json"), metric)
 
 

@@ -268,10 +268,10 @@ def test_fields_of_images(key, value, message):
         ("id", 2**53, "id must be a unique integer of at least 0 and below 2**53, got 9007199"),
         ("id", 0, "category 0 (dog): id must be unique, got 0 again"),
         ("name", "cat", "category 7 (cat): name must be unique, got 'cat' again"),
-        ("name", "", "category 7 (): name must be text, got ''"),
-        ("name", None, "category 7 (None): name must be text, got None"),
-        ("name", ["dog"], "category 7 (['dog']): name must be text, got ['dog']"),
-        ("name", MISSING, "category 7 (nothing): name must be text, got nothing"),
+        ("name", "", "category 7 (): name must be a string, got ''"),
+        ("name", None, "category 7 (None): name must be a string, got None"),
+        ("name", ["dog"], "category 7 (['dog']): name must be a string, got ['dog']"),
+        ("name", MISSING, "category 7 (nothing): name must be a string, got nothing"),
     ],
 )
 def test_fields_of_categories(key, value, message):

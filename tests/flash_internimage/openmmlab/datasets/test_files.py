@@ -19,7 +19,7 @@ from flash_internimage.images import UnreadableImage
 from flash_internimage.openmmlab.datasets.files import find_missing, is_local, require_unique_names
 from flash_internimage.openmmlab.datasets.transforms import LoadReadableImage
 
-pytestmark = pytest.mark.usefixtures("safe_readers")
+pytestmark = pytest.mark.usefixtures("safe_loading")
 
 
 def make(path, how):
@@ -78,10 +78,10 @@ def test_any_exception_of_a_decoder_is_an_unreadable_image(error, test_mode, tmp
 
 
 def test_too_many_unreadable_images_end_the_training(tmp_path):
-    loader = LoadReadableImage(max_left_out=2)
+    loader = LoadReadableImage(max_corrupt=2)
     for i in (1, 2, 1, 2):
         assert loader.transform({"img_path": str(tmp_path / f"{i}.png")}) is None
-    message = rf"^more than max_left_out=2 images .*, the last: cannot read image {tmp_path}/3.png"
+    message = rf"^more than max_corrupt=2 images .*, the last: cannot read image {tmp_path}/3.png"
     with pytest.raises(ValueError, match=message):
         loader.transform({"img_path": str(tmp_path / "3.png")})
 

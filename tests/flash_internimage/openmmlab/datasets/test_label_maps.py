@@ -278,11 +278,11 @@ def test_training_without_a_readable_image_is_an_error(folder):
 
 
 def test_too_many_unusable_label_maps_are_an_error(folder):
-    pipeline = [TRAIN[0], TRAIN[1] | {"max_left_out": 2}]
+    pipeline = [TRAIN[0], TRAIN[1] | {"max_corrupt": 2}]
     dataset = CheckedSegDataset(**arguments(folder) | {"pipeline": pipeline})
     for i in range(1, 5):
         damage(folder / "labels" / f"{i}.png", "other")
-    message = r"^more than max_left_out=2 images or label maps cannot be used, the last: .*png: "
+    message = r"^more than max_corrupt=2 images or label maps cannot be used, the last: .*png: "
     with pytest.raises(ValueError, match=message):
         dataset[0]
 

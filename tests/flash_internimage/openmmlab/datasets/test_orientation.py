@@ -165,7 +165,7 @@ class TestSixteenBits:
         image = LoadReadableImage(color_type="unchanged").transform({"img_path": ramp})["img"]
         np.testing.assert_array_equal(image, np.arange(4096).reshape(64, 64))
 
-    def test_pipelines_and_inferencers_of_mmdet(self, ramp, safe_readers):
+    def test_pipelines_and_inferencers_of_mmdet(self, ramp, safe_loading):
         init_default_scope("mmdet")
         for loader in ("LoadImageFromFile", "InferencerLoader"):
             image = Compose([TRANSFORMS.build({"type": loader})])({"img_path": ramp})["img"]

@@ -14,7 +14,7 @@ from flash_internimage.openmmlab.engine.runner.checkpoint_names import (
     checkpoint_folder,
     latest_checkpoint,
 )
-from flash_internimage.openmmlab.readers import read_checkpoint
+from flash_internimage.openmmlab.safe_loading import read_checkpoint
 from tests.flash_internimage.openmmlab.small import Model
 
 LOOPS = {

@@ -11,7 +11,7 @@ from mmengine.dataset import BaseDataset
 
 from flash_internimage.openmmlab import SafeRunner
 from flash_internimage.openmmlab.engine.runner import resume
-from flash_internimage.openmmlab.readers import read_checkpoint
+from flash_internimage.openmmlab.safe_loading import read_checkpoint
 from tests.flash_internimage.openmmlab.small import Model
 
 ADAMW = {"type": "AdamW", "lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.1}
@@ -175,17 +175,17 @@ class TestSettings:
             (
                 {},
                 {"train_cfg": {"by_epoch": True, "max_epochs": 1}},
-                "from epoch 2, but this run has 1",
+                "is at epoch 2, but max_epochs is 1",
             ),
             (
                 {},
                 {"train_cfg": {"by_epoch": False, "max_iters": 9}},
-                "counts epochs, but this run iter",
+                "an epoch-based run, but this run is iteration-based",
             ),
             (
                 {"train_cfg": {"by_epoch": False, "max_iters": 4}},
                 {"train_cfg": {"by_epoch": False, "max_iters": 3}},
-                "from iteration 4, but this run has 3",
+                "is at iteration 4, but max_iters is 3",
             ),
             ({}, {"classes": ("b", "a")}, "its class 0 is 'a', but 'b' in the data"),
             ({}, {"classes": ("a", "c")}, "its class 1 is 'b', but 'c' in the data"),

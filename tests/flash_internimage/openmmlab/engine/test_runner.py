@@ -15,7 +15,7 @@ from mmengine.logging import HistoryBuffer
 from torch import nn
 
 from flash_internimage.checkpoints import Placeholder
-from flash_internimage.openmmlab import AtomicCheckpointHook, readers
+from flash_internimage.openmmlab import AtomicCheckpointHook, safe_loading
 from flash_internimage.openmmlab.engine.hooks import curves
 from flash_internimage.openmmlab.engine.runner.checkpoint_names import latest_checkpoint
 from tests.flash_internimage.openmmlab.small import Model, Score
@@ -92,7 +92,7 @@ class TestCheckpoints:
         trained = r.message_hub.log_scalars
         # SafeRunner restores the histories when reading, mmengine's own runner in this hook.
         AtomicCheckpointHook().after_load_checkpoint(r, loaded)
-        for checkpoint in (loaded, readers.read_checkpoint(tmp_path / "run" / "epoch_3.pth")):
+        for checkpoint in (loaded, safe_loading.read_checkpoint(tmp_path / "run" / "epoch_3.pth")):
             histories = checkpoint["message_hub"]["log_scalars"]
             assert {"train/loss", "train/lr"} <= histories.keys()
             for name, history in histories.items():
@@ -156,7 +156,7 @@ class TestScaledLearningRates:
         assert sorted({*rates["lr"]}) == pytest.approx([rate / 10, rate])
         assert rates["base_lr"] == [rate]
         assert (
-            f"scaling learning rates by {rate:g}: an update has {2 * accumulated} images"
+            f"scaling learning rates by {rate:g}: the total batch size is {2 * accumulated} "
             in caplog.text
         )
 
@@ -183,7 +183,7 @@ def resume(runner, path: Path) -> None:
 
 
 def load_state(path: Path) -> dict:
-    return readers.read_checkpoint(path)["state_dict"]
+    return safe_loading.read_checkpoint(path)["state_dict"]
 
 
 class TestLoading:
@@ -235,7 +235,7 @@ class TestLoading:
         r = runner(load_from=save(Model().state_dict() | {"head.bias": 3}, message_hub={}))
         r.logger.addHandler(caplog.handler)
         r.load_or_resume()
-        assert "1 tensors keep their initial values: head.bias" in caplog.text
+        assert "1 tensors stay randomly initialized: head.bias" in caplog.text
 
     @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
     def test_a_test_rejects_weights_of_another_model(self, tester, save, change):
@@ -244,7 +244,7 @@ class TestLoading:
             del state["head.bias"]
         elif change == "unexpected":
             state["other"] = torch.zeros(1)
-        with pytest.raises(ValueError, match=rf"does not fit the model: {change}"):
+        with pytest.raises(ValueError, match=rf"does not match the model: {change}"):
             tester().load_checkpoint(save(state))
 
     def test_a_head_of_another_shape_keeps_its_initial_values(self, runner, save, caplog):
@@ -255,18 +255,18 @@ class TestLoading:
         r.load_or_resume()
         assert torch.equal(r.model.backbone.weight, source.backbone.weight)
         assert torch.equal(r.model.head.weight, head)
-        assert "2 tensors keep their initial values: head.bias, head.weight" in caplog.text
+        assert "2 tensors stay randomly initialized: head.bias, head.weight" in caplog.text
         assert "2 tensors of the checkpoint are not used: head.bias, head.weight" in caplog.text
 
     def test_weights_that_match_nothing_are_rejected(self, runner, save):
         path = save({"levels.0.weight": torch.zeros(3)})
-        message = rf"^{path}: none of its 1 tensors fits .* with levels, .* with backbone, head$"
+        message = rf"^{path}: none of its 1 tensors matches .* with levels, .* with backbone, head$"
         with pytest.raises(ValueError, match=message):
             runner(load_from=path).load_or_resume()
 
     def test_resuming_rejects_weights_of_another_model(self, runner, save):
         r = runner(load_from=save(Model(classes=3).state_dict()), resume=True)
-        with pytest.raises(ValueError, match=r"does not fit the model: shape of head\.weight"):
+        with pytest.raises(ValueError, match=r"does not match the model: shape of head\.weight"):
             r.load_or_resume()
 
     @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ class TestLoading:
         model = Model(classes=3)
         model.init_cfg = {"type": "Pretrained", "checkpoint": path}
         if who == "function":
-            with readers.safe_readers():
+            with safe_loading.safe_loading():
                 model.init_weights()
         else:
             runner(model, train_cfg={"by_epoch": True, "max_epochs": 0}).train()
@@ -323,10 +323,19 @@ class TestLoading:
             (lambda c: c.pop("meta"), "KeyError: 'meta'"),
             (lambda c: c.pop("state_dict"), "has no state_dict"),
             (lambda c: c.update(optimizer=[]), "TypeError"),
-            (lambda c: c["meta"].update(iter=-1), "from iteration -1"),
+            (
+                lambda c: c["meta"].update(iter=-1),
+                "meta.iter must be a non-negative integer, got -1",
+            ),
             (lambda c: c.pop("optimizer"), "no optimizer state; to start from its weights"),
-            (lambda c: c["meta"].update(epoch=-1), "from epoch -1, but this run has 4"),
-            (lambda c: c["meta"].update(epoch="1"), "from epoch '1', but this run has 4"),
+            (
+                lambda c: c["meta"].update(epoch=-1),
+                "meta.epoch must be a non-negative integer, got -1",
+            ),
+            (
+                lambda c: c["meta"].update(epoch="1"),
+                "meta.epoch must be a non-negative integer, got '1'",
+            ),
         ],
     )
     def test_a_checkpoint_that_cannot_be_resumed_is_an_error(
@@ -393,7 +402,7 @@ class TestLoading:
         r = runner(resume=True, load_from=str(path))
         r.logger.addHandler(caplog.handler)
         r.train()
-        assert f"{path} is from the end of this run: nothing left to train" in caplog.text
+        assert f"training is already complete in {path}" in caplog.text
 
     @pytest.mark.parametrize(
         ("numbers", "kept"), [(["X/../../elsewhere", 3], set()), (3, {"epoch_3.pth"})]
@@ -447,7 +456,7 @@ class TestLoading:
         with monkeypatch.context() as patch:
             patch.setitem(HistoryBuffer._statistics_methods, "mean", HistoryBuffer.max)
             path = save({}, message_hub={"log_scalars": {"loss": history}})
-        loaded = readers.read_checkpoint(path)["message_hub"]["log_scalars"]["loss"]
+        loaded = safe_loading.read_checkpoint(path)["message_hub"]["log_scalars"]["loss"]
         loaded.update(5.0)
         assert loaded.statistics("mean") == 3
         assert HistoryBuffer._statistics_methods["mean"] is HistoryBuffer.mean
@@ -469,7 +478,7 @@ class TestLoading:
             patch.setattr(HistoryBuffer, "__getstate__", lambda self: state, raising=False)
             path = save({}, message_hub={"log_scalars": {"loss": history}})
         with pytest.raises(ValueError, match=r"c\.pth: log_scalars\.loss must be two arrays"):
-            readers.read_checkpoint(path)
+            safe_loading.read_checkpoint(path)
 
     def test_missing_checkpoint(self, tester):
         with pytest.raises(FileNotFoundError, match=r"checkpoint not found: none\.pth"):

@@ -7,7 +7,7 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from flash_internimage.openmmlab import SafeRunner
-from flash_internimage.openmmlab.readers import read_checkpoint
+from flash_internimage.openmmlab.safe_loading import read_checkpoint
 from tests.flash_internimage.openmmlab.small import Score
 
 

@@ -17,7 +17,7 @@ from torch import nn
 import flash_internimage.openmmlab.detection  # noqa: F401  registers the metrics
 from flash_internimage.openmmlab.datasets.coco import LABELS_FOLLOW_CLASSES
 
-pytestmark = pytest.mark.usefixtures("safe_readers")
+pytestmark = pytest.mark.usefixtures("safe_loading")
 BOX = [5, 5, 20, 20]
 both_metrics = pytest.mark.parametrize("kind", ["FasterCocoMetric", "CocoMetric"])
 

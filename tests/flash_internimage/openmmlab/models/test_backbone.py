@@ -382,7 +382,7 @@ def test_detector_initializes_its_backbone(weights, tmp_path):
         ),
         (
             {"init_cfg": {"type": "Pretrained", "checkpoint": "a.pth", "prefix": 3}},
-            "init_cfg's prefix must be text, got 3",
+            "init_cfg's prefix must be a string, got 3",
         ),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",

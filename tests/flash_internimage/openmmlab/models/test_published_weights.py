@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from PIL import Image
 
-from flash_internimage.checkpoints import restore_checkpoint
+from flash_internimage.checkpoints import to_published_checkpoint
 
 CONFIGS = Path(__file__).parents[4] / "configs"
 DINO = "detection/dino-4scale_flash_internimage_nano_digits_scenes.py"
@@ -63,7 +63,8 @@ WAYS = [
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_inference_functions_load_published_files(config, load, prefix, tmp_path, log):
     model = build(config)
-    published = restore_checkpoint({"state_dict": model.state_dict(), "meta": {}})["state_dict"]
+    checkpoint = {"state_dict": model.state_dict(), "meta": {}}
+    published = to_published_checkpoint(checkpoint)["state_dict"]
     published = {prefix + name: tensor for name, tensor in published.items()}
     meta = {"CLASSES": CLASSES, "PALETTE": [[0, 0, 0]] * 11}
     torch.save({"state_dict": published, "meta": meta}, tmp_path / "published.pth")
@@ -75,7 +76,7 @@ def test_inference_functions_load_published_files(config, load, prefix, tmp_path
 @pytest.mark.parametrize("config", [DINO, MASK2FORMER])
 def test_load_state_dict_accepts_published_names(config):
     model, other = build(config), build(config)
-    published = restore_checkpoint({"state_dict": model.state_dict()})["state_dict"]
+    published = to_published_checkpoint({"state_dict": model.state_dict()})["state_dict"]
     other.load_state_dict(published, strict=True)
     torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
     other.load_state_dict(model.state_dict(), strict=True)
@@ -117,7 +118,7 @@ def test_loading_a_classifier_into_a_detector_is_logged(tmp_path, log):
         (UPERNET, "mmseg", lambda found: found.seg_logits.data),
     ],
 )
-def test_inference_on_paths_and_arrays(config, library, scores, tmp_path, safe_readers):
+def test_inference_on_paths_and_arrays(config, library, scores, tmp_path, safe_loading):
     apis = importlib.import_module(f"{library}.apis")
     if library == "mmdet":
         model = apis.init_detector(str(CONFIGS / config), None, "random", "cpu")

@@ -1,4 +1,9 @@
-"""Safe readers of checkpoints, images and annotation files, in place of OpenMMLab's own."""
+"""Safe loading of checkpoints, images and annotation files.
+
+While enabled, it replaces entries of OpenMMLab's registries: mmengine's checkpoint loaders, and the
+image transforms and COCO metrics of mmdet and mmseg. The datasets of this package also use the safe
+image loader without it, see :class:`flash_internimage.openmmlab.datasets.base.ReadableImages`.
+"""
 
 import os
 from collections.abc import Iterator
@@ -12,8 +17,8 @@ from ..checkpoints import fetch_checkpoint, load_checkpoint
 from .datasets.transforms import LoadCheckedArray, LoadCheckedImage
 from .engine.runner.plain_state import restore_histories
 
-# Replacements as (registry, name, class); mmdet's and mmseg's are added where those are imported.
-_readers: list[tuple[Registry, str, type]] = []
+# Tuples of registry, name and class; those of mmdet and mmseg are added where they are imported.
+_overrides: list[tuple[Registry, str, type]] = []
 _depth = 0
 _originals = ExitStack()
 _process = ExitStack()
@@ -35,11 +40,11 @@ def read_checkpoint(source: str | os.PathLike, map_location: Any = "cpu") -> dic
     return checkpoint
 
 
-def use_safe_readers() -> None:
+def enable_safe_loading() -> None:
     """Make OpenMMLab read checkpoints, images and annotation files safely, process-wide.
 
     :class:`SafeRunner` does so while it works. Call this function before using the inference
-    functions of mmdet and mmseg, or their own training and test programs with mmengine's Runner:
+    functions of mmdet and mmseg, or their own training and test scripts with mmengine's Runner:
 
     - Nothing in a checkpoint is executed, whether it is passed to the inference functions or given
       by `init_cfg`.
@@ -53,25 +58,25 @@ def use_safe_readers() -> None:
     Example::
 
         from mmdet.apis import inference_detector, init_detector
-        from flash_internimage.openmmlab import use_safe_readers
+        from flash_internimage.openmmlab import enable_safe_loading
 
-        use_safe_readers()
+        enable_safe_loading()
         model = init_detector(config, checkpoint, device='cpu')
         result = inference_detector(model, 'image.jpg')
     """
-    _process.enter_context(safe_readers())
+    _process.enter_context(safe_loading())
 
 
 @contextmanager
-def safe_readers() -> Iterator[None]:
-    """Use the safe readers within a block and restore OpenMMLab's when the last such block ends."""
+def safe_loading() -> Iterator[None]:
+    """Replace the entries within a block, and restore them when the outermost such block ends."""
     global _depth
     if _depth == 0:
         _originals.callback(setattr, CheckpointLoader, "_schemes", CheckpointLoader._schemes)
         CheckpointLoader._schemes = dict(CheckpointLoader._schemes)
         CheckpointLoader.register_scheme(("", "http://", "https://"), read_checkpoint, force=True)
-        for reader in _readers:
-            _replace(*reader)
+        for override in _overrides:
+            _replace(*override)
     _depth += 1
     try:
         yield
@@ -81,24 +86,24 @@ def safe_readers() -> Iterator[None]:
             _originals.close()
 
 
-def add_reader(registry: Registry, name: str, reader: type) -> None:
-    """Add a class that the safe readers register under an existing name of mmdet or mmseg."""
-    _readers.append((registry, name, reader))
+def register_override(registry: Registry, name: str, override: type) -> None:
+    """Register a class that safe loading uses in place of an entry of mmdet or mmseg."""
+    _overrides.append((registry, name, override))
     if _depth:
-        _replace(registry, name, reader)
+        _replace(registry, name, override)
 
 
-def add_image_loaders(transforms: Registry) -> None:
-    """Add the image loaders for the transforms of mmdet or mmseg."""
-    add_reader(transforms, "LoadImageFromFile", LoadCheckedImage)
-    add_reader(transforms, "LoadImageFromNDArray", LoadCheckedArray)
-    add_reader(transforms, "InferencerLoader", LoadCheckedArray)
+def register_image_loaders(transforms: Registry) -> None:
+    """Register overrides for the image loaders of mmdet or mmseg."""
+    register_override(transforms, "LoadImageFromFile", LoadCheckedImage)
+    register_override(transforms, "LoadImageFromNDArray", LoadCheckedArray)
+    register_override(transforms, "InferencerLoader", LoadCheckedArray)
 
 
-def _replace(registry: Registry, name: str, reader: type) -> None:
+def _replace(registry: Registry, name: str, override: type) -> None:
     modules = registry.module_dict
     if name in modules:
         _originals.callback(modules.__setitem__, name, modules[name])
     else:  # inherited from mmengine's registry
         _originals.callback(modules.pop, name)
-    modules[name] = reader
+    modules[name] = override

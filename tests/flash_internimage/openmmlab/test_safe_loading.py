@@ -1,4 +1,4 @@
-"""Test that the safe readers replace those of OpenMMLab only while enabled."""
+"""Test that entries of OpenMMLab's registries are replaced only while safe loading is enabled."""
 
 import subprocess
 import sys
@@ -13,8 +13,8 @@ from mmengine.registry import Registry
 from mmengine.runner import CheckpointLoader
 
 import flash_internimage.openmmlab.detection
-import flash_internimage.openmmlab.segmentation  # noqa: F401  registers its readers
-from flash_internimage.openmmlab import readers, use_safe_readers
+import flash_internimage.openmmlab.segmentation  # noqa: F401  registers its overrides
+from flash_internimage.openmmlab import enable_safe_loading, safe_loading
 from flash_internimage.openmmlab.datasets.transforms import LoadCheckedArray, LoadCheckedImage
 from flash_internimage.openmmlab.detection import CheckedPycocotoolsMetric
 
@@ -50,7 +50,7 @@ assert any(key not in before for key in after)
 
 
 @pytest.mark.parametrize("module", ["detection", "segmentation", "programs"])
-def test_importing_replaces_no_readers(module):
+def test_importing_replaces_no_entries(module):
     subprocess.run([sys.executable, "-c", SNAPSHOT.replace("MODULE", module)], check=True)
 
 
@@ -61,7 +61,7 @@ def test_detection_does_not_need_mmseg():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def current_readers() -> list:
+def current_entries() -> list:
     schemes = CheckpointLoader._schemes
     transforms = [library.registry.TRANSFORMS for library in (mmdet, mmseg)]
     names = "LoadImageFromFile", "LoadImageFromNDArray", "InferencerLoader"
@@ -70,48 +70,48 @@ def current_readers() -> list:
     return [*schemes.items(), *loaders, *metrics]
 
 
-def test_safe_readers_are_enabled_in_a_block_that_may_be_nested():
-    before = current_readers()
-    with readers.safe_readers():
-        within = current_readers()
+def test_safe_loading_is_enabled_in_a_block_that_may_be_nested():
+    before = current_entries()
+    with safe_loading.safe_loading():
+        within = current_entries()
         assert LoadCheckedImage in within
         assert LoadCheckedArray in within
         assert CheckedPycocotoolsMetric in within
         assert not {LoadImageFromFile, InferencerLoader, CocoMetric} & {*within}
-        with pytest.raises(KeyError), readers.safe_readers():
+        with pytest.raises(KeyError), safe_loading.safe_loading():
             raise KeyError
-        assert current_readers() == within
-    assert current_readers() == before
+        assert current_entries() == within
+    assert current_entries() == before
 
 
-def test_use_safe_readers_enables_them_for_the_process():
-    before = current_readers()
+def test_enable_safe_loading_applies_to_the_process():
+    before = current_entries()
     try:
-        use_safe_readers()
-        with readers.safe_readers():
+        enable_safe_loading()
+        with safe_loading.safe_loading():
             pass
-        assert CheckedPycocotoolsMetric in current_readers()
+        assert CheckedPycocotoolsMetric in current_entries()
     finally:
-        readers._process.close()
-    assert current_readers() == before
+        safe_loading._process.close()
+    assert current_entries() == before
 
 
-def test_readers_registered_later_are_used_at_once(monkeypatch):
-    monkeypatch.setattr(readers, "_readers", [*readers._readers])
+def test_overrides_registered_later_are_used_at_once(monkeypatch):
+    monkeypatch.setattr(safe_loading, "_overrides", [*safe_loading._overrides])
     registry = Registry("kind")
     registry.register_module("Existing", module=LoadImageFromFile)
-    with readers.safe_readers():
-        readers.add_reader(registry, "Existing", LoadCheckedImage)
+    with safe_loading.safe_loading():
+        safe_loading.register_override(registry, "Existing", LoadCheckedImage)
         assert registry.get("Existing") is LoadCheckedImage
     assert registry.get("Existing") is LoadImageFromFile
 
 
-def test_a_runner_enables_them_while_it_runs(runner):
-    before = current_readers()
+def test_a_runner_enables_safe_loading_while_it_runs(runner):
+    before = current_entries()
     r = runner(train_cfg={"by_epoch": True, "max_epochs": 0})
-    assert current_readers() == before
+    assert current_entries() == before
     seen = []
-    r.call_hook = lambda *args, **kwargs: seen.extend(current_readers())
+    r.call_hook = lambda *args, **kwargs: seen.extend(current_entries())
     r.train()
     assert CheckedPycocotoolsMetric in seen
-    assert current_readers() == before
+    assert current_entries() == before
