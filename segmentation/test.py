@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flash_internimage.files import require_writable
 from flash_internimage.openmmlab import SafeRunner
-from flash_internimage.openmmlab.cli.common import build_runner
+from flash_internimage.openmmlab.cli.common import build_runner, ending_together
 from flash_internimage.openmmlab.cli.test import evaluation_config, evaluation_parser
 from flash_internimage.openmmlab.errors import one_line_errors
 
@@ -50,7 +50,7 @@ def get_runner(args: argparse.Namespace) -> SafeRunner:
 def main() -> None:
     """Parse the command line and evaluate a segmentor."""
     args = get_parser().parse_args()
-    with one_line_errors():
+    with one_line_errors(), ending_together():
         get_runner(args).test()
 
 

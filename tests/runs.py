@@ -46,4 +46,5 @@ def train_until_killed(task: str, config: Path, folder: Path) -> None:
 def train_with_two_processes(task: str, config: Path, folder: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node", "2", "-m", f"{task}.train", config]
-    subprocess.run([*command, "--work-dir", folder], check=True, capture_output=True)
+    done = subprocess.run([*command, "--work-dir", folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]

@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -88,3 +89,15 @@ def start_processes(cfg: Config) -> None:
     env_cfg = cfg.get("env_cfg") or {}
     set_multi_processing(**env_cfg.get("mp_cfg", {}), distributed=True)
     init_dist(cfg.launcher, **env_cfg.get("dist_cfg", {}))
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """End distributed processes together, so that none closes connections that others still use.
+
+    After an error, a process ends at once: the others may never reach the barrier.
+    """
+    yield
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

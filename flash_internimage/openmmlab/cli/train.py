@@ -18,7 +18,7 @@ from ..engine.runner.checkpoint_names import (
 from ..engine.runner.runner import SafeRunner
 from ..errors import describe, one_line_errors
 from ..utils import log_info
-from .common import base_parser, build_runner, start_processes
+from .common import base_parser, build_runner, ending_together, start_processes
 from .config import OF_TRAINING, load_config, require_dicts
 
 
@@ -53,7 +53,7 @@ def training_parser(program: str, description: str) -> argparse.ArgumentParser:
 def main(program: str, description: str) -> None:
     """Parse the command line and train, reporting user errors in one line."""
     args = training_parser(program, description).parse_args()
-    with one_line_errors():
+    with one_line_errors(), ending_together():
         run_training(args)
 
 
