@@ -1,4 +1,4 @@
-"""State of a training run: what a checkpoint contains, saving and resuming."""
+"""Training state: the contents of checkpoints, saving and resuming."""
 
 import math
 from dataclasses import InitVar, dataclass

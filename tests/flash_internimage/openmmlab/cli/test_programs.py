@@ -1,12 +1,14 @@
 """Test how the scripts' arguments change a config before anything is built."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from mmengine.config import Config
 
 from flash_internimage.openmmlab.cli import train as program
+from flash_internimage.openmmlab.cli.common import ending_together
 from flash_internimage.openmmlab.cli.test import evaluation_config, evaluation_parser
 
 CONFIG = """
@@ -357,3 +359,26 @@ def test_options(config):
     options = ["test_dataloader.batch_size=3", "find_unused_parameters=True"]
     cfg = to_evaluate(config, "--cfg-options", *options)
     assert (cfg.test_dataloader.batch_size, cfg.find_unused_parameters) == (3, True)
+
+
+class TestEndingTogether:
+    @pytest.fixture(autouse=True)
+    def process_group(self, tmp_path) -> Iterator[None]:
+        store = dist.FileStore(str(tmp_path / "store"), 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def test_processes_wait_for_each_other_before_they_disconnect(self, monkeypatch):
+        initialized = []
+        monkeypatch.setattr(dist, "barrier", lambda: initialized.append(dist.is_initialized()))
+        with ending_together():
+            pass
+        assert initialized == [True]
+        assert not dist.is_initialized()
+
+    def test_a_process_with_an_error_does_not_wait(self, monkeypatch):
+        monkeypatch.setattr(dist, "barrier", pytest.fail)
+        with pytest.raises(ValueError, match="wrong"), ending_together():
+            raise ValueError("wrong")
