@@ -12,8 +12,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from flash_internimage.checkpoints.zoo import ZOO, Entry, Figure, read_zoo
+from flash_internimage.cli.zoo_evaluation import TOLERANCE
 from tools.zoo_documents import ROOT, table
-from tools.zoo_evaluation import TOLERANCE
 
 _FIGURES: dict[Figure, str] = {
     "top1": "top-1",

@@ -1,6 +1,6 @@
 """Write demo datasets of real images. The images are part of scikit-learn; nothing is downloaded.
 
-    python -m tools.make_demo_data [digits | digits-scenes | digits-scenes-ade20k] [--root data/...]
+    flash-internimage demo-data [digits | digits-scenes | digits-scenes-ade20k] [--root data/...]
 
 digits                an ImageFolder of handwritten digits: root/{train,val}/{0..9}/NNNN.png, 1,437
                       and 360 images, a fixed stratified split
@@ -27,7 +27,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 
-from tools.scenes import Material, Scene, make_scenes, to_coco
+from .demo_scenes import Material, Scene, make_scenes, to_coco
 
 _logger = logging.getLogger(__name__)
 
@@ -127,25 +127,36 @@ def _write_atomically(root: Path) -> Iterator[Path]:
     partial.rename(root)
 
 
-def main() -> None:
-    """Write the dataset named on the command line, unless its folder exists."""
+def main(argv: list[str] | None = None, program: str = "flash-internimage demo-data") -> int:
+    """Write the dataset named on a command line, unless its folder exists.
+
+    Args:
+        argv: Arguments; None for those of the process.
+        program: Name of the program in usage messages.
+
+    Returns:
+        The exit code.
+    """
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     writers: dict[str, Callable[[Path], None]] = {
         "digits": write_digits,
         "digits-scenes": write_digits_scenes,
         "digits-scenes-ade20k": write_digits_scenes_ade20k,
     }
-    parser = argparse.ArgumentParser(description="Write a demo dataset.")
+    parser = argparse.ArgumentParser(
+        program, description="Write a small dataset of real images, which are in scikit-learn."
+    )
     parser.add_argument("name", nargs="?", choices=writers, default="digits")
     parser.add_argument("--root", type=Path, help="folder to create (default: data/NAME)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     root = arguments.root or Path("data") / arguments.name
     if root.exists():
         _logger.info("%s already exists", root)
-        return
-    writers[arguments.name](root)
+        return 0
+    try:
+        writers[arguments.name](root)
+    except OSError as error:
+        _logger.error("%s cannot be written: %s", root, error.strerror or error)
+        return 2
     _logger.info("wrote %s to %s", arguments.name, root)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

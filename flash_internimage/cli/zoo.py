@@ -1,11 +1,10 @@
 """List, download, convert and evaluate the released checkpoints.
 
-python -m tools.zoo list
-python -m tools.zoo info NAME
-python -m tools.zoo download NAME...
-python -m tools.zoo convert NAME|FILE -o OUT
-python -m tools.zoo evaluate NAME --data DIR
-python -m tools.zoo generate
+flash-internimage zoo list
+flash-internimage zoo info NAME
+flash-internimage zoo download NAME...
+flash-internimage zoo convert NAME|FILE -o OUT
+flash-internimage zoo evaluate NAME --data DIR
 """
 
 import argparse
@@ -13,6 +12,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,14 +22,15 @@ import torch
 import yaml
 from torch import nn
 
-from flash_internimage.checkpoints import convert_file, fetch_checkpoint
-from flash_internimage.checkpoints.zoo import Entry, find, read_zoo
-from flash_internimage.classification.cli.test import check_json
-from flash_internimage.files import write_atomically
-from tools.zoo_documents import documents
-from tools.zoo_evaluation import IMAGES, compare, evaluate, load_config
+from ..checkpoints import convert_file, fetch_checkpoint
+from ..checkpoints.zoo import Entry, find, read_zoo
+from ..files import write_atomically
 
 _logger = logging.getLogger(__name__)
+
+PROGRAM = "flash-internimage zoo"
+# Name, description and function of a command.
+Command = tuple[str, str, Callable[[dict[str, Entry], argparse.Namespace], None]]
 
 
 def _say(text: str = "") -> None:
@@ -43,6 +44,8 @@ def build_model(name: str, entry: Entry) -> nn.Module:
         if entry.task == "classification":
             return timm.create_model(name)
         from mmengine.registry import MODELS, DefaultScope
+
+        from .zoo_evaluation import load_config
 
         cfg = load_config(entry)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
@@ -95,6 +98,9 @@ def _convert(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
+    from ..classification.cli.test import check_json
+    from .zoo_evaluation import IMAGES, compare, evaluate
+
     name = arguments.name
     entry = find(zoo, name)
     if arguments.limit is not None and arguments.limit < 1:
@@ -136,17 +142,17 @@ def _evaluate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
         write_atomically(arguments.json, lambda file: file.write(text.encode()))
 
 
-def _generate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
-    for path, text in documents(zoo).items():
-        path.write_text(text)
-        _say(str(path))
+def parse_arguments(
+    argv: list[str] | None, program: str = PROGRAM, others: Sequence[Command] = ()
+) -> argparse.Namespace:
+    """Parse the command line.
 
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.zoo", description="Manage the released checkpoints."
-    )
+    Args:
+        argv: Arguments; None for those of the process.
+        program: Name of the program in usage messages.
+        others: Further commands.
+    """
+    parser = argparse.ArgumentParser(program, description="Manage the released checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     cached = argparse.ArgumentParser(add_help=False)
     cached.add_argument("--offline", action="store_true", help="use cached files only")
@@ -191,26 +197,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     evaluation.add_argument("--json", type=Path, help="also write the result to this file")
     evaluation.set_defaults(run=_evaluate)
 
-    generation = commands.add_parser("generate", help="update README.md and OpenMMLab's metafiles")
-    generation.set_defaults(run=_generate)
+    for name, description, run in others:
+        commands.add_parser(name, help=description).set_defaults(run=run)
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command and return the exit code."""
+def main(
+    argv: list[str] | None = None, program: str = PROGRAM, others: Sequence[Command] = ()
+) -> int:
+    """Run a command and return the exit code; see :func:`parse_arguments`."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
-    arguments = parse_arguments(argv)
+    arguments = parse_arguments(argv, program, others)
     try:
         arguments.run(read_zoo(), arguments)
-    except ImportError as error:
-        _logger.error("%s: detection and segmentation need requirements-openmmlab.txt", error)
-        return 2
     except (ValueError, OSError, RuntimeError) as error:
         _logger.error("%s", error)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,4 @@
-"""Evaluate a detector.
-
-Example::
-
-    python -m detection.test CONFIG CHECKPOINT
-"""
+"""Command line that evaluates a detector."""
 
 import argparse
 import pickle
@@ -11,12 +6,12 @@ from pathlib import Path
 
 from mmdet.evaluation import DumpDetResults
 
-from flash_internimage.files import require_writable, write_atomically
-from flash_internimage.openmmlab import SafeRunner
-from flash_internimage.openmmlab.cli.common import build_runner, ending_together
-from flash_internimage.openmmlab.cli.test import evaluation_config, evaluation_parser
-from flash_internimage.openmmlab.datasets.files import require_unique_names
-from flash_internimage.openmmlab.errors import one_line_errors
+from ...files import require_writable, write_atomically
+from ..datasets.files import require_unique_names
+from ..engine.runner.runner import SafeRunner
+from ..errors import one_line_errors
+from .common import build_runner, ending_together
+from .test import evaluation_config, evaluation_parser
 
 
 class _AtomicDump(DumpDetResults):
@@ -27,9 +22,9 @@ class _AtomicDump(DumpDetResults):
         return {}
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Return the argument parser of the script."""
-    parser = evaluation_parser("detection.test", "Evaluate a detector.")
+def get_parser(program: str = "python -m detection.test") -> argparse.ArgumentParser:
+    """Return the argument parser of a program with this name."""
+    parser = evaluation_parser(program, "Evaluate a detector.")
     parser.add_argument("--out", type=Path, help="write the predictions to this .pkl file")
     parser.add_argument(
         "--show-dir", help="draw the predictions to <work dir>/<time>/<this folder>"
@@ -62,12 +57,13 @@ def get_runner(args: argparse.Namespace) -> SafeRunner:
     return runner
 
 
-def main() -> None:
-    """Parse the command line and evaluate a detector."""
-    args = get_parser().parse_args()
+def main(program: str = "python -m detection.test", argv: list[str] | None = None) -> None:
+    """Parse a command line and evaluate a detector.
+
+    Args:
+        program: Name of the program in usage messages.
+        argv: Arguments; None for those of the process.
+    """
+    args = get_parser(program).parse_args(argv)
     with one_line_errors(), ending_together():
         get_runner(args).test()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,23 +1,18 @@
-"""Evaluate a segmentor.
-
-Example::
-
-    python -m segmentation.test CONFIG CHECKPOINT [--tta]
-"""
+"""Command line that evaluates a segmentor."""
 
 import argparse
 from pathlib import Path
 
-from flash_internimage.files import require_writable
-from flash_internimage.openmmlab import SafeRunner
-from flash_internimage.openmmlab.cli.common import build_runner, ending_together
-from flash_internimage.openmmlab.cli.test import evaluation_config, evaluation_parser
-from flash_internimage.openmmlab.errors import one_line_errors
+from ...files import require_writable
+from ..engine.runner.runner import SafeRunner
+from ..errors import one_line_errors
+from .common import build_runner, ending_together
+from .test import evaluation_config, evaluation_parser
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """Return the argument parser of the script."""
-    parser = evaluation_parser("segmentation.test", "Evaluate a segmentor.")
+def get_parser(program: str = "python -m segmentation.test") -> argparse.ArgumentParser:
+    """Return the argument parser of a program with this name."""
+    parser = evaluation_parser(program, "Evaluate a segmentor.")
     parser.add_argument("--tta", action="store_true", help="average over scales and flips")
     parser.add_argument("--out", type=Path, help="write the label maps to this folder, as PNG")
     parser.add_argument(
@@ -47,12 +42,13 @@ def get_runner(args: argparse.Namespace) -> SafeRunner:
     return build_runner(cfg)
 
 
-def main() -> None:
-    """Parse the command line and evaluate a segmentor."""
-    args = get_parser().parse_args()
+def main(program: str = "python -m segmentation.test", argv: list[str] | None = None) -> None:
+    """Parse a command line and evaluate a segmentor.
+
+    Args:
+        program: Name of the program in usage messages.
+        argv: Arguments; None for those of the process.
+    """
+    args = get_parser(program).parse_args(argv)
     with one_line_errors(), ending_together():
         get_runner(args).test()
-
-
-if __name__ == "__main__":
-    main()
