@@ -97,7 +97,7 @@ $(SANITIZED)/.built: $(OPS_SOURCES) $(VENV)/.package
 	touch $@
 
 clean:
-	rm -rf $(VENV) build ops_dcnv4/build ops_dcnv4/*.egg-info *.egg-info
+	rm -rf $(VENV) build flash_internimage/.mim ops_dcnv4/build ops_dcnv4/*.egg-info *.egg-info
 
 data/%: | $(VENV)/.package
 	$(RUN) -m tools.make_demo_data $* --root $@
@@ -118,7 +118,7 @@ $(VENV)/.operators: $(OPS_SOURCES) $(VENV)/.requirements
 	OPS_DCNV4_REQUIRE_COMPILED=1 $(PIP) --force-reinstall --no-deps ./ops_dcnv4
 	touch $@
 
-$(VENV)/.package: pyproject.toml $(VENV)/.operators
+$(VENV)/.package: pyproject.toml setup.py $(VENV)/.operators
 	$(PIP) --no-build-isolation --no-deps --config-settings editable_mode=compat --editable .
 	touch $@
 
