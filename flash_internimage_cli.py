@@ -8,6 +8,7 @@ import argparse
 import importlib
 import sys
 from importlib import metadata
+from typing import Any
 
 # Each command is a module of flash_internimage.cli with a function `main(arguments, program)`.
 COMMANDS = {
@@ -18,14 +19,19 @@ COMMANDS = {
 }
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        sys.stdout.write(f"flash-internimage {metadata.version('flash-internimage')}\n")
+        parser.exit()
+
+
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         program,
         description="FlashInternImage for classification, detection and segmentation.",
         epilog=f"`{program} COMMAND --help` describes a command.",
     )
-    version = metadata.version("flash-internimage")
-    parser.add_argument("--version", action="version", version=f"flash-internimage {version}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, description in COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False)

@@ -1,8 +1,8 @@
-"""Build backend: setuptools, and a PyTorch to compile the kernels against.
+"""Build backend: setuptools, with a PyTorch to compile the kernels against.
 
-An isolated build does not see the packages of the environment it installs into. If that environment
-has PyTorch, its folders are added to the path. If not, PyTorch becomes a build requirement, so that
-the kernels are also compiled when everything is installed at once, into an empty environment.
+An isolated build does not see the packages of the environment that it installs into. If PyTorch is
+among them, their folders are added to the path. If not, PyTorch becomes a build requirement, so
+that installing everything at once into an empty environment compiles the kernels as well.
 """
 
 import json
@@ -17,7 +17,7 @@ from setuptools.build_meta import *  # noqa: F403
 
 OLDEST = (2, 11)
 
-# Prints the path and PyTorch's version, if it is installed.
+# Prints the module path and PyTorch's version, if it is installed.
 _LOOK = """
 import importlib.metadata, json, sys
 try:
@@ -27,44 +27,34 @@ except importlib.metadata.PackageNotFoundError:
 """
 
 
-def _path_of_torch() -> list[str] | None:
-    """Return the module path of the target environment, or None if it has no suitable PyTorch."""
-    # -E ignores the variables with which pip isolates builds.
-    command = [sys.executable, "-E", "-c", _LOOK]
-    found = json.loads(
-        subprocess.run(command, cwd=os.sep, stdout=subprocess.PIPE, check=True).stdout
-    )
-    if found is None or tuple(map(int, found[1].split(".")[:2])) < OLDEST:
-        return None
-    return found[0]
+def _path_of_torch() -> list[str]:
+    """Return the module path of the target environment, or nothing if it has no suitable torch."""
+    # -E ignores the variables with which pip isolates builds, -P the current folder.
+    command = [sys.executable, "-E", "-P", "-c", _LOOK]
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    path, version = json.loads(output) or ([], "0.0")
+    return path if tuple(map(int, version.split(".")[:2])) >= OLDEST else []
 
 
-def _requirements() -> list[str]:
-    return [] if _path_of_torch() else ["torch>={}.{}".format(*OLDEST)]
-
-
-def _add_target() -> None:
-    for folder in _path_of_torch() or ():
-        site.addsitedir(folder)
+_PATH = _path_of_torch()
+for _folder in _PATH:
+    site.addsitedir(_folder)
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    """Return what building a wheel needs."""
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *_requirements()]
+    """Return the requirements that pyproject.toml does not list."""
+    return [] if _PATH else ["torch>={}.{}".format(*OLDEST)]
 
 
-def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    """Return what an editable installation needs."""
-    return [*build_meta.get_requires_for_build_editable(config_settings), *_requirements()]
+get_requires_for_build_editable = get_requires_for_build_wheel
 
 
-def build_wheel(folder: str, config_settings: Any = None, metadata: str | None = None) -> str:
-    """Build a wheel."""
-    _add_target()
-    return build_meta.build_wheel(folder, config_settings, metadata)
+def get_requires_for_build_sdist(config_settings: Any = None) -> list[str]:
+    """Return no requirements: nothing is compiled."""
+    return []
 
 
-def build_editable(folder: str, config_settings: Any = None, metadata: str | None = None) -> str:
-    """Build an editable wheel."""
-    _add_target()
-    return build_meta.build_editable(folder, config_settings, metadata)
+def build_sdist(folder: str, config_settings: Any = None) -> str:
+    """Write a source distribution, also without PyTorch."""
+    os.environ.pop("OPS_DCNV4_REQUIRE_COMPILED", None)
+    return build_meta.build_sdist(folder, config_settings)

@@ -40,7 +40,9 @@ def _program_of(config: str) -> ModuleType:
     with one_line_errors():
         scope = read_config(Path(config), import_custom_modules=False).get("default_scope")
         if scope not in _TASKS:
-            raise ValueError(f"default_scope must be {' or '.join(_TASKS)}, got {scope!r}")
+            raise ValueError(
+                f"default_scope must be {' or '.join(map(repr, _TASKS))}, got {scope!r}"
+            )
     return importlib.import_module(f"flash_internimage.openmmlab.cli.{_TASKS[scope]}")
 
 

@@ -1,7 +1,8 @@
-"""Check an installation from wheels; run it outside of the checkout: `python tests/packaging/smoke.py`.
+"""Check an installation from wheels, from outside of the checkout.
 
-Classification and OpenMMLab are checked if their extras are installed; `--require train openmmlab`
-makes a missing one a failure. Exits with code 1 at the first failure.
+Run `python tests/packaging/smoke.py` with the Python of that installation. Classification and
+OpenMMLab are checked if their extras are installed; `--require train openmmlab` makes a missing one
+a failure. Exits with code 1 at the first failure.
 """
 
 import argparse
