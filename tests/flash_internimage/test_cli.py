@@ -94,7 +94,7 @@ UPERNET = "upernet_flash_internimage_nano_digits_scenes"
 )
 def test_the_config_of_openmmlab_selects_its_options(command, config, option, other, exits):
     usage = exits(command, config, "--help", code=0)
-    assert usage.startswith(f"usage: flash-internimage {command} [-h]")
+    assert f"usage: flash-internimage {command} [-h]" in usage
     assert option in usage
     assert other not in usage
 
