@@ -36,7 +36,7 @@ def check(function: Callable[[], str]) -> Callable[[], str]:
 
 
 def run(*arguments: str, code: int = 0) -> str:
-    """Run the console program in an empty folder, and return its output or, on errors, its message."""
+    """Run the console program in an empty folder; return its output or, on errors, the message."""
     program = Path(sysconfig.get_path("scripts"), "flash-internimage")
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True)
