@@ -5,6 +5,7 @@ python -m tools.zoo info NAME
 python -m tools.zoo download NAME...
 python -m tools.zoo convert NAME|FILE -o OUT
 python -m tools.zoo evaluate NAME --data DIR
+python -m tools.zoo push NAME|CONFIG USER/NAME
 python -m tools.zoo generate
 """
 
@@ -26,6 +27,7 @@ from flash_internimage.checkpoints import convert_file, fetch_checkpoint
 from flash_internimage.checkpoints.zoo import Entry, find, read_zoo
 from flash_internimage.classification.cli.test import check_json
 from flash_internimage.files import write_atomically
+from flash_internimage.hub import push
 from tools.zoo_documents import documents
 from tools.zoo_evaluation import IMAGES, compare, evaluate, load_config
 
@@ -136,6 +138,14 @@ def _evaluate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
         write_atomically(arguments.json, lambda file: file.write(text.encode()))
 
 
+def _push(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
+    options = {key: value for key, value in vars(arguments).items() if key != "run"}
+    name, repo_id = options.pop("name"), options.pop("repo_id")
+    own = name.endswith(".py") or (name.startswith("flash_internimage_") and timm.is_model(name))
+    entry = zoo.get(name) if own else find(zoo, name)
+    _say(push(name, repo_id, entry=entry, load_config=load_config, **options))
+
+
 def _generate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
     for path, text in documents(zoo).items():
         path.write_text(text)
@@ -190,6 +200,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                             help="folder for OpenMMLab's logs (output/zoo/NAME)")  # fmt: skip
     evaluation.add_argument("--json", type=Path, help="also write the result to this file")
     evaluation.set_defaults(run=_evaluate)
+
+    publication = commands.add_parser("push", parents=[cached],
+                                      help="publish on the Hugging Face Hub")  # fmt: skip
+    publication.add_argument("name", metavar="NAME|CONFIG",
+                             help="entry of the zoo, timm model or OpenMMLab config")  # fmt: skip
+    publication.add_argument("repo_id", metavar="USER/NAME", help="repository to create or update")
+    publication.add_argument("--checkpoint", help="path or URL of your own weights of this model")
+    publication.add_argument("--dataset", metavar="ID", help="dataset of your own weights")
+    publication.add_argument("--results", type=Path, metavar="FILE",
+                             help="result of an evaluation (--json) for the card")  # fmt: skip
+    publication.add_argument("--license", metavar="ID", help="license, such as mit or cc-by-4.0")
+    publication.add_argument("--branch", metavar="NAME", help="branch to create or update (main)")
+    publication.add_argument("--private", action="store_true", help="make the repository private")
+    publication.add_argument("--folder", type=Path, metavar="DIR",
+                             help="write the files here and upload nothing")  # fmt: skip
+    publication.set_defaults(run=_push)
 
     generation = commands.add_parser("generate", help="update README.md and OpenMMLab's metafiles")
     generation.set_defaults(run=_generate)
