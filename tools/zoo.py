@@ -226,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit code."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
     arguments = parse_arguments(argv)
     try:
         arguments.run(read_zoo(), arguments)

@@ -44,6 +44,8 @@ _DATASETS = {
     "coco": "COCO",
     "ade20k": "ADE20K",
 }
+# Datasets and splits of the published results.
+_SPLITS = {"ImageNet-1K": "val", "COCO": "val2017", "ADE20K": "val"}
 # The dataset on which the released models of a task were trained last, and evaluated.
 _LAST: dict[Task, str] = {
     "classification": "imagenet-1k",
@@ -152,6 +154,7 @@ class Card:
         library: Library that loads the model.
         tags: Tags in addition to those of the task and the backbone.
         released: Whether the weights are the released ones.
+        source: Where the authors published their results, if they did.
         base_model: Repository of the weights that the training started from, if known.
         license: Id of the license on the Hub; None if it is not stated.
         results: Results of the model.
@@ -168,6 +171,7 @@ class Card:
     library: str
     tags: Sequence[str] = ()
     released: bool
+    source: str | None = None
     base_model: str | None = None
     license: str | None
     results: Sequence[Result]
@@ -183,8 +187,8 @@ class Card:
         results = [
             EvalResult(
                 task_type=tag,
-                dataset_type=self.datasets[0] if self.datasets else self._dataset,
-                dataset_name=self._dataset,
+                dataset_type=self.datasets[0] if self.datasets else self._evaluated_on,
+                dataset_name=self._evaluated_on,
                 metric_type=result.metric.type,
                 metric_value=result.value,
                 metric_name=f"{result.metric.name} ({result.source})",
@@ -204,6 +208,9 @@ class Card:
 
     def _text(self) -> str:
         name = self.target.repo_id.partition("/")[2]
+        purpose = _TASKS[self.task][1]
+        if "instance-segmentation" in self.tags:
+            purpose += " and instance segmentation"
         trained = f", trained on {self.dataset}" if self.dataset else ""
         origin = "It was trained with the `flash-internimage` package."
         if self.released:
@@ -214,7 +221,7 @@ class Card:
         details = {"Model": self.model, **self.details, "Paper": _PAPER, "License": self._license()}
         parts = [
             f"# {name}\n",
-            f"{self.model} for {_TASKS[self.task][1]}{trained}. {origin}\n",
+            f"{self.model} for {purpose}{trained}. {origin}\n",
             "## Model details\n",
             "".join(f"- **{key}:** {value}\n" for key, value in details.items()),
             "## Results\n",
@@ -228,8 +235,10 @@ class Card:
         return "\n".join(parts)
 
     @property
-    def _dataset(self) -> str:
-        return self.dataset or "unknown dataset"
+    def _evaluated_on(self) -> str:
+        dataset = self.dataset or "unknown dataset"
+        split = _SPLITS.get(dataset) if self.released else None
+        return f"{dataset} {split}" if split else dataset
 
     def _license(self) -> str:
         if self.license == UNKNOWN and self.released:
@@ -240,11 +249,11 @@ class Card:
         if not self.results:
             return "No results are stated.\n"
         rows = [
-            f"| {self._dataset} | {result.metric.name} | {result.value:g} | {result.source} |\n"
+            f"| {self._evaluated_on} | {result.metric.name} | {result.value} | {result.source} |\n"
             for result in self.results
         ]
         head = "| dataset | metric | value (percent) | source |\n|---|---|---|---|\n"
-        return "".join([head, *rows])
+        return "".join([head, *rows]) + (f"\nPublished in: {self.source}.\n" if self.source else "")
 
 
 def published_results(entry: Entry | None) -> list[Result]:

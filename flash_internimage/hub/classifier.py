@@ -118,6 +118,7 @@ def save_classifier(
         library="timm",
         tags=["timm"],
         released=entry is not None,
+        source=entry.source if entry else None,
         base_model=base_model(options.get("initial_checkpoint")),
         license=license,
         results=[*published_results(entry), *facts.results],

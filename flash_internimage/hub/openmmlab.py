@@ -119,6 +119,7 @@ def save_openmmlab_model(
         library=library,
         tags=tags,
         released=released,
+        source=known.source if known else None,
         base_model=source,
         license=choose_license(known, facts),
         results=[*published_results(known), *facts.results],

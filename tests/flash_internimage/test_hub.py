@@ -39,6 +39,7 @@ ENTRY = Entry(
     parameters=1,
     gmacs=4.87,
     published={"top1": 83.6},
+    source="README of https://github.com/OpenGVLab/DCNv4",
 )
 
 
@@ -241,8 +242,9 @@ def test_the_card_of_released_weights_separates_published_from_measured(released
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.datasets == ["imagenet-1k"]
     assert [result.metric_value for result in card.data.eval_results] == [83.6, 83.58]
-    assert "| ImageNet-1K | Top-1 accuracy | 83.6 | published by the authors |" in card.text
-    assert "| ImageNet-1K | Top-1 accuracy | 83.58 | measured on 50,000 images |" in card.text
+    assert "| ImageNet-1K val | Top-1 accuracy | 83.6 | published by the authors |" in card.text
+    assert "| ImageNet-1K val | Top-1 accuracy | 83.58 | measured on 50,000 images |" in card.text
+    assert "Published in: README of https://github.com/OpenGVLab/DCNv4." in card.text
     assert "The weights are those released by the authors" in card.text
 
 

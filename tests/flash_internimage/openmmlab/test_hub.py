@@ -1,5 +1,6 @@
 """Tests of publishing detectors and segmentors on the Hub."""
 
+import copy
 import importlib
 import json
 from collections.abc import Callable, Iterator
@@ -18,16 +19,16 @@ from PIL import Image
 from flash_internimage.checkpoints import Entry, convert_checkpoint, to_published_checkpoint
 from flash_internimage.hub import push
 from tests.hub import Hub, serve_hub, usage
+from tests.recipes import load_config
 from tools import zoo as tool
 
-CONFIGS = Path(__file__).parents[3] / "configs"
-DETECTOR = CONFIGS / "detection" / "mask_rcnn_flash_internimage_nano_fpn_digits_scenes.py"
-SEGMENTOR = CONFIGS / "segmentation" / "upernet_flash_internimage_nano_digits_scenes.py"
-DINO = CONFIGS / "detection" / "dino-4scale_flash_internimage_nano_digits_scenes.py"
+DETECTOR = ("detection", "mask_rcnn_flash_internimage_nano_fpn_digits_scenes")
+SEGMENTOR = ("segmentation", "upernet_flash_internimage_nano_digits_scenes")
+DINO = ("detection", "dino-4scale_flash_internimage_nano_digits_scenes")
 REPO = "me/digits"
 FILES = ["README.md", "config.py", "model.pth"]
 # A run writes its folders and other paths to its config and its checkpoints.
-OF_A_RUN = 'work_dir = "/home/me/run"\nload_from = "/home/me/old.pth"\n'
+OF_A_RUN = {"work_dir": "/home/me/run", "load_from": "/home/me/old.pth", "launcher": "pytorch"}
 
 
 @pytest.fixture(autouse=True)
@@ -42,22 +43,23 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def trained(tmp_path, monkeypatch) -> Callable[[Path], tuple[Path, Path]]:
+def trained(tmp_path, monkeypatch) -> Callable[[tuple[str, str]], tuple[Path, Path]]:
     """Return a function that writes the config and the checkpoint of a run, and an image."""
     monkeypatch.chdir(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
     Image.fromarray(pixels).save("image.jpg")
 
-    def trained(base: Path) -> tuple[Path, Path]:
+    def trained(demo: tuple[str, str]) -> tuple[Path, Path]:
         config, checkpoint = tmp_path / "run.py", tmp_path / "best.pth"
-        config.write_text(f"_base_ = {str(base)!r}\n{OF_A_RUN}")
-        cfg = Config.fromfile(config)
+        cfg = load_config(*demo)
+        settings = {**cfg.to_dict(), **OF_A_RUN}
+        config.write_text("".join(f"{key} = {value!r}\n" for key, value in settings.items()))
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             torch.manual_seed(0)
-            model = MODELS.build(cfg.model)
+            model = MODELS.build(copy.deepcopy(cfg.model))
         for parameter in model.parameters():  # mmdet leaves some of them uninitialized
             torch.nn.init.normal_(parameter, std=0.05)
-        classes = tuple("abcdefghijk")[-(10 if base == DETECTOR else 11) :]
+        classes = tuple("abcdefghijk")[-(10 if demo == DETECTOR else 11) :]
         palette = [(i, 2 * i, 3 * i) for i in range(len(classes))]
         meta = {"dataset_meta": {"classes": classes, "palette": palette}, "cfg": "/home/me"}
         torch.save({"state_dict": model.state_dict(), "meta": meta}, checkpoint)
@@ -78,14 +80,14 @@ def run_code(code: str) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("base", "library", "inferencer"),
+    ("demo", "library", "inferencer"),
     [(DETECTOR, "mmdet", "DetInferencer"), (SEGMENTOR, "mmseg", "MMSegInferencer")],
     ids=["detector", "segmentor"],
 )
 def test_the_code_of_the_card_predicts_as_the_trained_model(
-    hub, trained, tmp_path, base, library, inferencer
+    hub, trained, tmp_path, demo, library, inferencer
 ):
-    config, checkpoint = trained(base)
+    config, checkpoint = trained(demo)
     build = getattr(importlib.import_module(f"{library}.apis"), inferencer)
     before = build(str(config), str(checkpoint))
     expected = before("image.jpg")["predictions"]
@@ -105,7 +107,9 @@ def test_the_code_of_the_card_predicts_as_the_trained_model(
 
 def test_files_need_neither_the_base_configs_nor_pickles(trained, tmp_path):
     config, checkpoint = trained(SEGMENTOR)
-    run(config, REPO, "--checkpoint", checkpoint, "--folder", tmp_path / "out")
+    derived = tmp_path / "derived.py"
+    derived.write_text(f"_base_ = {config.name!r}\n")
+    run(derived, REPO, "--checkpoint", checkpoint, "--folder", tmp_path / "out")
     assert "_base_" not in (tmp_path / "out" / "config.py").read_text()
     contents = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
     assert contents["meta"].keys() == {"dataset_meta"}
@@ -116,8 +120,9 @@ def test_files_need_neither_the_base_configs_nor_pickles(trained, tmp_path):
     assert (data.library_name, data.pipeline_tag) == ("mmseg", "image-segmentation")
 
 
+@pytest.mark.slow
 def test_released_weights_are_published_under_the_current_names(trained, tmp_path, monkeypatch):
-    config, checkpoint = trained(DINO)
+    _, checkpoint = trained(DINO)
     before = convert_checkpoint(torch.load(checkpoint))
     published = to_published_checkpoint(before)
     assert published["state_dict"].keys() != before["state_dict"].keys()
@@ -132,12 +137,13 @@ def test_released_weights_are_published_under_the_current_names(trained, tmp_pat
         resolution=800,
         parameters=1,
         published={"box_ap": 54.7},
+        source="README of https://github.com/OpenGVLab/DCNv4",
     )
     monkeypatch.setattr(Entry, "fetch", lambda entry, offline: checkpoint)
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"coco/bbox_mAP": 0.5468, "coco/bbox_mAP_s": 0.1}))
     push(
-        "dino", REPO, entry=entry, load_config=lambda entry: Config.fromfile(config),
+        "dino", REPO, entry=entry, load_config=lambda entry: load_config(*DINO),
         folder=tmp_path / "out", results=results,
     )  # fmt: skip
     cfg = Config.fromfile(tmp_path / "out" / "config.py")
@@ -149,8 +155,8 @@ def test_released_weights_are_published_under_the_current_names(trained, tmp_pat
     assert card.data.datasets == ["coco", "imagenet-1k"]
     assert [result.metric_value for result in card.data.eval_results] == [54.7, 54.68]
     assert "DINO, 4 scales with FlashInternImage-T for object detection" in card.text
-    assert "| COCO | Box AP | 54.7 | published by the authors |" in card.text
-    assert "| COCO | Box AP | 54.68 | measured |" in card.text
+    assert "| COCO val2017 | Box AP | 54.7 | published by the authors |" in card.text
+    assert "| COCO val2017 | Box AP | 54.68 | measured |" in card.text
 
 
 def test_class_names_come_from_the_config_if_the_checkpoint_has_none(trained, tmp_path):
