@@ -12,9 +12,9 @@ from mmengine.registry import DefaultScope
 
 from detection import test as test_program
 from flash_internimage.checkpoints import Entry
+from flash_internimage.cli import zoo as tool
 from flash_internimage.openmmlab import SafeRunner
 from tests import runs
-from tools import zoo as tool
 
 NAME = "mask_rcnn_small"
 

@@ -13,7 +13,7 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from flash_internimage.checkpoints import Entry
-from tools import zoo as tool
+from flash_internimage.cli import zoo as tool
 
 NAME = "upernet_small"
 
