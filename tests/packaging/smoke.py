@@ -126,7 +126,7 @@ def openmmlab() -> str:
             model = MODELS.build(cfg.model).eval()
         with torch.inference_mode():
             features = model.backbone(torch.rand(1, 3, 64, 64))
-        assert [f.shape[-1] for f in features] == [16, 8, 4, 2]
+        assert [f.shape[-1] for f in features] == [16, 8, 4, 2][-len(features) :]
         built.append(type(model).__name__)
         assert "usage: flash-internimage test" in run("test", name, "--help")
     return ", ".join(built)
