@@ -212,16 +212,16 @@ class Card:
         if "instance-segmentation" in self.tags:
             purpose += " and instance segmentation"
         trained = f", trained on {self.dataset}" if self.dataset else ""
-        origin = "It was trained with the `flash-internimage` package."
+        origin = ""
         if self.released:
             origin = (
-                f"The weights are those released by the authors in {_AUTHORS}, under the parameter "
-                f"names of {self.library}."
+                f" The weights are those released by the authors in {_AUTHORS}, under the "
+                f"parameter names of {self.library}."
             )
         details = {"Model": self.model, **self.details, "Paper": _PAPER, "License": self._license()}
         parts = [
             f"# {name}\n",
-            f"{self.model} for {purpose}{trained}. {origin}\n",
+            f"{self.model} for {purpose}{trained}.{origin}\n",
             "## Model details\n",
             "".join(f"- **{key}:** {value}\n" for key, value in details.items()),
             "## Results\n",

@@ -1,7 +1,9 @@
 """Write a detector or segmentor in the format that OpenMMLab loads."""
 
 import copy
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from .card import (
     published_results,
 )
 from .classifier import base_model
+
+_logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "config.py", "model.pth"
 
@@ -88,8 +92,13 @@ def save_openmmlab_model(
         weights = _matching(model, converted["state_dict"])
         meta = converted["meta"].get("dataset_meta") or _dataset_meta(cfg)
     save_atomically({"state_dict": weights, "meta": {"dataset_meta": meta}}, folder / WEIGHTS)
-    published = Config({key: value for key, value in cfg.items() if key not in _OF_A_RUN})
-    published.dump(folder / CONFIG)
+    settings = {key: value for key, value in cfg.items() if key not in _OF_A_RUN}
+    if paths := sorted(set(_absolute_paths(settings))):
+        _logger.warning(
+            "%s will contain paths of this machine: %s%s",
+            CONFIG, ", ".join(paths[:5]), ", ..." if len(paths) > 5 else "",
+        )  # fmt: skip
+    Config(settings).dump(folder / CONFIG)
 
     task = _TASKS[library]
     known = entry if released else None
@@ -142,6 +151,15 @@ def _matching(model: nn.Module, weights: Mapping[str, Any]) -> dict[str, torch.T
         raise ValueError(f"weights must be finite, got NaN or infinity in {', '.join(broken[:10])}")
     # Cloning a view keeps the file from containing the rest of its storage.
     return {name: weights[name].detach().clone() for name in expected}
+
+
+def _absolute_paths(value: Any) -> Iterator[str]:
+    """Yield the absolute paths in a part of a config."""
+    if isinstance(value, str) and os.path.isabs(value):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _absolute_paths(item)
 
 
 def _test_dataset(cfg: Config) -> Mapping[str, Any]:

@@ -228,7 +228,7 @@ def test_the_card_of_own_weights_states_what_is_known(checkpoint, run, tmp_path)
     assert (top1.metric_value, top5.metric_value) == (98.33, 99.96)
     assert top1.metric_name == "Top-1 accuracy (measured on 360 images)"
     assert "| digits | Top-1 accuracy | 98.33 | measured on 360 images |" in card.text
-    assert "trained on digits. It was trained with" in card.text
+    assert "FlashInternImage-nano for image classification, trained on digits.\n" in card.text
     assert "- **License:** not stated" in card.text
     assert not [path for path in (tmp_path / "out").iterdir() if b"/home/me" in path.read_bytes()]
 

@@ -105,11 +105,12 @@ def test_the_code_of_the_card_predicts_as_the_trained_model(
         assert len(expected[0]["scores"]) > 0
 
 
-def test_files_need_neither_the_base_configs_nor_pickles(trained, tmp_path):
+def test_files_need_neither_the_base_configs_nor_pickles(trained, tmp_path, caplog):
     config, checkpoint = trained(SEGMENTOR)
     derived = tmp_path / "derived.py"
-    derived.write_text(f"_base_ = {config.name!r}\n")
+    derived.write_text(f"_base_ = {config.name!r}\ntest_dataloader = dict(a=[dict(b='/data')])\n")
     run(derived, REPO, "--checkpoint", checkpoint, "--folder", tmp_path / "out")
+    assert "config.py will contain paths of this machine: /data" in caplog.messages
     assert "_base_" not in (tmp_path / "out" / "config.py").read_text()
     contents = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
     assert contents["meta"].keys() == {"dataset_meta"}
