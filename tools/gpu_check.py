@@ -143,8 +143,8 @@ def _output(command: Sequence[str]) -> str:
     return ""
 
 
-def examine_machine() -> dict[str, Any]:
-    """Return the facts about this machine that the report contains.
+def examine_machine(seconds: float) -> dict[str, Any]:
+    """Return the facts about this machine that the report contains, within a number of seconds.
 
     Raises:
         SystemExit: After one line, if torch cannot be used or packages are missing.
@@ -152,11 +152,9 @@ def examine_machine() -> dict[str, Any]:
     code = "from tools.gpu_check import probe; probe()"
     command = [sys.executable, "-c", code]
     try:
-        process = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=PROBE_SECONDS
-        )
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        fail(f"torch did not return the GPU's properties within {PROBE_SECONDS:g} seconds")
+        fail(f"torch did not return the GPU's properties within {seconds:g} seconds")
     if process.returncode:
         last = process.stderr.strip().rpartition("\n")[2]
         fail(f"{sys.executable} cannot use torch: {last}")
@@ -199,7 +197,7 @@ def make_steps(
         steps += [*gpu_tests(work), *sanitizer_steps(facts["compute_sanitizer"])]
         steps += gpu_benchmarks(output)
     else:
-        steps += [*cpu_tests(work), *cpu_runs(output)]
+        steps += [*cpu_tests(work), *sanitizer_steps(None), *cpu_runs(output)]
     for step in steps:
         absent = [name for name in step.needs if name not in facts["modules"]]
         if absent and not step.missing:
@@ -224,7 +222,7 @@ def build_step(facts: dict[str, Any], work: Path, architectures: str | None) -> 
     )
 
 
-def tests(work: Path, name: str, share: float, *arguments: str, **options: Any) -> Step:
+def pytest_step(work: Path, name: str, share: float, *arguments: str, **options: Any) -> Step:
     """Return a step that runs tests, without plugins that may be installed."""
     command = [sys.executable, "-m", "pytest", "-p", "tools.pytest_outcomes", "-p"]
     command += ["no:cacheprovider", "--outcomes", str(work / f"{name}.jsonl"), "-v", "--tb=short"]
@@ -242,8 +240,8 @@ def registration_tests(work: Path, folder: str) -> list[Step]:
     opcheck = [f"{module}::test_registration" for module in modules]
     deselect = [f"--deselect={test}" for test in opcheck]
     return [
-        tests(work, "registration", 4, *modules, *deselect),
-        tests(work, "opcheck", 2, *opcheck, needs=("expecttest",)),
+        pytest_step(work, "registration", 4, *modules, *deselect),
+        pytest_step(work, "opcheck", 2, *opcheck, needs=("expecttest",)),
     ]
 
 
@@ -254,11 +252,11 @@ def gpu_tests(work: Path) -> list[Step]:
     first = " or ".join(FIRST)
     on_triton: dict[str, Any] = {"needs": ("triton",), "compiled": False}
     return [
-        tests(work, "operators", 10, *operators, "-k", first),
-        tests(work, "triton", 8, *triton, "-k", first, **on_triton),
-        tests(work, "models", 6, *in_folder("gpu", "model"), needs=MODELS),
-        tests(work, "operators-more", 6, *operators, "-k", f"not ({first})"),
-        tests(work, "triton-more", 8, *triton, "-k", f"not ({first})", **on_triton),
+        pytest_step(work, "operators", 10, *operators, "-k", first),
+        pytest_step(work, "triton", 8, *triton, "-k", first, **on_triton),
+        pytest_step(work, "models", 6, *in_folder("gpu", "model"), needs=MODELS),
+        pytest_step(work, "operators-more", 6, *operators, "-k", f"not ({first})"),
+        pytest_step(work, "triton-more", 8, *triton, "-k", f"not ({first})", **on_triton),
         *registration_tests(work, "gpu"),
     ]
 
@@ -272,10 +270,10 @@ def cpu_tests(work: Path) -> list[Step]:
     more = [*operators, *in_folder("cuda_model", "model"), "-k", f"not ({first})"]
     triton = in_folder("ops_dcnv4", "triton")
     return [
-        tests(work, "operators", 10, *operators, "-k", first, **emulator),
-        tests(work, "triton", 8, *triton, needs=("triton",), compiled=False),
-        tests(work, "models", 6, *in_folder("flash_internimage", "backbone"), needs=MODELS),
-        tests(work, "operators-more", 6, *more, **emulator),
+        pytest_step(work, "operators", 10, *operators, "-k", first, **emulator),
+        pytest_step(work, "triton", 8, *triton, needs=("triton",), compiled=False),
+        pytest_step(work, "models", 6, *in_folder("flash_internimage", "backbone"), needs=MODELS),
+        pytest_step(work, "operators-more", 6, *more, **emulator),
         *registration_tests(work, "ops_dcnv4"),
     ]
 
@@ -283,7 +281,7 @@ def cpu_tests(work: Path) -> list[Step]:
 def sanitizer_steps(sanitizer: str | None) -> list[Step]:
     """Return the steps that run the kernels under NVIDIA's checkers."""
     program = [sys.executable, "-m", "tests.gpu.sanitize"]
-    missing = "" if sanitizer else "needs compute-sanitizer"
+    missing = "" if sanitizer else "needs a GPU and compute-sanitizer"
     return [
         Step(
             tool,
@@ -295,7 +293,7 @@ def sanitizer_steps(sanitizer: str | None) -> list[Step]:
     ]
 
 
-def benchmark(
+def benchmark_step(
     name: str, share: float, module: str, folder: Path, *arguments: str, needs: Sequence[str] = ()
 ) -> Step:
     """Return a step that runs a benchmark."""
@@ -307,9 +305,11 @@ def gpu_benchmarks(output: Path) -> list[Step]:
     """Return benchmarks in the order of their importance; compiling models takes longest."""
     folder, modes = output / "benchmarks", ("--timeout", "120", "--min-time", "1", "--modes")
     return [
-        benchmark("bench-operators", 5, "op", folder, "--min-time", "0.1", "--skip", "reference"),
-        benchmark("bench-models", 3, "model", folder, *modes, "eager"),
-        benchmark("bench-compiled", 2, "model", output / "compiled", *modes, "compiled"),
+        benchmark_step(
+            "bench-operators", 5, "op", folder, "--min-time", "0.1", "--skip", "reference"
+        ),
+        benchmark_step("bench-models", 3, "model", folder, *modes, "eager"),
+        benchmark_step("bench-compiled", 2, "model", output / "compiled", *modes, "compiled"),
     ]
 
 
@@ -320,8 +320,8 @@ def cpu_runs(output: Path) -> list[Step]:
     models = ("--models", "flash_internimage_nano", "--tasks", "inference", "--batch-size", "1")
     return [
         Step("small-run", [sys.executable, "-m", "tests.gpu.sanitize", "--device", "cpu"], 4),
-        benchmark("bench-operators", 5, "op", folder, *quick, "1e-3", *operators),
-        benchmark("bench-models", 3, "model", folder, *quick, "0.1", *models),
+        benchmark_step("bench-operators", 5, "op", folder, *quick, "1e-3", *operators),
+        benchmark_step("bench-models", 3, "model", folder, *quick, "0.1", *models),
     ]
 
 
@@ -555,7 +555,10 @@ def benchmark_files(step: Step) -> list[Path]:
 def read_benchmark(step: Step, check: Check) -> None:
     """Count the results in the file, and list the implementations that were skipped or failed."""
     files = benchmark_files(step)
-    results = [result for file in files for result in json.loads(file.read_text())["results"]]
+    results = []
+    for file in files:
+        with contextlib.suppress(json.JSONDecodeError):  # killed while it was written
+            results += json.loads(file.read_text())["results"]
     names: dict[str, dict[str, None]] = {}
     for result in results:
         name = result.get("competitor") or result["model"]
@@ -666,7 +669,7 @@ def main(argv: list[str] | None = None) -> None:
             args.build_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot create the folder {error.filename}: {error.strerror}")
-    facts = examine_machine()
+    facts = examine_machine(min(PROBE_SECONDS, args.seconds))
     with contextlib.ExitStack() as stack:
         temporary = tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True)
         work = args.build_dir.resolve() if args.build_dir else Path(stack.enter_context(temporary))

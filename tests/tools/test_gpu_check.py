@@ -286,7 +286,7 @@ def test_the_outcomes_of_tests_are_listed_even_if_they_are_stopped(run, folders,
     module = work / "test_it.py"
     module.write_text(TESTS.format(seconds=600))
     (work / "test_broken.py").write_text("import no_such_module")
-    step = gpu_check.tests(work, "it", 1, str(work), "--continue-on-collection-errors")
+    step = gpu_check.pytest_step(work, "it", 1, str(work), "--continue-on-collection-errors")
     _, passed, report = run([step, program("next", "")])
     assert not passed
     details = report["steps"][0]["details"]
@@ -309,7 +309,7 @@ def test_the_outcomes_of_tests_are_listed_even_if_they_are_stopped(run, folders,
 )
 def test_tests_of_which_none_passes_fail(select, note, run, folders):
     (folders[1] / "test_it.py").write_text(TESTS.format(seconds=0))
-    step = gpu_check.tests(folders[1], "it", 1, str(folders[1]), "-k", select)
+    step = gpu_check.pytest_step(folders[1], "it", 1, str(folders[1]), "-k", select)
     check, *_ = run([step])
     assert check.steps[0].result == "failed"
     assert check.steps[0].note.startswith(note)
@@ -336,7 +336,7 @@ RESULTS = {
 def test_a_benchmark_fails_if_an_operator_of_this_project_fails(
     changes, result, note, run, folders
 ):
-    step = gpu_check.benchmark("bench", 1, "op", folders[0] / "benchmarks", needs=["torch"])
+    step = gpu_check.benchmark_step("bench", 1, "op", folders[0] / "benchmarks", needs=["torch"])
     step.folder.mkdir()
     listed = [{"competitor": name} | r for name, r in (RESULTS | changes).items()]
     (step.folder / "op_machine.json").write_text(json.dumps({"results": listed}))
@@ -346,6 +346,15 @@ def test_a_benchmark_fails_if_an_operator_of_this_project_fails(
     gpu_check.read_benchmark(step, check)
     assert (step.result, step.note) == (result, note)
     assert step.details["files"] == ["benchmarks/op_machine.json"]
+
+
+def test_a_benchmark_that_was_killed_while_writing_has_no_results(run, folders):
+    step = gpu_check.benchmark_step("bench", 1, "op", folders[0])
+    check, *_ = run([program("a", "")])
+    (folders[0] / "op_machine.json").write_text('{"results": [{"competitor"')
+    step.result = "stopped"
+    gpu_check.read_benchmark(step, check)
+    assert (step.result, step.note) == ("stopped", "0 measured")
 
 
 def test_results_of_an_earlier_check_are_removed(run, folders):
@@ -420,7 +429,7 @@ def test_steps_without_their_packages_or_programs_are_left_out(tmp_path):
     missing = {s.name: s.missing for s in make_steps(facts, tmp_path, tmp_path, None) if s.missing}
     assert missing == {
         **dict.fromkeys(["triton", "triton-more"], "needs triton"),
-        **dict.fromkeys(SANITIZERS, "needs compute-sanitizer"),
+        **dict.fromkeys(SANITIZERS, "needs a GPU and compute-sanitizer"),
         **dict.fromkeys(["models", "bench-operators", "bench-models"], "needs timm"),
         "bench-compiled": "needs timm",
     }
@@ -466,7 +475,7 @@ def test_the_machine_is_described_in_a_line():
 )
 def test_wrong_arguments(arguments, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpu_check, "examine_machine", lambda: CPU)
+    monkeypatch.setattr(gpu_check, "examine_machine", lambda seconds: CPU)
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as error:
         gpu_check.main(arguments)
@@ -480,7 +489,7 @@ def test_a_python_without_the_required_packages_is_rejected(monkeypatch, capsys,
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(SystemExit) as error:
-        gpu_check.examine_machine()
+        gpu_check.examine_machine(600)
     assert error.value.code == 2
     assert capsys.readouterr().err == f"error: {python} has no pytest, hypothesis\n"
 
@@ -514,7 +523,7 @@ def test_a_build_and_its_compilers_are_killed_when_the_time_is_up(
 
 
 def test_a_check_ends_in_time(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "examine_machine", lambda: CPU)
+    monkeypatch.setattr(gpu_check, "examine_machine", lambda seconds: CPU)
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
     monkeypatch.setattr(gpu_check, "GRACE", 0.5)
     monkeypatch.setattr(gpu_check, "LEAST", 0.7)  # less than importing torch takes
@@ -534,7 +543,7 @@ def test_a_check_ends_in_time(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_check_on_the_cpu_passes(tmp_path):
     """Use the installed operators, because compiling them takes minutes."""
-    arguments = ("--output", str(tmp_path), "--steps", "opcheck")
+    arguments = ("--output", str(tmp_path), "--steps", "small-run")
     status = subprocess.run(
         [sys.executable, "-m", "tools.gpu_check", *arguments],
         cwd=ROOT,
@@ -542,8 +551,8 @@ def test_a_check_on_the_cpu_passes(tmp_path):
     ).returncode
     report = json.loads((tmp_path / "report.json").read_text())
     outcomes = [(step["name"], step["result"], step["note"]) for step in report["steps"]]
-    assert outcomes == [("opcheck", "passed", "12 passed")]
+    assert outcomes == [("small-run", "passed", "")]
     assert status == 0
-    assert "test_registration" in (tmp_path / "opcheck.log").read_text()
+    assert "tests.gpu.sanitize" in (tmp_path / "small-run.log").read_text()
     assert report["machine"]["python"] == sys.version.split()[0]
     assert report["machine"]["gpu"] is None
