@@ -102,6 +102,7 @@ SECONDS ?= 800
 GPU_CHECK_OUTPUT ?= output/gpu-check
 
 gpu-check:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python >= 3.11 is needed: make gpu-check PYTHON=python3.12 ...")'
 	$(PYTHON) -m tools.gpu_check --seconds $(SECONDS) --output $(GPU_CHECK_OUTPUT)
 
 clean:
