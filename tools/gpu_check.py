@@ -161,6 +161,9 @@ def examine_machine(seconds: float) -> dict[str, Any]:
     facts = json.loads(process.stdout.splitlines()[-1])
     if absent := [name for name in REQUIRED if name not in facts["modules"]]:
         fail(f"{sys.executable} has no {', '.join(absent)}")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if not facts["gpu"] and not hidden and "GPU" in _output(["nvidia-smi", "-L"]):
+        fail(f"torch {facts['torch']} (CUDA {facts['cuda']}) cannot use the GPU of this machine")
     describe = ("git", "describe", "--always", "--exclude=*", "--dirty= with changes")
     facts["commit"] = _output(describe) or None
     facts["system"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"
@@ -356,7 +359,7 @@ class Check:
         self.steps, self.facts, self.output, self.work = steps, facts, output, work
         self.seconds, self.grace, self.least = seconds, grace, least
         self.start = time.monotonic() if start is None else start
-        self.end = self.start + seconds - grace - 1  # a second for the report
+        self.end = self.start + seconds - grace - 2  # two seconds to kill a step and to report
         self.date = datetime.now(UTC).isoformat(timespec="seconds")
 
     def run(self) -> bool:
@@ -508,7 +511,8 @@ def run_until(
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver can delay the end
+            process.wait(1)
 
 
 # Reading results

@@ -91,7 +91,7 @@ def schedule(monkeypatch, folders):
         monkeypatch.setattr(Check, "_run_step", run_step)
         durations = {name: duration for name, duration, _ in steps}
         planned = [Step(name, [], share, compiled=False) for name, _, share in steps]
-        check = Check(planned, CPU, *folders, seconds=end + 6, grace=5, least=least)
+        check = Check(planned, CPU, *folders, seconds=end + 7, grace=5, least=least)
         check.run()
         return ran, results(check)
 
@@ -483,15 +483,41 @@ def test_wrong_arguments(arguments, message, monkeypatch, capsys, tmp_path):
     assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
 
 
-def test_a_python_without_the_required_packages_is_rejected(monkeypatch, capsys, tmp_path):
-    python = tmp_path / "python"
-    python.write_text("""#!/bin/sh\necho '{"modules": ["numpy", "torch"], "cuda_home": null}'\n""")
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Return a function that adds a program to the path, which writes a text."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def add(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\necho '{text}'\n")
+        path.chmod(0o755)
+        return str(path)
+
+    return add
+
+
+def assert_machine_is_rejected(capsys, message: str) -> None:
     with pytest.raises(SystemExit) as error:
         gpu_check.examine_machine(600)
     assert error.value.code == 2
-    assert capsys.readouterr().err == f"error: {python} has no pytest, hypothesis\n"
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_a_python_without_the_required_packages_is_rejected(fake, monkeypatch, capsys):
+    python = fake("python", json.dumps({"modules": ["numpy", "torch"]}))
+    monkeypatch.setattr(sys, "executable", python)
+    assert_machine_is_rejected(capsys, f"{python} has no pytest, hypothesis")
+
+
+def test_a_gpu_that_torch_cannot_use_is_reported(fake, monkeypatch, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(sys, "executable", fake("python", json.dumps(CPU | {"cuda_home": None})))
+    fake("nvidia-smi", "GPU 0: Test GPU")
+    message = "torch 2.11 (CUDA 13.0) cannot use the GPU of this machine"
+    assert_machine_is_rejected(capsys, message)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_check.examine_machine(600)["gpu"] is None
 
 
 # A compiler that never ends.
@@ -528,10 +554,10 @@ def test_a_check_ends_in_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "GRACE", 0.5)
     monkeypatch.setattr(gpu_check, "LEAST", 0.7)  # less than importing torch takes
     with pytest.raises(SystemExit) as error:
-        gpu_check.main(["--seconds", "3", "--output", str(tmp_path)])
+        gpu_check.main(["--seconds", "4", "--output", str(tmp_path)])
     assert error.value.code == 1
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["seconds"] <= 3
+    assert report["seconds"] <= 4
     outcomes = {step["name"]: step["result"] for step in report["steps"]}
     assert outcomes["build"] == "stopped"
     assert outcomes["bench-models"] == "left out"
