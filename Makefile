@@ -1,5 +1,5 @@
 # Targets: demo, demo-detection, demo-segmentation, test, test-fast, lint, bench, docs, sanitize,
-# sanitize-cpu, openmmlab-compiled and clean. Each installs what it needs.
+# sanitize-cpu, openmmlab-compiled, gpu-check and clean. Each installs what it needs, except gpu-check.
 # PYTHON is the interpreter from which the virtual environment is created.
 PYTHON ?= python3
 VENV := .venv
@@ -24,7 +24,7 @@ TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 # TEST_SEED=123 shuffles and seeds the tests with that number, TEST_SEED=default with the time.
 TEST_SEED ?=
 
-.PHONY: demo demo-detection demo-segmentation test test-fast lint bench docs sanitize sanitize-cpu openmmlab-compiled clean
+.PHONY: demo demo-detection demo-segmentation test test-fast lint bench docs sanitize sanitize-cpu openmmlab-compiled gpu-check clean
 
 demo: $(VENV)/.package data/digits
 	$(RUN) -m classification.train $(DIGITS) --resume auto
@@ -95,6 +95,15 @@ $(SANITIZED)/.built: $(OPS_SOURCES) $(VENV)/.package
 	cd ops_dcnv4 && FORCE_CPU=1 OPS_DCNV4_REQUIRE_COMPILED=1 OPS_DCNV4_SANITIZE=1 $(abspath $(RUN)) \
 	  setup.py --quiet build --build-base $(abspath $(SANITIZED)) --build-lib $(abspath $(SANITIZED))/lib
 	touch $@
+
+# Test and benchmark on a GPU machine without a network, within a time limit. PYTHON is any Python that
+# has torch, pytest, hypothesis and triton: neither a virtual environment nor anything else is installed.
+SECONDS ?= 800
+GPU_CHECK_OUTPUT ?= output/gpu-check
+
+gpu-check:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python >= 3.11 is needed: make gpu-check PYTHON=python3.12 ...")'
+	$(PYTHON) -m tools.gpu_check --seconds $(SECONDS) --output $(GPU_CHECK_OUTPUT)
 
 clean:
 	rm -rf $(VENV) build flash_internimage/.mim ops_dcnv4/build ops_dcnv4/*.egg-info *.egg-info

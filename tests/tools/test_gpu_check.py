@@ -1,0 +1,584 @@
+"""Tests of the check for GPU machines: its time limit, its report, and short runs on the CPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.cuda_model.build import AVAILABLE
+from tools import gpu_check
+from tools.gpu_check import ROOT, SANITIZERS, Check, Step, make_steps
+
+MODULES = [*gpu_check.REQUIRED, *gpu_check.OPTIONAL]
+CPU = {"gpu": None, "modules": MODULES, "commit": None, "compute_sanitizer": None}
+CPU |= {"python": "3.12", "torch": "2.11", "cuda": "13.0"}
+GPU = CPU | {"gpu": "Test GPU", "compute_capability": "9.0", "driver": "1.0"}
+GPU |= {"compute_sanitizer": "/cuda/bin/compute-sanitizer"}
+
+# Programs that write a file when they can be interrupted, and then do not end by themselves.
+HANGS = """
+import pathlib, sys, time
+try:
+    pathlib.Path(sys.argv[1], "ready").touch()
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("last words")
+"""
+IGNORES_SIGINT = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = os.fork()
+if child:
+    pathlib.Path(sys.argv[1], "pids").write_text(f"{os.getpid()} {child}")
+    pathlib.Path(sys.argv[1], "ready").touch()
+time.sleep(600)
+"""
+
+
+def program(name: str, code: str, *arguments: object, **options) -> Step:
+    """Return a step that runs Python code."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return Step(name, command, **{"share": 1, "compiled": False} | options)
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path]:
+    output, work = tmp_path / "output", tmp_path / "work"
+    output.mkdir()
+    work.mkdir()
+    return output, work
+
+
+@pytest.fixture
+def run(folders):
+    """Return a function that runs steps, and returns the check, its verdict and its report."""
+
+    def run(steps, facts=CPU, seconds=1e6, **options):
+        check = Check(steps, facts, *folders, seconds, **{"grace": 60, "least": 0} | options)
+        verdict = check.run()
+        return check, verdict, json.loads((folders[0] / "report.json").read_text())
+
+    return run
+
+
+def results(check: Check) -> dict[str, str]:
+    return {step.name: step.result for step in check.steps}
+
+
+# Time limit
+
+
+@pytest.fixture
+def schedule(monkeypatch, folders):
+    """Return a function that runs steps of given durations on a clock of its own."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def run(*steps, end, least=15.0):
+        ran = {}
+
+        def run_step(self, step, deadline):
+            ran[step.name] = deadline - 1000, clock.now - 1000
+            clock.now = min(clock.now + durations[step.name], deadline)
+            step.result = "passed"
+
+        monkeypatch.setattr(Check, "_run_step", run_step)
+        durations = {name: duration for name, duration, _ in steps}
+        planned = [Step(name, [], share, compiled=False) for name, _, share in steps]
+        check = Check(planned, CPU, *folders, seconds=end + 7, grace=5, least=least)
+        check.run()
+        return ran, results(check)
+
+    return run
+
+
+def test_a_step_that_hangs_does_not_use_the_shares_of_the_others(schedule):
+    ran, _ = schedule(("a", 9999, 1), ("b", 10, 1), ("c", 9999, 2), end=400)
+    assert ran == {"a": (100, 0), "b": (200, 100), "c": (400, 110)}
+
+
+def test_unused_time_passes_to_the_next_steps(schedule):
+    ran, _ = schedule(("a", 1, 3), ("b", 9999, 1), end=400)
+    assert ran == {"a": (300, 0), "b": (400, 1)}
+
+
+def test_steps_for_which_there_is_no_time_are_not_reached(schedule):
+    ran, outcomes = schedule(("a", 9999, 1), ("b", 9999, 1), ("c", 1, 1), ("d", 1, 1), end=32)
+    assert ran == {"a": (15, 0), "b": (30, 15)}  # each gets at least 15 seconds
+    assert outcomes == {"a": "passed", "b": "passed", "c": "not reached", "d": "not reached"}
+
+
+def test_a_step_is_interrupted_when_its_time_is_up(run, folders, time_is_up):
+    check, passed, report = run([program("slow", HANGS, folders[1]), program("next", "")])
+    assert results(check) == {"slow": "stopped", "next": "passed"}
+    assert not passed
+    assert report["steps"][0]["result"] == "stopped"
+    assert "last words" in (folders[0] / "slow.log").read_text()
+
+
+@pytest.fixture
+def time_is_up(monkeypatch, folders):
+    """Let the time of a step be up as soon as its program has written the file "ready"."""
+
+    class Popen(subprocess.Popen):
+        error: BaseException | None = None
+        was_interrupted = False
+
+        def wait(self, timeout=None):
+            if timeout is None or self.was_interrupted:
+                return super().wait(timeout)
+            self.was_interrupted = True
+            while self.poll() is None:
+                if (folders[1] / "ready").exists():
+                    (folders[1] / "ready").unlink()
+                    raise self.error or subprocess.TimeoutExpired(self.args, timeout)
+                time.sleep(0.01)
+            return self.returncode
+
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", Popen)
+    return Popen
+
+
+def assert_killed(folder: Path) -> None:
+    """Assert that the processes in the file "pids" have ended; a zombie has."""
+    for pid in (folder / "pids").read_text().split():
+        for _ in range(1000):
+            state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True)
+            if state.stdout.strip()[:1] in ("", "Z"):
+                break
+            time.sleep(0.01)
+        else:
+            raise AssertionError(f"process {pid} is running")
+
+
+def test_a_step_that_ignores_the_interruption_is_killed_with_its_children(run, folders, time_is_up):
+    check, *_ = run([program("slow", IGNORES_SIGINT, folders[1]), program("next", "")], grace=0.1)
+    assert results(check) == {"slow": "stopped", "next": "passed"}
+    assert_killed(folders[1])
+
+
+def test_an_interrupted_check_kills_its_step_and_keeps_its_report(run, folders, time_is_up):
+    time_is_up.error = KeyboardInterrupt()
+    steps = [program("first", ""), program("slow", IGNORES_SIGINT, folders[1]), program("last", "")]
+    with pytest.raises(KeyboardInterrupt):
+        run(steps)
+    assert_killed(folders[1])
+    report = json.loads((folders[0] / "report.json").read_text())
+    outcomes = [(step["result"], step["note"]) for step in report["steps"]]
+    assert outcomes == [("passed", ""), ("stopped", "interrupted"), ("not reached", "")]
+
+
+# Results
+
+
+def test_the_exit_status_and_the_log_decide(run):
+    steps = [
+        program("good", "print('fine')"),
+        program("bad", "print('a'); print('the reason'); raise SystemExit(3)"),
+        program("silent", "raise SystemExit(4)"),
+        Step("absent", ["/no/such/program"], 1, compiled=False),
+    ]
+    check, passed, report = run(steps)
+    assert not passed
+    assert list(results(check).values()) == ["passed", "failed", "failed", "failed"]
+    assert [step["note"] for step in report["steps"][:3]] == ["", "the reason", "exit status 4"]
+    assert "No such file" in report["steps"][3]["note"]
+
+
+def test_a_check_passes_if_every_step_that_ran_passed(run):
+    left_out = program("other", "", missing="needs a moon")
+    check, passed, report = run([program("good", ""), left_out])
+    assert passed
+    assert [step["note"] for step in report["steps"]] == ["", "needs a moon"]
+    assert check.table().splitlines()[2].split() == [
+        "other",
+        "left",
+        "out",
+        "0.0",
+        "needs",
+        "a",
+        "moon",
+    ]
+
+
+def test_a_check_that_runs_nothing_does_not_pass(run):
+    assert not run([program("other", "", missing="needs a moon")])[1]
+
+
+def test_the_report_is_complete_while_a_step_runs(run, folders):
+    copy = folders[1] / "copy.json"
+    code = "import shutil, sys; shutil.copy(sys.argv[1], sys.argv[2])"
+    report = folders[0] / "report.json"
+    run([program("a", ""), program("b", code, report, copy), program("c", "")])
+    outcomes = [step["result"] for step in json.loads(copy.read_text())["steps"]]
+    assert outcomes == ["passed", "running", "not reached"]
+
+
+def test_the_report_has_no_paths_of_the_machine(run, folders):
+    *_, report = run([program("a", "raise OSError(__file__)", ROOT / "x", *folders)])
+    assert report["steps"][0]["command"][0] == "python"
+    assert report["steps"][0]["command"][3:] == ["./x", "OUTPUT", "WORK"]
+    assert report["machine"]["torch"] == "2.11"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]{8}\+00:00", report["date"])
+
+
+WRITES_LIBRARY = """
+import pathlib, sys
+pathlib.Path(sys.argv[1]).mkdir()
+pathlib.Path(sys.argv[1], sys.argv[2]).touch()
+"""
+
+
+@pytest.mark.parametrize(
+    ("facts", "library", "expected"),
+    [(GPU, "_C_cuda.abi3.so", "failed"), (CPU, "_C.abi3.so", "passed")],
+)
+def test_a_build_without_the_library_of_the_gpu_fails(facts, library, expected, run, folders):
+    lib = folders[1] / "lib"
+    lib.mkdir()
+    code, folder = WRITES_LIBRARY, lib / "ops_dcnv4"
+    build = program("build", code, folder, library, kind="build", folder=lib)
+    needs_it, triton = program("operators", "", compiled=True), program("triton", "")
+    check, passed, _ = run([build, needs_it, triton], facts)
+    assert passed == (expected == "passed")
+    second = {"failed": "left out", "passed": "passed"}[expected]
+    assert list(results(check).values()) == [expected, second, "passed"]
+    if not passed:
+        assert [step.note for step in check.steps[:2]] == [
+            "no _C was built: see build.log",
+            "the build failed",
+        ]
+
+
+TESTS = """
+import pathlib, time
+import pytest
+
+def test_good(): pass
+
+def test_bad():
+    assert 1 == 2, "one is not two"
+
+@pytest.mark.skip("for a reason")
+def test_skipped(): pass
+
+@pytest.fixture
+def broken():
+    raise ValueError("not set up")
+
+def test_error(broken): pass
+
+def test_slow():
+    pathlib.Path(__file__).with_name("ready").touch()
+    time.sleep({seconds})
+"""
+
+
+@pytest.mark.slow
+def test_the_outcomes_of_tests_are_listed_even_if_they_are_stopped(run, folders, time_is_up):
+    work = folders[1]
+    module = work / "test_it.py"
+    module.write_text(TESTS.format(seconds=600))
+    (work / "test_broken.py").write_text("import no_such_module")
+    step = gpu_check.pytest_step(work, "it", 1, str(work), "--continue-on-collection-errors")
+    _, passed, report = run([step, program("next", "")])
+    assert not passed
+    details = report["steps"][0]["details"]
+    assert details["counts"] == {"failed": 3, "passed": 1, "skipped": 1}
+    # Names start at the common folder of the tests.
+    failed = {name.rpartition("/")[2]: message for name, message in details["failed"].items()}
+    assert failed == {
+        "test_broken.py": "E   ModuleNotFoundError: No module named 'no_such_module'",
+        "test_it.py::test_bad": "AssertionError: one is not two",
+        "test_it.py::test_error": "ValueError: not set up",
+    }
+    assert list(details["skipped"].values()) == ["for a reason"]
+    assert [step["result"] for step in report["steps"]] == ["failed", "passed"]
+    assert report["steps"][0]["note"].startswith("3 failed, 1 passed, 1 skipped: test_broken.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("select", "note"), [("skipped", "no test passed (1 skipped)"), ("absent", "5 deselected in")]
+)
+def test_tests_of_which_none_passes_fail(select, note, run, folders):
+    (folders[1] / "test_it.py").write_text(TESTS.format(seconds=0))
+    step = gpu_check.pytest_step(folders[1], "it", 1, str(folders[1]), "-k", select)
+    check, *_ = run([step])
+    assert check.steps[0].result == "failed"
+    assert check.steps[0].note.startswith(note)
+
+
+RESULTS = {
+    "ops_dcnv4": {"status": "ok", "seconds": 1.0},
+    "grid_sample": {"status": "failed", "note": "out of memory"},
+    "published DCNv4": {"status": "skipped", "note": "not installed"},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "result", "note"),
+    [
+        ({}, "passed", "1 measured; failed: grid_sample; skipped: published DCNv4"),
+        (
+            {"ops_dcnv4": {"status": "wrong", "seconds": 1.0}},
+            "failed",
+            "1 measured; wrong: ops_dcnv4; failed: grid_sample; skipped: published DCNv4",
+        ),
+    ],
+)
+def test_a_benchmark_fails_if_an_operator_of_this_project_fails(
+    changes, result, note, run, folders
+):
+    step = gpu_check.benchmark_step("bench", 1, "op", folders[0] / "benchmarks", needs=["torch"])
+    step.folder.mkdir()
+    listed = [{"competitor": name} | r for name, r in (RESULTS | changes).items()]
+    (step.folder / "op_machine.json").write_text(json.dumps({"results": listed}))
+    (step.folder / "model_machine.json").write_text("{}")
+    check, *_ = run([program("a", "")])
+    step.result = "passed"
+    gpu_check.read_benchmark(step, check)
+    assert (step.result, step.note) == (result, note)
+    assert step.details["files"] == ["benchmarks/op_machine.json"]
+
+
+def test_a_benchmark_that_was_killed_while_writing_has_no_results(run, folders):
+    step = gpu_check.benchmark_step("bench", 1, "op", folders[0])
+    check, *_ = run([program("a", "")])
+    (folders[0] / "op_machine.json").write_text('{"results": [{"competitor"')
+    step.result = "stopped"
+    gpu_check.read_benchmark(step, check)
+    assert (step.result, step.note) == ("stopped", "0 measured")
+
+
+def test_results_of_an_earlier_check_are_removed(run, folders):
+    step = program("bench", "", kind="benchmark", folder=folders[0])
+    step.command[2] = "benchmarks.op"  # not Python: the program fails
+    (folders[0] / "op_machine.json").write_text(json.dumps({"results": [RESULTS["ops_dcnv4"]]}))
+    check, *_ = run([step])
+    assert check.steps[0].result == "failed"
+    assert not list(folders[0].glob("op_*.json"))
+
+
+# Steps
+
+
+def test_every_module_of_tests_gpu_belongs_to_a_step(tmp_path):
+    commands = [step.command for step in make_steps(GPU, tmp_path, tmp_path, None)]
+    run = {part.partition("::")[0] for command in commands for part in command}
+    modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/gpu/test_*.py")}
+    assert modules
+    assert modules == {part for part in run if part.startswith("tests/gpu/test_")}
+
+
+def test_tests_that_are_not_among_the_first_run_later(tmp_path):
+    for facts in (GPU, CPU):
+        steps = {step.name: step for step in make_steps(facts, tmp_path, tmp_path, None)}
+        for name in {"operators", "triton"} & {n.removesuffix("-more") for n in steps}:
+            if f"{name}-more" not in steps:
+                assert "-k" not in steps[name].command
+                continue
+            first, more = steps[name].command, steps[f"{name}-more"].command
+            assert more[-2:] == ["-k", f"not ({first[-1]})"]
+            modules = {part for part in first if part.endswith(".py")}
+            assert modules <= {part for part in more if part.endswith(".py")}
+
+
+def test_the_tests_that_run_first_exist():
+    folders = ("gpu", "cuda_model", "ops_dcnv4")
+    paths = [path for name in folders for path in ROOT.glob(f"tests/{name}/test_*.py")]
+    names = [n for path in paths for n in re.findall(r"def (test_\w+)", path.read_text())]
+    assert not [word for word in gpu_check.FIRST if not any(word in name for name in names)]
+
+
+def test_the_order_of_the_steps_on_a_gpu(tmp_path):
+    steps = make_steps(GPU, tmp_path, tmp_path, None)
+    assert not any(step.missing for step in steps)
+    names = [step.name for step in steps]
+    assert names[:3] == ["build", "operators", "triton"]
+    order = ["operators-more", *SANITIZERS, "bench-operators", "bench-models"]
+    assert sorted(order, key=names.index) == order
+    assert sum(step.share for step in steps) == 100
+    assert steps[0].env["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    assert "FORCE_CPU" not in steps[0].env
+
+
+def test_an_architecture_can_be_chosen(tmp_path):
+    build, *_ = make_steps(GPU, tmp_path, tmp_path, "9.0;10.0+PTX")
+    assert build.env["TORCH_CUDA_ARCH_LIST"] == "9.0;10.0+PTX"
+
+
+def test_without_a_gpu_the_emulator_and_the_cpu_are_used(tmp_path):
+    steps = make_steps(CPU, tmp_path, tmp_path, None)
+    assert steps[0].env["FORCE_CPU"] == "1"
+    paths = {part for step in steps for part in step.command if part.startswith("tests/")}
+    assert paths
+    assert not [path for path in paths if path.startswith("tests/gpu")]
+    assert all((ROOT / path.partition("::")[0]).exists() for path in paths)
+
+
+def test_steps_without_their_packages_or_programs_are_left_out(tmp_path):
+    modules = [name for name in MODULES if name not in ("timm", "triton")]
+    facts = GPU | {"modules": modules, "compute_sanitizer": None}
+    missing = {s.name: s.missing for s in make_steps(facts, tmp_path, tmp_path, None) if s.missing}
+    assert missing == {
+        **dict.fromkeys(["triton", "triton-more"], "needs triton"),
+        **dict.fromkeys(SANITIZERS, "needs a GPU and compute-sanitizer"),
+        **dict.fromkeys(["models", "bench-operators", "bench-models"], "needs timm"),
+        "bench-compiled": "needs timm",
+    }
+
+
+def test_compute_sanitizer_is_found_beside_nvcc(tmp_path, monkeypatch):
+    for name in ("nvcc", "compute-sanitizer"):
+        (tmp_path / "cuda" / "bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cuda" / "bin" / name).write_text("")
+        (tmp_path / "cuda" / "bin" / name).chmod(0o755)
+    (tmp_path / "nvcc").symlink_to(tmp_path / "cuda" / "bin" / "nvcc")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    expected = str(tmp_path / "cuda" / "bin" / "compute-sanitizer")
+    assert gpu_check.find_sanitizer(None) == expected
+    (tmp_path / "nvcc").unlink()
+    assert gpu_check.find_sanitizer(str(tmp_path / "cuda")) == expected
+
+
+# The program
+
+
+def test_the_machine_is_described_in_a_line():
+    assert gpu_check.describe(GPU) == (
+        "Test GPU (compute capability 9.0, driver 1.0), Python 3.12, torch 2.11, CUDA 13.0, "
+        "commit unknown"
+    )
+    assert gpu_check.describe(CPU).startswith("no GPU: the CUDA emulator and the CPU instead, ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seconds", "5"], "argument --seconds: must be a number of seconds of at least 30, got"),
+        (["--seconds", "long"], "at least 30, got 'long'"),
+        (["--arch", "hopper"], "argument --arch: must be like 9.0 or 8.0;9.0.PTX, got 'hopper'"),
+        (["--steps", "build", "tset"], "--steps must be among build, operators, .*, got 'tset'"),
+        (["--skip", "tset"], "--skip must be among build, operators, .*, got 'tset'"),
+        (["--steps", "build", "--skip", "build"], "leave no step to run"),
+        (["--output", __file__], f"cannot create the folder {__file__}: File exists"),
+        (["fast"], "unrecognized arguments: fast"),
+    ],
+)
+def test_wrong_arguments(arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu_check, "examine_machine", lambda seconds: CPU)
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as error:
+        gpu_check.main(arguments)
+    assert error.value.code == 2
+    assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Return a function that adds a program to the path, which writes a text."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def add(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\necho '{text}'\n")
+        path.chmod(0o755)
+        return str(path)
+
+    return add
+
+
+def assert_machine_is_rejected(capsys, message: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        gpu_check.examine_machine(600)
+    assert error.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_a_python_without_the_required_packages_is_rejected(fake, monkeypatch, capsys):
+    python = fake("python", json.dumps({"modules": ["numpy", "torch"]}))
+    monkeypatch.setattr(sys, "executable", python)
+    assert_machine_is_rejected(capsys, f"{python} has no pytest, hypothesis")
+
+
+def test_a_gpu_that_torch_cannot_use_is_reported(fake, monkeypatch, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(sys, "executable", fake("python", json.dumps(CPU | {"cuda_home": None})))
+    fake("nvidia-smi", "GPU 0: Test GPU")
+    message = "torch 2.11 (CUDA 13.0) cannot use the GPU of this machine"
+    assert_machine_is_rejected(capsys, message)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_check.examine_machine(600)["gpu"] is None
+
+
+# A compiler that never ends.
+COMPILER = """#!/bin/sh
+case " $* " in
+*" -c "*) echo $$ >> {folder}/pids; touch {folder}/ready; exec sleep 600 ;;
+*) exec g++ "$@" ;;
+esac
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not AVAILABLE, reason="needs Linux and g++")
+def test_a_build_and_its_compilers_are_killed_when_the_time_is_up(
+    run, folders, time_is_up, monkeypatch
+):
+    output, work = folders
+    compiler = work / "c++"
+    compiler.write_text(COMPILER.format(folder=work))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    before = set((ROOT / "ops_dcnv4").rglob("*"))
+    build, operators, *_ = make_steps(CPU, output, work, None)
+    check, *_ = run([build, operators])
+    assert results(check) == {"build": "stopped", "operators": "left out"}
+    assert operators.note == "the build stopped"
+    assert_killed(work)
+    assert set((ROOT / "ops_dcnv4").rglob("*")) == before
+
+
+def test_a_check_ends_in_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "examine_machine", lambda seconds: CPU)
+    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu_check, "GRACE", 0.5)
+    monkeypatch.setattr(gpu_check, "LEAST", 0.7)  # less than importing torch takes
+    with pytest.raises(SystemExit) as error:
+        gpu_check.main(["--seconds", "4", "--output", str(tmp_path)])
+    assert error.value.code == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["seconds"] <= 4
+    outcomes = {step["name"]: step["result"] for step in report["steps"]}
+    assert outcomes["build"] == "stopped"
+    assert outcomes["bench-models"] == "left out"
+    # The table comes last.
+    table = capsys.readouterr().out.splitlines()[-len(outcomes) - 1 :]
+    assert [line.split()[0] for line in table] == ["step", *outcomes]
+
+
+@pytest.mark.slow
+def test_a_check_on_the_cpu_passes(tmp_path):
+    """Use the installed operators, because compiling them takes minutes."""
+    arguments = ("--output", str(tmp_path), "--steps", "small-run")
+    status = subprocess.run(
+        [sys.executable, "-m", "tools.gpu_check", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    ).returncode
+    report = json.loads((tmp_path / "report.json").read_text())
+    outcomes = [(step["name"], step["result"], step["note"]) for step in report["steps"]]
+    assert outcomes == [("small-run", "passed", "")]
+    assert status == 0
+    assert "tests.gpu.sanitize" in (tmp_path / "small-run.log").read_text()
+    assert report["machine"]["python"] == sys.version.split()[0]
+    assert report["machine"]["gpu"] is None
