@@ -112,11 +112,6 @@ class Result:
     images: int | None = None
 
     @property
-    def metric(self) -> _Metric:
-        """Name and type of the metric."""
-        return METRICS[self.figure]
-
-    @property
     def source(self) -> str:
         """Where the value comes from."""
         if self.origin == "published":
@@ -189,9 +184,9 @@ class Card:
                 task_type=tag,
                 dataset_type=self.datasets[0] if self.datasets else self._evaluated_on,
                 dataset_name=self._evaluated_on,
-                metric_type=result.metric.type,
+                metric_type=METRICS[result.figure].type,
                 metric_value=result.value,
-                metric_name=f"{result.metric.name} ({result.source})",
+                metric_name=f"{METRICS[result.figure].name} ({result.source})",
             )
             for result in self.results
         ]
@@ -249,7 +244,8 @@ class Card:
         if not self.results:
             return "No results are stated.\n"
         rows = [
-            f"| {self._evaluated_on} | {result.metric.name} | {result.value} | {result.source} |\n"
+            f"| {self._evaluated_on} | {METRICS[result.figure].name} "
+            f"| {result.value} | {result.source} |\n"
             for result in self.results
         ]
         head = "| dataset | metric | value (percent) | source |\n|---|---|---|---|\n"

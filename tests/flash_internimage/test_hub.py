@@ -20,7 +20,7 @@ from flash_internimage import FlashInternImage
 from flash_internimage.checkpoints import Entry
 from flash_internimage.classification.config import Config, Data, Model
 from flash_internimage.cli import zoo as tool
-from flash_internimage.hub import push
+from flash_internimage.hub import check_repository, push
 from tests.flash_internimage.models import assert_equal, nano
 from tests.hub import Hub, serve_hub, usage
 
@@ -204,6 +204,8 @@ def test_a_branch_is_created_and_named_in_the_card(hub, checkpoint, image, run):
     card.write_bytes(hub.files[f"/{REPO}/resolve/v2/README.md"])
     assert f'"hf-hub:{REPO}@v2"' in usage(card)
     run_code(usage(card))
+    expression = 'hf_hub_download("me/digits", "model.pth", revision="v2")'
+    assert check_repository(REPO, "v2").download("model.pth") == expression
 
 
 def test_an_existing_repository_gets_another_commit(hub, checkpoint, run):
