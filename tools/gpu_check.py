@@ -461,7 +461,7 @@ class Check:
         partial.replace(self.output / "report.json")
 
     def table(self) -> str:
-        """Return the table of the results, which starts with the machine."""
+        """Return the table of the results."""
         rows = [("step", "result", "seconds", "note")]
         rows += [(s.name, s.result, f"{s.seconds:.1f}", s.note[:90]) for s in self.steps]
         return "\n".join(f"{a:16}{b:12}{c:>8}  {d}".rstrip() for a, b, c, d in rows)
@@ -523,9 +523,10 @@ def read_build(step: Step, check: Check) -> None:
     wanted = ["_C", "_C_cuda"] if check.facts["gpu"] else ["_C"]
     folder = (step.folder or check.work) / "ops_dcnv4"
     absent = [name for name in wanted if not list(folder.glob(f"{name}.*"))]
-    step.note = f"for {step.env.get('TORCH_CUDA_ARCH_LIST', 'the CPU')}"
-    if absent and step.result == "passed":
-        step.result, step.note = "failed", f"no {', '.join(absent)} was built: see build.log"
+    if step.result == "passed":
+        step.note = f"for {step.env.get('TORCH_CUDA_ARCH_LIST', 'the CPU')}"
+        if absent:
+            step.result, step.note = "failed", f"no {', '.join(absent)} was built: see build.log"
 
 
 def read_tests(step: Step, check: Check) -> None:

@@ -256,6 +256,12 @@ def test_a_build_without_the_library_of_the_gpu_fails(facts, library, expected, 
         ]
 
 
+def test_the_last_line_of_a_failed_build_is_shown(run, folders):
+    code = "print('a'); raise SystemExit('error: no compiler')"
+    check, *_ = run([program("build", code, kind="build", folder=folders[1] / "lib")])
+    assert (check.steps[0].result, check.steps[0].note) == ("failed", "error: no compiler")
+
+
 TESTS = """
 import pathlib, time
 import pytest
