@@ -10,7 +10,6 @@ CPU. The exit status is 0 if every step that ran passed, and 1 if one failed or 
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import math
@@ -23,13 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-ROOT = Path(__file__).parents[1]
+from tools.gpu_check_steps import ROOT, Check, Step, say
+
 REQUIRED = ("torch", "numpy", "pytest", "hypothesis")
 MODELS = ("timm", "torchvision", "huggingface_hub", "safetensors", "yaml", "tqdm", "filelock")
 BENCHMARKS = (*MODELS, "matplotlib")
@@ -38,7 +36,6 @@ OPTIONAL = ("setuptools", "ninja", "triton", "expecttest", *BENCHMARKS, "DCNv4",
 GRACE = 5.0  # seconds between SIGINT, after which programs save what they have, and SIGKILL
 LEAST = 15.0  # a step is not started with fewer seconds left
 PROBE_SECONDS = 120.0
-LOG_LINES = 15  # shown of the log of a failed step
 
 # Tests of the forward and backward passes in every dtype, which run first.
 FIRST = (
@@ -52,54 +49,6 @@ FIRST = (
     "image_in_a_batch",
 )
 SANITIZERS = {"memcheck": 4, "racecheck": 3, "initcheck": 3, "synccheck": 2}
-# A benchmark whose own operator or model fails is a failed step.
-OURS = ("ops_dcnv4", "ms_deform_attn", "flash_deform_attn", "flash_internimage")
-
-
-@dataclasses.dataclass
-class Step:
-    """A step of the check: a program to run and, afterwards, its result.
-
-    Attributes:
-        name: Name in the report, of the log, and for `--steps` and `--skip`.
-        command: The program.
-        share: Relative part of the time that the step can use even if all others before it hang.
-        kind: "build", "tests", "benchmark" or "run": how the result is read.
-        needs: Modules that must be importable.
-        missing: Why the step cannot run here, if it is known beforehand.
-        compiled: Whether the step needs the operators that the step "build" compiles.
-        env: Additional environment variables.
-        folder: Folder of the files that the program writes.
-        result: "passed", "failed", "stopped" (out of time), "left out" or "not reached".
-        seconds: Duration.
-        note: Short explanation.
-        details: Counts, failures and slowest tests, or the files that were written.
-    """
-
-    name: str
-    command: list[str]
-    share: float
-    kind: str = "run"
-    needs: Sequence[str] = ()
-    missing: str = ""
-    compiled: bool = True
-    env: dict[str, str] = dataclasses.field(default_factory=dict)
-    folder: Path | None = None
-    result: str = "not reached"
-    seconds: float = 0.0
-    note: str = ""
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        """Return what the report contains."""
-        names = ("name", "result", "seconds", "note", "command", "details")
-        return {name: getattr(self, name) for name in names}
-
-
-def say(text: str = "") -> None:
-    """Write a line."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 # The machine
@@ -326,264 +275,6 @@ def cpu_runs(output: Path) -> list[Step]:
         benchmark_step("bench-operators", 5, "op", folder, *quick, "1e-3", *operators),
         benchmark_step("bench-models", 3, "model", folder, *quick, "0.1", *models),
     ]
-
-
-# Running steps
-
-
-class Check:
-    """Runs steps within a time limit, and keeps the report up to date.
-
-    Args:
-        steps: The steps by priority.
-        facts: The facts about the machine.
-        output: Folder of the report and the logs.
-        work: Folder for temporary files, and of the compiled operators.
-        seconds: Time limit.
-        grace: Seconds between SIGINT and SIGKILL at the end of a step's time.
-        least: Seconds that must be left to start a step.
-        start: Time at which the time limit begins, as returned by `time.monotonic`.
-    """
-
-    def __init__(
-        self,
-        steps: Sequence[Step],
-        facts: dict[str, Any],
-        output: Path,
-        work: Path,
-        seconds: float,
-        grace: float,
-        least: float,
-        start: float | None = None,
-    ) -> None:
-        self.steps, self.facts, self.output, self.work = steps, facts, output, work
-        self.seconds, self.grace, self.least = seconds, grace, least
-        self.start = time.monotonic() if start is None else start
-        self.end = self.start + seconds - grace - 2  # two seconds to kill a step and to report
-        self.date = datetime.now(UTC).isoformat(timespec="seconds")
-
-    def run(self) -> bool:
-        """Run the steps; return whether at least one ran, and all that ran passed."""
-        for step in self.steps:
-            step.missing = step.missing or self._missing_build(step)
-            if step.missing:
-                step.result, step.note = "left out", step.missing
-        self.write_report()
-        for step, deadline in self._deadlines():
-            if step.compiled and (missing := self._missing_build(step)):
-                step.result, step.note = "left out", missing
-            elif deadline is None:
-                step.note = "no time left"
-            else:
-                self._run_step(step, deadline)
-            self.write_report()
-        ran = [step.result for step in self.steps if step.result not in ("left out", "not reached")]
-        return bool(ran) and set(ran) == {"passed"}
-
-    def _missing_build(self, step: Step) -> str:
-        """Return why the compiled operators are missing, if the step needs them."""
-        build = next((other for other in self.steps if other.kind == "build"), None)
-        finished = build and build.result in ("failed", "stopped", "left out")
-        return f"the build {build.result}" if step.compiled and build and finished else ""
-
-    def _deadlines(self) -> Iterator[tuple[Step, float | None]]:
-        """Yield the steps that can run, each with the time when it must end or None if too late.
-
-        Time that a step does not use passes to the steps after it.
-        """
-        able = [step for step in self.steps if step.result != "left out"]
-        total, shares = sum(step.share for step in able), 0.0
-        for step in able:
-            shares += step.share
-            now = time.monotonic()
-            deadline = self.start + (self.end - self.start) * shares / total
-            late = now + self.least > self.end
-            yield step, None if late else min(max(deadline, now + self.least), self.end)
-
-    def _run_step(self, step: Step, deadline: float) -> None:
-        """Run a step until it ends or its time is up, and read its result."""
-        step.result, began = "running", time.monotonic()
-        self.write_report()
-        if step.kind == "benchmark":
-            for file in benchmark_files(step):  # of an earlier check
-                file.unlink()
-        log = self.output / f"{step.name}.log"
-        cwd = ROOT / "ops_dcnv4" if step.kind == "build" else ROOT
-        try:
-            with log.open("w") as output:
-                output.write(f"{' '.join(step.command)}\n\n")
-                output.flush()
-                env = self._env(step)
-                status = run_until(deadline, step.command, output, cwd, env, self.grace)
-        except BaseException:
-            step.result, step.note = "stopped", "interrupted"
-            self.write_report()
-            raise
-        step.seconds = round(time.monotonic() - began, 1)
-        step.result = "stopped" if status is None else "failed" if status else "passed"
-        READERS[step.kind](step, self)
-        lines = log.read_text(errors="replace").strip().splitlines()[2:]
-        if step.result == "failed":
-            step.note = step.note or (lines or [f"exit status {status}"])[-1].strip("= ")
-        say(f"{step.name}: {step.result} in {step.seconds:.0f} s{step.note and ': '}{step.note}")
-        if step.result == "failed":
-            say("\n".join(f"    {line}" for line in lines[-LOG_LINES:]))
-
-    def _env(self, step: Step) -> dict[str, str]:
-        """Return the environment of a step: the compiled operators come first in the path."""
-        hidden = ("FORCE_CPU", "OPS_DCNV4_BACKEND", "OPS_DCNV4_SANITIZE", "PYTEST_ADDOPTS")
-        env = {name: value for name, value in os.environ.items() if name not in hidden}
-        path = [str(self.work / "lib"), str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
-        env |= {
-            "PYTHONPATH": os.pathsep.join(path),
-            "PYTHONUNBUFFERED": "1",
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "HYPOTHESIS_STORAGE_DIRECTORY": str(self.work / "hypothesis"),
-        }
-        return {"OMP_NUM_THREADS": "1"} | env | step.env
-
-    def write_report(self) -> None:
-        """Write report.json, so that it is complete at any time."""
-        report = {
-            "date": self.date,
-            "seconds": round(time.monotonic() - self.start, 1),
-            "limit": self.seconds,
-            "machine": self.facts,
-            "steps": [step.record() for step in self.steps],
-        }
-        text = json.dumps(report, indent=1)
-        # Reports are meant to be shared, so they do not contain the paths of this machine.
-        names = {self.work: "WORK", self.output: "OUTPUT", sys.executable: "python", ROOT: "."}
-        for path, name in names.items():
-            text = text.replace(json.dumps(str(path))[1:-1], name)
-        partial = self.output / ".report.json.partial"
-        partial.write_text(text + "\n")
-        partial.replace(self.output / "report.json")
-
-    def table(self) -> str:
-        """Return the table of the results, which starts with the machine."""
-        rows = [("step", "result", "seconds", "note")]
-        rows += [(s.name, s.result, f"{s.seconds:.1f}", s.note[:90]) for s in self.steps]
-        return "\n".join(f"{a:16}{b:12}{c:>8}  {d}".rstrip() for a, b, c, d in rows)
-
-
-def run_until(
-    deadline: float,
-    command: Sequence[str],
-    log: Any,
-    cwd: Path = ROOT,
-    env: dict[str, str] | None = None,
-    grace: float = 5.0,
-) -> int | None:
-    """Run a program, and end it and all its child processes when the time is up.
-
-    Args:
-        deadline: Time when the program must end, as returned by `time.monotonic`.
-        command: The program.
-        log: Open file for its output.
-        cwd: Working directory.
-        env: Environment variables.
-        grace: Seconds between SIGINT and SIGKILL.
-
-    Returns:
-        The exit status, or None if the time was up.
-    """
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    except OSError as error:
-        log.write(f"{error}\n")
-        return 127
-    try:
-        return process.wait(deadline - time.monotonic())
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(grace)
-        return None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver can delay the end
-            process.wait(1)
-
-
-# Reading results
-
-
-def read_build(step: Step, check: Check) -> None:
-    """Fail if there is no library for the GPU, for want of a matching nvcc for example."""
-    wanted = ["_C", "_C_cuda"] if check.facts["gpu"] else ["_C"]
-    folder = (step.folder or check.work) / "ops_dcnv4"
-    absent = [name for name in wanted if not list(folder.glob(f"{name}.*"))]
-    step.note = f"for {step.env.get('TORCH_CUDA_ARCH_LIST', 'the CPU')}"
-    if absent and step.result == "passed":
-        step.result, step.note = "failed", f"no {', '.join(absent)} was built: see build.log"
-
-
-def read_tests(step: Step, check: Check) -> None:
-    """Count the tests, and list those that failed, were skipped or took longest."""
-    file = check.work / f"{step.name}.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    outcomes = [json.loads(line) for line in lines if line.endswith("\n")]
-    counts = Counter(outcome["outcome"] for outcome in outcomes)
-    failed = {o["test"]: o["message"] for o in outcomes if o["outcome"] == "failed"}
-    slowest = sorted(outcomes, key=lambda outcome: -outcome["seconds"])[:5]
-    step.details = {
-        "counts": counts,
-        "failed": failed,
-        "skipped": {o["test"]: o["message"] for o in outcomes if o["outcome"] == "skipped"},
-        "slowest": {outcome["test"]: outcome["seconds"] for outcome in slowest},
-    }
-    step.note = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
-    if failed:
-        step.result = "failed"
-        step.note += f": {next(iter(failed)).rpartition('/')[2]}"
-    elif step.result == "passed" and not counts["passed"]:
-        step.result, step.note = "failed", f"no test passed ({step.note or 'none was found'})"
-
-
-def benchmark_files(step: Step) -> list[Path]:
-    """Return the JSON files of a benchmark."""
-    assert step.folder
-    return sorted(step.folder.glob(f"{step.command[2].removeprefix('benchmarks.')}_*.json"))
-
-
-def read_benchmark(step: Step, check: Check) -> None:
-    """Count the results in the file, and list the implementations that were skipped or failed."""
-    files = benchmark_files(step)
-    results = []
-    for file in files:
-        with contextlib.suppress(json.JSONDecodeError):  # killed while it was written
-            results += json.loads(file.read_text())["results"]
-    names: dict[str, dict[str, None]] = {}
-    for result in results:
-        name = result.get("competitor") or result["model"]
-        names.setdefault(result["status"], {})[name] = None
-    others = {status: list(named) for status, named in names.items() if status != "ok"}
-    step.details = {"files": [str(file.relative_to(check.output)) for file in files]} | others
-    notes = [f"{sum('seconds' in result for result in results)} measured"]
-    step.note = "; ".join(notes + [f"{status}: {', '.join(n)}" for status, n in others.items()])
-    bad = [*others.get("failed", []), *others.get("wrong", [])]
-    if not results and step.result == "failed":
-        step.note = ""  # the last line of the log says more
-    elif any(name.startswith(OURS) for name in bad):
-        step.result = "failed"
-
-
-READERS = {
-    "build": read_build,
-    "tests": read_tests,
-    "benchmark": read_benchmark,
-    "run": lambda step, check: None,
-}
 
 
 # The program
