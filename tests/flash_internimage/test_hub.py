@@ -19,10 +19,10 @@ from torch import Tensor
 from flash_internimage import FlashInternImage
 from flash_internimage.checkpoints import Entry
 from flash_internimage.classification.config import Config, Data, Model
+from flash_internimage.cli import zoo as tool
 from flash_internimage.hub import check_repository, push
 from tests.flash_internimage.models import assert_equal, nano
 from tests.hub import Hub, serve_hub, usage
-from tools import zoo as tool
 
 NAME, REPO = "flash_internimage_nano", "me/digits"
 RELEASED = "flash_internimage_nano.untrained"  # the only tag of this size

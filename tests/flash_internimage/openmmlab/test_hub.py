@@ -17,10 +17,10 @@ from mmengine.runner import load_checkpoint
 from PIL import Image
 
 from flash_internimage.checkpoints import Entry, convert_checkpoint, to_published_checkpoint
+from flash_internimage.cli import zoo as tool
 from flash_internimage.hub import push
 from tests.hub import Hub, serve_hub, usage
 from tests.recipes import load_config
-from tools import zoo as tool
 
 DETECTOR = ("detection", "mask_rcnn_flash_internimage_nano_fpn_digits_scenes")
 SEGMENTOR = ("segmentation", "upernet_flash_internimage_nano_digits_scenes")
