@@ -37,6 +37,7 @@ import os, pathlib, signal, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 child = os.fork()
 if child:
+    os.setpgid(child, child)  # as ninja does with compilers
     pathlib.Path(sys.argv[1], "pids").write_text(f"{os.getpid()} {child}")
     pathlib.Path(sys.argv[1], "ready").touch()
 time.sleep(600)
