@@ -159,7 +159,8 @@ def make_steps(
 
 def build_step(facts: dict[str, Any], work: Path, architectures: str | None) -> Step:
     """Return the step that compiles the operators into `work`/lib."""
-    command = [sys.executable, "setup.py", "build", "--build-base", str(work / "build")]
+    command = [sys.executable, "setup.py", "egg_info", "--egg-base", str(work)]
+    command += ["build", "--build-base", str(work / "build")]
     env = {"OPS_DCNV4_REQUIRE_COMPILED": "1"}
     env |= {"TORCH_CUDA_ARCH_LIST": architectures or ""} if facts["gpu"] else {"FORCE_CPU": "1"}
     return Step(

@@ -247,10 +247,23 @@ def run_until(
             process.wait(grace)
         return None
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_session(process.pid)
         with contextlib.suppress(subprocess.TimeoutExpired):  # a driver can delay the end
             process.wait(1)
+
+
+def kill_session(leader: int) -> None:
+    """Kill all processes of a session, as ninja runs each compiler in a process group of its own.
+
+    Without /proc, only the process group of the leader is killed.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+    for _ in range(3):  # processes may start others in the meantime
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # has ended, or belongs to someone else
+                if os.getsid(int(entry.name)) == leader:
+                    os.kill(int(entry.name), signal.SIGKILL)
 
 
 # Reading results
