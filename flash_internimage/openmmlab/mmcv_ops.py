@@ -266,16 +266,16 @@ def _install() -> None:
     logging.getLogger(__name__).info(
         "mmcv has no compiled operators: nms, roi_align and sigmoid_focal_loss are torchvision's"
     )
-    for library in ("mmcv", "mmdet", "mmseg"):
-        for name in [name for name in sys.modules if name.startswith(f"{library}.")]:
+    for package in ("mmcv.cnn.", "mmdet.", "mmseg."):
+        for name in [name for name in sys.modules if name.startswith(package)]:
             _repeat_failed_imports(sys.modules[name])
 
 
 def _repeat_failed_imports(module: ModuleType) -> None:
     """Replace the fallbacks of a module that was imported before `mmcv.ops` could be.
 
-    mmdet's and mmseg's modules define placeholders if their imports from `mmcv.ops`, or from
-    `mmdet.models`, which needs it, fail.
+    OpenMMLab's modules define placeholders if they cannot import from `mmcv.ops`, or from modules
+    that need it.
     """
     try:
         statements = ast.parse(inspect.getsource(module)).body
@@ -287,9 +287,12 @@ def _repeat_failed_imports(module: ModuleType) -> None:
             continue
         name = "." * node.level + (node.module or "")
         name = importlib.util.resolve_name(name, module.__package__)
-        if not name.startswith(("mmcv.ops", "mmdet.models", "mmseg.models")):
+        if not name.startswith(("mmcv.ops", "mmcv.cnn", "mmdet.models", "mmseg.models")):
             continue
-        source = importlib.import_module(name)
+        try:
+            source = importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue  # mmdet, which mmseg does not require
         for alias in node.names:
             name = alias.asname or alias.name
             fallback, found = getattr(module, name, None), getattr(source, alias.name)

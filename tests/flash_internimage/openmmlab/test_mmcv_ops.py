@@ -285,11 +285,15 @@ import flash_internimage.openmmlab
 from mmcv import ops
 from mmcv.utils.ext_loader import check_ops_exist
 from mmdet.models.dense_heads import mask2former_head, rpn_head
+from mmdet.models.detectors import deformable_detr
+from mmdet.models.layers import msdeformattn_pixel_decoder
 from mmdet.models.losses import focal_loss
 from mmdet.registry import MODELS
 from mmseg.models.decode_heads import MaskFormerHead, Mask2FormerHead, point_head
 
 assert not check_ops_exist()
+for module in deformable_detr, msdeformattn_pixel_decoder:
+    assert module.MultiScaleDeformableAttention is ops.MultiScaleDeformableAttention
 assert masks.roi_align == ops.roi_align
 assert rpn_head.batched_nms is ops.batched_nms
 assert focal_loss._sigmoid_focal_loss == ops.sigmoid_focal_loss
