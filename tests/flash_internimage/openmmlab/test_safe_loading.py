@@ -29,6 +29,7 @@ spec.loader.exec_module(module_from_spec(spec))
 
 import mmdet.apis, mmseg.apis, mmengine.registry, mmengine.runner
 import mmdet.engine, mmdet.evaluation, mmseg.engine, mmseg.evaluation
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.fileio.backends import backends, prefix_to_backends
 from mmengine.registry import Registry
 
@@ -41,7 +42,12 @@ def snapshot():
                 keys = {*registry.module_dict, *getattr(registry.parent, "module_dict", ())}
                 entries |= {(library, name, key): registry.get(key) for key in keys}
     schemes = mmengine.runner.CheckpointLoader._schemes
-    for kind, table in ("schemes", schemes), ("backends", backends), ("prefix", prefix_to_backends):
+    for kind, table in (
+        ("schemes", schemes),
+        ("backends", backends),
+        ("prefix", prefix_to_backends),
+        ("packages", MODULE2PACKAGE),
+    ):
         entries |= {(kind, key): value for key, value in table.items()}
     entries["excepthook"] = sys.excepthook
     return entries
@@ -52,12 +58,13 @@ after = snapshot()
 changed = [key for key in before if before[key] is not after.get(key)]
 assert len(before) > 1000 and not changed, changed
 assert any(key not in before for key in after)
+assert ("packages", "flash_internimage") in after.keys() - before.keys()
 """
 
 
 @pytest.mark.parametrize("module", ["detection", "segmentation", "programs"])
 def test_importing_replaces_no_entries(module):
-    program = SNAPSHOT.replace("MODULE", module).replace("OPERATORS", mmcv_ops.__file__)
+    program = SNAPSHOT.replace(".MODULE", f".{module}").replace("OPERATORS", mmcv_ops.__file__)
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
