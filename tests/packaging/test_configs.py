@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from flash_internimage.cli.demo_data import write_digits_scenes
 from flash_internimage.configs import list_configs
-from tools.make_demo_data import write_digits_scenes
 
 pytestmark = [pytest.mark.mm, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
