@@ -1,7 +1,8 @@
 """Backbone, layers, hooks and runner for OpenMMLab, registered in mmengine's root registries.
 
 Importing this package, `flash_internimage.openmmlab.detection` or
-`flash_internimage.openmmlab.segmentation` registers new names and changes nothing else. To read
+`flash_internimage.openmmlab.segmentation` registers new names and changes nothing else: types, the
+prefix `flash_internimage::` of configs, and models of the zoo for OpenMMLab's inferencers. To read
 files safely in scripts without :class:`SafeRunner`, see :func:`enable_safe_loading`.
 
 Example::

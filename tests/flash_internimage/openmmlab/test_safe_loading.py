@@ -23,7 +23,7 @@ import importlib, sys
 import mmdet, mmengine, mmseg
 import mmdet.apis, mmseg.apis, mmengine.registry, mmengine.runner
 import mmdet.engine, mmdet.evaluation, mmseg.engine, mmseg.evaluation
-from mmengine.config.utils import PKG2PROJECT as packages
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.fileio.backends import backends, prefix_to_backends
 from mmengine.registry import Registry
 
@@ -36,9 +36,13 @@ def snapshot():
                 keys = {*registry.module_dict, *getattr(registry.parent, "module_dict", ())}
                 entries |= {(library, name, key): registry.get(key) for key in keys}
     schemes = mmengine.runner.CheckpointLoader._schemes
-    for kind, table in ("schemes", schemes), ("backends", backends), ("prefix", prefix_to_backends):
+    for kind, table in (
+        ("schemes", schemes),
+        ("backends", backends),
+        ("prefix", prefix_to_backends),
+        ("packages", MODULE2PACKAGE),
+    ):
         entries |= {(kind, key): value for key, value in table.items()}
-    entries |= {("packages", key): value for key, value in packages.items()}
     entries["excepthook"] = sys.excepthook
     return entries
 
@@ -54,7 +58,7 @@ assert ("packages", "flash_internimage") in after.keys() - before.keys()
 
 @pytest.mark.parametrize("module", ["detection", "segmentation", "programs"])
 def test_importing_replaces_no_entries(module):
-    subprocess.run([sys.executable, "-c", SNAPSHOT.replace("MODULE", module)], check=True)
+    subprocess.run([sys.executable, "-c", SNAPSHOT.replace(".MODULE", f".{module}")], check=True)
 
 
 def test_detection_does_not_need_mmseg():
