@@ -63,7 +63,7 @@ def test_inference_equals_that_of_the_runner(
     def check(result, path: str) -> None:
         found = result.pred_instances
         assert len(found) == len(expected[path]["scores"]) == 20
-        for name in found.keys():
+        for name in expected[path]:
             actual, wanted = (torch.as_tensor(values[name]) for values in (found, expected[path]))
             torch.testing.assert_close(actual, wanted)
 

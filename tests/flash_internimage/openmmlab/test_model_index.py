@@ -78,9 +78,9 @@ def test_types_are_those_of_the_only_imported_library_without_a_scope_of_mmdet_o
 ):
     with pytest.raises(RuntimeError, match=r"default_scope must be mmdet or mmseg .*, got \[\]"):
         registry._library()
-    with DefaultScope.overwrite_default_scope("mmseg"):
-        with DefaultScope.overwrite_default_scope("flash_internimage"):
-            assert registry._library() == "mmseg"
+    scopes = map(DefaultScope.overwrite_default_scope, ("mmseg", "flash_internimage"))
+    with next(scopes), next(scopes):
+        assert registry._library() == "mmseg"
     with DefaultScope.overwrite_default_scope("somebodys"):
         monkeypatch.delitem(sys.modules, "flash_internimage.openmmlab.segmentation")
         assert registry._library() == "mmdet"
