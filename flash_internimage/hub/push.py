@@ -10,6 +10,7 @@ from typing import Any
 import timm
 
 from ..checkpoints import Entry, fetch_checkpoint
+from ..configs import find_config
 from ..files import require_writable
 from .card import Facts
 from .classifier import save_classifier
@@ -94,8 +95,8 @@ def push(
         return upload_folder(path, target, private=private, message=f"Add {name}")
 
 
-def _read_config(path: str) -> Any:
+def _read_config(name: str) -> Any:
     from ..openmmlab.cli.config import load_config
 
     unset = {"cfg_options": None, "launcher": None, "work_dir": None}
-    return load_config(argparse.Namespace(config=Path(path), **unset))
+    return load_config(argparse.Namespace(config=find_config(name), **unset))
