@@ -1,5 +1,7 @@
 """Compile the kernels against the PyTorch of the environment that the package is installed into.
 
+The libraries use only PyTorch's stable ABI, so other versions from MINIMUM_TORCH on can load them.
+
 Builds one library for the CPU and, if nvcc and a CUDA build of PyTorch are found, one for CUDA; no
 GPU is needed. If a library cannot be compiled, the package is installed without it and falls back
 to Triton or the PyTorch reference. Environment variables:
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ from setuptools.errors import CompileError
 HERE = Path(__file__).parent
 CSRC = HERE / "csrc"
 REQUIRED = os.environ.get("OPS_DCNV4_REQUIRE_COMPILED") == "1"
+MINIMUM_TORCH = (2, 11)
+TORCH_TARGET = f"0x{MINIMUM_TORCH[0]:02x}{MINIMUM_TORCH[1]:02x}000000000000"
+HIDDEN = "-fvisibility=hidden"
 # Turing to Blackwell. Later GPUs compile the PTX when the library is loaded.
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0+PTX", "10.0", "12.0")
 
@@ -65,9 +70,9 @@ def compiler_flags() -> tuple[list[str], list[str]]:
         # -fno-wrapv: Python passes -fwrapv, which would hide signed overflows.
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
         flags = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", "-Wno-psabi", *sanitize]
-        return [*flags, "-fopenmp", "-Wno-unknown-pragmas"], ["-fopenmp", *sanitize]
+        return [*flags, HIDDEN, "-fopenmp", "-Wno-unknown-pragmas"], ["-fopenmp", *sanitize]
     # -Wno-psabi: vectors wider than the baseline's registers are only passed to inlined functions.
-    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-g0", "-Wall", "-Wno-psabi"]
+    flags = ["-O3", HIDDEN, "-fno-math-errno", "-fno-trapping-math", "-g0", "-Wall", "-Wno-psabi"]
     if sys.platform == "darwin":
         return flags, []
     return [*flags, "-fopenmp", "-Wno-unknown-pragmas"], ["-fopenmp"]
@@ -83,6 +88,9 @@ def build_ext(cpp_extension: Any) -> type[Command]:
             except RuntimeError as error:
                 raise CompileError(str(error)) from error
 
+        def get_export_symbols(self, ext: Extension) -> list[str]:
+            return []  # The libraries are not Python modules, and register themselves when loaded.
+
     return BuildExt
 
 
@@ -92,7 +100,7 @@ def extension(
     sources: list[Path],
     compile_args: list[str] | dict[str, list[str]],
     link_args: list[str],
-    **options: Any,
+    macros: Sequence[tuple[str, str | None]] = (),
 ) -> Extension:
     """Return a torch extension, which is optional unless OPS_DCNV4_REQUIRE_COMPILED is set."""
     return make(
@@ -102,9 +110,9 @@ def extension(
         depends=[os.path.relpath(header, HERE) for header in CSRC.rglob("*.*h")],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), *macros],
         py_limited_api=True,
         optional=not REQUIRED,
-        **options,
     )
 
 
@@ -162,14 +170,16 @@ def build_arguments() -> dict[str, Any]:
     ]
     if nvcc := find_nvcc(cpp_extension):
         choose_architectures(nvcc)
+        nvcc_flags = ["-O3", "-Xfatbin", "-compress-all"]
+        nvcc_flags += [] if sys.platform == "win32" else ["-Xcompiler", HIDDEN]
         extensions.append(
             extension(
                 cpp_extension.CUDAExtension,
                 "_C_cuda",
                 [*shared, *CSRC.glob("cuda/*.cu")],
-                {"cxx": flags, "nvcc": ["-O3", "-Xfatbin", "-compress-all"]},
+                {"cxx": flags, "nvcc": nvcc_flags},
                 link_flags,
-                define_macros=[("OPS_DCNV4_CUDA", None)],
+                [("OPS_DCNV4_CUDA", None), ("USE_CUDA", None)],
             )
         )
     return {

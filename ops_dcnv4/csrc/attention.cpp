@@ -5,14 +5,13 @@
 namespace ops_dcnv4 {
 namespace {
 
-void check_points(const at::Tensor& points, const char* name, const at::Tensor& value) {
-  TORCH_CHECK_VALUE(points.device() == value.device(), "value and ", name,
-                    " must be on one device, got ", value.device(), " and ", points.device());
-  const at::ScalarType dtype = points.scalar_type(), of_value = value.scalar_type();
-  const bool is_16_bit = of_value == at::kHalf || of_value == at::kBFloat16;
-  TORCH_CHECK_TYPE(dtype == of_value || (dtype == at::kFloat && is_16_bit), name,
-                   " must have the dtype of value, or be float32 if value has 16 bits, got ", dtype,
-                   " and value of ", of_value);
+void check_points(const Tensor& points, const char* name, const Tensor& value) {
+  OPS_DCNV4_CHECK(points.device() == value.device(), "value and ", name,
+                  " must be on one device, got ", value.device(), " and ", points.device());
+  const ScalarType dtype = points.scalar_type(), of_value = value.scalar_type();
+  OPS_DCNV4_CHECK(dtype == of_value || (dtype == ScalarType::Float && is_16_bit(of_value)), name,
+                  " must have the dtype of value, or be float32 if value has 16 bits, got ", dtype,
+                  " and value of ", of_value);
 }
 
 }  // namespace
@@ -22,17 +21,17 @@ Attention make_attention(const AttentionInputs& in) {
   check_equal<int64_t>(in.fused ? "the number of dimensions of sampling_loc_attn"
                                 : "the number of dimensions of sampling_locations",
                        in.locations.dim(), in.fused ? 4 : 6);
-  for (const at::Tensor* levels : {&in.spatial_shapes, &in.level_start_index}) {
-    TORCH_CHECK_TYPE(levels->scalar_type() == at::kLong,
-                     "spatial_shapes and level_start_index must contain 64-bit integers, got ",
-                     levels->scalar_type());
+  for (const Tensor* levels : {&in.spatial_shapes, &in.level_start_index}) {
+    OPS_DCNV4_CHECK(levels->scalar_type() == ScalarType::Long,
+                    "spatial_shapes and level_start_index must contain 64-bit integers, got ",
+                    levels->scalar_type());
     check_equal("the device of spatial_shapes and level_start_index", levels->device(),
                 in.value.device());
   }
-  const at::IntArrayRef levels = in.spatial_shapes.sizes();
-  TORCH_CHECK_VALUE(levels.size() == 2 && levels[1] == 2 && levels[0] > 0,
-                    "spatial_shapes must be (L, 2), got shape ", levels);
-  check_equal("the shape of level_start_index", in.level_start_index.sizes(), levels.slice(0, 1));
+  const IntArrayRef levels = in.spatial_shapes.sizes();
+  OPS_DCNV4_CHECK(levels.size() == 2 && levels[1] == 2 && levels[0] > 0,
+                  "spatial_shapes must be (L, 2), got shape ", levels);
+  check_shape("the shape of level_start_index", in.level_start_index.sizes(), levels.slice(0, 1));
   const Attention a{
       in.value.size(0),
       to_int(in.value.size(1), "the number of pixels of value", 1),
@@ -47,21 +46,21 @@ Attention make_attention(const AttentionInputs& in) {
   const int64_t shape[] = {a.batch, a.queries, a.heads, a.levels, a.points, 2};
   const int64_t fused_shape[] = {a.batch, a.queries, a.heads, 3 * int64_t(a.taps())};
   if (a.fused) {
-    check_equal("the shape of sampling_loc_attn, (N, Lq, M, 3 * L * n_points),",
-                in.locations.sizes(), at::IntArrayRef(fused_shape));
+    check_shape("the shape of sampling_loc_attn, (N, Lq, M, 3 * L * n_points),",
+                in.locations.sizes(), fused_shape);
     check_points(in.locations, "sampling_loc_attn", in.value);
   } else {
-    check_equal("the shape of sampling_locations, (N, Lq, M, L, K, 2),", in.locations.sizes(),
-                at::IntArrayRef(shape));
-    check_equal("the shape of attention_weights, (N, Lq, M, L, K),", in.weights.sizes(),
-                at::IntArrayRef(shape, 5));
+    check_shape("the shape of sampling_locations, (N, Lq, M, L, K, 2),", in.locations.sizes(),
+                shape);
+    check_shape("the shape of attention_weights, (N, Lq, M, L, K),", in.weights.sizes(),
+                IntArrayRef(shape, 5));
     check_points(in.locations, "sampling_locations", in.value);
     check_points(in.weights, "attention_weights", in.value);
   }
   check_dtype(in.value);
-  TORCH_CHECK_TYPE(in.locations.scalar_type() == in.weights.scalar_type(),
-                   "sampling_locations and attention_weights must have one dtype, got ",
-                   in.locations.scalar_type(), " and ", in.weights.scalar_type());
+  OPS_DCNV4_CHECK(in.locations.scalar_type() == in.weights.scalar_type(),
+                  "sampling_locations and attention_weights must have one dtype, got ",
+                  in.locations.scalar_type(), " and ", in.weights.scalar_type());
   return a;
 }
 

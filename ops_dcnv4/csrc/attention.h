@@ -1,8 +1,6 @@
 // Sizes of a deformable attention call, shared by the CPU and CUDA kernels.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <array>
 #include <cstdint>
 

@@ -19,8 +19,8 @@ Axis make_axis(int i, const Window& w) {
 int output_size(int size, const Axis& axis, int64_t given, const char* what) {
   const int64_t window = int64_t(axis.dilation) * (axis.kernel - 1) + 1;
   const int64_t room = size + 2 * int64_t(axis.padding) - window;
-  TORCH_CHECK_VALUE(room >= 0, "the output would be empty: the window of ", window,
-                    " pixels is larger than value with its padding");
+  OPS_DCNV4_CHECK(room >= 0, "the output would be empty: the window of ", window,
+                  " pixels is larger than value with its padding");
   const int64_t expected = room / axis.stride + 1;
   check_equal(what, given, expected);
   return to_int(expected, what);
@@ -28,22 +28,22 @@ int output_size(int size, const Axis& axis, int64_t given, const char* what) {
 
 }  // namespace
 
-Geometry make_geometry(const Window& w, const at::Tensor& value, const at::Tensor& offset_mask) {
+Geometry make_geometry(const Window& w, const Tensor& value, const Tensor& offset_mask) {
   check_equal<int64_t>("the number of dimensions of value", value.dim(), 4);
   check_equal<int64_t>("the number of dimensions of offset_mask", offset_mask.dim(), 4);
-  for (const at::IntArrayRef pair : {w.kernel_size, w.stride, w.padding, w.dilation}) {
-    TORCH_CHECK_VALUE(pair.size() == 2,
-                      "kernel_size, stride, padding and dilation must be pairs, got ", pair);
+  for (const IntArrayRef pair : {w.kernel_size, w.stride, w.padding, w.dilation}) {
+    OPS_DCNV4_CHECK(pair.size() == 2,
+                    "kernel_size, stride, padding and dilation must be pairs, got ", pair);
   }
   check_equal("the device of offset_mask", offset_mask.device(), value.device());
   check_equal("the batch size of offset_mask", offset_mask.size(0), value.size(0));
-  TORCH_CHECK_TYPE(value.scalar_type() == offset_mask.scalar_type(),
-                   "value and offset_mask must have one dtype, got ", value.scalar_type(), " and ",
-                   offset_mask.scalar_type());
+  OPS_DCNV4_CHECK(value.scalar_type() == offset_mask.scalar_type(),
+                  "value and offset_mask must have one dtype, got ", value.scalar_type(), " and ",
+                  offset_mask.scalar_type());
   check_dtype(value);
-  TORCH_CHECK_VALUE(w.groups > 0 && value.size(3) % w.groups == 0,
-                    "groups must be positive and divide the channels of value (", value.size(3),
-                    "), got ", w.groups);
+  OPS_DCNV4_CHECK(w.groups > 0 && value.size(3) % w.groups == 0,
+                  "groups must be positive and divide the channels of value (", value.size(3),
+                  "), got ", w.groups);
   const int height = to_int(value.size(1), "the height of value", 1, largest_side);
   const int width = to_int(value.size(2), "the width of value", 1, largest_side);
   const Axis y = make_axis(0, w);
@@ -65,8 +65,8 @@ Geometry make_geometry(const Window& w, const at::Tensor& value, const at::Tenso
   to_int(value.size(3), "the number of channels of value");
   to_int(int64_t(height) * width, "the number of pixels of an image");
   to_int(int64_t(g.out_height) * g.out_width, "the number of pixels of an output image");
-  TORCH_CHECK_VALUE(g.offset_channels >= 3 * w.groups * taps, "offset_mask must have at least ",
-                    3 * w.groups * taps, " channels, got ", g.offset_channels);
+  OPS_DCNV4_CHECK(g.offset_channels >= 3 * w.groups * taps, "offset_mask must have at least ",
+                  3 * w.groups * taps, " channels, got ", g.offset_channels);
   return g;
 }
 

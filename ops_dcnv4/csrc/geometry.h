@@ -1,8 +1,6 @@
 // Geometry of a DCNv4 call, shared by the CPU and CUDA kernels.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <array>
 #include <cstdint>
 
@@ -48,7 +46,6 @@ struct Geometry {
 
 // Validates everything that keeps the kernels within their tensors. ops.py performs the same checks
 // with more helpful messages.
-Geometry make_geometry(const Window& window, const at::Tensor& value,
-                       const at::Tensor& offset_mask);
+Geometry make_geometry(const Window& window, const Tensor& value, const Tensor& offset_mask);
 
 }  // namespace ops_dcnv4

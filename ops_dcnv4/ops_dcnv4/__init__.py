@@ -2,7 +2,7 @@
 
 from . import flops
 from .attention import flash_deform_attn, ms_deform_attn
-from .backends import choose_backend, explain_backend, is_compiled, use_backend
+from .backends import choose_backend, explain_backend, is_compiled, library_path, use_backend
 from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
 from .ops import dcnv4
 from .window import output_size
@@ -19,6 +19,7 @@ __all__ = [
     "flash_deform_attn",
     "flops",
     "is_compiled",
+    "library_path",
     "ms_deform_attn",
     "output_size",
     "use_backend",

@@ -2,12 +2,13 @@
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import itertools
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -34,17 +35,27 @@ _CHECKS: dict[str, Callable[..., tuple[int, ...]]] = {
 }
 
 
-def _import_library(module: str) -> str | None:
-    """Import a compiled library, which registers its kernels; return the error message if any."""
+_LIBRARIES = {"cpu": "_C", "cuda": "_C_cuda"}
+
+
+def _find_library(device_type: str) -> str | None:
+    spec = importlib.util.find_spec(f"ops_dcnv4.{_LIBRARIES[device_type]}")
+    return None if spec is None else spec.origin
+
+
+def _load_library(device_type: str) -> str | None:
+    """Load a compiled library, which registers its kernels; return the error message if any."""
+    path = _find_library(device_type)
+    if path is None:
+        return f"there is no ops_dcnv4.{_LIBRARIES[device_type]}"
     try:
-        importlib.import_module(f"ops_dcnv4.{module}")
-    except (ImportError, OSError) as error:
+        torch.ops.load_library(path)
+    except OSError as error:
         return str(error)
     return None
 
 
-_LIBRARIES = {"cpu": "_C", "cuda": "_C_cuda"}
-_why_not_compiled = {device: _import_library(module) for device, module in _LIBRARIES.items()}
+_why_not_compiled = {device: _load_library(device) for device in _LIBRARIES}
 _forced: str | None = None
 _forced_by = ""
 _overrides: Library | None = None
@@ -53,6 +64,24 @@ _overrides: Library | None = None
 def is_compiled(device: str | torch.device = "cpu") -> bool:
     """Return whether compiled kernels were found for a device; the device index is ignored."""
     return _why_not_compiled.get(torch.device(device).type, "") is None
+
+
+def library_path(device: str | torch.device = "cpu") -> Path:
+    """Return the path of the shared library with the compiled kernels for a device.
+
+    A C++ program that loads it has the operators too, without Python. The library for the CPU also
+    defines the operators, so it is needed on GPUs as well.
+
+    Args:
+        device: "cpu" or "cuda"; the device index is ignored.
+
+    Raises:
+        RuntimeError: If there is none; the message contains the reason.
+    """
+    device_type = torch.device(device).type
+    if not is_compiled(device_type):
+        raise RuntimeError(_why_slow(device_type))
+    return Path(str(_find_library(device_type)))
 
 
 @functools.cache
@@ -135,9 +164,10 @@ def _explain_device(backend: str, device_type: str) -> str:
         return f"selected by {_forced_by}"
     if backend == "compiled":
         library = f"ops_dcnv4.{_LIBRARIES[device_type]}"
-        kind = getattr(importlib.import_module(library), "INSTRUCTION_SET", None)
         why = f"the compiled kernels were found ({library}"
-        why += f", instruction set {kind})" if kind else ")"
+        if device_type == "cpu":
+            why += f", instruction set {torch.ops.ops_dcnv4.instruction_set()}"
+        why += ")"
     elif backend == "triton":
         missing = _why_not_compiled[device_type]
         why = f"the compiled kernels are missing ({missing}); Triton and a C compiler were found"
@@ -238,13 +268,18 @@ def _force(name: str | None, by: str) -> None:
             _overrides.impl(operator + suffix, kernel, device_type.upper(), allow_override=True)
 
 
-def compute(operator: str, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
+def compute(
+    operator: str, *arguments: Any, deterministic: bool = False
+) -> Tensor | tuple[Tensor, ...]:
     """Run an operator that has no compiled kernel, or whose compiled kernel is overridden."""
     check(operator, arguments)
     if "deform_attn" in operator:
         check_levels(*_inputs(operator, arguments)[:3])
     device_type = arguments[0].device.type
-    return getattr(_module(choose_backend(device_type), device_type), operator)(*arguments)
+    backend = choose_backend(device_type)
+    # The reference is as deterministic as PyTorch's own operators.
+    options = {"deterministic": True} if deterministic and backend == "triton" else {}
+    return getattr(_module(backend, device_type), operator)(*arguments, **options)
 
 
 def check(operator: str, arguments: tuple) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """Registration of the operators with torch.library: schemas, shapes, gradients and autocast.
 
-The schemas are defined in Python, so that the operators also exist without the compiled libraries.
-Each compiled library registers its kernels for one device type; all other calls reach
-`backends.compute`.
+The compiled library for the CPU defines the operators, so that C++ programs have them too. Where it
+is missing, they are defined here. Each compiled library registers its kernels for one device type;
+all other calls reach `backends.compute`.
 """
 
 import functools
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library, register_fake
 
-from .backends import check, compute
+from .backends import check, compute, is_compiled
 
 _WINDOW = (
     "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
@@ -22,7 +22,8 @@ _WINDOW = (
 )
 _LEVELS = "Tensor value, Tensor spatial_shapes, Tensor level_start_index"
 _PAIR, _TRIPLE = "(Tensor, Tensor)", "(Tensor, Tensor, Tensor)"
-# The inputs of each operator, and the gradients that its backward operator returns.
+# The inputs of each operator, and the gradients that its backward operator returns. csrc/registration.h
+# has the same schemas.
 _SIGNATURES = {
     "dcnv4": (f"Tensor value, Tensor offset_mask, {_WINDOW}", _PAIR),
     "ms_deform_attn": (f"{_LEVELS}, Tensor sampling_locations, Tensor attention_weights", _TRIPLE),
@@ -30,11 +31,19 @@ _SIGNATURES = {
 }
 DIFFERENTIABLE = tuple(_SIGNATURES)
 
-_library = Library("ops_dcnv4", "DEF")
+SCHEMAS: dict[str, str] = {}
+for _name, (_inputs, _gradients) in _SIGNATURES.items():
+    SCHEMAS[_name] = f"({_inputs}) -> Tensor"
+    SCHEMAS[f"{_name}_backward"] = (
+        f"(Tensor grad_output, {_inputs}, *, bool deterministic=False) -> {_gradients}"
+    )
+
+_library = Library("ops_dcnv4", "FRAGMENT")
 
 
-def _define(name: str, schema: str, fake: Callable) -> None:
-    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+def _define(name: str, fake: Callable) -> None:
+    if not is_compiled("cpu"):
+        _library.define(f"{name}{SCHEMAS[name]}")
     register_fake(f"ops_dcnv4::{name}", functools.partial(fake, name), lib=_library)
     # No backend supports nested tensors; registering the key lets the argument check reject them.
     for key in ("CompositeExplicitAutograd", "AutogradNestedTensor"):
@@ -45,7 +54,9 @@ def _fake(operator: str, *arguments: Any) -> Tensor:
     return arguments[0].new_empty(check(operator, arguments))
 
 
-def _fake_backward(operator: str, *arguments: Any) -> tuple[Tensor, ...]:
+def _fake_backward(
+    operator: str, *arguments: Any, deterministic: bool = False
+) -> tuple[Tensor, ...]:
     check(operator, arguments)
     return tuple(t.new_empty(t.shape) for t in arguments[1:] if _is_differentiable(t))
 
@@ -69,31 +80,44 @@ def _register_autograd(name: str, gradients: Callable[..., tuple]) -> None:
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
+        def forward(ctx: Any, options: dict[str, bool], *inputs: Any) -> Any:
             tensors = [argument for argument in inputs if isinstance(argument, Tensor)]
             ctx.save_for_backward(*tensors)
             ctx.parameters = inputs[len(tensors) :]
-            return below_autograd(*inputs)
+            return below_autograd(options, *inputs)
 
         @staticmethod
         def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
             inputs = (*ctx.saved_tensors, *ctx.parameters)
             grads = iter(gradients(*grad_outputs, *inputs))
-            return tuple(next(grads) if _is_differentiable(t) else None for t in inputs)
+            return (None, *(next(grads) if _is_differentiable(t) else None for t in inputs))
 
-    def below_autograd(*inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
+    def below_autograd(options: dict[str, bool], *inputs: Any) -> Any:
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*inputs, **options)
+        except (RuntimeError, ValueError) as error:
+            _raise_from(error, name, inputs)
+            raise
 
-    def kernel(*inputs: Any) -> Any:
+    def kernel(*inputs: Any, **options: bool) -> Any:
+        if name.endswith("_backward") and torch.are_deterministic_algorithms_enabled():
+            options["deterministic"] = True
         tensors = [argument for argument in inputs if isinstance(argument, Tensor)]
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         # Function has no forward-mode derivative, so it rejects dual tensors.
         if needs_grad or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            return Function.apply(*inputs)
-        return below_autograd(*inputs)
+            return Function.apply(options, *inputs)
+        return below_autograd(options, *inputs)
 
     _library.impl(name, kernel, "Autograd")
+
+
+def _raise_from(error: Exception, name: str, inputs: tuple) -> None:
+    """Raise the error that Python's checks find; compiled libraries only raise the built-in ones."""
+    check(name, inputs)
+    if "out of memory" in str(error) and inputs[0].device.type == "cuda":
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 def _refuse_second_derivative(name: str, *arguments: Any) -> NoReturn:
@@ -129,10 +153,10 @@ def _cast(name: str, inputs: tuple, dtype: torch.dtype) -> list:
     return casted
 
 
-for _name, (_inputs, _gradients) in _SIGNATURES.items():
+for _name in _SIGNATURES:
     _backward = f"{_name}_backward"
-    _define(_name, f"({_inputs}) -> Tensor", _fake)
-    _define(_backward, f"(Tensor grad_output, {_inputs}) -> {_gradients}", _fake_backward)
+    _define(_name, _fake)
+    _define(_backward, _fake_backward)
     _register_autograd(_name, getattr(torch.ops.ops_dcnv4, _backward).default)
     _register_autograd(_backward, functools.partial(_refuse_second_derivative, _name))
     _register_autocast(_name, "cpu", "AutocastCPU")

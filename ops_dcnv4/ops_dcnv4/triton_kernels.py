@@ -308,7 +308,11 @@ def dcnv4(value: Tensor, offset_mask: Tensor, *parameters: Any) -> Tensor:
 
 
 def dcnv4_backward(
-    grad_output: Tensor, value: Tensor, offset_mask: Tensor, *parameters: Any
+    grad_output: Tensor,
+    value: Tensor,
+    offset_mask: Tensor,
+    *parameters: Any,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of value and offset_mask, in their shapes and dtypes."""
     window = Window(*parameters)
@@ -319,7 +323,7 @@ def dcnv4_backward(
         _dcnv4_backward_kernel,
         (*tensors, grad_value, grad_offset_mask),
         *_sizes(value, offset_mask, window.groups),
-        in_order=torch.are_deterministic_algorithms_enabled(),
+        in_order=deterministic or torch.are_deterministic_algorithms_enabled(),
         GEOMETRY=_geometry(window),
     )
     return grad_value.to(value.dtype), grad_offset_mask.to(offset_mask.dtype)
@@ -488,6 +492,8 @@ def ms_deform_attn_backward(
     level_start_index: Tensor,
     sampling_locations: Tensor,
     attention_weights: Tensor,
+    *,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of value, locations and weights, in their shapes and dtypes."""
     inputs = value, sampling_locations, attention_weights
@@ -501,7 +507,7 @@ def ms_deform_attn_backward(
         _attention_backward_kernel,
         (*tensors, *grads),
         *sizes,
-        in_order=torch.are_deterministic_algorithms_enabled(),
+        in_order=deterministic or torch.are_deterministic_algorithms_enabled(),
         SOFTMAX=False,
     )
     grad_value, grad_locations, grad_weights = (
@@ -534,6 +540,8 @@ def flash_deform_attn_backward(
     level_start_index: Tensor,
     sampling_loc_attn: Tensor,
     n_points: int,
+    *,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of value and sampling_loc_attn, in their shapes and dtypes."""
     *tensors, packed, grad_output = _contiguous(
@@ -550,7 +558,7 @@ def flash_deform_attn_backward(
             grad_value, grad_packed, grad_packed[..., first_logit:],
         ),
         *sizes,
-        in_order=torch.are_deterministic_algorithms_enabled(),
+        in_order=deterministic or torch.are_deterministic_algorithms_enabled(),
         SOFTMAX=True,
     )  # fmt: skip
     return grad_value.to(value.dtype), grad_packed.to(sampling_loc_attn.dtype)

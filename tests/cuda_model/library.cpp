@@ -7,7 +7,7 @@
 #include <cstddef>
 
 #include "model.h"
-#include "operators.h"
+#include "registration.h"
 
 namespace {
 
@@ -38,18 +38,13 @@ void guard_tensors(bool before) {
 
 }  // namespace
 
-TORCH_LIBRARY(ops_dcnv4_cuda_model, m) {
-  const auto define = [&](const char* name, auto* function) {
-    m.def(name, torch::dispatch(c10::DispatchKey::CPU, function));
-  };
-  define("dcnv4", &ops_dcnv4::Schema<ops_dcnv4::dcnv4_cuda>::call);
-  define("dcnv4_backward", &ops_dcnv4::Schema<ops_dcnv4::dcnv4_backward_cuda>::call);
-  define("ms_deform_attn", &ops_dcnv4::ms_deform_attn<ops_dcnv4::ms_deform_attn_cuda>);
-  define("ms_deform_attn_backward",
-         &ops_dcnv4::ms_deform_attn_backward<ops_dcnv4::ms_deform_attn_backward_cuda>);
-  define("flash_deform_attn", &ops_dcnv4::flash_deform_attn<ops_dcnv4::ms_deform_attn_cuda>);
-  define("flash_deform_attn_backward",
-         &ops_dcnv4::flash_deform_attn_backward<ops_dcnv4::ms_deform_attn_backward_cuda>);
+STABLE_TORCH_LIBRARY(ops_dcnv4_cuda_model, library) { ops_dcnv4::define_operators(library); }
+
+STABLE_TORCH_LIBRARY_IMPL(ops_dcnv4_cuda_model, CPU, library) {
+  ops_dcnv4::CudaOperators::implement(library);
+}
+
+TORCH_LIBRARY_FRAGMENT(ops_dcnv4_cuda_model, m) {
   m.def("guard_tensors(bool before) -> ()", guard_tensors);
   m.def("set_order(int order) -> ()", cuda_model::set_order);
 }

@@ -41,13 +41,13 @@ def main(where: str) -> None:
         say(f"value {tuple(value.shape)}, {value.dtype}, {p}")
         operators.dcnv4(value, offset_mask, *p)
         for deterministic in (False, True):
-            torch.use_deterministic_algorithms(deterministic)
-            operators.dcnv4_backward(grad_output, value, offset_mask, *p)
+            operators.dcnv4_backward(
+                grad_output, value, offset_mask, *p, deterministic=deterministic
+            )
     for inputs in small_cases_of_attention():
         say(f"attention: value {tuple(inputs.value.shape)}, {inputs.value.dtype}")
         for deterministic, form in itertools.product((False, True), FORMS):
-            torch.use_deterministic_algorithms(deterministic)
-            run_reference(inputs, form, operators)
+            run_reference(inputs, form, operators, deterministic=deterministic)
     for levels in levels_outside_of_value():
         for dtype in (torch.float32, torch.float64):  # specialized and generic kernels
             say(f"levels outside of value: {levels}, {dtype}")

@@ -117,16 +117,21 @@ def run_operator(inputs: Inputs, form: str, device: str = "cpu") -> Result:
     return Result(*(tensor.detach().cpu() for tensor in (output, *grads)))
 
 
-def run_reference(inputs: Inputs, form: str, module=reference) -> Result:
-    """Return output and gradients, computed by a module with the reference's functions."""
+def run_reference(inputs: Inputs, form: str, module=reference, **options: bool) -> Result:
+    """Return output and gradients, computed by a module with the reference's functions.
+
+    The options are passed on to the function that computes the gradients.
+    """
     value, shapes, start, locations, weights, grad_output = inputs
     levels = (value, shapes, start)
     if form == "split":
         points = (locations, weights)
-        grads = module.ms_deform_attn_backward(grad_output, *levels, *points)
+        grads = module.ms_deform_attn_backward(grad_output, *levels, *points, **options)
         return Result(module.ms_deform_attn(*levels, *points), *grads)
     points = (pack(inputs), locations.shape[4])
-    grad_value, grad_packed = module.flash_deform_attn_backward(grad_output, *levels, *points)
+    grad_value, grad_packed = module.flash_deform_attn_backward(
+        grad_output, *levels, *points, **options
+    )
     output = module.flash_deform_attn(*levels, *points)
     return Result(output, grad_value, *unpack(grad_packed, inputs))
 

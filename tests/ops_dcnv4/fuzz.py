@@ -467,10 +467,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts, end = collections.Counter(), options.seed + options.cases
     for first in range(options.seed, end, 100):
         counts += run(range(first, min(first + 100, end)), options.show)
-    from ops_dcnv4 import _C
-
     listed = ", ".join(f"{count} {' '.join(key)}" for key, count in sorted(counts.items()))
-    sys.stdout.write(f"{counts.total()} cases, {_C.INSTRUCTION_SET} kernels: {listed}\n")
+    sys.stdout.write(f"{counts.total()} cases, {torch.ops.ops_dcnv4.instruction_set()} kernels: {listed}\n")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ template <>
 struct Lanes<float, 8> : PortableLanes<float, 8> {
   using PortableLanes<float, 8>::load;
   using PortableLanes<float, 8>::store;
-  static OPS_DCNV4_INLINE type load(const at::Half* from) {
+  static OPS_DCNV4_INLINE type load(const c10::Half* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
-  static OPS_DCNV4_INLINE void store(at::Half* to, type v) {
+  static OPS_DCNV4_INLINE void store(c10::Half* to, type v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   static OPS_DCNV4_INLINE Vector<float, 4> fold(type v) {

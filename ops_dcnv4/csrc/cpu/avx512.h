@@ -6,13 +6,13 @@
 namespace ops_dcnv4 {
 namespace {
 
-OPS_DCNV4_INLINE __m512 widen(__m256i bits, at::BFloat16) {
+OPS_DCNV4_INLINE __m512 widen(__m256i bits, c10::BFloat16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-OPS_DCNV4_INLINE __m512 widen(__m256i bits, at::Half) { return _mm512_cvtph_ps(bits); }
+OPS_DCNV4_INLINE __m512 widen(__m256i bits, c10::Half) { return _mm512_cvtph_ps(bits); }
 
 // Rounds to nearest, ties to even, like c10.
-OPS_DCNV4_INLINE __m256i narrow(__m512 v, at::BFloat16) {
+OPS_DCNV4_INLINE __m256i narrow(__m512 v, c10::BFloat16) {
   const __m512i bits = _mm512_castps_si512(v), one = _mm512_set1_epi32(1);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
   const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
@@ -20,7 +20,7 @@ OPS_DCNV4_INLINE __m256i narrow(__m512 v, at::BFloat16) {
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
 }
-OPS_DCNV4_INLINE __m256i narrow(__m512 v, at::Half) {
+OPS_DCNV4_INLINE __m256i narrow(__m512 v, c10::Half) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 

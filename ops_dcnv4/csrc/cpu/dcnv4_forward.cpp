@@ -1,7 +1,3 @@
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 
 #include "checks.h"
@@ -12,23 +8,24 @@
 
 namespace ops_dcnv4 {
 
-at::Tensor dcnv4_cpu(const Window& window, const at::Tensor& value, const at::Tensor& offset_mask) {
+Tensor dcnv4_cpu(const Window& window, const Tensor& value, const Tensor& offset_mask) {
   const Geometry g = make_geometry(window, value, offset_mask);
   if (value.numel() == 0 || offset_mask.numel() == 0) {
-    return at::zeros(g.output_shape(), value.options());
+    return zero_tensor(g.output_shape(), value);
   }
-  const at::Tensor v = dense(value), o = dense(offset_mask);
-  at::Tensor output = at::empty(g.output_shape(), v.options());
+  const Tensor v = dense(value), o = dense(offset_mask);
+  Tensor output = empty_tensor(g.output_shape(), v);
   const int64_t pixels = g.batch * g.out_height * g.out_width;
   const int64_t work = std::max<int64_t>(4 * g.channels() * g.taps(), 1);
   dispatch(v.scalar_type(), [&](auto scalar, auto acc) {
     using scalar_t = decltype(scalar);
     using acc_t = decltype(acc);
     Dcnv4Tensors<scalar_t> tensors{v.const_data_ptr<scalar_t>(), o.const_data_ptr<scalar_t>()};
-    tensors.output = output.data_ptr<scalar_t>();
-    at::parallel_for(0, pixels, grain / work + 1, [&](int64_t begin, int64_t end) {
+    tensors.output = output.mutable_data_ptr<scalar_t>();
+    const auto& kernels = instruction_set().kernels(scalar);
+    torch::stable::parallel_for(0, pixels, grain / work + 1, [&](int64_t begin, int64_t end) {
       const ScratchMemory<acc_t> memory(g.taps(), 0);
-      instruction_set().kernels(scalar).dcnv4_forward(g, tensors, memory.scratch, begin, end);
+      kernels.dcnv4_forward(g, tensors, memory.scratch, begin, end);
     });
   });
   return output;

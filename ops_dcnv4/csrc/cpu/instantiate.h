@@ -38,7 +38,8 @@ constexpr Kernels<scalar_t> kernels() {
 }
 
 constexpr InstructionSet instruction_set_of_file(const char* name) {
-  return {name, kernels<float>(), kernels<double>(), kernels<at::BFloat16>(), kernels<at::Half>()};
+  return {name, kernels<float>(), kernels<double>(), kernels<c10::BFloat16>(),
+          kernels<c10::Half>()};
 }
 
 }  // namespace

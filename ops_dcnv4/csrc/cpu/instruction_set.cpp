@@ -3,6 +3,7 @@
 #include <string_view>
 
 #include "cpu/kernels.h"
+#include "tensor.h"
 
 #if defined(OPS_DCNV4_X86)
 #include <cpuid.h>
@@ -33,11 +34,24 @@ bool supports_avx512() {
 
 #endif
 
+// Returns the highest instruction set that may be used. PyTorch's variable, which may have other
+// values on other platforms, applies unless ours is set.
+std::string_view highest_allowed() {
+  const char* name = "OPS_DCNV4_CPU_CAPABILITY";
+  const char* ours = std::getenv(name);
+  const char* of_torch = std::getenv("ATEN_CPU_CAPABILITY");
+  if (ours == nullptr || *ours == '\0') return of_torch == nullptr ? "" : of_torch;
+  const std::string_view highest = ours;
+  OPS_DCNV4_CHECK(highest == "default" || highest == "avx2" || highest == "avx512",
+                  "the environment variable ", name,
+                  " must be default, avx2 or avx512, got ", highest);
+  return highest;
+}
+
 const InstructionSet& choose() {
+  [[maybe_unused]] const std::string_view highest = highest_allowed();
 #if defined(OPS_DCNV4_X86)
   __builtin_cpu_init();
-  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view highest = variable == nullptr ? "" : variable;
   if (highest != "default") {
     if (highest != "avx2" && supports_avx512()) return avx512;
     if (supports_avx2()) return avx2;

@@ -1,8 +1,8 @@
 // The kernels of all instruction sets, and the choice among them.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -86,19 +86,19 @@ struct InstructionSet {
   const char* name;
   Kernels<float> for_float;
   Kernels<double> for_double;
-  Kernels<at::BFloat16> for_bfloat16;
-  Kernels<at::Half> for_half;
+  Kernels<c10::BFloat16> for_bfloat16;
+  Kernels<c10::Half> for_half;
 
   const Kernels<float>& kernels(float) const { return for_float; }
   const Kernels<double>& kernels(double) const { return for_double; }
-  const Kernels<at::BFloat16>& kernels(at::BFloat16) const { return for_bfloat16; }
-  const Kernels<at::Half>& kernels(at::Half) const { return for_half; }
+  const Kernels<c10::BFloat16>& kernels(c10::BFloat16) const { return for_bfloat16; }
+  const Kernels<c10::Half>& kernels(c10::Half) const { return for_half; }
 };
 
 extern const InstructionSet baseline, avx2, avx512;
 
-// Returns the best instruction set that the processor supports and ATEN_CPU_CAPABILITY allows, as
-// for PyTorch's own kernels.
+// Returns the best instruction set that the processor supports and the environment variable
+// OPS_DCNV4_CPU_CAPABILITY allows. Raises an error if the variable has another value.
 const InstructionSet& instruction_set();
 
 }  // namespace ops_dcnv4

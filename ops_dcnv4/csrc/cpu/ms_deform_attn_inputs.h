@@ -1,41 +1,40 @@
 // The inputs of the attention operators, in the form that the kernels expect.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/_softmax.h>
-
 #include "attention.h"
 #include "checks.h"
 #include "cpu/kernels.h"
 
 namespace ops_dcnv4 {
 
-inline void check_levels(const Attention& a, const at::Tensor& shapes, const at::Tensor& start) {
+inline void check_levels(const Attention& a, const Tensor& shapes, const Tensor& start) {
   for (int64_t level = 0; level < a.levels; ++level) {
     const int64_t height = shapes.const_data_ptr<int64_t>()[2 * level];
     const int64_t width = shapes.const_data_ptr<int64_t>()[2 * level + 1];
     const int64_t first = start.const_data_ptr<int64_t>()[level];
-    TORCH_CHECK_VALUE(is_side(height) && is_side(width) && first >= 0 && first <= a.pixels &&
-                          height <= (a.pixels - first) / width,
-                      "level ", level,
-                      " of spatial_shapes and level_start_index must lie within the ", a.pixels,
-                      " pixels of value, got ", height, " x ", width, " from ", first, " on");
+    OPS_DCNV4_CHECK(is_side(height) && is_side(width) && first >= 0 && first <= a.pixels &&
+                        height <= (a.pixels - first) / width,
+                    "level ", level,
+                    " of spatial_shapes and level_start_index must lie within the ", a.pixels,
+                    " pixels of value, got ", height, " x ", width, " from ", first, " on");
   }
 }
 
 // Contiguous, with locations and normalized weights in the accumulator's type.
 struct DenseInputs {
-  at::Tensor value, spatial_shapes, level_start_index, locations, weights;
+  ScalarType dtype;  // of locations and weights
+  Tensor value, spatial_shapes, level_start_index, locations, weights;
 
   DenseInputs(const Attention& a, const AttentionInputs& in)
-      : value(dense(in.value)),
+      : dtype(accumulated(in.value.scalar_type())),
+        value(dense(in.value)),
         spatial_shapes(dense(in.spatial_shapes)),
-        level_start_index(dense(in.level_start_index)) {
+        level_start_index(dense(in.level_start_index)),
+        locations(cast(dense(in.locations), dtype)),
+        weights(a.fused ? torch::stable::narrow(locations, 3, a.first_weight(), a.taps())
+                        : cast(dense(in.weights), dtype)) {
     check_levels(a, spatial_shapes, level_start_index);
-    const at::ScalarType dtype = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    locations = dense(in.locations).to(dtype);
-    weights = a.fused ? at::_softmax(locations.slice(3, a.first_weight()), -1, false)
-                      : dense(in.weights).to(dtype);
+    if (a.fused) weights = call_operator("aten::_softmax", weights, int64_t(-1), false);
   }
 
   bool is_empty() const { return value.numel() == 0 || locations.numel() == 0; }

@@ -1,10 +1,9 @@
 // Memory and granularity of the CPU workers.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/core/CPUAllocator.h>
-
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "cpu/kernels.h"
 
@@ -18,8 +17,8 @@ class ScratchMemory {
     const int64_t numbers = scratch_numbers(taps) * sizeof(acc_t);
     const int64_t indices = scratch_indices(taps) * sizeof(int32_t);
     const int64_t slice = (slice_numbers * sizeof(acc_t) + 63) / 64 * 64;
-    memory_ = c10::GetCPUAllocator()->allocate(numbers + indices + 2 * slice);
-    char* start = static_cast<char*>(memory_.get());
+    memory_.reset(static_cast<char*>(::operator new(numbers + indices + 2 * slice, alignment)));
+    char* start = memory_.get();
     // Lanes beyond the last tap are computed and ignored. Denormal numbers there would be slow.
     std::memset(start, 0, numbers + indices);
     scratch = {reinterpret_cast<acc_t*>(start), reinterpret_cast<int32_t*>(start + numbers),
@@ -30,7 +29,11 @@ class ScratchMemory {
   Scratch<acc_t> scratch;
 
  private:
-  at::DataPtr memory_;
+  static constexpr std::align_val_t alignment{64};  // of the widest vectors
+  struct Free {
+    void operator()(char* memory) const { ::operator delete(memory, alignment); }
+  };
+  std::unique_ptr<char, Free> memory_;
 };
 
 // Approximate number of multiply-adds that makes it worthwhile to wake a thread.

@@ -98,7 +98,7 @@ struct Dcnv4Sampler {
 
 // Calls body with the sampler of the matching kernels.
 template <typename scalar_t, typename acc_t, typename Body>
-void with_sampler(const Geometry& g, std::initializer_list<const at::Tensor*> tensors,
+void with_sampler(const Geometry& g, std::initializer_list<const Tensor*> tensors,
                   const Body& body) {
   const KernelSizes sizes{
       g.group_channels, g.y.kernel == 3 && g.x.kernel == 3 ? g.taps() : 0,

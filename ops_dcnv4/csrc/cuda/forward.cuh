@@ -55,7 +55,7 @@ struct HalfCornerWeights {
   }
 
   template <int n>
-  __device__ __forceinline__ void add_sample(const Pack<at::Half, n> (&pixels)[4], bool reaches,
+  __device__ __forceinline__ void add_sample(const Pack<c10::Half, n> (&pixels)[4], bool reaches,
                                              Pack<float, n>& sum) const {
     const __half2 upper = ops_dcnv4::bit_cast<__half2>(top);
     const __half2 lower = ops_dcnv4::bit_cast<__half2>(bottom);
@@ -83,7 +83,7 @@ struct HalfCornerWeights {
 
 template <typename S>
 using CornerWeightsOf =
-    std::conditional_t<std::is_same_v<typename S::scalar_t, at::Half> && S::vec % 2 == 0,
+    std::conditional_t<std::is_same_v<typename S::scalar_t, c10::Half> && S::vec % 2 == 0,
                        HalfCornerWeights, CornerWeights<typename S::acc_t>>;
 
 // Computes output (N, ..., C) from value and the tensors that the sampler reads, which may be the

@@ -1,11 +1,11 @@
 // Launching of kernels, and conversions between types of the same size.
 #pragma once
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAStream.h>
 #include <cuda_fp16.h>
 
 #include <cstring>
+
+#include "cuda/runtime.h"
 
 namespace ops_dcnv4 {
 
@@ -17,8 +17,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, const Argument
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
-  config.stream = c10::cuda::getCurrentCUDAStream();
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+  config.stream = current_stream();
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 template <typename To, typename From>

@@ -1,7 +1,7 @@
 // Vectorized loads, stores and atomic additions.
 #pragma once
 
-#include <c10/util/BFloat16.h>
+#include <torch/headeronly/util/BFloat16.h>
 
 #include <type_traits>
 

@@ -1,8 +1,6 @@
 // Sampling points of multi-scale deformable attention: those of each query in each level of value.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -159,7 +157,7 @@ struct MsDeformAttnSampler {
 // Calls body with the sampler of the matching kernels. A thread holds up to `bytes` of channels.
 template <typename scalar_t, typename acc_t, typename point_t, int bytes, typename Body>
 void with_sampler(const Attention& a, const LevelTensors& levels,
-                  std::initializer_list<const at::Tensor*> tensors, const Body& body) {
+                  std::initializer_list<const Tensor*> tensors, const Body& body) {
   const int64_t of_query = a.heads * std::max<int64_t>(a.head_channels, 3 * a.taps());
   const KernelSizes sizes{a.head_channels, a.taps(),
                           std::max(a.pixels * a.channels(), a.queries * of_query)};

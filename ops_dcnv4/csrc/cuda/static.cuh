@@ -1,14 +1,13 @@
 // Sizes that kernels are compiled for, and the choice among them.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
 #include <type_traits>
 
 #include "cuda/units.cuh"
+#include "tensor.h"
 
 namespace ops_dcnv4 {
 
@@ -55,10 +54,10 @@ struct KernelSizes {
 // many, and constant sizes for the group widths of the published models with one of these numbers
 // of taps.
 template <typename scalar_t, typename acc_t, int vec, int... taps, typename Body>
-void with_static(const KernelSizes& sizes, std::initializer_list<const at::Tensor*> tensors,
+void with_static(const KernelSizes& sizes, std::initializer_list<const Tensor*> tensors,
                  const Body& body) {
   bool aligned = sizes.group_channels % vec == 0;
-  for (const at::Tensor* tensor : tensors) {
+  for (const Tensor* tensor : tensors) {
     const auto address = reinterpret_cast<std::uintptr_t>(tensor->const_data_ptr());
     aligned &= address % (vec * sizeof(scalar_t)) == 0;
   }

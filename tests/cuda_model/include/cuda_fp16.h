@@ -1,7 +1,7 @@
 // The subset of CUDA's half2 arithmetic that the kernels use.
 #pragma once
 
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 

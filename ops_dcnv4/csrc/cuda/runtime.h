@@ -1,0 +1,22 @@
+// What the host code needs of CUDA and of PyTorch's stable ABI for it. The tests' emulator of CUDA
+// has a file in place of this one.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/macros/Macros.h>
+
+namespace ops_dcnv4 {
+
+using torch::stable::accelerator::DeviceGuard;
+
+inline cudaStream_t current_stream() {
+  void* stream;
+  const auto device = torch::stable::accelerator::getCurrentDeviceIndex();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+}  // namespace ops_dcnv4
