@@ -10,7 +10,7 @@ DIGITS := configs/classification/flash_internimage_nano_digits.yaml
 SCENES := configs/detection/mask_rcnn_flash_internimage_nano_fpn_digits_scenes.py
 SCENE_MAPS := configs/segmentation/upernet_flash_internimage_nano_digits_scenes.py
 OPS_SOURCES := $(shell find ops_dcnv4/csrc ops_dcnv4/ops_dcnv4 -name '*.cpp' -o -name '*.cu*' -o -name '*.h' -o -name '*.py') \
-	ops_dcnv4/setup.py ops_dcnv4/pyproject.toml
+	ops_dcnv4/setup.py ops_dcnv4/build_backend.py ops_dcnv4/pyproject.toml
 
 # CUDA kernels are built if nvcc is found: for the GPUs of this machine or, without any, for a single
 # architecture to verify that they compile. The default of setup.py covers all architectures.
@@ -97,10 +97,10 @@ $(SANITIZED)/.built: $(OPS_SOURCES) $(VENV)/.package
 	touch $@
 
 clean:
-	rm -rf $(VENV) build ops_dcnv4/build ops_dcnv4/*.egg-info *.egg-info
+	rm -rf $(VENV) build flash_internimage/.mim ops_dcnv4/build ops_dcnv4/*.egg-info *.egg-info
 
 data/%: | $(VENV)/.package
-	$(RUN) -m tools.make_demo_data $* --root $@
+	$(RUN) -m flash_internimage demo-data $* --root $@
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python >= 3.11 is needed, $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12 ...")'
@@ -118,7 +118,7 @@ $(VENV)/.operators: $(OPS_SOURCES) $(VENV)/.requirements
 	OPS_DCNV4_REQUIRE_COMPILED=1 $(PIP) --force-reinstall --no-deps ./ops_dcnv4
 	touch $@
 
-$(VENV)/.package: pyproject.toml $(VENV)/.operators
+$(VENV)/.package: pyproject.toml setup.py $(VENV)/.operators
 	$(PIP) --no-build-isolation --no-deps --config-settings editable_mode=compat --editable .
 	touch $@
 

@@ -11,7 +11,7 @@ from flash_internimage.openmmlab.cli import train
 
 def main() -> None:
     """Parse the command line and train a detector."""
-    train.main("detection.train", "Train a detector.")
+    train.main("python -m detection.train", "Train a detector.")
 
 
 if __name__ == "__main__":

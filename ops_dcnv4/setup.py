@@ -16,10 +16,8 @@ to Triton or the PyTorch reference. Environment variables:
 import os
 import re
 import shutil
-import site
 import subprocess
 import sys
-import sysconfig
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,13 +37,7 @@ DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0+PTX", "10.0", "12.0")
 
 
 def import_cpp_extension() -> Any:
-    """Return torch.utils.cpp_extension, or None if PyTorch is not installed.
-
-    pip's build isolation hides the packages of the environment but uses its interpreter. The
-    environment's site-packages are added back, because the kernels must be compiled against the
-    PyTorch that will load them.
-    """
-    site.addsitedir(sysconfig.get_path("purelib"))
+    """Return torch.utils.cpp_extension, or None if PyTorch is not installed."""
     try:
         from torch.utils import cpp_extension
     except ImportError as error:

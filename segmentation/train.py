@@ -11,7 +11,7 @@ from flash_internimage.openmmlab.cli import train
 
 def main() -> None:
     """Parse the command line and train a segmentor."""
-    train.main("segmentation.train", "Train a segmentor.")
+    train.main("python -m segmentation.train", "Train a segmentor.")
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def train_until_killed(task: str, config: Path, folder: Path) -> None:
     run_until_killed(f"{task}.train", config, "--work-dir", folder, "--resume")
 
 
-def train_with_two_processes(task: str, config: Path, folder: Path) -> None:
+def train_with_two_processes(config: Path, folder: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", "-m", f"{task}.train", config]
+    command = [*torchrun, "--nproc-per-node", "2", "-m", "flash_internimage", "train", config]
     done = subprocess.run([*command, "--work-dir", folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]

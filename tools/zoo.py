@@ -1,215 +1,30 @@
-"""List, download, convert and evaluate the released checkpoints.
+"""`flash-internimage zoo`, and the command that updates the documents made from the zoo.
 
-python -m tools.zoo list
-python -m tools.zoo info NAME
-python -m tools.zoo download NAME...
-python -m tools.zoo convert NAME|FILE -o OUT
-python -m tools.zoo evaluate NAME --data DIR
+python -m tools.zoo list|info|download|convert|evaluate ...
 python -m tools.zoo generate
 """
 
 import argparse
-import json
-import logging
-import os
 import sys
-from dataclasses import asdict
-from pathlib import Path
 
-import huggingface_hub
-import timm
-import torch
-import yaml
-from torch import nn
-
-from flash_internimage.checkpoints import convert_file, fetch_checkpoint
-from flash_internimage.checkpoints.zoo import Entry, find, read_zoo
-from flash_internimage.classification.cli.test import check_json
-from flash_internimage.files import write_atomically
+from flash_internimage.checkpoints.zoo import Entry
+from flash_internimage.cli import extras, zoo
 from tools.zoo_documents import documents
-from tools.zoo_evaluation import IMAGES, compare, evaluate, load_config
 
-_logger = logging.getLogger(__name__)
-
-
-def _say(text: str = "") -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+PROGRAM = "python -m tools.zoo"
 
 
-def build_model(name: str, entry: Entry) -> nn.Module:
-    """Return the model of an entry, on the meta device to save the memory of its weights."""
-    with torch.device("meta"):
-        if entry.task == "classification":
-            return timm.create_model(name)
-        from mmengine.registry import MODELS, DefaultScope
-
-        cfg = load_config(entry)
-        with DefaultScope.overwrite_default_scope(cfg.default_scope):
-            return MODELS.build(cfg.model)
-
-
-def _list(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
-    width = max(map(len, zoo))
-    _say(f"{'name':<{width}}  {'parameters':>10}  published (percent)")
-    for name, entry in zoo.items():
-        figures = ", ".join(f"{key} {value}" for key, value in entry.published.items())
-        _say(f"{name:<{width}}  {entry.parameters / 1e6:8.1f} M  {figures}".rstrip())
-
-
-def _info(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
-    entry = find(zoo, arguments.name)
-    try:
-        file = str(entry.fetch(offline=True))
-    except FileNotFoundError:
-        file = "not downloaded"
-    known = {key: value for key, value in asdict(entry).items() if value is not None}
-    _say(yaml.safe_dump({arguments.name: known | {"file": file}}, sort_keys=False).rstrip())
-
-
-def _download(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
-    for entry in [find(zoo, name) for name in arguments.names]:
-        _say(str(entry.fetch(arguments.offline)))
-
-
-def _convert(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
-    name = arguments.model or (arguments.source if arguments.source in zoo else None)
-    expected = build_model(name, find(zoo, name)).state_dict() if name else None
-    source = arguments.source
-    if os.path.isfile(source) or source.lower().startswith(("http://", "https://")):
-        source = fetch_checkpoint(source, arguments.offline)
-    else:
-        source = find(zoo, source).fetch(arguments.offline)
-    if expected is None:
-        _logger.warning("the weights of %s are not compared with a model; see --model", source)
-    mismatches = convert_file(
-        source, arguments.output, expected, arguments.published, arguments.partial
-    )
-    for mismatch in mismatches:
-        _logger.warning("%s", mismatch)
-    if mismatches and not arguments.partial:
-        raise ValueError(
-            f"{source} does not match {name}, see above; --partial writes the matching weights"
-        )
-    _say(str(arguments.output))
-
-
-def _evaluate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
-    name = arguments.name
-    entry = find(zoo, name)
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {arguments.limit}")
-    if arguments.tta and entry.task != "segmentation":
-        raise ValueError(f"--tta must be used with a segmentor, got {name} ({entry.task})")
-    if not arguments.data.is_dir():
-        raise FileNotFoundError(f"--data not found: {arguments.data}")
-    if arguments.json:
-        check_json(arguments.json)
-    if arguments.checkpoint:
-        checkpoint = fetch_checkpoint(arguments.checkpoint, arguments.offline)
-    else:
-        checkpoint = entry.fetch(arguments.offline)
-    measured, images = evaluate(
-        name, entry, checkpoint, arguments.data, device=arguments.device,
-        limit=arguments.limit, tta=arguments.tta, work_dir=arguments.work_dir,
-    )  # fmt: skip
-    whole = images == IMAGES[entry.task]
-    if not whole:
-        _logger.warning(
-            "evaluated %d of %d images: cannot tell whether the result is reproduced",
-            images, IMAGES[entry.task],
-        )  # fmt: skip
-    result = {
-        "name": name,
-        "checkpoint": str(checkpoint),
-        "data": str(arguments.data),
-        "images": images,
-        "figures": compare(entry, measured, whole),
-    }
-    _say(f"{'':<20}{'measured':>10}{'published':>11}{'difference':>12}")
-    for figure, row in result["figures"].items():
-        cells = f"{row['measured']:>10.2f}{row.get('published', '-'):>11}"
-        _say(f"{figure:<20}{cells}{row.get('difference', '-'):>12}")
-    _say(json.dumps(result, allow_nan=False))
-    if arguments.json:
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        write_atomically(arguments.json, lambda file: file.write(text.encode()))
-
-
-def _generate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
-    for path, text in documents(zoo).items():
+def _generate(entries: dict[str, Entry], arguments: argparse.Namespace) -> None:
+    for path, text in documents(entries).items():
         path.write_text(text)
-        _say(str(path))
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.zoo", description="Manage the released checkpoints."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    cached = argparse.ArgumentParser(add_help=False)
-    cached.add_argument("--offline", action="store_true", help="use cached files only")
-
-    listing = commands.add_parser("list", help="list names, sizes and published results")
-    listing.set_defaults(run=_list)
-
-    info = commands.add_parser("info", help="show an entry")
-    info.add_argument("name", metavar="NAME")
-    info.set_defaults(run=_info)
-
-    download = commands.add_parser("download", parents=[cached], help="download to the cache")
-    download.add_argument("names", nargs="+", metavar="NAME")
-    download.set_defaults(run=_download)
-
-    conversion = commands.add_parser("convert", parents=[cached],
-                                     help="convert to other names or formats")  # fmt: skip
-    conversion.add_argument("source", metavar="NAME|FILE", help="entry of the zoo, path or URL")
-    conversion.add_argument("-o", "--output", type=Path, required=True, metavar="OUT",
-                            help="*.safetensors or *.pth")  # fmt: skip
-    conversion.add_argument(
-        "--model", metavar="NAME", help="zoo entry whose model the weights are checked against"
-    )
-    conversion.add_argument("--published", action="store_true",
-                            help="convert to the published parameter names")  # fmt: skip
-    conversion.add_argument("--partial", action="store_true",
-                            help="write only the matching weights")  # fmt: skip
-    conversion.set_defaults(run=_convert)
-
-    evaluation = commands.add_parser("evaluate", parents=[cached],
-                                     help="evaluate, compare with published results")  # fmt: skip
-    evaluation.add_argument("name", metavar="NAME")
-    evaluation.add_argument("--data", type=Path, required=True, metavar="DIR",
-                            help="root of ImageNet, COCO or ADEChallengeData2016")  # fmt: skip
-    evaluation.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto)")
-    evaluation.add_argument("--limit", type=int, metavar="N", help="evaluate on N images only")
-    evaluation.add_argument("--tta", action="store_true",
-                            help="multi-scale evaluation of a segmentor")  # fmt: skip
-    evaluation.add_argument("--checkpoint", help="path or URL of another checkpoint of this model")
-    evaluation.add_argument("--work-dir", type=Path,
-                            help="folder for OpenMMLab's logs (output/zoo/NAME)")  # fmt: skip
-    evaluation.add_argument("--json", type=Path, help="also write the result to this file")
-    evaluation.set_defaults(run=_evaluate)
-
-    generation = commands.add_parser("generate", help="update README.md and OpenMMLab's metafiles")
-    generation.set_defaults(run=_generate)
-    return parser.parse_args(argv)
+        sys.stdout.write(f"{path}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit code."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
-    arguments = parse_arguments(argv)
-    try:
-        arguments.run(read_zoo(), arguments)
-    except ImportError as error:
-        _logger.error("%s: detection and segmentation need requirements-openmmlab.txt", error)
-        return 2
-    except (ValueError, OSError, RuntimeError) as error:
-        _logger.error("%s", error)
-        return 2
-    return 0
+    generate = "generate", "update README.md and OpenMMLab's metafiles", _generate
+    with extras.required_by(PROGRAM):
+        return zoo.main(argv, PROGRAM, [generate])
 
 
 if __name__ == "__main__":

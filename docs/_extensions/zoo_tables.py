@@ -12,8 +12,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from flash_internimage.checkpoints.zoo import ZOO, Entry, Figure, read_zoo
+from flash_internimage.cli.zoo_evaluation import TOLERANCE
 from tools.zoo_documents import ROOT, table
-from tools.zoo_evaluation import TOLERANCE
 
 _FIGURES: dict[Figure, str] = {
     "top1": "top-1",
@@ -67,7 +67,7 @@ def _reproduction_row(name: str, task: str, config: str, entry: Entry) -> tuple:
     nodes_ = f"--nnodes {gpus // 8} " if gpus > 8 else ""
     data = f" data.root={_DATA[task]}" if task == "classification" else ""
     train = f"torchrun {nodes_}--nproc-per-node 8 -m {task}.train {config}{data}"
-    evaluate = f"python -m tools.zoo evaluate {name} --data {_DATA[task]}"
+    evaluate = f"flash-internimage zoo evaluate {name} --data {_DATA[task]}"
     published = (f"{_FIGURES[figure]} {value}" for figure, value in entry.published.items())
     accepted = (
         f"{value - TOLERANCE:.1f} to {value + TOLERANCE:.1f}" for value in entry.published.values()

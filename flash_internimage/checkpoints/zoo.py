@@ -60,6 +60,6 @@ def find(zoo: Mapping[str, Entry], name: str) -> Entry:
     """
     if name not in zoo:
         close = difflib.get_close_matches(name, zoo, n=1, cutoff=0.5)
-        hint = f"did you mean '{close[0]}'?" if close else "see `python -m tools.zoo list`"
+        hint = f"did you mean '{close[0]}'?" if close else "see `flash-internimage zoo list`"
         raise ValueError(f"no checkpoint '{name}' in the zoo; {hint}")
     return zoo[name]

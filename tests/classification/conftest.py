@@ -5,8 +5,8 @@ import pytest
 
 from flash_internimage.classification.config import Config
 from flash_internimage.classification.training import train
+from flash_internimage.cli.demo_data import write_digits
 from tests.classification.helpers import EPOCHS, SMALL, build
-from tools.make_demo_data import write_digits
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.make_demo_data import write_digits_scenes
+from flash_internimage.cli.demo_data import write_digits_scenes
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "detection"
 DEMOS = {

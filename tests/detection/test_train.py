@@ -113,7 +113,7 @@ model = dict(roi_head=dict(bbox_head=dict(
 """
     config = write_config(tmp_path / "two.py", settings=settings)
     folder = tmp_path / "run"
-    train_with_two_processes("detection", config, folder)
+    train_with_two_processes(config, folder)
     assert "GPU number: 2" in log(folder)
     assert list(curves.read_scalars(folder)["loss"]) == [1, 2, 3]
     alone = evaluate(config, folder / "epoch_1.pth", "--work-dir", tmp_path / "alone")

@@ -1,10 +1,29 @@
 import importlib
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+import flash_internimage_cli
+from flash_internimage.cli.extras import EXTRAS
 
 ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Requirements of the distribution without extras, and of each extra.
+REQUIRED = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
+PINNED = {
+    "requirements.txt": ["", "train"],
+    "requirements-openmmlab.txt": ["openmmlab"],
+    "requirements-dev.txt": ["dev"],
+}
+
+
+def requirements(lines) -> dict[str, Requirement]:
+    lines = (line.partition("#")[0].strip() for line in lines)
+    parsed = (Requirement(line) for line in lines if line and not line.startswith("-"))
+    return {requirement.name.replace("_", "-").lower(): requirement for requirement in parsed}
 
 
 @pytest.mark.parametrize("package", ["flash_internimage", "ops_dcnv4"])
@@ -33,3 +52,27 @@ def test_former_function_names_are_aliases():
     conversion = importlib.import_module("flash_internimage.conversion")
     assert conversion.restore_checkpoint is conversion.to_published_checkpoint
     assert conversion.restore_state_dict is conversion.to_published_state_dict
+
+
+@pytest.mark.parametrize("file", PINNED)
+def test_the_tested_versions_are_accepted_by_the_extras(file):
+    pins = requirements((ROOT / file).read_text().splitlines())
+    extras = requirements(line for extra in PINNED[file] for line in REQUIRED[extra])
+    assert extras.keys() - {"ops-dcnv4"} <= pins.keys()
+    for name, requirement in extras.items():
+        [pin] = pins[name].specifier if name in pins else [None]
+        assert pin is None or requirement.specifier.contains(pin.version), name
+
+
+def test_missing_packages_are_attributed_to_an_extra_that_contains_them():
+    distributions = metadata.packages_distributions()
+    for extra, packages in EXTRAS.items():
+        required = requirements(REQUIRED[extra]).keys()
+        for package in packages:
+            assert required & {name.lower() for name in distributions[package]}, package
+
+
+def test_the_console_program_is_installed():
+    assert PROJECT["scripts"] == {"flash-internimage": "flash_internimage_cli:main"}
+    [script] = metadata.entry_points(group="console_scripts", name="flash-internimage")
+    assert script.load() is flash_internimage_cli.main

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from mmengine.registry import DefaultScope
 
-from tools.make_demo_data import write_digits_scenes_ade20k
+from flash_internimage.cli.demo_data import write_digits_scenes_ade20k
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "segmentation"
 SMALL = {

@@ -128,7 +128,7 @@ def test_two_processes_train_and_evaluate(family, write_config, tmp_path):
     settings += HEADS[family]
     config = write_config(tmp_path / "two.py", family, settings)
     folder = tmp_path / "run"
-    train_with_two_processes("segmentation", config, folder)
+    train_with_two_processes(config, folder)
     assert "GPU number: 2" in log(folder)
     assert list(curves.read_scalars(folder)["loss"]) == [1, 2]
     together = figures(folder)

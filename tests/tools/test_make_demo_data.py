@@ -1,5 +1,4 @@
 import json
-import sys
 from functools import partial
 
 import cv2
@@ -10,13 +9,13 @@ from pycocotools.coco import COCO
 from scipy.ndimage import binary_dilation, binary_erosion
 from sklearn.datasets import load_digits, load_sample_images
 
-from tools.make_demo_data import (
+from flash_internimage.cli.demo_data import (
     main,
     write_digits,
     write_digits_scenes,
     write_digits_scenes_ade20k,
 )
-from tools.scenes import Instance, Scene
+from flash_internimage.cli.demo_scenes import Instance, Scene
 
 # The decoder of pycocotools predates NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -342,9 +341,8 @@ def test_command_writes_the_named_data_set_once(arguments, name, root, tmp_path,
 
     for each in ("digits", "digits-scenes", "digits-scenes-ade20k"):
         function = f"write_{each.replace('-', '_')}"
-        monkeypatch.setattr(f"tools.make_demo_data.{function}", writer(each))
-    monkeypatch.setattr(sys, "argv", ["make_demo_data", *arguments])
+        monkeypatch.setattr(f"flash_internimage.cli.demo_data.{function}", writer(each))
     monkeypatch.chdir(tmp_path)
-    main()
-    main()  # The dataset exists.
+    assert main(arguments) == 0
+    assert main(arguments) == 0  # The dataset exists.
     assert written == [(name, root)]

@@ -23,11 +23,12 @@ from flash_internimage.checkpoints import (
     load_checkpoint,
     read_zoo,
 )
+from flash_internimage.cli import zoo as tool
+from flash_internimage.cli import zoo_evaluation
 from flash_internimage.openmmlab import FlashInternImageBackbone
 from tests.flash_internimage.openmmlab.goldens import arrays
 from tests.recipes import DATA, ROOT, read_recipes
 from tests.servers import FileServer, serve, use_as_hub, use_own_caches
-from tools import zoo as tool
 
 NANO = "flash_internimage_nano.untrained"
 ON_HUB = "/OpenGVLab/DCNv4/resolve/main"
@@ -312,7 +313,7 @@ def test_unsupported_contents_are_one_error(contents, out, message, refused, tmp
 
 @pytest.mark.usefixtures("server")
 def test_evaluation_compares_with_the_published_figure(run, data, tmp_path, monkeypatch):
-    monkeypatch.setitem(tool.IMAGES, "classification", 20)
+    monkeypatch.setitem(zoo_evaluation.IMAGES, "classification", 20)
     out = tmp_path / "result.json"
     text = run("evaluate", NANO, "--data", data, "--device", "cpu", "--json", out)
     result = json.loads(out.read_text())
@@ -343,13 +344,13 @@ def test_a_subset_of_the_images_does_not_count_as_reproduction(
 )
 def test_a_figure_within_the_tolerance_is_reproduced(measured, reproduced):
     entry = read_zoo()["flash_internimage_tiny.in1k"]
-    row = tool.compare(entry, {"top1": measured}, whole=True)["top1"]
+    row = zoo_evaluation.compare(entry, {"top1": measured}, whole=True)["top1"]
     assert (row["published"], row["reproduced"]) == (83.6, reproduced)
 
 
 def test_figures_without_a_published_value_are_not_compared():
     entry = read_zoo()["flash_internimage_large.in22k_384"]
-    assert tool.compare(entry, {"top1": 50.0}, whole=True) == {"top1": {"measured": 50.0}}
+    assert zoo_evaluation.compare(entry, {"top1": 50.0}, whole=True) == {"top1": {"measured": 50.0}}
 
 
 @pytest.mark.usefixtures("server")
@@ -372,7 +373,7 @@ def test_wrong_arguments_are_one_error(refused, arguments, message):
 
 def test_the_commands_of_the_guide_are_accepted():
     guide = (ROOT / "docs" / "zoo.md").read_text()
-    commands = re.findall(r"^\.venv/bin/python -m tools\.zoo (.*)$", guide, re.MULTILINE)
+    commands = re.findall(r"^flash-internimage zoo (.*)$", guide, re.MULTILINE)
     assert len(commands) == 8
     known = read_zoo()
     for command in commands:

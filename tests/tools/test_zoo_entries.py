@@ -126,7 +126,9 @@ def test_figures_have_a_source():
 def test_a_misspelt_name_is_an_error():
     with pytest.raises(ValueError, match=r"did you mean 'flash_internimage_tiny\.in1k'"):
         find(ENTRIES, "flash_internimage_tinny.in1k")
-    with pytest.raises(ValueError, match=r"no checkpoint 'xyz' in the zoo; see `python -m tools"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint 'xyz' in the zoo; see `flash-internimage zoo list`"
+    ):
         find(ENTRIES, "xyz")
 
 

@@ -22,14 +22,14 @@ from ..processes import EndedByAnother, fail_together, join_processes, rank, wor
 
 _logger = logging.getLogger(__name__)
 
+PROGRAM = "python -m classification.test"
+
 MAX_BATCH_SIZE = 65536
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m classification.test", description="Evaluate a classifier."
-    )
+    parser = argparse.ArgumentParser(program, description="Evaluate a classifier.")
     parser.add_argument("model", metavar="MODEL|CONFIG", help="timm model, or training config")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.crop_pct=0.9")
     parser.add_argument("--checkpoint", help="path or URL (default: the released weights)")
@@ -107,10 +107,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the script and return its exit code."""
+def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
+    """Run the script and return its exit code.
+
+    Args:
+        argv: Arguments; None for those of the process.
+        program: Name of the program in usage messages.
+    """
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    arguments = parse_arguments(argv)
+    arguments = parse_arguments(argv, program)
     for name in ("checkpoint", "data"):  # Shells do not expand --data=~/images.
         if (value := getattr(arguments, name)) is not None:
             setattr(arguments, name, os.path.expanduser(value))

@@ -15,12 +15,12 @@ from ..training import EXPECTED_ERRORS, train
 
 _logger = logging.getLogger(__name__)
 
+PROGRAM = "python -m classification.train"
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+
+def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m classification.train", description="Train a classifier."
-    )
+    parser = argparse.ArgumentParser(program, description="Train a classifier.")
     parser.add_argument("config", help="training config (YAML), see configs/classification")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=1e-3")
     parser.add_argument(
@@ -31,10 +31,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the script and return its exit code."""
+def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
+    """Run the script and return its exit code.
+
+    Args:
+        argv: Arguments; None for those of the process.
+        program: Name of the program in usage messages.
+    """
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    arguments = parse_arguments(argv)
+    arguments = parse_arguments(argv, program)
     try:
         with logging_redirect_tqdm(), held_log() as held:
             train(load_config(arguments.config, arguments.overrides), arguments.resume, held)

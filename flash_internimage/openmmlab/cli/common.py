@@ -41,7 +41,7 @@ class _Settings(DictAction):
 
 def base_parser(program: str, description: str) -> argparse.ArgumentParser:
     """Return an argument parser with the arguments that all scripts share."""
-    parser = argparse.ArgumentParser(f"python -m {program}", description=description)
+    parser = argparse.ArgumentParser(program, description=description)
     parser.add_argument("config", type=Path, help="config file, see configs/")
     parser.add_argument(
         "--work-dir",

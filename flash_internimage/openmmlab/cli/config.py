@@ -69,6 +69,28 @@ _OBSOLETE_DICTS |= {"lr_config", "momentum_config", "optimizer", "optimizer_conf
 _OBSOLETE_KEYS_OF_DATA = {"train", "val", "test", "samples_per_gpu", "workers_per_gpu"}
 
 
+def read_config(path: Path, import_custom_modules: bool = True) -> Config:
+    """Read a config.
+
+    Args:
+        path: Path of the file.
+        import_custom_modules: Whether to import what `custom_imports` of the config lists.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"config not found: {path}")
+    try:
+        return Config.fromfile(path, import_custom_modules=import_custom_modules)
+    except (Exception, SystemExit) as error:  # Configs are programs and can raise anything.
+        if is_from_this_package(error):
+            raise
+        reason = f"{type(error).__name__}: {describe(error.__cause__ or error)}"
+        raise ValueError(f"config {path} cannot be read: {reason}") from error
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """Load and validate a config with the overrides of the command line.
 
@@ -76,15 +98,7 @@ def load_config(args: argparse.Namespace) -> Config:
         FileNotFoundError: If the config does not exist.
         ValueError: If it cannot be read, a key is unknown or obsolete, or a value is invalid.
     """
-    if not args.config.is_file():
-        raise FileNotFoundError(f"config not found: {args.config}")
-    try:
-        cfg = Config.fromfile(args.config)
-    except (Exception, SystemExit) as error:  # Configs are programs and can raise anything.
-        if is_from_this_package(error):
-            raise
-        reason = f"{type(error).__name__}: {describe(error.__cause__ or error)}"
-        raise ValueError(f"config {args.config} cannot be read: {reason}") from error
+    cfg = read_config(args.config)
     variables = _used_variables(cfg.text)
     settings = [name for name in cfg if name not in variables and not _is_variable(cfg, name)]
     _refuse_obsolete(str(args.config), settings)

@@ -50,9 +50,15 @@ def training_parser(program: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def main(program: str, description: str) -> None:
-    """Parse the command line and train, reporting user errors in one line."""
-    args = training_parser(program, description).parse_args()
+def main(program: str, description: str, argv: list[str] | None = None) -> None:
+    """Parse a command line and train, reporting user errors in one line.
+
+    Args:
+        program: Name of the program in usage messages.
+        description: What it does.
+        argv: Arguments; None for those of the process.
+    """
+    args = training_parser(program, description).parse_args(argv)
     with one_line_errors(), ending_together():
         run_training(args)
 

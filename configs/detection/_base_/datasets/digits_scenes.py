@@ -1,5 +1,5 @@
-# 400 training and 60 validation images, written by `tools/make_demo_data.py digits-scenes`:
-# handwritten digits on crops of photographs.
+# 400 training and 60 validation images: handwritten digits on crops of photographs, written by
+# `flash-internimage demo-data digits-scenes`.
 _base_ = "coco_instance.py"
 data_root = "data/digits-scenes/"
 classes = tuple("0123456789")

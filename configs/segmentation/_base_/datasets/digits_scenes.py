@@ -1,5 +1,5 @@
-# 400 training and 60 validation images, written by `tools/make_demo_data.py digits-scenes-ade20k`:
-# handwritten digits on crops of photographs, in the layout and with the labels of ADE20K.
+# 400 training and 60 validation images: handwritten digits on crops of photographs, in the layout
+# and with the labels of ADE20K, written by `flash-internimage demo-data digits-scenes-ade20k`.
 _base_ = "ade20k_512.py"
 crop_size = (128, 128)
 train_pipeline = [

@@ -6,6 +6,7 @@ import torch
 from mmseg.models import SegDataPreProcessor
 from PIL import Image
 
+from flash_internimage.cli.demo_data import write_digits_scenes_ade20k
 from flash_internimage.openmmlab.segmentation import CheckedSegDataset
 from tests.flash_internimage.openmmlab.label_maps import (
     HEIGHT,
@@ -17,7 +18,6 @@ from tests.flash_internimage.openmmlab.label_maps import (
     reduced,
     write_labels,
 )
-from tools.make_demo_data import write_digits_scenes_ade20k
 
 DIGITS = ("background", *"0123456789")
 

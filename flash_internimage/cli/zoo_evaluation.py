@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flash_internimage.checkpoints.zoo import Entry, Figure
-from flash_internimage.classification.data import spread
-from flash_internimage.classification.evaluation import evaluate_checkpoint
-from flash_internimage.classification.model import pick_device
-
-ROOT = Path(__file__).parents[1]
+from ..checkpoints.zoo import Entry, Figure
+from ..classification.data import spread
+from ..classification.evaluation import evaluate_checkpoint
+from ..classification.model import pick_device
+from ..configs import find_config
 
 # Accepted difference of a measured from a published result, in percentage points. Published results
 # are rounded to 0.1, and the kernel used for them mixed up some pixels of the images in a batch.
@@ -57,14 +56,14 @@ def evaluate(
         Tuple of the metrics in percent and the number of images.
     """
     if entry.task == "classification":
-        model = str(ROOT / entry.config) if entry.config else name
+        model = str(find_config(entry.config)) if entry.config else name
         result = evaluate_checkpoint(
             model, checkpoint=checkpoint, data=data, limit=limit, device=device
         )
         return {"top1": result["top1"]}, result["images"]
 
-    from flash_internimage.openmmlab.cli.common import build_runner
-    from flash_internimage.openmmlab.cli.test import prepare_evaluation
+    from ..openmmlab.cli.common import build_runner
+    from ..openmmlab.cli.test import prepare_evaluation
 
     cfg = load_config(entry)
     cfg.work_dir = str(work_dir or Path("output", "zoo", name))
@@ -101,7 +100,7 @@ def load_config(entry: Entry) -> Any:
 
     if entry.config is None:
         raise ValueError(f"config must be set for {entry.task}, got None")
-    return Config.fromfile(ROOT / entry.config)
+    return Config.fromfile(find_config(entry.config))
 
 
 def _limit_annotations(path: Path, limit: int | None, folder: Path) -> Path:
