@@ -37,7 +37,7 @@ def build_wheel(package: Path, folder: Path, environment: dict[str, str]) -> Pat
         shutil.rmtree(stale)
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     command = [*pip, "--wheel-dir", str(folder), str(package)]
-    subprocess.run(command, check=True, env=os.environ | environment)
+    subprocess.run(command, check=True, env=_tools_on_path() | environment)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -47,9 +47,14 @@ def repair_wheel(wheel: Path, dist: Path, command: str) -> None:
     if not command:
         shutil.copy(wheel, dist)
         return
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     words = [word.format(wheel=wheel, dest_dir=dist) for word in shlex.split(command)]
-    subprocess.run(words, check=True, env=os.environ | {"PATH": path})
+    subprocess.run(words, check=True, env=_tools_on_path())
+
+
+def _tools_on_path() -> dict[str, str]:
+    """Return the environment variables, with the programs of this Python environment on PATH."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    return os.environ | {"PATH": path}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Install the wheels into empty environments outside the checkout, and test them there.
 
-    python -m tools.test_wheels [--torch VERSION ...] [--python INTERPRETER ...] [-- TEST ...]
+    python -m tools.check_wheels [--torch VERSION ...] [--python INTERPRETER ...] [-- TEST ...]
 
 Every version of PyTorch is combined with every interpreter, one after the other. Each environment
 takes about 6 GB while it exists. The versions of all other packages are those in requirements.txt
@@ -87,13 +87,14 @@ def write_pins(target: Path, torch: str | None) -> None:
     if torch is not None:
         lines = [line for line in lines if not line.startswith(("torch==", "torchvision=="))]
         lines.append(f"torch=={torch}")
-    target.write_text("\n".join([*lines, *(ROOT / "requirements-dev.txt").read_text().split()]))
+    development = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    target.write_text("\n".join([*lines, *development, ""]))
 
 
 def run_tests(python: Path, checkout: Path, arguments: list[str], cuda: bool) -> Result:
     """Run pytest in an environment, and return its counts."""
     report = checkout / "report.xml"
-    command = [python, "-m", "pytest", "-q", "-p", "no:randomly", f"--junitxml={report}"]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:randomly", f"--junitxml={report}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if cuda else {"FORCE_CPU": "1"})
     start = time.monotonic()
     status = subprocess.run([*command, *arguments], cwd=checkout, env=environment).returncode
@@ -108,30 +109,28 @@ def run_tests(python: Path, checkout: Path, arguments: list[str], cuda: bool) ->
     return result._replace(passed=passed, failed=failed, skipped=skipped)
 
 
-def test_environment(
+def check_environment(
     interpreter: str, torch: str | None, wheels: list[Path], arguments: list[str]
 ) -> Result:
     """Create an environment, install the wheels, run the tests and remove the environment."""
     result = Result(torch or "pinned", interpreter)
-    with tempfile.TemporaryDirectory(prefix="test-wheels-") as folder:
+    with tempfile.TemporaryDirectory(prefix="check-wheels-") as folder:
         checkout, environment = Path(folder, "checkout"), Path(folder, "environment")
         pins = Path(folder, "pins.txt")
         write_pins(pins, torch)
         copy_tests(checkout)
         python = environment / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-        pip = [python, "-m", "pip", "install", "--quiet"]
+        pip = [str(python), "-m", "pip", "install", "--quiet"]
         has_cuda = any("_C_cuda" in name for name in _contents(wheels[0]))
         steps: list[tuple[str, list[str | Path]]] = [
             ("creating the environment", [interpreter, "-m", "venv", environment]),
             ("installing the wheels", [*pip, "-c", pins, *wheels]),
+            ("smoke.py", [python, checkout / "tests" / "packaging" / "smoke.py"]),
             ("installing the tests' requirements", [*pip, "-r", pins]),
         ]
         for step, command in steps:
             if subprocess.run(command, cwd=folder).returncode:
                 return result._replace(problem=f"{step} failed")
-        smoke = checkout / "tests" / "packaging" / "smoke.py"
-        if smoke.exists() and subprocess.run([python, smoke], cwd=folder).returncode:
-            return result._replace(problem="tests/packaging/smoke.py failed")
         about = subprocess.run(
             [python, "-c", DESCRIBE], cwd=folder, stdout=subprocess.PIPE, text=True
         )
@@ -177,7 +176,7 @@ def main() -> int:
     if missing := [name for name in options.python if shutil.which(name) is None]:
         parser.error(f"--python: no such interpreter: {', '.join(missing)}")
     results = [
-        test_environment(python, torch, wheels, options.arguments)
+        check_environment(python, torch, wheels, options.arguments)
         for python in options.python
         for torch in options.torch
     ]
