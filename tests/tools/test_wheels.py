@@ -4,6 +4,7 @@ import pytest
 
 from tools import build_wheels, check_wheels
 from tools.check_wheels import Result
+from tools.link_cuda_toolkit import link_toolkit
 
 
 def test_pytorchs_libraries_stay_outside_of_the_wheel():
@@ -77,3 +78,17 @@ def test_the_table_shows_what_failed():
         "2.11.0  3.11.7  0123456789ab  9       0       0        60       ok",
         "2.12.0  3.11.7  -             0       0       0        0        importing failed",
     ]
+
+
+def test_a_toolkit_installed_by_pip_gets_the_names_that_compilers_expect(tmp_path):
+    toolkit, folder = tmp_path / "cu13", tmp_path / "cuda"
+    (toolkit / "lib").mkdir(parents=True)
+    (toolkit / "lib" / "libcudart.so.13").touch()
+    with pytest.raises(FileNotFoundError, match="nvcc does not exist: install cuda-toolkit"):
+        link_toolkit(toolkit, folder)
+    (toolkit / "bin").mkdir()
+    (toolkit / "bin" / "nvcc").touch()
+    for _ in range(2):
+        link_toolkit(toolkit, folder)
+        assert (folder / "bin" / "nvcc").exists()
+        assert (folder / "lib64" / "libcudart.so").resolve().name == "libcudart.so.13"
