@@ -346,14 +346,15 @@ def raw_operators(form: str) -> tuple:
     return getattr(namespace, name), getattr(namespace, f"{name}_backward")
 
 
-@pytest.mark.parametrize(("change", "error", "message"), CHANGES)
+@pytest.mark.parametrize(("change", "message"), [(change, text) for change, _, text in CHANGES])
 @both_forms
-def test_kernels_reject_arguments_that_exceed_their_tensors(form, change, error, message, device):
+@torch.inference_mode()  # does without the Python code that has its own messages
+def test_kernels_reject_arguments_that_exceed_their_tensors(form, change, message, device):
     inputs = SPLIT._replace(**change).on(device)
     forward, backward = raw_operators(form)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         forward(*raw_arguments(inputs, form))
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         backward(inputs.grad_output, *raw_arguments(inputs, form))
 
 

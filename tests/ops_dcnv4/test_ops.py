@@ -372,15 +372,16 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), REFUSED)
-def test_kernels_reject_arguments_that_exceed_their_tensors(change, error, message, device):
+@pytest.mark.parametrize(("change", "message"), [(change, text) for change, _, text in REFUSED])
+@torch.inference_mode()  # does without the Python code that has its own messages
+def test_kernels_reject_arguments_that_exceed_their_tensors(change, message, device):
     arguments = Parameters()._asdict() | {"value": VALUE, "offset_mask": OFFSET_MASK} | change
     value, offset_mask, *parameters = (arguments[name] for name in SCHEMA_ORDER)
     tensors = value.to(device), offset_mask.to(device)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         torch.ops.ops_dcnv4.dcnv4(*tensors, *parameters)
     grad_output = torch.zeros_like(VALUE, dtype=value.dtype, device=device)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         torch.ops.ops_dcnv4.dcnv4_backward(grad_output, *tensors, *parameters)
 
 

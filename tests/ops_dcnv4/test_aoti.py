@@ -1,0 +1,44 @@
+"""Tests of AOTInductor packages in a C++ program that loads the compiled library, without Python."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ops_dcnv4
+
+TORCH = Path(torch.__file__).parent
+SOURCE = Path(__file__).parent / "aoti" / "run_package.cpp"
+CXX = shutil.which("g++")
+
+
+def build_program(folder: Path) -> Path:
+    program, libraries = folder / "run_package", TORCH / "lib"
+    command = [CXX, "-std=c++20", "-O0", SOURCE, "-o", program, f"-I{TORCH / 'include'}"]
+    command += [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    subprocess.run([*command, "-ldl"], check=True)
+    return program
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or CXX is None, reason="needs Linux and g++")
+@torch.no_grad()
+def test_a_package_runs_in_a_program_without_python(tmp_path):
+    torch.manual_seed(0)
+    model, value = ops_dcnv4.DCNv4(32, group=2), torch.randn(2, 5, 6, 32)
+    for parameter in model.parameters():  # offsets and modulation start from zero
+        parameter.normal_(std=0.3)
+    package = torch._inductor.aoti_compile_and_package(
+        torch.export.export(model, (value,)),
+        package_path=str(tmp_path / "model.pt2"),
+        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+    )
+    torch.save(value, tmp_path / "input.pt")
+    files = [package, tmp_path / "input.pt", tmp_path / "output.pt"]
+    command = [build_program(tmp_path), ops_dcnv4.library_path(), *files]
+    subprocess.run(command, check=True)
+    actual = torch.load(tmp_path / "output.pt")
+    torch.testing.assert_close(actual, model(value), rtol=1e-5, atol=1e-6)
