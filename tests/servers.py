@@ -7,10 +7,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import huggingface_hub.constants
 import pytest
+
+AnyServer = TypeVar("AnyServer", bound="FileServer")
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -27,8 +30,10 @@ class FileServer(ThreadingHTTPServer):
         requests: Method, path and range of each request.
     """
 
-    def __init__(self, files: dict[str, bytes]):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(
+        self, files: dict[str, bytes], handler: type[BaseHTTPRequestHandler] | None = None
+    ):
+        super().__init__(("127.0.0.1", 0), handler or FileHandler)
         self.files = files
         self.status = 200
         self.redirects: dict[str, str] = {}
@@ -44,7 +49,7 @@ class FileServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class FileHandler(BaseHTTPRequestHandler):
     server: FileServer
 
     def log_message(self, *args) -> None:
@@ -87,7 +92,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(files: dict[str, bytes]) -> Iterator[FileServer]:
-    with FileServer(files) as server:
+    with running(FileServer(files)) as server:
+        yield server
+
+
+@contextmanager
+def running(server: AnyServer) -> Iterator[AnyServer]:
+    """Run a server in a thread."""
+    with server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server

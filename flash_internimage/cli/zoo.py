@@ -5,6 +5,7 @@ flash-internimage zoo info NAME
 flash-internimage zoo download NAME...
 flash-internimage zoo convert NAME|FILE -o OUT
 flash-internimage zoo evaluate NAME --data DIR
+flash-internimage zoo push NAME|CONFIG USER/NAME
 """
 
 import argparse
@@ -142,6 +143,17 @@ def _evaluate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
         write_atomically(arguments.json, lambda file: file.write(text.encode()))
 
 
+def _push(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
+    from ..hub import push
+    from .zoo_evaluation import load_config
+
+    options = {key: value for key, value in vars(arguments).items() if key != "run"}
+    name, repo_id = options.pop("name"), options.pop("repo_id")
+    own = name.endswith(".py") or (name.startswith("flash_internimage_") and timm.is_model(name))
+    entry = zoo.get(name) if own else find(zoo, name)
+    _say(push(name, repo_id, entry=entry, load_config=load_config, **options))
+
+
 def parse_arguments(
     argv: list[str] | None, program: str = PROGRAM, others: Sequence[Command] = ()
 ) -> argparse.Namespace:
@@ -197,6 +209,22 @@ def parse_arguments(
     evaluation.add_argument("--json", type=Path, help="also write the result to this file")
     evaluation.set_defaults(run=_evaluate)
 
+    publication = commands.add_parser("push", parents=[cached],
+                                      help="publish on the Hugging Face Hub")  # fmt: skip
+    publication.add_argument("name", metavar="NAME|CONFIG",
+                             help="entry of the zoo, timm model or OpenMMLab config")  # fmt: skip
+    publication.add_argument("repo_id", metavar="USER/NAME", help="repository to create or update")
+    publication.add_argument("--checkpoint", help="path or URL of your own weights of this model")
+    publication.add_argument("--dataset", metavar="ID", help="dataset of your own weights")
+    publication.add_argument("--results", type=Path, metavar="FILE",
+                             help="result of an evaluation (--json) for the card")  # fmt: skip
+    publication.add_argument("--license", metavar="ID", help="license, such as mit or cc-by-4.0")
+    publication.add_argument("--branch", metavar="NAME", help="branch to create or update (main)")
+    publication.add_argument("--private", action="store_true", help="make the repository private")
+    publication.add_argument("--folder", type=Path, metavar="DIR",
+                             help="write the files here and upload nothing")  # fmt: skip
+    publication.set_defaults(run=_push)
+
     for name, description, run in others:
         commands.add_parser(name, help=description).set_defaults(run=run)
     return parser.parse_args(argv)
@@ -208,6 +236,7 @@ def main(
     """Run a command and return the exit code; see :func:`parse_arguments`."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
     arguments = parse_arguments(argv, program, others)
     try:
         arguments.run(read_zoo(), arguments)

@@ -1,14 +1,17 @@
 """Backbone, layers, hooks and runner for OpenMMLab, registered in mmengine's root registries.
 
 Importing this package, `flash_internimage.openmmlab.detection` or
-`flash_internimage.openmmlab.segmentation` registers new names and changes nothing else. To read
-files safely in scripts without :class:`SafeRunner`, see :func:`enable_safe_loading`.
+`flash_internimage.openmmlab.segmentation` registers new names and changes nothing else, with
+one exception: if mmcv was installed without compiled operators, torchvision's take their place, see
+:mod:`~flash_internimage.openmmlab.mmcv_ops`. To read files safely in scripts without
+:class:`SafeRunner`, see :func:`enable_safe_loading`.
 
 Example::
 
     custom_imports = dict(imports=['flash_internimage.openmmlab'])
 """
 
+from . import mmcv_ops  # noqa: F401  before anything imports mmcv.ops
 from .datasets.transforms import LoadReadableImage
 from .engine.hooks.checkpoint import AtomicCheckpointHook
 from .engine.hooks.curves import CurvesHook

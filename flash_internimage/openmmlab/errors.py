@@ -10,8 +10,10 @@ from types import TracebackType
 
 import flash_internimage
 
+from .mmcv_ops import MissingOperatorError
+
 # Errors about data, files and values of settings, whenever they are raised.
-_ALWAYS = (OSError, ValueError, FloatingPointError)
+_ALWAYS = (OSError, ValueError, FloatingPointError, MissingOperatorError)
 
 # Errors about settings while models, datasets, optimizers and hooks are built from them.
 _WHILE_BUILDING = (

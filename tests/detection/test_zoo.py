@@ -12,9 +12,10 @@ from mmengine.registry import DefaultScope
 
 from detection import test as test_program
 from flash_internimage.checkpoints import Entry
+from flash_internimage.cli import zoo as tool
+from flash_internimage.cli import zoo_evaluation
 from flash_internimage.openmmlab import SafeRunner
 from tests import runs
-from tools import zoo as tool
 
 NAME = "mask_rcnn_small"
 
@@ -35,7 +36,7 @@ def config(write_config, tmp_path, monkeypatch) -> Path:
         published={"box_ap": 48.0, "mask_ap": 43.1},
     )
     monkeypatch.setattr(tool, "read_zoo", lambda: {NAME: entry})
-    monkeypatch.setitem(tool.IMAGES, "detection", 4)
+    monkeypatch.setitem(zoo_evaluation.IMAGES, "detection", 4)
     return config
 
 

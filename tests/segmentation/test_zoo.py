@@ -13,7 +13,8 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from flash_internimage.checkpoints import Entry
-from tools import zoo as tool
+from flash_internimage.cli import zoo as tool
+from flash_internimage.cli import zoo_evaluation
 
 NAME = "upernet_small"
 
@@ -34,7 +35,7 @@ def config(write_config, tmp_path, monkeypatch) -> Path:
         published={"miou": 50.0, "miou_several_scales": 60.0},
     )
     monkeypatch.setattr(tool, "read_zoo", lambda: {NAME: entry})
-    monkeypatch.setitem(tool.IMAGES, "segmentation", 4)
+    monkeypatch.setitem(zoo_evaluation.IMAGES, "segmentation", 4)
     return config
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_internimage.checkpoints import load_checkpoint
-from tools import zoo
+from flash_internimage.cli import zoo
 
 DATA = Path(__file__).parents[2] / "data" / "openmmlab"
 

@@ -1,0 +1,159 @@
+"""Write a classifier in the format that timm loads from the Hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import save_for_hf
+from torch import nn
+
+from ..checkpoints import (
+    Entry,
+    check_state_dict,
+    clean_state_dict,
+    is_finite,
+    load_checkpoint,
+)
+from ..classification.config import Model
+from ..classification.data.classes import names_of
+from ..classification.model import create_model
+from .card import (
+    SIZES,
+    Card,
+    Facts,
+    Target,
+    choose_dataset,
+    choose_license,
+    published_results,
+)
+
+_USAGE = """\
+import timm
+import torch
+from PIL import Image
+
+import flash_internimage  # registers the architecture with timm
+
+model = timm.create_model("{source}", pretrained=True).eval()
+data = timm.data.resolve_model_data_config(model)
+transform = timm.data.create_transform(**data, is_training=False)
+image = transform(Image.open("image.jpg").convert("RGB"))
+with torch.inference_mode():
+    probabilities = model(image[None]).softmax(dim=1)
+"""
+_SOURCES = ("url", "file", "hf_hub_id", "origin_url", "tag", "license")
+
+
+def save_classifier(
+    folder: Path,
+    name: str,
+    checkpoint: Path,
+    target: Target,
+    *,
+    entry: Entry | None = None,
+    facts: Facts,
+) -> None:
+    """Write weights, `config.json` and model card of a classifier to a folder.
+
+    The settings of the model and its preprocessing, and the class names, are those of the
+    checkpoint if it was written by `classification.train`, otherwise timm's for this name.
+
+    Args:
+        folder: Existing folder.
+        name: timm name of the model, such as 'flash_internimage_tiny.in1k'.
+        checkpoint: Weights. Averaged (EMA) weights are preferred.
+        target: Where the folder will be uploaded to.
+        entry: Entry of the zoo if the checkpoint is a released one.
+        facts: Measured results, dataset and license.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read or does not match the model, or its weights
+            are not finite.
+    """
+    contents = load_checkpoint(checkpoint)
+    weights = clean_state_dict(contents)
+    trained = _settings(contents)
+    options, data = trained.get("model", {}), trained.get("data", {})
+    architecture = name.partition(".")[0]
+    if (other := options.get("name", architecture).partition(".")[0]) != architecture:
+        raise ValueError(f"{checkpoint} must be a checkpoint of {architecture}, got one of {other}")
+    classes = len(weights["head.weight"]) if "head.weight" in weights else 0
+    if not classes:
+        raise ValueError(f"{checkpoint} must contain a classifier, got no head.weight")
+    model = create_model(
+        Model(name=name, num_classes=classes, drop_path_rate=0, args=options.get("args", {}))
+    )
+    check_state_dict(model.state_dict(), weights)
+    if broken := [key for key, tensor in weights.items() if not is_finite(tensor)]:
+        raise ValueError(f"weights must be finite, got NaN or infinity in {', '.join(broken[:10])}")
+    model.load_state_dict(weights)
+
+    license = choose_license(entry, facts)
+    cfg = _pretrained_cfg(model, data, license, entry)
+    names = names_of(contents)
+    save_for_hf(
+        model, str(folder), model_config={"label_names": names} if names else None,
+        model_args=options.get("args"), safe_serialization=True,
+    )  # fmt: skip
+    dataset, datasets = choose_dataset(entry, facts, data.get("root"))
+    size = cfg["input_size"][-1]
+    details = {
+        "Architecture": f"`{architecture}`, created by timm",
+        "Parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
+        "Classes": f"{classes:,}" + (", named in `config.json`" if names else ""),
+        "Image size": f"{size} x {size} (crop {cfg['crop_pct']:g}, {cfg['interpolation']})",
+    }
+    if entry is not None and entry.gmacs:
+        details["Multiply-accumulates"] = f"{entry.gmacs:.1f} G per image"
+    if entry is not None:
+        details["Pretraining data"] = entry.pretraining
+    Card(
+        target=target,
+        task="classification",
+        model=f"FlashInternImage-{SIZES[architecture.removeprefix('flash_internimage_')]}",
+        details=details,
+        dataset=dataset,
+        datasets=datasets,
+        library="timm",
+        tags=["timm"],
+        released=entry is not None,
+        source=entry.source if entry else None,
+        base_model=base_model(options.get("initial_checkpoint")),
+        license=license,
+        results=[*published_results(entry), *facts.results],
+        usage=_USAGE.format(source=target.in_timm),
+        install="`flash-internimage`, which includes timm and PyTorch",
+    ).write(folder)
+
+
+def _settings(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings in a checkpoint of classification.train, or an empty dict."""
+    config = checkpoint.get("config")
+    sections = config if isinstance(config, dict) and isinstance(config.get("model"), dict) else {}
+    return {key: value for key, value in sections.items() if isinstance(value, dict)}
+
+
+def _pretrained_cfg(
+    model: nn.Module, data: Mapping[str, Any], license: str | None, entry: Entry | None
+) -> dict[str, Any]:
+    """Set the preprocessing and the license in a model's pretrained config, and return it."""
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    if entry is None:
+        for key in _SOURCES:
+            cfg.pop(key, None)
+    cfg.pop("license", None)
+    if license:
+        cfg["license"] = license
+    if "image_size" in data:
+        size = data["image_size"]
+        cfg |= {"input_size": (3, size, size), "pool_size": None}
+    cfg |= {key: data[key] for key in ("crop_pct", "interpolation", "mean", "std") if key in data}
+    return cfg
+
+
+def base_model(source: str | None) -> str | None:
+    """Return the repository on the Hub of released weights, or None for other sources."""
+    if source is None or source not in timm.list_pretrained("flash_internimage*"):
+        return None
+    return "OpenGVLab/DCNv4"

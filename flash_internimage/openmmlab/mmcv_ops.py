@@ -1,0 +1,308 @@
+"""mmcv's operators from torchvision, for an mmcv that was installed without compiled operators.
+
+mmcv's operators are Python functions on top of an extension module, `mmcv._ext`, which takes a
+quarter of an hour to compile. If it is missing, importing this module puts a substitute in its
+place, so that `mmcv.ops` can be imported: NMS and RoIAlign are computed by torchvision, the sigmoid
+focal loss by PyTorch, and all other operators raise :class:`MissingOperatorError` when called. A
+compiled mmcv is never touched.
+"""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+import torchvision  # noqa: F401  registers its operators
+from torch import Tensor
+from torch.nn import functional
+
+_EXTENSION = "mmcv._ext"
+_AVERAGE = 1  # pool_mode of RoIAlign; 0 is the maximum
+_COMPILE = (
+    "install mmcv with its operators: `make openmmlab-compiled` in a clone of FlashInternImage, or "
+    "`pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall onedl-mmcv`"
+)
+
+
+class MissingOperatorError(NotImplementedError):
+    """An operator of mmcv was called that needs mmcv's compiled operators."""
+
+    def __init__(self, operator: str) -> None:
+        super().__init__(f"mmcv has no compiled operators, which {operator} needs; {_COMPILE}")
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Return the indices of the boxes that non-maximum suppression keeps.
+
+    Equal scores are in the order of :func:`torch.sort`, as in mmcv; torchvision sorts stably.
+
+    Args:
+        boxes: (N, 4) as x1, y1, x2, y2, of any floating-point type.
+        scores: (N,).
+        iou_threshold: Boxes that overlap a better one by more are suppressed. As in mmcv, it is
+            rounded to float32, which decides at an IoU of exactly the threshold.
+        offset: Only 0 is supported.
+
+    Returns:
+        Indices in descending order of their scores, (K,).
+
+    Raises:
+        MissingOperatorError: If `offset` is not 0.
+    """
+    if offset:
+        raise MissingOperatorError(f"nms with offset={offset}")
+    threshold = torch.tensor(iou_threshold, dtype=torch.float32).item()
+    order = scores.sort(0, descending=True).indices
+    ranks = torch.arange(len(order), 0, -1, device=order.device)
+    boxes = _wide(boxes[order])
+    return order[torch.ops.torchvision.nms(boxes, ranks.to(boxes), threshold)]
+
+
+def roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    *,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Write the average-pooled regions of the feature maps to `output`.
+
+    16-bit tensors are computed in float32.
+
+    Args:
+        input: Feature maps, (N, C, H, W).
+        rois: Index of the image and x1, y1, x2, y2 of each region, (K, 5).
+        output: (K, C, aligned_height, aligned_width).
+        argmax_y: Unused, as is `argmax_x`.
+        argmax_x: Used by max pooling only.
+        aligned_height: Height of the output.
+        aligned_width: Width of the output.
+        spatial_scale: Size of the feature maps relative to the coordinates.
+        sampling_ratio: Points per bin and axis; 0 depends on the size of the region.
+        pool_mode: Only 1, the average, is supported.
+        aligned: Whether to shift the coordinates by half a pixel.
+
+    Raises:
+        MissingOperatorError: If `pool_mode` is 0, the maximum.
+    """
+    if pool_mode != _AVERAGE:
+        raise MissingOperatorError("RoIAlign with pool_mode='max'")
+    pooled = torch.ops.torchvision.roi_align(
+        _wide(input),
+        rois.to(_wide_dtype(input)),
+        spatial_scale,
+        aligned_height,
+        aligned_width,
+        sampling_ratio,
+        aligned,
+    )
+    output.copy_(pooled)
+
+
+def roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    *,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Write the gradient of the feature maps to `grad_input`.
+
+    Args:
+        grad_output: (K, C, aligned_height, aligned_width).
+        rois: As in :func:`roi_align_forward`, as are the other arguments.
+        argmax_y: Unused.
+        argmax_x: Unused.
+        grad_input: (N, C, H, W).
+        aligned_height: Height of the output.
+        aligned_width: Width of the output.
+        spatial_scale: Size of the feature maps relative to the coordinates.
+        sampling_ratio: Points per bin and axis.
+        pool_mode: The forward pass supports only the average.
+        aligned: Whether the coordinates were shifted by half a pixel.
+    """
+    gradient = torch.ops.torchvision._roi_align_backward(
+        _wide(grad_output),
+        rois.to(_wide_dtype(grad_output)),
+        spatial_scale,
+        aligned_height,
+        aligned_width,
+        *grad_input.shape,
+        sampling_ratio,
+        aligned,
+    )
+    grad_input.copy_(gradient)
+
+
+def sigmoid_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, *, gamma: float, alpha: float
+) -> None:
+    """Write the focal loss of each prediction to `output`.
+
+    Computed from log-sigmoids. mmcv's CUDA operator, which takes logarithms of rounded
+    probabilities, differs for wrong logits beyond 16.
+
+    Args:
+        input: Logits, (N, C).
+        target: Indices of the classes, (N,); C is the background.
+        weight: A weight for each class, (C,), or empty.
+        output: (N, C).
+        gamma: Exponent of the modulating factor.
+        alpha: Weight of the positive class; the negative one has 1 - alpha.
+
+    Raises:
+        ValueError: If there are weights and a target is not one of the C classes.
+    """
+    _, confidence, log_confidence, factor = _focal_terms(input, target, weight, alpha)
+    output.copy_(-factor * (1 - confidence) ** gamma * log_confidence)
+
+
+def sigmoid_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, *, gamma: float, alpha: float
+) -> None:
+    """Write the gradient of each prediction's own loss to `grad_input`.
+
+    Args:
+        input: Logits, (N, C).
+        target: As in :func:`sigmoid_focal_loss_forward`, as are the other arguments.
+        weight: (C,), or empty.
+        grad_input: (N, C).
+        gamma: Exponent of the modulating factor.
+        alpha: Weight of the positive class.
+    """
+    sign, confidence, log_confidence, factor = _focal_terms(input, target, weight, alpha)
+    error = 1 - confidence
+    slope = error**gamma * (gamma * confidence * log_confidence - error)
+    grad_input.copy_(sign * factor * slope)
+
+
+def _focal_terms(
+    input: Tensor, target: Tensor, weight: Tensor, alpha: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the sign of the logit, the probability of the truth, its log, and the factor."""
+    classes = input.size(1)
+    if weight.numel() and len(target) and not 0 <= target.min() <= target.max() < classes:
+        raise ValueError(
+            f"target must be from 0 to {classes - 1} if weight is given, "
+            f"got {target.min()} to {target.max()}"
+        )
+    positive = target[:, None] == torch.arange(classes, device=target.device)
+    sign = torch.where(positive, 1.0, -1.0).to(_wide_dtype(input))
+    log_confidence = functional.logsigmoid(sign * input)
+    factor = torch.where(positive, alpha, 1 - alpha).to(sign.dtype)
+    if weight.numel():
+        factor = factor * weight[target, None]
+    return sign, log_confidence.exp(), log_confidence, factor
+
+
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a 16-bit tensor as float32."""
+    return tensor.to(_wide_dtype(tensor))
+
+
+def _not_available() -> str:
+    return "not available"  # what a compiled mmcv returns for a missing CUDA compiler
+
+
+_PROVIDED: dict[str, Callable] = {
+    "nms": nms,
+    "roi_align_forward": roi_align_forward,
+    "roi_align_backward": roi_align_backward,
+    "sigmoid_focal_loss_forward": sigmoid_focal_loss_forward,
+    "sigmoid_focal_loss_backward": sigmoid_focal_loss_backward,
+    "get_compiler_version": _not_available,
+    "get_compiling_cuda_version": _not_available,
+}
+
+
+class Operators(ModuleType):
+    """The substitute for `mmcv._ext`. It has every operator, since mmcv looks for their names."""
+
+    def __init__(self) -> None:
+        super().__init__(_EXTENSION, "Operators of torchvision in place of mmcv's own.")
+        self.__spec__ = ModuleSpec(_EXTENSION, loader=None)
+        vars(self).update(_PROVIDED)
+
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
+        if name.startswith("__"):
+            raise AttributeError(f"module {_EXTENSION!r} has no attribute {name!r}")
+
+        def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+            raise MissingOperatorError(name)
+
+        return refuse
+
+
+def _install() -> None:
+    """Provide `mmcv._ext` if mmcv has none."""
+    if importlib.util.find_spec(_EXTENSION) is not None:
+        return
+    sys.modules[_EXTENSION] = Operators()
+    logging.getLogger(__name__).info(
+        "mmcv has no compiled operators: nms, roi_align and sigmoid_focal_loss are torchvision's"
+    )
+    for library in ("mmcv", "mmdet", "mmseg"):
+        for name in [name for name in sys.modules if name.startswith(f"{library}.")]:
+            _repeat_failed_imports(sys.modules[name])
+
+
+def _repeat_failed_imports(module: ModuleType) -> None:
+    """Replace the fallbacks of a module that was imported before `mmcv.ops` could be.
+
+    mmdet's and mmseg's modules define placeholders if their imports from `mmcv.ops`, or from
+    `mmdet.models`, which needs it, fail.
+    """
+    try:
+        statements = ast.parse(inspect.getsource(module)).body
+    except (OSError, TypeError):
+        return  # not from a source file
+    attempts = [part for node in statements if isinstance(node, ast.Try) for part in node.body]
+    for node in attempts:
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        name = "." * node.level + (node.module or "")
+        name = importlib.util.resolve_name(name, module.__package__)
+        if not name.startswith(("mmcv.ops", "mmdet.models", "mmseg.models")):
+            continue
+        source = importlib.import_module(name)
+        for alias in node.names:
+            name = alias.asname or alias.name
+            fallback, found = getattr(module, name, None), getattr(source, alias.name)
+            setattr(module, name, found)
+            if isinstance(fallback, type) and fallback is not found:
+                _rebase(module, fallback, found)
+
+
+def _rebase(module: ModuleType, fallback: type, base: type) -> None:
+    """Let the classes of a module inherit from `base` instead of `fallback`."""
+    for value in vars(module).values():
+        if isinstance(value, type) and fallback in value.__bases__ and value is not base:
+            value.__bases__ = tuple(base if b is fallback else b for b in value.__bases__)
+
+
+_install()
