@@ -64,6 +64,7 @@ lint: $(VENV)/.package $(VENV)/.dev
 	$(RUN) -m mypy
 	git ls-files 'ops_dcnv4/csrc/*' 'tests/cuda_model/*.cpp' 'tests/cuda_model/*.cu' 'tests/cuda_model/*.h' | \
 	  xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(VENV)/bin/torch-abi-audit --check both ops_dcnv4
 
 bench: $(VENV)/.package
 	$(RUN) -m benchmarks.op

@@ -120,7 +120,7 @@ def check_environment(
         write_pins(pins, torch)
         copy_tests(checkout)
         python = environment / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-        pip = [str(python), "-m", "pip", "install", "--quiet"]
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
         has_cuda = any("_C_cuda" in name for name in _contents(wheels[0]))
         steps: list[tuple[str, list[str | Path]]] = [
             ("creating the environment", [interpreter, "-m", "venv", environment]),
@@ -128,6 +128,14 @@ def check_environment(
             ("smoke.py", [python, checkout / "tests" / "packaging" / "smoke.py"]),
             ("installing the tests' requirements", [*pip, "-r", pins]),
         ]
+        if sys.platform != "win32":
+            audit: list[str | Path] = [
+                python.with_name("torch-abi-audit"),
+                "--check",
+                "both",
+                "ops_dcnv4",
+            ]
+            steps.append(("torch-abi-audit", audit))
         for step, command in steps:
             if subprocess.run(command, cwd=folder).returncode:
                 return result._replace(problem=f"{step} failed")
