@@ -84,7 +84,6 @@ sanitize: $(VENV)/.package $(VENV)/.dev
 SANITIZED := build/sanitize
 SANITIZE_CASES ?= 3000
 SANITIZE_SEED ?= 0
-# PyTorch uses the instruction set in ATEN_CPU_CAPABILITY even if the CPU does not support it.
 PRINT_INSTRUCTION_SETS := import torch; print(dict(AVX2="avx2", AVX512="avx2 avx512").get(torch.backends.cpu.get_cpu_capability(), ""))
 
 sanitize-cpu: $(SANITIZED)/.built $(VENV)/.dev
@@ -92,7 +91,7 @@ sanitize-cpu: $(SANITIZED)/.built $(VENV)/.dev
 	  LD_PRELOAD="$$(for l in asan ubsan stdc++; do g++ -print-file-name=lib$$l.so; done | paste -sd ' ')" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  ATEN_CPU_CAPABILITY=$$highest OMP_NUM_THREADS=2 PYTHONPATH=$(SANITIZED)/lib \
+	  OPS_DCNV4_CPU_CAPABILITY=$$highest OMP_NUM_THREADS=2 PYTHONPATH=$(SANITIZED)/lib \
 	  $(RUN) -m tests.ops_dcnv4.fuzz --cases $(SANITIZE_CASES) --seed $(SANITIZE_SEED) || exit 1; done
 
 $(SANITIZED)/.built: $(OPS_SOURCES) $(VENV)/.package

@@ -8,7 +8,6 @@
 
 #include <sstream>
 #include <stdexcept>
-#include <vector>
 
 namespace ops_dcnv4 {
 
@@ -41,35 +40,29 @@ template <typename Exception = std::invalid_argument, typename... Parts>
 }
 
 // The parts of the message are only evaluated if the condition does not hold.
-#define OPS_DCNV4_CHECK(condition, ...) \
-  if (!(condition)) ::ops_dcnv4::refuse(__VA_ARGS__)
+#define OPS_DCNV4_CHECK(condition, ...) ((condition) ? void() : ::ops_dcnv4::refuse(__VA_ARGS__))
 
-// Returns a contiguous tensor on the device of `like`.
-inline Tensor empty_tensor(IntArrayRef shape, const Tensor& like, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) {
-    strides[i - 1] = strides[i] * (shape[i] > 0 ? shape[i] : 1);
-  }
-  using torch::stable::detail::from, torch::stable::detail::to;
-  const auto device = like.device();
+// Return a contiguous tensor on the device of `like`, with its dtype by default.
+template <typename Allocate>
+Tensor new_tensor(Allocate allocate, IntArrayRef shape, const Tensor& like, ScalarType dtype) {
+  auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle result;
-  const auto failed = aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides.data(), to<int32_t>(from(dtype)),
-      to<int32_t>(from(device.type())), device.index(), &result);
+  const auto failed = allocate(like.get(), shape.data(), static_cast<int64_t>(shape.size()), &code,
+                               nullptr, nullptr, 0, nullptr, &result);
   if (failed) {
     refuse<std::runtime_error>("out of memory. Tried to allocate a tensor of ", dtype,
-                               " and shape ", shape, " on ", device);
+                               " and shape ", shape, " on ", like.device());
   }
   return Tensor(result);
+}
+inline Tensor empty_tensor(IntArrayRef shape, const Tensor& like, ScalarType dtype) {
+  return new_tensor(aoti_torch_aten_new_empty, shape, like, dtype);
 }
 inline Tensor empty_tensor(IntArrayRef shape, const Tensor& like) {
   return empty_tensor(shape, like, like.scalar_type());
 }
-
 inline Tensor zero_tensor(IntArrayRef shape, const Tensor& like, ScalarType dtype) {
-  const Tensor result = empty_tensor(shape, like, dtype);
-  TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(result.get()));
-  return result;
+  return new_tensor(aoti_torch_aten_new_zeros, shape, like, dtype);
 }
 inline Tensor zero_tensor(IntArrayRef shape, const Tensor& like) {
   return zero_tensor(shape, like, like.scalar_type());

@@ -22,8 +22,8 @@ _WINDOW = (
 )
 _LEVELS = "Tensor value, Tensor spatial_shapes, Tensor level_start_index"
 _PAIR, _TRIPLE = "(Tensor, Tensor)", "(Tensor, Tensor, Tensor)"
-# The inputs of each operator, and the gradients that its backward operator returns. csrc/registration.h
-# has the same schemas.
+# The inputs of each operator, and the gradients that its backward operator returns.
+# csrc/registration.h has the same schemas.
 _SIGNATURES = {
     "dcnv4": (f"Tensor value, Tensor offset_mask, {_WINDOW}", _PAIR),
     "ms_deform_attn": (f"{_LEVELS}, Tensor sampling_locations, Tensor attention_weights", _TRIPLE),
@@ -114,7 +114,7 @@ def _register_autograd(name: str, gradients: Callable[..., tuple]) -> None:
 
 
 def _raise_from(error: Exception, name: str, inputs: tuple) -> None:
-    """Raise the error that Python's checks find; compiled libraries only raise the built-in ones."""
+    """Raise the error that Python's checks find, if any; compiled kernels only raise ValueError."""
     check(name, inputs)
     if "out of memory" in str(error) and inputs[0].device.type == "cuda":
         raise torch.OutOfMemoryError(str(error)) from error

@@ -468,7 +468,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for first in range(options.seed, end, 100):
         counts += run(range(first, min(first + 100, end)), options.show)
     listed = ", ".join(f"{count} {' '.join(key)}" for key, count in sorted(counts.items()))
-    sys.stdout.write(f"{counts.total()} cases, {torch.ops.ops_dcnv4.instruction_set()} kernels: {listed}\n")
+    kernels = torch.ops.ops_dcnv4.instruction_set()
+    sys.stdout.write(f"{counts.total()} cases, {kernels} kernels: {listed}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tests of AOTInductor packages in a C++ program that loads the compiled library, without Python."""
+"""Test of an AOTInductor package in a C++ program, which loads the compiled library."""
 
 import shutil
 import subprocess

@@ -15,6 +15,7 @@ from ops_dcnv4 import (
     explain_backend,
     flash_deform_attn,
     is_compiled,
+    library_path,
     reference,
     use_backend,
 )
@@ -218,6 +219,16 @@ def test_explanation_covers_shapes_that_fail(shape, explanation):
             continue
         with pytest.raises((ValueError, TypeError)):
             call()
+
+
+def test_the_path_of_the_library_is_public(monkeypatch):
+    assert library_path().name.startswith("_C.")
+    assert library_path("cpu").is_file()
+    with pytest.raises(RuntimeError, match="no kernels for device type 'mps'"):
+        library_path("mps")
+    monkeypatch.setattr(backends, "_why_not_compiled", {"cpu": "not built"})
+    with pytest.raises(RuntimeError, match=r"kernels are missing \(not built\)"):
+        library_path()
 
 
 def test_meta_tensors_have_no_backend():

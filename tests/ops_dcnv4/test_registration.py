@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ops_dcnv4 import dcnv4
+from ops_dcnv4.registration import SCHEMAS
 from tests.ops_dcnv4.cases import (
     VARIED,
     Parameters,
@@ -26,6 +27,34 @@ def test_registration(p, dtype, device):
     torch.library.opcheck(namespace.dcnv4_backward.default, (grad_output, value, offset_mask, *p))
     inputs = value.requires_grad_(), offset_mask.requires_grad_()
     torch.library.opcheck(namespace.dcnv4.default, (*inputs, *p))
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_compiled_library_and_python_define_the_same_schemas(name):
+    operator = getattr(torch.ops.ops_dcnv4, name).default
+    assert not operator._defined_in_python
+    assert operator._schema == torch._C.parse_schema(f"ops_dcnv4::{name}{SCHEMAS[name]}")
+
+
+def test_gradients_follow_the_setting_for_deterministic_algorithms():
+    p = Parameters()
+    value, offset_mask, grad_output = random_tensors(p)
+    value.requires_grad_()
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "dcnv4_backward" in function.name():
+                recorded.append(kwargs)
+            return function(*args, **kwargs or {})
+
+    recorded = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        with Recorder():
+            torch.autograd.grad(dcnv4(value, offset_mask, *p), value, grad_output)
+            torch.ops.ops_dcnv4.dcnv4_backward(grad_output, value.detach(), offset_mask, *p)
+        torch.use_deterministic_algorithms(False)
+    assert recorded == [{}, {}, {"deterministic": True}, {"deterministic": True}]
 
 
 def between_other_operators(value: Tensor, offset_mask: Tensor, *parameters) -> Tensor:

@@ -193,6 +193,50 @@ def checked_features(bodies: dict[str, str], name: str) -> set[str]:
     return features
 
 
+# The choice is made once per process, so each line of the environment has its own.
+CHOICES = """
+import os, sys, torch, ops_dcnv4
+for line in sys.stdin:
+    ours, of_torch = line.rstrip("\\n").split(",")
+    if os.fork() == 0:
+        os.environ.update(OPS_DCNV4_CPU_CAPABILITY=ours, ATEN_CPU_CAPABILITY=of_torch)
+        try:
+            print(torch.ops.ops_dcnv4.instruction_set(), flush=True)
+        except ValueError as error:
+            print(error, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_environment_variables_cap_the_instruction_set():
+    best = torch.ops.ops_dcnv4.instruction_set()
+    avx2 = "avx2" if best == "avx512" else best
+    refusal = "the environment variable OPS_DCNV4_CPU_CAPABILITY must be default, avx2 or avx512"
+    choices = {
+        ",": best,
+        "default,": "baseline",
+        "avx2,": avx2,
+        "avx512,": best,
+        ",default": "baseline",
+        ",avx2": avx2,
+        "avx512,default": best,
+        "default,avx512": "baseline",
+        "AVX2,": f"{refusal}, got AVX2",
+        "fastest,default": f"{refusal}, got fastest",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", CHOICES],
+        input="\n".join(choices),
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert dict(zip(choices, result.stdout.splitlines(), strict=True)) == choices
+
+
 # Random calls
 
 
@@ -214,7 +258,7 @@ def test_lower_instruction_sets_agree_on_random_calls():
     for highest, chosen in sets.items():
         process = subprocess.run(
             [sys.executable, "-m", "tests.ops_dcnv4.fuzz", "--cases", "150", "--seed", "400"],
-            env=os.environ | {"ATEN_CPU_CAPABILITY": highest},
+            env=os.environ | {"OPS_DCNV4_CPU_CAPABILITY": highest},
             cwd=ROOT,
             capture_output=True,
             text=True,
