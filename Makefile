@@ -5,7 +5,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet
+# Python compiles modules when they are first imported; compiling all of them would take a minute.
+PIP := $(RUN) -m pip install --quiet --no-compile
 
 DIGITS := configs/classification/flash_internimage_nano_digits.yaml
 SCENES := configs/detection/mask_rcnn_flash_internimage_nano_fpn_digits_scenes.py

@@ -6,6 +6,7 @@ With 16-bit values, locations and weights are float32, as under autocast: roundi
 
 import dataclasses
 import re
+from types import ModuleType
 from typing import ClassVar
 
 import torch
@@ -139,9 +140,15 @@ class Inputs:
         return self.value, *self.levels, self.packed, self.shape.points
 
 
+def load_mmcv(module: str) -> ModuleType:
+    """Import a module of mmcv, which may have no compiled operators."""
+    load("flash_internimage.openmmlab")
+    return load(module)
+
+
 def run_mmcv_pytorch(inputs: Inputs) -> Tensor:
     """Run mmcv's PyTorch implementation in the dtype of the locations, as under autocast."""
-    function = load("mmcv.ops.multi_scale_deform_attn").multi_scale_deformable_attn_pytorch
+    function = load_mmcv("mmcv.ops.multi_scale_deform_attn").multi_scale_deformable_attn_pytorch
     value = inputs.value.to(inputs.locations.dtype)
     output = function(value, inputs.levels[0], inputs.locations, inputs.weights)
     return output.to(inputs.value.dtype)
@@ -149,10 +156,10 @@ def run_mmcv_pytorch(inputs: Inputs) -> Tensor:
 
 def run_mmcv_cuda(inputs: Inputs) -> Tensor:
     """Run mmcv's CUDA operator, which casts locations and weights to the dtype of value."""
-    function = load("mmcv.ops.multi_scale_deform_attn").MultiScaleDeformableAttnFunction
+    function = load_mmcv("mmcv.ops.multi_scale_deform_attn").MultiScaleDeformableAttnFunction
     require(inputs.value.device.type == "cuda", "CUDA only")
     require(inputs.value.dtype != torch.bfloat16, "not for bfloat16")
-    compiler = load("mmcv.ops").get_compiling_cuda_version()
+    compiler = load_mmcv("mmcv.ops").get_compiling_cuda_version()
     require(compiler != "not available", "built without CUDA")
     return function.apply(*inputs.separate, IMAGES_PER_STEP)
 

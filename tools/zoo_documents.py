@@ -78,7 +78,7 @@ def _metafile(task: str, zoo: dict[str, Entry]) -> dict[str, Any]:
     collection = f"FlashInternImage-{task}"
     models = []
     for name, entry in zoo.items():
-        if entry.task != task:
+        if entry.task != task or not entry.config:  # mmengine warns of models without one
             continue
         metadata = {"Parameters": entry.parameters}
         if entry.gmacs:
@@ -93,9 +93,8 @@ def _metafile(task: str, zoo: dict[str, Entry]) -> dict[str, Any]:
                 for work, data, metric in [_RESULTS[figure]]
             ],
             "Weights": entry.addresses[0],
+            "Config": entry.config,
         }
-        if entry.config:
-            model["Config"] = entry.config
         models.append(model)
     readme = f"{task}/README.md"
     return {

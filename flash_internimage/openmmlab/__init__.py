@@ -1,7 +1,8 @@
 """Backbone, layers, hooks and runner for OpenMMLab, registered in mmengine's root registries.
 
 Importing this package, `flash_internimage.openmmlab.detection` or
-`flash_internimage.openmmlab.segmentation` registers new names and changes nothing else, with
+`flash_internimage.openmmlab.segmentation` registers new names and changes nothing else: types, the
+prefix `flash_internimage::` of configs, and models of the zoo for OpenMMLab's inferencers. There is
 one exception: if mmcv was installed without compiled operators, torchvision's take their place, see
 :mod:`~flash_internimage.openmmlab.mmcv_ops`. To read files safely in scripts without
 :class:`SafeRunner`, see :func:`enable_safe_loading`.
@@ -11,7 +12,7 @@ Example::
     custom_imports = dict(imports=['flash_internimage.openmmlab'])
 """
 
-from . import mmcv_ops  # noqa: F401  before anything imports mmcv.ops
+from . import mmcv_ops, model_index  # noqa: F401  mmcv_ops before anything imports mmcv.ops
 from .datasets.transforms import LoadReadableImage
 from .engine.hooks.checkpoint import AtomicCheckpointHook
 from .engine.hooks.curves import CurvesHook

@@ -29,7 +29,9 @@ GPU = SimpleNamespace(type="cuda")
 
 @pytest.fixture
 def mmcv():
-    return pytest.importorskip(MMCV)
+    pytest.importorskip("mmcv")
+    importlib.import_module("flash_internimage.openmmlab")
+    return importlib.import_module(MMCV)
 
 
 def on_gpu(dtype):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+import flash_internimage.openmmlab  # noqa: F401  needed before mmdet.models can be imported
 from flash_internimage.cli.demo_data import write_digits_scenes
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "detection"

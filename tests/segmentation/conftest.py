@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from mmengine.registry import DefaultScope
 
+import flash_internimage.openmmlab  # noqa: F401  needed before mmdet.models can be imported
 from flash_internimage.cli.demo_data import write_digits_scenes_ade20k
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "segmentation"

@@ -158,8 +158,8 @@ def test_metafiles_refer_to_existing_files_and_figures():
         assert all(
             (ROOT / collection["README"]).is_file() for collection in metafile["Collections"]
         )
-    assert list(models) == list(ENTRIES)
-    assert all((ROOT / m["Config"]).is_file() for m in models.values() if "Config" in m)
+    assert list(models) == [name for name, entry in ENTRIES.items() if entry.config]
+    assert all((ROOT / model["Config"]).is_file() for model in models.values())
     results = models["mask_rcnn_flash_internimage_b_fpn_3x_coco"]["Results"]
     assert [(r["Task"], r["Metrics"]) for r in results] == [
         ("Object Detection", {"box AP": 50.6}),

@@ -14,15 +14,22 @@ from mmengine.runner import CheckpointLoader
 
 import flash_internimage.openmmlab.detection
 import flash_internimage.openmmlab.segmentation  # noqa: F401  registers its overrides
-from flash_internimage.openmmlab import enable_safe_loading, safe_loading
+from flash_internimage.openmmlab import enable_safe_loading, mmcv_ops, safe_loading
 from flash_internimage.openmmlab.datasets.transforms import LoadCheckedArray, LoadCheckedImage
 from flash_internimage.openmmlab.detection import CheckedPycocotoolsMetric
 
 SNAPSHOT = """
 import importlib, sys
 import mmdet, mmengine, mmseg
+from importlib.util import module_from_spec, spec_from_file_location
+
+# mmdet.engine needs operators of mmcv, compiled or not.
+spec = spec_from_file_location("operators", "OPERATORS")
+spec.loader.exec_module(module_from_spec(spec))
+
 import mmdet.apis, mmseg.apis, mmengine.registry, mmengine.runner
 import mmdet.engine, mmdet.evaluation, mmseg.engine, mmseg.evaluation
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.fileio.backends import backends, prefix_to_backends
 from mmengine.registry import Registry
 
@@ -35,7 +42,12 @@ def snapshot():
                 keys = {*registry.module_dict, *getattr(registry.parent, "module_dict", ())}
                 entries |= {(library, name, key): registry.get(key) for key in keys}
     schemes = mmengine.runner.CheckpointLoader._schemes
-    for kind, table in ("schemes", schemes), ("backends", backends), ("prefix", prefix_to_backends):
+    for kind, table in (
+        ("schemes", schemes),
+        ("backends", backends),
+        ("prefix", prefix_to_backends),
+        ("packages", MODULE2PACKAGE),
+    ):
         entries |= {(kind, key): value for key, value in table.items()}
     entries["excepthook"] = sys.excepthook
     return entries
@@ -46,12 +58,14 @@ after = snapshot()
 changed = [key for key in before if before[key] is not after.get(key)]
 assert len(before) > 1000 and not changed, changed
 assert any(key not in before for key in after)
+assert ("packages", "flash_internimage") in after.keys() - before.keys()
 """
 
 
 @pytest.mark.parametrize("module", ["detection", "segmentation", "programs"])
 def test_importing_replaces_no_entries(module):
-    subprocess.run([sys.executable, "-c", SNAPSHOT.replace("MODULE", module)], check=True)
+    program = SNAPSHOT.replace(".MODULE", f".{module}").replace("OPERATORS", mmcv_ops.__file__)
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_detection_does_not_need_mmseg():
