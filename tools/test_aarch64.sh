@@ -68,4 +68,5 @@ run() {
     qemu-aarch64-static -L "$root" "$root/usr/bin/$python" "$@"
 }
 run -c 'import ops_dcnv4, sys; print(ops_dcnv4.explain_backend("cpu")); sys.exit(not ops_dcnv4.is_compiled())'
-run -m pytest -q -p no:cacheprovider "$@"
+# The profile tolerates that emulation is slow.
+run -m pytest -q -p no:cacheprovider --hypothesis-profile ci "$@"

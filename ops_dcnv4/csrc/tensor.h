@@ -50,7 +50,7 @@ Tensor new_tensor(Allocate allocate, IntArrayRef shape, const Tensor& like, Scal
   const auto failed = allocate(like.get(), shape.data(), static_cast<int64_t>(shape.size()), &code,
                                nullptr, nullptr, 0, nullptr, &result);
   if (failed) {
-    refuse<std::runtime_error>("out of memory. Tried to allocate a tensor of ", dtype,
+    refuse<std::runtime_error>("the device is out of memory. Tried to allocate a tensor of ", dtype,
                                " and shape ", shape, " on ", like.device());
   }
   return Tensor(result);

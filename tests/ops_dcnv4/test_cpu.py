@@ -42,6 +42,7 @@ import sys, warnings
 sys.modules["ops_dcnv4._C"] = None
 import torch, ops_dcnv4
 assert not ops_dcnv4.is_compiled()
+assert torch.ops.ops_dcnv4.dcnv4.default._defined_in_python
 value, offset_mask, grad_output, parameters = torch.load(sys.argv[1])
 inputs = value.requires_grad_(), offset_mask.requires_grad_()
 with warnings.catch_warnings(record=True) as caught:

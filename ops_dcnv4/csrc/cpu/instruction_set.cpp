@@ -43,8 +43,8 @@ std::string_view highest_allowed() {
   if (ours == nullptr || *ours == '\0') return of_torch == nullptr ? "" : of_torch;
   const std::string_view highest = ours;
   OPS_DCNV4_CHECK(highest == "default" || highest == "avx2" || highest == "avx512",
-                  "the environment variable ", name,
-                  " must be default, avx2 or avx512, got ", highest);
+                  "the environment variable ", name, " must be default, avx2 or avx512, got ",
+                  highest);
   return highest;
 }
 

@@ -29,8 +29,7 @@ AttentionGradients ms_deform_attn_backward_cpu(const AttentionInputs& inputs,
       const auto& kernels = instruction_set().kernels(scalar);
       torch::stable::parallel_for(0, a.batch * a.heads, 1, [&](int64_t begin, int64_t end) {
         const ScratchMemory<acc_t> memory(a.taps(), int64_t(a.pixels) * a.head_channels);
-        kernels.ms_deform_attn_backward(a, tensors, memory.scratch, begin,
-                                                                  end);
+        kernels.ms_deform_attn_backward(a, tensors, memory.scratch, begin, end);
       });
     });
   const ScalarType dtype = inputs.locations.scalar_type();

@@ -19,12 +19,11 @@ Tensor ms_deform_attn_cpu(const AttentionInputs& inputs) {
     auto tensors = in.tensors<scalar_t>();
     tensors.output = output.mutable_data_ptr<scalar_t>();
     const auto& kernels = instruction_set().kernels(scalar);
-    torch::stable::parallel_for(0, a.batch * a.queries, grain / work + 1,
-                                [&](int64_t begin, int64_t end) {
-                                  const ScratchMemory<decltype(acc)> memory(a.taps(), 0);
-                                  kernels.ms_deform_attn_forward(
-                                      a, tensors, memory.scratch, begin, end);
-                                });
+    torch::stable::parallel_for(
+        0, a.batch * a.queries, grain / work + 1, [&](int64_t begin, int64_t end) {
+          const ScratchMemory<decltype(acc)> memory(a.taps(), 0);
+          kernels.ms_deform_attn_forward(a, tensors, memory.scratch, begin, end);
+        });
   });
   return output;
 }
