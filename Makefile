@@ -126,7 +126,7 @@ PYTHON_VERSIONS ?= python3.11 python3.12
 TESTS ?=
 
 test-wheel:
-	$(PYTHON) -m tools.check_wheels -- $(TESTS)
+	$(PYTHON) -m tools.check_wheels --extras train openmmlab -- $(TESTS)
 
 test-torch-versions:
 	$(PYTHON) -m tools.check_wheels --torch $(TORCH_VERSIONS) -- $(TESTS)

@@ -1,10 +1,11 @@
 """Install the wheels into empty environments outside the checkout, and test them there.
 
-    python -m tools.check_wheels [--torch VERSION ...] [--python INTERPRETER ...] [-- TEST ...]
+    python -m tools.check_wheels [--torch VERSION ...] [--python INTERPRETER ...]
+                                 [--extras EXTRA ...] [-- TEST ...]
 
 Every version of PyTorch is combined with every interpreter, one after the other. Each environment
-takes about 6 GB while it exists. The versions of all other packages are those in requirements.txt
-and requirements-dev.txt. A copy of the checkout without the packages provides the tests, by default
+takes about 6 GB while it exists. The versions of all other packages are those in the requirements
+files. A copy of the checkout without the packages provides the tests, by default
 those of the operators and the outputs of the published backbones. The table printed at the end
 identifies the CPU library by its SHA-256.
 """
@@ -25,7 +26,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 TESTS = ["tests/ops_dcnv4", "tests/flash_internimage/test_backbone.py"]
 # The wheels provide these.
-PACKAGES = ("ops_dcnv4/ops_dcnv4/", "flash_internimage/")
+PACKAGES = ("ops_dcnv4/ops_dcnv4/", "flash_internimage/", "flash_internimage_cli.py")
 # Both packages must come from the wheels, and the kernels be found.
 DESCRIBE = """
 import hashlib, json, pathlib, platform, sys, sysconfig
@@ -81,14 +82,39 @@ def copy_tests(target: Path) -> None:
         shutil.copy(source, target / name)
 
 
-def write_pins(target: Path, torch: str | None) -> None:
-    """Write the tested versions as constraints, with another torch if one is given."""
+def read_pins(torch: str | None) -> list[str]:
+    """Return the tested versions of the core's requirements, with another torch if one is given."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     if torch is not None:
         lines = [line for line in lines if not line.startswith(("torch==", "torchvision=="))]
         lines.append(f"torch=={torch}")
-    development = (ROOT / "requirements-dev.txt").read_text().splitlines()
-    target.write_text("\n".join([*lines, *development, ""]))
+    return lines
+
+
+def install_steps(
+    pip: list[str], wheels: list[Path], extras: list[str], pins: Path
+) -> list[tuple[str, list[str]]]:
+    """Return the commands that install the wheels with extras, and the tests' requirements."""
+    operators, package = map(str, wheels)
+    steps = []
+    constraints = ["-c", str(pins)]
+    if "openmmlab" in extras:
+        file = ROOT / "requirements-openmmlab.txt"
+        constraints += ["-c", str(file)]
+        [mmcv] = [line for line in file.read_text().splitlines() if line.startswith("onedl-mmcv=")]
+        # pip's cache may have an mmcv that was compiled against another torch.
+        steps.append(("installing mmcv", [*pip, "--no-cache-dir", "--no-deps", mmcv]))
+    if extras:
+        package += f"[{','.join(extras)}]"
+    development = str(ROOT / "requirements-dev.txt")
+    return [
+        *steps,
+        ("installing the wheels", [*pip, *constraints, operators, package]),
+        (
+            "installing the tests' requirements",
+            [*pip, *constraints, "-r", str(pins), "-r", development],
+        ),
+    ]
 
 
 def run_tests(python: Path, checkout: Path, arguments: list[str], cuda: bool) -> Result:
@@ -110,32 +136,31 @@ def run_tests(python: Path, checkout: Path, arguments: list[str], cuda: bool) ->
 
 
 def check_environment(
-    interpreter: str, torch: str | None, wheels: list[Path], arguments: list[str]
+    interpreter: str,
+    torch: str | None,
+    wheels: list[Path],
+    extras: list[str],
+    arguments: list[str],
 ) -> Result:
     """Create an environment, install the wheels, run the tests and remove the environment."""
     result = Result(torch or "pinned", interpreter)
     with tempfile.TemporaryDirectory(prefix="check-wheels-") as folder:
         checkout, environment = Path(folder, "checkout"), Path(folder, "environment")
         pins = Path(folder, "pins.txt")
-        write_pins(pins, torch)
+        pins.write_text("\n".join(read_pins(torch)))
         copy_tests(checkout)
         python = environment / ("Scripts" if sys.platform == "win32" else "bin") / "python"
         pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
         has_cuda = any("_C_cuda" in name for name in _contents(wheels[0]))
-        steps: list[tuple[str, list[str | Path]]] = [
-            ("creating the environment", [interpreter, "-m", "venv", environment]),
-            ("installing the wheels", [*pip, "-c", pins, *wheels]),
-            ("smoke.py", [python, checkout / "tests" / "packaging" / "smoke.py"]),
-            ("installing the tests' requirements", [*pip, "-r", pins]),
+        smoke = str(checkout / "tests" / "packaging" / "smoke.py")
+        steps: list[tuple[str, list[str]]] = [
+            ("creating the environment", [interpreter, "-m", "venv", str(environment)]),
+            *install_steps(pip, wheels, extras, pins),
+            ("smoke.py", [str(python), smoke, "--require", *extras]),
         ]
         if sys.platform != "win32":
-            audit: list[str | Path] = [
-                python.with_name("torch-abi-audit"),
-                "--check",
-                "both",
-                "ops_dcnv4",
-            ]
-            steps.append(("torch-abi-audit", audit))
+            audit = str(python.with_name("torch-abi-audit"))
+            steps.append(("torch-abi-audit", [audit, "--check", "both", "ops_dcnv4"]))
         for step, command in steps:
             if subprocess.run(command, cwd=folder).returncode:
                 return result._replace(problem=f"{step} failed")
@@ -175,6 +200,9 @@ def main() -> int:
         "--torch", nargs="+", default=[None], help="versions (default: that in requirements.txt)"
     )
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters")
+    parser.add_argument(
+        "--extras", nargs="+", default=[], choices=("train", "openmmlab"), help="extras to install"
+    )
     parser.add_argument("arguments", nargs="*", help="for pytest, after --")
     options = parser.parse_args()
     try:
@@ -184,7 +212,7 @@ def main() -> int:
     if missing := [name for name in options.python if shutil.which(name) is None]:
         parser.error(f"--python: no such interpreter: {', '.join(missing)}")
     results = [
-        check_environment(python, torch, wheels, options.arguments)
+        check_environment(python, torch, wheels, options.extras, options.arguments)
         for python in options.python
         for torch in options.torch
     ]

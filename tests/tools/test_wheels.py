@@ -44,19 +44,30 @@ def test_one_wheel_of_each_package_is_found(tmp_path):
         check_wheels.find_wheels(tmp_path)
 
 
-def test_only_torch_has_another_version(tmp_path):
-    check_wheels.write_pins(tmp_path / "pinned", None)
-    check_wheels.write_pins(tmp_path / "other", "2.11.0")
-    pinned, other = (set((tmp_path / n).read_text().splitlines()) for n in ("pinned", "other"))
+def test_only_torch_has_another_version():
+    pinned, other = map(set, (check_wheels.read_pins(None), check_wheels.read_pins("2.11.0")))
     assert other - pinned == {"torch==2.11.0"}
     assert {line.partition("==")[0] for line in pinned - other} == {"torch", "torchvision"}
 
 
+def test_extras_are_installed_with_an_mmcv_that_is_not_cached(tmp_path):
+    wheels, pins = [tmp_path / "ops.whl", tmp_path / "package.whl"], tmp_path / "pins"
+    mmcv, installation, _ = check_wheels.install_steps(
+        ["pip"], wheels, ["train", "openmmlab"], pins
+    )
+    assert {"--no-cache-dir", "--no-deps"} < set(mmcv[1])
+    assert mmcv[1][-1].startswith("onedl-mmcv==")
+    assert installation[1][-2:] == [str(wheels[0]), f"{wheels[1]}[train,openmmlab]"]
+    assert len(check_wheels.install_steps(["pip"], wheels, [], pins)) == 2
+
+
+@pytest.mark.skipif(not (check_wheels.ROOT / ".git").exists(), reason="git lists the files")
 def test_the_copied_tests_come_without_the_packages(tmp_path):
     check_wheels.copy_tests(tmp_path)
     assert (tmp_path / "tests" / "ops_dcnv4" / "test_ops.py").exists()
     assert (tmp_path / "ops_dcnv4" / "csrc" / "library.cpp").exists()
     assert not (tmp_path / "flash_internimage").exists()
+    assert not (tmp_path / "flash_internimage_cli.py").exists()
     assert not (tmp_path / "ops_dcnv4" / "ops_dcnv4").exists()
 
 
