@@ -1,4 +1,4 @@
-"""Put the configs into the package, where OpenMMLab searches for them.
+"""Put the configs into the package, where OpenMMLab searches for them, and a hook next to it.
 
 Everything else about the distribution is in pyproject.toml.
 """
@@ -14,6 +14,11 @@ from setuptools.command.build import build
 _PACKAGE = Path("flash_internimage")
 _SHIPPED = (Path("configs"), Path("model-index.yml"))
 _SUFFIXES = {".py", ".yaml", ".yml"}
+# Python executes this line when it starts; see flash_internimage_startup.py.
+_STARTUP = (
+    "import os; os.environ.get('FLASH_INTERNIMAGE_STARTUP') == '0' or "
+    "__import__('flash_internimage_startup').install()\n"
+)
 
 
 class BuildConfigs(Command):
@@ -57,6 +62,41 @@ class BuildConfigs(Command):
             shutil.copyfile(source, target)
 
 
+class BuildStartup(Command):
+    """Write `flash_internimage.pth`, also into editable installations."""
+
+    description = "add the hook that runs when Python starts"
+    user_options: ClassVar = [("build-lib=", "d", "folder of the built package")]
+
+    def initialize_options(self) -> None:
+        """Set the options that setuptools requires of the commands of a build."""
+        self.build_lib: Any = None
+        self.editable_mode = False
+
+    def finalize_options(self) -> None:
+        """Take the folder from build_py; an editable wheel has nothing but what is installed."""
+        source, folder = "build_py", "build_lib"
+        if self.editable_mode:
+            source, folder = "install", "install_lib"
+        self.set_undefined_options(source, (folder, "build_lib"))
+
+    def get_source_files(self) -> list[str]:
+        """Return no files: the line is part of this script."""
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """Return no sources."""
+        return {}
+
+    def get_outputs(self) -> list[str]:
+        """Return the file."""
+        return [os.path.join(self.build_lib, f"{_PACKAGE}.pth")]
+
+    def run(self) -> None:
+        """Write the file."""
+        Path(self.build_lib, f"{_PACKAGE}.pth").write_text(_STARTUP)
+
+
 def _link(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -68,5 +108,5 @@ def _link(folder: Path) -> None:
             shutil.copytree(path, target) if path.is_dir() else shutil.copyfile(path, target)
 
 
-build.sub_commands.append(("build_configs", None))
-setup(cmdclass={"build_configs": BuildConfigs})
+build.sub_commands += [("build_configs", None), ("build_startup", None)]
+setup(cmdclass={"build_configs": BuildConfigs, "build_startup": BuildStartup})

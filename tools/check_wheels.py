@@ -26,7 +26,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 TESTS = ["tests/ops_dcnv4", "tests/flash_internimage/test_backbone.py"]
 # The wheels provide these.
-PACKAGES = ("ops_dcnv4/ops_dcnv4/", "flash_internimage/", "flash_internimage_cli.py")
+PACKAGES = ("ops_dcnv4/ops_dcnv4/", "flash_internimage/", "flash_internimage_")
 # Both packages must come from the wheels, and the kernels be found.
 DESCRIBE = """
 import hashlib, json, pathlib, platform, sys, sysconfig

@@ -4,7 +4,7 @@ Importing this package, `flash_internimage.openmmlab.detection` or
 `flash_internimage.openmmlab.segmentation` registers new names and changes nothing else: types, the
 prefix `flash_internimage::` of configs, and models of the zoo for OpenMMLab's inferencers. There is
 one exception: if mmcv was installed without compiled operators, torchvision's take their place, see
-:mod:`~flash_internimage.openmmlab.mmcv_ops`. To read files safely in scripts without
+:mod:`~flash_internimage.mmcv_ops`. To read files safely in scripts without
 :class:`SafeRunner`, see :func:`enable_safe_loading`.
 
 Example::
@@ -12,7 +12,8 @@ Example::
     custom_imports = dict(imports=['flash_internimage.openmmlab'])
 """
 
-from . import mmcv_ops, model_index  # noqa: F401  mmcv_ops before anything imports mmcv.ops
+from . import operators  # noqa: F401, I001  before anything imports mmcv.ops
+from . import model_index  # noqa: F401
 from .datasets.transforms import LoadReadableImage
 from .engine.hooks.checkpoint import AtomicCheckpointHook
 from .engine.hooks.curves import CurvesHook

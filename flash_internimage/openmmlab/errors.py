@@ -10,7 +10,7 @@ from types import TracebackType
 
 import flash_internimage
 
-from .mmcv_ops import MissingOperatorError
+from ..mmcv_ops import MissingOperatorError
 
 # Errors about data, files and values of settings, whenever they are raised.
 _ALWAYS = (OSError, ValueError, FloatingPointError, MissingOperatorError)

@@ -7,6 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import mmcv
 import pytest
 
 from flash_internimage.cli.demo_data import write_digits_scenes
@@ -15,9 +16,8 @@ from flash_internimage.configs import list_configs
 pytestmark = [pytest.mark.mm, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 BASE = "flash_internimage::detection/mask_rcnn_flash_internimage_nano_fpn_digits_scenes.py"
-# mmdet's script reads a config before it imports anything, and mmengine evaluates `_base_`.
 OWN_CONFIG = f"""
-_base_ = __import__("flash_internimage.openmmlab") and "{BASE}"
+_base_ = "{BASE}"
 loader = dict(dataset=dict(data_root="scenes"))
 train_dataloader = dict(batch_size=2, **loader)
 val_dataloader = loader
@@ -27,15 +27,24 @@ test_evaluator = val_evaluator
 train_cfg = dict(max_epochs=1, val_interval=1)
 """
 PROGRAM = """
-import runpy, sys
+import os, runpy, site, sys
 from pathlib import Path
 
-import mmdet
+del os.environ["FLASH_INTERNIMAGE_STARTUP"]
+site.addsitedir("installed")  # as when Python starts
+assert not any(name in sys.modules for name in ("flash_internimage", "mmengine", "torch"))
 
-# mmdet's own script, which imports this package only because the config does
-sys.argv = ["train.py", "own_config.py", "--work-dir", "run"]
+import mmdet.apis, mmdet.models  # needs mmcv's operators
+from mmengine.config.utils import MODULE2PACKAGE
+
+assert MODULE2PACKAGE["flash_internimage"] == "flash_internimage"
+assert "flash_internimage.openmmlab" not in sys.modules
+
+# mmdet's own scripts, which import this package only because the config's base does
 tools = Path(mmdet.__file__).parent / ".mim" / "tools"
-runpy.run_path(str(tools / "train.py"), run_name="__main__")
+for script, arguments in (("train.py", []), ("test.py", ["run/epoch_1.pth"])):
+    sys.argv = [script, "own_config.py", *arguments, "--work-dir", "run"]
+    runpy.run_path(str(tools / script), run_name="__main__")
 
 import flash_internimage
 from flash_internimage.configs import find_config
@@ -84,10 +93,14 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def elsewhere(wheel, tmp_path_factory) -> Path:
-    """Return a folder outside the repository in which the wheel is installed."""
+    """Return a folder outside the repository with the wheel, and mmcv without operators."""
     folder = tmp_path_factory.mktemp("elsewhere")
     with zipfile.ZipFile(wheel) as file:
         file.extractall(folder / "installed")
+    (folder / "installed" / "mmcv").mkdir()
+    for path in Path(mmcv.__file__).parent.iterdir():
+        if not path.name.startswith("_ext"):
+            (folder / "installed" / "mmcv" / path.name).symlink_to(path)
     write_digits_scenes(folder / "scenes", train=2, val=1)
     (folder / "own_config.py").write_text(OWN_CONFIG)
     return folder
@@ -106,14 +119,16 @@ def test_wheel_contains_all_configs_and_no_caches(wheel):
 
 
 def test_configs_are_found_outside_the_repository(elsewhere):
-    environment = {**os.environ, "PYTHONPATH": str(elsewhere / "installed")}
+    # The hook is that of the wheel, not that of this environment.
+    environment = {"PYTHONPATH": str(elsewhere / "installed"), "FLASH_INTERNIMAGE_STARTUP": "0"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=elsewhere,
-        env=environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (elsewhere / "run" / "epoch_1.pth").is_file()
-    assert "coco/bbox_mAP: " in done.stdout
+    assert "Epoch(val) [1][1/1]    coco/bbox_mAP: " in done.stdout
+    assert "Epoch(test) [1/1]    coco/bbox_mAP: " in done.stdout

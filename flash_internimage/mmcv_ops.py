@@ -1,20 +1,14 @@
 """mmcv's operators from torchvision, for an mmcv that was installed without compiled operators.
 
 mmcv's operators are Python functions on top of an extension module, `mmcv._ext`, which takes a
-quarter of an hour to compile. If it is missing, importing this module puts a substitute in its
-place, so that `mmcv.ops` can be imported: NMS and RoIAlign are computed by torchvision, the sigmoid
-focal loss by PyTorch, and all other operators raise :class:`MissingOperatorError` when called. A
-compiled mmcv is never touched.
+quarter of an hour to compile. If it is missing, `flash_internimage_startup` imports the substitute
+of this module in its place, so that `mmcv.ops` can be imported: NMS and RoIAlign are computed by
+torchvision, the sigmoid focal loss by PyTorch, and all other operators raise
+:class:`MissingOperatorError` when called. A compiled mmcv is never touched.
 """
 
-import ast
-import importlib
-import importlib.util
-import inspect
 import logging
-import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -245,8 +239,10 @@ class Operators(ModuleType):
 
     def __init__(self) -> None:
         super().__init__(_EXTENSION, "Operators of torchvision in place of mmcv's own.")
-        self.__spec__ = ModuleSpec(_EXTENSION, loader=None)
         vars(self).update(_PROVIDED)
+        logging.getLogger(__name__).info(
+            "mmcv has no compiled operators: NMS, RoIAlign and focal loss are torchvision's"
+        )
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         if name.startswith("__"):
@@ -256,56 +252,3 @@ class Operators(ModuleType):
             raise MissingOperatorError(name)
 
         return refuse
-
-
-def _install() -> None:
-    """Provide `mmcv._ext` if mmcv has none."""
-    if importlib.util.find_spec(_EXTENSION) is not None:
-        return
-    sys.modules[_EXTENSION] = Operators()
-    logging.getLogger(__name__).info(
-        "mmcv has no compiled operators: nms, roi_align and sigmoid_focal_loss are torchvision's"
-    )
-    for package in ("mmcv.cnn.", "mmdet.", "mmseg."):
-        for name in [name for name in sys.modules if name.startswith(package)]:
-            _repeat_failed_imports(sys.modules[name])
-
-
-def _repeat_failed_imports(module: ModuleType) -> None:
-    """Replace the fallbacks of a module that was imported before `mmcv.ops` could be.
-
-    OpenMMLab's modules define placeholders if they cannot import from `mmcv.ops`, or from modules
-    that need it.
-    """
-    try:
-        statements = ast.parse(inspect.getsource(module)).body
-    except (OSError, TypeError):
-        return  # not from a source file
-    attempts = [part for node in statements if isinstance(node, ast.Try) for part in node.body]
-    for node in attempts:
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        name = "." * node.level + (node.module or "")
-        name = importlib.util.resolve_name(name, module.__package__)
-        if not name.startswith(("mmcv.ops", "mmcv.cnn", "mmdet.models", "mmseg.models")):
-            continue
-        try:
-            source = importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue  # mmdet, which mmseg does not require
-        for alias in node.names:
-            name = alias.asname or alias.name
-            fallback, found = getattr(module, name, None), getattr(source, alias.name)
-            setattr(module, name, found)
-            if isinstance(fallback, type) and fallback is not found:
-                _rebase(module, fallback, found)
-
-
-def _rebase(module: ModuleType, fallback: type, base: type) -> None:
-    """Let the classes of a module inherit from `base` instead of `fallback`."""
-    for value in vars(module).values():
-        if isinstance(value, type) and fallback in value.__bases__ and value is not base:
-            value.__bases__ = tuple(base if b is fallback else b for b in value.__bases__)
-
-
-_install()
