@@ -18,6 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 _EXTENSION = "mmcv._ext"
+SUMMARY = (
+    "mmcv has no compiled operators; using torchvision for NMS and RoIAlign, and PyTorch for the "
+    "sigmoid focal loss"
+)
 _AVERAGE = 1  # pool_mode of RoIAlign; 0 is the maximum
 _COMPILE = (
     "install mmcv with its operators: `make openmmlab-compiled` in a clone of FlashInternImage, or "
@@ -26,10 +30,12 @@ _COMPILE = (
 
 
 class MissingOperatorError(NotImplementedError):
-    """An operator of mmcv was called that needs mmcv's compiled operators."""
+    """An operator of mmcv was called that requires mmcv's compiled operators."""
 
     def __init__(self, operator: str) -> None:
-        super().__init__(f"mmcv has no compiled operators, which {operator} needs; {_COMPILE}")
+        super().__init__(
+            f"{operator} requires mmcv's compiled operators, which are not installed; {_COMPILE}"
+        )
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
@@ -240,9 +246,7 @@ class Operators(ModuleType):
     def __init__(self) -> None:
         super().__init__(_EXTENSION, "Operators of torchvision in place of mmcv's own.")
         vars(self).update(_PROVIDED)
-        logging.getLogger(__name__).info(
-            "mmcv has no compiled operators: NMS, RoIAlign and focal loss are torchvision's"
-        )
+        logging.getLogger(__name__).info(SUMMARY)
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         if name.startswith("__"):

@@ -8,7 +8,9 @@ import importlib
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import mmcv
 import pytest
@@ -236,7 +238,7 @@ MAPS, REGION = torch.ones(1, 2, 4, 4), torch.tensor([[0.0, 0, 0, 2, 2]])
 def test_other_operators_say_how_to_install_them(operator, call, torchvision_operators):
     with pytest.raises(mmcv_ops.MissingOperatorError) as caught:
         call()
-    message = f"mmcv has no compiled operators, which {operator} needs; install mmcv with"
+    message = f"{operator} requires mmcv's compiled operators, which are not installed; install"
     assert str(caught.value).startswith(message)
     assert "`make openmmlab-compiled`" in str(caught.value)
     assert errors.is_users(caught.value)
@@ -272,44 +274,28 @@ def run(tmp_path):
     return run
 
 
-LATE = """
+WITHOUT_THE_HOOK = """
 import logging
-import mmdet.apis, mmseg.apis, mmdet.structures.mask.structures as masks
-try:
-    import mmdet.models
-except ModuleNotFoundError as error:
-    assert error.name == "mmcv._ext", error
-else:
-    raise AssertionError
+FIRST
 logging.basicConfig(level=logging.INFO)
 import flash_internimage.openmmlab
 from mmcv import ops
 from mmcv.utils.ext_loader import check_ops_exist
-from mmdet.models.dense_heads import mask2former_head, rpn_head
-from mmdet.models.detectors import deformable_detr
-from mmdet.models.layers import msdeformattn_pixel_decoder
-from mmdet.models.losses import focal_loss
-from mmdet.registry import MODELS
-from mmseg.models.decode_heads import MaskFormerHead, Mask2FormerHead, point_head
+from mmdet.models.dense_heads import rpn_head
 
 assert check_ops_exist()
-for module in deformable_detr, msdeformattn_pixel_decoder:
-    assert module.MultiScaleDeformableAttention is ops.MultiScaleDeformableAttention
-assert masks.roi_align == ops.roi_align
 assert rpn_head.batched_nms is ops.batched_nms
-assert focal_loss._sigmoid_focal_loss == ops.sigmoid_focal_loss
-assert focal_loss.sigmoid_focal_loss is not ops.sigmoid_focal_loss
-assert point_head.point_sample is mask2former_head.point_sample is ops.point_sample
-assert issubclass(Mask2FormerHead, mask2former_head.Mask2FormerHead)
-assert issubclass(MaskFormerHead, MODELS.get("MaskFormerHead"))
-assert MODELS.get("SingleRoIExtractor")
 """
 
 
 @pytest.mark.slow
-def test_modules_that_were_imported_before_use_the_operators(run):
-    messages = run(LATE).stderr
-    assert messages.count("INFO:flash_internimage.mmcv_ops:") == 1
+@pytest.mark.parametrize(
+    ("first", "warnings"), [("", 0), ("import mmdet.structures.mask.structures", 1)]
+)
+def test_importing_the_package_provides_the_operators(first, warnings, run):
+    messages = run(WITHOUT_THE_HOOK.replace("FIRST", first)).stderr
+    assert messages.count("INFO:flash_internimage.mmcv_ops:mmcv has no compiled operators;") == 1
+    assert messages.count("import flash_internimage.openmmlab first") == warnings
 
 
 @pytest.mark.slow
@@ -320,3 +306,15 @@ assert sys.modules["mmcv._ext"].mine
 assert mmcv.ops.get_compiler_version() == "mine"
 """
     run(program, "mine = True\ndef __getattr__(name):\n    return lambda: 'mine'")
+
+
+@pytest.mark.parametrize("substituted", [True, False])
+def test_the_log_of_a_run_says_once_that_operators_are_substituted(
+    substituted, runner, monkeypatch, tmp_path
+):
+    extension = mmcv_ops.Operators() if substituted else ModuleType("mmcv._ext")
+    extension.__spec__ = ModuleSpec("mmcv._ext", None)
+    monkeypatch.setitem(sys.modules, "mmcv._ext", extension)
+    runner(log_level="INFO")
+    [log] = (tmp_path / "run").rglob("*.log")
+    assert log.read_text().count(mmcv_ops.SUMMARY) == substituted

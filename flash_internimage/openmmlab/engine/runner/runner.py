@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from ....checkpoints import check_optimizer, check_state_dict, convert_checkpoin
 from ....checkpoints.conversion import EXECUTED
 from ....checkpoints.downloads import hide_secrets
 from ....files import disk_full_error, write_atomically
+from ....mmcv_ops import SUMMARY, Operators
 from ...datasets.splits import warn_of_shared_images
 from ...errors import describe, end_in_one_line, is_from_this_package, is_users
 from ...safe_loading import read_checkpoint, safe_loading
@@ -77,6 +79,8 @@ class SafeRunner(Runner):
         self._resuming = False
         with self._working():
             super().__init__(*args, **kwargs)
+        if isinstance(sys.modules.get("mmcv._ext"), Operators):
+            self.logger.info(SUMMARY)
         # mmengine modifies it on resume, and it may be the default shared by all runners.
         self._randomness_cfg = dict(self._randomness_cfg)
 
