@@ -30,7 +30,7 @@ Dcnv4BackwardKernel dcnv4_backward_cpu, dcnv4_backward_cuda;
 
 // The tensors of an attention call: value (N, S, M, D), spatial_shapes (L, 2), level_start_index
 // (L,), locations (N, Lq, M, L, K, 2) and weights (N, Lq, M, L, K). In the fused form, locations
-// and logits are one tensor (N, Lq, M, 3*L*K), which stands for both.
+// and logits are one tensor (N, Lq, M, 3*L*K), passed as both.
 struct AttentionInputs {
   const Tensor &value, &spatial_shapes, &level_start_index, &locations, &weights;
   bool fused = false;

@@ -1,5 +1,5 @@
 // Tensors of PyTorch's stable ABI and what the operators do with them. The libraries use nothing
-// else of PyTorch, so that other versions than the one they were compiled against can load them.
+// else of PyTorch, so that one build works with every PyTorch from TORCH_TARGET_VERSION on.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -50,8 +50,9 @@ Tensor new_tensor(Allocate allocate, IntArrayRef shape, const Tensor& like, Scal
   const auto failed = allocate(like.get(), shape.data(), static_cast<int64_t>(shape.size()), &code,
                                nullptr, nullptr, 0, nullptr, &result);
   if (failed) {
-    refuse<std::runtime_error>("the device is out of memory. Tried to allocate a tensor of ", dtype,
-                               " and shape ", shape, " on ", like.device());
+    // The reason is lost; too little memory is the usual one.
+    refuse<std::runtime_error>("failed to allocate a tensor of ", dtype, " and shape ", shape,
+                               " on ", like.device(), ", which may be out of memory");
   }
   return Tensor(result);
 }

@@ -117,6 +117,7 @@ def _raise_from(error: Exception, name: str, inputs: tuple) -> None:
     """Raise the error that Python's checks find, if any; compiled kernels only raise ValueError."""
     check(name, inputs)
     if "out of memory" in str(error) and inputs[0].device.type == "cuda":
+        torch.cuda.synchronize(inputs[0].device)  # raises the fault of an earlier kernel instead
         raise torch.OutOfMemoryError(str(error)) from error
 
 

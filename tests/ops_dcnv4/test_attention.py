@@ -348,7 +348,7 @@ def raw_operators(form: str) -> tuple:
 
 @pytest.mark.parametrize(("change", "message"), [(change, text) for change, _, text in CHANGES])
 @both_forms
-@torch.inference_mode()  # does without the Python code that has its own messages
+@torch.inference_mode()  # bypasses the Python checks
 def test_kernels_reject_arguments_that_exceed_their_tensors(form, change, message, device):
     inputs = SPLIT._replace(**change).on(device)
     forward, backward = raw_operators(form)

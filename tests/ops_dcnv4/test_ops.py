@@ -373,7 +373,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "message"), [(change, text) for change, _, text in REFUSED])
-@torch.inference_mode()  # does without the Python code that has its own messages
+@torch.inference_mode()  # bypasses the Python checks
 def test_kernels_reject_arguments_that_exceed_their_tensors(change, message, device):
     arguments = Parameters()._asdict() | {"value": VALUE, "offset_mask": OFFSET_MASK} | change
     value, offset_mask, *parameters = (arguments[name] for name in SCHEMA_ORDER)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
-from ops_dcnv4 import dcnv4
+from ops_dcnv4 import dcnv4, registration
 from ops_dcnv4.registration import SCHEMAS
 from tests.ops_dcnv4.cases import (
     VARIED,
@@ -50,11 +51,37 @@ def test_gradients_follow_the_setting_for_deterministic_algorithms():
     recorded = []
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic)
-        with Recorder():
-            torch.autograd.grad(dcnv4(value, offset_mask, *p), value, grad_output)
-            torch.ops.ops_dcnv4.dcnv4_backward(grad_output, value.detach(), offset_mask, *p)
-        torch.use_deterministic_algorithms(False)
+        try:
+            with Recorder():
+                torch.autograd.grad(dcnv4(value, offset_mask, *p), value, grad_output)
+                torch.ops.ops_dcnv4.dcnv4_backward(grad_output, value.detach(), offset_mask, *p)
+        finally:
+            torch.use_deterministic_algorithms(False)
     assert recorded == [{}, {}, {"deterministic": True}, {"deterministic": True}]
+
+
+def raise_from(error: Exception, device: str) -> None:
+    p = Parameters()
+    with FakeTensorMode():
+        tensors = [tensor.to(device) for tensor in random_tensors(p)[:2]]
+    registration._raise_from(error, "dcnv4", (*tensors, *p))
+
+
+def test_failed_allocations_on_gpus_are_out_of_memory_errors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    error = RuntimeError("failed to allocate a tensor, which may be out of memory")
+    with pytest.raises(torch.OutOfMemoryError, match="failed to allocate"):
+        raise_from(error, "cuda")
+    raise_from(error, "cpu")
+
+
+def test_the_fault_of_an_earlier_kernel_is_no_lack_of_memory(monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        raise_from(RuntimeError("out of memory"), "cuda")
 
 
 def between_other_operators(value: Tensor, offset_mask: Tensor, *parameters) -> Tensor:

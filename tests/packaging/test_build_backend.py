@@ -34,7 +34,7 @@ def packages(target) -> Path:
 
 @pytest.fixture
 def hooks(target, tmp_path):
-    """Return a function that calls the hooks, with setuptools as the only package in sight."""
+    """Return a function that calls the hooks, with only setuptools importable."""
 
     def hooks() -> list[list[str]]:
         for name in ("setuptools", "_distutils_hack"):

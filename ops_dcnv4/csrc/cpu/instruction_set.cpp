@@ -34,8 +34,8 @@ bool supports_avx512() {
 
 #endif
 
-// Returns the highest instruction set that may be used. PyTorch's variable, which may have other
-// values on other platforms, applies unless ours is set.
+// Returns the highest instruction set that may be used. Falls back to ATEN_CPU_CAPABILITY, which is
+// not validated: its values depend on the platform.
 std::string_view highest_allowed() {
   const char* name = "OPS_DCNV4_CPU_CAPABILITY";
   const char* ours = std::getenv(name);

@@ -98,7 +98,8 @@ struct InstructionSet {
 extern const InstructionSet baseline, avx2, avx512;
 
 // Returns the best instruction set that the processor supports and the environment variable
-// OPS_DCNV4_CPU_CAPABILITY allows. Raises an error if the variable has another value.
+// OPS_DCNV4_CPU_CAPABILITY or, if it is unset, ATEN_CPU_CAPABILITY allows. Raises an error if the
+// former has an unknown value.
 const InstructionSet& instruction_set();
 
 }  // namespace ops_dcnv4

@@ -1,5 +1,4 @@
-// What the host code needs of CUDA and of PyTorch's stable ABI for it. The tests' emulator of CUDA
-// has a file in place of this one.
+// CUDA and stable-ABI declarations for host code. The tests' emulator of CUDA replaces this header.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -16,7 +16,8 @@
 
 int main(int count, char** arguments) try {
   if (count < 6) throw std::runtime_error("at least five arguments are needed");
-  if (dlsym(RTLD_DEFAULT, "Py_Initialize") != nullptr) throw std::runtime_error("Python is here");
+  if (dlsym(RTLD_DEFAULT, "Py_Initialize") != nullptr)
+    throw std::runtime_error("libpython must not be loaded");
   // Before the package, whose operators must exist when it is loaded.
   if (dlopen(arguments[1], RTLD_NOW) == nullptr) throw std::runtime_error(dlerror());
   torch::inductor::AOTIModelPackageLoader model(arguments[2]);
