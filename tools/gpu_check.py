@@ -26,15 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tools.gpu_check_steps import (
-    ROOT,
-    Check,
-    Step,
-    read_benchmark,
-    read_build,
-    read_tests,
-    say,
-)
+from tools.gpu_check_steps import ROOT, Check, Step, read_benchmark, read_build, read_tests, say
 
 REQUIRED = ("torch", "numpy", "setuptools", "pytest", "hypothesis")
 MODELS = ("timm", "torchvision", "huggingface_hub", "safetensors", "yaml", "tqdm", "filelock")
@@ -65,10 +57,8 @@ def probe() -> None:
 
         facts |= {"torch": torch.__version__, "cuda": torch.version.cuda}
         home = cpp_extension.CUDA_HOME or "/usr/local/cuda"
-        folders = [os.environ.get("PATH", os.defpath), f"{home}/bin", f"{home}/compute-sanitizer"]
-        facts["compute_sanitizer"] = shutil.which(
-            "compute-sanitizer", path=os.pathsep.join(folders)
-        )
+        path = f"{os.environ.get('PATH', os.defpath)}:{home}/bin:{home}/compute-sanitizer"
+        facts["compute_sanitizer"] = shutil.which("compute-sanitizer", path=path)
         if torch.cuda.is_available():
             gpus = range(torch.cuda.device_count())
             capabilities = {torch.cuda.get_device_capability(gpu) for gpu in gpus}
@@ -285,25 +275,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def choose_steps(steps: list[Step], only: list[str]) -> list[Step]:
-    """Return the steps that were asked for, in their order."""
-    names = [step.name for step in steps]
-    if unknown := [name for name in only if name not in names]:
-        fail(f"--steps must be among {', '.join(names)} here, got {unknown[0]!r}")
-    return [step for step in steps if step.name in only]
-
-
-def describe(facts: dict[str, Any]) -> str:
-    """Return one line about the machine."""
-    gpu = "no GPU: the CUDA emulator and the CPU instead"
-    if facts["gpu"]:
-        capability, driver = facts["compute_capability"], facts["driver"] or "unknown"
-        gpu = f"{facts['gpu']} (compute capability {capability}, driver {driver})"
-    names = {"python": "Python", "torch": "torch", "cuda": "CUDA", "triton": "triton"}
-    versions = [f"{name} {facts[key]}" for key, name in names.items() if facts.get(key)]
-    return ", ".join([gpu, *versions, f"commit {facts['commit'] or 'unknown'}"])
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the check."""
     start = time.monotonic()
@@ -321,9 +292,17 @@ def main(argv: list[str] | None = None) -> None:
         temporary = tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True)
         work = args.build_dir.resolve() if args.build_dir else Path(stack.enter_context(temporary))
         steps = make_steps(facts, output, work)
-        steps = choose_steps(steps, args.steps) if args.steps else steps
+        names = [step.name for step in steps]
+        if unknown := [name for name in args.steps or () if name not in names]:
+            fail(f"--steps must be among {', '.join(names)} here, got {unknown[0]!r}")
+        steps = [step for step in steps if step.name in (args.steps or names)]
         check = Check(steps, facts, output, work, args.seconds, start)
-        say(describe(facts))
+        versions = [f"{name} {value}" for name, value in facts.items() if isinstance(value, str)]
+        say(
+            ", ".join(
+                versions if facts["gpu"] else ["no GPU: the CUDA emulator and the CPU", *versions]
+            )
+        )
         passed = check.run()
     say(f"\nreport: {args.output / 'report.json'}\n\n{check.table()}")
     raise SystemExit(0 if passed else 1)
