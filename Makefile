@@ -102,8 +102,8 @@ $(SANITIZED)/.built: $(OPS_SOURCES) $(VENV)/.package
 	  setup.py --quiet build --build-base $(abspath $(SANITIZED)) --build-lib $(abspath $(SANITIZED))/lib
 	touch $@
 
-# Test and benchmark on a GPU machine without a network, within a time limit. PYTHON is any Python that
-# has torch, pytest, hypothesis and triton: neither a virtual environment nor anything else is installed.
+# Test and benchmark on a GPU machine without a network, within a time limit. Nothing is installed, not
+# even a virtual environment: PYTHON is any Python with the packages listed in CONTRIBUTING.md.
 SECONDS ?= 800
 GPU_CHECK_OUTPUT ?= output/gpu-check
 

@@ -9,13 +9,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-LOG_LINES = 15  # shown of the log of a failed step
 # A benchmark whose own operator or model fails is a failed step.
 OURS = ("ops_dcnv4", "ms_deform_attn", "flash_deform_attn", "flash_internimage")
 
@@ -25,10 +24,10 @@ class Step:
     """A step of the check: a program to run and, afterwards, its result.
 
     Attributes:
-        name: Name in the report, of the log, and for `--steps` and `--skip`.
+        name: Name in the report, of the log, and for `--steps`.
         command: The program.
         share: Relative part of the time that the step can use even if all others before it hang.
-        kind: "build", "tests", "benchmark" or "run": how the result is read.
+        read: Function that reads the files of the step when it has ended, and adds to its result.
         needs: Modules that must be importable.
         missing: Why the step cannot run here, if it is known beforehand.
         compiled: Whether the step needs the operators that the step "build" compiles.
@@ -37,13 +36,13 @@ class Step:
         result: "passed", "failed", "stopped" (out of time), "left out" or "not reached".
         seconds: Duration.
         note: Short explanation.
-        details: Counts, failures and slowest tests, or the files that were written.
+        details: Counts, failures and skipped tests, or the files that were written.
     """
 
     name: str
     command: list[str]
     share: float
-    kind: str = "run"
+    read: "Callable[[Step, Check], None] | None" = None
     needs: Sequence[str] = ()
     missing: str = ""
     compiled: bool = True
@@ -78,10 +77,11 @@ class Check:
         output: Folder of the report and the logs.
         work: Folder for temporary files, and of the compiled operators.
         seconds: Time limit.
-        grace: Seconds between SIGINT and SIGKILL at the end of a step's time.
-        least: Seconds that must be left to start a step.
         start: Time at which the time limit begins, as returned by `time.monotonic`.
     """
+
+    grace = 5.0  # seconds between SIGINT, after which programs save what they have, and SIGKILL
+    least = 15.0  # a step is not started with fewer seconds left
 
     def __init__(
         self,
@@ -90,14 +90,11 @@ class Check:
         output: Path,
         work: Path,
         seconds: float,
-        grace: float,
-        least: float,
         start: float | None = None,
     ) -> None:
         self.steps, self.facts, self.output, self.work = steps, facts, output, work
-        self.seconds, self.grace, self.least = seconds, grace, least
-        self.start = time.monotonic() if start is None else start
-        self.end = self.start + seconds - grace - 2  # two seconds to kill a step and to report
+        self.seconds, self.start = seconds, time.monotonic() if start is None else start
+        self.end = self.start + seconds - self.grace - 2  # two seconds to kill a step and to report
         self.date = datetime.now(UTC).isoformat(timespec="seconds")
 
     def run(self) -> bool:
@@ -120,9 +117,9 @@ class Check:
 
     def _missing_build(self, step: Step) -> str:
         """Return why the compiled operators are missing, if the step needs them."""
-        build = next((other for other in self.steps if other.kind == "build"), None)
-        finished = build and build.result in ("failed", "stopped", "left out")
-        return f"the build {build.result}" if step.compiled and build and finished else ""
+        build = next((other for other in self.steps if other.name == "build"), None)
+        bad = step.compiled and build and build.result in ("failed", "stopped", "left out")
+        return f"the build {build.result}" if build and bad else ""
 
     def _deadlines(self) -> Iterator[tuple[Step, float | None]]:
         """Yield the steps that can run, each with the time when it must end or None if too late.
@@ -142,11 +139,11 @@ class Check:
         """Run a step until it ends or its time is up, and read its result."""
         step.result, began = "running", time.monotonic()
         self.write_report()
-        if step.kind == "benchmark":
+        if step.read is read_benchmark:
             for file in benchmark_files(step):  # of an earlier check
                 file.unlink()
         log = self.output / f"{step.name}.log"
-        cwd = ROOT / "ops_dcnv4" if step.kind == "build" else ROOT
+        cwd = ROOT / "ops_dcnv4" if step.name == "build" else ROOT
         try:
             with log.open("w") as output:
                 output.write(f"{' '.join(step.command)}\n\n")
@@ -159,13 +156,12 @@ class Check:
             raise
         step.seconds = round(time.monotonic() - began, 1)
         step.result = "stopped" if status is None else "failed" if status else "passed"
-        READERS[step.kind](step, self)
-        lines = log.read_text(errors="replace").strip().splitlines()[2:]
-        if step.result == "failed":
-            step.note = step.note or (lines or [f"exit status {status}"])[-1].strip("= ")
+        if step.read:
+            step.read(step, self)
+        if step.result == "failed" and not step.note:
+            lines = log.read_text(errors="replace").strip().splitlines()[2:]
+            step.note = (lines or [f"exit status {status}"])[-1].strip("= ")
         say(f"{step.name}: {step.result} in {step.seconds:.0f} s{step.note and ': '}{step.note}")
-        if step.result == "failed":
-            say("\n".join(f"    {line}" for line in lines[-LOG_LINES:]))
 
     def _env(self, step: Step) -> dict[str, str]:
         """Return the environment of a step: the compiled operators come first in the path."""
@@ -270,7 +266,7 @@ def kill_session(leader: int) -> None:
 
 
 def read_build(step: Step, check: Check) -> None:
-    """Fail if there is no library for the GPU, for want of a matching nvcc for example."""
+    """Fail if no GPU library was built, for example because nvcc does not match."""
     wanted = ["_C", "_C_cuda"] if check.facts["gpu"] else ["_C"]
     folder = (step.folder or check.work) / "ops_dcnv4"
     absent = [name for name in wanted if not list(folder.glob(f"{name}.*"))]
@@ -281,18 +277,16 @@ def read_build(step: Step, check: Check) -> None:
 
 
 def read_tests(step: Step, check: Check) -> None:
-    """Count the tests, and list those that failed, were skipped or took longest."""
+    """Count the tests, and list those that failed or were skipped."""
     file = check.work / f"{step.name}.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     outcomes = [json.loads(line) for line in lines if line.endswith("\n")]
     counts = Counter(outcome["outcome"] for outcome in outcomes)
     failed = {o["test"]: o["message"] for o in outcomes if o["outcome"] == "failed"}
-    slowest = sorted(outcomes, key=lambda outcome: -outcome["seconds"])[:5]
     step.details = {
         "counts": counts,
         "failed": failed,
         "skipped": {o["test"]: o["message"] for o in outcomes if o["outcome"] == "skipped"},
-        "slowest": {outcome["test"]: outcome["seconds"] for outcome in slowest},
     }
     step.note = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
     if failed:
@@ -310,16 +304,15 @@ def benchmark_files(step: Step) -> list[Path]:
 
 def read_benchmark(step: Step, check: Check) -> None:
     """Count the results in the file, and list the implementations that were skipped or failed."""
-    files = benchmark_files(step)
-    results = []
+    files, results = benchmark_files(step), []
     for file in files:
         with contextlib.suppress(json.JSONDecodeError):  # killed while it was written
             results += json.loads(file.read_text())["results"]
-    names: dict[str, dict[str, None]] = {}
+    others: dict[str, list[str]] = {}
     for result in results:
-        name = result.get("competitor") or result["model"]
-        names.setdefault(result["status"], {})[name] = None
-    others = {status: list(named) for status, named in names.items() if status != "ok"}
+        name, status = result.get("competitor") or result["model"], result["status"]
+        if status != "ok" and name not in others.setdefault(status, []):
+            others[status].append(name)
     step.details = {"files": [str(file.relative_to(check.output)) for file in files]} | others
     notes = [f"{sum('seconds' in result for result in results)} measured"]
     step.note = "; ".join(notes + [f"{status}: {', '.join(n)}" for status, n in others.items()])
@@ -328,11 +321,3 @@ def read_benchmark(step: Step, check: Check) -> None:
         step.note = ""  # the last line of the log says more
     elif any(name.startswith(OURS) for name in bad):
         step.result = "failed"
-
-
-READERS = {
-    "build": read_build,
-    "tests": read_tests,
-    "benchmark": read_benchmark,
-    "run": lambda step, check: None,
-}
