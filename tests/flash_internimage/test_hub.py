@@ -2,6 +2,7 @@
 
 import json
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from flash_internimage import FlashInternImage
 from flash_internimage.checkpoints import Entry
 from flash_internimage.classification.config import Config, Data, Model
 from flash_internimage.cli import zoo as tool
-from flash_internimage.hub import check_repository, push
+from flash_internimage.hub import check_repository, push, upload_folder
 from tests.flash_internimage.models import assert_equal, nano
 from tests.hub import Hub, serve_hub, usage
 
@@ -393,6 +394,13 @@ def test_a_refused_upload_is_one_error(hub, refused, checkpoint):
     message = refused(NAME, REPO, "--checkpoint", checkpoint)
     assert message.startswith(f"upload to {REPO} failed: ")
     assert f"You have no rights to {REPO} with ***" in message
+
+
+def test_the_traceback_of_a_refused_upload_does_not_show_the_token(hub, tmp_path):
+    hub.refuses = (403, f"You have no rights to {REPO} with {hub.token}")
+    with pytest.raises(OSError, match=r"with \*\*\*") as error:
+        upload_folder(tmp_path, check_repository(REPO))
+    assert hub.token not in "".join(traceback.format_exception(error.value))
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, refused, checkpoint):
