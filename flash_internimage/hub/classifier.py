@@ -10,9 +10,9 @@ from torch import nn
 
 from ..checkpoints import (
     Entry,
+    check_finite,
     check_state_dict,
     clean_state_dict,
-    is_finite,
     load_checkpoint,
 )
 from ..classification.config import Model
@@ -85,8 +85,7 @@ def save_classifier(
         Model(name=name, num_classes=classes, drop_path_rate=0, args=options.get("args", {}))
     )
     check_state_dict(model.state_dict(), weights)
-    if broken := [key for key, tensor in weights.items() if not is_finite(tensor)]:
-        raise ValueError(f"weights must be finite, got NaN or infinity in {', '.join(broken[:10])}")
+    check_finite(weights)
     model.load_state_dict(weights)
 
     license = choose_license(entry, facts)
