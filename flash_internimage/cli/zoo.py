@@ -147,12 +147,8 @@ def _push(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
 
     options = {key: value for key, value in vars(arguments).items() if key != "run"}
     name, repo_id = options.pop("name"), options.pop("repo_id")
-    entry = zoo.get(name)
-    if entry is not None:
-        config = None if entry.task == "classification" else entry.config_path
-    elif _is_classifier(name):
-        config = None
-    else:
+    entry, config = zoo.get(name), None
+    if entry is None and not _is_classifier(name):
         config = _find_config(zoo, name)
         name = config.stem  # A commit message must not contain the path.
     _say(push(name, repo_id, config=config, entry=entry, **options))

@@ -32,7 +32,8 @@ def push(
     Args:
         name: Name of the zoo entry, timm model or config. It is stated in the commit message.
         repo_id: Repository, as USER/NAME.
-        config: OpenMMLab config of a detector or segmentor; None for a classifier.
+        config: OpenMMLab config of a detector or segmentor; None for a classifier, or for the
+            config of `entry`.
         entry: Entry of the zoo with this name, if any.
         checkpoint: Path or URL of the weights; None for the released ones.
         results: File with results to add to the model card, see
@@ -53,6 +54,8 @@ def push(
         OSError: If a file cannot be read or written, or the upload fails.
     """
     target = check_repository(repo_id, branch)
+    if config is None and entry is not None and entry.task != "classification":
+        config = entry.config_path
     if checkpoint is None and dataset is not None:
         raise ValueError(
             "--dataset requires --checkpoint; the dataset of released weights is known"

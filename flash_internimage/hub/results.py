@@ -50,10 +50,9 @@ def read_results(path: Path, name: str, weights: str, released: bool) -> list[Re
 
 def _may_be_same(one: str, other: str) -> bool:
     """Return whether names are of the same model; one of them may lack timm's tag."""
-    architecture = one.partition(".")[0]
-    return one == other or (
-        other.partition(".")[0] == architecture and architecture in (one, other)
-    )
+    architecture, _, tag = one.partition(".")
+    other_architecture, _, other_tag = other.partition(".")
+    return architecture == other_architecture and (tag == other_tag or not (tag and other_tag))
 
 
 def _values(contents: Mapping[str, Any]) -> dict[Any, Any]:

@@ -151,9 +151,12 @@ def test_released_weights_are_published_under_the_current_names(trained, tmp_pat
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"coco/bbox_mAP": 0.5468, "coco/bbox_mAP_s": 0.1}))
     push(
-        "dino", REPO, config=entry.config_path, entry=entry,
-        folder=tmp_path / "out", results=results,
-    )  # fmt: skip
+        "dino",
+        REPO,
+        entry=entry,
+        folder=tmp_path / "out",
+        results=results,
+    )
     cfg = Config.fromfile(tmp_path / "out" / "config.py")
     with DefaultScope.overwrite_default_scope("mmdet"):
         model = MODELS.build(cfg.model)
