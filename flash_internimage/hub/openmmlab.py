@@ -22,15 +22,7 @@ from ..checkpoints import (
 )
 from ..checkpoints.zoo import TASKS
 from ..openmmlab.utils import build_without_memory
-from .card import (
-    SIZES,
-    Card,
-    Facts,
-    Target,
-    choose_dataset,
-    choose_license,
-    published_results,
-)
+from .card import SIZES, Card, Facts, Target
 from .classifier import base_model
 
 _logger = logging.getLogger(__name__)
@@ -101,7 +93,6 @@ def save_openmmlab_model(
 
     task = TASKS[library]
     known = entry if released else None
-    dataset, datasets = choose_dataset(known, facts, _test_dataset(cfg).get("data_root"))
     source = base_model((cfg.model.backbone.get("init_cfg") or {}).get("checkpoint"))
     tags = ["instance-segmentation"] if _has_masks(cfg) else []
     if task == "segmentation":
@@ -122,15 +113,12 @@ def save_openmmlab_model(
         task=task,
         model=_name(cfg, entry),
         details=details,
-        dataset=dataset,
-        datasets=datasets,
         library=library,
         tags=tags,
-        released=released,
-        source=known.source if known else None,
+        entry=known,
+        facts=facts,
+        root=_test_dataset(cfg).get("data_root"),
         base_model=source,
-        license=choose_license(known, facts),
-        results=[*published_results(known), *facts.results],
         usage=_USAGE.format(
             package=task,
             library=library,
