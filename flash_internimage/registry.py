@@ -9,12 +9,11 @@ import sys
 import mmengine.registry
 from mmengine.registry import DefaultScope, Registry
 
+from .checkpoints.zoo import TASKS
+
 _SCOPE = __name__.partition(".")[0]
 # Libraries of the configs, and what the configs import for them.
-_LIBRARIES = {
-    "mmdet": f"{_SCOPE}.openmmlab.detection",
-    "mmseg": f"{_SCOPE}.openmmlab.segmentation",
-}
+_LIBRARIES = {library: f"{_SCOPE}.openmmlab.{task}" for library, task in TASKS.items()}
 
 
 def _library() -> str:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 MARKERS = {
     "detection": "mm",
+    "flash_internimage/cli/test_demo_scenes.py": "mm",
+    "flash_internimage/cli/test_zoo.py": "mm",
     "flash_internimage/openmmlab": "mm",
     "gpu": "gpu",
     "segmentation": "mm",
-    "tools/test_zoo.py": "mm",
     "tools/test_zoo_entries.py": "mm",
 }
 

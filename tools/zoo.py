@@ -1,6 +1,6 @@
 """`flash-internimage zoo`, and the command that updates the documents made from the zoo.
 
-python -m tools.zoo list|info|download|convert|evaluate ...
+python -m tools.zoo list|info|download|convert|evaluate|push ...
 python -m tools.zoo generate
 """
 

@@ -11,6 +11,7 @@ from .downloads import download
 from .loading import check_optimizer, fetch_checkpoint, load_checkpoint, save_atomically
 from .safe_load import Placeholder
 from .weights import (
+    check_finite,
     check_state_dict,
     clean_state_dict,
     find_mismatches,
@@ -23,6 +24,7 @@ from .zoo import Entry, read_zoo
 __all__ = [
     "Entry",
     "Placeholder",
+    "check_finite",
     "check_optimizer",
     "check_state_dict",
     "clean_state_dict",

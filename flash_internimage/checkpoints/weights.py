@@ -227,11 +227,20 @@ def read_pretrained(
         expected.pop(name, None)
         weights.pop(name, None)
     check_state_dict(expected, weights)
-    if broken := [name for name, tensor in weights.items() if not is_finite(tensor)]:
-        raise ValueError(f"weights must be finite, got NaN or infinity in {_shorten(broken)}")
+    check_finite(weights)
     if model.num_classes and not features_only and "head." in fresh:
         _warn_of_random_classifier("head", classes, model.num_classes)
     return own | weights
+
+
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Require that all weights are finite.
+
+    Raises:
+        ValueError: If some are NaN or infinite.
+    """
+    if broken := [name for name, tensor in weights.items() if not is_finite(tensor)]:
+        raise ValueError(f"weights must be finite, got NaN or infinity in {_shorten(broken)}")
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
+from ..configs import configs_root
 from .loading import fetch_checkpoint
 
 try:
@@ -20,6 +21,15 @@ ZOO = files(__package__) / "zoo.yaml"
 Task = Literal["classification", "detection", "segmentation"]
 # ImageNet-1K val accuracy, COCO val2017 AP and ADE20K val mIoU
 Figure = Literal["top1", "box_ap", "mask_ap", "miou", "miou_several_scales"]
+
+# Tasks of OpenMMLab's libraries.
+TASKS: dict[str, Task] = {"mmdet": "detection", "mmseg": "segmentation"}
+# Metrics of OpenMMLab, and the factors that convert them to percent.
+_METRICS: dict[Figure, tuple[str, int]] = {
+    "box_ap": ("coco/bbox_mAP", 100),
+    "mask_ap": ("coco/segm_mAP", 100),
+    "miou": ("mIoU", 1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +50,17 @@ class Entry:
     published: dict[Figure, float] = field(default_factory=dict)
     source: str | None = None
     sha256: str | None = None
+
+    @property
+    def config_path(self) -> Path:
+        """Path of the shipped config.
+
+        Raises:
+            ValueError: If the entry has none.
+        """
+        if self.config is None:
+            raise ValueError(f"config must be set for {self.task}, got None")
+        return configs_root() / self.config
 
     def fetch(self, offline: bool = False) -> Path:
         """Return the local file, downloading it on first use."""
@@ -63,3 +84,12 @@ def find(zoo: Mapping[str, Entry], name: str) -> Entry:
         hint = f"did you mean '{close[0]}'?" if close else "see `flash-internimage zoo list`"
         raise ValueError(f"no checkpoint '{name}' in the zoo; {hint}")
     return zoo[name]
+
+
+def to_figures(metrics: Mapping[str, Any]) -> dict[Figure, float]:
+    """Return the metrics of mmdet and mmseg that the zoo lists, in percent."""
+    return {
+        figure: float(metrics[metric]) * factor
+        for figure, (metric, factor) in _METRICS.items()
+        if metric in metrics
+    }

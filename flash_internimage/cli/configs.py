@@ -1,4 +1,4 @@
-"""The argument CONFIG, which decides whose options follow it."""
+"""Parse CONFIG, which selects the task and its options."""
 
 import argparse
 

@@ -12,10 +12,8 @@ from types import ModuleType
 
 import timm
 
+from ..checkpoints.zoo import TASKS
 from .configs import config_parser, is_for_classification, resolve
-
-# Tasks of the scopes of OpenMMLab.
-_TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
 
 
 def main(argv: list[str], program: str) -> int:
@@ -39,11 +37,11 @@ def _program_of(config: str) -> ModuleType:
 
     with one_line_errors():
         scope = read_config(Path(config), import_custom_modules=False).get("default_scope")
-        if scope not in _TASKS:
+        if scope not in TASKS:
             raise ValueError(
-                f"default_scope must be {' or '.join(map(repr, _TASKS))}, got {scope!r}"
+                f"default_scope must be {' or '.join(map(repr, TASKS))}, got {scope!r}"
             )
-    return importlib.import_module(f"flash_internimage.openmmlab.cli.{_TASKS[scope]}")
+    return importlib.import_module(f"flash_internimage.openmmlab.cli.{TASKS[scope]}")
 
 
 def _classification(model: str, options: list[str], program: str) -> int:

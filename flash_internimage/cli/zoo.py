@@ -9,13 +9,14 @@ flash-internimage zoo push NAME|CONFIG USER/NAME
 """
 
 import argparse
+import difflib
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import huggingface_hub
 import timm
@@ -25,6 +26,7 @@ from torch import nn
 
 from ..checkpoints import convert_file, fetch_checkpoint
 from ..checkpoints.zoo import Entry, find, read_zoo
+from ..configs import find_config, list_configs
 from ..files import write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -41,16 +43,13 @@ def _say(text: str = "") -> None:
 
 def build_model(name: str, entry: Entry) -> nn.Module:
     """Return the model of an entry, on the meta device to save the memory of its weights."""
-    with torch.device("meta"):
-        if entry.task == "classification":
+    if entry.task == "classification":
+        with torch.device("meta"):
             return timm.create_model(name)
-        from mmengine.registry import MODELS, DefaultScope
+    from ..openmmlab.cli.config import read_config
+    from ..openmmlab.utils import build_without_memory
 
-        from .zoo_evaluation import load_config
-
-        cfg = load_config(entry)
-        with DefaultScope.overwrite_default_scope(cfg.default_scope):
-            return MODELS.build(cfg.model)
+    return build_without_memory(read_config(entry.config_path))
 
 
 def _list(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
@@ -145,13 +144,38 @@ def _evaluate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
 
 def _push(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
     from ..hub import push
-    from .zoo_evaluation import load_config
 
     options = {key: value for key, value in vars(arguments).items() if key != "run"}
     name, repo_id = options.pop("name"), options.pop("repo_id")
-    own = name.endswith(".py") or (name.startswith("flash_internimage_") and timm.is_model(name))
-    entry = zoo.get(name) if own else find(zoo, name)
-    _say(push(name, repo_id, entry=entry, load_config=load_config, **options))
+    entry, config = zoo.get(name), None
+    if entry is None and not _is_classifier(name):
+        config = _find_config(zoo, name)
+        name = config.stem  # A commit message must not contain the path.
+    _say(push(name, repo_id, config=config, entry=entry, **options))
+
+
+def _is_classifier(name: str) -> bool:
+    is_file = name.endswith((".py", ".yaml", ".yml"))
+    return name.startswith("flash_internimage_") and not is_file and timm.is_model(name)
+
+
+def _find_config(zoo: dict[str, Entry], name: str) -> Path:
+    """Return the path of the OpenMMLab config NAME, which is neither in the zoo nor in timm."""
+    try:
+        config = find_config(name)
+    except FileNotFoundError:
+        if name.endswith(".py"):
+            raise
+        shipped = [PurePath(path).stem for path in list_configs("*.py")]
+        close = difflib.get_close_matches(name, [*zoo, *shipped], n=2, cutoff=0.5)
+        similar = f"did you mean {' or '.join(map(repr, close))}?"
+        hint = similar if close else "see `flash-internimage zoo list`"
+        raise ValueError(f"no checkpoint or config '{name}'; {hint}") from None
+    if config.suffix != ".py":
+        raise ValueError(
+            f"CONFIG must end in .py, got {name}; publish a classifier by the name of its model"
+        )
+    return config
 
 
 def parse_arguments(

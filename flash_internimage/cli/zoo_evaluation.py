@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from ..checkpoints.zoo import Entry, Figure
+from ..checkpoints.zoo import Entry, Figure, to_figures
 from ..classification.data import spread
 from ..classification.evaluation import evaluate_checkpoint
 from ..classification.model import pick_device
-from ..configs import find_config
 
 # Accepted difference of a measured from a published result, in percentage points. Published results
 # are rounded to 0.1, and the kernel used for them mixed up some pixels of the images in a batch.
@@ -20,13 +18,6 @@ TOLERANCE = 0.2
 
 # Number of images in the complete datasets.
 IMAGES = {"classification": 50_000, "detection": 5_000, "segmentation": 2_000}
-
-# Names of the metrics in mmdet and mmseg, and the factors that convert them to percent.
-_METRICS: dict[Figure, tuple[str, int]] = {
-    "box_ap": ("coco/bbox_mAP", 100),
-    "mask_ap": ("coco/segm_mAP", 100),
-    "miou": ("mIoU", 1),
-}
 
 
 def evaluate(
@@ -56,18 +47,17 @@ def evaluate(
         Tuple of the metrics in percent and the number of images.
     """
     if entry.task == "classification":
-        model = str(find_config(entry.config)) if entry.config else name
+        model = str(entry.config_path) if entry.config else name
         result = evaluate_checkpoint(
             model, checkpoint=checkpoint, data=data, limit=limit, device=device
         )
         return {"top1": result["top1"]}, result["images"]
 
     from ..openmmlab.cli.common import build_runner
+    from ..openmmlab.cli.config import load_config
     from ..openmmlab.cli.test import prepare_evaluation
 
-    cfg = load_config(entry)
-    cfg.work_dir = str(work_dir or Path("output", "zoo", name))
-    cfg.launcher = "pytorch" if dist.is_torchelastic_launched() else "none"
+    cfg = load_config(entry.config_path, work_dir=work_dir or Path("output", "zoo", name))
     dataset = cfg.test_dataloader.dataset
     dataset.data_root = f"{data}/"
     prepare_evaluation(cfg, str(checkpoint), tta)
@@ -83,24 +73,10 @@ def evaluate(
         torch.accelerator.set_device_index(chosen.index)
     runner = build_runner(cfg)
     runner.model.to(chosen)  # mmengine has no setting for the device
-    measured = runner.test()
-    figures = {
-        figure: float(measured[metric]) * factor
-        for figure, (metric, factor) in _METRICS.items()
-        if metric in measured
-    }
+    figures = to_figures(runner.test())
     if tta:
         figures = {"miou_several_scales": figures["miou"]}
     return figures, len(runner.test_dataloader.dataset)
-
-
-def load_config(entry: Entry) -> Any:
-    """Return mmengine's config of a detector or segmentor."""
-    from mmengine.config import Config
-
-    if entry.config is None:
-        raise ValueError(f"config must be set for {entry.task}, got None")
-    return Config.fromfile(find_config(entry.config))
 
 
 def _limit_annotations(path: Path, limit: int | None, folder: Path) -> Path:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -56,19 +56,14 @@ _LAST: dict[Task, str] = {
 SIZES = {"nano": "nano", "tiny": "T", "small": "S", "base": "B", "large": "L"}
 
 
-class _Metric(NamedTuple):
-    name: str
-    type: str
-
-
 # Name and type of each metric in model cards.
-METRICS: dict[str, _Metric] = {
-    "top1": _Metric("Top-1 accuracy", "accuracy"),
-    "top5": _Metric("Top-5 accuracy", "accuracy"),
-    "box_ap": _Metric("Box AP", "mean_average_precision"),
-    "mask_ap": _Metric("Mask AP", "mean_average_precision"),
-    "miou": _Metric("mIoU", "mean_iou"),
-    "miou_several_scales": _Metric("mIoU, multi-scale", "mean_iou"),
+METRICS = {
+    "top1": ("Top-1 accuracy", "accuracy"),
+    "top5": ("Top-5 accuracy", "accuracy"),
+    "box_ap": ("Box AP", "mean_average_precision"),
+    "mask_ap": ("Mask AP", "mean_average_precision"),
+    "miou": ("mIoU", "mean_iou"),
+    "miou_several_scales": ("mIoU, multi-scale", "mean_iou"),
 }
 
 
@@ -144,15 +139,12 @@ class Card:
         task: Task of the model.
         model: Name of the model, such as 'Mask R-CNN with FlashInternImage-T'.
         details: Properties of the model by name, in Markdown.
-        dataset: Name of the dataset that the model was trained and evaluated on, if known.
-        datasets: Ids on the Hub of all training data, if known.
         library: Library that loads the model.
         tags: Tags in addition to those of the task and the backbone.
-        released: Whether the weights are the released ones.
-        source: Where the authors published their results, if they did.
+        entry: Entry of the zoo if the weights are the released ones.
+        facts: What the user stated.
+        root: Root of the dataset, whose last part is its name if nothing else is known.
         base_model: Repository of the weights that the training started from, if known.
-        license: Id of the license on the Hub; None if it is not stated.
-        results: Results of the model.
         usage: Python code that loads and runs the model.
         install: Packages that the code needs.
     """
@@ -161,17 +153,39 @@ class Card:
     task: Task
     model: str
     details: Mapping[str, str]
-    dataset: str | None
-    datasets: Sequence[str] = ()
     library: str
     tags: Sequence[str] = ()
-    released: bool
-    source: str | None = None
-    base_model: str | None = None
-    license: str | None
-    results: Sequence[Result]
+    entry: Entry | None
+    facts: Facts
+    root: str | None
+    base_model: str | None
     usage: str
     install: str
+
+    @property
+    def license(self) -> str | None:
+        """License: the given one, or 'unknown' for released weights."""
+        return choose_license(self.entry, self.facts)
+
+    @property
+    def datasets(self) -> list[str]:
+        """Ids on the Hub of all training data that are known, the last first."""
+        if self.entry is not None:
+            return datasets_of(self.entry)
+        return [self.facts.dataset] if self.facts.dataset else []
+
+    @property
+    def dataset(self) -> str | None:
+        """Name of the dataset that the model was trained and evaluated on."""
+        name = self.datasets[0] if self.datasets else Path(self.root or "").name
+        return _DATASETS.get(name, name) or None
+
+    @property
+    def results(self) -> list[Result]:
+        """Published and measured results."""
+        published = self.entry.published if self.entry else {}
+        stated = [Result(figure, value, "published") for figure, value in published.items()]
+        return [*stated, *self.facts.results]
 
     def write(self, folder: Path) -> None:
         """Write the card to a folder."""
@@ -184,9 +198,9 @@ class Card:
                 task_type=tag,
                 dataset_type=self.datasets[0] if self.datasets else self._evaluated_on,
                 dataset_name=self._evaluated_on,
-                metric_type=METRICS[result.figure].type,
+                metric_type=METRICS[result.figure][1],
                 metric_value=result.value,
-                metric_name=f"{METRICS[result.figure].name} ({result.source})",
+                metric_name=f"{METRICS[result.figure][0]} ({result.source})",
             )
             for result in self.results
         ]
@@ -195,7 +209,7 @@ class Card:
             library_name=self.library,
             pipeline_tag=tag,
             tags=[tag, *self.tags, "flash-internimage", "dcnv4", "arxiv:2401.06197"],
-            datasets=[*dict.fromkeys(self.datasets)] or None,
+            datasets=self.datasets or None,
             base_model=self.base_model,
             model_name=self.target.repo_id.partition("/")[2] if results else None,
             eval_results=results or None,
@@ -208,7 +222,7 @@ class Card:
             purpose += " and instance segmentation"
         trained = f", trained on {self.dataset}" if self.dataset else ""
         origin = ""
-        if self.released:
+        if self.entry is not None:
             origin = (
                 f" The weights are those released by the authors in {_AUTHORS}, under the "
                 f"parameter names of {self.library}."
@@ -232,11 +246,11 @@ class Card:
     @property
     def _evaluated_on(self) -> str:
         dataset = self.dataset or "unknown dataset"
-        split = _SPLITS.get(dataset) if self.released else None
+        split = _SPLITS.get(dataset) if self.entry else None
         return f"{dataset} {split}" if split else dataset
 
     def _license(self) -> str:
-        if self.license == UNKNOWN and self.released:
+        if self.license == UNKNOWN and self.entry is not None:
             return "not known for the weights; the authors' code is under the MIT license"
         return self.license or "not stated"
 
@@ -244,18 +258,13 @@ class Card:
         if not self.results:
             return "No results are stated.\n"
         rows = [
-            f"| {self._evaluated_on} | {METRICS[result.figure].name} "
+            f"| {self._evaluated_on} | {METRICS[result.figure][0]} "
             f"| {result.value} | {result.source} |\n"
             for result in self.results
         ]
         head = "| dataset | metric | value (percent) | source |\n|---|---|---|---|\n"
-        return "".join([head, *rows]) + (f"\nPublished in: {self.source}.\n" if self.source else "")
-
-
-def published_results(entry: Entry | None) -> list[Result]:
-    """Return the published results of a released checkpoint, and none for other weights."""
-    published = entry.published if entry else {}
-    return [Result(figure, value, "published") for figure, value in published.items()]
+        source = self.entry.source if self.entry else None
+        return "".join([head, *rows]) + (f"\nPublished in: {source}.\n" if source else "")
 
 
 def datasets_of(entry: Entry) -> list[str]:
@@ -263,21 +272,6 @@ def datasets_of(entry: Entry) -> list[str]:
     pretraining = entry.pretraining.lower()
     only_pretrained = entry.task == "classification" and entry.classes != 1000
     return [*dict.fromkeys([*([] if only_pretrained else [_LAST[entry.task]]), pretraining])]
-
-
-def choose_dataset(
-    entry: Entry | None, facts: Facts, root: str | None
-) -> tuple[str | None, list[str]]:
-    """Return the name of the last dataset of a training, and the ids of all that are known.
-
-    Args:
-        entry: Entry of the zoo if the weights are the released ones.
-        facts: What the user stated.
-        root: Root of the dataset, whose last part is its name if nothing else is known.
-    """
-    ids = datasets_of(entry) if entry else [facts.dataset] if facts.dataset else []
-    name = ids[0] if ids else Path(root).name if root else None
-    return _DATASETS.get(name or "", name), ids
 
 
 def choose_license(entry: Entry | None, facts: Facts) -> str | None:

@@ -10,23 +10,15 @@ from torch import nn
 
 from ..checkpoints import (
     Entry,
+    check_finite,
     check_state_dict,
     clean_state_dict,
-    is_finite,
     load_checkpoint,
 )
 from ..classification.config import Model
 from ..classification.data.classes import names_of
 from ..classification.model import create_model
-from .card import (
-    SIZES,
-    Card,
-    Facts,
-    Target,
-    choose_dataset,
-    choose_license,
-    published_results,
-)
+from .card import SIZES, Card, Facts, Target, choose_license
 
 _USAGE = """\
 import timm
@@ -85,18 +77,15 @@ def save_classifier(
         Model(name=name, num_classes=classes, drop_path_rate=0, args=options.get("args", {}))
     )
     check_state_dict(model.state_dict(), weights)
-    if broken := [key for key, tensor in weights.items() if not is_finite(tensor)]:
-        raise ValueError(f"weights must be finite, got NaN or infinity in {', '.join(broken[:10])}")
+    check_finite(weights)
     model.load_state_dict(weights)
 
-    license = choose_license(entry, facts)
-    cfg = _pretrained_cfg(model, data, license, entry)
+    cfg = _pretrained_cfg(model, data, choose_license(entry, facts), entry)
     names = names_of(contents)
     save_for_hf(
         model, str(folder), model_config={"label_names": names} if names else None,
         model_args=options.get("args"), safe_serialization=True,
     )  # fmt: skip
-    dataset, datasets = choose_dataset(entry, facts, data.get("root"))
     size = cfg["input_size"][-1]
     details = {
         "Architecture": f"`{architecture}`, created by timm",
@@ -113,15 +102,12 @@ def save_classifier(
         task="classification",
         model=f"FlashInternImage-{SIZES[architecture.removeprefix('flash_internimage_')]}",
         details=details,
-        dataset=dataset,
-        datasets=datasets,
         library="timm",
         tags=["timm"],
-        released=entry is not None,
-        source=entry.source if entry else None,
+        entry=entry,
+        facts=facts,
+        root=data.get("root"),
         base_model=base_model(options.get("initial_checkpoint")),
-        license=license,
-        results=[*published_results(entry), *facts.results],
         usage=_USAGE.format(source=target.in_timm),
         install="`flash-internimage`, which includes timm and PyTorch",
     ).write(folder)

@@ -9,27 +9,20 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import DATASETS, DefaultScope
 from torch import nn
 
 from ..checkpoints import (
     Entry,
+    check_finite,
     check_state_dict,
     convert_checkpoint,
-    is_finite,
     load_checkpoint,
     save_atomically,
 )
-from ..checkpoints.zoo import Task
-from .card import (
-    SIZES,
-    Card,
-    Facts,
-    Target,
-    choose_dataset,
-    choose_license,
-    published_results,
-)
+from ..checkpoints.zoo import TASKS
+from ..openmmlab.utils import build_without_memory
+from .card import SIZES, Card, Facts, Target
 from .classifier import base_model
 
 _logger = logging.getLogger(__name__)
@@ -39,7 +32,6 @@ CONFIG, WEIGHTS = "config.py", "model.pth"
 # Keys of a config that belong to a run, some of which are paths on the machine of the training.
 _OF_A_RUN = ("launcher", "load_from", "resume", "work_dir")
 
-_TASKS: dict[str, Task] = {"mmdet": "detection", "mmseg": "segmentation"}
 _INFERENCERS = {"mmdet": "DetInferencer", "mmseg": "MMSegInferencer"}
 _USAGE = """\
 from flash_internimage.openmmlab import {package}  # registers the model
@@ -81,15 +73,14 @@ def save_openmmlab_model(
             not finite, or the config is not of a detector or segmentor.
     """
     library = cfg.get("default_scope")
-    if library not in _TASKS or not isinstance(cfg.get("model"), dict):
+    if library not in TASKS or not isinstance(cfg.get("model"), dict):
         raise ValueError(
-            f"default_scope of {cfg.filename} must be one of {', '.join(_TASKS)}, got {library!r}"
+            f"default_scope of {cfg.filename} must be one of {', '.join(TASKS)}, got {library!r}"
         )
+    model = build_without_memory(cfg)
+    converted = convert_checkpoint(load_checkpoint(checkpoint))
+    weights = _matching(model, converted["state_dict"])
     with DefaultScope.overwrite_default_scope(library):
-        with torch.device("meta"):
-            model = MODELS.build(copy.deepcopy(cfg.model))
-        converted = convert_checkpoint(load_checkpoint(checkpoint))
-        weights = _matching(model, converted["state_dict"])
         meta = converted["meta"].get("dataset_meta") or _dataset_meta(cfg)
     save_atomically({"state_dict": weights, "meta": {"dataset_meta": meta}}, folder / WEIGHTS)
     settings = {key: value for key, value in cfg.items() if key not in _OF_A_RUN}
@@ -100,9 +91,8 @@ def save_openmmlab_model(
         )  # fmt: skip
     Config(settings).dump(folder / CONFIG)
 
-    task = _TASKS[library]
+    task = TASKS[library]
     known = entry if released else None
-    dataset, datasets = choose_dataset(known, facts, _test_dataset(cfg).get("data_root"))
     source = base_model((cfg.model.backbone.get("init_cfg") or {}).get("checkpoint"))
     tags = ["instance-segmentation"] if _has_masks(cfg) else []
     if task == "segmentation":
@@ -123,15 +113,12 @@ def save_openmmlab_model(
         task=task,
         model=_name(cfg, entry),
         details=details,
-        dataset=dataset,
-        datasets=datasets,
         library=library,
         tags=tags,
-        released=released,
-        source=known.source if known else None,
+        entry=known,
+        facts=facts,
+        root=_test_dataset(cfg).get("data_root"),
         base_model=source,
-        license=choose_license(known, facts),
-        results=[*published_results(known), *facts.results],
         usage=_USAGE.format(
             package=task,
             library=library,
@@ -147,8 +134,7 @@ def _matching(model: nn.Module, weights: Mapping[str, Any]) -> dict[str, torch.T
     """Return weights in the order of a model, after checking that they match and are finite."""
     expected = model.state_dict()
     check_state_dict(expected, weights)
-    if broken := [name for name, tensor in weights.items() if not is_finite(tensor)]:
-        raise ValueError(f"weights must be finite, got NaN or infinity in {', '.join(broken[:10])}")
+    check_finite(weights)
     # Cloning a view keeps the file from containing the rest of its storage.
     return {name: weights[name].detach().clone() for name in expected}
 

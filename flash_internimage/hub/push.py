@@ -1,16 +1,10 @@
 """Publish a model of the zoo, or one trained with this package."""
 
-import argparse
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import timm
 
 from ..checkpoints import Entry, fetch_checkpoint
-from ..configs import find_config
 from ..files import require_writable
 from .card import Facts
 from .classifier import save_classifier
@@ -22,8 +16,8 @@ def push(
     name: str,
     repo_id: str,
     *,
-    entry: Entry | None,
-    load_config: Callable[[Entry], Any],
+    config: Path | None = None,
+    entry: Entry | None = None,
     checkpoint: str | None = None,
     results: Path | None = None,
     dataset: str | None = None,
@@ -36,10 +30,11 @@ def push(
     """Write the files of a model and upload them.
 
     Args:
-        name: Zoo entry, timm model or config (`*.py`).
+        name: Name of the zoo entry, timm model or config. It is stated in the commit message.
         repo_id: Repository, as USER/NAME.
+        config: OpenMMLab config of a detector or segmentor; None for a classifier, or for the
+            config of `entry`.
         entry: Entry of the zoo with this name, if any.
-        load_config: Function that loads mmengine's config of an entry.
         checkpoint: Path or URL of the weights; None for the released ones.
         results: File with results to add to the model card, see
             :func:`~flash_internimage.hub.read_results`.
@@ -59,8 +54,12 @@ def push(
         OSError: If a file cannot be read or written, or the upload fails.
     """
     target = check_repository(repo_id, branch)
+    if config is None and entry is not None and entry.task != "classification":
+        config = entry.config_path
     if checkpoint is None and dataset is not None:
-        raise ValueError("--dataset must be used with --checkpoint: that of the zoo is known")
+        raise ValueError(
+            "--dataset requires --checkpoint; the dataset of released weights is known"
+        )
     if folder is None:
         require_token()
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -80,23 +79,17 @@ def push(
             path = Path(stack.enter_context(TemporaryDirectory()))
         else:
             require_writable(path := folder, "--folder")
-        if timm.is_model(name):
+        if config is None:
             released = entry if checkpoint is None else None
             save_classifier(path, name, weights, target, entry=released, facts=facts)
         else:
+            from ..openmmlab.cli.config import load_config
             from .openmmlab import save_openmmlab_model
 
             save_openmmlab_model(
-                path, load_config(entry) if entry else _read_config(name), weights, target,
+                path, load_config(config), weights, target,
                 entry=entry, released=checkpoint is None, facts=facts,
             )  # fmt: skip
         if folder is not None:
             return str(folder)
         return upload_folder(path, target, private=private, message=f"Add {name}")
-
-
-def _read_config(name: str) -> Any:
-    from ..openmmlab.cli.config import load_config
-
-    unset = {"cfg_options": None, "launcher": None, "work_dir": None}
-    return load_config(argparse.Namespace(config=find_config(name), **unset))

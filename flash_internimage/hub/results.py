@@ -5,14 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.zoo import to_figures
 from .card import METRICS, Result
-
-# Metrics of OpenMMLab, and the factors that convert them to percent.
-_OPENMMLAB = {
-    "coco/bbox_mAP": ("box_ap", 100),
-    "coco/segm_mAP": ("mask_ap", 100),
-    "mIoU": ("miou", 1),
-}
 
 
 def read_results(path: Path, name: str, weights: str, released: bool) -> list[Result]:
@@ -21,7 +15,7 @@ def read_results(path: Path, name: str, weights: str, released: bool) -> list[Re
     Args:
         path: File written by `zoo evaluate --json`, by `classification.test --json`, or by
             OpenMMLab's logger, which states neither a model nor a checkpoint.
-        name: Zoo entry, timm model or config file that the results should belong to.
+        name: Name of the model that the results should belong to.
         weights: Name of the checkpoint file that the results should belong to.
         released: Whether it is the released one.
 
@@ -38,9 +32,9 @@ def read_results(path: Path, name: str, weights: str, released: bool) -> list[Re
     values = _values(contents) if isinstance(contents, dict) else {}
     if not values:
         raise ValueError(f"--results {path} must contain metrics of an evaluation program")
-    given, model = Path(name).stem, str(contents.get("name", contents.get("model", name)))
-    if Path(model).stem != given:
-        raise ValueError(f"--results {path} must be of {given}, got those of {model}")
+    model = str(contents.get("name", contents.get("model", name)))
+    if not _may_be_same(model, name):
+        raise ValueError(f"--results {path} must be of {name}, got those of {model}")
     evaluated = Path(str(contents.get("checkpoint", weights))).name
     if evaluated not in (weights, "released" if released else weights):
         raise ValueError(f"--results {path} must be of {weights}, got those of {evaluated}")
@@ -54,13 +48,18 @@ def read_results(path: Path, name: str, weights: str, released: bool) -> list[Re
     ]
 
 
+def _may_be_same(one: str, other: str) -> bool:
+    """Return whether names are of the same model; one of them may lack timm's tag."""
+    architecture, _, tag = one.partition(".")
+    other_architecture, _, other_tag = other.partition(".")
+    return architecture == other_architecture and (tag == other_tag or not (tag and other_tag))
+
+
 def _values(contents: Mapping[str, Any]) -> dict[Any, Any]:
     """Return the known metrics, in percent."""
     if isinstance(figures := contents.get("figures"), dict):
         rows = {figure: row for figure, row in figures.items() if isinstance(row, dict)}
         return {figure: row.get("measured") for figure, row in rows.items() if figure in METRICS}
     values = {figure: contents[figure] for figure in ("top1", "top5") if figure in contents}
-    for metric, (figure, factor) in _OPENMMLAB.items():
-        if isinstance(value := contents.get(metric), int | float):
-            values[figure] = value * factor
-    return values
+    metrics = {key: value for key, value in contents.items() if isinstance(value, int | float)}
+    return values | to_figures(metrics)

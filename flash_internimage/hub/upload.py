@@ -76,7 +76,7 @@ def upload_folder(
     token = require_token()
     api = HfApi(token=token, library_name="flash-internimage")
     try:
-        # A branch of its own is created from main before the commit.
+        # create_commit does not create branches; branch off main first.
         api.create_repo(target.repo_id, private=private or None, exist_ok=True)
         is_private = not private or api.model_info(target.repo_id).private
         if is_private and target.branch:
@@ -93,7 +93,8 @@ def upload_folder(
     except Exception as error:  # The clients of the Hub and of its storage raise many types.
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = reason.replace(token, "***")
-        raise OSError(f"upload to {target.repo_id} failed: {reason:.500}") from error
+        # A chained error would show the token.
+        raise OSError(f"upload to {target.repo_id} failed: {reason:.500}") from None
     raise ValueError(
         f"--private cannot be used with {target.repo_id}, which exists and is public; change its "
         "settings on the Hub"

@@ -11,19 +11,16 @@ from typing import Any
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.infer import BaseInferencer
 
-from ..checkpoints import read_zoo
-from ..configs import configs_root
+from ..checkpoints.zoo import TASKS, read_zoo
 
 _PACKAGE = __name__.partition(".")[0]
-_TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
 
 
 def _models(task: str) -> Iterator[dict[str, Any]]:
     """Yield the models of a task, as a metafile describes them."""
     for name, entry in read_zoo().items():
         if entry.task == task and entry.config:
-            config = configs_root() / entry.config
-            yield {"Name": name, "Config": str(config), "Weights": entry.addresses[0]}
+            yield {"Name": name, "Config": str(entry.config_path), "Weights": entry.addresses[0]}
 
 
 def _with_ours(
@@ -33,7 +30,7 @@ def _with_ours(
 
     def models(dir: str) -> Iterator[dict[str, Any]]:
         yield from read_metafiles(dir)
-        for library, task in _TASKS.items():
+        for library, task in TASKS.items():
             # A library that has not been imported is not the one in this folder.
             loaded = sys.modules.get(library) is not None
             if loaded and dir == BaseInferencer._get_repo_or_mim_dir(library):

@@ -124,7 +124,7 @@ def test_config_in_the_guide_for_own_data(tmp_path):
     code = guide.split("```python\n")[1].split("```")[0]
     path = tmp_path / "parts.py"
     path.write_text(code.replace('"configs/', f'"{ROOT}/configs/'))
-    config = program.load_config(training_parser("train", "").parse_args([str(path)]))
+    config = program.config_of(training_parser("train", "").parse_args([str(path)]))
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         assert loader.dataset.data_root == "data/parts/"
         assert loader.dataset.data_prefix == {"img": "images/"}

@@ -2,6 +2,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from flash_internimage.checkpoints import read_zoo
 from flash_internimage.configs import configs_root, find_config, list_configs
 
 ROOT = Path(__file__).parents[2]
@@ -73,3 +74,15 @@ def test_unknown_names_suggest_similar_configs():
 def test_prefix_of_another_package_is_an_error():
     with pytest.raises(ValueError, match=r"begin with flash_internimage::, got mmdet::a/b\.py"):
         find_config("mmdet::a/b.py")
+
+
+def test_released_models_never_use_configs_of_the_current_folder(tmp_path, monkeypatch):
+    entry = read_zoo()[MASK_RCNN]
+    own = tmp_path / entry.config
+    own.parent.mkdir(parents=True)
+    own.write_text("a = 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert find_config(entry.config) == Path(entry.config)
+    assert entry.config_path.samefile(ROOT / entry.config)
+    with pytest.raises(ValueError, match="config must be set for classification, got None"):
+        read_zoo()["flash_internimage_large.in22k_384"].config_path  # noqa: B018

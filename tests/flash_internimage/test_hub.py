@@ -1,7 +1,9 @@
 """Tests of publishing classifiers on the Hub."""
 
+import functools
 import json
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from flash_internimage import FlashInternImage
 from flash_internimage.checkpoints import Entry
 from flash_internimage.classification.config import Config, Data, Model
 from flash_internimage.cli import zoo as tool
-from flash_internimage.hub import check_repository, push
+from flash_internimage.hub import check_repository, push, read_results, upload_folder
 from tests.flash_internimage.models import assert_equal, nano
 from tests.hub import Hub, serve_hub, usage
 
@@ -142,7 +144,7 @@ def refused(caplog) -> Callable[..., str]:
 
 
 def release(repo_id: str = "me/nano", **options) -> str:
-    return push(RELEASED, repo_id, entry=ENTRY, load_config=pytest.fail, **options)
+    return push(RELEASED, repo_id, entry=ENTRY, **options)
 
 
 def run_code(code: str) -> dict:
@@ -288,8 +290,17 @@ def test_weights_of_other_programs_take_the_settings_of_timm(run, tmp_path):
 
 
 WRONG = [
-    (["resnet50", REPO], "no checkpoint 'resnet50' in the zoo"),
-    (["flash_internimage_nanno", REPO], "no checkpoint 'flash_internimage_nanno' in the zoo"),
+    (["resnet50", REPO], "no checkpoint or config 'resnet50'; see `flash-internimage zoo list`"),
+    (
+        ["upernet_flash_internimage_nano_digit", REPO],
+        "no checkpoint or config 'upernet_flash_internimage_nano_digit'; did you mean "
+        "'upernet_flash_internimage_nano_digits_scenes' or ",
+    ),
+    (["flash_internimage_tinny.in1k", REPO], "did you mean 'flash_internimage_tiny.in1k' or "),
+    (
+        ["flash_internimage_nano_digits", REPO],
+        "CONFIG must end in .py, got flash_internimage_nano_digits; publish a classifier by the",
+    ),
     ([NAME, REPO], f"--checkpoint must be set for {NAME}, which has no released weights"),
     ([NAME, "digits"], "REPO_ID must be USER/NAME"),
     ([NAME, "me/my/digits"], "REPO_ID must be USER/NAME"),
@@ -300,7 +311,7 @@ WRONG = [
     ([NAME, REPO, "--folder", "new", "--private"], "--private must be used without --folder"),
     (
         ["flash_internimage_tiny.in1k", REPO, "--dataset", "coco"],
-        "--dataset must be used with --checkpoint",
+        "--dataset requires --checkpoint; the dataset of released weights is known",
     ),
     (
         ["flash_internimage_tiny", REPO, "--checkpoint", "best.pth"],
@@ -362,6 +373,27 @@ def test_results_of_another_model_are_refused(
     assert hub.requests == []
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "accepted"),
+    [
+        ("flash_internimage_large.in22k_384", "flash_internimage_large.in22k_384", True),
+        ("flash_internimage_large.in22k_384", "flash_internimage_large.in22k_ft_in1k_384", False),
+        ("flash_internimage_large.in22k_384", "flash_internimage_large", True),
+        ("flash_internimage_large", "flash_internimage_large.in22k_384", True),
+        ("flash_internimage_large", "flash_internimage_base", False),
+        ("flash_internimage_large.in22k_384", "flash_internimage_base", False),
+    ],
+)
+def test_timm_tags_distinguish_results(name, model, accepted, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"top1": 88.1, "model": model}))
+    read = functools.partial(read_results, tmp_path / "results.json", name, "a.pth", False)
+    if accepted:
+        assert [result.value for result in read()] == [88.1]
+    else:
+        with pytest.raises(ValueError, match=f"must be of {name}, got those of {model}"):
+            read()
+
+
 def test_a_missing_token_is_one_error(hub, refused, checkpoint, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
@@ -393,6 +425,13 @@ def test_a_refused_upload_is_one_error(hub, refused, checkpoint):
     message = refused(NAME, REPO, "--checkpoint", checkpoint)
     assert message.startswith(f"upload to {REPO} failed: ")
     assert f"You have no rights to {REPO} with ***" in message
+
+
+def test_the_traceback_of_a_refused_upload_does_not_show_the_token(hub, tmp_path):
+    hub.refuses = (403, f"You have no rights to {REPO} with {hub.token}")
+    with pytest.raises(OSError, match=r"with \*\*\*") as error:
+        upload_folder(tmp_path, check_repository(REPO))
+    assert hub.token not in "".join(traceback.format_exception(error.value))
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, refused, checkpoint):

@@ -91,32 +91,49 @@ def read_config(path: Path, import_custom_modules: bool = True) -> Config:
         raise ValueError(f"config {path} cannot be read: {reason}") from error
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """Load and validate a config with the overrides of the command line.
+def config_of(args: argparse.Namespace) -> Config:
+    """Load and validate the config of a command line; see :func:`load_config`."""
+    return load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+
+
+def load_config(
+    path: Path,
+    cfg_options: Mapping[str, Any] | None = None,
+    work_dir: Path | None = None,
+    launcher: str | None = None,
+) -> Config:
+    """Load and validate a config.
+
+    Args:
+        path: Path of the file.
+        cfg_options: Values of settings that differ from the file, by dotted key.
+        work_dir: Folder of logs and checkpoints; None for that of the config, or output/NAME.
+        launcher: How processes are started; None for pytorch under torchrun, otherwise none.
 
     Raises:
         FileNotFoundError: If the config does not exist.
         ValueError: If it cannot be read, a key is unknown or obsolete, or a value is invalid.
     """
-    cfg = read_config(args.config)
+    cfg_options = dict(cfg_options or {})
+    cfg = read_config(path)
     variables = _used_variables(cfg.text)
     settings = [name for name in cfg if name not in variables and not _is_variable(cfg, name)]
-    _refuse_obsolete(str(args.config), settings)
-    _refuse_obsolete("--cfg-options", [key.split(".")[0] for key in args.cfg_options or {}])
+    _refuse_obsolete(str(path), settings)
+    _refuse_obsolete("--cfg-options", [key.split(".")[0] for key in cfg_options])
     known = {*inspect.signature(Runner).parameters, *_READ}
     for name in cfg.keys() - known:
         # Unknown names may be variables. A common one, test_pipeline, resembles tta_pipeline.
         close = difflib.get_close_matches(name, known - {"tta_pipeline"}, n=1, cutoff=0.88)
         if close:
             raise ValueError(
-                f"{args.config}: unknown key {name}; did you mean {close[0]}? Rename it if it is a "
+                f"{path}: unknown key {name}; did you mean {close[0]}? Rename it if it is a "
                 "variable"
             )
-    for key in args.cfg_options or {}:
+    for key in cfg_options:
         name = key.split(".")[0]
         if name in cfg and name not in known:
             raise ValueError(
-                f"--cfg-options {key}: {name} is a variable of {args.config} that has already been "
+                f"--cfg-options {key}: {name} is a variable of {path} that has already been "
                 "resolved; override the keys that use it, such as "
                 "train_dataloader.dataset.data_root for data_root"
             )
@@ -124,13 +141,13 @@ def load_config(args: argparse.Namespace) -> Config:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"--cfg-options {key}: unknown key {name}{hint}")
-    cfg.merge_from_dict(args.cfg_options or {})
+    cfg.merge_from_dict(cfg_options)
     require_dicts(cfg, "model")
     require_dicts(cfg, *(name for name in _SECTIONS if cfg.get(name) is not None))
     for section in _CHECKED:
         _check_numbers(section, cfg.get(section))
-    cfg.launcher = args.launcher or ("pytorch" if dist.is_torchelastic_launched() else "none")
-    cfg.work_dir = str(args.work_dir or cfg.get("work_dir") or Path("output", args.config.stem))
+    cfg.launcher = launcher or ("pytorch" if dist.is_torchelastic_launched() else "none")
+    cfg.work_dir = str(work_dir or cfg.get("work_dir") or Path("output", path.stem))
     return cfg
 
 

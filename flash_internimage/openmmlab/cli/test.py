@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from ...files import require_writable
 from .common import base_parser
-from .config import load_config
+from .config import config_of
 
 
 def evaluation_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -34,7 +34,7 @@ def evaluation_config(args: argparse.Namespace, tta: bool = False) -> Config:
         OSError: If the work folder cannot be written.
         ValueError: If the config cannot be read or an option is unknown.
     """
-    return prepare_evaluation(load_config(args), args.checkpoint, tta)
+    return prepare_evaluation(config_of(args), args.checkpoint, tta)
 
 
 def prepare_evaluation(cfg: Config, checkpoint: str, tta: bool = False) -> Config:

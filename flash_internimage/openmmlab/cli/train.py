@@ -19,7 +19,7 @@ from ..engine.runner.runner import SafeRunner
 from ..errors import describe, one_line_errors
 from ..utils import log_info
 from .common import base_parser, build_runner, ending_together, start_processes
-from .config import OF_TRAINING, load_config, require_dicts
+from .config import OF_TRAINING, config_of, require_dicts
 
 
 def training_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -71,7 +71,7 @@ def run_training(args: argparse.Namespace) -> None:
             cannot be written.
         ValueError: See :func:`training_runner`.
     """
-    cfg = load_config(args)
+    cfg = config_of(args)
     start_processes(cfg)
     with _own_folders(cfg):
         training_runner(args, cfg).train()
@@ -108,7 +108,7 @@ def training_runner(args: argparse.Namespace, cfg: Config | None = None) -> Safe
         ValueError: If the work folder contains another run, the config cannot be read or has
             invalid values, or `--auto-scale-lr` is given without a `base_batch_size`.
     """
-    cfg = cfg or load_config(args)
+    cfg = cfg or config_of(args)
     require_dicts(cfg, *OF_TRAINING)
     if args.amp == "fp16":
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic", dtype="float16")

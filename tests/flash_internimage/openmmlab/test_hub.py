@@ -93,7 +93,7 @@ def test_the_code_of_the_card_predicts_as_the_trained_model(
     expected = before("image.jpg")["predictions"]
 
     run(config, REPO, "--checkpoint", checkpoint)
-    assert hub.commits == [(REPO, "main", f"Add {config}", FILES)]
+    assert hub.commits == [(REPO, "main", "Add run", FILES)]  # without its folder
     files = {name: hub.files[f"/{REPO}/resolve/main/{name}"] for name in FILES}
     assert list(hub.storage.values()) == [files["model.pth"]]
     assert not [name for name, contents in files.items() if b"/home/me" in contents]
@@ -103,6 +103,12 @@ def test_the_code_of_the_card_predicts_as_the_trained_model(
     np.testing.assert_equal(found["result"]["predictions"], expected)
     if library == "mmdet":
         assert len(expected[0]["scores"]) > 0
+
+
+def test_a_shipped_config_is_published_by_its_name(hub, trained):
+    _, checkpoint = trained(SEGMENTOR)
+    run(SEGMENTOR[1], REPO, "--checkpoint", checkpoint)
+    assert hub.commits == [(REPO, "main", f"Add {SEGMENTOR[1]}", FILES)]
 
 
 def test_files_need_neither_the_base_configs_nor_pickles(trained, tmp_path, caplog):
@@ -134,6 +140,7 @@ def test_released_weights_are_published_under_the_current_names(trained, tmp_pat
         backbone="T",
         pretraining="ImageNet-1K",
         schedule="1x",
+        config=f"configs/detection/{DINO[1]}.py",
         addresses=["https://example.org/never-asked.pth"],
         resolution=800,
         parameters=1,
@@ -144,9 +151,12 @@ def test_released_weights_are_published_under_the_current_names(trained, tmp_pat
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"coco/bbox_mAP": 0.5468, "coco/bbox_mAP_s": 0.1}))
     push(
-        "dino", REPO, entry=entry, load_config=lambda entry: load_config(*DINO),
-        folder=tmp_path / "out", results=results,
-    )  # fmt: skip
+        "dino",
+        REPO,
+        entry=entry,
+        folder=tmp_path / "out",
+        results=results,
+    )
     cfg = Config.fromfile(tmp_path / "out" / "config.py")
     with DefaultScope.overwrite_default_scope("mmdet"):
         model = MODELS.build(cfg.model)
