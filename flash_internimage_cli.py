@@ -14,7 +14,7 @@ from typing import Any
 COMMANDS = {
     "train": "train a classifier, detector or segmentor",
     "test": "evaluate a classifier, detector or segmentor",
-    "zoo": "list, download, convert and evaluate the released checkpoints",
+    "zoo": "list, download, convert, evaluate and publish checkpoints",
     "demo-data": "write a small dataset of real images, without a download",
 }
 

@@ -56,7 +56,7 @@ def find_config(name: str | os.PathLike) -> Path:
 
     Raises:
         FileNotFoundError: If there is neither such a file nor such a shipped config.
-        ValueError: If the prefix is that of another package.
+        ValueError: If the name is empty or a folder, or the prefix is that of another package.
 
     Example::
 
@@ -77,6 +77,8 @@ def find_config(name: str | os.PathLike) -> Path:
             return file
         if "_base_" not in shipped.parts and str(wanted) in (shipped.name, shipped.stem):
             return file
+    if not rest or (not separator and os.path.isdir(name)):
+        raise ValueError(f"config must be a file or the name of a shipped one, got '{name}'")
     stems = {PurePosixPath(shipped).stem for shipped in list_configs()}
     close = difflib.get_close_matches(wanted.stem, stems, n=3)
     hint = f"; similar shipped configs: {', '.join(close)}" if close else ""

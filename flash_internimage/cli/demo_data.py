@@ -33,6 +33,12 @@ _logger = logging.getLogger(__name__)
 
 # Ten hues, alternately bright and dark.
 _INKS = np.array([hsv_to_rgb(k / 10, 1, (255, 140)[k % 2]) for k in range(10)])
+# What identifies a dataset that was written before.
+_CONTENTS = {
+    "digits": ("train/0", "val/0"),
+    "digits-scenes": ("annotations/instances_train.json", "annotations/instances_val.json"),
+    "digits-scenes-ade20k": ("images/training", "annotations/training"),
+}
 _PHOTO_SPLIT = 440  # training uses the photographs left of this column, validation the rest
 
 
@@ -128,7 +134,7 @@ def _write_atomically(root: Path) -> Iterator[Path]:
 
 
 def main(argv: list[str] | None = None, program: str = "flash-internimage demo-data") -> int:
-    """Write the dataset named on a command line, unless its folder exists.
+    """Write the dataset named on a command line, unless it exists.
 
     Args:
         argv: Arguments; None for those of the process.
@@ -151,8 +157,11 @@ def main(argv: list[str] | None = None, program: str = "flash-internimage demo-d
     arguments = parser.parse_args(argv)
     root = arguments.root or Path("data") / arguments.name
     if root.exists():
-        _logger.info("%s already exists", root)
-        return 0
+        if all((root / path).exists() for path in _CONTENTS[arguments.name]):
+            _logger.info("%s already exists and is kept", root)
+            return 0
+        _logger.error("--root must be a new folder, or one of %s, got %s", arguments.name, root)
+        return 2
     try:
         writers[arguments.name](root)
     except OSError as error:

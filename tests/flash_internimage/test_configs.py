@@ -71,6 +71,14 @@ def test_unknown_names_suggest_similar_configs():
         find_config("flash_internimage::t")  # a file in _base_ has this name
 
 
+@pytest.mark.parametrize("name", ["", "folder.py"])
+def test_a_folder_or_no_name_is_an_error(name, tmp_path, monkeypatch):
+    (tmp_path / "folder.py").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"config must be a file or .*, got '{name}'"):
+        find_config(name)
+
+
 def test_prefix_of_another_package_is_an_error():
     with pytest.raises(ValueError, match=r"begin with flash_internimage::, got mmdet::a/b\.py"):
         find_config("mmdet::a/b.py")

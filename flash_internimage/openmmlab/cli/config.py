@@ -142,6 +142,8 @@ def load_config(
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"--cfg-options {key}: unknown key {name}{hint}")
     cfg.merge_from_dict(cfg_options)
+    if "model" not in cfg:
+        raise ValueError(f"{path} must contain a model")
     require_dicts(cfg, "model")
     require_dicts(cfg, *(name for name in _SECTIONS if cfg.get(name) is not None))
     for section in _CHECKED:

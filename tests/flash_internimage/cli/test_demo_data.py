@@ -8,6 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from flash_internimage.cli.demo_data import (
+    _CONTENTS,
     main,
     write_digits,
     write_digits_scenes,
@@ -120,7 +121,8 @@ def test_command_writes_the_named_dataset_once(arguments, name, root, tmp_path, 
 
     def writer(name):
         def write(root):
-            root.mkdir(parents=True)
+            for path in _CONTENTS[name]:
+                (root / path).mkdir(parents=True)
             written.append((name, str(root)))
 
         return write
@@ -132,3 +134,14 @@ def test_command_writes_the_named_dataset_once(arguments, name, root, tmp_path, 
     assert main(arguments) == 0
     assert main(arguments) == 0  # The dataset exists.
     assert written == [(name, root)]
+
+
+@pytest.mark.parametrize("content", ["file", "empty", "val/0"])
+def test_command_writes_into_no_other_file_or_folder(content, tmp_path, caplog):
+    root = tmp_path / "data"
+    if content == "file":
+        root.touch()
+    else:
+        (root / content).mkdir(parents=True)
+    assert main(["digits", "--root", str(root)]) == 2
+    assert f"--root must be a new folder, or one of digits, got {root}" in caplog.text

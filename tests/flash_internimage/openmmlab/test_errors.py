@@ -203,7 +203,7 @@ def test_data_that_a_transform_rejects(dataset, message, workers, train, capfd):
         ("_base_ = 'none.py'", r"cannot be read: FileNotFoundError.*none\.py"),
         ("model = dict(depth=1 / 0)", "cannot be read: ZeroDivisionError"),
         ("raise SystemExit(0)", "cannot be read: SystemExit"),
-        ("", "model must be a dict, got None"),
+        ("", "must contain a model"),
         ("model = depth", "cannot be read: NameError: name 'depth'"),
         ("custom_imports = dict(imports=['no.such'])", "ImportError: Failed to import no"),
     ],
