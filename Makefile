@@ -6,10 +6,9 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-# All cores compile the modules, instead of pip on one. Files that are templates or for other versions of
-# Python do not compile. Every process would do so again where PYTHONDONTWRITEBYTECODE is set.
+# Python compiles modules when they are first imported, and keeps them; compiling all would take a minute.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(RUN) -m pip install --quiet --no-compile
-BYTECODE = $(RUN) -m compileall -qq -j 0 $(VENV)/lib || true
 
 DIGITS := configs/classification/flash_internimage_nano_digits.yaml
 SCENES := configs/detection/mask_rcnn_flash_internimage_nano_fpn_digits_scenes.py
@@ -182,7 +181,6 @@ $(VENV)/.created:
 $(VENV)/.requirements: requirements.txt $(VENV)/.created
 	@echo "installing torch and the rest of requirements.txt: several gigabytes, some minutes"
 	$(PIP) -r requirements.txt
-	$(BYTECODE)
 	touch $@
 
 # Compiled against the torch in requirements.txt. A compiler failure is an error, not a slow fallback.
@@ -201,7 +199,6 @@ MMCV = $(shell grep '^onedl-mmcv==' requirements-openmmlab.txt)
 $(VENV)/.openmmlab: requirements-openmmlab.txt $(VENV)/.requirements
 	$(PIP) --no-cache-dir --no-deps $(MMCV)
 	$(PIP) --no-build-isolation -r requirements-openmmlab.txt -c requirements.txt
-	$(BYTECODE)
 	touch $@
 
 # Compiled against the torch in requirements.txt, in about a quarter of an hour on two cores.
@@ -210,7 +207,6 @@ openmmlab-compiled: $(VENV)/.openmmlab
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.created
 	$(PIP) -r requirements-dev.txt
-	$(BYTECODE)
 	touch $@
 
 $(VENV)/.docs: requirements-docs.txt $(VENV)/.created
