@@ -62,7 +62,8 @@ def test_existing_files_are_returned_as_they_are(tmp_path, monkeypatch):
     assert find_config(f"flash_internimage::{MASK_RCNN}.py") != Path(f"{MASK_RCNN}.py")
 
 
-def test_unknown_names_suggest_similar_configs():
+def test_unknown_names_suggest_similar_configs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=rf"config not found: mask_rcn\w+; .*{MASK_RCNN}"):
         find_config("mask_rcn_flash_internimage_t_fpn_1x_coco")
     with pytest.raises(FileNotFoundError, match=r"config not found: \.\./x\.py$"):
