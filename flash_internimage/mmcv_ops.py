@@ -226,7 +226,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _not_available() -> str:
-    return "not available"  # what a compiled mmcv returns for a missing CUDA compiler
+    return "not available"  # as in an mmcv that was compiled without CUDA
 
 
 _PROVIDED: dict[str, Callable] = {

@@ -12,7 +12,7 @@ from mmengine.registry import DefaultScope, Registry
 from .checkpoints.zoo import TASKS
 
 _SCOPE = __name__.partition(".")[0]
-# Libraries of the configs, and what the configs import for them.
+# The module that the configs of each library import.
 _LIBRARIES = {library: f"{_SCOPE}.openmmlab.{task}" for library, task in TASKS.items()}
 
 

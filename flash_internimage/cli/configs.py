@@ -12,7 +12,7 @@ def config_parser(program: str, description: str, usage: str = "CONFIG") -> argp
 
     Args:
         program: Name of the program.
-        description: What it does.
+        description: Description of the program in its help.
         usage: Positional arguments.
     """
     parser = argparse.ArgumentParser(

@@ -116,7 +116,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known about the weights of a model beyond the files themselves.
+    """Facts about the weights of a model that its files do not contain.
 
     Attributes:
         results: Measured results.
@@ -142,7 +142,7 @@ class Card:
         library: Library that loads the model.
         tags: Tags in addition to those of the task and the backbone.
         entry: Entry of the zoo if the weights are the released ones.
-        facts: What the user stated.
+        facts: Facts given by the user.
         root: Root of the dataset, whose last part is its name if nothing else is known.
         base_model: Repository of the weights that the training started from, if known.
         usage: Python code that loads and runs the model.

@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "config.py", "model.pth"
 
-# Keys of a config that belong to a run, some of which are paths on the machine of the training.
+# Run-specific keys of a config; some contain local paths.
 _OF_A_RUN = ("launcher", "load_from", "resume", "work_dir")
 
 _INFERENCERS = {"mmdet": "DetInferencer", "mmseg": "MMSegInferencer"}

@@ -55,7 +55,7 @@ def main(program: str, description: str, argv: list[str] | None = None) -> None:
 
     Args:
         program: Name of the program in usage messages.
-        description: What it does.
+        description: Description of the program in its help.
         argv: Arguments; None for those of the process.
     """
     args = training_parser(program, description).parse_args(argv)
