@@ -16,8 +16,8 @@ from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure, SubFigure
 from torch import nn
 
-from .fields import effective_receptive_field, offset_lengths
-from .layers import all_layers
+from .fields import OffsetLengths, effective_receptive_field, offset_lengths
+from .layers import last_of_stages
 from .points import Mapping, SamplingPoints, sampling_points
 from .preprocessing import Preprocessing, preprocessing_of
 
@@ -76,8 +76,8 @@ def draw_sampling_points(
         preprocessing=preprocessing,
     )
     if depth == 1:
-        return _rgb(_draw_groups(image, levels[0], pixel, max_groups))
-    return _rgb(_draw_levels(image, levels, pixel))
+        return _rgb(plot_groups(image, levels[0], pixel, max_groups))
+    return _rgb(plot_levels(image, levels, pixel))
 
 
 def draw_maps(
@@ -107,9 +107,7 @@ def draw_maps(
     Raises:
         ValueError: If the model has no such layer, or the pixel is outside the image.
     """
-    if layers is None:
-        last = {(id(found.backbone), found.stage): found.name for found in all_layers(model)}
-        layers = list(last.values())
+    layers = last_of_stages(model) if layers is None else layers
     preprocessing = preprocessing or preprocessing_of(model)
     height, width = image.shape[:2]
     mapping = Mapping((height, width), preprocessing.input_size(height, width))
@@ -126,48 +124,14 @@ def draw_maps(
         for name in layers
     ]
     lengths = offset_lengths(model, image, layers, preprocessing=preprocessing)
-    panel = 3.6
-    figure = Figure(
-        figsize=(panel * len(layers), 2 * panel * _aspect(image) + 1.2),
-        dpi=_DPI,
-        layout="constrained",
-    )
-    axes = figure.subplots(2, len(layers), squeeze=False)
-    for top, bottom, offsets, field in zip(*axes, lengths, fields, strict=True):
-        _show_image(top, image)
-        overlay = top.imshow(
-            offsets.lengths,
-            cmap=_SEQUENTIAL,
-            vmin=0,
-            alpha=0.8,
-            extent=_extent(mapping, offsets.lengths.shape, offsets.stride),
-        )
-        _stay_within(top, image)
-        top.set_title(
-            f"{offsets.layer}\nmean offset {offsets.mean:.2f} pixels of the layer,\n"
-            f"{offsets.mean_in_image:.1f} of the image",
-            fontsize=9,
-        )
-        figure.colorbar(overlay, ax=top, shrink=0.8, label="pixels of the layer")
-        _show_image(bottom, image)
-        bottom.imshow(
-            field,
-            cmap="inferno",
-            norm=PowerNorm(0.4, 0, field.max()),
-            alpha=0.85,
-            extent=_extent(mapping, field.shape, 1),
-        )
-        _stay_within(bottom, image)
-        _mark(bottom, pixel)
-        bottom.set_title("effective receptive field", fontsize=9)
-    figure.suptitle(f"Offset lengths, and receptive fields of pixel ({pixel[0]}, {pixel[1]})")
-    return _rgb(figure)
+    return _rgb(plot_maps(image, lengths, fields, pixel, mapping))
 
 
-def _draw_groups(
+def plot_groups(
     image: np.ndarray, points: SamplingPoints, pixel: tuple[float, float], max_groups: int
 ) -> Figure:
-    groups = int(points.groups.max()) + 1
+    """Return the figure of :func:`draw_sampling_points` for one layer."""
+    groups = points.num_groups
     strength = np.bincount(points.groups, np.abs(points.weights), groups)
     shown = np.sort(np.argsort(-strength, kind="stable")[:max_groups])
     rows = math.isqrt(len(shown) - 1) + 1
@@ -201,9 +165,10 @@ def _draw_groups(
     return figure
 
 
-def _draw_levels(
+def plot_levels(
     image: np.ndarray, levels: Sequence[SamplingPoints], pixel: tuple[float, float]
 ) -> Figure:
+    """Return the figure of :func:`draw_sampling_points` for several layers."""
     columns = min(len(levels), 3)
     rows = math.ceil(len(levels) / columns)
     panel = 13.0 / columns
@@ -225,6 +190,52 @@ def _draw_levels(
     figure.suptitle(
         f"Sampling points of pixel ({pixel[0]}, {pixel[1]}), composed through {len(levels)} layers"
     )
+    return figure
+
+
+def plot_maps(
+    image: np.ndarray,
+    lengths: Sequence[OffsetLengths],
+    fields: Sequence[np.ndarray],
+    pixel: tuple[float, float],
+    mapping: Mapping,
+) -> Figure:
+    """Return the figure of :func:`draw_maps`."""
+    panel = 3.6
+    figure = Figure(
+        figsize=(panel * len(lengths), 2 * panel * _aspect(image) + 1.2),
+        dpi=_DPI,
+        layout="constrained",
+    )
+    axes = figure.subplots(2, len(lengths), squeeze=False)
+    for top, bottom, offsets, field in zip(*axes, lengths, fields, strict=True):
+        _show_image(top, image)
+        overlay = top.imshow(
+            offsets.lengths,
+            cmap=_SEQUENTIAL,
+            vmin=0,
+            alpha=0.8,
+            extent=_extent(mapping, offsets.lengths.shape, offsets.stride),
+        )
+        _stay_within(top, image)
+        top.set_title(
+            f"{offsets.layer}\nmean offset {offsets.mean:.2f} pixels of the layer,\n"
+            f"{offsets.mean_in_image:.1f} of the image",
+            fontsize=9,
+        )
+        figure.colorbar(overlay, ax=top, shrink=0.8, label="pixels of the layer")
+        _show_image(bottom, image)
+        bottom.imshow(
+            field,
+            cmap="inferno",
+            norm=PowerNorm(0.4, 0, field.max()),
+            alpha=0.85,
+            extent=_extent(mapping, field.shape, 1),
+        )
+        _stay_within(bottom, image)
+        _mark(bottom, pixel)
+        bottom.set_title("effective receptive field", fontsize=9)
+    figure.suptitle(f"Offset lengths, and receptive fields of pixel ({pixel[0]}, {pixel[1]})")
     return figure
 
 

@@ -60,10 +60,7 @@ def offset_lengths(
     Raises:
         ValueError: If the model has no such layer.
     """
-    if layers is None:
-        found = all_layers(model)
-    else:
-        found = [find_layer(model, name) for name in layers]
+    found = all_layers(model) if layers is None else [find_layer(model, name) for name in layers]
     if not found:
         raise ValueError("layers must not be empty")
     preprocessing = preprocessing or preprocessing_of(model)

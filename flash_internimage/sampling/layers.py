@@ -110,6 +110,27 @@ def list_layers(model: nn.Module) -> list[str]:
     return [layer.name for layer in all_layers(model)]
 
 
+def last_of_stages(model: nn.Module, name: str | None = None) -> list[str]:
+    """Return the names of the last block of each stage, and of a further layer, in order.
+
+    Args:
+        model: A FlashInternImage, or a detector or segmentor that contains one.
+        name: Further layer, as for :func:`find_layer`; its backbone is the one considered.
+
+    Raises:
+        ValueError: If there is no FlashInternImage in the model, or no layer of that name.
+    """
+    layers = all_layers(model)
+    further = layers[0] if name is None else find_layer(model, name)
+    layers = [layer for layer in layers if layer.backbone is further.backbone]
+    chosen = {layer.stage: layer.name for layer in layers}.values()
+    return [
+        layer.name
+        for layer in layers
+        if layer.name in chosen or (name is not None and layer.name == further.name)
+    ]
+
+
 def find_layer(model: nn.Module, name: str) -> Layer:
     """Return the layer with a name.
 

@@ -31,6 +31,7 @@ class SamplingPoints:
         weights: (n,) float64. The modulation, which may be negative, multiplied by the weight of
             the unit that the point belongs to, which is 1 in the first layer.
         groups: (n,) int64, the group of each point.
+        num_groups: Number of groups of the layer.
         omitted: Share of the sum of absolute weights that belongs to points omitted because there
             were more than the maximum.
     """
@@ -40,6 +41,7 @@ class SamplingPoints:
     positions: np.ndarray
     weights: np.ndarray
     groups: np.ndarray
+    num_groups: int
     omitted: float
 
 
@@ -154,6 +156,7 @@ def sampling_points(
                 positions.numpy(),
                 taps.weights.numpy(),
                 taps.groups.numpy(),
+                current.dcn.group,
                 omitted,
             )
         )

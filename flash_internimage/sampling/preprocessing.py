@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
 from torch import Tensor, nn
 
 Color = tuple[float, float, float]
@@ -58,7 +58,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     """Return the preprocessing that a model expects.
 
     Args:
-        model: A model of timm, whose `pretrained_cfg` is read, or a detector or segmentor of
+        model: A model of timm, whose pretrained config is read, or a detector or segmentor of
             OpenMMLab, whose data preprocessor and config (if it has one, as `cfg`) are read.
     """
     if (preprocessor := getattr(model, "data_preprocessor", None)) is not None:
@@ -66,9 +66,9 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
                      for name in ("mean", "std"))  # fmt: skip
         size, max_size = _test_scale(getattr(model, "cfg", None) or {})
         return Preprocessing(size, max_size, mean, std)
-    settings = getattr(model, "pretrained_cfg", None)
-    if settings is None:
+    if getattr(model, "pretrained_cfg", None) is None:
         return Preprocessing()
+    settings = resolve_model_data_config(model)
     mean, std = (_color([255 * n for n in settings[name]]) for name in ("mean", "std"))
     return Preprocessing(settings["input_size"][-1], None, mean, std)
 
