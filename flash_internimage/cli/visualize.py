@@ -90,12 +90,12 @@ def _run(arguments: argparse.Namespace) -> None:
     predictor = load_predictor(
         arguments.model, checkpoint[0] if checkpoint else None, device=arguments.device
     )
-    model, layer = predictor.model, arguments.layer
-    preprocessing = preprocessing_of(model)
+    layer = arguments.layer
+    preprocessing = preprocessing_of(predictor)
     if arguments.size is not None:
         preprocessing = replace(preprocessing, size=arguments.size, max_size=None)
     picture = draw_sampling_points(
-        model,
+        predictor,
         image,
         layer,
         pixel,
@@ -105,8 +105,8 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     _write(picture, output)
     if arguments.maps:
-        layers = last_of_stages(model, layer)
-        maps = draw_maps(model, image, pixel, layers, preprocessing=preprocessing)
+        layers = last_of_stages(predictor, layer)
+        maps = draw_maps(predictor, image, pixel, layers, preprocessing=preprocessing)
         _write(maps, output.with_stem(f"{output.stem}-maps"))
 
 

@@ -14,10 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure, SubFigure
-from torch import nn
 
 from .fields import OffsetLengths, effective_receptive_field, offset_lengths
-from .layers import last_of_stages
+from .layers import Model, last_of_stages
 from .points import Mapping, SamplingPoints, sampling_points
 from .preprocessing import Preprocessing, preprocessing_of
 
@@ -27,7 +26,7 @@ _SEQUENTIAL = "cividis"
 
 
 def draw_sampling_points(
-    model: nn.Module,
+    model: Model,
     image: np.ndarray,
     layer: str,
     pixel: tuple[float, float],
@@ -43,7 +42,7 @@ def draw_sampling_points(
     group. For a depth above 1, there is one panel per layer.
 
     Args:
-        model: A FlashInternImage, or a detector or segmentor that contains one.
+        model: A FlashInternImage, a model that contains one, or a predictor.
         image: RGB image of shape (H, W, 3), uint8.
         layer: Name of a block, such as `levels.2.blocks.5`, see :func:`list_layers`.
         pixel: (x, y) in the image.
@@ -81,7 +80,7 @@ def draw_sampling_points(
 
 
 def draw_maps(
-    model: nn.Module,
+    model: Model,
     image: np.ndarray,
     pixel: tuple[float, float],
     layers: Sequence[str] | None = None,
@@ -93,7 +92,7 @@ def draw_maps(
     """Draw the offset lengths of layers, and the effective receptive field of a pixel in each.
 
     Args:
-        model: A FlashInternImage, or a detector or segmentor that contains one.
+        model: A FlashInternImage, a model that contains one, or a predictor.
         image: RGB image of shape (H, W, 3), uint8.
         pixel: (x, y) in the image.
         layers: Names of blocks; None for the last block of each stage.

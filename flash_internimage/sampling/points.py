@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ops_dcnv4 import reference
 from ops_dcnv4.window import Window
 
-from .layers import Layer, find_layer, predict_offset_masks
+from .layers import Layer, Model, find_layer, predict_offset_masks
 from .preprocessing import Preprocessing, preprocessing_of
 
 
@@ -98,7 +98,7 @@ class Mapping:
 
 
 def sampling_points(
-    model: nn.Module,
+    model: Model,
     image: np.ndarray,
     layer: str,
     pixel: tuple[float, float],
@@ -117,7 +117,7 @@ def sampling_points(
     projections, and the extent of the convolutions between stages are left out.
 
     Args:
-        model: A FlashInternImage, or a detector or segmentor that contains one.
+        model: A FlashInternImage, a model that contains one, or a predictor.
         image: RGB image of shape (H, W, 3), uint8.
         layer: Name of a block, such as `levels.2.blocks.5`, see :func:`list_layers`.
         pixel: (x, y) in the image. The points are those of the closest output pixel of the layer.
