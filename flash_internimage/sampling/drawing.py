@@ -137,7 +137,7 @@ def plot_groups(
     columns = math.ceil(len(shown) / rows)
     height = min(max(6.0 * _aspect(image), 4.5), 10.0)
     figure = Figure(figsize=(13.0, height + 0.8), dpi=_DPI, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1))
+    [[left, right]] = figure.subfigures(1, 2, squeeze=False)
     norm = _symmetric(points.weights)
     whole = left.subplots()
     _show_image(whole, image)
@@ -147,6 +147,7 @@ def plot_groups(
     window = _window(points, pixel)
     x0, x1, y0, y1 = window
     whole.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="black", linewidth=0.8)
+    whole.set_title(_count(image, points) + _omission(points), fontsize=9)
     _color_bar(left, drawn, whole, "modulation")
     axes = right.subplots(rows, columns, squeeze=False).ravel()
     for axis, group in zip(axes, shown, strict=False):
@@ -160,7 +161,7 @@ def plot_groups(
     text = f"{points.layer}: sampling points of pixel ({pixel[0]}, {pixel[1]}) in {groups} groups"
     if len(shown) < groups:
         text += f"; panels for the {len(shown)} with the largest modulation"
-    figure.suptitle(text + _omission(points))
+    figure.suptitle(text)
     return figure
 
 
@@ -168,21 +169,22 @@ def plot_levels(
     image: np.ndarray, levels: Sequence[SamplingPoints], pixel: tuple[float, float]
 ) -> Figure:
     """Return the figure of :func:`draw_sampling_points` for several layers."""
-    columns = min(len(levels), 3)
+    columns = 2 if len(levels) in (2, 4) else 3
     rows = math.ceil(len(levels) / columns)
-    panel = 13.0 / columns
-    height = min(rows * (panel * min(max(_aspect(image), 0.4), 2.0) + 0.7), 60.0)
-    figure = Figure(figsize=(13.0, height + 0.5), dpi=_DPI, layout="constrained")
+    panel = (13.0 / columns - 1.0) * min(max(_aspect(image), 0.4), 2.0)
+    height = rows * (panel + 0.6) + 0.5
+    figure = Figure(figsize=(13.0, min(height, 60.0)), dpi=_DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for number, (axis, points) in enumerate(zip(axes, levels, strict=False), 1):
         _show_image(axis, image)
         everything = np.full(len(points.groups), True)
-        drawn = _scatter(axis, points, everything, _symmetric(points.weights), largest=40)
+        norm = _symmetric(points.weights)
+        drawn = _scatter(axis, points, everything, norm, smallest=0.3, largest=40)
         _stay_within(axis, image)
         _mark(axis, pixel)
         _color_bar(figure, drawn, axis, "weight")
         axis.set_title(
-            f"{number}: {points.layer}, {len(points.weights)} points{_omission(points)}", fontsize=9
+            f"{number}: {points.layer}\n{_count(image, points)}{_omission(points)}", fontsize=9
         )
     for axis in axes[len(levels) :]:
         axis.axis("off")
@@ -200,9 +202,10 @@ def plot_maps(
     mapping: Mapping,
 ) -> Figure:
     """Return the figure of :func:`draw_maps`."""
-    panel = 3.6
+    width = 3.4  # of a column with its color bar, in inches
+    height = 2 * (width - 0.9) * _aspect(image) + 1.8
     figure = Figure(
-        figsize=(panel * len(lengths), 2 * panel * _aspect(image) + 1.2),
+        figsize=(max(width * len(lengths), 6.4), min(max(height, 3.0), 20.0)),
         dpi=_DPI,
         layout="constrained",
     )
@@ -224,16 +227,17 @@ def plot_maps(
         )
         figure.colorbar(overlay, ax=top, shrink=0.8, label="pixels of the layer")
         _show_image(bottom, image)
-        bottom.imshow(
-            field,
+        overlay = bottom.imshow(
+            field / field.max(),
             cmap="inferno",
-            norm=PowerNorm(0.4, 0, field.max()),
+            norm=PowerNorm(0.4, 0, 1),
             alpha=0.85,
             extent=_extent(mapping, field.shape, 1),
         )
         _stay_within(bottom, image)
         _mark(bottom, pixel)
         bottom.set_title("effective receptive field", fontsize=9)
+        figure.colorbar(overlay, ax=bottom, shrink=0.8, label="gradient / largest")
     figure.suptitle(f"Offset lengths, and receptive fields of pixel ({pixel[0]}, {pixel[1]})")
     return figure
 
@@ -241,11 +245,24 @@ def plot_maps(
 def _omission(points: SamplingPoints) -> str:
     if not points.omitted:
         return ""
-    return f"\n(the strongest, with {100 * (1 - points.omitted):.0f} % of the weights)"
+    return f": the strongest, with {100 * (1 - points.omitted):.1f} % of the weights"
+
+
+def _count(image: np.ndarray, points: SamplingPoints) -> str:
+    """Return the number of points, also of those outside the image, which add nothing."""
+    height, width = image.shape[:2]
+    inside = ((points.positions >= -0.5) & (points.positions < (width - 0.5, height - 0.5))).all(1)
+    outside = len(inside) - inside.sum()
+    return f"{len(inside)} points" + (f", {outside} outside the image" if outside else "")
 
 
 def _scatter(
-    axis: Axes, points: SamplingPoints, chosen: np.ndarray, norm: Normalize, largest: float
+    axis: Axes,
+    points: SamplingPoints,
+    chosen: np.ndarray,
+    norm: Normalize,
+    largest: float,
+    smallest: float = 3.0,
 ) -> PathCollection:
     weights = points.weights[chosen]
     order = np.argsort(np.abs(weights), kind="stable")  # the strongest on top
@@ -254,12 +271,12 @@ def _scatter(
     return axis.scatter(
         x,
         y,
-        s=3 + largest * strength,
+        s=smallest + largest * strength,
         c=weights[order],
         cmap=_DIVERGING,
         norm=norm,
         edgecolors="black",
-        linewidths=0.4,
+        linewidths=0.1 + 0.5 * np.sqrt(strength),
     )
 
 
@@ -304,8 +321,8 @@ def _window(
 def _extent(
     mapping: Mapping, shape: tuple[int, ...], stride: int
 ) -> tuple[float, float, float, float]:
-    edges = (torch.tensor([-0.5, n - 0.5], dtype=torch.float64) for n in reversed(shape))
-    x, y = mapping.to_image(*edges, stride)
+    rows, columns = (torch.tensor([-0.5, n - 0.5], dtype=torch.float64) for n in shape)
+    x, y = mapping.to_image(columns, rows, stride)
     return x[0].item(), x[1].item(), y[1].item(), y[0].item()
 
 

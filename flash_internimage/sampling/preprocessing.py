@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from timm.data import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -24,7 +24,7 @@ Color = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resizing and normalization of images; nothing is cropped.
+    """Bicubic resizing and normalization of images; nothing is cropped.
 
     Attributes:
         size: Shorter side in pixels to which images are resized; None keeps their size.
@@ -56,10 +56,9 @@ class Preprocessing:
             raise ValueError(
                 f"image must be (H, W, 3) uint8, got shape {image.shape} of {image.dtype}"
             )
-        x = torch.tensor(image).permute(2, 0, 1)[None].float()
-        size = self.input_size(*image.shape[:2])
-        if size != image.shape[:2]:
-            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 255)
+        height, width = self.input_size(*image.shape[:2])
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+        x = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float()
         mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (self.mean, self.std))
         return (x - mean) / std
 

@@ -68,9 +68,9 @@ def test_the_field_is_that_of_the_jacobian(model, image):
     jacobian = torch.autograd.functional.jacobian(unit, AS_IT_IS(small), vectorize=True)
     expected = jacobian[:, 0].double().norm(dim=0).sum(0).numpy()
     field = effective_receptive_field(
-        model, small, "levels.0.blocks.0", (20, 12), samples=400, preprocessing=AS_IT_IS
+        model, small, "levels.0.blocks.0", (20, 12), samples=200, preprocessing=AS_IT_IS
     )
-    assert np.abs(field - expected / expected.sum()).max() < 0.05 * field.max()
+    assert np.abs(field - expected / expected.sum()).sum() < 0.05
 
 
 def test_images_and_seeds_are_averaged(model, image):

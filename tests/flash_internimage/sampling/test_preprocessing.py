@@ -30,8 +30,7 @@ def test_a_square_image_becomes_the_input_of_timm(model, image):
     transform = create_transform((3, 64, 64), interpolation="bicubic", crop_pct=1.0)
     expected = transform(Image.fromarray(square))[None]
     actual = preprocessing_of(model)(square)
-    # Pillow rounds to 8 bits after each of two passes.
-    assert (actual - expected).abs().max() < 2.5 / 255 / 0.224
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_timm_settings_are_those_of_the_model():
