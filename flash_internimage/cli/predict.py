@@ -164,20 +164,18 @@ def _run(arguments: argparse.Namespace) -> int:
                 device=_own_device(arguments.device), dtype=_DTYPES[arguments.amp], **options,
             )  # fmt: skip
         share = list(enumerate(sources))[rank() :: world_size()]
-        writer = ResultWriter(arguments.output, rank(), not arguments.no_pictures)
         try:
-            predict_sources(
-                predictor, share, writer, batch_size=arguments.batch_size,
-                max_frames=arguments.max_frames, progress=rank() == 0,
-            )  # fmt: skip
+            with ResultWriter(arguments.output, rank(), not arguments.no_pictures) as writer:
+                predict_sources(
+                    predictor, share, writer, batch_size=arguments.batch_size,
+                    max_frames=arguments.max_frames, progress=rank() == 0,
+                )  # fmt: skip
         except BaseException:
-            writer.close()
             if rank() == 0:
                 merge(arguments.output, predictor.task, predictor.classes)
                 if world_size() == 1:
                     remove_parts(arguments.output)
             raise
-        writer.close()
         counts = gather((writer.written, writer.skipped))  # waits for all processes
         written, skipped = (sum(numbers) for numbers in zip(*counts, strict=True))
         if rank() == 0:

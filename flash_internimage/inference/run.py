@@ -65,9 +65,7 @@ def predict_sources(
             if source.kind == "image":
                 continue
             try:
-                frames = _predict_video(
-                    predictor, source, writer, batch_size, max_frames, disable
-                )
+                frames = _predict_video(predictor, source, writer, batch_size, max_frames, disable)
             except _SKIPPED as error:
                 _skip(writer, index, source, error)
             else:

@@ -35,9 +35,16 @@ class ResultWriter:
     """
 
     def __init__(self, folder: Path, rank: int = 0, pictures: bool = True) -> None:
-        self._folder, self._pictures = folder, pictures
-        self._part = open(folder / _PARTS.replace("*", str(rank)), "w", encoding="utf-8")
+        self._folder, self._rank, self._pictures = folder, rank, pictures
         self.written = self.skipped = 0
+
+    def __enter__(self) -> "ResultWriter":
+        part = self._folder / _PARTS.replace("*", str(self._rank))
+        self._part = open(part, "w", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._part.close()
 
     def add(self, index: int, source: Source, image: np.ndarray, result: Result) -> None:
         """Write the prediction of an image.
@@ -76,10 +83,6 @@ class ResultWriter:
         path = self._folder / kind / f"{source.name}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-    def close(self) -> None:
-        """Close the file of this process."""
-        self._part.close()
 
     def _save_image(self, kind: str, source: Source, image: Image.Image, suffix: str) -> None:
         options = {"quality": 90} if suffix == ".jpg" else {}
