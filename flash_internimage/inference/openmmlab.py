@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -124,19 +125,14 @@ def load_model(
     """Load a detector or segmentor; see :func:`~flash_internimage.inference.load_predictor`."""
     if source.config is None:
         raise ValueError(f"config must be set for {source.name}, got None")
-    if checkpoint is None and source.entry is None:
-        raise no_released_weights(source)
     chosen = pick_device(device)
+    path = _fetch(source, checkpoint)
     importlib.import_module(f"flash_internimage.openmmlab.{source.task}")
     cfg = read_config(source.config)
     require_dicts(cfg, "model")
     if tta and not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
         raise ValueError(f"tta must be False for {source.name}: its config has no tta_pipeline")
     steps = _steps(cfg, source.name, tta)
-    if checkpoint is None:
-        path = source.entry.fetch()  # type: ignore[union-attr]  # checked above
-    else:
-        path = fetch_checkpoint(checkpoint)
     contents = convert_checkpoint(load_checkpoint(path))
     weights = contents["state_dict"]
     with DefaultScope.overwrite_default_scope(cfg.default_scope), safe_loading.safe_loading():
@@ -158,6 +154,14 @@ def load_model(
         convert_outputs_to_float32(model)
     tester.to(chosen).eval()
     return LoadedModel(model, tester, pipeline, _count_views(steps), classes, amp)
+
+
+def _fetch(source: ModelSource, checkpoint: str | os.PathLike | None) -> Path:
+    if checkpoint is not None:
+        return fetch_checkpoint(checkpoint)
+    if source.entry is None:
+        raise no_released_weights(source)
+    return source.entry.fetch()
 
 
 def _steps(cfg: Config, name: str, tta: bool) -> list[dict[str, Any]]:

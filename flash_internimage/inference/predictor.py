@@ -14,7 +14,6 @@ from torch import nn
 
 from ..checkpoints.zoo import TASKS, Entry, Task, read_zoo
 from ..configs import find_config, list_configs
-from .results import Result
 
 _YAML = (".yaml", ".yml")
 # Prefixes of models outside of timm's registry.
@@ -192,6 +191,4 @@ def check_images(images: Sequence[np.ndarray]) -> None:
 
 def no_released_weights(source: ModelSource) -> ValueError:
     """Return the error for a model that needs a checkpoint."""
-    return ValueError(
-        f"checkpoint must be given for {source.name}, which has no released weights"
-    )
+    return ValueError(f"checkpoint must be given for {source.name}, which has no released weights")

@@ -245,7 +245,7 @@ def plot_maps(
 def _omission(points: SamplingPoints) -> str:
     if not points.omitted:
         return ""
-    return f": the strongest, with {100 * (1 - points.omitted):.1f} % of the weights"
+    return f"\nthe strongest, with {100 * (1 - points.omitted):.1f} % of the weights"
 
 
 def _count(image: np.ndarray, points: SamplingPoints) -> str:
