@@ -5,15 +5,20 @@ flash-internimage visualize NAME|CONFIG [CHECKPOINT] IMAGE --layer LAYER --pixel
 
 import argparse
 import logging
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
+import torch
 from PIL import Image
 
+from ..classification.model import pick_device
 from ..files import require_writable, write_atomically
-from ..inference import load_predictor, read_rgb
+from ..inference.predictor import find_model, load_predictor
+from ..inference.sources import read_rgb
 from ..sampling import draw_maps, draw_sampling_points, last_of_stages, preprocessing_of
 
 _logger = logging.getLogger(__name__)
@@ -55,17 +60,19 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
     parser.add_argument("--max-points", type=int, default=2000, metavar="N",
                         help="number of points per layer to keep at most (2000)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto)")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command and return the exit code."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
     arguments = parse_arguments(argv, program)
     try:
         _run(arguments)
-    except (ValueError, OSError, RuntimeError) as error:
-        _logger.error("%s", error)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        _logger.error("%s", " ".join(str(error).split()))
         return 2
     return 0
 
@@ -86,10 +93,11 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--output must end in {', '.join(_SUFFIXES)}, got {output}")
     image = read_rgb(image_file)
     pixel = _pixel(arguments.pixel, image)
+    pick_device(arguments.device)
+    source = find_model(arguments.model)
     require_writable(output.parent, "--output")
-    predictor = load_predictor(
-        arguments.model, checkpoint[0] if checkpoint else None, device=arguments.device
-    )
+    weights = os.path.expanduser(checkpoint[0]) if checkpoint else None
+    predictor = load_predictor(source, weights, device=arguments.device)
     layer = arguments.layer
     preprocessing = preprocessing_of(predictor)
     if arguments.size is not None:

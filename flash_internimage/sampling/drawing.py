@@ -281,7 +281,7 @@ def _scatter(
 
 
 def _symmetric(weights: np.ndarray) -> Normalize:
-    largest = float(np.abs(weights).max()) or 1.0
+    largest = float(np.abs(weights).max(initial=0)) or 1.0
     return Normalize(-largest, largest)
 
 

@@ -182,6 +182,12 @@ def test_points_without_weights_can_be_omitted():
     assert (len(taps.x), omitted) == (2, 0)
 
 
+def test_nothing_is_read_below_a_layer_without_modulation(image):
+    levels = sampling_points(nano(0), image, "levels.2.blocks.0", (10, 10), 3)
+    assert [len(points.weights) for points in levels] == [8 * 9, 0, 0]
+    assert not levels[0].weights.any()
+
+
 # Coordinates
 
 
