@@ -27,7 +27,7 @@ def draw_classification(
     """
     picture, _ = enlarge(image)
     width = picture.shape[1]
-    font = load_font(font_size(*picture.shape[1::-1]))
+    font = load_font(font_size(*picture.shape[1::-1]), "".join(result.names))
     letters = line_height(font)
     line = 2 * letters
     bars = Image.new("RGB", (width, len(result.names) * line + letters), BACKGROUND)

@@ -117,7 +117,7 @@ def _draw_labels(
     line: int,
 ) -> None:
     width, height = draw.im.size
-    font = load_font(font_size(width, height))
+    font = load_font(font_size(width, height), "".join(names))
     margin = line + 1
     names = [fit(name, font, width - 2 * margin) for name in names]
     rows = line_height(font) + 2 * margin

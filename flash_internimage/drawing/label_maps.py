@@ -113,10 +113,10 @@ def _borders(labels: np.ndarray, line: int) -> np.ndarray:
 
 def _legend(entries: list[LegendEntry], width: int, size: int) -> np.ndarray:
     """Return a legend of a width in columns, read from top to bottom."""
-    font = load_font(size)
+    texts = [f"{entry.name}  {_percent(entry.share)}" for entry in entries]
+    font = load_font(size, "".join(texts))
     line = round(1.7 * line_height(font))
     swatch = line_height(font)
-    texts = [f"{entry.name}  {_percent(entry.share)}" for entry in entries]
     widest = max((text_width(text, font) for text in texts), default=0)
     columns = min(len(entries), max(1, width // (widest + 3 * swatch))) or 1
     column_width = width // columns
