@@ -5,7 +5,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ..inference.results import Detections
 from .colors import label_color, text_color
-from .layout import add_caption, enlarge, font_size
+from .layout import add_caption, enlarge, font_size, pad
 from .placement import place_labels
 from .text import fit, line_height, load_font, text_width
 
@@ -39,7 +39,7 @@ def draw_detections(
     line = max(2, round(font_size(width, height) / 6))
     if result.masks is not None:
         picture = _with_masks(picture, result.masks, colors, line)
-    canvas = Image.fromarray(picture)
+    canvas = Image.fromarray(pad(picture, min_width, 0))  # room for the labels of a narrow image
     draw = ImageDraw.Draw(canvas)
     for box, color in reversed(list(zip(boxes, colors, strict=True))):
         _draw_box(draw, box, color, line)
