@@ -63,7 +63,7 @@ def _check(result: Detections, image: np.ndarray) -> None:
 def _text(result: Detections, i: int) -> str:
     label, score = int(result.labels[i]), float(result.scores[i])
     name = result.classes[label] if 0 <= label < len(result.classes) else f"class {label}"
-    return name if np.isnan(score) else f"{name} {100 * score:.0f} %"
+    return name if np.isnan(score) else f"{name}: {100 * score:.0f} %"
 
 
 def _with_masks(

@@ -115,7 +115,7 @@ def test_masks_have_an_outline_and_show_the_image():
     masks[0, 220:380, 120:280] = True
     picture = draw_detections(image(), detections((120, 220, 280, 380), labels=[2], masks=masks))
     color = class_colors(3)[2].astype(float)
-    inside = picture[260:340, 160:240]
+    inside = picture[260:340, 160:240].astype(float)
     assert (inside == inside[0, 0]).all()
     share = (inside[0, 0] - 90) / (color - 90)
     assert (share > 0.2).all()
