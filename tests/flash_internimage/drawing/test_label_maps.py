@@ -68,11 +68,32 @@ def test_ignored_pixels_show_the_image():
 
 
 def test_classes_are_separated_by_a_line():
-    row = draw_label_map(image(), halves(0, 0))[240, :640]
+    row = draw_label_map(image(), halves(0, 0))[100, :640]
     assert (row == row[0]).all()
-    row = draw_label_map(image(), halves(0, 1), opacity=1)[240, :640]
+    row = draw_label_map(image(), halves(0, 1), opacity=1)[100, :640]
     assert (row[318:320] == 255).all(1).any()
     assert (row[330:] == class_colors(4)[1]).all()
+
+
+def test_names_are_written_on_their_class_only():
+    labels = np.zeros((480, 640), np.uint8)
+    labels[300:350, 10:400], labels[:, 630:] = 1, 2  # the last one is too narrow for a name
+    picture = draw_label_map(image(), LabelMap(labels, CLASSES), opacity=1)[:480]
+    for label, named in ((0, True), (1, True), (2, False)):
+        region = labels == label
+        region[:-4, :-4] &= region[4:, 4:]  # without the lines between classes
+        assert (picture[region] != class_colors(4)[label]).any() == named
+    # Nothing but the two colors, and letters in black and white, is where the road is.
+    around = picture[295:355, 5:405].reshape(-1, 3)
+    letters = np.ptp(around, axis=1) == 0
+    known = (around == class_colors(4)[0]).all(1) | (around == class_colors(4)[1]).all(1)
+    assert (letters | known).mean() > 0.95
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "名前", "x" * 300])
+def test_any_name_is_written(name):
+    result = LabelMap(np.zeros((480, 640), np.uint8), (name,))
+    assert draw_label_map(image(), result).shape[1] == 640
 
 
 def test_small_label_maps_are_enlarged_without_mixing_labels():
@@ -80,7 +101,7 @@ def test_small_label_maps_are_enlarged_without_mixing_labels():
     picture = draw_label_map(image(2, 2), LabelMap(labels, CLASSES), opacity=1)
     assert picture.shape[1] == 640
     for row, column in np.ndindex(2, 2):
-        block = picture[row * 320 + 5 : row * 320 + 310, column * 320 + 5 : column * 320 + 310]
+        block = picture[row * 320 + 5 : row * 320 + 100, column * 320 + 5 : column * 320 + 310]
         assert (block == class_colors(4)[labels[row, column]]).all()
 
 
