@@ -210,13 +210,19 @@ def _missing(names: list[str], output: Path, data: Path) -> list[str]:
     return lines
 
 
+def _name(text: str) -> str:
+    if text not in PICTURES:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(PICTURES)}, got {text}")
+    return text
+
+
 def main(argv: list[str] | None = None) -> int:
     """Draw the pictures and return the exit code."""
     parser = argparse.ArgumentParser(PROGRAM, description=__doc__.splitlines()[0])
     parser.add_argument(
         "pictures",
         nargs="*",
-        choices=list(PICTURES),
+        type=_name,
         metavar="PICTURE",
         help=f"{', '.join(PICTURES)} (default: all)",
     )
