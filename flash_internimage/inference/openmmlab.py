@@ -75,6 +75,7 @@ class OpenMMLabPredictor(Predictor):
 
     def __init__(self, loaded: LoadedModel, max_pixels: float) -> None:
         self.model, self.classes = loaded.model, loaded.classes
+        self.steps = loaded.pipeline.transforms
         self._loaded, self._max_pixels = loaded, max_pixels
 
     def _predict(self, images: Sequence[np.ndarray]) -> list[Any]:

@@ -29,11 +29,13 @@ class Predictor(ABC):
         task: 'classification', 'detection' or 'segmentation'.
         classes: Names of the classes, in the order of the labels.
         model: The model, in evaluation mode and on its device.
+        steps: The transforms of its preprocessing, of torchvision or OpenMMLab, in order.
     """
 
     task: ClassVar[Task]
     classes: tuple[str, ...]
     model: nn.Module
+    steps: Sequence[Any]
 
     @abstractmethod
     def __call__(self, images: Sequence[np.ndarray]) -> list[Any]:
