@@ -5,8 +5,10 @@ import importlib
 import logging
 import math
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,16 +84,16 @@ class OpenMMLabPredictor(Predictor):
         """Return the data samples of OpenMMLab for images, some of which are reduced in size."""
         check_images(images)
         pipeline = self._loaded.pipeline
-        packed = [pipeline({"img": self._reduce(image)[..., ::-1]}) for image in images]
-        # Padding to a common size would change the predictions.
-        groups = defaultdict(list)
-        for i, sample in enumerate(packed):
-            groups[_shapes(sample["inputs"])].append(i)
+        # Padding images to a common size would change their predictions.
+        groups, packed = defaultdict(list), []
+        for i, image in enumerate(map(self._reduce, images)):
+            packed.append(pipeline({"img": image[..., ::-1]}))
+            groups[image.shape, _shapes(packed[i]["inputs"])].append(i)
         device = next(self.model.parameters()).device
         predictions: list[Any] = [None] * len(packed)
         for indices in groups.values():
             batch = pseudo_collate([packed[i] for i in indices])
-            with torch.inference_mode(), autocast(device, self._loaded.amp):
+            with _without_noise(), torch.inference_mode(), autocast(device, self._loaded.amp):
                 outputs = self._loaded.tester.test_step(batch)
             for i, output in zip(indices, outputs, strict=True):
                 predictions[i] = output
@@ -108,6 +110,16 @@ class OpenMMLabPredictor(Predictor):
             "enlarged", width, height, *size,
         )  # fmt: skip
         return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Hide warnings of OpenMMLab that do not concern predictions."""
+    with warnings.catch_warnings():
+        # about losses, and about the label maps of test-time augmentation
+        for message in ("Default ``avg_non_ignore``", "The shape of value will convert"):
+            warnings.filterwarnings("ignore", message)
+        yield
 
 
 def _shapes(inputs: Any) -> tuple:
@@ -135,7 +147,11 @@ def load_model(
     steps = _steps(cfg, source.name, tta)
     contents = convert_checkpoint(load_checkpoint(path))
     weights = contents["state_dict"]
-    with DefaultScope.overwrite_default_scope(cfg.default_scope), safe_loading.safe_loading():
+    with (
+        _without_noise(),
+        DefaultScope.overwrite_default_scope(cfg.default_scope),
+        safe_loading.safe_loading(),
+    ):
         try:
             model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
             pipeline = Compose([LoadCheckedArray(), *steps])

@@ -131,9 +131,9 @@ class VideoWriter:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep OpenCV from logging; what matters is reported by this module."""
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    level = cv2.getLogLevel()
+    cv2.setLogLevel(0)
     try:
         yield
     finally:
-        cv2.utils.logging.setLogLevel(level)
+        cv2.setLogLevel(level)
