@@ -54,10 +54,8 @@ def bar_chart(
     axis.set_yticks(range(len(shown)), [label(names[i]) for i in shown])
     axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     if mean is not None and not np.isnan(mean):
-        axis.axvline(
-            mean, color="black", linestyle="--", linewidth=1, zorder=0, label=f"mean {mean:.1f}"
-        )
-        axis.legend(loc="lower right")
+        axis.axvline(mean, color="black", linestyle="--", linewidth=1, zorder=0)
+        quantity += f", mean {mean:.1f} (dashed)"
     axis.invert_yaxis()
     axis.set(title=_title(len(shown), len(names), "lowest"), xlabel=quantity, xlim=(0, 110))
     axis.grid(axis="x", alpha=0.3)

@@ -101,8 +101,7 @@ def evaluate_curves(
     Returns:
         Precision and recall over objects of all sizes.
     """
-    annotations = [{"iscrowd": 0, **annotation} for annotation in truth["annotations"]]
-    coco = _index(faster_coco_eval.COCO, {**truth, "annotations": annotations})
+    coco = _index(faster_coco_eval.COCO, truth)
     # With the box, the area of a mask would be that of its box.
     unused = {"bbox"} if kind == "segm" else {"segmentation"}
     results = [{k: v for k, v in one.items() if k not in unused} for one in detections]
@@ -146,12 +145,7 @@ def match_boxes(
     Returns:
         The matches of each image by its id.
     """
-    # A matched id of 0 would count as no match.
-    annotations = [
-        {"iscrowd": 0, **annotation, "id": i}
-        for i, annotation in enumerate(truth["annotations"], start=1)
-    ]
-    coco = _index(pycocotools.coco.COCO, {**truth, "annotations": annotations})
+    coco = _index(pycocotools.coco.COCO, truth)
     kept = [
         {key: value for key, value in one.items() if key != "segmentation"}
         for one in detections
@@ -194,9 +188,10 @@ def match_boxes(
 
 
 def _index(kind: type, content: Mapping[str, Any]) -> Any:
-    """Return the content of an annotation file as an instance of COCO."""
+    """Return the content of an annotation file, in which `iscrowd` may be missing, as a COCO."""
     coco = kind()
-    coco.dataset = dict(content)
+    annotations = [{"iscrowd": 0, **annotation} for annotation in content["annotations"]]
+    coco.dataset = {**content, "annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco

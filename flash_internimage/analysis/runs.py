@@ -189,7 +189,7 @@ def _draw(runs: Sequence[Run], panels: Mapping[Quantity, Mapping[str, dict[int, 
     figure = Figure(figsize=(4.6 * columns, 3.3 * rows + 0.3 * len(runs)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     colors = dict(zip((run.name for run in runs), palette(len(runs)), strict=True))
-    for axis, (quantity, lines) in zip(axes, panels.items(), strict=False):
+    for (quantity, lines), axis in zip(panels.items(), axes, strict=False):
         for run in runs:
             if run.name not in lines:
                 continue
