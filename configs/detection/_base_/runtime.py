@@ -5,6 +5,9 @@ default_hooks = dict(
         type="AtomicCheckpointHook", interval=1, max_keep_ckpts=1, save_best="auto", save_last=True
     )
 )
+visualizer = dict(
+    vis_backends=[dict(type="LocalVisBackend"), dict(type="RunTensorboardVisBackend")]
+)
 # NumClassCheckHook, no longer a default in mmdet 3, rejects heads whose number of classes is not
 # that of the data.
 custom_hooks = [
