@@ -120,7 +120,7 @@ def test_loggers_of_a_config_become_backends(value, names):
 
 @pytest.mark.parametrize("value", ["wndb", ["wandb", "x"]])
 def test_unknown_loggers_are_errors(value):
-    with pytest.raises(ValueError, match="loggers must be among wandb, mlflow, got '(wndb|x)'"):
+    with pytest.raises(ValueError, match=r"loggers must be among wandb, mlflow, got '(wndb|x)'"):
         load_config(DEMO, {"loggers": value})
 
 
