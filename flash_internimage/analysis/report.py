@@ -60,6 +60,9 @@ class Report:
         """
         write_csv(self.folder / name, header, rows)
         self.lines += [f"## {title}", ""]
+        if not rows:
+            self.add_text("There are none.")
+            return
         self._table(header, [[_text(cell) for cell in row] for row in rows[:shown]])
         more = f"The first {shown} of {len(rows)} rows; all" if len(rows) > shown else "These rows"
         self.add_text(f"{more} are in [{name}]({name}).")

@@ -44,8 +44,7 @@ class ImageResult:
     @property
     def mean_iou(self) -> float:
         """Mean IoU of the classes that are in the image or predicted; NaN if all is ignored."""
-        iou = self.iou
-        return float(np.nanmean(iou)) if not np.isnan(iou).all() else float("nan")
+        return mean(self.iou)
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,12 @@ def count_pixels(
         truth: Label map of integers.
         predicted: Predicted label map of the same shape.
         classes: Number of classes.
-        ignore_index: Label in `truth` of pixels that do not count.
+        ignore_index: Label in `truth` of pixels that do not count; nor do those without a class.
 
     Returns:
         (classes, classes) int64 array.
     """
-    counted = truth != ignore_index
+    counted = (truth != ignore_index) & (truth < classes) & (predicted < classes)
     pairs = classes * truth[counted] + predicted[counted]
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
@@ -124,6 +123,11 @@ def count_pixels(
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Return a ratio of counts, NaN where the whole is 0."""
     return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+
+
+def mean(values: np.ndarray) -> float:
+    """Return the mean of the numbers that are not NaN; NaN without any."""
+    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
 
 
 def analyze_segmentor(cfg: Config, folder: Path, *, pictures: int = 12) -> dict[str, Any]:
@@ -197,7 +201,7 @@ def write_report(
     if missing := int((truth == 0).sum()):
         report.add_text(f"{missing} of the {len(names)} classes are in no image.")
     report.add_chart("IoU per class", "class_iou.png",
-                     bar_chart(names, iou, "IoU (%)", float(np.nanmean(iou))))  # fmt: skip
+                     bar_chart(names, iou, "IoU (%)", mean(iou)))  # fmt: skip
     report.add_table(
         "Most frequent confusions", "confusions.csv",
         ("true class", "predicted class", "pixels", "share of the true class (%)"),

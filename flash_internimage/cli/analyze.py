@@ -152,7 +152,9 @@ def _openmmlab(config: str, released: str | None, options: Sequence[str], progra
             raise ValueError(
                 f"default_scope must be {' or '.join(map(repr, TASKS))}, got {scope!r}"
             )
-        arguments = _openmmlab_parser(program, TASKS[scope]).parse_args([config, *options])
+        arguments = _openmmlab_parser(program, TASKS[scope]).parse_intermixed_args(
+            [config, *options]
+        )
         _check(arguments)
         if not 0 <= getattr(arguments, "score_threshold", 0) <= 1:
             raise ValueError(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import mlflow
 import numpy as np
 import pytest
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 from flash_internimage.classification.config import Config, ConfigError, load_config
@@ -39,6 +40,7 @@ def read_wandb(path: Path) -> list[Record]:
 
 def wandb_runs(folder: Path) -> list[tuple[str, list[dict]]]:
     """Return the id and the history of each attempt."""
+    wandb.teardown()  # waits until its service has written everything
     attempts = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         records = read_wandb(path)
