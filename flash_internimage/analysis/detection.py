@@ -1,5 +1,7 @@
 """Report on a detector: precision-recall curves, average precision per class and worst images."""
 
+from .. import openmmlab  # noqa: F401, I001  before anything imports mmcv.ops
+
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

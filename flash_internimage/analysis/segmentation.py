@@ -1,5 +1,7 @@
 """Report on a segmentor: IoU per class, confusions of pixels, and the worst images."""
 
+from .. import openmmlab  # noqa: F401, I001  before anything imports mmcv.ops
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

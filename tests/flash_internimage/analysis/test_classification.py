@@ -11,11 +11,18 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
 from flash_internimage.analysis.classification import Predictions, write_report
+from flash_internimage.analysis.report import Report
 from flash_internimage.classification.config import Data
 from flash_internimage.classification.data import SKIPPED
 
 NAMES = ["a|b", "$c$", "d", "e", "f", "g", "never"]  # the last one has no images
 DATA = Data(mean=(0, 0, 0), std=(1, 1, 1))
+
+
+@pytest.fixture
+def without_charts(monkeypatch) -> None:
+    """Leave out the charts, which take most of the time."""
+    monkeypatch.setattr(Report, "add_chart", lambda *_: None)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -52,7 +59,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return labels, logits
 
 
-def test_accuracies_are_those_of_scikit_learn(data, tmp_path):
+def test_accuracies_are_those_of_scikit_learn(data, tmp_path, without_charts):
     labels, logits = data
     report(tmp_path, predict(labels, logits), top1=12.5)
     used = labels != SKIPPED
@@ -73,7 +80,9 @@ def test_accuracies_are_those_of_scikit_learn(data, tmp_path):
     }  # fmt: skip
 
 
-def test_mistakes_are_sorted_by_confidence_and_shown_with_their_image(data, tmp_path):
+def test_mistakes_are_sorted_by_confidence_and_shown_with_their_image(
+    data, tmp_path, without_charts
+):
     labels, logits = data
     predictions = predict(labels, logits)
     report(tmp_path, predictions)
@@ -91,7 +100,7 @@ def test_mistakes_are_sorted_by_confidence_and_shown_with_their_image(data, tmp_
     ]
 
 
-def test_confusions_and_the_matrix_count_the_same_images(data, tmp_path):
+def test_confusions_and_the_matrix_count_the_same_images(data, tmp_path, without_charts):
     labels, logits = data
     report(tmp_path, predict(labels, logits))
     counts = [int(row["images"]) for row in read(tmp_path / "confusions.csv")]
@@ -104,7 +113,7 @@ def test_confusions_and_the_matrix_count_the_same_images(data, tmp_path):
     assert matrix.sum() - np.trace(matrix) == sum(counts) == len(read(tmp_path / "mistakes.csv"))
 
 
-def test_perfect_predictions_have_no_mistakes(tmp_path):
+def test_perfect_predictions_have_no_mistakes(tmp_path, without_charts):
     report(tmp_path, predict([0, 1, 1], 9.0 * np.eye(7)[[0, 1, 1]]))
     assert [row["top-1 (%)"] for row in read(tmp_path / "classes.csv")] == ["100.0"] * 2 + [""] * 5
     assert read(tmp_path / "mistakes.csv") == read(tmp_path / "confusions.csv") == []
@@ -112,7 +121,7 @@ def test_perfect_predictions_have_no_mistakes(tmp_path):
     assert "5 of the 7 classes have no images" in (tmp_path / "report.md").read_text()
 
 
-def test_swapped_classes_are_confused_with_each_other(tmp_path):
+def test_swapped_classes_are_confused_with_each_other(tmp_path, without_charts):
     report(tmp_path, predict([0, 1, 1], 9.0 * np.eye(7)[[1, 0, 0]]))
     rows = [tuple(row.values()) for row in read(tmp_path / "confusions.csv")]
     assert rows == [("$c$", "a|b", "2", "100.0"), ("a|b", "$c$", "1", "100.0")]

@@ -59,7 +59,7 @@ def test_the_report_has_the_figures_of_the_evaluation(digits, tmp_path, capsys):
         ([DIGITS, "m.pth", "-o", "OUT", "--pictures", "-1"], "--pictures must be from 0 to 1000"),
         ([DIGITS, "m.pth", "-o", "FILE"], "-o file cannot be written"),
         ([DIGITS, "m.pth", "-o", "OUT", "--workers", "-1"], "--workers must be at least 0"),
-        ([DIGITS, "missing.pth", "-o", "OUT"], "missing.pth"),
+        ([DIGITS, "m.pth", "-o", "OUT", "--data", "here"], "data.root not found: here"),
         ([DIGITS, "-o", "OUT", "optimizer.lr=1"], "key=value must set one of"),
         (["resnet19", "-o", "OUT"], "config not found: resnet19"),
         (["FILE", "-o", "OUT"], "CONFIG must end in .yaml, .yml or .py"),

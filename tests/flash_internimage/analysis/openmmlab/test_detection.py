@@ -13,6 +13,7 @@ from PIL import Image
 
 import flash_internimage.openmmlab.detection  # noqa: F401  registers the metric
 from flash_internimage.analysis.detection import write_report
+from flash_internimage.analysis.report import Report
 from flash_internimage.openmmlab.datasets.coco import LABELS_FOLLOW_CLASSES
 
 CLASSES = [f"class{i}" for i in range(12)]  # more than a chart shows; the last one has no objects
@@ -130,7 +131,8 @@ def test_pictures_and_charts_are_in_the_report(report):
     assert len(rows) == 11 * 10 * 101
 
 
-def test_an_unreadable_image_is_not_drawn(report, tmp_path):
+def test_an_unreadable_image_is_not_drawn(report, tmp_path, monkeypatch):
+    monkeypatch.setattr(Report, "add_chart", lambda *_: None)
     folder, figures = report
     truth = json.loads((folder / "truth.json").read_text())
     write_report(

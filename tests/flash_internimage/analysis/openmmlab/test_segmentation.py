@@ -11,10 +11,17 @@ from mmseg.evaluation import IoUMetric
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 
+from flash_internimage.analysis.report import Report
 from flash_internimage.analysis.segmentation import PixelConfusion, count_pixels, write_report
 
 CLASSES = ("sky", "tree", "road", "boat")  # no boat anywhere
 LEFT_TREE = np.repeat([[1, 0]], 2, 0)  # columns of trees and sky
+
+
+@pytest.fixture
+def without_charts(monkeypatch) -> None:
+    """Leave out the charts, which take most of the time."""
+    monkeypatch.setattr(Report, "add_chart", lambda *_: None)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -88,7 +95,7 @@ def test_the_worst_images_come_first(report):
     assert "1 of the 4 classes are in no image" in text
 
 
-def test_perfect_label_maps_have_full_iou_and_no_confusions(tmp_path):
+def test_perfect_label_maps_have_full_iou_and_no_confusions(tmp_path, without_charts):
     _, figures = evaluate(tmp_path, [LEFT_TREE], [LEFT_TREE])
     assert figures["mIoU"] == 100
     shares = {row["class"]: row["IoU (%)"] for row in read(tmp_path / "classes.csv")}
@@ -96,7 +103,7 @@ def test_perfect_label_maps_have_full_iou_and_no_confusions(tmp_path):
     assert read(tmp_path / "confusions.csv") == []
 
 
-def test_swapped_classes_are_confused_with_each_other(tmp_path):
+def test_swapped_classes_are_confused_with_each_other(tmp_path, without_charts):
     evaluate(tmp_path, [LEFT_TREE], [1 - LEFT_TREE])
     shares = {row["class"]: row["IoU (%)"] for row in read(tmp_path / "classes.csv")}
     assert (shares["sky"], shares["tree"]) == ("0.0", "0.0")
@@ -104,7 +111,7 @@ def test_swapped_classes_are_confused_with_each_other(tmp_path):
     assert rows == [("sky", "tree", "2", "100.0"), ("tree", "sky", "2", "100.0")]
 
 
-def test_an_image_without_labels_has_no_iou(tmp_path):
+def test_an_image_without_labels_has_no_iou(tmp_path, without_charts):
     nothing = np.full((2, 2), 255)
     confusion, _ = evaluate(tmp_path, [nothing, LEFT_TREE], [LEFT_TREE, LEFT_TREE])
     assert [row["mean IoU (%)"] for row in read(tmp_path / "images.csv")] == ["100.0", ""]
