@@ -15,7 +15,7 @@ MATRIX = 20
 LINES = 10
 
 # Width of truth and prediction side by side in a contact sheet, in pixels.
-CELL = 800
+CELL = 600
 
 
 def label(name: str) -> str:

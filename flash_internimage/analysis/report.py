@@ -34,6 +34,10 @@ class Report:
 
     def add_figures(self, figures: Mapping[str, Any]) -> None:
         """Add the figures of the evaluation, which `summary.json` contains, too."""
+        figures = {
+            name: round(float(value), 4) if isinstance(value, np.floating) else value
+            for name, value in figures.items()
+        }
         self.figures |= figures
         self._table(("figure", "value"), [(name, _text(value)) for name, value in figures.items()])
 

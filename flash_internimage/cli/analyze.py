@@ -211,6 +211,8 @@ def _analyze(arguments: argparse.Namespace) -> dict:
 
 
 def _print(figures: dict, folder: Path) -> None:
+    # mmseg's are float32.
+    figures = {k: round(float(v), 4) if hasattr(v, "item") else v for k, v in figures.items()}
     width = max(map(len, figures), default=0)
     sys.stdout.write("".join(f"{key:<{width}}  {value}\n" for key, value in figures.items()))
     sys.stdout.write(f"{folder / 'report.md'}\n")
