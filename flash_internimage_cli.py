@@ -16,6 +16,7 @@ COMMANDS = {
     "test": "evaluate a classifier, detector or segmentor",
     "predict": "predict images, videos or a camera",
     "visualize": "draw where DCNv4 layers sample an image",
+    "analyze": "report on a trained model, or compare the curves of several runs",
     "zoo": "list, download, convert, evaluate and publish checkpoints",
     "demo-data": "write a small dataset of real images, without a download",
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 MARKERS = {
     "detection": "mm",
+    "flash_internimage/analysis/openmmlab": "mm",
     "flash_internimage/cli/test_demo_scenes.py": "mm",
     "flash_internimage/cli/test_zoo.py": "mm",
     "flash_internimage/openmmlab": "mm",

@@ -7,6 +7,7 @@ from types import ModuleType
 
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flash_internimage.openmmlab.cli.train import training_parser, training_runner
 from flash_internimage.openmmlab.visualization.detection import CaptionedDetVisualizer
@@ -32,6 +33,12 @@ def evaluate(program: ModuleType, *arguments) -> dict[str, float]:
     """Return the metrics of detection.test or segmentation.test with these arguments."""
     args = program.get_parser().parse_args(_strings(arguments))
     return program.get_runner(args).test()
+
+
+def tensorboard(folder: Path) -> dict[str, list[int]]:
+    """Return the steps of each scalar that TensorBoard shows for a work folder."""
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {name: [e.step for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def log(folder: Path) -> str:

@@ -57,6 +57,11 @@ def _off(value: Any) -> Any:
     return "off" if str(value).lower() in OFF else value
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Loggers = Annotated[tuple[Literal["wandb", "mlflow"], ...], BeforeValidator(_as_list)]
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_in_order)]
 
 
@@ -244,6 +249,7 @@ class Config(Section):
     """Configuration of a run; the defaults are the published settings shared by T, S and B."""
 
     output: str = Field("output", min_length=1)
+    loggers: Loggers = ()  # in addition to TensorBoard
     seed: int = Field(0, strict=True, ge=0, lt=2**63)
     device: str = "auto"
     batch_size: PositiveInt = 128  # per process and accumulation step

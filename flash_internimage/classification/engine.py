@@ -21,6 +21,7 @@ from .precision import autocast
 from .processes import all_agree, fail_together, maximum, raise_once
 from .random_numbers import seed_everything, set_rng_state
 from .report import Metrics, save_curves, save_predictions, speed
+from .resume_checks import flatten
 from .state import Diverged, Totals, TrainingState
 
 _logger = logging.getLogger(__name__)
@@ -63,9 +64,14 @@ class Trainer(TrainingState):
             metrics = None
             with fail_together(self.device):
                 if self.rank == 0:
-                    metrics = stack.enter_context(
-                        contextlib.closing(Metrics(self.output, self.epoch))
+                    opened = Metrics(
+                        self.output,
+                        self.epoch,
+                        self.cfg.loggers,
+                        flatten(self.cfg.model_dump(mode="json")),
+                        resumed=self.epoch + self.update > 0,
                     )
+                    metrics = stack.enter_context(contextlib.closing(opened))
             while self.epoch < self.cfg.schedule.epochs:
                 self._fit_epoch(metrics)
                 self._stop_on_signal()

@@ -4,9 +4,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -63,12 +63,18 @@ class Result:
     images_per_second: float
 
 
+# Receives the images (N, 3, H, W) and labels (N,) of each batch, and the logits (M, classes) of the
+# M readable images. The labels of the others are `SKIPPED`.
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
     loader: DataLoader | PrefetchLoader,
     device: torch.device,
     amp: str = "off",
+    observe: Observer | None = None,
 ) -> Result:
     """Evaluate a model on a dataset, together with all other processes.
 
@@ -77,6 +83,7 @@ def evaluate(
         loader: Loader of this process's share of the images, from :func:`~.data.val_loader`.
         device: Device of this process.
         amp: Mixed-precision mode: 'off', 'bf16' or 'fp16'.
+        observe: Receives every batch of this process, in the order of the loader.
 
     Returns:
         Results over the images of all processes.
@@ -89,7 +96,7 @@ def evaluate(
     model.eval()
     began = time.perf_counter()
     with fail_together(device):
-        totals = _totals(model, loader, device, amp)
+        totals = _totals(model, loader, device, amp, observe)
     seconds = time.perf_counter() - began  # of the slowest process
     model.train(was_training)
     share_unreadable(loader)
@@ -116,7 +123,11 @@ def evaluate(
 
 
 def _totals(
-    model: nn.Module, loader: DataLoader | PrefetchLoader, device: torch.device, amp: str
+    model: nn.Module,
+    loader: DataLoader | PrefetchLoader,
+    device: torch.device,
+    amp: str,
+    observe: Observer | None,
 ) -> Tensor:
     """Sum the results over the images of this process.
 
@@ -137,6 +148,8 @@ def _totals(
         readable = targets != SKIPPED
         with autocast(device, amp):
             logits = model(images)[readable].float()
+        if observe is not None:
+            observe(images, targets, logits)
         targets = targets[readable]
         wrong = (targets < 0) | (targets >= logits.shape[1])
         if wrong.any():
@@ -152,6 +165,28 @@ def _totals(
         sums += [(~readable).sum(), (~finite).sum()]
         totals += torch.stack(sums).to("cpu", torch.float64)
     return totals
+
+
+class Evaluation(NamedTuple):
+    """What :func:`prepare_evaluation` has prepared.
+
+    Attributes:
+        name: Name of the timm model.
+        model: The model with its weights.
+        settings: Settings of the data.
+        loader: Loader of this process's share of the images.
+        names: Class names of the model, in the order of its outputs.
+        device: Device of this process.
+        amp: Mixed-precision mode: 'off', 'bf16' or 'fp16'.
+    """
+
+    name: str
+    model: nn.Module
+    settings: Data
+    loader: DataLoader | PrefetchLoader
+    names: list[str]
+    device: torch.device
+    amp: str
 
 
 def evaluate_checkpoint(
@@ -200,6 +235,37 @@ def evaluate_checkpoint(
         ... )["top1"]
         98.3333
     """
+    prepared = prepare_evaluation(
+        model,
+        overrides,
+        checkpoint=checkpoint,
+        weights=weights,
+        data=data,
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        amp=amp,
+    )
+    return run_evaluation(prepared, checkpoint)
+
+
+def prepare_evaluation(
+    model: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    weights: str = "ema",
+    data: str | os.PathLike | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str | torch.device = "auto",
+    amp: str = "off",
+) -> Evaluation:
+    """Load the model and data of an evaluation; see :func:`evaluate_checkpoint`."""
     device = join_processes(pick_device(str(device)))
     with fail_together(device):
         if weights not in ("ema", "model"):
@@ -217,10 +283,34 @@ def evaluate_checkpoint(
         net = net.to(device)
         if name := find_not_finite(net):
             raise ValueError(f"{name} of {source} is not finite")
-        set_labels(dataset, names_of(contents), source, cfg.model.num_classes)
+        names = set_labels(dataset, names_of(contents), source, cfg.model.num_classes)
         check_model(net, settings.image_size, cfg.model.num_classes)
         loader = val_loader(dataset, settings, batch_size, device, rank(), world_size(), limit)
-    result = evaluate(net, loader, device, amp)
+    return Evaluation(cfg.model.name, net, settings, loader, names, device, amp)
+
+
+def run_evaluation(
+    prepared: Evaluation,
+    checkpoint: str | os.PathLike | None = None,
+    observe: Observer | None = None,
+) -> dict[str, Any]:
+    """Run a prepared evaluation; every process of torchrun must call this.
+
+    Args:
+        prepared: Result of :func:`prepare_evaluation`.
+        checkpoint: Path or URL of the checkpoint; None for the released weights of the model.
+        observe: Receives every batch of this process, in the order of the loader.
+
+    Returns:
+        See :func:`evaluate_checkpoint`.
+
+    Raises:
+        ValueError: If a result is not finite, or no image can be read.
+        TooManyCorruptImages: If more images than `data.max_corrupt` cannot be read.
+        EndedByAnother: If one of the above was raised on another process.
+    """
+    amp = prepared.amp
+    result = evaluate(prepared.model, prepared.loader, prepared.device, amp, observe)
     if result.nonfinite or not math.isfinite(result.loss):
         raise_once(
             ValueError(
@@ -231,10 +321,10 @@ def evaluate_checkpoint(
     figures = asdict(result)
     del figures["nonfinite"]
     return {
-        "model": cfg.model.name,
+        "model": prepared.name,
         "checkpoint": "released" if checkpoint is None else str(checkpoint),
-        "data": settings.root,
-        "image_size": settings.image_size,
+        "data": prepared.settings.root,
+        "image_size": prepared.settings.image_size,
         **{key: round(value, 4) for key, value in figures.items()},
         "images_per_second": float(f"{result.images_per_second:.4g}"),
     }

@@ -1,25 +1,21 @@
-"""Reports of a run: metrics.csv, TensorBoard, curves.png and predictions.png."""
+"""Reports of a run: metrics.csv, its loggers, curves.png and predictions.png."""
 
-import contextlib
 import csv
 import io
 import itertools
 import logging
-import os
-import socket
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 from torch.utils.data import IterableDataset
-from torch.utils.tensorboard.summary import scalar
 
-from ..files import disk_full_error, write_atomically
+from ..files import write_atomically
+from ..tracking import open_tracker
+from ..tracking.events import Events
 from .config import Data
 from .data import SKIPPED, denormalize, spread
 from .data.datasets import ImageSet
@@ -28,18 +24,29 @@ _logger = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Metrics of a run in metrics.csv and TensorBoard, one row per epoch.
+    """Metrics of a run in metrics.csv, TensorBoard and other loggers, one row per epoch.
 
     Epochs count from 1. Rows of an earlier attempt beyond `start_epoch` are dropped.
 
     Args:
         output: Output folder of the run.
         start_epoch: Number of epochs done so far.
+        loggers: Names in :data:`flash_internimage.tracking.TRACKERS`.
+        settings: Settings of the run, which these loggers show.
+        resumed: Whether the run continues an earlier attempt.
     """
 
-    def __init__(self, output: Path, start_epoch: int = 0) -> None:
+    def __init__(
+        self,
+        output: Path,
+        start_epoch: int = 0,
+        loggers: Sequence[str] = (),
+        settings: dict[str, Any] | None = None,
+        resumed: bool = False,
+    ) -> None:
         self.path = output / "metrics.csv"
         self.rows = [row for row in _read(self.path) if int(row["epoch"]) <= start_epoch]
+        self.trackers = [open_tracker(name, output, settings or {}, resumed) for name in loggers]
         self.events = Events(output / "tensorboard", purge_step=start_epoch + 1)
 
     def add(self, row: dict[str, Any]) -> None:
@@ -57,54 +64,14 @@ class Metrics:
         writer.writerows(self.rows)
         write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
         self.events.add(row, row["epoch"])
+        for tracker in self.trackers:
+            tracker.log(row, row["epoch"])
 
     def close(self) -> None:
-        """Close the TensorBoard file."""
+        """Close the TensorBoard file and the other loggers."""
         self.events.close()
-
-
-class Events:
-    """TensorBoard event file of scalars.
-
-    SummaryWriter writes in a thread, whose errors on a full disk end in tracebacks.
-
-    Args:
-        folder: Folder in which a new file is created.
-        purge_step: TensorBoard hides the scalars of earlier files from this step on.
-    """
-
-    def __init__(self, folder: Path, purge_step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self.path = folder / name
-        self.file = open(self.path, "xb")  # noqa: SIM115  (closed by close)
-        self.writer = RecordWriter(self.file)
-        start = SessionLog(status=SessionLog.START)
-        self._write(Event(file_version="brain.Event:2"), Event(step=purge_step, session_log=start))
-
-    def add(self, scalars: dict[str, float], step: int) -> None:
-        """Write the scalars of a step.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
-        self._write(
-            *(Event(step=step, summary=scalar(name, value)) for name, value in scalars.items())
-        )
-
-    def _write(self, *events: Event) -> None:
-        try:
-            for event in events:
-                event.wall_time = time.time()
-                self.writer.write(event.SerializeToString())
-            self.writer.flush()
-        except OSError as error:
-            raise disk_full_error(error, self.path) or error from error
-
-    def close(self) -> None:
-        """Close the file."""
-        with contextlib.suppress(OSError):  # already raised when writing
-            self.file.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import logging
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from ..tracking import check_packages
 from .config import Config, check_output
 from .data import TooManyCorruptImages
 from .engine import Diverged, Trainer
@@ -49,6 +50,7 @@ def train(cfg: Config, resume: str | None = None, held: MemoryHandler | None = N
         with fail_together(device):
             if is_first:
                 check_output(cfg.output)
+                check_packages(cfg.loggers)
                 stack.enter_context(own_output(output))
                 checkpoint = find_checkpoint(resume, output / "last.pth")
         checkpoint = gather(checkpoint)[0]

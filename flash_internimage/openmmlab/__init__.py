@@ -22,6 +22,7 @@ from .engine.hooks.model import CompileBackboneHook, FlashAttentionHook, Float32
 from .engine.optimizers.bfloat16 import BFloat16OptimWrapper
 from .engine.optimizers.layer_decay import InternImageLayerDecayOptimizerConstructor
 from .engine.runner.runner import SafeRunner
+from .engine.vis_backends import RunTensorboardVisBackend, RunTrackerVisBackend
 from .models.attention import FlashMultiScaleDeformableAttention, use_flash_attention
 from .models.backbone import FlashInternImageBackbone
 from .models.convolution import FlashDCNv4
@@ -42,6 +43,8 @@ __all__ = [
     "InternImageLayerDecayOptimizerConstructor",
     "LayerNormFPN",
     "LoadReadableImage",
+    "RunTensorboardVisBackend",
+    "RunTrackerVisBackend",
     "SafeRunner",
     "enable_safe_loading",
     "use_flash_attention",

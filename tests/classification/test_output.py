@@ -26,9 +26,10 @@ from flash_internimage.classification.output import (
     own_output,
     suitable_ema_decay,
 )
-from flash_internimage.classification.report import Events, Metrics
+from flash_internimage.classification.report import Metrics
 from flash_internimage.classification.training import train
 from flash_internimage.files import own_folder
+from flash_internimage.tracking import events
 from tests.classification.helpers import CPU
 
 FULL = "/dev/full"  # Opening succeeds, and the first write fails as on a full disk.
@@ -190,9 +191,9 @@ def test_errors_in_log_calls_are_still_shown(tmp_path, capfd):
 
 def test_tensorboard_on_a_full_disk_raises_one_error_in_this_thread(tmp_path, monkeypatch, capfd):
     full = Path(FULL).open("wb")  # noqa: SIM115  (Events closes it)
-    monkeypatch.setattr(report, "open", lambda *_: full, raising=False)
+    monkeypatch.setattr(events, "open", lambda *_: full, raising=False)
     with pytest.raises(OSError, match=r"No space left on device while writing .*tfevents"):
-        Events(tmp_path / "tensorboard", purge_step=1)
+        events.Events(tmp_path / "tensorboard", purge_step=1)
     assert capfd.readouterr().err == ""
 
 
@@ -205,8 +206,8 @@ def test_tensorboard_reads_the_scalars(tmp_path):
         for i, loss in enumerate(losses, start + 1):
             metrics.add({"epoch": i, "val_loss": loss})
         metrics.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("val_loss")
-    assert [(event.step, event.value) for event in events] == [(1, 4.0), (2, 2.5)]
+    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("val_loss")
+    assert [(event.step, event.value) for event in scalars] == [(1, 4.0), (2, 2.5)]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Test the training and test scripts on real images."""
 
+import csv
+import json
 import pickle
 import shutil
 import sys
@@ -12,12 +14,13 @@ import torch
 from PIL import Image
 
 from detection import test as test_program
+from flash_internimage.cli import analyze
 from flash_internimage.openmmlab.cli.train import training_parser, training_runner
 from flash_internimage.openmmlab.engine.hooks import curves
 from flash_internimage.openmmlab.engine.runner.checkpoint_names import latest_checkpoint
 from flash_internimage.openmmlab.safe_loading import read_checkpoint
 from tests import runs
-from tests.runs import log, train, train_until_killed, train_with_two_processes
+from tests.runs import log, tensorboard, train, train_until_killed, train_with_two_processes
 
 evaluate = partial(runs.evaluate, test_program)
 
@@ -76,6 +79,23 @@ def test_predictions_are_written_and_drawn(trained, tmp_path, monkeypatch):
         assert (bar < 80).all()
 
 
+@pytest.mark.parametrize("trained", ["mask_rcnn"], indirect=True)
+def test_the_report_has_the_metrics_of_the_validation(trained, scenes, tmp_path, capsys):
+    config, folder = trained
+    arguments = [config, folder / "epoch_2.pth", "-o", tmp_path, "--score-threshold", "0.02"]
+    assert analyze.main([str(argument) for argument in arguments]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == pytest.approx(figures(folder), abs=1e-6)
+    truth = json.loads((scenes / "annotations" / "instances_val.json").read_text())
+    with open(tmp_path / "images.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(int(row["objects"]) for row in rows) == len(truth["annotations"])
+    assert len(rows) == 4
+    assert {"bbox_class_ap.png", "segm_class_ap.png", "missed.png", "report.md"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
 @pytest.mark.parametrize("trained", ["mask_rcnn"], indirect=True)  # the goldens cover DINO
 def test_a_published_checkpoint_gives_the_same_metrics(trained, tmp_path):
     config, folder = trained
@@ -108,6 +128,8 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(write_config, tmp_path):
     assert f"resumed epoch: {done}, iter: {3 * done}" in log(folder)
     assert latest_checkpoint(folder).name == "epoch_4.pth"
     assert list(curves.read_scalars(folder)["loss"]) == list(range(1, 13))
+    steps = tensorboard(folder)
+    assert (steps["loss"], steps["coco/bbox_mAP"]) == (list(range(1, 13)), [12])
 
 
 def test_two_processes_train_and_evaluate(write_config, tmp_path):

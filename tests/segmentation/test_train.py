@@ -1,5 +1,7 @@
 """Test the training and test scripts on real images."""
 
+import csv
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from flash_internimage.cli import analyze
 from flash_internimage.openmmlab.engine.hooks import curves
 from flash_internimage.openmmlab.engine.runner.checkpoint_names import latest_checkpoint
 from flash_internimage.openmmlab.safe_loading import read_checkpoint
 from segmentation import test as test_program
 from tests import runs
-from tests.runs import log, train, train_until_killed, train_with_two_processes
+from tests.runs import log, tensorboard, train, train_until_killed, train_with_two_processes
 
 FIGURES = ("aAcc", "mIoU", "mAcc")
 evaluate = partial(runs.evaluate, test_program)
@@ -53,6 +56,20 @@ def test_the_test_program_gives_the_metrics_of_the_validation(trained, tmp_path)
     config, folder = trained
     found = evaluate(config, folder / "iter_4.pth", "--work-dir", tmp_path)
     assert found == pytest.approx(figures(folder), abs=0.01)
+
+
+@pytest.mark.parametrize("trained", ["upernet"], indirect=True)
+def test_the_report_has_the_metrics_of_the_validation(trained, tmp_path):
+    config, folder = trained
+    arguments = [config, folder / "iter_4.pth", "-o", tmp_path, "--pictures", "2"]
+    assert analyze.main([str(argument) for argument in arguments]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == pytest.approx(figures(folder), abs=0.01)
+    with open(tmp_path / "classes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    iou = [float(row["IoU (%)"]) for row in rows if row["IoU (%)"]]
+    assert np.mean(iou) == pytest.approx(summary["mIoU"], abs=0.01)
+    assert (tmp_path / "worst.png").is_file()
 
 
 def test_label_maps_are_written_and_drawn(trained, scenes, tmp_path):
@@ -118,6 +135,8 @@ default_hooks = dict(checkpoint=dict(interval=3))
     assert f"resumed epoch: 0, iter: {done}" in log(folder)
     assert latest_checkpoint(folder).name == "iter_12.pth"
     assert list(curves.read_scalars(folder)["loss"]) == list(range(1, 13))
+    steps = tensorboard(folder)
+    assert (steps["loss"], steps["mIoU"]) == (list(range(1, 13)), [12])
 
 
 # SyncBN does not work on CPUs: running statistics would differ between processes.

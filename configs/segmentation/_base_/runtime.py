@@ -6,7 +6,9 @@ env_cfg = dict(
     dist_cfg=dict(backend="nccl"),
 )
 visualizer = dict(
-    type="CaptionedSegVisualizer", vis_backends=[dict(type="LocalVisBackend")], name="visualizer"
+    type="CaptionedSegVisualizer",
+    vis_backends=[dict(type="LocalVisBackend"), dict(type="RunTensorboardVisBackend")],
+    name="visualizer",
 )
 log_processor = dict(by_epoch=False)
 log_level = "INFO"

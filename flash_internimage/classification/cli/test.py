@@ -30,6 +30,15 @@ MAX_BATCH_SIZE = 65536
 def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(program, description="Evaluate a classifier.")
+    add_evaluation_arguments(parser)
+    parser.add_argument("--throughput", action="store_true",
+                        help="measure the speed of random weights on random images")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    return parser.parse_intermixed_args(argv)
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of an evaluation to a parser."""
     parser.add_argument("model", metavar="MODEL|CONFIG", help="timm model, or training config")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.crop_pct=0.9")
     parser.add_argument("--checkpoint", help="path or URL (default: the released weights)")
@@ -48,13 +57,14 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
         "--weights", choices=("ema", "model"), default="ema",
         help="weights to evaluate if the checkpoint has both (default: ema)",
     )  # fmt: skip
-    parser.add_argument("--throughput", action="store_true",
-                        help="measure the speed of random weights on random images")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
-    return parser.parse_intermixed_args(argv)
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Check the numbers among the arguments of an evaluation.
+
+    Raises:
+        ConfigError: If one is out of range.
+    """
     for name, least, most in (
         ("limit", 1, math.inf), ("batch_size", 1, MAX_BATCH_SIZE), ("workers", 0, MAX_WORKERS),
     ):  # fmt: skip
@@ -62,6 +72,26 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and not least <= value <= most:
             limits = f"at least {least}" if value < least else f"at most {most}"
             raise ConfigError(f"--{name.replace('_', '-')} must be {limits}, got {value}")
+
+
+def evaluation_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of an evaluation by keyword, as `evaluate_checkpoint` takes them."""
+    names = (
+        "overrides", "checkpoint", "weights", "data", "split", "limit", "batch_size", "workers",
+        "device", "amp",
+    )  # fmt: skip
+    return {name: getattr(arguments, name) for name in names}
+
+
+def expand_paths(arguments: argparse.Namespace) -> None:
+    """Expand `~` in `--checkpoint` and `--data`: shells do not expand `--data=~/images`."""
+    for name in ("checkpoint", "data"):
+        if (value := getattr(arguments, name)) is not None:
+            setattr(arguments, name, os.path.expanduser(value))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    check_numbers(arguments)
     if arguments.throughput and world_size() > 1:
         raise ConfigError("--throughput measures a single process: run it without torchrun")
     if arguments.throughput:
@@ -91,20 +121,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         logging.getLogger().setLevel(logging.WARNING)
     with fail_together(device):
         _check(arguments)
-    common = {"batch_size": arguments.batch_size, "device": device, "amp": arguments.amp}
+    settings = {**evaluation_settings(arguments), "device": device}
     if arguments.throughput:
-        return measure_throughput(arguments.model, arguments.overrides, **common)
-    return evaluate_checkpoint(
-        arguments.model,
-        arguments.overrides,
-        checkpoint=arguments.checkpoint,
-        weights=arguments.weights,
-        data=arguments.data,
-        split=arguments.split,
-        limit=arguments.limit,
-        workers=arguments.workers,
-        **common,
-    )
+        used = ("overrides", "batch_size", "device", "amp")
+        return measure_throughput(arguments.model, **{name: settings[name] for name in used})
+    return evaluate_checkpoint(arguments.model, **settings)
 
 
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
@@ -116,9 +137,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     """
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     arguments = parse_arguments(argv, program)
-    for name in ("checkpoint", "data"):  # Shells do not expand --data=~/images.
-        if (value := getattr(arguments, name)) is not None:
-            setattr(arguments, name, os.path.expanduser(value))
+    expand_paths(arguments)
     if arguments.json is not None:
         arguments.json = arguments.json.expanduser()
     try:

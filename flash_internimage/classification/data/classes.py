@@ -128,7 +128,9 @@ def describe_other_classes(checkpoint: Sequence[str], data: Sequence[str]) -> st
     return "; ".join(parts) or f"{len(checkpoint)} in the checkpoint and {len(data)} in the data"
 
 
-def set_labels(dataset: ImageSet, names: list[str] | None, source: str, num_classes: int) -> None:
+def set_labels(
+    dataset: ImageSet, names: list[str] | None, source: str, num_classes: int
+) -> list[str]:
     """Map the labels of a dataset to the classes of a model, in place.
 
     For weights without class names, the classes of the dataset may be named by ImageNet synset or
@@ -139,6 +141,9 @@ def set_labels(dataset: ImageSet, names: list[str] | None, source: str, num_clas
         names: Class names of the model, in the order of its outputs; None if unknown.
         source: Origin of the names or weights, for error messages.
         num_classes: Number of classes of the model.
+
+    Returns:
+        The class names of the model; indices if they are unknown.
 
     Raises:
         ConfigError: If the number of names differs from the number of classes, or the dataset has
@@ -154,13 +159,17 @@ def set_labels(dataset: ImageSet, names: list[str] | None, source: str, num_clas
         names = next((known for known in (synsets, indices) if own.keys() <= set(known)), None)
     if names is not None:
         match_classes(dataset, names, source)
-    elif own and len(own) != num_classes:
+        return names
+    if not own:
+        return [str(i) for i in range(num_classes)]
+    if len(own) != num_classes:
         raise ConfigError(
             f"the dataset must have all {num_classes} classes of {source}, which has no class "
             f"names, got {len(own)}"
         )
-    elif own:
-        _warn_of_order(sorted(own, key=own.__getitem__), source)
+    names = sorted(own, key=own.__getitem__)
+    _warn_of_order(names, source)
+    return names
 
 
 def _warn_of_order(names: list[str], source: str) -> None:

@@ -147,7 +147,7 @@ class SkippingImageDataset(ImageDataset):
             UnreadableImage: If the image cannot be used.
             WrongLabel: If the image has no class.
         """
-        name = self._name(index)
+        name = self.name_of(index)
         try:
             if isinstance(self.reader, ReaderImageFolder):
                 # The reader would open the file and block forever if it is a FIFO.
@@ -164,7 +164,8 @@ class SkippingImageDataset(ImageDataset):
         except Exception as error:  # of the tar file or the conversion
             raise UnreadableImage(f"cannot read image {name}: {one_line(error)}") from error
 
-    def _name(self, index: int) -> str:
+    def name_of(self, index: int) -> str:
+        """Return the path of an image, or its number if it has none."""
         if isinstance(self.reader, ReaderImageInTar):
             return printable(f"{self.reader.root}:{self.reader.filename(index)}")
         try:

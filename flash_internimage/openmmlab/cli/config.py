@@ -15,11 +15,12 @@ import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from ...tracking import TRACKERS
 from ..errors import describe, is_from_this_package
 
 # Top-level keys that mmengine and the scripts read in addition to the runner's arguments.
 _READ = {"activation_checkpointing", "compile", "efficient_conv_bn_eval", "find_unused_parameters"}
-_READ |= {"model_wrapper_cfg", "sync_bn", "tta_model", "tta_pipeline"}
+_READ |= {"loggers", "model_wrapper_cfg", "sync_bn", "tta_model", "tta_pipeline"}
 
 # Sections of a config whose numbers are checked, and the names of these numbers.
 _CHECKED = ["train_cfg", "optim_wrapper", "param_scheduler", "auto_scale_lr", "default_hooks"]
@@ -148,9 +149,27 @@ def load_config(
     require_dicts(cfg, *(name for name in _SECTIONS if cfg.get(name) is not None))
     for section in _CHECKED:
         _check_numbers(section, cfg.get(section))
+    _add_loggers(cfg)
     cfg.launcher = launcher or ("pytorch" if dist.is_torchelastic_launched() else "none")
     cfg.work_dir = str(work_dir or cfg.get("work_dir") or Path("output", path.stem))
     return cfg
+
+
+def loggers_of(cfg: Config) -> list[str]:
+    """Return the names in the setting `loggers`, a name or a list of names."""
+    names = cfg.get("loggers") or []
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _add_loggers(cfg: Config) -> None:
+    """Add a backend to the visualizer for each of the `loggers`."""
+    for name in loggers_of(cfg):
+        if name not in TRACKERS:
+            raise ValueError(f"loggers must be among {', '.join(TRACKERS)}, got {name!r}")
+        if not isinstance(cfg.get("visualizer"), dict):
+            raise ValueError(f"visualizer must be a dict for loggers, got {cfg.get('visualizer')}")
+        added = {"type": "RunTrackerVisBackend", "tracker": name, "name": name}
+        cfg.visualizer.vis_backends = [*(cfg.visualizer.get("vis_backends") or []), added]
 
 
 def _used_variables(text: str) -> set[str]:

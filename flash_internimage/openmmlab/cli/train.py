@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, is_main_process
 
 from ...files import own_folder
+from ...tracking import check_packages
 from ..engine.runner.checkpoint_names import (
     check_checkpoint_names,
     checkpoint_folder,
@@ -19,7 +20,7 @@ from ..engine.runner.runner import SafeRunner
 from ..errors import describe, one_line_errors
 from ..utils import log_info
 from .common import base_parser, build_runner, ending_together, start_processes
-from .config import OF_TRAINING, config_of, require_dicts
+from .config import OF_TRAINING, config_of, loggers_of, require_dicts
 
 
 def training_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -110,6 +111,7 @@ def training_runner(args: argparse.Namespace, cfg: Config | None = None) -> Safe
     """
     cfg = cfg or config_of(args)
     require_dicts(cfg, *OF_TRAINING)
+    check_packages(loggers_of(cfg))
     if args.amp == "fp16":
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic", dtype="float16")
     elif args.amp == "bf16":

@@ -1,7 +1,5 @@
 """Training curves, drawn from the scalars that mmengine's LocalVisBackend writes."""
 
-import json
-from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -11,6 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ....files import write_atomically
+from ....scalars import read_scalars
 
 
 @HOOKS.register_module()
@@ -28,24 +27,6 @@ class CurvesHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Draw the curves."""
         save_curves(Path(runner.work_dir))
-
-
-def read_scalars(work_dir: Path) -> dict[str, dict[int, float]]:
-    """Return {name: {step: value}} over all attempts of a run; the latest attempt wins."""
-    scalars: defaultdict[str, dict[int, float]] = defaultdict(dict)
-    for path in sorted(work_dir.glob("*/vis_data/scalars.json")):
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # A killed attempt may end with half a line.
-                continue
-            step = row.pop("step", None) if isinstance(row, dict) else None
-            if not isinstance(step, int):
-                continue
-            for name, value in row.items():
-                if isinstance(value, int | float):
-                    scalars[name][step] = value
-    return dict(scalars)
 
 
 def save_curves(work_dir: Path) -> None:

@@ -26,6 +26,7 @@ from ...datasets.splits import warn_of_shared_images
 from ...errors import describe, end_in_one_line, is_from_this_package, is_users
 from ...safe_loading import read_checkpoint, safe_loading
 from ...utils import unwrap_model
+from ..vis_backends import close_backends, start_backends
 from .resume import (
     adapt_checkpoint,
     compare_classes,
@@ -87,7 +88,16 @@ class SafeRunner(Runner):
     def train(self) -> nn.Module:
         """Train the model and return it."""
         with self._working():
-            return super().train()
+            try:
+                return super().train()
+            finally:
+                close_backends(self)
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """Call a method of all hooks; before training, start the loggers of the run."""
+        if fn_name == "before_train":
+            start_backends(self)
+        super().call_hook(fn_name, **kwargs)
 
     def val(self) -> dict:
         """Validate the model and return the metrics."""

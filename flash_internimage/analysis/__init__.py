@@ -1,0 +1,1 @@
+"""Reports on trained models of all three tasks, and charts that compare runs."""
