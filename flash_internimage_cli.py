@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a classifier, detector or segmentor",
     "test": "evaluate a classifier, detector or segmentor",
     "zoo": "list, download, convert, evaluate and publish checkpoints",
+    "dataset": "convert and check own datasets, and write configs for them",
     "demo-data": "write a small dataset of real images, without a download",
 }
 

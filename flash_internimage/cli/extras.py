@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 # Import names of the packages of each extra.
 EXTRAS = {
+    "data": ("defusedxml", "pycocotools"),
     "openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg", "faster_coco_eval"),
     "train": ("contourpy", "matplotlib", "pydantic", "sklearn", "tensorboard"),
 }
