@@ -41,7 +41,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         )
     if arguments.images is not None and not arguments.images.is_dir():
         raise FileNotFoundError(f"--images must be a folder, got {arguments.images}")
-    from ..own_data.configs import read_classes
+    from ..own_data.config_text import read_classes
     from ..own_data.conversion.convert import Options, convert
 
     options = Options(
@@ -142,7 +142,7 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _coco(root: Path, arguments: argparse.Namespace) -> str:
-    from ..own_data.configs import coco_config
+    from ..own_data.config_coco import coco_config
     from ..own_data.models import find_model
 
     model = find_model(arguments.model, "detection")
@@ -152,7 +152,8 @@ def _coco(root: Path, arguments: argparse.Namespace) -> str:
 def _ade(root: Path, arguments: argparse.Namespace) -> str:
     if not 0 <= arguments.ignore_index <= 255:
         raise ValueError(f"--ignore-index must be from 0 to 255, got {arguments.ignore_index}")
-    from ..own_data.configs import label_map_config, read_classes
+    from ..own_data.config_label_maps import label_map_config
+    from ..own_data.config_text import read_classes
     from ..own_data.models import find_model
 
     model = find_model(arguments.model, "segmentation")
@@ -163,7 +164,7 @@ def _ade(root: Path, arguments: argparse.Namespace) -> str:
 
 
 def _folder(root: Path, arguments: argparse.Namespace) -> str:
-    from ..own_data.configs import folder_config
+    from ..own_data.config_folder import folder_config
 
     return folder_config(root, arguments.model, (arguments.output or root).stem)
 

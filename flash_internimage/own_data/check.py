@@ -11,7 +11,7 @@ from .duplicates import find_duplicates, find_similar
 from .report import Report
 
 _PICTURES = 12  # in the contact sheet, per split
-_COLUMNS = 4
+_COLUMNS, _CELL_WIDTH = 3, 400
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def draw_sheet(findings: Findings) -> np.ndarray:
     from ..drawing import contact_sheet
 
     pictures = [picture for picture, _ in findings.pictures]
-    return contact_sheet(pictures, [caption for _, caption in findings.pictures], _COLUMNS)
+    return contact_sheet(
+        pictures, [caption for _, caption in findings.pictures], _COLUMNS, _CELL_WIDTH
+    )
 
 
 def choose(count: int) -> list[int]:

@@ -35,7 +35,8 @@ class _Contents(NamedTuple):
 
 def check_classification(config: Path, options: Options) -> Findings:
     """Check the splits of a classifier's config; see :func:`.check.check_dataset`."""
-    cfg = load_config(config, [f"{key}={value}" for key, value in options.overrides.items()])
+    overrides = [f"{key}={value}" for key, value in options.overrides.items()]
+    cfg = load_config(config, [*overrides, "data.workers=0"])
     findings = Findings(Report(str(config), "classification"))
     train_set = _check_split("train", cfg, None, findings, options)
     _check_split("val", cfg, train_set, findings, options)

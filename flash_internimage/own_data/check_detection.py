@@ -31,7 +31,10 @@ _DOUBTS = {
 }
 _DELIBERATE = {"ignored": "annotations with ignore=1", "of other categories": "of other categories"}
 
-_Base = CheckedCocoDataset if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = CheckedCocoDataset
+else:
+    _Base = object
 
 
 class _Listing(_Base):
@@ -100,9 +103,9 @@ def check_coco(
     split.source = str(Path(arguments.get("data_root") or "", arguments.get("ann_file", "")))
     if _has_malformed_annotations(arguments, split, report):
         return
-    listed = type("Listing", (_Listing, kind), {"report": report, "split": split})
+    listed: Any = type("Listing", (_Listing, kind), {"report": report, "split": split})
     tests = arguments.get("test_mode", False)
-    changes = {"test_mode": False, "serialize_data": False}
+    changes: dict[str, Any] = {"test_mode": False, "serialize_data": False}
     if tests:
         changes["filter_cfg"] = None
     dataset = listed.__new__(listed)
@@ -156,7 +159,8 @@ def _read_images(entries: list[dict], split: Split, findings: Findings, options:
         size = info["height"], info["width"]
         try:
             if not options.decode:
-                return check_size(info["img_path"], size)
+                check_size(info["img_path"], size)
+                return None
             wanted = {"img_path": info["img_path"], "height": size[0], "width": size[1]}
             image = load(wanted)["img"]
         except UnreadableImage as error:
@@ -194,7 +198,7 @@ def _draw(entries: list[dict], split: Split, findings: Findings) -> None:
         )
         picture = draw_detections(np.ascontiguousarray(loaded["img"][..., ::-1]), annotations)
         name = Path(info["img_path"]).name
-        findings.pictures.append((picture, f"{split.name}: {name}\n{len(instances)} objects"))
+        findings.pictures.append((picture, f"{split.name}: {name} ({len(instances)})"))
 
 
 def _decode(mask: list | dict, height: int, width: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Check the datasets of detectors and segmentors."""
 
+import io
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ def check_openmmlab(config: Path, options: Options) -> Findings:
             f"{config}: default_scope must be mmdet or mmseg, got {cfg.get('default_scope')!r}"
         )
     findings = Findings(Report(str(config), task))
-    with DefaultScope.overwrite_default_scope(cfg.default_scope), safe_loading():
+    with (
+        DefaultScope.overwrite_default_scope(cfg.default_scope),
+        safe_loading(),
+        redirect_stdout(io.StringIO()),  # pycocotools prints its progress
+    ):
         for name, kind, arguments in list(_datasets(cfg)):
             _check_split(name, kind, arguments, findings, options)
         for name in ("val", "test"):

@@ -18,7 +18,10 @@ from .duplicates import difference_hash
 from .report import Report, Split
 from .scanning import scan
 
-_Base = CheckedSegDataset if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = CheckedSegDataset
+else:
+    _Base = object
 
 
 class _Listing(_Base):
@@ -84,7 +87,7 @@ def check_label_maps(
     prefix = arguments.get("data_prefix", {})
     split.source = str(Path(arguments.get("data_root") or "", prefix.get("img_path") or ""))
     faults = len(report.faults)
-    listed = type("Listing", (_Listing, kind), {"report": report, "split": split})
+    listed: Any = type("Listing", (_Listing, kind), {"report": report, "split": split})
     changes = {"test_mode": False, "serialize_data": False}
     try:
         dataset = listed(**{**arguments, **changes})

@@ -154,8 +154,7 @@ class Report:
         """Write report.json, classes.csv and faults.csv to a folder."""
         splits = []
         for split in self.splits:
-            content = asdict(split)
-            del content["paths"]
+            content = {key: value for key, value in vars(split).items() if key != "paths"}
             content["sizes"] = [
                 {"height": height, "width": width, "images": count}
                 for (height, width), count in sorted(split.sizes.items())

@@ -146,6 +146,13 @@ def ellipse(x: float, y: float, radius_x: float, radius_y: float, angle: float =
     return polygon
 
 
+def declared_size(height: object, width: object) -> tuple[int, int] | None:
+    """Return the size in an annotation file as (height, width), or None if it is not there."""
+    if type(height) is int and type(width) is int:
+        return height, width
+    return None
+
+
 def image_size(
     path: Path, declared: tuple[int, int] | None, where: str, losses: Losses
 ) -> tuple[int, int] | None:

@@ -1,9 +1,10 @@
 """Write annotated images as a COCO dataset for detection and instance segmentation."""
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pycocotools import mask as coco_mask
 
@@ -63,14 +64,16 @@ def write_coco(
             "annotations": annotations,
         }
         text = json.dumps(content, ensure_ascii=False)
-        write_atomically(
-            folder / f"instances_{split}.json", lambda file, text=text: file.write(text.encode())
-        )
+        write_atomically(folder / f"instances_{split}.json", functools.partial(_write_text, text))
         counts[split] = len(annotations)
         if any("segmentation" in a for a in annotations):
             without = [a for a in annotations if "segmentation" not in a]
             losses.add("boxes among outlines, without a segmentation", split, len(without))
     return counts
+
+
+def _write_text(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
 
 
 def _annotation(

@@ -14,6 +14,7 @@ from .annotations import (
     Losses,
     Shape,
     check_numbers,
+    declared_size,
     ellipse,
     find_images,
     flat,
@@ -140,8 +141,8 @@ def _read_task(
     image: Path, results: list[Any], where: str, losses: Losses
 ) -> AnnotatedImage | None:
     regions = [r for r in results if isinstance(r, dict)]
-    sizes = {(r.get("original_height"), r.get("original_width")) for r in regions if "value" in r}
-    sizes = {size for size in sizes if None not in size}
+    sizes = {declared_size(r.get("original_height"), r.get("original_width")) for r in regions}
+    sizes.discard(None)
     size = image_size(image, sizes.pop() if len(sizes) == 1 else None, where, losses)
     if size is None:
         return None

@@ -18,6 +18,7 @@ from .annotations import (
     Losses,
     Shape,
     check_numbers,
+    declared_size,
     ellipse,
     find_images,
     flat,
@@ -86,12 +87,11 @@ def _read_item(
 ) -> AnnotatedImage | None:
     # labelme writes the separators of the system on which it runs.
     name = PureWindowsPath(str(content.get("imagePath") or "")).as_posix()
-    declared = content.get("imageHeight"), content.get("imageWidth")
-    declared_size = declared if all(type(side) is int for side in declared) else None
+    declared = declared_size(content.get("imageHeight"), content.get("imageWidth"))
     image = path.parent / name
     source: Path | bytes = image
     if name and image.is_file():
-        size = image_size(image, declared_size, str(path), losses)
+        size = image_size(image, declared, str(path), losses)
     else:
         embedded = _embedded(content, path, losses)
         if embedded is None:

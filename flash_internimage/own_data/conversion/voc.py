@@ -166,8 +166,8 @@ def _read_object(element: Element, where: str, losses: Losses) -> Shape:
         cx, cy, width, height, angle = _numbers(rotated, "cx", "cy", "w", "h", "angle")
         degrees = float(np.degrees(angle))
         # The corner from which the rectangle is rotated, itself rotated around the center.
-        corner = rotated_rectangle(cx - 1, cy - 1, -width / 2, -height / 2, degrees)[4:6]
-        polygons.append(rotated_rectangle(*corner, width, height, degrees))
+        x, y = rotated_rectangle(cx - 1, cy - 1, -width / 2, -height / 2, degrees)[4:6]
+        polygons.append(rotated_rectangle(x, y, width, height, degrees))
     box: Box | None = None
     bounds = element.find("bndbox")
     if bounds is not None:
