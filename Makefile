@@ -51,8 +51,8 @@ test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev $(VENV)/.cuda_model
 
 # At most two minutes on two cores: no slow tests, and none that need OpenMMLab, the emulator or a GPU.
 FAST := -m 'not slow and not mm and not gpu' \
-	  $(addprefix --ignore tests/,cuda_model detection flash_internimage/openmmlab gpu segmentation \
-	    tools/test_zoo_entries.py $(addprefix flash_internimage/cli/test_,demo_scenes.py zoo.py))
+	  $(addprefix --ignore tests/,cuda_model detection flash_internimage/openmmlab flash_internimage/own_data/openmmlab gpu \
+	    segmentation tools/test_zoo_entries.py $(addprefix flash_internimage/cli/test_,demo_scenes.py zoo.py))
 
 test-fast: $(VENV)/.package $(VENV)/.dev
 	$(PYTEST) $(FAST)

@@ -94,15 +94,13 @@ def _detector(model: Model, count: int) -> str:
     if model.family == "mask_rcnn":
         head = f"dict(num_classes={count})"
         return f"model = dict(roi_head=dict(bbox_head={head}, mask_head={head}))"
-    heads = ("bbox_head", "mask_head")
-    return (
+    return (  # a box head for each of the three stages
         "model = dict(\n    roi_head=dict(\n"
-        + "".join(
-            f"        {name}=[\n            dict(head, num_classes={count}) "
-            f"for head in _base_.model.roi_head.{name}\n        ],\n"
-            for name in heads
-        )
-        + "    )\n)"
+        "        bbox_head=[\n"
+        f"            dict(head, num_classes={count}) for head in _base_.model.roi_head.bbox_head\n"
+        "        ],\n"
+        f"        mask_head=dict(num_classes={count}),\n"
+        "    )\n)"
     )
 
 

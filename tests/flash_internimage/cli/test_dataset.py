@@ -63,7 +63,7 @@ def test_config_writes_or_prints_a_config_and_check_reads_it(flowers, tmp_path, 
     [
         ("convert voc nowhere {0}/out", "SOURCE not found: nowhere"),
         ("convert yolo {0}/in {0}/in", "TARGET must not exist or be empty, got {0}/in"),
-        ("convert yolo {0}/in {0}/out --val-fraction 1", "--val-fraction must be at least 0 and be"),
+        ("convert yolo {0}/in {0}/out --val-fraction 1", "--val-fraction must be at least 0"),
         ("convert labelstudio {0}/in {0}/out --images x", "--images must be a folder, got x"),
         ("convert yolo {0}/in {0}/out --classes x", "No such file or directory: 'x'"),
         ("check nowhere.py", "config not found: nowhere.py"),

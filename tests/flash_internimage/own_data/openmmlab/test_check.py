@@ -8,9 +8,6 @@ import pytest
 from PIL import Image
 
 from flash_internimage.own_data.check import Options, check_dataset, draw_sheet
-from flash_internimage.own_data.config_coco import coco_config
-from flash_internimage.own_data.config_label_maps import label_map_config
-from flash_internimage.own_data.models import find_model
 from tests.flash_internimage.own_data.datasets import (
     HEIGHT,
     WIDTH,
@@ -23,19 +20,62 @@ from tests.flash_internimage.own_data.datasets import (
     write_text,
 )
 
-MASK_RCNN = find_model("mask_rcnn-nano", "detection")
-UPERNET = find_model("upernet-nano", "segmentation")
+# Configs without the shipped bases, which take a second to read.
+DETECTION = """
+custom_imports = dict(imports=["flash_internimage.openmmlab.detection"])
+default_scope = "mmdet"
+model = dict(type="MaskRCNN")
+steps = [dict(type="LoadReadableImage")]
+steps += [dict(type="LoadAnnotations", with_bbox=True, with_mask=True)]
+data = dict(
+    type="CheckedCocoDataset",
+    data_root="{root}/",
+    metainfo=dict(classes={classes}),
+    pipeline=[*steps, dict(type="PackDetInputs")],
+)
+train = dict(filter_cfg=dict(filter_empty_gt=True), **data)
+train_dataloader = dict(
+    dataset=dict(ann_file="{folder}train.json", data_prefix=dict(img="{train}"), **train)
+)
+val_dataloader = dict(
+    dataset=dict(
+        ann_file="{folder}val.json", data_prefix=dict(img="{val}"), test_mode=True, **data
+    )
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type="CheckedCocoMetric", ann_file="{root}/{folder}val.json", metric="segm")
+test_evaluator = val_evaluator
+"""
+SEGMENTATION = """
+custom_imports = dict(imports=["flash_internimage.openmmlab.segmentation"])
+default_scope = "mmseg"
+model = dict(type="EncoderDecoder")
+data = dict(
+    type="CheckedSegDataset",
+    data_root="{root}/",
+    metainfo=dict(classes={classes}),
+    ignore_index={ignored},
+    pipeline=[],
+)
+folders = dict(img_path="images/train", seg_map_path="annotations/train")
+train_dataloader = dict(dataset=dict(data_prefix=folders, **data))
+folders = dict(img_path="images/val", seg_map_path="annotations/val")
+val_dataloader = dict(dataset=dict(data_prefix=folders, test_mode=True, **data))
+"""
 
 
 @pytest.fixture
 def coco(tmp_path):
-    """Return a dataset with the images 1 and 2 for training and 3 for validation, and its config."""
+    """Return a dataset of two training images and one for validation, and its config."""
     for i in (1, 2, 3):
         write_image(tmp_path / f"images/{i}.jpg", i)
     objects = [annotation(1, 1, 2, 3, 10, 10), annotation(1, 2, 20, 3, 10, 10)]
     write_coco(tmp_path / "train.json", ["1.jpg", "2.jpg"], objects)
     write_coco(tmp_path / "val.json", ["3.jpg"], objects[:1])
-    write_text(tmp_path / "config.py", coco_config(tmp_path, MASK_RCNN))
+    text = DETECTION.format(
+        root=tmp_path, classes=("a", "b"), folder="", train="images/", val="images/"
+    )
+    write_text(tmp_path / "config.py", text)
     return tmp_path
 
 
@@ -45,7 +85,6 @@ def check(root: Path, **options):
     return report, [(fault.split, fault.kind, fault.message) for fault in report.faults]
 
 
-@pytest.mark.slow  # the first in its process, which imports mmdet
 def test_a_correct_dataset_is_counted(coco):
     findings = check_dataset(coco / "config.py", Options(pictures=True))
     train, val = findings.report.splits
@@ -121,7 +160,7 @@ def test_what_only_evaluation_refuses_is_a_fault_of_the_validation_split(coco):
 
 def test_classes_and_missing_files_that_training_refuses(coco):
     text = (coco / "config.py").read_text()
-    write_text(coco / "config.py", text.replace('("a", "b")', '("b", "a")'))
+    write_text(coco / "config.py", text.replace("('a', 'b')", "('b', 'a')"))
     _, faults = check(coco)
     refused = f"ann_file {coco}/train.json: metainfo['classes'] must list categories of the file in"
     assert faults[0][:2] == ("train", "training refuses")
@@ -180,12 +219,12 @@ def maps(tmp_path):
     labels = np.zeros((HEIGHT, WIDTH), np.uint8)
     labels[:10], labels[10:15] = 1, 11
     for split, names in (("train", "ab"), ("val", "c")):
-        for i, name in enumerate(names):
-            write_image(tmp_path / f"images/{split}/{name}.jpg", ord(name) + i)
+        for name in names:
+            write_image(tmp_path / f"images/{split}/{name}.jpg", ord(name))
             path = tmp_path / f"annotations/{split}/{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(labels).save(path)
-    text = label_map_config(tmp_path, UPERNET, ["ground", "leaf"], ignore_index=11)
+    text = SEGMENTATION.format(root=tmp_path, classes=("ground", "leaf"), ignored=11)
     write_text(tmp_path / "config.py", text)
     return tmp_path
 
@@ -223,9 +262,7 @@ def test_all_faults_of_label_maps_are_listed_with_the_lines_of_training(maps):
         ("label values", f"label map {train}/e.png must have one channel that contains class "
          "indices, got an array of shape (30, 40, 3)"),
         ("unreadable images", f"cannot read image {maps}/images/train/g.jpg"),
-        ("training refuses", f"none of the 1 label maps of {maps}/images/train can be used, the "
-         "first"),
-    ][: len(faults)]  # fmt: skip
+    ]  # fmt: skip
     assert faults[2][2] == (
         f"label map {train}/a.png has invalid values [5]; with 2 classes and "
         "reduce_zero_label=False, 0 to 1 are classes; ignored: 11, 255"
@@ -275,14 +312,20 @@ def test_converted_datasets_have_no_faults(kind, tmp_path):
     options = {"val_fraction": 0.5, "boxes_as_masks": kind == "voc"}
     files, _ = to_coco(kind, root, tmp_path / "coco", **options)
     assert [a["bbox"] for a in files["train"]["annotations"]] == [[10.0, 6.0, 20.0, 18.0]] * 2
-    write_text(tmp_path / "coco/config.py", coco_config(tmp_path / "coco", MASK_RCNN))
-    report, faults = check(tmp_path / "coco")
+    root = tmp_path / "coco"
+    text = DETECTION.format(
+        root=root, classes=("leaf",), folder="annotations/instances_", train="train/", val="val/"
+    )
+    write_text(root / "config.py", text)
+    report, faults = check(root)
     assert not faults
     assert [dict(split.counts) for split in report.splits] == [{"leaf": 2}, {"leaf": 2}]
     if kind == "voc":
         return  # whose label maps have a test of their own
-    to_label_maps(kind, root, tmp_path / "maps", **options)
-    write_text(tmp_path / "maps/config.py", label_map_config(tmp_path / "maps", UPERNET))
-    report, faults = check(tmp_path / "maps")
+    to_label_maps(kind, tmp_path / "in", tmp_path / "maps", **options)
+    root = tmp_path / "maps"
+    text = SEGMENTATION.format(root=root, classes=("background", "leaf"), ignored=255)
+    write_text(root / "config.py", text)
+    report, faults = check(root)
     assert not faults
     assert dict(report.splits[0].counts) == {"background": 2 * 840, "leaf": 2 * 360}
