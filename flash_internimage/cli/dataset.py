@@ -34,7 +34,11 @@ def _say(text: str) -> None:
 
 def _convert(arguments: argparse.Namespace) -> int:
     source, target = arguments.source, arguments.target
-    _require(source)
+    if not source.exists():
+        raise FileNotFoundError(f"SOURCE not found: {source}")
+    if arguments.format in ("voc", "labelme") and not source.is_dir():
+        raise ValueError(f"SOURCE must be a folder, got {source}")
+    _require_file("--classes", arguments.classes)
     if not 0 <= arguments.val_fraction < 1:
         raise ValueError(
             f"--val-fraction must be at least 0 and below 1, got {arguments.val_fraction}"
@@ -152,6 +156,7 @@ def _coco(root: Path, arguments: argparse.Namespace) -> str:
 def _ade(root: Path, arguments: argparse.Namespace) -> str:
     if not 0 <= arguments.ignore_index <= 255:
         raise ValueError(f"--ignore-index must be from 0 to 255, got {arguments.ignore_index}")
+    _require_file("--classes", arguments.classes)
     from ..own_data.config_label_maps import label_map_config
     from ..own_data.config_text import read_classes
     from ..own_data.models import find_model
@@ -169,9 +174,9 @@ def _folder(root: Path, arguments: argparse.Namespace) -> str:
     return folder_config(root, arguments.model, (arguments.output or root).stem)
 
 
-def _require(source: Path) -> None:
-    if not source.exists():
-        raise FileNotFoundError(f"SOURCE not found: {source}")
+def _require_file(option: str, path: Path | None) -> None:
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"{option} must be a file, got {path}")
 
 
 def _parser(program: str) -> argparse.ArgumentParser:

@@ -63,14 +63,15 @@ class Split:
     paths: list[str] = field(default_factory=list)
 
     def size_range(self) -> str:
-        """Return the smallest, most frequent and largest image size, by area."""
+        """Return the smallest and largest image size by area, and that of most images."""
         if not self.sizes:
             return "-"
         by_area = sorted(self.sizes, key=lambda size: (size[0] * size[1], size))
         if len(by_area) == 1:
             return _size(by_area[0])
-        common, _ = self.sizes.most_common(1)[0]
-        return f"{_size(by_area[0])} to {_size(by_area[-1])}, mostly {_size(common)}"
+        common, count = self.sizes.most_common(1)[0]
+        mostly = f", mostly {_size(common)}" if 2 * count > self.sizes.total() else ""
+        return f"{_size(by_area[0])} to {_size(by_area[-1])}{mostly}"
 
 
 def _size(size: tuple[int, int]) -> str:
@@ -142,7 +143,7 @@ class Report:
         kinds: dict[str, list[Fault]] = {}
         for fault in self.faults:
             kinds.setdefault(fault.kind, []).append(fault)
-        lines = [f"{len(self.faults)} faults"]
+        lines = [f"{len(self.faults)} fault{'s' * (len(self.faults) > 1)}"]
         for kind, faults in kinds.items():
             lines.append(f"{kind} ({len(faults)}):")
             lines += [f"  {fault.split}: {fault.message}" for fault in faults[:_SHOWN]]

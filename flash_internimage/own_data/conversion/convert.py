@@ -121,7 +121,7 @@ def convert(kind: str, source: Path, target: Path, options: Options) -> Result:
 
 def _read(kind: str, source: Path, options: Options) -> Dataset:
     if kind == "voc":
-        return read_voc(source, options.difficult, options.label_maps)
+        return read_voc(source, options.difficult, options.label_maps, options.classes)
     if kind == "yolo":
         return read_yolo(source)
     if kind == "labelme":
@@ -153,7 +153,8 @@ def _splits(dataset: Dataset, val_fraction: float) -> dict[str, list[AnnotatedIm
         return splits
     # By a hash of the name, so that the split of an image does not depend on the others.
     ordered = sorted(items, key=lambda item: hashlib.sha256(item.name.encode()).digest())
-    held_out = {id(item) for item in ordered[: round(val_fraction * len(items))]}
+    number = max(1, round(val_fraction * len(items))) if val_fraction else 0
+    held_out = {id(item) for item in ordered[:number]}
     splits["train"] = [item for item in items if id(item) not in held_out]
     if held_out:
         splits["val"] = [item for item in items if id(item) in held_out]

@@ -55,7 +55,7 @@ def write_label_maps(
             else:
                 unknown = (labels >= len(names)) & (labels != IGNORED)
                 losses.add(
-                    "pixels of unknown classes made ignored pixels", item.where, unknown.sum()
+                    "pixels of unknown classes made ignored pixels", item.where, int(unknown.sum())
                 )
                 labels = np.where(unknown, IGNORED, labels).astype(np.uint8)
             counts[split] += int((labels != IGNORED).sum())

@@ -43,9 +43,8 @@ def read_label_studio(source: Path, images: Path | None = None) -> Dataset:
     path = _find_export(source)
     tasks = _read_tasks(path)
     folder = images or path.parent
-    files: dict[str, Path] = {}
-    for file in find_images(folder).values():
-        files.setdefault(file.name, file)
+    found = find_images(folder).values()
+    files = {file.name: file for file in reversed(found)}  # the first of each name
     dataset = Dataset()
     used = set()
     for task in tasks:
@@ -69,7 +68,7 @@ def read_label_studio(source: Path, images: Path | None = None) -> Dataset:
             f"--images must be the folder of the images, found none of {len(tasks)} tasks with an "
             f"annotation in {folder}, such as {_name(tasks[0])}"
         )
-    for file in files.values():
+    for file in found:
         if file not in used:
             dataset.losses.add("images without an annotation left out", file)
     return dataset

@@ -31,7 +31,12 @@ _SPLITS = ("train", "val", "test")
 _ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
 
-def read_voc(root: Path, difficult: str = "crowd", label_maps: bool = False) -> Dataset:
+def read_voc(
+    root: Path,
+    difficult: str = "crowd",
+    label_maps: bool = False,
+    classes: list[str] | None = None,
+) -> Dataset:
     """Read a dataset in the format of PASCAL VOC.
 
     The root has the folders JPEGImages, Annotations or SegmentationClass, and ImageSets; or a
@@ -41,6 +46,7 @@ def read_voc(root: Path, difficult: str = "crowd", label_maps: bool = False) -> 
         root: Folder of the dataset, such as VOCdevkit/VOC2012.
         difficult: What becomes of difficult objects: `crowd`, `keep` or `drop`.
         label_maps: Whether to read the label maps in SegmentationClass instead of the objects.
+        classes: Names of the values in the label maps; None for those of VOC.
 
     Raises:
         FileNotFoundError: If there are no annotations.
@@ -49,7 +55,7 @@ def read_voc(root: Path, difficult: str = "crowd", label_maps: bool = False) -> 
     root = _devkit(root)
     dataset = Dataset()
     if label_maps:
-        _read_label_maps(root, dataset)
+        _read_label_maps(root, dataset, classes)
         return dataset
     names, _ = _label_map_names(root)
     dataset.classes = [name for name in names if name != "background"] or None
@@ -94,7 +100,10 @@ def _folders(root: Path) -> Iterator[tuple[str, Path, Path]]:
 
 def _pairs(images: Path, annotations: Path, losses: Losses) -> Iterator[tuple[str, Path, Path]]:
     """Yield name, image and annotation file; files without their counterpart are counted."""
-    files = {name.rpartition(".")[0]: name for name in find_images(images)}
+    files: dict[str, str] = {}
+    for name in find_images(images):
+        if files.setdefault(name.rpartition(".")[0], name) != name:
+            losses.add("images that differ only in their suffix left out", images / name)
     xml = {
         p.relative_to(annotations).with_suffix("").as_posix() for p in annotations.rglob("*.xml")
     }
@@ -195,7 +204,7 @@ def _apply_image_sets(root: Path, kind: str, dataset: Dataset) -> None:
     }
     used = set()
     for split, path in lists.items():
-        names = path.read_text().split("\n") if path.is_file() else []
+        names = path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else []
         for name in (words[0] for line in names if (words := line.split())):
             if name in images:
                 dataset.splits.setdefault(split, []).append(images[name])
@@ -232,13 +241,17 @@ def _label_map_names(root: Path) -> tuple[list[str], dict[tuple[int, ...], int]]
     return names, colors
 
 
-def _read_label_maps(root: Path, dataset: Dataset) -> None:
+def _read_label_maps(root: Path, dataset: Dataset, classes: list[str] | None) -> None:
     """Read the label maps in SegmentationClass: palette indices or the colors of labelmap.txt."""
     folder = root / "SegmentationClass"
     if not folder.is_dir():
         raise FileNotFoundError(f"{root} must contain the folder SegmentationClass")
     names, colors = _label_map_names(root)
-    dataset.classes = names or list(CLASSES)
+    if names and classes:
+        raise ValueError(
+            f"--classes must not be used with {root / 'labelmap.txt'}, which names the classes"
+        )
+    dataset.classes = names or classes or list(CLASSES)
     colors = colors or {tuple(color): i for i, color in enumerate(_palette(len(CLASSES)))}
     maps = {name.rpartition(".")[0]: path for name, path in find_images(folder).items()}
     images_folder = root / "JPEGImages"

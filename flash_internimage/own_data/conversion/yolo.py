@@ -43,7 +43,9 @@ def read_yolo(source: Path) -> Dataset:
                 f"{source} must contain data.yaml, or classes.txt with the name of a class in each "
                 "line"
             )
-        dataset.classes = [line.strip() for line in names.read_text().splitlines() if line.strip()]
+        dataset.classes = [
+            line.strip() for line in names.read_text("utf-8").splitlines() if line.strip()
+        ]
         folder = source / "images" if (source / "images").is_dir() else source
         splits = {"": list(find_images(folder).values())}
         settings: dict[str, Any] = {}

@@ -53,7 +53,7 @@ def test_config_writes_or_prints_a_config_and_check_reads_it(flowers, tmp_path, 
     assert written == ["classes.csv", "contact_sheet.png", "faults.csv", "report.json"]
     write_text(flowers / "train/rose/2.jpg", "no image")
     assert main(["check", str(config)]) == 1
-    assert "1 faults\nunreadable images (1):\n" in capsys.readouterr().out
+    assert "1 fault\nunreadable images (1):\n" in capsys.readouterr().out
     assert main(["check", str(config), "--set", "data.max_corrupt=0"]) == 1
     assert "2 faults" in capsys.readouterr().out
 
@@ -65,7 +65,8 @@ def test_config_writes_or_prints_a_config_and_check_reads_it(flowers, tmp_path, 
         ("convert yolo {0}/in {0}/in", "TARGET must not exist or be empty, got {0}/in"),
         ("convert yolo {0}/in {0}/out --val-fraction 1", "--val-fraction must be at least 0"),
         ("convert labelstudio {0}/in {0}/out --images x", "--images must be a folder, got x"),
-        ("convert yolo {0}/in {0}/out --classes x", "No such file or directory: 'x'"),
+        ("convert yolo {0}/in {0}/out --classes x", "--classes must be a file, got x"),
+        ("convert voc {0}/in/classes.txt {0}/out", "SOURCE must be a folder, got {0}/in/classes"),
         ("check nowhere.py", "config not found: nowhere.py"),
         ("check {0}/in/classes.txt", "CONFIG must end in .yaml, .yml or .py, got"),
         ("check flash_internimage_nano_digits --near-duplicates 40", "must be from 0 to 32 bits"),

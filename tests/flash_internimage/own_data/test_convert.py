@@ -36,6 +36,11 @@ def test_a_share_of_the_images_is_held_out_by_name(root, tmp_path):
     assert names(again, "val") == names(files, "val")
 
 
+def test_at_least_one_image_is_held_out(root, tmp_path):
+    files, _ = to_coco("yolo", root, tmp_path / "coco", val_fraction=0.01)
+    assert len(names(files, "val")) == 1
+
+
 def test_no_share_can_be_held_out_of_existing_splits(root, tmp_path):
     write_text(root / "data.yaml", "train: images\nnames: [leaf]\n")
     with pytest.raises(

@@ -187,6 +187,20 @@ def test_colored_label_maps_follow_labelmap_txt(root, tmp_path):
     assert result.losses.counts["pixels of unknown colors made ignored pixels"] == WIDTH
 
 
+def test_label_maps_without_names_take_those_given_and_ignore_others(root, tmp_path):
+    labels = np.repeat(np.array([0, 1, 7], np.uint8), 10)[:, None].repeat(WIDTH, 1)
+    (root / "SegmentationClass").mkdir()
+    Image.fromarray(labels).save(root / "SegmentationClass/1.png")
+    maps, result = to_label_maps("voc", root, tmp_path / "maps", classes=["soil", "leaf"])
+    (written,) = maps.values()
+    assert result.classes == ["soil", "leaf"]
+    assert np.unique(written).tolist() == [0, 1, 255]
+    assert result.losses.counts["pixels of unknown classes made ignored pixels"] == 10 * WIDTH
+    write_text(root / "labelmap.txt", "leaf:0,0,0::\n")
+    with pytest.raises(ValueError, match=r"--classes must not be used with .*labelmap\.txt"):
+        to_label_maps("voc", root, tmp_path / "again", classes=["soil", "leaf"])
+
+
 def test_a_folder_without_annotations_is_an_error(tmp_path):
     write_image(tmp_path / "in/1.jpg")
     with pytest.raises(FileNotFoundError, match="in must contain the folder Annotations or XML"):

@@ -210,7 +210,7 @@ def test_reports_are_written_as_json_and_csv(coco, tmp_path):
     assert (tmp_path / "faults.csv").read_text().startswith("split,kind,message\ntrain,unreadable")
     text = report.text()
     assert "a                  1             1            1           1\n" in text
-    assert "1 faults\nunreadable images (1):\n  train: cannot read image " in text
+    assert "1 fault\nunreadable images (1):\n  train: cannot read image " in text
 
 
 @pytest.fixture
