@@ -18,6 +18,7 @@ COMMANDS = {
     "visualize": "draw where DCNv4 layers sample an image",
     "analyze": "report on a trained model, or compare the curves of several runs",
     "zoo": "list, download, convert, evaluate and publish checkpoints",
+    "dataset": "convert and check own datasets, and write configs for them",
     "demo-data": "write a small dataset of real images, without a download",
 }
 

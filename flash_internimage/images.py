@@ -3,11 +3,11 @@
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 # Beyond this, resizing the shorter side to a network's input size takes gigabytes, and limiting the
@@ -131,6 +131,16 @@ def read_size(path: str | os.PathLike) -> tuple[int, int]:
     with _unreadable(path), Image.open(path) as image:
         _check_aspect_ratio(image)
         return image.height, image.width
+
+
+def read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, from 1 (as stored) to 8."""
+    # Image.getexif() may decode the whole image to look for EXIF data at its end.
+    exif = Image.Exif()
+    with suppress(Exception):  # malformed data
+        exif.load(image.info["exif"])
+    orientation = exif.get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in range(1, 9) else 1
 
 
 def check_image_file(path: str | os.PathLike) -> None:

@@ -18,6 +18,7 @@ MARKERS = {
     "flash_internimage/cli/test_demo_scenes.py": "mm",
     "flash_internimage/cli/test_zoo.py": "mm",
     "flash_internimage/openmmlab": "mm",
+    "flash_internimage/own_data/openmmlab": "mm",
     "gpu": "gpu",
     "segmentation": "mm",
     "tools/test_zoo_entries.py": "mm",

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 # Import names of the packages of each extra.
 EXTRAS = {
-    "openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg", "faster_coco_eval", "cv2", "pycocotools"),
+    "data": ("defusedxml", "pycocotools"),
+    "openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg", "faster_coco_eval", "cv2"),
     "train": ("contourpy", "matplotlib", "pydantic", "sklearn", "tensorboard"),
 }
 

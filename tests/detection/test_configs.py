@@ -123,7 +123,7 @@ def test_config_in_the_guide_for_own_data(tmp_path):
     guide = (ROOT / "docs" / "own-data.md").read_text().partition("## Detection\n")[2]
     code = guide.split("```python\n")[1].split("```")[0]
     path = tmp_path / "parts.py"
-    path.write_text(code.replace('"configs/', f'"{ROOT}/configs/'))
+    path.write_text(code)
     config = program.config_of(training_parser("train", "").parse_args([str(path)]))
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         assert loader.dataset.data_root == "data/parts/"

@@ -104,15 +104,18 @@ class CheckedCocoDataset(ReadableImages, CocoDataset):
         except (ValueError, AssertionError, RecursionError) as error:
             raise ValueError(f"ann_file {self.ann_file}: {error}") from error
         if self._without_mask:
-            raise ValueError(
-                f"ann_file {self.ann_file}: {self._without_mask[0]}: segmentation must be present, "
-                f"as the pipeline loads masks ({len(self._without_mask)} such annotations); for "
-                "boxes only, remove with_mask=True from LoadAnnotations in the pipeline and use a "
-                "model without masks, such as DINO"
-            )
+            self._refuse_without_masks(self._without_mask)
         for info in data_list:
             info["test_mode"] = self.test_mode  # read by LoadReadableImage
         return self._with_few_objects(self._with_images(data_list))
+
+    def _refuse_without_masks(self, annotations: list[str]) -> None:
+        raise ValueError(
+            f"ann_file {self.ann_file}: {annotations[0]}: segmentation must be present, as the "
+            f"pipeline loads masks ({len(annotations)} such annotations); for boxes only, remove "
+            "with_mask=True from LoadAnnotations in the pipeline and use a model without masks, "
+            "such as DINO"
+        )
 
     def parse_data_info(self, raw_data_info: dict) -> dict:
         """Parse the annotations of an image, and count those that mmdet does not use."""

@@ -4,7 +4,7 @@ import json
 import math
 import posixpath
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -50,6 +50,34 @@ def check_annotations(content: Any, masks: bool, all_masks: bool = False) -> Non
         ValueError: If a field is missing or malformed. The message names the first such image,
             category or annotation and how many there are.
     """
+    for kind, faults in _all_faults(content, masks, all_masks):
+        first = next(faults, None)
+        if first:
+            more = sum(1 for _ in faults)
+            raise ValueError(first + (f" ({more + 1} such {kind})" if more else ""))
+
+
+def find_faults(content: Any, masks: bool, all_masks: bool = False) -> list[str]:
+    """Return a line for every malformed image, category or annotation of a COCO annotation file.
+
+    Annotations are only checked if images and categories have no faults.
+
+    Args:
+        content: The parsed file.
+        masks: Whether to check `segmentation` where it is present.
+        all_masks: Whether to require a `segmentation` in every annotation.
+
+    Raises:
+        ValueError: If the file has no lists of images, categories and annotations.
+    """
+    found: list[str] = []
+    for kind, faults in _all_faults(content, masks, all_masks):
+        if not (kind == "annotations" and found):
+            found += faults
+    return found
+
+
+def _all_faults(content: Any, masks: bool, all_masks: bool) -> Iterator[tuple[str, Iterator[str]]]:
     if not isinstance(content, dict):
         raise ValueError(f"the file must contain a JSON object, got {_short(content)}")
     lists = {}
@@ -62,20 +90,10 @@ def check_annotations(content: Any, masks: bool, all_masks: bool = False) -> Non
         if not entries and key != "annotations":
             raise ValueError(f"{key} must not be empty")
         lists[key] = entries
-    _raise_first("images", _image_faults(lists["images"]))
-    _raise_first("categories", _category_faults(lists["categories"]))
-    images = {image["id"]: image for image in lists["images"]}
-    categories = {category["id"] for category in lists["categories"]}
-    faults = _annotation_faults(lists["annotations"], images, categories, masks, all_masks)
-    _raise_first("annotations", faults)
-
-
-def _raise_first(kind: str, faults: Iterable[str]) -> None:
-    faults = iter(faults)
-    first = next(faults, None)
-    if first:
-        more = sum(1 for _ in faults)
-        raise ValueError(first + (f" ({more + 1} such {kind})" if more else ""))
+    images, categories, annotations = lists.values()
+    yield "images", _image_faults(images)
+    yield "categories", _category_faults(categories)
+    yield "annotations", _annotation_faults(annotations, images, categories, masks, all_masks)
 
 
 def _image_faults(images: list[dict]) -> Iterator[str]:
@@ -116,17 +134,23 @@ def _category_faults(categories: list[dict]) -> Iterator[str]:
 
 
 def _annotation_faults(
-    annotations: list[dict], images: dict, categories: set[int], masks: bool, all_masks: bool
+    annotations: list[dict],
+    images: list[dict],
+    categories: list[dict],
+    masks: bool,
+    all_masks: bool,
 ) -> Iterator[str]:
     seen: set[int] = set()
+    images_by_id = {image["id"]: image for image in images}
+    category_ids = {category["id"] for category in categories}
     for annotation in annotations:
         image_id = annotation.get("image_id", _NOTHING)
-        image = images.get(image_id) if _is_int(image_id) else None
+        image = images_by_id.get(image_id) if _is_int(image_id) else None
         # In the evaluation, the id 0 means "not matched".
         fault = _id_fault(annotation, seen, lowest=1, bits=_ANNOTATION_ID_BITS)
         if not fault and image is None:
             fault = _fault(annotation, "image_id", "the id of an image in the file")
-        fault = fault or _object_fault(annotation, categories)
+        fault = fault or _object_fault(annotation, category_ids)
         checked = all_masks or (masks and annotation.get("segmentation"))
         if image is not None and checked and not fault:
             fault = _segmentation_fault(annotation, image["height"], image["width"])

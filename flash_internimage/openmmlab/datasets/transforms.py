@@ -3,7 +3,6 @@
 import io
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import numpy as np
 from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmengine.fileio import get
 from mmengine.registry import TRANSFORMS
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...images import (
     MAX_ASPECT_RATIO,
     UnreadableImage,
     check_image_file,
+    read_orientation,
     read_size,
     to_8_bits,
     to_rgb,
@@ -222,16 +222,6 @@ def _open_header(content: bytes) -> Image.Image | None:
         return Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
         return None
-
-
-def read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image, from 1 (as stored) to 8."""
-    # Image.getexif() may decode the whole image to look for EXIF data at its end.
-    exif = Image.Exif()
-    with suppress(Exception):  # malformed data
-        exif.load(image.info["exif"])
-    orientation = exif.get(ExifTags.Base.Orientation, 1)
-    return orientation if orientation in range(1, 9) else 1
 
 
 def _annotated_size(results: dict) -> tuple[int, int] | None:

@@ -1,0 +1,1 @@
+"""Own datasets: conversion to the formats that training reads, checks, and configs."""

@@ -1,0 +1,112 @@
+"""Check the dataset of a config, with the checks that training runs at its start."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .duplicates import find_duplicates, find_similar
+from .report import Report
+
+_PICTURES = 12  # in the contact sheet, per split
+_COLUMNS, _CELL_WIDTH = 3, 400
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to check.
+
+    Attributes:
+        decode: Whether to decode all images; otherwise, only their headers are read.
+        similar: Maximum number of bits in which the 64-bit hashes of images in different splits
+            may differ to be reported as near-duplicates; None to find identical files only.
+        pictures: Whether to draw a contact sheet.
+        overrides: Values of settings that differ from the config, by dotted key.
+    """
+
+    decode: bool = True
+    similar: int | None = None
+    pictures: bool = False
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Findings:
+    """A report, and what it needs besides the counts.
+
+    Attributes:
+        report: Counts and faults.
+        hashes: Hash of each image by path, for each split; see `Options.similar`.
+        pictures: Pictures of annotated images, (H, W, 3) uint8, and their captions.
+    """
+
+    report: Report
+    hashes: dict[str, dict[str, int]] = field(default_factory=dict)
+    pictures: list[tuple[np.ndarray, str]] = field(default_factory=list)
+
+
+def check_dataset(config: Path, options: Options) -> Findings:
+    """Check the data of a config for training or evaluation.
+
+    Args:
+        config: Config of a classifier (*.yaml), detector or segmentor (*.py).
+        options: What to check.
+
+    Returns:
+        Counts, faults and pictures. Faults of the data do not raise errors.
+
+    Raises:
+        ValueError: If the config cannot be read, or its datasets are of a kind that cannot be
+            checked.
+        FileNotFoundError: If the config does not exist.
+    """
+    if config.suffix in (".yaml", ".yml"):
+        from .check_classification import check_classification as check
+    else:
+        from .check_openmmlab import check_openmmlab as check
+    findings = check(config, options)
+    _add_duplicates(findings, options)
+    return findings
+
+
+def _add_duplicates(findings: Findings, options: Options) -> None:
+    report = findings.report
+    paths = {split.name: split.paths for split in report.splits}
+    identical = set()
+    for group in find_duplicates(paths):
+        splits = list(dict.fromkeys(split for split, _ in group))
+        names = " = ".join(f"{path} ({split})" for split, path in group)
+        if len(splits) > 1:
+            report.add(" and ".join(splits), "identical images in several splits", [names])
+            identical |= {path for _, path in group}
+        else:
+            split = next(split for split in report.splits if split.name == splits[0])
+            split.extra["repeated"] = split.extra.get("repeated", 0) + len(group) - 1
+    if options.similar is None:
+        return
+    for (first, one), (second, other), bits in find_similar(findings.hashes, options.similar):
+        if not {one, other} <= identical:
+            message = f"{one} ({first}) and {other} ({second}) differ in {bits} of 64 bits"
+            report.add(f"{first} and {second}", "similar images in several splits", [message])
+
+
+def draw_sheet(findings: Findings) -> np.ndarray:
+    """Return a contact sheet of the annotated images, (H, W, 3) uint8.
+
+    Raises:
+        ValueError: If there are no pictures.
+    """
+    from ..drawing import contact_sheet
+
+    pictures = [picture for picture, _ in findings.pictures]
+    return contact_sheet(
+        pictures, [caption for _, caption in findings.pictures], _COLUMNS, _CELL_WIDTH
+    )
+
+
+def choose(count: int) -> list[int]:
+    """Return the indices of the images to draw, spread over `count` images."""
+    number = min(count, _PICTURES)
+    return [i * count // number for i in range(number)]

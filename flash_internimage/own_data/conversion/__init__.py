@@ -1,0 +1,1 @@
+"""Convert the files of annotation tools to COCO or label maps."""
