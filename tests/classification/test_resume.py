@@ -58,9 +58,7 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_a_fine_tuning_run_resumes_exactly(
-    config, checkpoint, tmp_path, stop_after, monkeypatch
-):
+def test_a_fine_tuning_run_resumes_exactly(config, checkpoint, tmp_path, stop_after, monkeypatch):
     monkeypatch.setattr(Trainer, "report", lambda self: None)
     changes = {
         "class_weights": [1.0] * 5 + [2.0] * 5,
