@@ -4,6 +4,7 @@ import difflib
 import inspect
 import json
 import logging
+import math
 import os
 import re
 from pathlib import Path
@@ -34,6 +35,7 @@ MAX_FILE_SIZE = 100_000  # bytes
 MAX_WORKERS = 1024
 MAX_IMAGE_SIZE = 8192  # one image in float32 takes 0.8 GB
 MAX_CLASSES = 1_000_000
+MAX_SIZES = 8  # torch.compile compiles the model once per size, by default at most 8 times
 DATA_KINDS = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")  # timm's prefixes
 
 # Strict types: booleans, NaN and infinity are not accepted as numbers.
@@ -45,6 +47,7 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Probability = Annotated[Number, Field(ge=0, le=1)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
+ImageSize = Annotated[int, Field(strict=True, gt=0, le=MAX_IMAGE_SIZE)]
 
 
 def _in_order(limits: tuple[float, float]) -> tuple[float, float]:
@@ -94,6 +97,9 @@ class Model(Section):
     # Text file with one index per class of this model: its row in the classifier of the initial
     # checkpoint. Without it, a classifier of another size stays randomly initialized.
     class_map: str | None = None
+    # Parts of the model that are not trained: names or wildcards of modules and parameters, or
+    # 'backbone' for everything but the classifier.
+    freeze: tuple[str, ...] = ()
     grad_checkpointing: bool = False
     compile: bool = False
 
@@ -134,7 +140,10 @@ class Data(Section):
     kind: str = ""  # timm's prefix, such as 'hfds/' or 'wds/'; empty for folders and tar files
     train_split: str = Field("train", min_length=1)
     val_split: str = Field("val", min_length=1)
-    image_size: int = Field(224, strict=True, gt=0, le=MAX_IMAGE_SIZE)
+    image_size: ImageSize = 224
+    # Sizes of training images; empty: image_size, which is always that of validation.
+    image_sizes: tuple[ImageSize, ...] = Field((), max_length=MAX_SIZES)
+    size_schedule: Literal["random", "progressive"] = "random"
     crop_pct: Number = Field(1.0, ge=0.1, le=1)
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     mean: tuple[Number, Number, Number] = (0.485, 0.456, 0.406)
@@ -245,6 +254,25 @@ class Checkpoints(Section):
     every_updates: NonNegativeInt = 0  # interval of saving `last`; 0: only at the end of an epoch
 
 
+class EarlyStopping(Section):
+    """Settings that end a run whose validation metric no longer improves."""
+
+    patience: PositiveInt | None = None  # epochs without improvement; null: train all epochs
+    metric: Literal["top1", "loss"] = "top1"  # of the EMA weights, if there are any
+    min_delta: NonNegative = 0.0  # smaller changes are no improvement; percentage points for top1
+
+
+class Distillation(Section):
+    """Settings of knowledge distillation from the logits of a trained model."""
+
+    # A timm model with released weights, or a checkpoint of classification.train; null: none
+    teacher: str | None = None
+    alpha: Probability = 0.5  # weight of the teacher in the loss; that of the labels is 1 - alpha
+    temperature: Positive = 2.0
+
+    _expand = field_validator("teacher")(_expand_user)
+
+
 class Config(Section):
     """Configuration of a run; the defaults are the published settings shared by T, S and B."""
 
@@ -258,14 +286,32 @@ class Config(Section):
     amp: Annotated[Literal["auto", "off", "bf16", "fp16"], BeforeValidator(_off)] = "auto"
     ema_decay: Number | None = Field(0.9999, ge=0, lt=1)
     max_nonfinite: PositiveInt = 20  # consecutive steps without a finite loss that stop the run
+    # Weight of each class in the loss; 'balanced': inversely proportional to its training images.
+    class_weights: tuple[float, ...] | Literal["balanced"] | None = None
     model: Model = Model()
     data: Data = Data()
     augmentation: Augmentation = Augmentation()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     checkpoints: Checkpoints = Checkpoints()
+    early_stopping: EarlyStopping = EarlyStopping()
+    distillation: Distillation = Distillation()
 
     _expand = field_validator("output")(_expand_user)
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _usable_weights(cls, weights: Any) -> Any:
+        if weights is None or weights == "balanced":
+            return weights
+        values = weights if isinstance(weights, list | tuple) else ()
+        if not all(type(value) in (int, float) and 0 <= value < math.inf for value in values):
+            values = ()
+        if not any(values):
+            raise ValueError(
+                "must be null, 'balanced' or a list of numbers of at least 0, not all of them 0"
+            )
+        return tuple(map(float, values))
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -275,6 +321,12 @@ class Config(Section):
             raise ValueError(
                 f"schedule.warmup_epochs must not exceed schedule.epochs={self.schedule.epochs}, "
                 f"got {self.schedule.warmup_epochs}"
+            )
+        weights = self.class_weights
+        if isinstance(weights, tuple) and len(weights) != self.model.num_classes:
+            raise ValueError(
+                "class_weights must have one number for each of "
+                f"model.num_classes={self.model.num_classes}, got {len(weights)}"
             )
         return self
 
@@ -326,8 +378,15 @@ def find_ignored(cfg: Config) -> list[str]:
     rules += [(augmentation, *without, f"random_erasing_{name}") for name in ("mode", "count")]
     without = "mixup=0 and cutmix=0", not augmentation.mixes
     rules += [(augmentation, *without, f"mixup_{key}") for key in ("prob", "switch_prob", "mode")]
+    data, stopping, distillation = cfg.data, cfg.early_stopping, cfg.distillation
+    rules += [(data, "image_sizes=[]", not data.image_sizes, "size_schedule")]
+    without = "patience=null", stopping.patience is None
+    rules += [(stopping, *without, key) for key in ("metric", "min_delta")]
+    without = "teacher=null", distillation.teacher is None
+    rules += [(distillation, *without, key) for key in ("alpha", "temperature")]
+    names = {type(section): name for name, section in cfg}
     return [
-        f"{type(section).__name__.lower()}.{key} has no effect with {reason}"
+        f"{names[type(section)]}.{key} has no effect with {reason}"
         for section, reason, is_ignored, key in rules
         if is_ignored and getattr(section, key) != type(section).model_fields[key].default
     ]

@@ -13,7 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from .data import TooManyCorruptImages, build_mixup, eval_transform, set_epoch, start
+from .data import (
+    TooManyCorruptImages,
+    balanced_weights,
+    build_mixup,
+    class_to_index,
+    eval_transform,
+    set_epoch,
+    start,
+)
+from .distillation import build_distillation
 from .evaluation import evaluate
 from .interruption import Interrupted
 from .optim import build_criterion
@@ -38,12 +47,11 @@ class Trainer(TrainingState):
     def __post_init__(self, load_initial: bool) -> None:
         super().__post_init__(load_initial)
         self.mixup = build_mixup(self.cfg.augmentation, self.cfg.model.num_classes)
-        self.criterion = build_criterion(self.cfg)
         self.signal_number = 0
         self.parallel: nn.Module = self.model
         if self.cfg.model.compile:
-            # All batches have the same shape, and evaluation is not compiled. By default, a second
-            # run in the process would compile for symbolic shapes and fail on the CPU
+            # Batches have few shapes, one per image size, and evaluation is not compiled. By
+            # default, a second one would be compiled for symbolic shapes, which fails on the CPU
             # (pytorch#185510).
             self.parallel = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]
         if self.world_size > 1:
@@ -51,9 +59,29 @@ class Trainer(TrainingState):
             self.parallel = DistributedDataParallel(
                 self.parallel, device_ids=device_ids, broadcast_buffers=False
             )
+        with fail_together(self.device):
+            self._build_loss()
+        self.set_training_mode()
+
+    def _build_loss(self) -> None:
+        cfg, dataset = self.cfg, self.train_loader.dataset
+        weights = cfg.class_weights
+        if weights == "balanced":
+            weights = balanced_weights(dataset, cfg.model.num_classes)
+        self.criterion = build_criterion(cfg, weights).to(self.device)
+        names = self.names if class_to_index(dataset) else None
+        self.distillation = build_distillation(
+            self.parallel, self.criterion, cfg, names, self.device
+        )
+
+    def set_training_mode(self) -> None:
+        """Set the model to training mode, except for its frozen parts."""
+        self.parallel.train()
+        for module in self.frozen:
+            module.eval()
 
     def fit(self) -> None:
-        """Train until the last epoch.
+        """Train until the last epoch, or until early stopping.
 
         Raises:
             Interrupted: If a signal arrived; last.pth contains the state.
@@ -72,9 +100,15 @@ class Trainer(TrainingState):
                         resumed=self.epoch + self.update > 0,
                     )
                     metrics = stack.enter_context(contextlib.closing(opened))
-            while self.epoch < self.cfg.schedule.epochs:
+            while self.epoch < self.cfg.schedule.epochs and not self.patience.is_exhausted:
                 self._fit_epoch(metrics)
                 self._stop_on_signal()
+        if self.patience.is_exhausted and self.rank == 0:
+            _logger.info(
+                "stopped early: %d epochs without a better validation %s; set "
+                "early_stopping.patience higher to continue",
+                self.patience.waited, self.cfg.early_stopping.metric,
+            )  # fmt: skip
 
     def _fit_epoch(self, metrics: Metrics | None) -> None:
         """Train, validate and save; only the first process has `metrics`."""
@@ -93,6 +127,7 @@ class Trainer(TrainingState):
                     speed(row["images_per_second"]),
                 )  # fmt: skip
         self.epoch, self.update, self.totals = self.epoch + 1, 0, Totals()
+        self.patience.update(row)
         extra = []
         if top1 > self.best_top1:
             self.best_top1 = top1
@@ -104,7 +139,7 @@ class Trainer(TrainingState):
 
     def train_epoch(self) -> None:
         """Train for one epoch, or for the rest of an epoch that was resumed."""
-        self.parallel.train()
+        self.set_training_mode()
         seed_everything(self.cfg.seed, self.epoch, self.rank)
         set_epoch(self.train_loader, self.epoch)
         batches = start(self.train_loader)
@@ -195,7 +230,7 @@ class Trainer(TrainingState):
                 sync = self.parallel.no_sync()
             with sync:
                 with autocast(self.device, self.amp):
-                    loss = self.criterion(self.parallel(images), targets) / len(batches)
+                    loss = self._loss(images, targets) / len(batches)
                 if not all_agree(bool(torch.isfinite(loss)), self.device):
                     return self._skip_update(buffers)
                 self.scaler.scale(loss).backward()
@@ -216,6 +251,11 @@ class Trainer(TrainingState):
         if self.ema is not None:
             self.ema.update(self.model)
         return total
+
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        if self.distillation is not None:
+            return self.distillation(images, targets)["loss"]
+        return self.criterion(self.parallel(images), targets)
 
     def _skip_update(self, buffers: list[Tensor]) -> float:
         self.optimizer.zero_grad()

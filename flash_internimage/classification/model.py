@@ -93,13 +93,22 @@ def create_model(options: Model, pretrained: bool = False) -> nn.Module:
 
 
 @torch.no_grad()
-def check_model(model: nn.Module, image_size: int, num_classes: int) -> None:
+def check_model(
+    model: nn.Module,
+    image_size: int,
+    num_classes: int,
+    *,
+    name: str = "the model",
+    setting: str = "data.image_size",
+) -> None:
     """Check that a model classifies images by running it on a blank one.
 
     Args:
         model: Model on the device where it will run; its training mode is preserved.
         image_size: Height and width in pixels.
         num_classes: Expected number of logits.
+        name: Name of the model in error messages.
+        setting: Setting of the image size.
 
     Raises:
         ConfigError: If the model does not accept the image or returns another shape.
@@ -113,14 +122,14 @@ def check_model(model: nn.Module, image_size: int, num_classes: int) -> None:
         raise
     except Exception as error:
         raise ConfigError(
-            f"the model does not accept images of data.image_size={image_size} with 3 channels: "
+            f"{name} does not accept images of {setting}={image_size} with 3 channels: "
             f"{one_line(error)}"
         ) from error
     finally:
         model.train(was_training)
     if shape != (1, num_classes):
         raise ConfigError(
-            f"the model must return (N, {num_classes}) logits for model.num_classes={num_classes}, "
+            f"{name} must return (N, {num_classes}) logits for model.num_classes={num_classes}, "
             f"got {shape} for one image"
         )
 

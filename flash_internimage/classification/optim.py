@@ -1,7 +1,9 @@
 """Loss, optimizer and learning-rate schedule of the published classification recipes."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_info
@@ -21,7 +23,7 @@ def parameter_groups(
     layer_decay: float | None = None,
     dcn_lr_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Group parameters by learning rate and weight decay, in the order of the model.
+    """Group trainable parameters by learning rate and weight decay, in the order of the model.
 
     Unlike timm's groups, which contain a scale, these contain the learning rate itself, as the
     published warm-up and minimum learning rates are the same for all groups.
@@ -45,6 +47,8 @@ def parameter_groups(
     last = max(layers.values(), default=0)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         scale = layer_decay ** (last - layers[name]) if layer_decay is not None else 1.0
         if "offset_mask" in name:
             scale *= dcn_lr_multiplier
@@ -130,10 +134,21 @@ def build_scheduler(
     return PolyLRScheduler(optimizer, total, power=1.0, **common)
 
 
-def build_criterion(cfg: Config) -> nn.Module:
-    """Build the cross-entropy loss for mixed labels, or with or without label smoothing."""
+def build_criterion(cfg: Config, class_weights: Sequence[float] | None = None) -> nn.Module:
+    """Build the cross-entropy loss for mixed labels, or with or without label smoothing.
+
+    Args:
+        cfg: Configuration of the run.
+        class_weights: Weight of each class, as in :class:`torch.nn.CrossEntropyLoss`; None for
+            equal weights.
+    """
+    smoothing = cfg.augmentation.label_smoothing
+    if class_weights is not None:
+        # Mixup and CutMix smooth the labels themselves.
+        smoothing = 0.0 if cfg.augmentation.mixes else smoothing
+        return nn.CrossEntropyLoss(torch.tensor(class_weights), label_smoothing=smoothing)
     if cfg.augmentation.mixes:
         return SoftTargetCrossEntropy()
-    if cfg.augmentation.label_smoothing > 0:
-        return LabelSmoothingCrossEntropy(cfg.augmentation.label_smoothing)
+    if smoothing > 0:
+        return LabelSmoothingCrossEntropy(smoothing)
     return nn.CrossEntropyLoss()

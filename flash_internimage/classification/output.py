@@ -133,11 +133,14 @@ def suitable_ema_decay(updates: int) -> str:
 def log_start(state: TrainingState, checkpoint: Path | None, changes: list[str]) -> None:
     """Log the model, changed and ignored settings, and the checkpoint that a run resumes from."""
     cfg, parameters = state.cfg, sum(p.numel() for p in state.model.parameters())
+    trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     images = cfg.batch_size * cfg.accumulation_steps  # per process
     _logger.info(
-        "%s, %.1f M parameters; total batch size %d (%d x %d) on %s with amp=%s; "
+        "%s, %.1f M parameters%s; total batch size %d (%d x %d) on %s with amp=%s; "
         "%d optimizer steps per epoch",
-        cfg.model.name, parameters / 1e6, state.world_size * images, state.world_size, images,
+        cfg.model.name, parameters / 1e6,
+        f", {trained / 1e6:.4g} M of them trained" if cfg.model.freeze else "",
+        state.world_size * images, state.world_size, images,
         state.device, state.amp, state.updates_per_epoch,
     )  # fmt: skip
     for line in (*changes, *find_ignored(cfg)):

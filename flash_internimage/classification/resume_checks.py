@@ -16,11 +16,13 @@ _ENTRIES = (
 
 _KINDS = {"optimizer": dict, "scaler": dict, "rng": list, "classes": list, "config": dict}
 
-# Settings that cannot change on resuming, as weights and optimizer state would not match.
-_FIXED = (
+# Settings that cannot change on resuming, as weights and optimizer state would not match, and that
+# every checkpoint contains.
+_RECORDED = (
     "model.name", "model.num_classes", "model.initial_checkpoint", "model.class_map",
     "optimizer.name",
 )  # fmt: skip
+_FIXED = (*_RECORDED, "model.freeze")
 
 # Settings that determine which images of an epoch remain.
 _FIXED_WITHIN_EPOCH = ("seed", "batch_size", "accumulation_steps")
@@ -55,7 +57,7 @@ def check_entries(checkpoint: Mapping[str, Any]) -> None:
     if not checkpoint["rng"] or not all(isinstance(one, dict) for one in checkpoint["rng"]):
         raise ValueError(f"rng must contain a dict per process, got {checkpoint['rng']!r:.100}")
     settings = flatten(checkpoint["config"])
-    if missing := [key for key in _FIXED if key not in settings]:
+    if missing := [key for key in _RECORDED if key not in settings]:
         raise ValueError(f"config must contain all settings of the run, missing: {missing[0]}")
 
 

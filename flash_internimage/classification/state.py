@@ -21,6 +21,8 @@ from .data import (
     warn_of_shared_images,
 )
 from .data.classes import describe_other_classes
+from .early_stopping import Patience
+from .freezing import freeze
 from .model import build_model, check_model, find_not_finite
 from .optim import build_optimizer, build_scheduler
 from .precision import resolve_amp
@@ -85,6 +87,7 @@ class TrainingState:
         self.best_top1 = -math.inf
         self.nonfinite_in_a_row = 0
         self.resumed_rng: dict[str, Any] = {}  # set when resuming within an epoch
+        self.patience = Patience(self.cfg.early_stopping)
         seed_everything(self.cfg.seed)
         with fail_together(self.device):
             self._build_data()
@@ -114,6 +117,9 @@ class TrainingState:
         named = class_to_index(self.train_loader.dataset)
         self.model = build_model(options, self.names if named else None).to(self.device)
         check_model(self.model, cfg.data.image_size, cfg.model.num_classes)
+        for size in cfg.data.image_sizes:
+            check_model(self.model, size, cfg.model.num_classes, setting="data.image_sizes")
+        self.frozen = freeze(self.model, cfg.model.freeze)
         self.optimizer = build_optimizer(self.model, cfg, self.world_size)
         self.scheduler = build_scheduler(
             self.optimizer, cfg, self.world_size, self.updates_per_epoch
@@ -144,6 +150,8 @@ class TrainingState:
         }
         if self.ema is not None:
             state["model_ema"] = self.ema.module.state_dict()
+        if self.cfg.early_stopping.patience is not None:
+            state["early_stopping"] = self.patience.state_dict()
         return state
 
     def save(self, *extra: str) -> None:
@@ -212,7 +220,9 @@ class TrainingState:
             raise ValueError(
                 f"its progress must be valid, got epoch {epoch}, step {update} of {updates}"
             )
-        before, now = flatten(state["config"]), flatten(self.cfg.model_dump(mode="json"))
+        now = flatten(self.cfg.model_dump(mode="json"))
+        # Checkpoints of earlier versions lack settings that were added since.
+        before = flatten(Config().model_dump(mode="json")) | flatten(state["config"])
         check_settings(before, now, within_epoch=update > 0)
         if difference := describe_other_classes(state["classes"], self.names):
             raise ValueError(
@@ -245,9 +255,10 @@ class TrainingState:
         loss, finite, skipped, seconds = state["totals"]
         self.totals = Totals(float(loss), int(finite), int(skipped), float(seconds))
         self.nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
-        best = float(state["best_top1"])
-        is_valid = best <= 100 and validates_alike(before, now)
-        self.best_top1 = best if is_valid else -math.inf
+        best, are_comparable = float(state["best_top1"]), validates_alike(before, now)
+        self.best_top1 = best if best <= 100 and are_comparable else -math.inf
+        if are_comparable and "early_stopping" in state:
+            self.patience.load_state_dict(state["early_stopping"])
         if update:
             set_rng_state(rng[self.rank])  # only a check, as train_epoch sets it again
             self.resumed_rng = rng[self.rank]

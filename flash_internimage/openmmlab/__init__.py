@@ -17,6 +17,7 @@ from . import model_index  # noqa: F401
 from .datasets.transforms import LoadReadableImage
 from .engine.hooks.checkpoint import AtomicCheckpointHook
 from .engine.hooks.curves import CurvesHook
+from .engine.hooks.early_stopping import ResumableEarlyStoppingHook
 from .engine.hooks.finite import CheckFiniteHook
 from .engine.hooks.model import CompileBackboneHook, FlashAttentionHook, Float32OutputsHook
 from .engine.optimizers.bfloat16 import BFloat16OptimWrapper
@@ -43,6 +44,7 @@ __all__ = [
     "InternImageLayerDecayOptimizerConstructor",
     "LayerNormFPN",
     "LoadReadableImage",
+    "ResumableEarlyStoppingHook",
     "RunTensorboardVisBackend",
     "RunTrackerVisBackend",
     "SafeRunner",

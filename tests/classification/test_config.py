@@ -207,6 +207,7 @@ def test_text_settings_are_kept_verbatim(yaml_file, key, text):
     [
         "ema_decay", "optimizer.clip_grad", "optimizer.layer_decay", "optimizer.lr_batch",
         "augmentation.auto_augment", "model.initial_checkpoint", "model.class_map",
+        "class_weights", "distillation.teacher", "early_stopping.patience",
     ],
 )  # fmt: skip
 def test_optional_settings_are_disabled_by_words(yaml_file, key, word):
@@ -270,6 +271,15 @@ def test_an_override_replaced_by_a_later_one_is_logged(yaml_file, overrides, rep
             ["augmentation.mixup=0", "augmentation.cutmix=0", "augmentation.mixup_mode=elem"],
             "augmentation.mixup_mode has no effect with mixup=0 and cutmix=0",
         ),
+        (
+            ["data.size_schedule=progressive"],
+            "data.size_schedule has no effect with image_sizes=[]",
+        ),
+        (
+            ["early_stopping.metric=loss"],
+            "early_stopping.metric has no effect with patience=null",
+        ),
+        (["distillation.alpha=1"], "distillation.alpha has no effect with teacher=null"),
     ],
 )
 def test_a_setting_without_effect_is_reported(yaml_file, overrides, line):
@@ -355,6 +365,17 @@ def test_error_names_the_missing_file():
         ("optimizer.lr=true", "optimizer.lr: .*number, got True"),
         ("model.args={a: 1, a: 2}", "duplicate key 'a'"),
         ("output=", "output: .*got ''"),
+        ("class_weights=even", "class_weights: must be null, 'balanced' or a list .*got 'even'"),
+        ("class_weights=[1, -1]", r"class_weights: must be .* not all of them 0, got \[1, -1\]"),
+        ("class_weights=[0, 0]", r"class_weights: must be .* not all of them 0, got \[0, 0\]"),
+        ("class_weights=[1, true]", r"class_weights: must be .*, got \[1, True\]"),
+        ("class_weights=[1, .inf]", r"class_weights: must be .*, got \[1, inf\]"),
+        ("class_weights=[1, 2]", r"one number for each of model\.num_classes=1000, got 2"),
+        ("data.image_sizes=[0]", r"data\.image_sizes\.0: .*greater than 0, got 0"),
+        ("data.image_sizes=[1,2,3,4,5,6,7,8,9]", "data.image_sizes: .*at most 8 items"),
+        ("model.freeze=backbone", "model.freeze: .*got 'backbone'"),
+        ("early_stopping.patience=0", "early_stopping.patience: .*greater than 0, got 0"),
+        ("distillation.temperature=0", "distillation.temperature: .*greater than 0, got 0"),
     ],
 )
 def test_error_names_the_malformed_override(yaml_file, override, message):

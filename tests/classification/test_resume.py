@@ -58,6 +58,31 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
 
 
 @pytest.mark.slow
+def test_a_fine_tuning_run_resumes_exactly(config, checkpoint, tmp_path, stop_after, monkeypatch):
+    monkeypatch.setattr(Trainer, "report", lambda self: None)
+    changes = {
+        "class_weights": [1.0] * 5 + [2.0] * 5,
+        "model": {"freeze": ["patch_embed", "levels.0", "conv_head"]},
+        "data": {"image_sizes": [24, 32]},
+        "early_stopping": {"patience": 9},
+        "distillation": {"teacher": str(checkpoint["between"])},
+        "augmentation": {"auto_augment": None},  # for speed
+    }
+    whole = config(output=str(tmp_path / "whole"), **changes)
+    train(whole)
+    stopped = config(output=str(tmp_path / "stopped"), **changes)
+    stop_after(8)  # within the second epoch
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        train(stopped)
+    train(stopped, resume="auto")
+    assert_same_weights(*(f"{c.output}/last.pth" for c in (whole, stopped)))
+    assert metrics(whole.output) == metrics(stopped.output)
+    one, other = (load_checkpoint(f"{c.output}/last.pth") for c in (whole, stopped))
+    assert one["early_stopping"] == other["early_stopping"]
+    assert one["early_stopping"]["best"] == one["best_top1"]
+
+
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     settings, config, tmp_path
 ):

@@ -99,6 +99,7 @@ USED = {
     "amp": ("bf16", computes_in(torch.bfloat16)),
     "ema_decay": (0.5, lambda t, v: t.ema.decay == v),
     "max_nonfinite": (1, stops_at_once),
+    "class_weights": ((1.0, 2.0) * 5, lambda t, v: t.criterion.weight.tolist() == [*v]),
     "model.drop_path_rate": (0.3, lambda t, v: v in {
         round(getattr(m, "drop_prob", None) or 0.0, 6) for m in t.model.modules()}),
     "model.args": (SMALL | {"drop_rate": 0.5}, lambda t, v: t.model.drop_rate == 0.5),
@@ -107,6 +108,10 @@ USED = {
     "data.train_split": ("val", lambda t, v: len(t.train_loader.dataset) == 20),
     "data.val_split": ("train", lambda t, v: len(t.val_set) == 60),
     "data.image_size": (64, lambda t, v: next(iter(t.val_loader))[0].shape[-1] == v),
+    "data.image_sizes": ((24, 40), lambda t, v: {
+        images.shape[-1] for images, _ in t.train_loader} == {*v}),
+    "data.size_schedule": ("progressive", lambda t, v: {
+        images.shape[-1] for images, _ in t.train_loader} == {24}, {"data.image_sizes": (24, 40)}),
     "data.crop_pct": (0.5, in_evaluation_transform("size=64")),
     "data.interpolation": ("nearest", in_evaluation_transform("nearest")),
     "data.mean": ((0.1, 0.1, 0.1), in_evaluation_transform("mean=tensor([0.1000, 0.1000")),
@@ -148,6 +153,13 @@ USED = {
                             {"schedule.name": "step", "schedule.decay_epochs": 1.0}),
     "checkpoints.every_epochs": (1, lambda t, v: "epoch_3.pth" in run_of_an_epoch(t)[-1]),
     "checkpoints.every_updates": (2, lambda t, v: [s[0] for s in run_of_an_epoch(t)] == [2, 4, 0]),
+    "early_stopping.patience": (3, lambda t, v: t.patience.options.patience == v),
+    "early_stopping.metric": ("loss", lambda t, v: t.patience.options.metric == v),
+    "early_stopping.min_delta": (0.5, lambda t, v: t.patience.options.min_delta == v),
+    # The test uses the checkpoint itself as the teacher.
+    "distillation.teacher": (None, lambda t, v: t.distillation.task_loss_weight == 0.5),
+    "distillation.alpha": (0.25, lambda t, v: t.distillation.distill_loss_weight == v),
+    "distillation.temperature": (4.0, lambda t, v: t.distillation.temperature == v),
 }  # fmt: skip
 
 
@@ -158,6 +170,10 @@ REFUSED = {
     "model.initial_checkpoint": ("other.pth", "model.initial_checkpoint must be None as in"),
     "model.class_map": ("other.txt", "model.class_map must be None as in"),
     "optimizer.name": ("sgd", "optimizer.name must be 'adamw' as in the checkpoint, got 'sgd'"),
+    "model.freeze": (
+        ("levels.0",),
+        r"model.freeze must be \[\] as in the checkpoint, got \['levels",
+    ),
     "model.args": (SMALL | {"channels": 32}, "does not match the model: .*shape of patch_embed"),
     "schedule.epochs": (1, "schedule.epochs must be at least 2, .* got 1"),
     "data.root": ("renamed", r"only in the checkpoint: 3; only in the data: three"),
@@ -191,6 +207,9 @@ def test_a_changed_setting_is_used(key, change, checkpoint, tmp_path):
     value, check, *others = USED[key]
     if key == "output":
         value = str(tmp_path / value)
+    if key.startswith("distillation."):
+        others = [{"distillation.teacher": str(checkpoint["between"])}]
+        value = others[0].get(key, value)
     trainer = build(change(**{key: value, **(others[0] if others else {})}))
     changes = trainer.resume(checkpoint["between"])
     if key not in ("output", "model.args"):
@@ -236,3 +255,20 @@ def test_a_setting_that_cannot_change_within_an_epoch_is_rejected(key, change, c
 
 def test_the_case_of_an_optimizer_name_can_change(change, checkpoint):
     build(change(**{"optimizer.name": "AdamW"})).resume(checkpoint["between"])
+
+
+def test_checkpoints_of_earlier_versions_can_be_resumed(change, checkpoint, tmp_path):
+    """Settings that they lack count as unchanged if they have their default."""
+    state = load_checkpoint(checkpoint["within"])
+    config = state["config"]
+    for key in ("class_weights", "early_stopping", "distillation"):
+        del config[key]
+    del config["model"]["freeze"], config["data"]["image_sizes"], config["data"]["size_schedule"]
+    torch.save(state, tmp_path / "old.pth")
+    trainer = build(change())
+    changes = trainer.resume(tmp_path / "old.pth")
+    assert [line.partition(" ")[0] for line in changes] == ["output"]
+    changes = build(change(class_weights="balanced")).resume(tmp_path / "old.pth")
+    assert "class_weights was None, is now balanced" in changes
+    with pytest.raises(ValueError, match=r"model\.freeze must be \[\] as in the checkpoint"):
+        build(change(**{"model.freeze": ["backbone"]})).resume(tmp_path / "old.pth")

@@ -1,6 +1,6 @@
 """Datasets, the classes of their images, and loaders with timm's transforms."""
 
-from .classes import class_names, class_to_index, match_classes
+from .classes import balanced_weights, class_names, class_to_index, match_classes
 from .datasets import (
     SKIPPED,
     SkippingImageDataset,
@@ -27,6 +27,7 @@ __all__ = [
     "SkippingImageDataset",
     "SkippingStream",
     "TooManyCorruptImages",
+    "balanced_weights",
     "build_dataset",
     "build_mixup",
     "class_names",

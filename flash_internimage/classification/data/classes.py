@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils import natural_key
 
@@ -54,6 +55,32 @@ def class_names(dataset: object, num_classes: int) -> list[str]:
         )  # fmt: skip
     names = {index: name for name, index in class_to_idx.items()}
     return [names.get(i, str(i)) for i in range(num_classes)]
+
+
+def balanced_weights(dataset: ImageSet, num_classes: int) -> list[float]:
+    """Return class weights that give all classes the same total weight in a dataset.
+
+    As scikit-learn's 'balanced', they average 1 over the images. Classes without images have the
+    weight 0.
+
+    Args:
+        dataset: Training data.
+        num_classes: Number of classes of the model.
+
+    Raises:
+        ConfigError: If the labels are not known before the images are read.
+    """
+    reader = dataset.reader
+    labels = getattr(reader, "targets", None)
+    if labels is None and hasattr(reader, "samples"):
+        labels = [label for _, label in reader.samples]
+    if labels is None:
+        raise ConfigError(
+            "class_weights must be a list of numbers for data that are not in folders or tar files "
+            "and whose labels cannot be counted in advance, got 'balanced'"
+        )
+    counts = torch.bincount(torch.as_tensor(labels), minlength=num_classes)
+    return (counts.sum() / (counts.count_nonzero() * counts)).nan_to_num(posinf=0).tolist()
 
 
 def match_classes(dataset: ImageSet, names: Sequence[str], source: str) -> None:

@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,7 @@ class SkippingImageDataset(ImageDataset):
         super().__init__(root=None, reader=reader)
         self.is_training = is_training
         self.max_corrupt = max_corrupt
+        self.transforms: Sequence[Callable[[Image.Image], Any]] = ()
         # One flag per image, shared with the loader's worker processes.
         self._unreadable = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
 
@@ -124,7 +125,17 @@ class SkippingImageDataset(ImageDataset):
         """Number of distinct images that could not be read so far."""
         return int(self._unreadable.sum())
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Any, int]:
+        """Return a transformed image and its label.
+
+        Args:
+            index: Number of the image; or this and the number of one of `transforms`, as yielded by
+                timm's ScheduledBatchSampler.
+        """
+        transform = self.transform
+        if isinstance(index, tuple):
+            index, choice = index
+            transform = self.transforms[choice]
         for i in range(index, index + len(self)):
             try:
                 image, target = self.read(i % len(self))
@@ -138,7 +149,7 @@ class SkippingImageDataset(ImageDataset):
             raise TooManyCorruptImages(f"none of the {len(self)} images of the split can be read")
         if target != SKIPPED and self.target_transform is not None:
             target = self.target_transform(target)
-        return self.transform(image), target
+        return transform(image), target
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return an image in RGB and its label.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from timm.data import Mixup, create_transform
+from timm.data import Mixup, ScheduledBatchSampler, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.distributed import DistributedSampler
@@ -54,7 +54,7 @@ def _erasing(augmentation: Augmentation) -> dict[str, Any]:
 
 
 def train_transform(
-    data: Data, augmentation: Augmentation, for_prefetcher: bool
+    data: Data, augmentation: Augmentation, for_prefetcher: bool, size: int | None = None
 ) -> Callable[[Image.Image], Any]:
     """Build the transform that augments training images.
 
@@ -62,13 +62,14 @@ def train_transform(
         data: Settings of the data.
         augmentation: Settings of the augmentation.
         for_prefetcher: Leave normalization and random erasing to timm's prefetcher.
+        size: Height and width of the results; None for `data.image_size`.
 
     Raises:
         ConfigError: If timm does not accept a setting.
     """
     try:
         return create_transform(
-            data.image_size,
+            size or data.image_size,
             is_training=True,
             scale=augmentation.scale,
             ratio=augmentation.ratio,
@@ -149,16 +150,21 @@ def _loader(
     if isinstance(dataset, SkippingStream):
         sampler = None  # the reader shuffles and distributes
         dataset.set_loader_cfg(num_workers=data.workers)
+    batches: dict[str, Any] = {
+        "batch_size": batch_size,
+        "sampler": sampler,
+        "drop_last": drop_last,
+    }
+    if isinstance(sampler, ScheduledBatchSampler):
+        batches = {"batch_sampler": sampler}
     prefetch = _uses_prefetcher(device)
     loader = DataLoader(
         dataset,
-        batch_size,
-        sampler=sampler,
+        **batches,
         num_workers=data.workers,
         collate_fn=fast_collate if prefetch else None,
         pin_memory=prefetch,
         worker_init_fn=_init_worker,
-        drop_last=drop_last,
     )
     return (
         PrefetchLoader(loader, data.mean, data.std, device=device, **erasing)
@@ -172,7 +178,8 @@ def train_loader(
 ) -> DataLoader | PrefetchLoader:
     """Build the training loader, which yields full batches of shuffled and augmented images.
 
-    Call :func:`set_epoch` before every epoch to shuffle the images.
+    Call :func:`set_epoch` before every epoch to shuffle the images. With `data.image_sizes`, the
+    images of a batch have one of these sizes, the same on all processes.
 
     Args:
         dataset: Training split; its transform is set.
@@ -183,9 +190,15 @@ def train_loader(
 
     Raises:
         ConfigError: If the dataset is smaller than the total batch size or is a stream of unknown
-            length, or if `data.workers` is 0 for `tfds/` on several processes.
+            length, if `data.workers` is 0 for `tfds/` on several processes, or if
+            `data.image_sizes` is used with a stream.
     """
     is_stream = isinstance(dataset, SkippingStream)
+    if is_stream and cfg.data.image_sizes:
+        raise ConfigError(
+            f"data.image_sizes must be empty for data.kind={cfg.data.kind}, which is read as a "
+            f"stream, got {list(cfg.data.image_sizes)}"
+        )
     if is_stream and not len(dataset):
         raise ConfigError(f"data.kind={cfg.data.kind} must provide the number of training images")
     if cfg.data.kind.lower().startswith("tfds/") and world_size > 1 and not cfg.data.workers:
@@ -197,12 +210,40 @@ def train_loader(
             f"the training split must have at least the {images} images of one optimizer step"
             f"{' per process' * is_stream}, got {len(dataset)}"
         )
-    dataset.transform = train_transform(cfg.data, cfg.augmentation, _uses_prefetcher(device))
-    sampler: Sampler[int] = DistributedSampler(
+    prefetch = _uses_prefetcher(device)
+    dataset.transform = train_transform(cfg.data, cfg.augmentation, prefetch)
+    sampler: Sampler[Any] = DistributedSampler(
         dataset, world_size, rank, seed=cfg.seed, drop_last=True
     )
+    if isinstance(dataset, SkippingImageDataset) and cfg.data.image_sizes:
+        sizes = cfg.data.image_sizes
+        dataset.transforms = [
+            train_transform(cfg.data, cfg.augmentation, prefetch, size) for size in sizes
+        ]
+        sampler = _scheduled(sampler, cfg)
     erasing = _erasing(cfg.augmentation)
     return _loader(dataset, cfg.data, cfg.batch_size, device, sampler, drop_last=True, **erasing)
+
+
+def _scheduled(sampler: Sampler[int], cfg: Config) -> ScheduledBatchSampler:
+    """Return batches of a sampler, each with the number of one of `data.image_sizes`."""
+    sizes = cfg.data.image_sizes
+    progressive = cfg.data.size_schedule == "progressive" and len(sizes) > 1
+    schedule: dict[str, Any] = {}
+    if progressive:
+        schedule = {
+            "choice_schedule": "progressive",
+            "schedule_epochs": cfg.schedule.epochs,
+            "schedule_spread": 0.0,
+            "schedule_random_mix": 0.0,
+        }
+    return ScheduledBatchSampler(
+        sampler,
+        [cfg.batch_size] * len(sizes),
+        seed=cfg.seed,
+        num_batches=len(sampler) // cfg.batch_size,  # type: ignore[arg-type]
+        **schedule,
+    )
 
 
 def share_unreadable(loader: DataLoader | PrefetchLoader) -> None:
@@ -224,8 +265,9 @@ def set_epoch(loader: DataLoader | PrefetchLoader, epoch: int) -> None:
     share_unreadable(loader)
     if hasattr(loader.dataset, "set_epoch"):
         loader.dataset.set_epoch(epoch)
-    if isinstance(loader.sampler, DistributedSampler):
-        loader.sampler.set_epoch(epoch)
+    for sampler in (loader.sampler, getattr(loader, "batch_sampler", None)):
+        if isinstance(sampler, DistributedSampler | ScheduledBatchSampler):
+            sampler.set_epoch(epoch)
 
 
 def val_loader(
