@@ -14,6 +14,7 @@ from typing import Any
 COMMANDS = {
     "train": "train a classifier, detector or segmentor",
     "test": "evaluate a classifier, detector or segmentor",
+    "app": "open a page in the browser that shows predictions",
     "zoo": "list, download, convert, evaluate and publish checkpoints",
     "demo-data": "write a small dataset of real images, without a download",
 }

@@ -1,0 +1,173 @@
+"""The page: its components, and what happens on a click."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from threading import Lock
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from ..sampling import draw_sampling_points, list_layers, sampling_points
+from .image_input import image_input
+from .models import Models
+from .presentation import LOWEST_SCORE, present
+from .uploads import read_upload
+
+_logger = logging.getLogger(__name__)
+
+# Requests at a time: one uses a model, the others read images, draw pictures or load models.
+CONCURRENT = 4
+# Requests that wait for these; further ones are refused.
+WAITING = 100
+
+# Fonts of the user's system: nothing is loaded from another host.
+THEME = gr.themes.Default(
+    font=["ui-sans-serif", "system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+)
+_QUEUE: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": CONCURRENT}
+
+
+class Actions:
+    """What the page's buttons do. All methods may be called from several threads.
+
+    Args:
+        models: Models that can be chosen.
+    """
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        self._lock = Lock()  # A model predicts, or records its sampling points.
+
+    def predict(
+        self, model: str, path: str | None, threshold: float
+    ) -> tuple[np.ndarray, str, dict, dict]:
+        """Return a picture, a sentence, a table, and the choices of layers.
+
+        Args:
+            model: Label of the model.
+            path: Uploaded image.
+            threshold: Minimum score of the objects of a detector.
+        """
+        with _errors_shown():
+            image = read_upload(_required(path))
+            predictor = self._models.get(model)
+            with self._lock:
+                [result] = predictor([image])
+            shown = present(image, result, threshold)
+            table = {"headers": shown.headers, "data": shown.rows}
+            return shown.picture, shown.summary, table, _layer_choices(predictor.model, None)
+
+    def sample(
+        self, model: str, path: str | None, layer: str | None, depth: int, x: int, y: int
+    ) -> tuple[np.ndarray, str, dict]:
+        """Return a picture of the sampling points, a sentence, and the choices of layers.
+
+        Args:
+            model: Label of the model.
+            path: Uploaded image.
+            layer: Name of the layer; None for the last of the third stage.
+            depth: Number of layers whose points are composed.
+            x: Column of the pixel.
+            y: Row of the pixel.
+        """
+        with _errors_shown():
+            image = read_upload(_required(path))
+            network = self._models.get(model).model
+            choices = _layer_choices(network, layer)
+            with self._lock:
+                points = sampling_points(network, image, choices["value"], (x, y), int(depth))
+            count = sum(len(each.positions) for each in points)
+            return (
+                draw_sampling_points(image, points, (x, y)),
+                f"{count} sampling points of {choices['value']} for pixel ({x}, {y})",
+                choices,
+            )
+
+
+def build_page(models: Models) -> gr.Blocks:
+    """Return the page for a set of models."""
+    actions = Actions(models)
+    with gr.Blocks(
+        title="FlashInternImage", analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as page:
+        gr.Markdown("# FlashInternImage")
+        with gr.Row():
+            with gr.Column():
+                model = gr.Dropdown(
+                    models.labels, value=models.labels[0], label="Model", elem_id="model"
+                )
+                image = image_input(
+                    label="Image; click a pixel for its sampling points", elem_id="image"
+                )
+                threshold = gr.Slider(
+                    LOWEST_SCORE, 1, 0.3, step=0.05, label="Minimum score of objects"
+                )
+                predict = gr.Button("Predict", variant="primary", elem_id="predict")
+            with gr.Column():
+                picture = _picture("Prediction", "prediction")
+                summary = _sentence("Result", "summary")
+                table = gr.Dataframe(label="Details", interactive=False, elem_id="details")
+        with gr.Row():
+            with gr.Column():
+                layer = gr.Dropdown([], label="Layer", elem_id="layer")
+                depth = gr.Slider(1, 4, 1, step=1, label="Composed layers")
+                with gr.Row():
+                    x = gr.Number(0, label="x", precision=0, minimum=0, elem_id="x")
+                    y = gr.Number(0, label="y", precision=0, minimum=0, elem_id="y")
+                sample = gr.Button("Show sampling points", elem_id="sample")
+            with gr.Column():
+                points = _picture("Sampling points", "points")
+                points_summary = _sentence("Points", "points-summary")
+        predict.click(
+            actions.predict, [model, image, threshold], [picture, summary, table, layer],
+            api_name="predict", **_QUEUE,
+        )  # fmt: skip
+        inputs, outputs = [model, image, layer, depth, x, y], [points, points_summary, layer]
+        sample.click(actions.sample, inputs, outputs, api_name="sample", **_QUEUE)
+        image.select(_pixel, None, [x, y], queue=False, api_visibility="private").then(
+            actions.sample, inputs, outputs, api_visibility="private", **_QUEUE
+        )
+    return page.queue(max_size=WAITING)
+
+
+def _pixel(event: gr.SelectData) -> tuple[int, int]:
+    x, y = event.index
+    return x, y
+
+
+def _picture(label: str, name: str) -> gr.Image:
+    return gr.Image(label=label, interactive=False, format="png", elem_id=name)
+
+
+def _sentence(label: str, name: str) -> gr.Textbox:
+    return gr.Textbox(label=label, interactive=False, elem_id=name)
+
+
+def _layer_choices(network: Any, layer: str | None) -> dict:
+    """Return the layers as an update of the dropdown, with `layer` or a default as value."""
+    names = list_layers(network)
+    if layer not in names:
+        third_stage = [name for name in names if re.search(r"\blevels\.2\.", name)]
+        layer = (third_stage or names)[-1]
+    return gr.update(choices=names, value=layer)
+
+
+def _required(path: str | None) -> str:
+    if path is None:
+        raise ValueError("Choose an image first")
+    return path
+
+
+@contextmanager
+def _errors_shown() -> Iterator[None]:
+    """Show errors that have a message for users, until they close it."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        _logger.warning("%s", error)
+        message = escape(str(error), quote=False)
+        raise gr.Error(message, duration=None, print_exception=False) from error

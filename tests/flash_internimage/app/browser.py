@@ -1,0 +1,74 @@
+"""A headless browser, driven by Selenium."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+VARIABLE = "FLASH_INTERNIMAGE_TEST_BROWSER"
+FLAGS = (
+    "--headless",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",  # a container may have little shared memory
+    "--window-size=1280,1400",
+)
+
+
+def find_browser() -> tuple[str, str]:
+    """Return the paths of a browser and its driver.
+
+    Without them, the test fails, unless the variable says that there is none.
+    """
+    if os.environ.get(VARIABLE) == "none":
+        pytest.skip(f"{VARIABLE}=none")
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    driver = shutil.which("chromedriver")
+    if browser is None or driver is None:
+        pytest.fail(
+            "the test of the page needs a browser and chromedriver: apt-get install chromium "
+            f"chromium-driver, or {VARIABLE}=none to do without this test",
+            pytrace=False,
+        )
+    return browser, driver
+
+
+@contextmanager
+def open_browser(profile: Path) -> Iterator[webdriver.Chrome]:
+    """Start a browser with a new profile, and close it at the end."""
+    browser, driver = find_browser()
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    if os.name == "posix" and os.geteuid() == 0:
+        options.add_argument("--no-sandbox")  # which Chromium refuses to use as root
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    window = webdriver.Chrome(options, Service(driver))
+    try:
+        yield window
+    finally:
+        window.quit()
+
+
+def requested_hosts(window: webdriver.Chrome) -> set[str]:
+    """Return host and port of every request since the last call."""
+    messages = [json.loads(entry["message"])["message"] for entry in window.get_log("performance")]
+    urls = [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]
+    return {urlsplit(url).netloc for url in urls if urlsplit(url).scheme not in ("data", "blob")}
