@@ -5,6 +5,7 @@ default_hooks = dict(
         type="AtomicCheckpointHook", interval=1, max_keep_ckpts=1, save_best="auto", save_last=True
     )
 )
+visualizer = dict(type="CaptionedDetVisualizer")
 # NumClassCheckHook, no longer a default in mmdet 3, rejects heads whose number of classes is not
 # that of the data.
 custom_hooks = [

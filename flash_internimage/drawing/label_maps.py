@@ -1,0 +1,142 @@
+"""Label maps over their image, with a legend."""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..inference.results import LabelMap
+from .colors import class_colors, label_color
+from .layout import BACKGROUND, add_caption, enlarge, font_size, pad
+from .text import fit, line_height, load_font, text_width
+
+_OTHER = (128, 128, 128)
+
+
+class LegendEntry(NamedTuple):
+    """A class in a label map.
+
+    Attributes:
+        name: Name of the class.
+        color: RGB color, None for pixels that are ignored.
+        share: Share of the pixels, from 0 to 1.
+    """
+
+    name: str
+    color: tuple[int, int, int] | None
+    share: float
+
+
+def draw_label_map(
+    image: np.ndarray,
+    result: LabelMap,
+    *,
+    caption: str | None = None,
+    min_width: int = 640,
+    opacity: float = 0.6,
+    ignore: int | None = 255,
+) -> np.ndarray:
+    """Draw the class of each pixel in color, with a legend below the picture.
+
+    Args:
+        image: (H, W, 3) uint8 array.
+        result: Label map of the same height and width.
+        caption: Text of a bar above the picture.
+        min_width: Width in pixels to which smaller images are enlarged.
+        opacity: Opacity of the colors, from 0 to 1.
+        ignore: Label of pixels without a class, which show the image.
+
+    Returns:
+        (H', W', 3) uint8 array.
+
+    Raises:
+        ValueError: If the image, the shape of the label map or the opacity is wrong.
+    """
+    picture, _ = enlarge(image, min_width)
+    labels = np.asarray(result.labels)
+    if labels.shape != image.shape[:2]:
+        raise ValueError(f"labels must have the shape {image.shape[:2]}, got {labels.shape}")
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity must be from 0 to 1, got {opacity}")
+    height, width = picture.shape[:2]
+    # Rows and columns of the label map for those of the picture: enlarging does not mix labels.
+    rows = np.arange(height) * labels.shape[0] // height
+    columns = np.arange(width) * labels.shape[1] // width
+    enlarged = labels if height == labels.shape[0] else labels[rows][:, columns]
+    picture = _colored(picture, enlarged, len(result.classes), opacity, ignore)
+    entries = legend_entries(result, ignore)
+    legend = _legend(entries, max(width, min_width), font_size(width, height))
+    picture = np.concatenate([pad(picture, legend.shape[1], 0), legend])
+    return add_caption(picture, caption)
+
+
+def legend_entries(result: LabelMap, ignore: int | None = 255) -> list[LegendEntry]:
+    """Return the classes in a label map, the largest first and ignored pixels last.
+
+    Labels that are not the index of a class are named "label 17".
+    """
+    present, counts = np.unique(result.labels, return_counts=True)
+    entries, ignored = [], []
+    for label, count in zip(present.tolist(), counts.tolist(), strict=True):
+        share = count / result.labels.size
+        if label == ignore:
+            ignored.append(LegendEntry("ignored", None, share))
+            continue
+        known = 0 <= label < len(result.classes)
+        name = result.classes[label] if known else f"label {label}"
+        entries.append(LegendEntry(name, label_color(label, len(result.classes)), share))
+    return sorted(entries, key=lambda entry: -entry.share) + ignored
+
+
+def _colored(
+    picture: np.ndarray, labels: np.ndarray, classes: int, opacity: float, ignore: int | None
+) -> np.ndarray:
+    table = np.concatenate([class_colors(classes), np.array([_OTHER], np.uint8)])
+    known = (labels >= 0) & (labels < classes)
+    colors = table[np.where(known, labels, classes)]
+    border = _borders(labels, max(1, font_size(*labels.shape[::-1]) // 12))
+    colors[border] = 255
+    if ignore is not None:
+        ignored = (labels == ignore) & ~border
+        colors[ignored] = picture[ignored]
+    return np.asarray(Image.blend(Image.fromarray(picture), Image.fromarray(colors), opacity))
+
+
+def _borders(labels: np.ndarray, line: int) -> np.ndarray:
+    """Return the pixels within `line` pixels left of or above a pixel with another label."""
+    border = np.zeros(labels.shape, bool)
+    for step in range(1, line + 1):
+        border[:-step] |= labels[:-step] != labels[step:]
+        border[:, :-step] |= labels[:, :-step] != labels[:, step:]
+    return border
+
+
+def _legend(entries: list[LegendEntry], width: int, size: int) -> np.ndarray:
+    """Return a legend of a width in columns, read from top to bottom."""
+    font = load_font(size)
+    line = round(1.7 * line_height(font))
+    swatch = line_height(font)
+    texts = [f"{entry.name}  {_percent(entry.share)}" for entry in entries]
+    widest = max((text_width(text, font) for text in texts), default=0)
+    columns = min(len(entries), max(1, width // (widest + 3 * swatch))) or 1
+    column_width = width // columns
+    rows = -(-len(entries) // columns)
+    legend = Image.new("RGB", (width, rows * line + line // 2), BACKGROUND)
+    draw = ImageDraw.Draw(legend)
+    for number, (entry, text) in enumerate(zip(entries, texts, strict=True)):
+        left = number // rows * column_width + swatch // 2
+        top = number % rows * line + line // 2
+        box = left, top, left + swatch, top + swatch
+        draw.rectangle(box, fill=entry.color, outline="black")
+        if entry.color is None:
+            draw.line(box, "black")
+        place = left + 3 * swatch // 2, top + swatch / 2
+        draw.text(
+            place, fit(text, font, column_width - 5 * swatch // 2), "black", font, anchor="lm"
+        )
+    return np.asarray(legend)
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
+    return f"{percent:.1f} %" if percent >= 0.1 else "< 0.1 %"
