@@ -1,5 +1,6 @@
 """The address at which the page is served."""
 
+import errno
 import socket
 
 
@@ -25,6 +26,10 @@ def free_port(host: str, port: int) -> int:
         try:
             server.bind(address)
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(
+                    f"--host must be an address of this machine, got {host}"
+                ) from error
             raise ValueError(
                 f"--port must be free, got {port} on {host}: {error.strerror}"
             ) from error

@@ -1,9 +1,10 @@
 """The models that the page offers, loaded on first use."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from threading import Lock
 
 from ..inference import Predictor
@@ -36,7 +37,8 @@ class Models:
 
     Args:
         sources: Sources of the models, whose labels must differ.
-        load: Function that loads a model.
+        fetch: Function that downloads the weights of a model if necessary and returns their path.
+        load: Function that loads a model with these weights.
         kept: Number of models in memory, at least 1.
 
     Raises:
@@ -44,39 +46,44 @@ class Models:
     """
 
     def __init__(
-        self, sources: list[Source], load: Callable[[Source], Predictor], kept: int = 2
+        self,
+        sources: list[Source],
+        fetch: Callable[[Source], Path | None],
+        load: Callable[[Source, Path | None], Predictor],
+        kept: int = 2,
     ) -> None:
         if not sources:
             raise ValueError("sources must not be empty")
-        self.sources: Mapping[str, Source] = {source.label: source for source in sources}
-        if len(self.sources) < len(sources):
+        self._sources = {source.label: source for source in sources}
+        if len(self._sources) < len(sources):
             labels = [source.label for source in sources]
             twice = next(label for label in labels if labels.count(label) > 1)
             raise ValueError(f"MODEL must have a name of its own, got '{twice}' twice")
-        self._load = load
-        self._kept = kept
+        self._fetch, self._load, self._kept = fetch, load, kept
         self._loaded: OrderedDict[str, Predictor] = OrderedDict()
         self._lock = Lock()
-        self._loading = {label: Lock() for label in self.sources}
 
     @property
     def labels(self) -> list[str]:
         """Labels of all models."""
-        return list(self.sources)
+        return list(self._sources)
 
-    def get(self, label: str) -> Predictor:
-        """Return a model; of several threads that need it, one loads it and the others wait.
+    @contextmanager
+    def use(self, label: str) -> Iterator[Predictor]:
+        """Lend a model to one thread at a time, and load it if necessary.
 
-        Errors while loading are not kept: the next call tries again.
+        Other models can be used while the weights are downloaded.
+
+        Args:
+            label: Label of the model.
         """
-        with self._loading[label]:
-            with self._lock:
-                if label in self._loaded:
-                    self._loaded.move_to_end(label)
-                    return self._loaded[label]
-            predictor = self._load(self.sources[label])
-            with self._lock:
-                self._loaded[label] = predictor
-                while len(self._loaded) > self._kept:
+        source, weights = self._sources[label], None
+        if label not in self._loaded:
+            weights = self._fetch(source)
+        with self._lock:
+            if label not in self._loaded:
+                while len(self._loaded) >= self._kept:
                     self._loaded.popitem(last=False)
-            return predictor
+                self._loaded[label] = self._load(source, weights)
+            self._loaded.move_to_end(label)
+            yield self._loaded[label]

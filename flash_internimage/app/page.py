@@ -5,13 +5,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
-from threading import Lock
 from typing import Any
 
 import gradio as gr
 import numpy as np
 
-from ..sampling import draw_sampling_points, list_layers, sampling_points
+from ..sampling import draw_sampling_points, list_layers
 from .image_input import image_input
 from .models import Models
 from .presentation import LOWEST_SCORE, present
@@ -32,7 +31,7 @@ _QUEUE: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": CONCU
 
 
 class Actions:
-    """What the page's buttons do. All methods may be called from several threads.
+    """What the page's buttons do; several threads may call the methods at once.
 
     Args:
         models: Models that can be chosen.
@@ -40,7 +39,6 @@ class Actions:
 
     def __init__(self, models: Models) -> None:
         self._models = models
-        self._lock = Lock()  # A model predicts, or records its sampling points.
 
     def predict(
         self, model: str, path: str | None, threshold: float
@@ -54,12 +52,12 @@ class Actions:
         """
         with _errors_shown():
             image = read_upload(_required(path))
-            predictor = self._models.get(model)
-            with self._lock:
+            with self._models.use(model) as predictor:
                 [result] = predictor([image])
+                layers = _layer_choices(predictor.model, None)
             shown = present(image, result, threshold)
             table = {"headers": shown.headers, "data": shown.rows}
-            return shown.picture, shown.summary, table, _layer_choices(predictor.model, None)
+            return shown.picture, shown.summary, table, layers
 
     def sample(
         self, model: str, path: str | None, layer: str | None, depth: int, x: int, y: int
@@ -76,16 +74,11 @@ class Actions:
         """
         with _errors_shown():
             image = read_upload(_required(path))
-            network = self._models.get(model).model
-            choices = _layer_choices(network, layer)
-            with self._lock:
-                points = sampling_points(network, image, choices["value"], (x, y), int(depth))
-            count = sum(len(each.positions) for each in points)
-            return (
-                draw_sampling_points(image, points, (x, y)),
-                f"{count} sampling points of {choices['value']} for pixel ({x}, {y})",
-                choices,
-            )
+            with self._models.use(model) as predictor:
+                layers = _layer_choices(predictor.model, layer)
+                layer, depth = layers["value"], int(depth)
+                picture = draw_sampling_points(predictor.model, image, layer, (x, y), depth)
+            return picture, _describe(layer, depth, x, y), layers
 
 
 def build_page(models: Models) -> gr.Blocks:
@@ -111,17 +104,14 @@ def build_page(models: Models) -> gr.Blocks:
                 picture = _picture("Prediction", "prediction")
                 summary = _sentence("Result", "summary")
                 table = gr.Dataframe(label="Details", interactive=False, elem_id="details")
-        with gr.Row():
-            with gr.Column():
-                layer = gr.Dropdown([], label="Layer", elem_id="layer")
-                depth = gr.Slider(1, 4, 1, step=1, label="Composed layers")
-                with gr.Row():
-                    x = gr.Number(0, label="x", precision=0, minimum=0, elem_id="x")
-                    y = gr.Number(0, label="y", precision=0, minimum=0, elem_id="y")
-                sample = gr.Button("Show sampling points", elem_id="sample")
-            with gr.Column():
-                points = _picture("Sampling points", "points")
-                points_summary = _sentence("Points", "points-summary")
+        with gr.Row(equal_height=True):
+            layer = gr.Dropdown([], label="Layer", elem_id="layer")
+            depth = gr.Slider(1, 4, 1, step=1, label="Layers to compose")
+            x = gr.Number(0, label="x", precision=0, minimum=0, elem_id="x")
+            y = gr.Number(0, label="y", precision=0, minimum=0, elem_id="y")
+            sample = gr.Button("Show sampling points", elem_id="sample")
+        points = _picture("Sampling points", "points")
+        points_summary = _sentence("Layer and pixel", "points-summary")
         predict.click(
             actions.predict, [model, image, threshold], [picture, summary, table, layer],
             api_name="predict", **_QUEUE,
@@ -154,6 +144,11 @@ def _layer_choices(network: Any, layer: str | None) -> dict:
         third_stage = [name for name in names if re.search(r"\blevels\.2\.", name)]
         layer = (third_stage or names)[-1]
     return gr.update(choices=names, value=layer)
+
+
+def _describe(layer: str, depth: int, x: int, y: int) -> str:
+    below = f" and {depth - 1} below" if depth > 1 else ""
+    return f"{layer}{below}, pixel ({x}, {y})"
 
 
 def _required(path: str | None) -> str:

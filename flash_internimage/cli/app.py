@@ -12,12 +12,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from ..app.address import free_port
 from ..app.models import Models, Source
 from ..app.presentation import LOWEST_SCORE
+from ..checkpoints import fetch_checkpoint
 from ..checkpoints.zoo import read_zoo
+from ..classification.model import pick_device
 from ..inference import Predictor, load_predictor
+from ..inference.predictor import find_model
 
 _logger = logging.getLogger(__name__)
 
@@ -57,8 +61,9 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         sources = [_to_source(text) for text in arguments.models] or _zoo()
         if arguments.max_upload < 1:
             raise ValueError(f"--max-upload must be at least 1, got {arguments.max_upload}")
+        pick_device(arguments.device)
         port = free_port(arguments.host, arguments.port)
-        models = Models(sources, partial(_load, device=arguments.device))
+        models = Models(sources, _fetch, partial(_load, device=arguments.device))
         with _own_folder():
             # Importing gradio takes seconds; it reads its folders from the environment.
             from ..app.page import build_page
@@ -79,13 +84,27 @@ def _to_source(text: str) -> Source:
     model, equals, checkpoint = text.partition("=")
     if not model or (equals and not checkpoint):
         raise ValueError(f"MODEL must be NAME or CONFIG=CHECKPOINT, got {text}")
+    found = find_model(model)
+    if found.config is not None and found.entry is None and not checkpoint:
+        raise ValueError(
+            f"MODEL must be CONFIG=CHECKPOINT for a config without released weights, got {text}"
+        )
+    is_url = checkpoint.lower().startswith(("http://", "https://"))
+    if checkpoint and not is_url and not os.path.isfile(checkpoint):
+        raise FileNotFoundError(f"checkpoint not found: {checkpoint}")
     return Source(model, checkpoint or None)
 
 
-def _load(source: Source, device: str) -> Predictor:
-    return load_predictor(
-        source.model, source.checkpoint, device=device, score_threshold=LOWEST_SCORE
-    )
+def _fetch(source: Source) -> Path | None:
+    if source.checkpoint is not None:
+        return fetch_checkpoint(source.checkpoint)
+    entry = find_model(source.model).entry
+    return None if entry is None else entry.fetch()
+
+
+def _load(source: Source, weights: Path | None, device: str) -> Predictor:
+    checkpoint = None if source.checkpoint is None else weights
+    return load_predictor(source.model, checkpoint, device=device, score_threshold=LOWEST_SCORE)
 
 
 @contextmanager

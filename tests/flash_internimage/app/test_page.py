@@ -25,9 +25,7 @@ THRESHOLD = 0.3
 def predict(page, image: Path, model: str | None = None) -> list[list[str]]:
     """Return the rows of the table."""
     client = Client(page.address, verbose=False, analytics_enabled=False)
-    answer = client.predict(
-        model or page.model, handle_file(image), THRESHOLD, api_name="/predict"
-    )
+    answer = client.predict(model or page.model, handle_file(image), THRESHOLD, api_name="/predict")
     return answer[2]["data"]
 
 
@@ -131,3 +129,39 @@ def test_large_files_are_refused(page):
     files = {"files": ("large.png", bytes(21 * 2**20))}
     response = httpx.post(f"{page.address}/gradio_api/upload", files=files, trust_env=False)
     assert response.status_code == 413
+
+
+def value(window, selector: str) -> str:
+    return window.find_element(By.CSS_SELECTOR, selector).get_property("value")
+
+
+def test_a_user_sees_predictions_sampling_points_and_errors(page, expected, tmp_path):
+    with open_browser(tmp_path / "profile") as window:
+        wait = WebDriverWait(window, 60)
+        window.get(page.address)
+        upload = (By.CSS_SELECTOR, "#image input[type=file]")
+        wait.until(lambda _: window.find_elements(*upload))
+        window.find_element(*upload).send_keys(str(page.images[3]))
+        [image] = wait.until(lambda _: window.find_elements(By.CSS_SELECTOR, "#image img"))
+        window.find_element(By.ID, "predict").click()
+        best = ": ".join(expected[3][0])
+        wait.until(lambda _: value(window, "#summary textarea") == best)
+        picture = wait.until(lambda _: window.find_element(By.CSS_SELECTOR, "#prediction img"))
+        wait.until(lambda _: picture.get_property("naturalWidth") >= 640)
+
+        # The image has 48 x 40 pixels, and its center is in the middle of the element.
+        ActionChains(window).move_to_element(image).click().perform()
+        wait.until(lambda _: value(window, "#points-summary textarea"))
+        assert "pixel (24, 20)" in value(window, "#points-summary textarea")
+        assert (value(window, "#x input"), value(window, "#y input")) == ("24", "20")
+        wait.until(lambda _: window.find_elements(By.CSS_SELECTOR, "#points img"))
+
+        window.find_element(By.CSS_SELECTOR, "#image button[aria-label=Clear]").click()
+        wait.until(lambda _: window.find_elements(*upload))
+        window.find_element(*upload).send_keys(str(text(tmp_path)))
+        wait.until(lambda _: window.find_elements(By.CSS_SELECTOR, "#image img"))
+        window.find_element(By.ID, "predict").click()
+        shown = (By.CSS_SELECTOR, "[data-testid=toast-body]")
+        [message] = wait.until(lambda _: window.find_elements(*shown))
+        assert "cannot read image text.png" in message.text
+        assert requested_hosts(window) == {page.address.removeprefix("http://")}
