@@ -27,6 +27,8 @@ WAITING = 100
 THEME = gr.themes.Default(
     font=["ui-sans-serif", "system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
+# Small images are enlarged, so that a pixel can be clicked.
+CSS = "#image img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated }"
 _QUEUE: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": CONCURRENT}
 
 
@@ -77,6 +79,8 @@ class Actions:
             with self._models.use(model) as predictor:
                 layers = _layer_choices(predictor.model, layer)
                 layer, depth = layers["value"], int(depth)
+                height, width = image.shape[:2]
+                x, y = x - (x == width), y - (y == height)  # A click on the edge is rounded up.
                 picture = draw_sampling_points(predictor.model, image, layer, (x, y), depth)
             return picture, _describe(layer, depth, x, y), layers
 
@@ -93,25 +97,26 @@ def build_page(models: Models) -> gr.Blocks:
                 model = gr.Dropdown(
                     models.labels, value=models.labels[0], label="Model", elem_id="model"
                 )
-                image = image_input(
-                    label="Image; click a pixel for its sampling points", elem_id="image"
-                )
+                image = image_input(label="Image", height=420, elem_id="image")
                 threshold = gr.Slider(
                     LOWEST_SCORE, 1, 0.3, step=0.05, label="Minimum score of objects"
                 )
                 predict = gr.Button("Predict", variant="primary", elem_id="predict")
             with gr.Column():
-                picture = _picture("Prediction", "prediction")
                 summary = _sentence("Result", "summary")
-                table = gr.Dataframe(label="Details", interactive=False, elem_id="details")
+                picture = _picture("Prediction", "prediction")
+                table = gr.Dataframe(
+                    headers=["class", "score"], label="Details", interactive=False
+                )
+        gr.Markdown("### Sampling points\nClick a pixel of the image, or enter its coordinates.")
         with gr.Row(equal_height=True):
-            layer = gr.Dropdown([], label="Layer", elem_id="layer")
-            depth = gr.Slider(1, 4, 1, step=1, label="Layers to compose")
             x = gr.Number(0, label="x", precision=0, minimum=0, elem_id="x")
             y = gr.Number(0, label="y", precision=0, minimum=0, elem_id="y")
-            sample = gr.Button("Show sampling points", elem_id="sample")
-        points = _picture("Sampling points", "points")
+            layer = gr.Dropdown([], label="Layer")
+            depth = gr.Slider(1, 4, 1, step=1, label="Layers to compose")
+            sample = gr.Button("Show sampling points")
         points_summary = _sentence("Layer and pixel", "points-summary")
+        points = _picture("Sampling points", "points")
         predict.click(
             actions.predict, [model, image, threshold], [picture, summary, table, layer],
             api_name="predict", **_QUEUE,
@@ -130,7 +135,10 @@ def _pixel(event: gr.SelectData) -> tuple[int, int]:
 
 
 def _picture(label: str, name: str) -> gr.Image:
-    return gr.Image(label=label, interactive=False, format="png", elem_id=name)
+    buttons = ["download", "fullscreen"]  # not that which publishes on the Hugging Face Hub
+    return gr.Image(
+        label=label, interactive=False, format="png", buttons=buttons, elem_id=name
+    )
 
 
 def _sentence(label: str, name: str) -> gr.Textbox:

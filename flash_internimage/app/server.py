@@ -7,7 +7,7 @@ import threading
 
 import gradio as gr
 
-from .page import THEME
+from .page import CSS, THEME
 
 _ANY_ADDRESS = ("0.0.0.0", "::")
 
@@ -41,6 +41,7 @@ def serve(page: gr.Blocks, host: str, port: int, max_megabytes: int) -> None:
         pwa=False,
         footer_links=[],
         theme=THEME,
+        css=CSS,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

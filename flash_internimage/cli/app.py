@@ -9,10 +9,13 @@ import argparse
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+
+from PIL import Image
 
 from ..app.address import free_port
 from ..app.models import Models, Source
@@ -56,6 +59,8 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     """Serve the page and return the exit code; see :func:`parse_arguments`."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
+    # Images above the page's own limit on pixels are refused.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     arguments = parse_arguments(argv, program)
     try:
         sources = [_to_source(text) for text in arguments.models] or _zoo()

@@ -71,4 +71,5 @@ def requested_hosts(window: webdriver.Chrome) -> set[str]:
         for message in messages
         if message["method"] == "Network.requestWillBeSent"
     ]
-    return {urlsplit(url).netloc for url in urls if urlsplit(url).scheme not in ("data", "blob")}
+    inside = ("blob", "chrome", "data")
+    return {urlsplit(url).netloc for url in urls if urlsplit(url).scheme not in inside}

@@ -156,7 +156,7 @@ def test_a_user_sees_predictions_sampling_points_and_errors(page, expected, tmp_
         assert (value(window, "#x input"), value(window, "#y input")) == ("24", "20")
         wait.until(lambda _: window.find_elements(By.CSS_SELECTOR, "#points img"))
 
-        window.find_element(By.CSS_SELECTOR, "#image button[aria-label=Clear]").click()
+        window.find_element(By.CSS_SELECTOR, '#image button[aria-label="Remove Image"]').click()
         wait.until(lambda _: window.find_elements(*upload))
         window.find_element(*upload).send_keys(str(text(tmp_path)))
         wait.until(lambda _: window.find_elements(By.CSS_SELECTOR, "#image img"))

@@ -22,7 +22,7 @@ def used_port():
         (["--max-upload", "0"], "--max-upload must be at least 1, got 0"),
         (["=best.pth"], "MODEL must be NAME or CONFIG=CHECKPOINT, got =best.pth"),
         (["my_config.py="], "MODEL must be NAME or CONFIG=CHECKPOINT, got my_config.py="),
-        (["upernet"], "no checkpoint 'upernet'"),
+        (["upernet"], "model must be a name of the zoo or of timm, or a config, got 'upernet'"),
         (["flash_internimage_nano_digits=no.pth"], "checkpoint not found: no.pth"),
         (["no_config.py=https://host/best.pth"], "no_config.py"),
         (["flash_internimage_tiny.in1k"] * 2, "got 'flash_internimage_tiny.in1k' twice"),
