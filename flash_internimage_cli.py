@@ -14,6 +14,8 @@ from typing import Any
 COMMANDS = {
     "train": "train a classifier, detector or segmentor",
     "test": "evaluate a classifier, detector or segmentor",
+    "predict": "predict images, videos or a camera",
+    "visualize": "draw where DCNv4 layers sample an image",
     "app": "open a page in the browser that shows predictions",
     "zoo": "list, download, convert, evaluate and publish checkpoints",
     "demo-data": "write a small dataset of real images, without a download",

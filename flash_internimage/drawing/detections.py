@@ -5,7 +5,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ..inference.results import Detections
 from .colors import label_color, text_color
-from .layout import add_caption, enlarge, font_size
+from .layout import add_caption, enlarge, font_size, pad
 from .placement import place_labels
 from .text import fit, line_height, load_font, text_width
 
@@ -39,7 +39,7 @@ def draw_detections(
     line = max(2, round(font_size(width, height) / 6))
     if result.masks is not None:
         picture = _with_masks(picture, result.masks, colors, line)
-    canvas = Image.fromarray(picture)
+    canvas = Image.fromarray(pad(picture, min_width, 0))  # room for the labels of a narrow image
     draw = ImageDraw.Draw(canvas)
     for box, color in reversed(list(zip(boxes, colors, strict=True))):
         _draw_box(draw, box, color, line)
@@ -63,7 +63,7 @@ def _check(result: Detections, image: np.ndarray) -> None:
 def _text(result: Detections, i: int) -> str:
     label, score = int(result.labels[i]), float(result.scores[i])
     name = result.classes[label] if 0 <= label < len(result.classes) else f"class {label}"
-    return name if np.isnan(score) else f"{name} {100 * score:.0f} %"
+    return name if np.isnan(score) else f"{name}: {100 * score:.0f} %"
 
 
 def _with_masks(
@@ -117,7 +117,7 @@ def _draw_labels(
     line: int,
 ) -> None:
     width, height = draw.im.size
-    font = load_font(font_size(width, height))
+    font = load_font(font_size(width, height), "".join(names))
     margin = line + 1
     names = [fit(name, font, width - 2 * margin) for name in names]
     rows = line_height(font) + 2 * margin

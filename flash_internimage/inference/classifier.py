@@ -54,6 +54,7 @@ class Classifier(Predictor):
     ) -> None:
         self.model = model
         self.classes = tuple(classes)
+        self.steps = getattr(transform, "transforms", [transform])
         self._transform, self._amp, self._top_k = transform, amp, top_k
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Classification]:

@@ -14,13 +14,15 @@ from .predictor import ModelSource
 from .results import Detections
 
 # A detector computes a mask of one byte per pixel of the image for up to 100 objects.
-MAX_PIXELS_WITH_MASKS = 20_000_000
+MAX_PIXELS_WITH_MASKS = 16_000_000
+# Bytes of the masks of an image.
+MAX_MASKS = 2**31
 
 
 class Detector(OpenMMLabPredictor):
     """A detector, with or without masks.
 
-    Images of more than 20 megapixels are reduced before a prediction with masks.
+    Images of more than 16 megapixels are reduced before a prediction with masks.
 
     Args:
         loaded: The model.
@@ -56,7 +58,7 @@ class Detector(OpenMMLabPredictor):
         masks = None
         if "masks" in found:
             # Masks that were computed on the CPU are there.
-            masks = found.masks[order.to(found.masks.device)].cpu().numpy().astype(bool)
+            masks = found.masks[order.to(found.masks.device)].cpu().numpy().astype(bool, copy=False)
         if tuple(predicted) != shape:
             (height, width), (h, w) = shape, predicted
             boxes = boxes * np.array([width / w, height / h] * 2, np.float32)
@@ -72,6 +74,12 @@ class Detector(OpenMMLabPredictor):
 
 
 def _enlarge(masks: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    height, width = shape
+    if len(masks) * height * width > MAX_MASKS:
+        raise ValueError(
+            f"{len(masks)} masks of {width} x {height} pixels take more than 2 GiB: raise the "
+            "score threshold"
+        )
     enlarged = np.empty((len(masks), *shape), bool)
     for mask, target in zip(masks, enlarged, strict=True):
         target[:] = cv2.resize(

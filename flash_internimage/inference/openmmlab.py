@@ -5,9 +5,12 @@ import importlib
 import logging
 import math
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -74,22 +77,23 @@ class OpenMMLabPredictor(Predictor):
 
     def __init__(self, loaded: LoadedModel, max_pixels: float) -> None:
         self.model, self.classes = loaded.model, loaded.classes
+        self.steps = loaded.pipeline.transforms
         self._loaded, self._max_pixels = loaded, max_pixels
 
     def _predict(self, images: Sequence[np.ndarray]) -> list[Any]:
         """Return the data samples of OpenMMLab for images, some of which are reduced in size."""
         check_images(images)
         pipeline = self._loaded.pipeline
-        packed = [pipeline({"img": self._reduce(image)[..., ::-1]}) for image in images]
-        # Padding to a common size would change the predictions.
-        groups = defaultdict(list)
-        for i, sample in enumerate(packed):
-            groups[_shapes(sample["inputs"])].append(i)
+        # Padding images to a common size would change their predictions.
+        groups, packed = defaultdict(list), []
+        for i, image in enumerate(map(self._reduce, images)):
+            packed.append(pipeline({"img": image[..., ::-1]}))
+            groups[image.shape, _shapes(packed[i]["inputs"])].append(i)
         device = next(self.model.parameters()).device
         predictions: list[Any] = [None] * len(packed)
         for indices in groups.values():
             batch = pseudo_collate([packed[i] for i in indices])
-            with torch.inference_mode(), autocast(device, self._loaded.amp):
+            with _without_noise(), torch.inference_mode(), autocast(device, self._loaded.amp):
                 outputs = self._loaded.tester.test_step(batch)
             for i, output in zip(indices, outputs, strict=True):
                 predictions[i] = output
@@ -108,6 +112,16 @@ class OpenMMLabPredictor(Predictor):
         return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Hide warnings of OpenMMLab that do not concern predictions."""
+    with warnings.catch_warnings():
+        # about losses, and about the label maps of test-time augmentation
+        for message in ("Default ``avg_non_ignore``", "The shape of value will convert"):
+            warnings.filterwarnings("ignore", message)
+        yield
+
+
 def _shapes(inputs: Any) -> tuple:
     views = inputs if isinstance(inputs, list) else [inputs]
     return tuple(tuple(view.shape) for view in views)
@@ -123,22 +137,21 @@ def load_model(
     """Load a detector or segmentor; see :func:`~flash_internimage.inference.load_predictor`."""
     if source.config is None:
         raise ValueError(f"config must be set for {source.name}, got None")
-    if checkpoint is None and source.entry is None:
-        raise no_released_weights(source)
     chosen = pick_device(device)
+    path = _fetch(source, checkpoint)
     importlib.import_module(f"flash_internimage.openmmlab.{source.task}")
     cfg = read_config(source.config)
     require_dicts(cfg, "model")
     if tta and not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
         raise ValueError(f"tta must be False for {source.name}: its config has no tta_pipeline")
     steps = _steps(cfg, source.name, tta)
-    if checkpoint is None:
-        path = source.entry.fetch()  # type: ignore[union-attr]  # checked above
-    else:
-        path = fetch_checkpoint(checkpoint)
     contents = convert_checkpoint(load_checkpoint(path))
     weights = contents["state_dict"]
-    with DefaultScope.overwrite_default_scope(cfg.default_scope), safe_loading.safe_loading():
+    with (
+        _without_noise(),
+        DefaultScope.overwrite_default_scope(cfg.default_scope),
+        safe_loading.safe_loading(),
+    ):
         try:
             model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
             pipeline = Compose([LoadCheckedArray(), *steps])
@@ -157,6 +170,14 @@ def load_model(
         convert_outputs_to_float32(model)
     tester.to(chosen).eval()
     return LoadedModel(model, tester, pipeline, _count_views(steps), classes, amp)
+
+
+def _fetch(source: ModelSource, checkpoint: str | os.PathLike | None) -> Path:
+    if checkpoint is not None:
+        return fetch_checkpoint(checkpoint)
+    if source.entry is None:
+        raise no_released_weights(source)
+    return source.entry.fetch()
 
 
 def _steps(cfg: Config, name: str, tta: bool) -> list[dict[str, Any]]:

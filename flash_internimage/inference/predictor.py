@@ -14,7 +14,6 @@ from torch import nn
 
 from ..checkpoints.zoo import TASKS, Entry, Task, read_zoo
 from ..configs import find_config, list_configs
-from .results import Result
 
 _YAML = (".yaml", ".yml")
 # Prefixes of models outside of timm's registry.
@@ -30,11 +29,13 @@ class Predictor(ABC):
         task: 'classification', 'detection' or 'segmentation'.
         classes: Names of the classes, in the order of the labels.
         model: The model, in evaluation mode and on its device.
+        steps: The transforms of its preprocessing, of torchvision or OpenMMLab, in order.
     """
 
     task: ClassVar[Task]
     classes: tuple[str, ...]
     model: nn.Module
+    steps: Sequence[Any]
 
     @abstractmethod
     def __call__(self, images: Sequence[np.ndarray]) -> list[Any]:
@@ -190,6 +191,4 @@ def check_images(images: Sequence[np.ndarray]) -> None:
 
 def no_released_weights(source: ModelSource) -> ValueError:
     """Return the error for a model that needs a checkpoint."""
-    return ValueError(
-        f"checkpoint must be given for {source.name}, which has no released weights"
-    )
+    return ValueError(f"checkpoint must be given for {source.name}, which has no released weights")

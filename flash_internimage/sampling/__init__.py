@@ -2,7 +2,7 @@
 
 from .drawing import draw_maps, draw_sampling_points
 from .fields import OffsetLengths, effective_receptive_field, offset_lengths
-from .layers import list_layers
+from .layers import last_of_stages, list_layers
 from .points import SamplingPoints, sampling_points
 from .preprocessing import Preprocessing, preprocessing_of
 
@@ -13,6 +13,7 @@ __all__ = [
     "draw_maps",
     "draw_sampling_points",
     "effective_receptive_field",
+    "last_of_stages",
     "list_layers",
     "offset_lengths",
     "preprocessing_of",

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
-from .layers import all_layers, find_layer, predict_offset_masks, run_to
+from .layers import Model, all_layers, find_layer, predict_offset_masks, run_to
 from .points import Mapping
 from .preprocessing import Preprocessing, preprocessing_of
 
@@ -40,7 +39,7 @@ class OffsetLengths:
 
 
 def offset_lengths(
-    model: nn.Module,
+    model: Model,
     image: np.ndarray,
     layers: Sequence[str] | None = None,
     *,
@@ -52,7 +51,7 @@ def offset_lengths(
     `offset_scale`.
 
     Args:
-        model: A FlashInternImage, or a detector or segmentor that contains one.
+        model: A FlashInternImage, a model that contains one, or a predictor.
         image: RGB image of shape (H, W, 3), uint8.
         layers: Names of blocks; None for all.
         preprocessing: As for :func:`sampling_points`.
@@ -60,10 +59,7 @@ def offset_lengths(
     Raises:
         ValueError: If the model has no such layer.
     """
-    if layers is None:
-        found = all_layers(model)
-    else:
-        found = [find_layer(model, name) for name in layers]
+    found = all_layers(model) if layers is None else [find_layer(model, name) for name in layers]
     if not found:
         raise ValueError("layers must not be empty")
     preprocessing = preprocessing or preprocessing_of(model)
@@ -81,7 +77,7 @@ def offset_lengths(
 
 
 def effective_receptive_field(
-    model: nn.Module,
+    model: Model,
     images: np.ndarray | Sequence[np.ndarray],
     layer: str,
     pixel: tuple[float, float] | None = None,
@@ -97,7 +93,7 @@ def effective_receptive_field(
     averaged. The channels of the unit are added with random weights, drawn anew for each sample.
 
     Args:
-        model: A FlashInternImage, or a detector or segmentor that contains one.
+        model: A FlashInternImage, a model that contains one, or a predictor.
         images: RGB image of shape (H, W, 3), uint8, or several of one size.
         layer: Name of a block, such as `levels.2.blocks.5`; its output includes the residual.
         pixel: (x, y) in the image; None for the center.

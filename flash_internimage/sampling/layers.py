@@ -13,6 +13,10 @@ from ops_dcnv4 import DCNv4
 from ops_dcnv4.window import Window
 
 from ..backbone import FlashInternImage
+from ..inference import Predictor
+
+# A FlashInternImage, a model that contains one, or a predictor of such a model.
+Model = nn.Module | Predictor
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,18 @@ def _blocks(backbone: FlashInternImage, stage: int) -> Sequence[nn.Module]:
     return blocks
 
 
-def all_layers(model: nn.Module) -> list[Layer]:
+def module_of(model: Model) -> nn.Module:
+    """Return the module of a predictor; other models are returned as they are."""
+    return model.model if isinstance(model, Predictor) else model
+
+
+def all_layers(model: Model) -> list[Layer]:
     """Return the layers of every FlashInternImage in a model, in the order of computation.
 
     Raises:
         ValueError: If there is no FlashInternImage in the model.
     """
+    model = module_of(model)
     layers = []
     for name, backbone in model.named_modules():
         if isinstance(backbone, FlashInternImage):
@@ -98,11 +108,11 @@ def all_layers(model: nn.Module) -> list[Layer]:
     return layers
 
 
-def list_layers(model: nn.Module) -> list[str]:
+def list_layers(model: Model) -> list[str]:
     """Return the names of the layers with sampling points, in the order of computation.
 
     Args:
-        model: A FlashInternImage, or a detector or segmentor that contains one.
+        model: A FlashInternImage, a model that contains one, or a predictor.
 
     Raises:
         ValueError: If there is no FlashInternImage in the model.
@@ -110,11 +120,32 @@ def list_layers(model: nn.Module) -> list[str]:
     return [layer.name for layer in all_layers(model)]
 
 
-def find_layer(model: nn.Module, name: str) -> Layer:
+def last_of_stages(model: Model, name: str | None = None) -> list[str]:
+    """Return the names of the last block of each stage, and of a further layer, in order.
+
+    Args:
+        model: A FlashInternImage, a model that contains one, or a predictor.
+        name: Further layer, as for :func:`find_layer`; its backbone is the one considered.
+
+    Raises:
+        ValueError: If there is no FlashInternImage in the model, or no layer of that name.
+    """
+    layers = all_layers(model)
+    further = layers[0] if name is None else find_layer(model, name)
+    layers = [layer for layer in layers if layer.backbone is further.backbone]
+    chosen = {layer.stage: layer.name for layer in layers}.values()
+    return [
+        layer.name
+        for layer in layers
+        if layer.name in chosen or (name is not None and layer.name == further.name)
+    ]
+
+
+def find_layer(model: Model, name: str) -> Layer:
     """Return the layer with a name.
 
     Args:
-        model: A FlashInternImage, or a detector or segmentor that contains one.
+        model: A FlashInternImage, a model that contains one, or a predictor.
         name: Name of a block, or of the DCNv4 layer in it. The prefix of the backbone may be
             omitted if there is one backbone.
 
@@ -130,7 +161,7 @@ def find_layer(model: nn.Module, name: str) -> Layer:
     if found:
         raise ValueError(f"layer must be one of {', '.join(found)}, got {name!r}")
     raise ValueError(f"layer must be {_ranges(list(layers.values()))}, got {name!r}"
-                     + _hint(model, list(layers), wanted))  # fmt: skip
+                     + _hint(module_of(model), list(layers), wanted))  # fmt: skip
 
 
 def _ranges(layers: Sequence[Layer]) -> str:

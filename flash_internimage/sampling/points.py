@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ops_dcnv4 import reference
 from ops_dcnv4.window import Window
 
-from .layers import Layer, find_layer, predict_offset_masks
+from .layers import Layer, Model, find_layer, predict_offset_masks
 from .preprocessing import Preprocessing, preprocessing_of
 
 
@@ -31,6 +31,7 @@ class SamplingPoints:
         weights: (n,) float64. The modulation, which may be negative, multiplied by the weight of
             the unit that the point belongs to, which is 1 in the first layer.
         groups: (n,) int64, the group of each point.
+        num_groups: Number of groups of the layer.
         omitted: Share of the sum of absolute weights that belongs to points omitted because there
             were more than the maximum.
     """
@@ -40,6 +41,7 @@ class SamplingPoints:
     positions: np.ndarray
     weights: np.ndarray
     groups: np.ndarray
+    num_groups: int
     omitted: float
 
 
@@ -96,7 +98,7 @@ class Mapping:
 
 
 def sampling_points(
-    model: nn.Module,
+    model: Model,
     image: np.ndarray,
     layer: str,
     pixel: tuple[float, float],
@@ -115,7 +117,7 @@ def sampling_points(
     projections, and the extent of the convolutions between stages are left out.
 
     Args:
-        model: A FlashInternImage, or a detector or segmentor that contains one.
+        model: A FlashInternImage, a model that contains one, or a predictor.
         image: RGB image of shape (H, W, 3), uint8.
         layer: Name of a block, such as `levels.2.blocks.5`, see :func:`list_layers`.
         pixel: (x, y) in the image. The points are those of the closest output pixel of the layer.
@@ -154,6 +156,7 @@ def sampling_points(
                 positions.numpy(),
                 taps.weights.numpy(),
                 taps.groups.numpy(),
+                current.dcn.group,
                 omitted,
             )
         )

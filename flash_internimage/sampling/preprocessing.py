@@ -1,20 +1,30 @@
 """Turn an RGB image into the input of a backbone, and map coordinates between the two."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor, nn
+from PIL import Image
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    create_transform,
+    resolve_model_data_config,
+)
+from torch import Tensor
+from torchvision.transforms import Normalize, Resize
+
+from ..inference import Predictor
+from .layers import Model, module_of
 
 Color = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resizing and normalization of images; nothing is cropped.
+    """Bicubic resizing and normalization of images; nothing is cropped.
 
     Attributes:
         size: Shorter side in pixels to which images are resized; None keeps their size.
@@ -46,42 +56,53 @@ class Preprocessing:
             raise ValueError(
                 f"image must be (H, W, 3) uint8, got shape {image.shape} of {image.dtype}"
             )
-        x = torch.tensor(image).permute(2, 0, 1)[None].float()
-        size = self.input_size(*image.shape[:2])
-        if size != image.shape[:2]:
-            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 255)
+        height, width = self.input_size(*image.shape[:2])
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+        x = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float()
         mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (self.mean, self.std))
         return (x - mean) / std
 
 
-def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """Return the preprocessing that a model expects.
+def preprocessing_of(model: Model) -> Preprocessing:
+    """Return the preprocessing that a model expects in a test.
 
     Args:
-        model: A model of timm, whose `pretrained_cfg` is read, or a detector or segmentor of
-            OpenMMLab, whose data preprocessor and config (if it has one, as `cfg`) are read.
+        model: A predictor; a model of timm, whose pretrained config is read; or a detector or
+            segmentor of OpenMMLab, whose data preprocessor and config (if it has one, as `cfg`) are
+            read.
     """
-    if (preprocessor := getattr(model, "data_preprocessor", None)) is not None:
-        mean, std = (_color(getattr(preprocessor, name).flatten().tolist())
-                     for name in ("mean", "std"))  # fmt: skip
-        size, max_size = _test_scale(getattr(model, "cfg", None) or {})
-        return Preprocessing(size, max_size, mean, std)
-    settings = getattr(model, "pretrained_cfg", None)
-    if settings is None:
-        return Preprocessing()
-    mean, std = (_color([255 * n for n in settings[name]]) for name in ("mean", "std"))
-    return Preprocessing(settings["input_size"][-1], None, mean, std)
+    module = module_of(model)
+    colors = getattr(module, "data_preprocessor", None)
+    steps: Sequence[Any] = ()
+    if isinstance(model, Predictor):
+        steps = model.steps
+    elif colors is not None:
+        steps = _test_pipeline(getattr(module, "cfg", None) or {})
+    elif getattr(module, "pretrained_cfg", None) is not None:
+        steps = create_transform(**resolve_model_data_config(module), is_training=False).transforms
+    settings: dict[str, Any] = {}
+    for step in steps:
+        if isinstance(step, Normalize):
+            settings |= {name: _color(getattr(step, name), 255) for name in ("mean", "std")}
+        elif isinstance(step, Resize):
+            settings["size"] = step.size if isinstance(step.size, int) else min(step.size)
+        elif scale := _scale_of(step):
+            settings |= {"size": min(scale), "max_size": max(scale)}
+    if colors is not None:
+        settings |= {name: _color(getattr(colors, name).flatten()) for name in ("mean", "std")}
+    return Preprocessing(**settings)
 
 
-def _color(numbers: list[float]) -> Color:
-    red, green, blue = numbers
+def _scale_of(step: Any) -> Sequence[int] | None:
+    """Return the `scale` of a transform of OpenMMLab, or of its settings."""
+    return step.get("scale") if isinstance(step, Mapping) else getattr(step, "scale", None)
+
+
+def _color(numbers: Any, factor: float = 1) -> Color:
+    red, green, blue = (factor * torch.as_tensor(numbers)).tolist()
     return red, green, blue
 
 
-def _test_scale(config: Any) -> tuple[int | None, int | None]:
-    """Return the shorter and the longer side of an OpenMMLab config's test images."""
-    loader = config.get("test_dataloader") or {}
-    for step in (loader.get("dataset") or {}).get("pipeline") or []:
-        if step.get("type") == "Resize" and step.get("scale"):
-            return min(step["scale"]), max(step["scale"])
-    return None, None
+def _test_pipeline(config: Mapping[str, Any]) -> Sequence[Any]:
+    dataset = (config.get("test_dataloader") or {}).get("dataset") or {}
+    return dataset.get("pipeline") or ()

@@ -49,7 +49,7 @@ class CaptionedDetVisualizer(DetLocalVisualizer):
         classes = tuple(self.dataset_meta.get("classes") or ())
         pictures = []
         if draw_gt and "gt_instances" in data_sample:
-            truth = to_detections(data_sample.gt_instances, classes)
+            truth = _annotations(data_sample, classes)
             pictures.append(draw_detections(image, truth, caption="Ground truth"))
         if draw_pred and "pred_instances" in data_sample:
             predicted = data_sample.pred_instances
@@ -90,4 +90,20 @@ def to_detections(instances: InstanceData, classes: tuple[str, ...]) -> Detectio
         labels=labels.numpy(),
         masks=None if masks is None else np.asarray(masks, bool),
         classes=classes,
+    )
+
+
+def _annotations(data_sample: DetDataSample, classes: tuple[str, ...]) -> Detections:
+    """Return the annotations of an image, those that the metrics ignore as a class of their own."""
+    truth = to_detections(data_sample.gt_instances, classes)
+    if not len(data_sample.get("ignored_instances", ())):
+        return truth
+    ignored = to_detections(data_sample.ignored_instances, classes)
+    with_masks = truth.masks is not None and ignored.masks is not None
+    return Detections(
+        boxes=np.concatenate([truth.boxes, ignored.boxes]),
+        scores=np.concatenate([truth.scores, ignored.scores]),
+        labels=np.concatenate([truth.labels, np.full_like(ignored.labels, len(classes))]),
+        masks=np.concatenate([truth.masks, ignored.masks]) if with_masks else None,
+        classes=(*classes, "ignored"),
     )

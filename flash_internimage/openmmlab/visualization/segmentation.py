@@ -24,13 +24,20 @@ class CaptionedSegVisualizer(SegLocalVisualizer):
     colors that color-blind readers confuse. Depth maps are drawn by mmseg.
 
     Args:
+        name: Name of the visualizer.
         alpha: Opacity of the colors, from 0 to 1.
         ignore_index: Label of pixels that are not annotated.
         **others: Arguments of SegLocalVisualizer.
     """
 
-    def __init__(self, alpha: float = 0.6, ignore_index: int = IGNORED, **others: Any) -> None:
-        super().__init__(alpha=alpha, **others)
+    def __init__(  # mmengine requires an argument with the name `name`
+        self,
+        name: str = "visualizer",
+        alpha: float = 0.6,
+        ignore_index: int = IGNORED,
+        **others: Any,
+    ) -> None:
+        super().__init__(name=name, alpha=alpha, **others)
         self.ignore_index = ignore_index
 
     @master_only
