@@ -41,7 +41,7 @@ _XYZ = np.array(
 _WHITE = _XYZ.sum(1)
 
 # Darker colors hide the image under them, and lighter ones look like white.
-_LIGHTNESS = (30, 92)
+_LIGHTNESS = (42, 92)
 
 
 def class_colors(count: int) -> np.ndarray:
