@@ -251,9 +251,9 @@ def _omission(points: SamplingPoints) -> str:
 def _count(image: np.ndarray, points: SamplingPoints) -> str:
     """Return the number of points, also of those outside the image, which add nothing."""
     height, width = image.shape[:2]
-    inside = ((points.positions >= -0.5) & (points.positions < (width - 0.5, height - 0.5))).all(1)
-    outside = len(inside) - inside.sum()
-    return f"{len(inside)} points" + (f", {outside} outside the image" if outside else "")
+    x, y = points.positions.T
+    outside = np.sum((x < -0.5) | (x >= width - 0.5) | (y < -0.5) | (y >= height - 0.5))
+    return f"{len(x)} points" + (f", {outside} outside the image" if outside else "")
 
 
 def _scatter(
