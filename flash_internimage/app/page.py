@@ -102,17 +102,15 @@ def build_page(models: Models) -> gr.Blocks:
                     LOWEST_SCORE, 1, 0.3, step=0.05, label="Minimum score of objects"
                 )
                 predict = gr.Button("Predict", variant="primary", elem_id="predict")
+                table = gr.Dataframe(headers=["class", "score"], label="Details", interactive=False)
             with gr.Column():
                 summary = _sentence("Result", "summary")
                 picture = _picture("Prediction", "prediction")
-                table = gr.Dataframe(
-                    headers=["class", "score"], label="Details", interactive=False
-                )
         gr.Markdown("### Sampling points\nClick a pixel of the image, or enter its coordinates.")
         with gr.Row(equal_height=True):
             x = gr.Number(0, label="x", precision=0, minimum=0, elem_id="x")
             y = gr.Number(0, label="y", precision=0, minimum=0, elem_id="y")
-            layer = gr.Dropdown([], label="Layer")
+            layer = gr.Dropdown([], label="Layer", scale=2)
             depth = gr.Slider(1, 4, 1, step=1, label="Layers to compose")
             sample = gr.Button("Show sampling points")
         points_summary = _sentence("Layer and pixel", "points-summary")
@@ -136,9 +134,7 @@ def _pixel(event: gr.SelectData) -> tuple[int, int]:
 
 def _picture(label: str, name: str) -> gr.Image:
     buttons = ["download", "fullscreen"]  # not that which publishes on the Hugging Face Hub
-    return gr.Image(
-        label=label, interactive=False, format="png", buttons=buttons, elem_id=name
-    )
+    return gr.Image(label=label, interactive=False, format="png", buttons=buttons, elem_id=name)
 
 
 def _sentence(label: str, name: str) -> gr.Textbox:

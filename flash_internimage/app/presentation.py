@@ -69,7 +69,7 @@ def _classification(image: np.ndarray, result: Classification) -> Presentation:
 
 def _detections(image: np.ndarray, result: Detections, threshold: float) -> Presentation:
     names = [result.classes[label] for label in result.labels.tolist()]
-    counts = ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
+    counts = ", ".join(f"{name} ({count})" for name, count in Counter(names).most_common())
     objects = "1 object" if len(names) == 1 else f"{len(names)} objects"
     rows = [
         [name, _percent(score), *(f"{side:.0f}" for side in box)]

@@ -29,9 +29,9 @@ def test_classification():
 @pytest.mark.parametrize(
     ("threshold", "summary"),
     [
-        (0.1, "3 objects with a score of at least 0.10: 2 dog, 1 cat"),
-        (0.3, "2 objects with a score of at least 0.30: 1 dog, 1 cat"),
-        (0.6, "1 object with a score of at least 0.60: 1 dog"),
+        (0.1, "3 objects with a score of at least 0.10: dog (2), cat (1)"),
+        (0.3, "2 objects with a score of at least 0.30: dog (1), cat (1)"),
+        (0.6, "1 object with a score of at least 0.60: dog (1)"),
         (0.95, "0 objects with a score of at least 0.95"),
     ],
 )

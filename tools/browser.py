@@ -1,4 +1,4 @@
-"""A headless browser, driven by Selenium."""
+"""A headless browser, driven by Selenium: for the test of the page, and its picture in the docs."""
 
 import json
 import os
@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-VARIABLE = "FLASH_INTERNIMAGE_TEST_BROWSER"
-FLAGS = (
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_FLAGS = (
     "--headless",
     "--disable-gpu",
     "--disable-quic",
@@ -22,7 +20,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--disable-dev-shm-usage",  # a container may have little shared memory
+    "--disable-dev-shm-usage",  # A container may have little shared memory.
     "--window-size=1280,1400",
 )
 
@@ -30,30 +28,34 @@ FLAGS = (
 def find_browser() -> tuple[str, str]:
     """Return the paths of a browser and its driver.
 
-    Without them, the test fails, unless the variable says that there is none.
+    Raises:
+        FileNotFoundError: If there is none.
     """
-    if os.environ.get(VARIABLE) == "none":
-        pytest.skip(f"{VARIABLE}=none")
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
     driver = shutil.which("chromedriver")
     if browser is None or driver is None:
-        pytest.fail(
-            "the test of the page needs a browser and chromedriver: apt-get install chromium "
-            f"chromium-driver, or {VARIABLE}=none to do without this test",
-            pytrace=False,
+        raise FileNotFoundError(
+            "no Chromium or Chrome with chromedriver: sudo apt-get install chromium chromium-driver"
         )
     return browser, driver
 
 
 @contextmanager
 def open_browser(profile: Path) -> Iterator[webdriver.Chrome]:
-    """Start a browser with a new profile, and close it at the end."""
+    """Start a browser, and close it at the end.
+
+    Args:
+        profile: Folder for its files, which must be empty or not exist.
+
+    Raises:
+        FileNotFoundError: If there is no browser.
+    """
     browser, driver = find_browser()
     options = webdriver.ChromeOptions()
     options.binary_location = browser
-    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+    for flag in (*_FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
-    if os.name == "posix" and os.geteuid() == 0:
+    if os.geteuid() == 0:
         options.add_argument("--no-sandbox")  # which Chromium refuses to use as root
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     window = webdriver.Chrome(options, Service(driver))
