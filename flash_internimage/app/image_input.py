@@ -15,8 +15,12 @@ def image_input(**options: Any) -> gr.Image:
     Args:
         **options: Further options of gr.Image.
     """
-    sources, buttons = ["upload", "webcam", "clipboard"], ["fullscreen"]
-    image = gr.Image(type="filepath", sources=sources, buttons=buttons, **options)
+    image = gr.Image(
+        type="filepath",
+        sources=["upload", "webcam", "clipboard"],
+        buttons=["fullscreen"],
+        **options,
+    )
     cache = image.async_move_resource_to_block_cache
 
     async def cache_upload(path: Any) -> str | None:

@@ -62,7 +62,13 @@ class Actions:
             return shown.picture, shown.summary, table, layers
 
     def sample(
-        self, model: str, path: str | None, layer: str | None, depth: int, x: int, y: int
+        self,
+        model: str,
+        path: str | None,
+        layer: str | None,
+        depth: int,
+        x: int | None,
+        y: int | None,
     ) -> tuple[np.ndarray, str, dict]:
         """Return a picture of the sampling points, a sentence, and the choices of layers.
 
@@ -76,13 +82,15 @@ class Actions:
         """
         with _errors_shown():
             image = read_upload(_required(path))
+            if x is None or y is None:
+                raise ValueError("Enter the coordinates of a pixel, or click it")
             with self._models.use(model) as predictor:
                 layers = _layer_choices(predictor.model, layer)
                 layer, depth = layers["value"], int(depth)
                 height, width = image.shape[:2]
                 x, y = x - (x == width), y - (y == height)  # A click on the edge is rounded up.
                 picture = draw_sampling_points(predictor.model, image, layer, (x, y), depth)
-            return picture, _describe(layer, depth, x, y), layers
+            return picture, _layers_and_pixel(layer, depth, x, y), layers
 
 
 def build_page(models: Models) -> gr.Blocks:
@@ -133,8 +141,13 @@ def _pixel(event: gr.SelectData) -> tuple[int, int]:
 
 
 def _picture(label: str, name: str) -> gr.Image:
-    buttons = ["download", "fullscreen"]  # not that which publishes on the Hugging Face Hub
-    return gr.Image(label=label, interactive=False, format="png", buttons=buttons, elem_id=name)
+    return gr.Image(
+        label=label,
+        interactive=False,
+        format="png",
+        buttons=["download", "fullscreen"],  # not that which publishes on the Hugging Face Hub
+        elem_id=name,
+    )
 
 
 def _sentence(label: str, name: str) -> gr.Textbox:
@@ -150,7 +163,7 @@ def _layer_choices(network: Any, layer: str | None) -> dict:
     return gr.update(choices=names, value=layer)
 
 
-def _describe(layer: str, depth: int, x: int, y: int) -> str:
+def _layers_and_pixel(layer: str, depth: int, x: int, y: int) -> str:
     below = f" and {depth - 1} below" if depth > 1 else ""
     return f"{layer}{below}, pixel ({x}, {y})"
 
@@ -166,7 +179,7 @@ def _errors_shown() -> Iterator[None]:
     """Show errors that have a message for users, until they close it."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         _logger.warning("%s", error)
         message = escape(str(error), quote=False)
         raise gr.Error(message, duration=None, print_exception=False) from error

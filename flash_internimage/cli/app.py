@@ -25,6 +25,7 @@ from ..checkpoints.zoo import read_zoo
 from ..classification.model import pick_device
 from ..inference import Predictor, load_predictor
 from ..inference.predictor import find_model
+from .extras import describe
 
 _logger = logging.getLogger(__name__)
 
@@ -109,7 +110,10 @@ def _fetch(source: Source) -> Path | None:
 
 def _load(source: Source, weights: Path | None, device: str) -> Predictor:
     checkpoint = None if source.checkpoint is None else weights
-    return load_predictor(source.model, checkpoint, device=device, score_threshold=LOWEST_SCORE)
+    try:
+        return load_predictor(source.model, checkpoint, device=device, score_threshold=LOWEST_SCORE)
+    except ModuleNotFoundError as error:  # not of the program, but of a user's request
+        raise RuntimeError(f"{source.label} requires {describe(error) or error.name}") from error
 
 
 @contextmanager
