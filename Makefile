@@ -50,7 +50,7 @@ gallery: demo demo-detection demo-segmentation
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
 	  $(if $(TEST_SEED),--randomly-seed=$(TEST_SEED),-p no:randomly)
 
-test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev $(VENV)/.cuda_model
+test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev $(VENV)/.cuda_model $(VENV)/.browser
 	$(PYTEST)
 
 # At most two minutes on two cores: no slow tests, and none that need OpenMMLab, the emulator or a GPU.
@@ -209,9 +209,13 @@ $(VENV)/.openmmlab: requirements-openmmlab.txt $(VENV)/.requirements
 openmmlab-compiled: $(VENV)/.openmmlab
 	CFLAGS="-O1 -g0" $(PIP) --no-cache-dir --no-deps --force-reinstall --no-build-isolation $(MMCV)
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.created
-	$(PIP) -r requirements-dev.txt
+$(VENV)/.dev: requirements-dev.txt requirements.txt $(VENV)/.created
+	$(PIP) -r requirements-dev.txt -c requirements.txt
 	touch $@
+
+# The test of the page needs a browser. Without one, it fails with a line that says what to install.
+$(VENV)/.browser: $(VENV)/.created
+	@if tools/install_browser.sh; then touch $@; fi
 
 $(VENV)/.docs: requirements-docs.txt $(VENV)/.created
 	$(PIP) -r requirements-docs.txt

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 # Import names of the packages of each extra.
 EXTRAS = {
+    "app": ("gradio",),
     "data": ("defusedxml", "pycocotools"),
     "openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg", "faster_coco_eval", "cv2"),
     "train": ("contourpy", "matplotlib", "pydantic", "sklearn", "tensorboard"),
@@ -22,10 +23,14 @@ def required_by(program: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
-        if extra is None:
+        requirement = describe(error)
+        if requirement is None:
             raise
-        sys.stderr.write(
-            f"error: {program} requires {error.name}: pip install 'flash-internimage[{extra}]'\n"
-        )
+        sys.stderr.write(f"error: {program} requires {requirement}\n")
         raise SystemExit(2) from error
+
+
+def describe(error: ModuleNotFoundError) -> str | None:
+    """Return the missing package and how to install its extra; None if it belongs to none."""
+    extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
+    return extra and f"{error.name}: pip install 'flash-internimage[{extra}]'"
