@@ -16,7 +16,7 @@ from flash_internimage.checkpoints import Entry
 from flash_internimage.configs import find_config
 from flash_internimage.inference import detector, load_predictor, segmentor
 from flash_internimage.openmmlab.safe_loading import safe_loading
-from tests.nano import DETECTOR, LETTERS, SEGMENTOR, write_openmmlab_model
+from tests.nano import DETECTOR, LETTERS, SEGMENTOR
 from tests.recipes import load_config
 
 IMAGES = [
@@ -32,14 +32,6 @@ THRESHOLD = 0.1
 @pytest.fixture(autouse=True)
 def always_clean(one_thread, restore_scope):
     """Apply to all tests of this module."""
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    return {
-        name: write_openmmlab_model(name, folder / f"{name}.pth") for name in (DETECTOR, SEGMENTOR)
-    }
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +55,7 @@ def segment(weights):
     return load_predictor(SEGMENTOR, weights[SEGMENTOR])
 
 
+@pytest.mark.slow
 def test_detections_are_those_of_mmdet(detect, mmdet_model):
     assert (detect.task, detect.classes) == ("detection", LETTERS[DETECTOR])
     with safe_loading(), DefaultScope.overwrite_default_scope("mmdet"):
@@ -142,14 +135,9 @@ def test_label_maps_of_large_images_are_enlarged(segment, monkeypatch):
     assert large.labels.dtype == np.uint8
 
 
-@pytest.mark.slow
-def test_mixed_precision_is_close(weights, detect, segment):
+def test_mixed_precision_is_close(weights, segment):
     [mixed] = load_predictor(SEGMENTOR, weights[SEGMENTOR], dtype="bfloat16")(IMAGES[:1])
     assert 0.9 < (segment(IMAGES[:1])[0].labels == mixed.labels).mean() < 1
-    half = load_predictor(DETECTOR, weights[DETECTOR], dtype="bfloat16", score_threshold=THRESHOLD)
-    scores = [predictor(IMAGES[:1])[0].scores[:5] for predictor in (detect, half)]
-    np.testing.assert_allclose(*scores, atol=0.001)
-    assert not np.array_equal(*scores)
 
 
 def test_a_name_of_the_zoo_stands_for_config_and_weights(weights, monkeypatch):
@@ -175,6 +163,7 @@ def test_class_names_come_from_the_config_if_the_checkpoint_has_none(weights, tm
     assert predictor.classes == ("background", *"0123456789")
 
 
+@pytest.mark.slow
 def test_models_that_cannot_be_loaded(weights, tmp_path):
     with pytest.raises(ValueError, match=f"checkpoint must be given for {DETECTOR}"):
         load_predictor(DETECTOR)
