@@ -1,6 +1,6 @@
 """Draw the pictures of docs/gallery.md with the checkpoints that the demos trained.
 
-python -m tools.gallery [classification detection segmentation curves] [--output output]
+python -m tools.gallery [classification] [detection] [segmentation] [sampling] [curves]
 """
 
 import argparse
@@ -15,7 +15,15 @@ import numpy as np
 from PIL import Image
 
 from flash_internimage.cli import extras
+from flash_internimage.drawing import (
+    contact_sheet,
+    draw_detections,
+    draw_label_map,
+    side_by_side,
+)
 from flash_internimage.files import require_writable, write_atomically
+from flash_internimage.inference import Detections, LabelMap, load_predictor, read_rgb
+from flash_internimage.sampling import draw_sampling_points, last_of_stages
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = "python -m tools.gallery"
@@ -37,9 +45,6 @@ DEMOS = {
 
 def classification(output: Path, data: Path, to: Path) -> Path:
     """Draw images of the digits with their predictions, mistakes first."""
-    from flash_internimage.drawing import contact_sheet
-    from flash_internimage.inference import load_predictor, read_rgb
-
     files = sorted((data / "digits" / "val").glob("*/*.png"))
     images = [read_rgb(file) for file in files]
     predictor = load_predictor(CLASSIFIER, output / "digits" / "best.pth", top_k=1)
@@ -47,7 +52,7 @@ def classification(output: Path, data: Path, to: Path) -> Path:
     truth = [file.parent.name for file in files]
     wrong = [i for i in range(len(files)) if results[i].names[0] != truth[i]]
     right = [i for i in range(len(files)) if i not in wrong]
-    shown = sorted([*wrong[:4], *_spread(right, 16 - len(wrong[:4]))])
+    shown = [*wrong[:4], *_spread(right, 16 - len(wrong[:4]))]
     captions = []
     for i in shown:
         caption = f"{results[i].names[0]} ({100 * results[i].scores[0]:.0f} %)"
@@ -57,70 +62,78 @@ def classification(output: Path, data: Path, to: Path) -> Path:
 
 
 def detection(output: Path, data: Path, to: Path) -> Path:
-    """Draw annotations and predictions of three scenes."""
-    from pycocotools.coco import COCO
+    """Draw annotations and predictions of some scenes."""
+    predictor = load_predictor(DETECTOR, _latest(output / "digits-scenes"))
+    scenes = _detection_scenes(data, predictor.classes)
+    rows = []
+    for (image, truth), result in zip(scenes, predictor([i for i, _ in scenes]), strict=True):
+        before = draw_detections(image, truth, caption="Ground truth", min_width=WIDTH)
+        after = draw_detections(image, result, caption="Prediction", min_width=WIDTH)
+        rows.append(side_by_side([before, after]))
+    return _save(_stack(rows), to / "gallery-detection.jpg")
 
-    from flash_internimage.drawing import draw_detections, side_by_side
-    from flash_internimage.inference import Detections, load_predictor, read_rgb
+
+def sampling(output: Path, data: Path, to: Path) -> Path:
+    """Draw where the detector samples a scene for the center of an object."""
+    predictor = load_predictor(DETECTOR, _latest(output / "digits-scenes"))
+    image, truth = _detection_scenes(data, predictor.classes)[0]
+    x, y = ((truth.boxes[0, :2] + truth.boxes[0, 2:]) / 2).astype(int).tolist()
+    layer = last_of_stages(predictor)[2]
+    picture = draw_sampling_points(predictor, image, layer, (x, y))
+    return _save(picture, to / "gallery-sampling.jpg")
+
+
+def _detection_scenes(data: Path, classes: tuple[str, ...]) -> list[tuple[np.ndarray, Detections]]:
+    """Return scenes with objects, and their annotations without crowds."""
+    from pycocotools.coco import COCO
 
     root = data / "digits-scenes"
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(root / "annotations" / "instances_val.json")
     categories = sorted(coco.cats)
-    infos = coco.loadImgs(_spread(sorted({a["image_id"] for a in coco.anns.values()}), SCENES))
-    images = [read_rgb(root / "val" / info["file_name"]) for info in infos]
-    predictor = load_predictor(DETECTOR, _latest(output / "digits-scenes"))
-    rows = []
-    for info, image, result in zip(infos, images, predictor(images), strict=True):
-        objects = coco.loadAnns(coco.getAnnIds(info["id"], iscrowd=False))
-        boxes = np.array([object["bbox"] for object in objects], np.float32).reshape(-1, 4)
+    scenes = []
+    for number in _spread(sorted({a["image_id"] for a in coco.anns.values()}), SCENES):
+        image = read_rgb(root / "val" / coco.imgs[number]["file_name"])
+        objects = coco.loadAnns(coco.getAnnIds(number, iscrowd=False))
+        boxes = np.array([o["bbox"] for o in objects], np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        masks = [coco.annToMask(object) for object in objects]
         truth = Detections(
             boxes=boxes,
             scores=np.full(len(boxes), np.nan, np.float32),
             labels=np.array([categories.index(o["category_id"]) for o in objects], np.int64),
-            masks=np.array(masks, bool).reshape(-1, *image.shape[:2]),
-            classes=predictor.classes,
+            masks=np.array([coco.annToMask(o) for o in objects], bool).reshape(
+                -1, *image.shape[:2]
+            ),
+            classes=classes,
         )
-        rows.append(
-            side_by_side(
-                [
-                    draw_detections(image, truth, caption="Ground truth", min_width=WIDTH),
-                    draw_detections(image, result, caption="Prediction", min_width=WIDTH),
-                ]
-            )
-        )
-    return _save(_stack(rows), to / "gallery-detection.jpg")
+        scenes.append((image, truth))
+    return scenes
 
 
 def segmentation(output: Path, data: Path, to: Path) -> Path:
-    """Draw label maps and predictions of three scenes."""
-    from flash_internimage.drawing import draw_label_map, side_by_side
-    from flash_internimage.inference import LabelMap, load_predictor, read_rgb
-
+    """Draw label maps and predictions of some scenes with several classes."""
     root = data / "digits-scenes-ade20k"
-    files = _spread(sorted((root / "images" / "validation").glob("*.jpg")), SCENES)
+    maps = {}
+    for path in sorted((root / "annotations" / "validation").glob("*.png")):
+        labels = np.array(Image.open(path)) - np.uint8(1)  # 0 is ignored and becomes 255
+        if len(np.unique(labels)) >= 4:
+            maps[root / "images" / "validation" / f"{path.stem}.jpg"] = labels
+    files = _spread(list(maps), SCENES)
     images = [read_rgb(file) for file in files]
     predictor = load_predictor(SEGMENTOR, _latest(output / "digits-scenes-ade20k"))
     rows = []
     for file, image, result in zip(files, images, predictor(images), strict=True):
-        numbers = np.array(Image.open(root / "annotations" / "validation" / f"{file.stem}.png"))
-        truth = LabelMap(numbers - np.uint8(1), predictor.classes)  # 0 is ignored and becomes 255
-        rows.append(
-            side_by_side(
-                [
-                    draw_label_map(image, truth, caption="Ground truth", min_width=WIDTH),
-                    draw_label_map(image, result, caption="Prediction", min_width=WIDTH),
-                ]
-            )
-        )
+        truth = LabelMap(maps[file], predictor.classes)
+        before = draw_label_map(image, truth, caption="Ground truth", min_width=WIDTH)
+        after = draw_label_map(image, result, caption="Prediction", min_width=WIDTH)
+        rows.append(side_by_side([before, after]))
     return _save(_stack(rows), to / "gallery-segmentation.jpg")
 
 
 def curves(output: Path, data: Path, to: Path) -> Path:
     """Plot the accuracies of the three demos over their training."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from flash_internimage.openmmlab.engine.hooks.curves import read_scalars
 
@@ -142,13 +155,14 @@ def curves(output: Path, data: Path, to: Path) -> Path:
     for axis, ((title, x, y), lines) in zip(axes, panels.items(), strict=True):
         for label, line in lines.items():
             axis.plot(list(line), list(line.values()), marker=".", label=label)
-        axis.set(title=title, xlabel=x, ylabel=y, ylim=(0, 100))
+        axis.set(title=title, xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, 100))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if any(lines):
             axis.legend()
-    file = to / "gallery-curves.png"
-    write_atomically(file, lambda stream: figure.savefig(stream, dpi=80, format="png"))
-    return file
+    path = to / "gallery-curves.png"
+    write_atomically(path, lambda file: figure.savefig(file, dpi=80, format="png"))
+    return path
 
 
 def _percent(scalars: dict[int, float]) -> dict[int, float]:
@@ -157,19 +171,21 @@ def _percent(scalars: dict[int, float]) -> dict[int, float]:
 
 def _spread(items: Sequence, count: int) -> list:
     """Return a number of items, evenly spaced."""
-    return [items[i * len(items) // count] for i in range(min(count, len(items)))]
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def _latest(folder: Path) -> Path:
     from flash_internimage.openmmlab.engine.runner.checkpoint_names import latest_checkpoint
 
-    return latest_checkpoint(folder)
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(f"{folder} has no checkpoint epoch_*.pth or iter_*.pth")
+    return checkpoint
 
 
 def _stack(rows: list[np.ndarray]) -> np.ndarray:
     """Return pictures below each other."""
-    from flash_internimage.drawing import side_by_side
-
     return side_by_side([row.swapaxes(0, 1) for row in rows]).swapaxes(0, 1)
 
 
@@ -193,6 +209,7 @@ PICTURES: dict[str, tuple[Callable[[Path, Path, Path], Path], list[str]]] = {
     "classification": (classification, ["digits"]),
     "detection": (detection, ["digits-scenes"]),
     "segmentation": (segmentation, ["digits-scenes-ade20k"]),
+    "sampling": (sampling, ["digits-scenes"]),
     "curves": (curves, list(DEMOS)),
 }
 
@@ -236,10 +253,14 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"{PROGRAM}: error: {line}\n")
         return 2
     require_writable(arguments.to, "--to")
-    with extras.required_by(PROGRAM):
-        for name in names:
-            draw, _ = PICTURES[name]
-            sys.stdout.write(f"{draw(arguments.output, arguments.data, arguments.to)}\n")
+    try:
+        with extras.required_by(PROGRAM):
+            for name in names:
+                draw, _ = PICTURES[name]
+                sys.stdout.write(f"{draw(arguments.output, arguments.data, arguments.to)}\n")
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{PROGRAM}: error: {' '.join(str(error).split())}\n")
+        return 2
     return 0
 
 

@@ -125,11 +125,13 @@ def _draw_labels(
     around = line + max(1, line // 3)
     apart = boxes + np.array([-around, -around, around, around])
     places = place_labels(apart, sizes.reshape(-1, 2), width, height)
-    for name, color, place, box in zip(names, colors, places, boxes, strict=True):
+    for color, place, box in zip(colors, places, boxes, strict=True):
+        if np.maximum(place[:2] - box[2:], box[:2] - place[2:]).max() > rows / 2:
+            middle = (place[:2] + place[2:]) / 2
+            nearest = np.maximum(np.minimum(middle, box[2:]), box[:2])
+            draw.line([*nearest, *middle], fill=color, width=line)
+    for name, color, place in zip(names, colors, places, strict=True):
         x1, y1, x2, y2 = (int(v) for v in np.rint(place))
         middle = (x1 + x2) / 2, (y1 + y2) / 2
-        nearest = np.clip(middle, box[:2], box[2:]).tolist()
-        if max(y1 - nearest[1], nearest[1] - y2, x1 - nearest[0], nearest[0] - x2) > rows / 2:
-            draw.line([*nearest, *middle], fill=color, width=line)
         draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=color)
         draw.text(middle, name, text_color(color), font, anchor="mm")

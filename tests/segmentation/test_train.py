@@ -68,7 +68,13 @@ def test_label_maps_are_written_and_drawn(trained, scenes, tmp_path):
         right += (predicted == truth).sum()
         valid += (truth != 0).sum()
     assert found["aAcc"] == pytest.approx(100 * right / valid, abs=0.01)
-    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 4
+    pictures = list((tmp_path / "pictures").rglob("*.png"))
+    assert len(pictures) == 4
+    for path in pictures:
+        picture = np.array(Image.open(path))
+        assert picture.shape[1] > 2 * 640  # ground truth and prediction, enlarged
+        bar = picture[:30, [200, -200]]  # their captions
+        assert (bar < 80).all()
 
 
 def test_several_scales(trained, tmp_path):

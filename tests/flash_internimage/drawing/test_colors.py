@@ -32,7 +32,7 @@ def test_first_colors_are_those_of_okabe_and_ito():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("count", "distance"), [(7, 17), (20, 17), (80, 7.5), (150, 5)])
+@pytest.mark.parametrize(("count", "distance"), [(7, 17), (20, 16), (80, 6.5), (150, 4.5)])
 def test_colors_are_distinct_in_normal_vision_and_with_color_blindness(count, distance):
     colors = class_colors(count)
     distances = visible_distances(colors, colors)
@@ -40,7 +40,7 @@ def test_colors_are_distinct_in_normal_vision_and_with_color_blindness(count, di
 
 
 @pytest.mark.parametrize("vision", VIENOT)
-@pytest.mark.parametrize(("count", "distance"), [(7, 17), (20, 15), (80, 4.5)])
+@pytest.mark.parametrize(("count", "distance"), [(7, 17), (20, 14.5), (80, 4.5), (150, 1.5)])
 def test_colors_are_distinct_in_another_simulation(count, distance, vision):
     assert least_distance(as_dichromats_see(class_colors(count), vision)) >= distance
 
