@@ -162,10 +162,10 @@ def load_model(
             if not is_users(error):
                 raise
             raise ValueError(f"{source.name} cannot be built: {describe(error)}") from error
+        check_state_dict(model.state_dict(), weights)
+        check_finite(weights)
+        model.load_state_dict(weights)
         classes = _class_names(contents["meta"], cfg, model, source.name)
-    check_state_dict(model.state_dict(), weights)
-    check_finite(weights)
-    model.load_state_dict(weights)
     if amp != "off":
         convert_outputs_to_float32(model)
     tester.to(chosen).eval()
