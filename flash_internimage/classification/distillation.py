@@ -84,13 +84,13 @@ def build_distillation(
         device=device,
         verbose=False,
     )
-    for buffer, values in (
-        (task.student_mean, cfg.data.mean),
-        (task.student_std, cfg.data.std),
-        (task.teacher.mean_kd, teacher.mean),
-        (task.teacher.std_kd, teacher.std),
+    for name, values in (
+        ("student_mean", cfg.data.mean),
+        ("student_std", cfg.data.std),
+        ("teacher.mean_kd", teacher.mean),
+        ("teacher.std_kd", teacher.std),
     ):
-        buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))
+        task.get_buffer(name).copy_(torch.tensor(values).view(1, 3, 1, 1))
     return task
 
 

@@ -5,6 +5,8 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from timm.utils.distributed import distribute_bn
@@ -22,6 +24,7 @@ from .data import (
     set_epoch,
     start,
 )
+from .data.datasets import ImageSet
 from .distillation import build_distillation
 from .evaluation import evaluate
 from .interruption import Interrupted
@@ -64,10 +67,12 @@ class Trainer(TrainingState):
         self.set_training_mode()
 
     def _build_loss(self) -> None:
-        cfg, dataset = self.cfg, self.train_loader.dataset
-        weights = cfg.class_weights
-        if weights == "balanced":
+        cfg, dataset = self.cfg, cast(ImageSet, self.train_loader.dataset)
+        weights: Sequence[float] | None
+        if cfg.class_weights == "balanced":
             weights = balanced_weights(dataset, cfg.model.num_classes)
+        else:
+            weights = cfg.class_weights
         self.criterion = build_criterion(cfg, weights).to(self.device)
         names = self.names if class_to_index(dataset) else None
         self.distillation = build_distillation(
@@ -105,9 +110,9 @@ class Trainer(TrainingState):
                 self._stop_on_signal()
         if self.patience.is_exhausted and self.rank == 0:
             _logger.info(
-                "stopped early: %d epochs without a better validation %s; set "
-                "early_stopping.patience higher to continue",
-                self.patience.waited, self.cfg.early_stopping.metric,
+                "stopped early: the best validation %s is that of epoch %d of %d; to continue, "
+                "resume with a higher early_stopping.patience",
+                self.cfg.early_stopping.metric, self.epoch - self.patience.waited, self.epoch,
             )  # fmt: skip
 
     def _fit_epoch(self, metrics: Metrics | None) -> None:

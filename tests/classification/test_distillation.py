@@ -7,11 +7,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from flash_internimage.checkpoints import load_checkpoint, save_atomically
 from flash_internimage.classification import distillation
 from flash_internimage.classification.config import ConfigError
-from tests.classification.helpers import SMALL, build
+from tests.classification.helpers import CPU, SMALL, build
 
 ALPHA, TEMPERATURE = 0.7, 3.0
 
@@ -164,12 +165,14 @@ def test_an_unsuitable_teacher_is_rejected(student, name, message, monkeypatch):
         ),
     ],
 )
-def test_a_checkpoint_that_cannot_teach_is_rejected(student, teacher, tmp_path, change, message):
+def test_a_checkpoint_that_cannot_teach_is_rejected(config, teacher, tmp_path, change, message):
     contents = load_checkpoint(teacher)
+    names = [*contents["classes"]]
     change(contents)
     torch.save(contents, tmp_path / "teacher.pth")
+    cfg = config(distillation={"teacher": str(tmp_path / "teacher.pth")})
     with pytest.raises(ConfigError, match=rf"distillation\.teacher=.*{message}") as error:
-        student(tmp_path / "teacher.pth")
+        distillation.build_distillation(nn.Identity(), nn.Identity(), cfg, names, CPU)
     assert "\n" not in str(error.value)
 
 

@@ -81,7 +81,7 @@ def test_a_run_stops_at_the_expected_epoch(stopping, scores, caplog):
     caplog.set_level("INFO")
     scores(50, 60, 55, 60, 90)
     assert epochs(stopping()) == 4
-    assert "stopped early: 2 epochs without a better validation top1" in caplog.text
+    assert "stopped early: the best validation top1 is that of epoch 2 of 4; " in caplog.text
 
 
 def test_a_resumed_run_remembers_its_patience(stopping, scores):
