@@ -10,6 +10,7 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
@@ -141,7 +142,10 @@ def test_a_user_sees_predictions_sampling_points_and_errors(page, expected, tmp_
     if os.environ.get(BROWSER) == "none":
         pytest.skip(f"{BROWSER}=none")
     with open_browser(tmp_path / "profile") as window:
-        wait = WebDriverWait(window, 60)
+        # Elements are missing for a moment, or replaced.
+        wait = WebDriverWait(
+            window, 60, ignored_exceptions=[NoSuchElementException, StaleElementReferenceException]
+        )
         window.get(page.address)
         upload = (By.CSS_SELECTOR, "#image input[type=file]")
         wait.until(lambda _: window.find_elements(*upload))
@@ -165,7 +169,6 @@ def test_a_user_sees_predictions_sampling_points_and_errors(page, expected, tmp_
         window.find_element(*upload).send_keys(str(text(tmp_path)))
         wait.until(lambda _: window.find_elements(By.CSS_SELECTOR, "#image img"))
         window.find_element(By.ID, "predict").click()
-        shown = (By.CSS_SELECTOR, "[data-testid=toast-body]")
-        [message] = wait.until(lambda _: window.find_elements(*shown))
-        assert "cannot read image text.png" in message.text
+        shown = (By.CSS_SELECTOR, "[data-testid=toast-body]")  # invisible at first
+        wait.until(lambda _: "cannot read image text.png" in window.find_element(*shown).text)
         assert requested_hosts(window) == {page.address.removeprefix("http://")}
