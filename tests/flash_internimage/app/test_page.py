@@ -113,19 +113,29 @@ def test_no_file_of_the_machine_is_served(page, path):
     assert "not for users" not in response.text
 
 
-@pytest.mark.parametrize("name", ["passwd", "secret", "url"])
-def test_a_request_cannot_name_a_file_of_the_machine(page, name):
-    path = {
-        "passwd": "/etc/passwd",
-        "secret": str(page.folder / "secret.txt"),
-        "url": f"{page.address}/config",
-    }[name]
+def test_no_file_of_another_host_is_served(page):
+    address = f"{page.address}/gradio_api/file=https://example.com/"
+    response = httpx.get(address, trust_env=False)
+    assert (response.status_code, response.text) == (403, "only files of this page are served")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/etc/passwd", "null"),
+        ("{page.folder}/secret.txt", "null"),
+        ("https://example.com/photo.png", "Image must be uploaded, got a URL"),
+    ],
+)
+def test_a_request_can_only_name_an_upload(page, path, message):
+    path = path.format(page=page)
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     with httpx.Client(base_url=f"{page.address}/gradio_api", trust_env=False) as client:
         event = client.post("/call/predict", json={"data": [page.model, file, THRESHOLD]}).json()
         answer = client.get(f"/call/predict/{event['event_id']}").text
     assert "event: error" in answer
-    assert "root:" not in answer
+    assert message in answer
+    assert not list(page.uploads.rglob(Path(path).name))
 
 
 def test_large_files_are_refused(page):
