@@ -22,7 +22,7 @@ model = dict(
     ),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
 )
-train_cfg = dict(max_epochs=20, val_interval=5)
+train_cfg = dict(max_epochs=20, val_interval=10)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(

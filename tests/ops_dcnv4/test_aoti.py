@@ -34,7 +34,12 @@ def test_a_package_runs_in_a_program_without_python(tmp_path):
     package = torch._inductor.aoti_compile_and_package(
         torch.export.export(model, (value,)),
         package_path=str(tmp_path / "model.pt2"),
-        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+        inductor_configs={
+            "aot_inductor.compile_wrapper_opt_level": "O0",
+            "aot_inductor.precompile_headers": False,
+            "cpp.vec_isa_ok": False,
+            "cpp_cache_precompile_headers": False,
+        },
     )
     input, output = tmp_path / "input", tmp_path / "output"
     input.write_bytes(value.numpy().tobytes())
