@@ -16,7 +16,7 @@ COMMANDS = {
     "test": "evaluate a classifier, detector or segmentor",
     "predict": "predict images, videos or a camera",
     "visualize": "draw where DCNv4 layers sample an image",
-    "app": "open a page in the browser that shows predictions",
+    "app": "serve a page that shows predictions in the browser",
     "zoo": "list, download, convert, evaluate and publish checkpoints",
     "demo-data": "write a small dataset of real images, without a download",
 }
