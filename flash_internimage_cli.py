@@ -17,7 +17,7 @@ COMMANDS = {
     "predict": "predict images, videos or a camera",
     "analyze": "report on a trained model, or compare the curves of several runs",
     "visualize": "draw where DCNv4 layers sample an image",
-    "app": "open a page in the browser that shows predictions",
+    "app": "serve a page that shows predictions in the browser",
     "zoo": "list, download, convert, evaluate and publish checkpoints",
     "dataset": "convert and check own datasets, and write configs for them",
     "demo-data": "write a small dataset of real images, without a download",

@@ -6,7 +6,9 @@ import sys
 import threading
 
 import gradio as gr
+from starlette.middleware import Middleware
 
+from .own_files import OwnFilesOnly
 from .page import CSS, THEME
 
 _ANY_ADDRESS = ("0.0.0.0", "::")
@@ -25,38 +27,38 @@ def serve(page: gr.Blocks, host: str, port: int, max_megabytes: int) -> None:
         OSError: If the port is no longer free.
     """
     _bypass_proxy(host)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        inbrowser=False,
-        prevent_thread_lock=True,
-        quiet=True,
-        allowed_paths=[],
-        max_file_size=max_megabytes * 2**20,
-        run_history=False,
-        enable_monitoring=False,
-        mcp_server=False,
-        ssr_mode=False,
-        pwa=False,
-        footer_links=[],
-        theme=THEME,
-        css=CSS,
-    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        sys.stdout.write(f"Running on http://{_name(host)}:{port}; press Ctrl-C to stop\n")
+        page.launch(
+            server_name=_in_url(host),
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            allowed_paths=[],
+            max_file_size=max_megabytes * 2**20,
+            run_history=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            ssr_mode=False,
+            pwa=False,
+            footer_links=[],
+            app_kwargs={"middleware": [Middleware(OwnFilesOnly)]},
+            theme=THEME,
+            css=CSS,
+        )
+        name = "localhost" if host in _ANY_ADDRESS else _in_url(host)
+        sys.stdout.write(f"Running on http://{name}:{port}; press Ctrl-C to stop\n")
         sys.stdout.flush()
         threading.Event().wait()
     except KeyboardInterrupt:
-        pass
+        return
     finally:
         page.close(verbose=False)
 
 
-def _name(host: str) -> str:
-    if host in _ANY_ADDRESS:
-        return "localhost"
+def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 

@@ -1,4 +1,4 @@
-"""Open a page in the browser that shows the predictions of models.
+"""Serve a page that shows the predictions of models in the browser.
 
 flash-internimage app
 flash-internimage app flash_internimage_tiny.in1k
@@ -40,7 +40,7 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
         program: Name of the program in usage messages.
     """
     parser = argparse.ArgumentParser(
-        program, description="Open a page in the browser that shows the predictions of models."
+        program, description="Serve a page that shows the predictions of models in the browser."
     )
     parser.add_argument(
         "models", nargs="*", metavar="MODEL",

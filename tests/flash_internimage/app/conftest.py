@@ -30,13 +30,16 @@ class Page:
     Attributes:
         address: Its address, such as `http://127.0.0.1:7860`.
         folder: Its working directory, which contains a file `secret.txt`.
-        model: Label of a model with the weights in `weights`.
+        uploads: Folder in which it keeps uploads and pictures.
+        weights: Weights of a classifier.
+        model: Label of that classifier.
         missing: Label of a model whose weights cannot be downloaded.
         images: Ten handwritten digits of 48 x 40 pixels.
     """
 
     address: str
     folder: Path
+    uploads: Path
     weights: Path
     model: str
     missing: str
@@ -66,7 +69,7 @@ def page(tmp_path_factory) -> Iterator[Page]:
         found = re.match(r"Running on (http://127\.0\.0\.1:\d+);", first_line)
         assert found, f"{first_line}{log.read_text()}"
         yield Page(
-            found[1], folder, weights,
+            found[1], folder, temporary, weights,
             f"{CONFIG} (weights.safetensors)", f"{CONFIG} (missing.safetensors)",
             _write_images(tmp_path_factory.mktemp("images")),
         )  # fmt: skip
