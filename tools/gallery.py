@@ -156,7 +156,7 @@ def curves(output: Path, data: Path, to: Path) -> Path:
         for label, line in lines.items():
             axis.plot(list(line), list(line.values()), marker=".", label=label)
         axis.set(title=title, xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, 100))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.grid(alpha=0.3)
         if any(lines):
             axis.legend()
