@@ -83,7 +83,7 @@ def confusion_chart(matrix: np.ndarray, names: Sequence[str]) -> Figure:
             the most frequent confusions are shown.
         names: Class names.
     """
-    shown = np.arange(len(names))
+    shown: np.ndarray = np.arange(len(names))
     if len(names) > MATRIX:
         chosen: dict[int, None] = {}
         for pair in top_confusions(matrix):
@@ -98,7 +98,9 @@ def confusion_chart(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     if not len(shown):  # many classes, none of which is ever confused
         axis.set(title=f"no confusions among {len(names)} classes")
         return figure
-    display = ConfusionMatrixDisplay(percent, display_labels=[label(names[i]) for i in shown])
+    display = ConfusionMatrixDisplay(
+        percent, display_labels=[label(names[i]) for i in shown.tolist()]
+    )
     display.plot(ax=axis, values_format=".0f", cmap="Blues", colorbar=False, xticks_rotation=90)
     for text in display.text_.flat if display.text_ is not None else ():
         text.set_fontsize(8)

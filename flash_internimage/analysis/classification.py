@@ -102,7 +102,7 @@ def analyze_classifier(
     prepared = prepare_evaluation(model, **settings)
     predictions = Predictions(prepared.settings, pictures)
     figures = run_evaluation(prepared, settings.get("checkpoint"), predictions)
-    dataset = prepared.loader.dataset
+    dataset: Any = prepared.loader.dataset
     positions, *arrays = predictions.arrays()
     if isinstance(dataset, IterableDataset):
         files = [f"number {i}" for i in positions]

@@ -152,10 +152,10 @@ def _add_classes(
             counts[detection["category_id"]] += (0, 0, 1, not is_correct)
     header = ["class", "objects", "missed", "detections", "false"]
     columns = []
-    for kind, one in curves.items():
+    for kind, curve in curves.items():
         header += [f"{kind} {name}" for name in ("AP (%)", "AP50 (%)", "AP75 (%)", "AR (%)")]
-        columns += [one.average_precision(threshold) for threshold in (None, 0.5, 0.75)]
-        columns.append(one.recall.mean(0))
+        columns += [curve.average_precision(threshold) for threshold in (None, 0.5, 0.75)]
+        columns.append(curve.recall.mean(0))
     rows = [
         (name, *counts[i].tolist(), *(100 * column[k] for column in columns))
         for k, (i, name) in enumerate(categories.items())

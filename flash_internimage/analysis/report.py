@@ -98,9 +98,8 @@ class Report:
         """Write `report.md` and `summary.json`."""
         text = "\n".join(self.lines).rstrip() + "\n"
         summary = json.dumps(_finite(self.figures), indent=2) + "\n"
-        for name, content in (("summary.json", summary), ("report.md", text)):
-            encoded = content.encode(errors="backslashreplace")
-            write_atomically(self.folder / name, lambda file, data=encoded: file.write(data))
+        _write_text(self.folder / "summary.json", summary)
+        _write_text(self.folder / "report.md", text)
 
     def _add_picture(self, title: str, name: str) -> None:
         self.lines += [f"## {title}", "", f"![{title}]({name})", ""]
@@ -115,7 +114,11 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
     writer = csv.writer(text)
     writer.writerow(header)
     writer.writerows([_cell(cell) for cell in row] for row in rows)
-    encoded = text.getvalue().encode(errors="backslashreplace")
+    _write_text(path, text.getvalue())
+
+
+def _write_text(path: Path, text: str) -> None:
+    encoded = text.encode(errors="backslashreplace")
     write_atomically(path, lambda file: file.write(encoded))
 
 
