@@ -15,7 +15,10 @@ from torch import Tensor
 MARKERS = {
     "detection": "mm",
     "flash_internimage/cli/test_demo_scenes.py": "mm",
+    "flash_internimage/cli/test_predict.py": "mm",
     "flash_internimage/cli/test_zoo.py": "mm",
+    "flash_internimage/inference/test_docs.py": "mm",
+    "flash_internimage/inference/test_openmmlab.py": "mm",
     "flash_internimage/openmmlab": "mm",
     "gpu": "gpu",
     "segmentation": "mm",

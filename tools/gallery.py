@@ -111,15 +111,19 @@ def _detection_scenes(data: Path, classes: tuple[str, ...]) -> list[tuple[np.nda
 
 
 def segmentation(output: Path, data: Path, to: Path) -> Path:
-    """Draw label maps and predictions of three scenes."""
+    """Draw label maps and predictions of some scenes with several classes."""
     root = data / "digits-scenes-ade20k"
-    files = _spread(sorted((root / "images" / "validation").glob("*.jpg")), SCENES)
+    maps = {}
+    for path in sorted((root / "annotations" / "validation").glob("*.png")):
+        labels = np.array(Image.open(path)) - np.uint8(1)  # 0 is ignored and becomes 255
+        if len(np.unique(labels)) >= 4:
+            maps[root / "images" / "validation" / f"{path.stem}.jpg"] = labels
+    files = _spread(list(maps), SCENES)
     images = [read_rgb(file) for file in files]
     predictor = load_predictor(SEGMENTOR, _latest(output / "digits-scenes-ade20k"))
     rows = []
     for file, image, result in zip(files, images, predictor(images), strict=True):
-        numbers = np.array(Image.open(root / "annotations" / "validation" / f"{file.stem}.png"))
-        truth = LabelMap(numbers - np.uint8(1), predictor.classes)  # 0 is ignored and becomes 255
+        truth = LabelMap(maps[file], predictor.classes)
         before = draw_label_map(image, truth, caption="Ground truth", min_width=WIDTH)
         after = draw_label_map(image, result, caption="Prediction", min_width=WIDTH)
         rows.append(side_by_side([before, after]))
@@ -129,6 +133,7 @@ def segmentation(output: Path, data: Path, to: Path) -> Path:
 def curves(output: Path, data: Path, to: Path) -> Path:
     """Plot the accuracies of the three demos over their training."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from flash_internimage.openmmlab.engine.hooks.curves import read_scalars
 
@@ -150,13 +155,14 @@ def curves(output: Path, data: Path, to: Path) -> Path:
     for axis, ((title, x, y), lines) in zip(axes, panels.items(), strict=True):
         for label, line in lines.items():
             axis.plot(list(line), list(line.values()), marker=".", label=label)
-        axis.set(title=title, xlabel=x, ylabel=y, ylim=(0, 100))
+        axis.set(title=title, xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, 100))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if any(lines):
             axis.legend()
-    file = to / "gallery-curves.png"
-    write_atomically(file, lambda stream: figure.savefig(stream, dpi=80, format="png"))
-    return file
+    path = to / "gallery-curves.png"
+    write_atomically(path, lambda file: figure.savefig(file, dpi=80, format="png"))
+    return path
 
 
 def _percent(scalars: dict[int, float]) -> dict[int, float]:
@@ -172,7 +178,10 @@ def _spread(items: Sequence, count: int) -> list:
 def _latest(folder: Path) -> Path:
     from flash_internimage.openmmlab.engine.runner.checkpoint_names import latest_checkpoint
 
-    return latest_checkpoint(folder)
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None:
+        raise ValueError(f"{folder} has no checkpoint epoch_*.pth or iter_*.pth")
+    return checkpoint
 
 
 def _stack(rows: list[np.ndarray]) -> np.ndarray:
@@ -244,10 +253,14 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"{PROGRAM}: error: {line}\n")
         return 2
     require_writable(arguments.to, "--to")
-    with extras.required_by(PROGRAM):
-        for name in names:
-            draw, _ = PICTURES[name]
-            sys.stdout.write(f"{draw(arguments.output, arguments.data, arguments.to)}\n")
+    try:
+        with extras.required_by(PROGRAM):
+            for name in names:
+                draw, _ = PICTURES[name]
+                sys.stdout.write(f"{draw(arguments.output, arguments.data, arguments.to)}\n")
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{PROGRAM}: error: {' '.join(str(error).split())}\n")
+        return 2
     return 0
 
 

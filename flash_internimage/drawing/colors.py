@@ -98,9 +98,9 @@ def visible_distances(colors: np.ndarray, others: np.ndarray) -> np.ndarray:
 @functools.lru_cache(maxsize=8)
 def _palette(count: int) -> np.ndarray:
     levels = np.arange(0, 256, 15, np.uint8)
-    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-    lightness = appearances(candidates)[0][:, 0]
-    candidates = candidates[(lightness >= _LIGHTNESS[0]) & (lightness <= _LIGHTNESS[1])]
+    cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    lightness = appearances(cube)[0][:, 0]
+    candidates = cube[(lightness >= _LIGHTNESS[0]) & (lightness <= _LIGHTNESS[1])]
     seen = np.stack(appearances(candidates))
     palette = list(np.array(_OKABE_ITO, np.uint8))
     nearest = visible_distances(candidates, np.array(palette)).min(1)

@@ -45,8 +45,8 @@ def draw_label_map(
         result: Label map of the same height and width.
         caption: Text of a bar above the picture.
         min_width: Width in pixels to which smaller images are enlarged.
-        opacity: Opacity of the colors, from 0 to 1.
-        ignore: Label of pixels without a class, which show the image.
+        opacity: Opacity of the colors over the image in shades of gray, from 0 to 1.
+        ignore: Label of pixels without a class, which show the image in its own colors.
 
     Returns:
         (H', W', 3) uint8 array.
@@ -99,10 +99,12 @@ def _colored(
     colors = table[np.where(known, labels, classes)]
     border = _borders(labels, max(1, font_size(*labels.shape[::-1]) // 12))
     colors[border] = 255
+    gray = Image.fromarray(picture).convert("L").convert("RGB")  # keeps the hues of the classes
+    blended = np.array(Image.blend(gray, Image.fromarray(colors), opacity))
     if ignore is not None:
         ignored = (labels == ignore) & ~border
-        colors[ignored] = picture[ignored]
-    return np.asarray(Image.blend(Image.fromarray(picture), Image.fromarray(colors), opacity))
+        blended[ignored] = picture[ignored]
+    return blended
 
 
 def _borders(labels: np.ndarray, line: int) -> np.ndarray:

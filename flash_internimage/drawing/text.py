@@ -25,7 +25,7 @@ def load_font(size: int, text: str = "") -> Font:
     path = _dejavu()
     if path is None:
         return ImageFont.load_default(size)
-    return _open(_font_with(uncertain) if uncertain else path, size)
+    return _open(_font_with(uncertain, path) if uncertain else path, size)
 
 
 @functools.lru_cache(maxsize=64)
@@ -43,14 +43,14 @@ def _dejavu() -> Path | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _font_with(letters: str) -> Path:
+def _font_with(letters: str, default: Path) -> Path:
     """Return the first font that has most of the letters, and warn of those that it lacks."""
     from matplotlib.font_manager import findSystemFonts
     from matplotlib.ft2font import FT2Font
 
     codes = set(map(ord, letters))
-    best, missing = _dejavu(), codes
-    for path in [best, *sorted(findSystemFonts())]:
+    best, missing = default, codes
+    for path in [default, *map(Path, sorted(findSystemFonts()))]:
         try:
             lacking = codes - FT2Font(path).get_charmap().keys()
         except (OSError, RuntimeError):  # damaged, or a format that FreeType cannot read
@@ -64,7 +64,7 @@ def _font_with(letters: str) -> Path:
             "no installed font has the letters %s: they are drawn as boxes",
             "".join(sorted(map(chr, missing))),
         )
-    return Path(best)
+    return best
 
 
 def text_width(text: str, font: Font) -> int:

@@ -162,10 +162,10 @@ def load_model(
             if not is_users(error):
                 raise
             raise ValueError(f"{source.name} cannot be built: {describe(error)}") from error
+        check_state_dict(model.state_dict(), weights)
+        check_finite(weights)
+        model.load_state_dict(weights)
         classes = _class_names(contents["meta"], cfg, model, source.name)
-    check_state_dict(model.state_dict(), weights)
-    check_finite(weights)
-    model.load_state_dict(weights)
     if amp != "off":
         convert_outputs_to_float32(model)
     tester.to(chosen).eval()
@@ -194,15 +194,14 @@ def _without_loading(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     for step in steps:
         if str(step["type"]).rpartition(".")[2].startswith("Load"):
             continue
-        step = copy.deepcopy(dict(step))
-        if isinstance(step.get("transforms"), list):
+        own: dict[str, Any] = copy.deepcopy(dict(step))
+        if isinstance(parts := own.get("transforms"), list):
             # TestTimeAug has lists of alternatives, other wrappers a list of steps.
-            parts = step["transforms"]
             if all(isinstance(part, list) for part in parts):
-                step["transforms"] = [p for p in map(_without_loading, parts) if p]
+                own["transforms"] = [part for part in map(_without_loading, parts) if part]
             else:
-                step["transforms"] = _without_loading(parts)
-        kept.append(step)
+                own["transforms"] = _without_loading(parts)
+        kept.append(own)
     return kept
 
 

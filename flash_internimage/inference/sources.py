@@ -76,7 +76,8 @@ def find_sources(inputs: Sequence[str], leave_out: Path | None = None) -> list[S
         leave_out: Folder whose files are not inputs, such as that of the results.
 
     Returns:
-        The sources, in the order of the inputs and those of a folder or pattern by name.
+        The sources in the order of the inputs, those of a folder or pattern by name, and cameras
+        last.
 
     Raises:
         FileNotFoundError: If an input does not exist.

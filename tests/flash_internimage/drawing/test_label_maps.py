@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from flash_internimage.drawing import class_colors, draw_label_map
 from flash_internimage.drawing.label_maps import legend_entries
@@ -65,6 +66,16 @@ def test_ignored_pixels_show_the_image():
     assert not (picture[:480, 330:] == 90).all(2).any()
     other = draw_label_map(image(), halves(255, 0), ignore=0)
     assert (other[:480, 330:] == 90).all()
+
+
+def test_colors_of_the_image_do_not_change_those_of_the_classes():
+    colorful = image()
+    colorful[..., 2] = 250
+    picture = draw_label_map(colorful, halves(1, 255))
+    [luminance] = np.unique(np.asarray(Image.fromarray(colorful).convert("L")))
+    expected = luminance + 0.6 * (class_colors(4)[1].astype(float) - luminance)
+    assert np.abs(picture[100, 100] - expected).max() <= 1
+    assert (picture[100, 400:640] == colorful[0, 0]).all()
 
 
 def test_classes_are_separated_by_a_line():
