@@ -41,7 +41,7 @@ demo-detection: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes
 
 demo-segmentation: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes-ade20k
 	$(RUN) -m segmentation.train $(SCENE_MAPS) --work-dir output/digits-scenes-ade20k --resume
-	$(RUN) -m segmentation.test $(SCENE_MAPS) output/digits-scenes-ade20k/iter_800.pth --work-dir output/digits-scenes-ade20k --show-dir predictions
+	$(RUN) -m segmentation.test $(SCENE_MAPS) output/digits-scenes-ade20k/iter_2400.pth --work-dir output/digits-scenes-ade20k --show-dir predictions
 
 # Pictures of the three demos, for docs/gallery.md.
 gallery: demo demo-detection demo-segmentation

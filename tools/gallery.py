@@ -116,7 +116,7 @@ def segmentation(output: Path, data: Path, to: Path) -> Path:
     maps = {}
     for path in sorted((root / "annotations" / "validation").glob("*.png")):
         labels = np.array(Image.open(path)) - np.uint8(1)  # 0 is ignored and becomes 255
-        if len(np.unique(labels)) >= 4:
+        if len(np.unique(labels)) >= 3:
             maps[root / "images" / "validation" / f"{path.stem}.jpg"] = labels
     files = _spread(list(maps), SCENES)
     images = [read_rgb(file) for file in files]

@@ -122,6 +122,15 @@ def test_masks_have_an_outline_and_show_the_image():
     assert (share < 0.8).all()
 
 
+def test_outlines_scale_with_the_picture():
+    masks = np.zeros((1, 1500, 2000), bool)
+    masks[0, 200:1400, 200:1800] = True
+    picture = draw_detections(image(1500, 2000), detections((0, 0, 1, 1), labels=[2], masks=masks))
+    outline = (picture[800, 200:1000] == class_colors(3)[2]).all(1)
+    assert outline.sum() == 8  # a sixth of the font size, which is a fortieth of the width
+    assert outline[:8].all()
+
+
 def test_outlines_separate_touching_masks():
     masks = np.zeros((2, HEIGHT, WIDTH), bool)
     masks[0, 100:300, 100:300] = True
