@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 from PIL import Image
 
 from ..app.address import free_port
@@ -59,7 +60,9 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     """Serve the page and return the exit code; see :func:`parse_arguments`."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
+    huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
+    for library in ("httpx", "httpx2"):  # of gradio and huggingface_hub; they log every request
+        logging.getLogger(library).setLevel(logging.WARNING)
     # Images above the page's own limit on pixels are refused.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     arguments = parse_arguments(argv, program)
