@@ -35,5 +35,5 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type="CosineAnnealingLR", by_epoch=False, begin=0, end=1500, eta_min=1e-6),
 ]
-train_cfg = dict(max_iters=1500, val_interval=250)
+train_cfg = dict(max_iters=1500, val_interval=500)
 default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=250))
