@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ import huggingface_hub
 import timm
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..classification.model import pick_device
@@ -124,7 +126,9 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
 
     before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm(), warnings.catch_warnings():
+            # Pillow warns of images of more than 89 megapixels, and rejects twice as many.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return _run(arguments)
     except KeyboardInterrupt:
         _logger.warning("stopped; %s contains the results until then", arguments.output)

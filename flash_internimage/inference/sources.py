@@ -4,7 +4,6 @@ import glob
 import logging
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from ..files import check_no_loops
 from ..images import UnreadableImage, image_suffixes, read_image, to_rgb
@@ -55,15 +54,12 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
         UnreadableImage: If the file is not an image, is damaged, has too many pixels (see
             `PIL.Image.MAX_IMAGE_PIXELS`), or one side is more than 200 times the other.
     """
-    with warnings.catch_warnings():
-        # Pillow warns from 89 megapixels on, and raises an error from twice that on.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = read_image(path)
-        try:
-            return np.array(to_rgb(ImageOps.exif_transpose(image)))
-        except Exception as error:  # Pillow raises errors of any type for malformed EXIF data.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnreadableImage(f"cannot read image {path}: {reason:.500}") from error
+    image = read_image(path)
+    try:
+        return np.array(to_rgb(ImageOps.exif_transpose(image)))
+    except Exception as error:  # Pillow raises errors of any type for malformed EXIF data.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(f"cannot read image {path}: {reason:.500}") from error
 
 
 def find_sources(inputs: Sequence[str], leave_out: Path | None = None) -> list[Source]:
