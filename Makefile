@@ -1,4 +1,4 @@
-# Targets: demo, demo-detection, demo-segmentation, test, test-fast, lint, bench, docs, sanitize,
+# Targets: demo, demo-detection, demo-segmentation, gallery, test, test-fast, lint, bench, docs, sanitize,
 # sanitize-cpu, openmmlab-compiled, wheel, test-wheel, test-torch-versions, test-python-versions,
 # test-portability, test-aarch64, lint-workflows, gpu-check and clean. Each installs what it needs, except
 # gpu-check.
@@ -28,7 +28,7 @@ TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 # TEST_SEED=123 shuffles and seeds the tests with that number, TEST_SEED=default with the time.
 TEST_SEED ?=
 
-.PHONY: demo demo-detection demo-segmentation test test-fast lint bench docs sanitize sanitize-cpu openmmlab-compiled gpu-check clean
+.PHONY: demo demo-detection demo-segmentation gallery test test-fast lint bench docs sanitize sanitize-cpu openmmlab-compiled gpu-check clean
 .PHONY: wheel test-wheel test-torch-versions test-python-versions test-portability test-aarch64 lint-workflows
 
 demo: $(VENV)/.package data/digits
@@ -41,7 +41,11 @@ demo-detection: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes
 
 demo-segmentation: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes-ade20k
 	$(RUN) -m segmentation.train $(SCENE_MAPS) --work-dir output/digits-scenes-ade20k --resume
-	$(RUN) -m segmentation.test $(SCENE_MAPS) output/digits-scenes-ade20k/iter_800.pth --work-dir output/digits-scenes-ade20k --show-dir predictions
+	$(RUN) -m segmentation.test $(SCENE_MAPS) output/digits-scenes-ade20k/iter_2400.pth --work-dir output/digits-scenes-ade20k --show-dir predictions
+
+# Pictures of the three demos, for docs/gallery.md.
+gallery: demo demo-detection demo-segmentation
+	$(RUN) -m tools.gallery
 
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
 	  $(if $(TEST_SEED),--randomly-seed=$(TEST_SEED),-p no:randomly)

@@ -14,7 +14,9 @@ from typing import Any
 COMMANDS = {
     "train": "train a classifier, detector or segmentor",
     "test": "evaluate a classifier, detector or segmentor",
+    "predict": "predict images, videos or a camera",
     "analyze": "report on a trained model, or compare the curves of several runs",
+    "visualize": "draw where DCNv4 layers sample an image",
     "zoo": "list, download, convert, evaluate and publish checkpoints",
     "demo-data": "write a small dataset of real images, without a download",
 }

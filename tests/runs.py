@@ -5,19 +5,20 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from mmdet.visualization import DetLocalVisualizer
 from mmengine.runner import Runner
-from mmseg.visualization import SegLocalVisualizer
+from mmengine.visualization import Visualizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flash_internimage.openmmlab.cli.train import training_parser, training_runner
+from flash_internimage.openmmlab.visualization.detection import CaptionedDetVisualizer
+from flash_internimage.openmmlab.visualization.segmentation import CaptionedSegVisualizer
 from tests.kills import run_until_killed
 
 
 def _strings(arguments: tuple) -> list[str]:
     # Otherwise, images and scalars are written to the folder of this process's first run.
-    DetLocalVisualizer._instance_dict.clear()
-    SegLocalVisualizer._instance_dict.clear()
+    for kind in (Visualizer, CaptionedDetVisualizer, CaptionedSegVisualizer):
+        kind._instance_dict.clear()
     return [str(argument) for argument in arguments]
 
 

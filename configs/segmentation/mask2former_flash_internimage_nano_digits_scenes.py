@@ -15,7 +15,7 @@ model = dict(
         in_channels=_base_.channels,
         feat_channels=64,
         out_channels=64,
-        num_classes=11,
+        num_classes=5,
         num_queries=20,
         pixel_decoder=dict(
             encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=attention, **ffn)),
@@ -26,7 +26,7 @@ model = dict(
             num_layers=3,
             layer_cfg=dict(self_attn_cfg=attention, cross_attn_cfg=attention, **ffn),
         ),
-        loss_cls=dict(class_weight=[1.0] * 11 + [0.1]),
+        loss_cls=dict(class_weight=[1.0] * 5 + [0.1]),
         train_cfg=dict(num_points=2048),
     ),
 )

@@ -279,7 +279,7 @@ def prepare_evaluation(
         dataset = build_dataset(settings, settings.val_split, False, batch_size)
         source = cfg.model.name if checkpoint is None else str(checkpoint)
         net, contents = _load_model(cfg.model, checkpoint, weights)
-        _warn_about_changes(cfg, contents)
+        warn_about_changes(cfg, contents)
         net = net.to(device)
         if name := find_not_finite(net):
             raise ValueError(f"{name} of {source} is not finite")
@@ -384,7 +384,7 @@ def _load_model(
     return model, contents
 
 
-def _warn_about_changes(cfg: Config, checkpoint: Mapping[str, Any]) -> None:
+def warn_about_changes(cfg: Config, checkpoint: Mapping[str, Any]) -> None:
     """Warn about settings that affect the results and differ from those of the training."""
     trained = checkpoint.get("config")
     differences = []

@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,13 @@ def _match_names(
         )
     _logger.log(on_first(logging.WARNING), "%s (%s)", message, printable(difference))
     return weights, class_map
+
+
+def trained_settings(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings in a checkpoint of classification.train by section, or an empty dict."""
+    config = checkpoint.get("config")
+    sections = config if isinstance(config, dict) and isinstance(config.get("model"), dict) else {}
+    return {key: value for key, value in sections.items() if isinstance(value, dict)}
 
 
 def pick_device(name: str) -> torch.device:

@@ -4,7 +4,7 @@ The digits (8 x 8 pixels, 0 to 16) are scaled, rotated and painted over one anot
 instance has an exact mask: the part of its ink that no later digit covers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,6 @@ from contourpy import FillType, contour_generator
 from PIL import Image
 
 IMAGE_SIZES = (128, 160)  # height and width, in pixels
-DIGIT_SIZES = (24, 52)  # height before the rotation, in pixels
-DIGITS_PER_SCENE = (2, 7)
 CROWD_DIGIT_SIZES = (10, 14)
 DIGITS_PER_CROWD = (12, 20)
 CROWD_SIZE = 64  # side of the square that contains a crowd, in pixels
@@ -32,7 +30,14 @@ class Material:
     labels: np.ndarray  # (K,), 0 to 9
     indices: np.ndarray  # (K,), in scikit-learn's load_digits
     photos: list[np.ndarray]
-    inks: np.ndarray | None = None  # (10, 3), 0 to 255: colors of the ten digits, or random
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The smallest and largest size and number of the digits of a scene."""
+
+    digit_sizes: tuple[int, int] = (24, 52)  # height before the rotation, in pixels
+    digits_per_scene: tuple[int, int] = (2, 7)
 
 
 @dataclass(frozen=True)
@@ -52,39 +57,44 @@ class Scene:
     image: np.ndarray  # (H, W, 3) uint8
     instances: list[Instance]
 
-    def label_map(self) -> np.ndarray:
+    def label_map(self, digits: Sequence[int]) -> np.ndarray:
         """Return the label map in ADE20K format, (H, W) uint8.
 
-        0 is the ignore index (crowds), 1 the background, and 2 to 11 are the digits 0 to 9.
+        0 is the ignore index (crowds), 1 the background, and i + 2 the digit `digits[i]`.
         """
         labels = np.ones(self.image.shape[:2], np.uint8)
         for instance in self.instances:  # masks are disjoint
-            labels[instance.mask] = 0 if instance.crowd else instance.label + 2
+            labels[instance.mask] = 0 if instance.crowd else digits.index(instance.label) + 2
         return labels
 
 
-def make_scenes(material: Material, count: int, seed: int) -> Iterator[Scene]:
-    """Yield scenes; each only depends on the material, the seed and its index."""
+def make_scenes(
+    material: Material, count: int, seed: int, layout: Layout | None = None
+) -> Iterator[Scene]:
+    """Yield scenes; each only depends on the material, the seed, the layout and its index."""
+    layout = layout or Layout()
     for i in range(count):
         rng = np.random.default_rng((seed, i))
-        objects = 0 if i % PERIOD == PERIOD // 2 else _uniform(rng, DIGITS_PER_SCENE)
-        yield _make_scene(material, objects, crowd=i % PERIOD == PERIOD - 1, rng=rng)
+        objects = 0 if i % PERIOD == PERIOD // 2 else _uniform(rng, layout.digits_per_scene)
+        yield _make_scene(material, layout, objects, crowd=i % PERIOD == PERIOD - 1, rng=rng)
 
 
-def _make_scene(material: Material, objects: int, crowd: bool, rng: np.random.Generator) -> Scene:
+def _make_scene(
+    material: Material, layout: Layout, objects: int, crowd: bool, rng: np.random.Generator
+) -> Scene:
     image = _crop(material.photos, rng)
     instances = [_paint_crowd(image, material, rng)] if crowd else []
     inks = [instance.mask.sum() for instance in instances]
     while len(inks) < objects:
         k = rng.integers(len(material.labels))
-        opacity = _opacity(material.digits[k], _uniform(rng, DIGIT_SIZES), rng)
+        opacity = _opacity(material.digits[k], _uniform(rng, layout.digit_sizes), rng)
         box = _place(opacity.shape, image.shape, rng)
         mask = np.zeros(image.shape[:2], bool)
         mask[box] = opacity >= 0.5
         below = [replace(instance, mask=instance.mask & ~mask) for instance in instances]
         if any(it.mask.sum() < MIN_VISIBLE * ink for it, ink in zip(below, inks, strict=True)):
             continue
-        _paint(image[box], opacity, rng, _ink(material, material.labels[k]))
+        _paint(image[box], opacity, rng)
         index = int(material.indices[k])
         instances = [*below, Instance(int(material.labels[k]), mask, sources=(index,))]
         inks.append(mask.sum())
@@ -92,14 +102,15 @@ def _make_scene(material: Material, objects: int, crowd: bool, rng: np.random.Ge
 
 
 def _paint_crowd(image: np.ndarray, material: Material, rng: np.random.Generator) -> Instance:
-    label = int(rng.integers(10))
+    labels = np.unique(material.labels)
+    label = int(labels[rng.integers(len(labels))])
     members = rng.choice(np.flatnonzero(material.labels == label), _uniform(rng, DIGITS_PER_CROWD))
     region = _place((CROWD_SIZE, CROWD_SIZE), image.shape, rng)
     mask = np.zeros(image.shape[:2], bool)
     for k in members:
         opacity = _opacity(material.digits[k], _uniform(rng, CROWD_DIGIT_SIZES), rng)
         box = _place(opacity.shape, (CROWD_SIZE, CROWD_SIZE), rng)
-        _paint(image[region][box], opacity, rng, _ink(material, label))
+        _paint(image[region][box], opacity, rng)
         mask[region][box] |= opacity >= 0.5
     sources = tuple(int(i) for i in material.indices[members])
     return Instance(label, mask, sources, crowd=True)
@@ -136,23 +147,11 @@ def _place(
     return np.s_[top : top + height, left : left + width]
 
 
-def _ink(material: Material, label: int) -> np.ndarray | None:
-    return None if material.inks is None else material.inks[label]
-
-
-def _paint(
-    image: np.ndarray, opacity: np.ndarray, rng: np.random.Generator, ink: np.ndarray | None
-) -> None:
-    """Paint a digit in place.
-
-    The color is a slight variation of `ink`. Without one, it is the random color, of a few, that
-    differs most from the background.
-    """
+def _paint(image: np.ndarray, opacity: np.ndarray, rng: np.random.Generator) -> None:
+    """Paint a digit in place, in the one of a few random colors that differs most from below."""
     there = np.tensordot(opacity, image) / opacity.sum()
     colors = rng.uniform(0, 255, (8, 3))
     color = colors[np.argmax(np.linalg.norm(colors - there, axis=1))]
-    if ink is not None:
-        color = np.clip(ink + (colors[0] - 127.5) / 5, 0, 255)
     image += rng.uniform(0.9, 1) * opacity[..., None] * (color - image)
 
 

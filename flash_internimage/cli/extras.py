@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 # Import names of the packages of each extra.
 EXTRAS = {
-    "openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg", "faster_coco_eval"),
+    "openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg", "faster_coco_eval", "cv2", "pycocotools"),
     "train": ("contourpy", "matplotlib", "pydantic", "sklearn", "tensorboard"),
 }
 

@@ -5,8 +5,10 @@ from PIL import Image, ImageDraw
 
 from ..inference.results import Classification
 from .colors import class_colors
-from .layout import BACKGROUND, add_caption, enlarge, font_size
+from .layout import BACKGROUND, add_caption, enlarge, font_size, pad
 from .text import fit, line_height, load_font, text_width
+
+_WIDTH = 640
 
 
 def draw_classification(
@@ -25,9 +27,10 @@ def draw_classification(
     Raises:
         ValueError: If the image is not such an array.
     """
-    picture, _ = enlarge(image)
+    picture, _ = enlarge(image, _WIDTH)
+    font = load_font(font_size(*picture.shape[1::-1]), "".join(result.names))
+    picture = pad(picture, _WIDTH, 0)
     width = picture.shape[1]
-    font = load_font(font_size(*picture.shape[1::-1]))
     letters = line_height(font)
     line = 2 * letters
     bars = Image.new("RGB", (width, len(result.names) * line + letters), BACKGROUND)

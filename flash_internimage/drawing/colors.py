@@ -41,7 +41,7 @@ _XYZ = np.array(
 _WHITE = _XYZ.sum(1)
 
 # Darker colors hide the image under them, and lighter ones look like white.
-_LIGHTNESS = (30, 92)
+_LIGHTNESS = (42, 92)
 
 
 def class_colors(count: int) -> np.ndarray:
@@ -91,17 +91,17 @@ def visible_distances(colors: np.ndarray, others: np.ndarray) -> np.ndarray:
         (n, m) array: the least CIE76 distance in normal vision, protanopia and deuteranopia. A
         distance of 2 is just noticeable for colors side by side.
     """
-    pairs = zip(_appearances(colors), _appearances(others), strict=True)
+    pairs = zip(appearances(colors), appearances(others), strict=True)
     return np.min([np.linalg.norm(a[:, None] - b, axis=-1) for a, b in pairs], axis=0)
 
 
 @functools.lru_cache(maxsize=8)
 def _palette(count: int) -> np.ndarray:
     levels = np.arange(0, 256, 15, np.uint8)
-    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-    lightness = _appearances(candidates)[0][:, 0]
-    candidates = candidates[(lightness >= _LIGHTNESS[0]) & (lightness <= _LIGHTNESS[1])]
-    seen = np.stack(_appearances(candidates))
+    cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    lightness = appearances(cube)[0][:, 0]
+    candidates = cube[(lightness >= _LIGHTNESS[0]) & (lightness <= _LIGHTNESS[1])]
+    seen = np.stack(appearances(candidates))
     palette = list(np.array(_OKABE_ITO, np.uint8))
     nearest = visible_distances(candidates, np.array(palette)).min(1)
     while len(palette) < count:
@@ -112,7 +112,7 @@ def _palette(count: int) -> np.ndarray:
     return np.array(palette)
 
 
-def _appearances(colors: np.ndarray) -> list[np.ndarray]:
+def appearances(colors: np.ndarray) -> list[np.ndarray]:
     """Return (n, 3) CIELAB coordinates in normal vision, protanopia and deuteranopia."""
     linear = _linear(colors)
     seen = [linear, *(linear @ np.array(matrix).T for matrix in _DICHROMACY.values())]

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..inference.results import LabelMap
-from .colors import class_colors, label_color
+from .colors import class_colors, label_color, text_color
 from .layout import BACKGROUND, add_caption, enlarge, font_size, pad
 from .text import fit, line_height, load_font, text_width
 
@@ -38,13 +38,15 @@ def draw_label_map(
 ) -> np.ndarray:
     """Draw the class of each pixel in color, with a legend below the picture.
 
+    Regions that are large enough also contain the name of their class.
+
     Args:
         image: (H, W, 3) uint8 array.
         result: Label map of the same height and width.
         caption: Text of a bar above the picture.
         min_width: Width in pixels to which smaller images are enlarged.
-        opacity: Opacity of the colors, from 0 to 1.
-        ignore: Label of pixels without a class, which show the image.
+        opacity: Opacity of the colors over the image in shades of gray, from 0 to 1.
+        ignore: Label of pixels without a class, which show the image in its own colors.
 
     Returns:
         (H', W', 3) uint8 array.
@@ -64,6 +66,7 @@ def draw_label_map(
     columns = np.arange(width) * labels.shape[1] // width
     enlarged = labels if height == labels.shape[0] else labels[rows][:, columns]
     picture = _colored(picture, enlarged, len(result.classes), opacity, ignore)
+    picture = _with_names(picture, enlarged, result.classes, ignore)
     entries = legend_entries(result, ignore)
     legend = _legend(entries, max(width, min_width), font_size(width, height))
     picture = np.concatenate([pad(picture, legend.shape[1], 0), legend])
@@ -96,10 +99,12 @@ def _colored(
     colors = table[np.where(known, labels, classes)]
     border = _borders(labels, max(1, font_size(*labels.shape[::-1]) // 12))
     colors[border] = 255
+    gray = Image.fromarray(picture).convert("L").convert("RGB")  # keeps the hues of the classes
+    blended = np.array(Image.blend(gray, Image.fromarray(colors), opacity))
     if ignore is not None:
         ignored = (labels == ignore) & ~border
-        colors[ignored] = picture[ignored]
-    return np.asarray(Image.blend(Image.fromarray(picture), Image.fromarray(colors), opacity))
+        blended[ignored] = picture[ignored]
+    return blended
 
 
 def _borders(labels: np.ndarray, line: int) -> np.ndarray:
@@ -111,12 +116,58 @@ def _borders(labels: np.ndarray, line: int) -> np.ndarray:
     return border
 
 
+def _with_names(
+    picture: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], ignore: int | None
+) -> np.ndarray:
+    """Write the name of each class where it lies completely on the class."""
+    height, width = labels.shape
+    size = font_size(width, height)
+    step = max(1, size // 4)
+    coarse = labels[::step, ::step]
+    canvas = Image.fromarray(picture)
+    draw = ImageDraw.Draw(canvas)
+    for label in np.unique(coarse).tolist():
+        if label == ignore or not 0 <= label < len(classes):
+            continue
+        font = load_font(size, classes[label])
+        name = fit(classes[label], font, width // 2)
+        columns = -(-(text_width(name, font) + size) // step)
+        rows = -(-3 * line_height(font) // (2 * step))
+        place = _place(coarse == label, columns, rows)
+        if place is None:
+            continue
+        color = text_color(label_color(label, len(classes)))
+        around = (255 - color[0],) * 3
+        draw.text(
+            (place[0] * step, place[1] * step), name, color, font, anchor="mm",
+            stroke_width=max(1, size // 12), stroke_fill=around,
+        )  # fmt: skip
+    return np.asarray(canvas)
+
+
+def _place(mask: np.ndarray, columns: int, rows: int) -> tuple[float, float] | None:
+    """Return the center x and y of a rectangle inside a mask, the most central one."""
+    if mask.shape[0] < rows or mask.shape[1] < columns:
+        return None
+    sums = np.pad(mask, ((1, 0), (1, 0))).astype(np.int64).cumsum(0).cumsum(1)
+    inside = (
+        sums[rows:, columns:] - sums[:-rows, columns:] - sums[rows:, :-columns]
+        + sums[:-rows, :-columns]
+    )  # fmt: skip
+    corners = np.argwhere(inside == rows * columns)
+    if not len(corners):
+        return None
+    middle = np.argwhere(mask).mean(0) - (rows / 2, columns / 2)
+    top, left = corners[np.square(corners - middle).sum(1).argmin()].tolist()
+    return left + columns / 2, top + rows / 2
+
+
 def _legend(entries: list[LegendEntry], width: int, size: int) -> np.ndarray:
     """Return a legend of a width in columns, read from top to bottom."""
-    font = load_font(size)
+    texts = [f"{entry.name}: {_percent(entry.share)}" for entry in entries]
+    font = load_font(size, "".join(texts))
     line = round(1.7 * line_height(font))
     swatch = line_height(font)
-    texts = [f"{entry.name}  {_percent(entry.share)}" for entry in entries]
     widest = max((text_width(text, font) for text in texts), default=0)
     columns = min(len(entries), max(1, width // (widest + 3 * swatch))) or 1
     column_width = width // columns

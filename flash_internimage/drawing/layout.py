@@ -67,7 +67,7 @@ def add_caption(picture: np.ndarray, caption: str | None) -> np.ndarray:
     if caption is None:
         return picture
     height, width = picture.shape[:2]
-    font = load_font(font_size(width, height))
+    font = load_font(font_size(width, height), caption)
     line = line_height(font)
     bar = Image.new("RGB", (width, 2 * line), _CAPTION)
     text = fit(caption, font, width - line)
@@ -132,7 +132,7 @@ def contact_sheet(
         raise ValueError(f"cell_width must be at least 32, got {cell_width}")
     columns = min(columns, len(pictures))
     gap = max(4, cell_width // 24)
-    font = load_font(max(12, cell_width // 17))
+    font = load_font(max(12, cell_width // 17), "".join(captions))
     line = round(1.4 * line_height(font))
     rows = []
     for start in range(0, len(pictures), columns):

@@ -2,9 +2,7 @@
 
 import numpy as np
 
-_ROWS = 4  # above or below a box that labels may move away from it, in heights of a label
-
-# Costs of a label that is hidden or hides something completely.
+# Costs of a label that is hidden or hides something completely, and of the distance from its box.
 _OTHER_LABEL, _OWN_BOX, _OTHER_BOX, _PER_ROW = 10.0, 4.0, 1.0, 0.15
 
 
@@ -26,42 +24,43 @@ def place_labels(boxes: np.ndarray, sizes: np.ndarray, width: int, height: int) 
     """
     placed = np.zeros((len(boxes), 4))
     for i, (box, size) in enumerate(zip(boxes, sizes, strict=True)):
-        candidates, costs = _candidates(box, size, width, height)
-        area = size.prod()
-        costs += _OTHER_LABEL * _overlaps(candidates, placed[:i]).sum(1) / area
-        costs += _OWN_BOX * _overlaps(candidates, box[None])[:, 0] / area
+        candidates, costs = _candidates(box, size, placed[:i], width, height)
+        costs += _OTHER_LABEL * _hidden(candidates, placed[:i]).sum(1)
+        costs += _OWN_BOX * _hidden(candidates, box[None])[:, 0]
         # Many boxes of one object count once.
-        others = _overlaps(candidates, np.delete(boxes, i, 0))
-        costs += _OTHER_BOX * others.max(1, initial=0) / area
+        costs += _OTHER_BOX * _hidden(candidates, np.delete(boxes, i, 0)).max(1, initial=0)
         placed[i] = candidates[costs.argmin()]
     return placed
 
 
 def _candidates(
-    box: np.ndarray, size: np.ndarray, width: int, height: int
+    box: np.ndarray, size: np.ndarray, placed: np.ndarray, width: int, height: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (m, 4) places inside the picture, and their costs before anything else is drawn."""
+    """Return (m, 4) places inside the picture, and costs that rise with the distance to the box."""
     x1, y1, x2, y2 = box
     columns, rows = size
-    corners = []
-    for row in range(_ROWS):
-        above, below = y1 - (row + 1) * rows, y2 + row * rows
-        for preference, y in enumerate((above, below)):
-            for shift, x in enumerate((x1, x2 - columns, (x1 + x2 - columns) / 2)):
-                corners.append((x, y, _PER_ROW * row + 0.02 * preference + 0.01 * shift))
-    for side, x in enumerate((x2, x1 - columns)):
-        for shift, y in enumerate((y1, y2 - rows, (y1 + y2 - rows) / 2)):
-            corners.append((x, y, 0.05 + 0.02 * side + 0.01 * shift))
-    corners.append((x1, y1, 0.1))  # on the box
-    corners.append((x1, y2 - rows, 0.12))
-    places = np.array(corners)
-    places[:, 0] = places[:, 0].clip(0, max(0, width - columns))
-    places[:, 1] = places[:, 1].clip(0, max(0, height - rows))
-    return np.hstack([places[:, :2], places[:, :2] + size]), places[:, 2]
+    xs = [x1, x2 - columns, (x1 + x2 - columns) / 2]
+    ys = [y1 - rows, y2]  # above and below
+    beside = [(x, y) for x in (x2, x1 - columns) for y in (y1, y2 - rows, (y1 + y2 - rows) / 2)]
+    on_the_box = [(x1, y1), (x1, y2 - rows)]
+    # Above and below the labels before it.
+    near = placed[(placed[:, 1] < y2 + 4 * rows) & (placed[:, 3] > y1 - 4 * rows)]
+    stacked = [*(near[:, 1] - rows), *near[:, 3]]
+    corners = np.array([(x, y) for y in [*ys, *stacked] for x in xs] + beside + on_the_box)
+    preferences = 0.01 * np.arange(len(corners)).clip(max=12)
+    corners = corners.clip(0, np.maximum(0, (width - columns, height - rows)))
+    places = np.hstack([corners, corners + size])
+    gaps = np.maximum(places[:, :2] - box[2:], box[:2] - places[:, 2:]).max(1).clip(0)
+    return places, preferences + _PER_ROW * gaps / rows
 
 
-def _overlaps(places: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Return the (m, n) areas in which places and boxes overlap."""
+def _hidden(places: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Return the overlap of (m, 4) places with (n, 4) boxes, as shares of the smaller ones."""
     low = np.maximum(places[:, None, :2], boxes[None, :, :2])
     high = np.minimum(places[:, None, 2:], boxes[None, :, 2:])
-    return (high - low).clip(0).prod(2)
+    smaller = np.minimum(_areas(places)[:, None], _areas(boxes)[None])
+    return (high - low).clip(0).prod(2) / smaller.clip(1)
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)

@@ -17,7 +17,7 @@ from ..checkpoints import (
 )
 from ..classification.config import Model
 from ..classification.data.classes import names_of
-from ..classification.model import create_model
+from ..classification.model import create_model, trained_settings
 from .card import SIZES, Card, Facts, Target, choose_license
 
 _USAGE = """\
@@ -65,7 +65,7 @@ def save_classifier(
     """
     contents = load_checkpoint(checkpoint)
     weights = clean_state_dict(contents)
-    trained = _settings(contents)
+    trained = trained_settings(contents)
     options, data = trained.get("model", {}), trained.get("data", {})
     architecture = name.partition(".")[0]
     if (other := options.get("name", architecture).partition(".")[0]) != architecture:
@@ -111,13 +111,6 @@ def save_classifier(
         usage=_USAGE.format(source=target.in_timm),
         install="`flash-internimage`, which includes timm and PyTorch",
     ).write(folder)
-
-
-def _settings(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the settings in a checkpoint of classification.train, or an empty dict."""
-    config = checkpoint.get("config")
-    sections = config if isinstance(config, dict) and isinstance(config.get("model"), dict) else {}
-    return {key: value for key, value in sections.items() if isinstance(value, dict)}
 
 
 def _pretrained_cfg(

@@ -14,8 +14,10 @@ from .datasets.coco import CheckedCocoDataset
 from .evaluation.coco_metric import CheckedCocoMetric, CheckedPycocotoolsMetric
 from .models.detectors import ClampedReferenceDINOHead, HalfWidthEncodingDINO
 from .safe_loading import register_image_loaders, register_override
+from .visualization.detection import CaptionedDetVisualizer
 
 __all__ = [
+    "CaptionedDetVisualizer",
     "CheckedCocoDataset",
     "CheckedCocoMetric",
     "CheckedPycocotoolsMetric",

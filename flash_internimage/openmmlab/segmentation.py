@@ -14,8 +14,10 @@ from .datasets.transforms import LoadCheckedAnnotations
 from .engine.hooks.check_segmentor import CheckSegmentorHook
 from .models.segmentors import CheckedEncoderDecoder, CombineFirstMask2FormerHead
 from .safe_loading import register_image_loaders
+from .visualization.segmentation import CaptionedSegVisualizer
 
 __all__ = [
+    "CaptionedSegVisualizer",
     "CheckSegmentorHook",
     "CheckedADE20KDataset",
     "CheckedEncoderDecoder",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from detection import test as test_program
 from flash_internimage.cli import analyze
@@ -69,7 +70,13 @@ def test_predictions_are_written_and_drawn(trained, tmp_path, monkeypatch):
     predictions = pickle.loads((tmp_path / "predictions.pkl").read_bytes())
     assert [p["img_id"] for p in predictions] == [1, 2, 3, 4]
     assert all(len(p["pred_instances"]["bboxes"]) for p in predictions)
-    assert len(list(tmp_path.glob("*/pictures/*.jpg"))) == 4
+    pictures = sorted(tmp_path.glob("*/pictures/*.jpg"))
+    assert len(pictures) == 4
+    for path in pictures:
+        picture = np.array(Image.open(path))
+        assert picture.shape[1] > 2 * 640  # ground truth and prediction, enlarged
+        bar = picture[:30, [200, -200]]  # their captions
+        assert (bar < 80).all()
 
 
 @pytest.mark.parametrize("trained", ["mask_rcnn"], indirect=True)

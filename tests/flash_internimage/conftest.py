@@ -62,3 +62,16 @@ def library(tmp_path, monkeypatch) -> Iterator[ModuleType]:
     library = importlib.import_module("foreign_library")
     yield library
     sys.modules.pop("foreign_library", None)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> dict[str, Path]:
+    """Write a checkpoint of each model in tests.nano, and return their paths by model."""
+    from tests import nano
+
+    folder = tmp_path_factory.mktemp("weights")
+    openmmlab = (nano.DETECTOR, nano.SEGMENTOR)
+    return {
+        nano.CLASSIFIER: nano.write_classifier(folder / "classifier.pth"),
+        **{name: nano.write_openmmlab_model(name, folder / f"{name}.pth") for name in openmmlab},
+    }

@@ -17,8 +17,8 @@ from flash_internimage.openmmlab import SafeRunner, model_index, safe_loading
 from flash_internimage.openmmlab.cli.test import prepare_evaluation
 from tests.servers import serve, use_own_caches
 
-CLASSES = ("background", *"0123456789")
-PALETTE = [[i, 2 * i, 3 * i] for i in range(11)]
+CLASSES = ("background", *"0147")
+PALETTE = [[i, 2 * i, 3 * i] for i in range(5)]
 
 
 class Predictions(BaseMetric):

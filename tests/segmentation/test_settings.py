@@ -16,41 +16,41 @@ pytestmark = pytest.mark.usefixtures("mmseg_scope")
 
 HEADS = "model = dict(decode_head=dict({0}), auxiliary_head=dict({0}))\n"
 SIGMOID = 'dict(type="CrossEntropyLoss", use_sigmoid={}, class_weight={})'
-REDUCED = 'metainfo=dict(classes=(*"0123456789", "background"))'
+REDUCED = 'metainfo=dict(classes=(*"0147", "background"))'
 
 WRONG = [
     # settings, error message
     (
         "model = dict(decode_head=dict(num_classes=7))",
-        r"model.decode_head.num_classes must be 11, .* got 7$",
+        r"model.decode_head.num_classes must be 5, .* got 7$",
     ),
     (
-        "model = dict(auxiliary_head=dict(num_classes=12))",
-        r"model.auxiliary_head.num_classes must be 11, .* got 12$",
+        "model = dict(auxiliary_head=dict(num_classes=6))",
+        r"model.auxiliary_head.num_classes must be 5, .* got 6$",
     ),
     (
         f"val_dataloader = dict(dataset=dict({REDUCED}))",
         r"metainfo\['classes'\] of val_dataloader must equal those of train_dataloader",
     ),
     (
-        HEADS.format(f"num_classes=11, out_channels=1, loss_decode={SIGMOID.format(False, None)}"),
+        HEADS.format(f"num_classes=5, out_channels=1, loss_decode={SIGMOID.format(False, None)}"),
         r"model.decode_head.loss_decode must have use_sigmoid=True for a single output channel",
     ),
     (
-        "model = dict(decode_head=dict(loss_decode=dict(class_weight=[1.0] * 10)))",
-        r"model.decode_head.loss_decode.class_weight must be 11 numbers of at least 0, got \[1.0, ",
+        "model = dict(decode_head=dict(loss_decode=dict(class_weight=[1.0] * 4)))",
+        r"model.decode_head.loss_decode.class_weight must be 5 numbers of at least 0, got \[1.0, ",
     ),
     (
-        "model = dict(auxiliary_head=dict(loss_decode=dict(class_weight=[-1.0] * 11)))",
-        r"model.auxiliary_head.loss_decode.class_weight must be 11 numbers of at least 0, got \[-1",
+        "model = dict(auxiliary_head=dict(loss_decode=dict(class_weight=[-1.0] * 5)))",
+        r"model.auxiliary_head.loss_decode.class_weight must be 5 numbers of at least 0, got \[-1",
     ),
     (
-        HEADS.format(f"loss_decode={SIGMOID.format(True, [1.0] * 11)}"),
+        HEADS.format(f"loss_decode={SIGMOID.format(True, [1.0] * 5)}"),
         r"model.decode_head.loss_decode.class_weight must be 1 numbers of at least 0",
     ),
     (
         HEADS.format(f"loss_decode=[{SIGMOID.format(False, [1.0] * 3)}]"),
-        r"model.decode_head.loss_decode.class_weight must be 11 numbers of at least 0",
+        r"model.decode_head.loss_decode.class_weight must be 5 numbers of at least 0",
     ),
     (
         "model = dict(decode_head=dict(ignore_index=200))",
@@ -178,16 +178,16 @@ def test_a_list_of_auxiliary_heads(check):
         "second['num_classes'] = {}\n"
         "model = dict(auxiliary_head=[first, second])"
     )
-    check(heads.format(11))
-    with pytest.raises(ValueError, match=r"^model.auxiliary_head.1.num_classes must be 11, "):
-        check(heads.format(12))
+    check(heads.format(5))
+    with pytest.raises(ValueError, match=r"^model.auxiliary_head.1.num_classes must be 5, "):
+        check(heads.format(6))
 
 
 CASCADE = """
 maps = dict(
     in_channels=[16, 32, 64, 128], in_index=[0, 1, 2, 3], input_transform="resize_concat",
     channels=16, align_corners=False, loss_decode=dict(type="CrossEntropyLoss"))
-first = dict(type="FCNHead", num_convs=1, num_classes=11, **maps)
+first = dict(type="FCNHead", num_convs=1, num_classes=5, **maps)
 second = dict(type="OCRHead", ocr_channels=8, num_classes={}, **maps)
 model = dict(
     type="CascadeEncoderDecoder", num_stages=2, decode_head=[first, second], auxiliary_head=None)
@@ -195,8 +195,8 @@ model = dict(
 
 
 def test_heads_in_a_cascade(check):
-    check(CASCADE.format(11))
-    with pytest.raises(ValueError, match=r"^model.decode_head.1.num_classes must be 11, .* got 7"):
+    check(CASCADE.format(5))
+    with pytest.raises(ValueError, match=r"^model.decode_head.1.num_classes must be 5, .* got 7"):
         check(CASCADE.format(7))
 
 
@@ -211,9 +211,9 @@ def test_levels_of_mask2former(check):
         check(settings, "mask2former")
 
 
-@pytest.mark.parametrize("weights", ["[1.0] * 11", "None", "[1.0] * 13", "1.0"])
+@pytest.mark.parametrize("weights", ["[1.0] * 5", "None", "[1.0] * 7", "1.0"])
 def test_class_weights_of_mask2former(weights, check):
-    message = r"model.decode_head.loss_cls.class_weight must be 12 numbers of at least 0, got "
+    message = r"model.decode_head.loss_cls.class_weight must be 6 numbers of at least 0, got "
     with pytest.raises(ValueError, match=message):
         check(
             f"model = dict(decode_head=dict(loss_cls=dict(class_weight={weights})))", "mask2former"
@@ -253,11 +253,11 @@ def test_wrapped_data_sets_are_checked(check):
 def test_labels_that_are_not_classes(family, write_config, tmp_path):
     config = Config.fromfile(write_config(tmp_path / "config.py", family, ""))
     model = revert_sync_batchnorm(MODELS.build(config.model)).train()
-    labels = torch.arange(13).repeat(64, 5)[:, :64].contiguous()
-    labels[labels == 11] = 255
-    message = r"must contain classes from 0 to 10, or 255 .*, got \[-1, 12\]; "
+    labels = torch.arange(7).repeat(64, 10)[:, :64].contiguous()
+    labels[labels == 5] = 255
+    message = r"must contain classes from 0 to 4, or 255 .*, got \[-1, 6\]; "
     for right in (False, True):
-        labels[labels == 12] = 10 if right else 12
+        labels[labels == 6] = 4 if right else 6
         labels[0, 0] = 0 if right else -1
         metainfo = {"img_shape": (64, 64), "ori_shape": (64, 64), "batch_input_shape": (64, 64)}
         sample = SegDataSample(metainfo=metainfo, gt_sem_seg=PixelData(data=labels[None]))

@@ -47,7 +47,7 @@ def checkpoint(config, tmp_path) -> Path:
         weights = MODELS.build(cfg.model).state_dict()
     weights["decode_head.conv_seg.weight"].zero_()
     weights["decode_head.conv_seg.bias"].zero_()[0] = 9.0
-    contents = {"state_dict": weights, "meta": {"CLASSES": ("background", *"0123456789")}}
+    contents = {"state_dict": weights, "meta": {"CLASSES": ("background", *"0147")}}
     torch.save(contents, tmp_path / "background.pth")
     return tmp_path / "background.pth"
 
@@ -87,7 +87,7 @@ def test_mmseg_loads_converted_checkpoints(config, checkpoint, scenes, tmp_path)
     converted = tmp_path / "converted.pth"
     assert tool.main(["convert", str(checkpoint), "-o", str(converted)]) == 0
     model = init_model(str(config), str(converted), device="cpu")
-    assert model.dataset_meta["classes"] == ("background", *"0123456789")
+    assert model.dataset_meta["classes"] == ("background", *"0147")
     image = next((scenes / "images" / "validation").glob("*.jpg"))
     assert inference_model(model, str(image)).pred_sem_seg.data.eq(0).all()
 

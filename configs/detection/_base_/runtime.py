@@ -6,7 +6,8 @@ default_hooks = dict(
     )
 )
 visualizer = dict(
-    vis_backends=[dict(type="LocalVisBackend"), dict(type="RunTensorboardVisBackend")]
+    type="CaptionedDetVisualizer",
+    vis_backends=[dict(type="LocalVisBackend"), dict(type="RunTensorboardVisBackend")],
 )
 # NumClassCheckHook, no longer a default in mmdet 3, rejects heads whose number of classes is not
 # that of the data.

@@ -6,7 +6,7 @@ env_cfg = dict(
     dist_cfg=dict(backend="nccl"),
 )
 visualizer = dict(
-    type="SegLocalVisualizer",
+    type="CaptionedSegVisualizer",
     vis_backends=[dict(type="LocalVisBackend"), dict(type="RunTensorboardVisBackend")],
     name="visualizer",
 )

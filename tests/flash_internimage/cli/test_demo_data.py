@@ -73,8 +73,8 @@ def test_label_map_encodes_crowds_background_and_digits():
             Instance(9, right, sources=(7, 8), crowd=True),
         ],
     )
-    expected = [[1, 11, 1, 0], [2, 11, 1, 0], [1, 11, 1, 0]]
-    np.testing.assert_array_equal(scene.label_map(), np.array(expected, np.uint8), strict=True)
+    expected = np.array([[1, 3, 1, 0], [2, 3, 1, 0], [1, 3, 1, 0]], np.uint8)
+    np.testing.assert_array_equal(scene.label_map([0, 9]), expected, strict=True)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,19 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
-from scipy.ndimage import binary_dilation, binary_erosion
+from scipy.ndimage import binary_erosion
 from sklearn.datasets import load_digits, load_sample_images
+from sklearn.neighbors import KNeighborsClassifier
 
-from flash_internimage.cli.demo_data import write_digits_scenes, write_digits_scenes_ade20k
-from tests.demo_data import contents, read_annotations
+from flash_internimage.cli.demo_data import (
+    SEGMENTED_DIGITS,
+    SEGMENTED_LAYOUT,
+    split_scenes,
+    write_digits_scenes,
+    write_digits_scenes_ade20k,
+)
+from flash_internimage.cli.demo_scenes import to_coco
+from tests.demo_data import read_annotations
 
 # The decoder of pycocotools predates NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -163,47 +171,31 @@ def ade20k(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize(("split", "folder"), [("train", "training"), ("val", "validation")])
-def test_images_in_ade20k_layout_are_the_same_scenes_in_class_colors(split, folder, scenes, ade20k):
-    images = contents(ade20k / "images" / folder)
-    assert set(images) == set(contents(scenes / split))
-    colors = {}
-    for path in images:
-        one, other = (
-            np.array(Image.open(root / path), np.float32)
-            for root in (ade20k / "images" / folder, scenes / split)
-        )
-        with Image.open((ade20k / "annotations" / folder / path).with_suffix(".png")) as file:
-            labels = np.asarray(file)
-        far_from_ink = ~binary_dilation(labels != 1, iterations=8)  # JPEG blurs edges.
-        assert np.abs(one - other)[far_from_ink].mean() < 1
-        inside = binary_erosion(labels > 1, iterations=2)
-        for label in np.unique(labels[inside]):
-            colors.setdefault(label, []).append(one[inside & (labels == label)].mean(0))
-    assert set(colors) == set(range(2, 12))
-    centers = np.array([np.median(colors[label], axis=0) for label in range(2, 12)])
-    for i, label in enumerate(range(2, 12)):
-        nearest = [np.linalg.norm(centers - color, axis=1).argmin() for color in colors[label]]
-        assert np.mean(np.array(nearest) == i) > 0.8
-    maps = contents(ade20k / "annotations" / folder)
-    assert {path.with_suffix(".jpg") for path in maps} == set(images)
-    assert {path.suffix for path in maps} == {".png"}
+def images_and_maps(root, folder):
+    for path in sorted((root / "images" / folder).iterdir()):
+        labels = root / "annotations" / folder / f"{path.stem}.png"
+        yield path, np.asarray(Image.open(path)), np.asarray(Image.open(labels))
 
 
 @pytest.mark.parametrize(("split", "folder"), [("train", "training"), ("val", "validation")])
-def test_label_maps_agree_with_the_masks_of_coco(split, folder, scenes, ade20k):
-    coco = COCO(scenes / "annotations" / f"instances_{split}.json")
+def test_label_maps_agree_with_the_masks_of_coco(split, folder, ade20k):
+    scenes = split_scenes(40, 20, SEGMENTED_DIGITS, SEGMENTED_LAYOUT)[split]
+    coco = COCO()
+    coco.dataset = to_coco(scenes)
+    coco.createIndex()
     found = set()
-    for i, image in coco.imgs.items():
-        name = image["file_name"].replace(".jpg", ".png")
-        with Image.open(ade20k / "annotations" / folder / name) as file:
-            assert file.mode == "L"
-            labels = np.asarray(file)
-        annotations = coco.imgToAnns[i]
+    for (path, image, labels), entry in zip(
+        images_and_maps(ade20k, folder), coco.imgs.values(), strict=True
+    ):
+        assert path.name == entry["file_name"]
+        assert labels.dtype == np.uint8
+        assert labels.shape == image.shape[:2] == (entry["height"], entry["width"])
+        annotations = coco.imgToAnns[entry["id"]]
         crowds = [a for a in annotations if a["iscrowd"]]
+        digits = {0: 2, 1: 3, 4: 4, 7: 5}
         classes = {0: crowds} | {
-            digit + 2: [a for a in annotations if a["category_id"] - 1 == digit and a not in crowds]
-            for digit in range(10)
+            value: [a for a in annotations if a["category_id"] - 1 == digit and a not in crowds]
+            for digit, value in digits.items()
         }
         covered = np.zeros(labels.shape, bool)
         for value, members in classes.items():
@@ -214,4 +206,25 @@ def test_label_maps_agree_with_the_masks_of_coco(split, folder, scenes, ade20k):
             covered |= union
         np.testing.assert_array_equal(labels == 1, ~covered)
         found |= set(np.unique(labels))
-    assert found == set(range(12))
+    assert found == set(range(6))
+
+
+def test_some_label_maps_are_empty_and_some_have_crowds(ade20k):
+    for folder in ("training", "validation"):
+        values = [set(np.unique(labels)) for _, _, labels in images_and_maps(ade20k, folder)]
+        assert values.count({1}) == len(values) // 20
+        assert sum(0 in each for each in values) == len(values) // 20
+
+
+def test_colors_do_not_tell_the_classes_apart(ade20k):
+    colors, classes = {}, {}
+    for folder in ("training", "validation"):
+        pairs = [
+            (image[(labels == value) & binary_erosion(labels == value)].mean(0), value)
+            for _, image, labels in images_and_maps(ade20k, folder)
+            for value in range(2, 6)
+            if binary_erosion(labels == value).any()
+        ]
+        colors[folder], classes[folder] = map(np.array, zip(*pairs, strict=True))
+    model = KNeighborsClassifier(15).fit(colors["training"], classes["training"])
+    assert model.score(colors["validation"], classes["validation"]) < 0.45  # by chance: 0.25

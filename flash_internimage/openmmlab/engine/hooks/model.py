@@ -29,23 +29,31 @@ class FlashAttentionHook(Hook):
         log(f"switched {count} MultiScaleDeformableAttention layers to ops_dcnv4")
 
 
-@HOOKS.register_module()
-class Float32OutputsHook(Hook):
-    """Convert the outputs of necks and heads to float32 under autocast.
+def convert_outputs_to_float32(model: nn.Module) -> None:
+    """Make the necks and heads of a model return float32 under autocast.
 
     In bfloat16, boxes are up to 4 pixels off at the border of an image of 1333 pixels, and mmcv's
     RoIAlign and NMS do not support it.
     """
+    for name, module in model.named_modules():
+        if re.search(r"(neck|head)(\.\d+)?$", name):
+            module.register_forward_hook(_to_float32)
+
+
+def _to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, outputs)
+
+
+@HOOKS.register_module()
+class Float32OutputsHook(Hook):
+    """Convert the outputs of necks and heads to float32 under autocast.
+
+    See :func:`convert_outputs_to_float32`.
+    """
 
     def before_run(self, runner: Runner) -> None:
         """Register the conversion on all necks and heads."""
-        for name, module in runner.model.named_modules():
-            if re.search(r"(neck|head)(\.\d+)?$", name):
-                module.register_forward_hook(self._to_float32)
-
-    @staticmethod
-    def _to_float32(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-        return tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, outputs)
+        convert_outputs_to_float32(runner.model)
 
 
 @HOOKS.register_module()

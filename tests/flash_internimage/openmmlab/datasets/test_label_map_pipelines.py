@@ -19,7 +19,7 @@ from tests.flash_internimage.openmmlab.label_maps import (
     write_labels,
 )
 
-DIGITS = ("background", *"0123456789")
+DIGITS = ("background", *"0147")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def preprocessor(size):
 def test_demo_scenes_contain_all_classes_and_ignore_crowds(scenes):
     dataset = scenes_dataset(scenes, "training", TRAIN)
     found = [set(np.unique(dataset[i]["gt_seg_map"])) for i in range(len(dataset))]
-    assert set().union(*found) == {*range(11), 255}
+    assert set().union(*found) == {*range(5), 255}
     assert [i for i, labels in enumerate(found) if 255 in labels] == [19]
 
 
@@ -82,7 +82,7 @@ def test_crops_form_a_batch(scenes):
     assert batch["inputs"].shape == (4, 3, 64, 64)
     for sample in batch["data_samples"]:
         assert sample.gt_sem_seg.data.shape == (1, 64, 64)
-        assert sample.gt_sem_seg.data.max() < 11
+        assert sample.gt_sem_seg.data.max() < 5
 
 
 def test_images_smaller_than_the_crop_are_padded_with_the_ignore_index(scenes):
@@ -122,7 +122,7 @@ def test_labels_stay_aligned_with_their_pixels(tmp_path):
     dataset = CheckedSegDataset(
         **arguments(
             tmp_path,
-            metainfo={"classes": DIGITS},
+            metainfo={"classes": [str(i) for i in range(11)]},
             reduce_zero_label=True,
             img_suffix=".png",
             pipeline=pipeline,

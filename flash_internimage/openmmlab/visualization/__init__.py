@@ -1,0 +1,1 @@
+"""Visualizers, which draw the pictures of `--show-dir`, validation and inferencers."""

@@ -1,0 +1,20 @@
+"""`flash-internimage predict`, for a checkout.
+
+python -m tools.predict NAME|CONFIG [CHECKPOINT] INPUT... -o OUT
+"""
+
+import sys
+
+from flash_internimage.cli import extras, predict
+
+PROGRAM = "python -m tools.predict"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return the exit code."""
+    with extras.required_by(PROGRAM):
+        return predict.main(argv, PROGRAM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
