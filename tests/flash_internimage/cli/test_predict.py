@@ -173,6 +173,12 @@ def test_unreadable_images_are_skipped_with_a_reason(run, photos, tmp_path, caps
     assert "skipped.csv" not in files(out)
 
 
+def test_large_images_are_predicted_without_a_warning(run, photos, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # the image has 2400
+    run(CLASSIFIER, photos / "a.png")
+    assert not [w for w in recwarn if w.category is Image.DecompressionBombWarning]
+
+
 def test_an_image_that_does_not_fit_into_memory_is_skipped(run, photos, monkeypatch):
     real = Classifier.__call__
 
