@@ -27,7 +27,7 @@ THRESHOLD = 0.3
 
 def predict(page, image: Path, model: str | None = None) -> list[list[str]]:
     """Return the rows of the table."""
-    client = Client(page.address, verbose=False, analytics_enabled=False)
+    client = Client(page.address, verbose=False, analytics_enabled=False, download_files=False)
     answer = client.predict(model or page.model, handle_file(image), THRESHOLD, api_name="/predict")
     return answer[2]["data"]
 
