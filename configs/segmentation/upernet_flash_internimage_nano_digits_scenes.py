@@ -1,4 +1,4 @@
-# A demo that trains in ten minutes on two CPU cores: a narrow model on small images.
+# A demo that trains in about eleven minutes on one CPU core: a narrow model on small images.
 _base_ = [
     "../_base_/backbones/nano.py",
     "_base_/models/upernet.py",

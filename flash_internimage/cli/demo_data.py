@@ -78,7 +78,7 @@ def write_digits_scenes_ade20k(root: Path, train: int = 800, val: int = 100) -> 
 
     As in :func:`write_digits_scenes`, only the shape tells the digits apart: their colors are
     random. They are four digits of different shapes, larger than there, so that a segmentor learns
-    them in ten minutes on two CPU cores.
+    them in minutes on a CPU.
 
     Args:
         root: Folder to create.
