@@ -6,11 +6,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..inference.results import LabelMap
-from .colors import class_colors, label_color, text_color
+from .colors import class_colors, text_color
 from .layout import BACKGROUND, add_caption, enlarge, font_size, pad
 from .text import fit, line_height, load_font, text_width
 
-_OTHER = (128, 128, 128)
+_OTHER = (128, 128, 128)  # labels that are not the index of a class
+_UNTINTED = (32, 32, 36)  # classes with the name "background"
 
 
 class LegendEntry(NamedTuple):
@@ -38,7 +39,7 @@ def draw_label_map(
 ) -> np.ndarray:
     """Draw the class of each pixel in color, with a legend below the picture.
 
-    Regions that are large enough also contain the name of their class.
+    A class with the name "background" is dark, without a hue of its own. Regions that are large enough also contain the name of their class.
 
     Args:
         image: (H, W, 3) uint8 array.
@@ -65,7 +66,7 @@ def draw_label_map(
     rows = np.arange(height) * labels.shape[0] // height
     columns = np.arange(width) * labels.shape[1] // width
     enlarged = labels if height == labels.shape[0] else labels[rows][:, columns]
-    picture = _colored(picture, enlarged, len(result.classes), opacity, ignore)
+    picture = _colored(picture, enlarged, result.classes, opacity, ignore)
     picture = _with_names(picture, enlarged, result.classes, ignore)
     entries = legend_entries(result, ignore)
     legend = _legend(entries, max(width, min_width), font_size(width, height))
@@ -87,16 +88,32 @@ def legend_entries(result: LabelMap, ignore: int | None = 255) -> list[LegendEnt
             continue
         known = 0 <= label < len(result.classes)
         name = result.classes[label] if known else f"label {label}"
-        entries.append(LegendEntry(name, label_color(label, len(result.classes)), share))
+        entries.append(LegendEntry(name, _color(label, result.classes), share))
     return sorted(entries, key=lambda entry: -entry.share) + ignored
 
 
+def _table(classes: tuple[str, ...]) -> np.ndarray:
+    """Return the colors of all classes and of other labels, (classes + 1, 3) uint8."""
+    table = np.concatenate([class_colors(len(classes)), np.array([_OTHER], np.uint8)])
+    table[[i for i, name in enumerate(classes) if name.casefold() == "background"]] = _UNTINTED
+    return table
+
+
+def _color(label: int, classes: tuple[str, ...]) -> tuple[int, int, int]:
+    known = 0 <= label < len(classes)
+    red, green, blue = _table(classes)[label if known else -1].tolist()
+    return red, green, blue
+
+
 def _colored(
-    picture: np.ndarray, labels: np.ndarray, classes: int, opacity: float, ignore: int | None
+    picture: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    opacity: float,
+    ignore: int | None,
 ) -> np.ndarray:
-    table = np.concatenate([class_colors(classes), np.array([_OTHER], np.uint8)])
-    known = (labels >= 0) & (labels < classes)
-    colors = table[np.where(known, labels, classes)]
+    known = (labels >= 0) & (labels < len(classes))
+    colors = _table(classes)[np.where(known, labels, len(classes))]
     border = _borders(labels, max(1, font_size(*labels.shape[::-1]) // 12))
     colors[border] = 255
     gray = Image.fromarray(picture).convert("L").convert("RGB")  # keeps the hues of the classes
@@ -136,7 +153,7 @@ def _with_names(
         place = _place(coarse == label, columns, rows)
         if place is None:
             continue
-        color = text_color(label_color(label, len(classes)))
+        color = text_color(_color(label, classes))
         around = (255 - color[0],) * 3
         draw.text(
             (place[0] * step, place[1] * step), name, color, font, anchor="mm",

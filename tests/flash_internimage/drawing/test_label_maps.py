@@ -141,3 +141,12 @@ def test_wrong_arguments_are_named():
         draw_label_map(image(), LabelMap(np.zeros((2, 2), np.uint8), CLASSES))
     with pytest.raises(ValueError, match=r"opacity must be from 0 to 1, got 1\.5"):
         draw_label_map(image(), halves(0, 1), opacity=1.5)
+
+
+def test_the_background_has_no_hue():
+    result = LabelMap(np.repeat([[0, 1]], 2, 0), ("Background", "leaf"))
+    background, leaf = (entry.color for entry in legend_entries(result))
+    assert max(background) < 40
+    assert leaf == tuple(class_colors(2)[1].tolist())
+    picture = draw_label_map(image(2, 2), result, opacity=1)
+    assert tuple(picture[320, 100]) == background
