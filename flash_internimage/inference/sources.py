@@ -42,7 +42,7 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
     """Read an image as people see it.
 
     Photographs are rotated as their EXIF data says, 16-bit grayscale keeps its full range (see
-    :func:`flash_internimage.images.to_rgb`), and transparency is dropped.
+    `flash_internimage.images.to_rgb`), and transparency is dropped.
 
     Args:
         path: File of any format that Pillow reads.
