@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from flash_internimage.checkpoints import load_checkpoint, save_atomically
 from flash_internimage.classification import evaluation, precision
+from flash_internimage.classification.cli import test as command_line
 from flash_internimage.classification.cli.test import main
 from flash_internimage.classification.config import Data
 from flash_internimage.classification.data import build_dataset, val_loader
@@ -284,11 +285,13 @@ def test_two_processes_share_the_images_and_report_once(run, digits, tmp_path, c
     assert two.pop("images_per_second") > 0
     del one["images_per_second"]
     assert two == pytest.approx(one, abs=2e-4)
-    assert subprocess.run([*command, "--throughput"], env=environment).returncode != 0
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert err.count("ERROR --throughput measures a single process: run it without torchrun") == 1
-    assert err.count("ERROR --") == 1
+
+
+def test_throughput_rejects_several_processes(run, monkeypatch, caplog):
+    monkeypatch.setattr(command_line, "world_size", lambda: 2)
+    assert main([str(run / "config.yaml"), "--throughput"]) == 2
+    message = "--throughput measures a single process: run it without torchrun"
+    assert [record.getMessage() for record in caplog.records] == [message]
 
 
 def test_the_former_name_of_the_program_runs_it_and_warns_once(monkeypatch, caplog):
