@@ -1,5 +1,6 @@
 """Read datasets in the format of YOLO (Ultralytics and Darknet)."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,16 @@ def read_yolo(source: Path) -> Dataset:
     keypoints = "kpt_shape" in settings
     seen: set[Path] = set()
     for split, images in splits.items():
-        root = _common_folder(images)
-        for image in images:
+        # Without "..", with which names would lead out of the target.
+        places = [Path(os.path.abspath(image)) for image in images]
+        root = _common_folder(places)
+        for image, place in zip(images, places, strict=True):
             labels = _label_file(image)
             seen.add(labels)
             size = image_size(image, None, str(labels), dataset.losses)
             if size is None:
                 continue
-            name = image.relative_to(root).as_posix()
+            name = place.relative_to(root).as_posix()
             item = AnnotatedImage(image, name, size, where=str(labels))
             item.shapes = _read_labels(labels, size, dataset.classes, keypoints, dataset.losses)
             dataset.splits.setdefault(split, []).append(item)

@@ -129,3 +129,20 @@ def test_errors_name_the_key(root, tmp_path, text, message):
     write_text(root / "data.yaml", text)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         to_coco("yolo", root, tmp_path / "coco")
+
+
+def test_images_listed_with_dots_stay_in_the_target(root, tmp_path):
+    write_text(root / "lists/train.txt", "../images/train/a.jpg\n../../in/images/train/b.jpg\n")
+    write_text(root / "data.yaml", YAML.replace("images/train", "lists/train.txt"))
+    files, _ = to_coco("yolo", root, tmp_path / "coco")
+    assert [image["file_name"] for image in files["train"]["images"]] == ["a.jpg", "b.jpg"]
+    assert sorted(path.name for path in (tmp_path / "coco/train").iterdir()) == ["a.jpg", "b.jpg"]
+
+
+def test_points_far_outside_need_no_memory(root, tmp_path):
+    """pycocotools allocates memory for every pixel of an outline."""
+    write_text(root / "labels/val/c.txt", "1 0.25 0.2 1e8 0.2 1e8 0.8 0.25 0.8\n")
+    files, _ = to_coco("yolo", root, tmp_path / "coco")
+    (only,) = files["val"]["annotations"]
+    assert only["bbox"] == [10.0, 6.0, 30.0, 18.0]
+    assert only["area"] == 540.0
