@@ -102,7 +102,7 @@ def _read_item(
         return None
     relative = path.relative_to(folder).with_suffix(Path(name).suffix or ".png").as_posix()
     item = AnnotatedImage(source, relative, size, where=str(path))
-    groups: dict[tuple[str, Any], Shape] = {}
+    groups: dict[tuple[str, str], Shape] = {}
     for number, entry in enumerate(content["shapes"], start=1):
         where = f"{path}, shape {number}"
         try:
@@ -113,11 +113,12 @@ def _read_item(
         if shape is None:
             continue
         group = entry.get("group_id")
-        first = groups.get((shape.label, group)) if group is not None else None
+        key = shape.label, str(group)
+        first = groups.get(key) if group is not None else None
         if first is not None and first.polygons and shape.polygons:
             first.polygons += shape.polygons
         else:
-            groups.setdefault((shape.label, group), shape)
+            groups.setdefault(key, shape)
             item.shapes.append(shape)
     return item
 
@@ -172,6 +173,8 @@ def _read_mask(data: str, corners: list[float], size: tuple[int, int], where: st
     """Place the mask of a shape, an image in base64, at its first corner."""
     image: Image.Image = read_image(io.BytesIO(base64.b64decode(data, validate=True)), where)
     part = np.asarray(image.convert("L")) > 0
+    if len(corners) < 2:
+        raise ValueError("a mask must have the points of its corners, got none")
     x, y = round(corners[0]), round(corners[1])
     mask = np.zeros(size, bool)
     top, left = max(y, 0), max(x, 0)
