@@ -215,7 +215,8 @@ def test_16_bit_label_maps_do_not_wrap_around(root, tmp_path):
     Image.fromarray(labels).save(root / "SegmentationClass/1.png")
     maps, result = to_label_maps("voc", root, tmp_path / "maps")
     (written,) = maps.values()
-    assert (written[:3] == 255).all() and (written[3:] == 1).all()
+    assert (written[:3] == 255).all()
+    assert (written[3:] == 1).all()
     assert result.losses.counts["pixels of unknown classes made ignored pixels"] == 3 * WIDTH
 
 
