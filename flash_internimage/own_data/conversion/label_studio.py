@@ -113,7 +113,11 @@ def _name(task: dict[str, Any]) -> str:
     """Return the name of a task's image, from a URL or a path in Label Studio's storage."""
     values = [value for value in task["data"].values() if isinstance(value, str)]
     preferred = [v for key, v in task["data"].items() if key in ("image", "img") and v in values]
-    address = urlsplit((preferred or values or [""])[0])
+    first = (preferred or values or [""])[0]
+    try:
+        address = urlsplit(first)
+    except ValueError:
+        return first
     path = parse_qs(address.query).get("d", [address.path])[0]
     return PurePosixPath(unquote(path)).name
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ...images import UnreadableImage, read_image
+from ..config_text import read_classes
 from .annotations import (
     AnnotatedImage,
     Dataset,
@@ -43,12 +44,12 @@ def read_labelme(root: Path) -> Dataset:
 
     Raises:
         FileNotFoundError: If there are no JSON files of labelme.
+        ValueError: If the list of classes is malformed.
     """
     dataset = Dataset()
     names = next((root / name for name in _NAMES if (root / name).is_file()), None)
     if names is not None:
-        lines = [line.strip() for line in names.read_text("utf-8").splitlines()]
-        dataset.classes = [line for line in lines if line not in ("", IGNORED, BACKGROUND)]
+        dataset.classes = [n for n in read_classes(names) if n not in (IGNORED, BACKGROUND)]
     folders = {
         _SPLITS[p.name]: p for p in sorted(root.iterdir()) if p.is_dir() and p.name in _SPLITS
     }
@@ -90,7 +91,7 @@ def _read_item(
     declared = declared_size(content.get("imageHeight"), content.get("imageWidth"))
     image = path.parent / name
     source: Path | bytes = image
-    if name and image.is_file():
+    if name and _is_file(image):
         size = image_size(image, declared, str(path), losses)
     else:
         embedded = _embedded(content, path, losses)
@@ -121,6 +122,13 @@ def _read_item(
             groups.setdefault(key, shape)
             item.shapes.append(shape)
     return item
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _embedded(

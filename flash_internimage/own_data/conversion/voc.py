@@ -226,7 +226,8 @@ def _label_map_names(root: Path) -> tuple[list[str], dict[tuple[int, ...], int]]
     path = root / "labelmap.txt"
     names: list[str] = []
     colors: dict[tuple[int, ...], int] = {}
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+    text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         if not line.strip() or line.startswith("#"):
             continue
         name, _, rest = line.partition(":")

@@ -109,6 +109,7 @@ def test_what_cannot_be_converted_is_counted_and_named(convert):
         {**task(2, "b c.jpg"), "annotations": two},
         task(3, "d.jpg", rotated),
         task(4, "e.jpg", box("car")),
+        task(7, "http://[e.jpg", box("car")),
         {**task(5, "a.jpg"), "annotations": []},
         task(6, "a.jpg", box("car")),
     )  # fmt: skip
@@ -122,7 +123,7 @@ def test_what_cannot_be_converted_is_counted_and_named(convert):
         "cancelled annotations left out": 1,
         "further annotations of the same image left out": 1,
         "tasks with an image rotated in Label Studio left out": 1,
-        "tasks whose image is not found left out": 1,
+        "tasks whose image is not found left out": 2,
         "tasks without an annotation left out": 1,
         "further tasks of the same image left out": 1,
     }

@@ -171,3 +171,11 @@ def test_malformed_shapes_are_counted(tmp_path):
     files, result = to_coco("labelme", tmp_path / "in", tmp_path / "coco")
     assert len(files["train"]["annotations"]) == 1
     assert result.losses.counts == {"malformed shapes left out": 4}
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b.png"])
+def test_an_impossible_image_name_is_counted(tmp_path, name):
+    write(tmp_path / "in/a.json", shape("leaf", SQUARE))
+    write(tmp_path / "in/b.json", shape("leaf", SQUARE), imagePath=name)
+    _, result = to_coco("labelme", tmp_path / "in", tmp_path / "coco")
+    assert result.losses.counts["annotation files without an image"] == 1

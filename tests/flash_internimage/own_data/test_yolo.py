@@ -120,6 +120,8 @@ def test_without_data_yaml_classes_txt_names_the_classes(root, tmp_path):
     [
         ("train: images/train\n", "names must be a list of class names, got None"),
         ("names: {1: a, 2: b}\ntrain: images/train\n", "names must be numbered from 0"),
+        ("b: &b [x, x]\nnames: [*b, *b]\n", r"names must be a list of class names, got \[\['x'"),
+        ("names: [a]\ntrain: [[x]]\n", r"train must be a folder or a list of files, got \['x'\]"),
         ("names: [a, a]\ntrain: images/train\n", "names must differ"),
         ("names: [a, b\n", "must be a YAML file"),
         ("names: [a]\ntrain: nowhere\n", "train not found: nowhere"),
@@ -146,3 +148,10 @@ def test_points_far_outside_need_no_memory(root, tmp_path):
     (only,) = files["val"]["annotations"]
     assert only["bbox"] == [10.0, 6.0, 30.0, 18.0]
     assert only["area"] == 540.0
+
+
+def test_classes_txt_must_have_different_names(root, tmp_path):
+    (root / "data.yaml").unlink()
+    write_text(root / "classes.txt", "bolt\nbolt\n")
+    with pytest.raises(ValueError, match=r"classes\.txt must have a different name in each line"):
+        to_coco("yolo", root, tmp_path / "coco")
