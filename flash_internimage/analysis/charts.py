@@ -70,9 +70,9 @@ def top_confusions(matrix: np.ndarray) -> list[tuple[int, int]]:
     """Return the pairs (true class, predicted class) that are confused, most frequent first."""
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[: np.count_nonzero(wrong)]
-    rows, columns = np.unravel_index(order, wrong.shape)
-    return list(zip(rows.tolist(), columns.tolist(), strict=True))
+    pairs = np.argwhere(wrong)
+    order = np.argsort(-wrong[tuple(pairs.T)], kind="stable")
+    return [(true, predicted) for true, predicted in pairs[order].tolist()]
 
 
 def confusion_chart(matrix: np.ndarray, names: Sequence[str]) -> Figure:

@@ -73,7 +73,7 @@ class Report:
 
     def add_matrix(self, matrix: np.ndarray, names: Sequence[str]) -> None:
         """Write the counts of a confusion matrix, the true classes in rows, to a CSV file."""
-        rows = ([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))
+        rows = ([name, *row.tolist()] for name, row in zip(names, matrix, strict=True))
         write_csv(self.folder / "confusion_matrix.csv", ["true class", *names], rows)
         self.add_text("All counts are in [confusion_matrix.csv](confusion_matrix.csv).")
 

@@ -149,7 +149,8 @@ def compare_runs(runs: Sequence[Run], output: Path, metrics: Sequence[str] = ())
         metrics: Names of scalars; by default the loss, the learning rate and the main metrics.
 
     Raises:
-        ValueError: If the suffix of `output` is another, or no run has recorded a scalar.
+        ValueError: If the suffix of `output` is another, or no run has recorded a scalar or,
+            without `metrics`, any of the main ones.
         OSError: If the file cannot be written.
     """
     known = list(dict.fromkeys(name for run in runs for name in run.scalars))
@@ -174,6 +175,8 @@ def compare_runs(runs: Sequence[Run], output: Path, metrics: Sequence[str] = ())
         for quantity in chosen
         if (lines := {run.name: line for run in runs if (line := _line(run, quantity))})
     }
+    if not panels:
+        raise ValueError(f"--metrics must name what to draw, got none; known: {', '.join(known)}")
     save_figure(output, _draw(runs, panels))
 
 

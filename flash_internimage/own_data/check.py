@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .duplicates import find_duplicates, find_similar
 from .report import Report
@@ -39,12 +40,18 @@ class Findings:
     Attributes:
         report: Counts and faults.
         hashes: Hash of each image by path, for each split; see `Options.similar`.
-        pictures: Pictures of annotated images, (H, W, 3) uint8, and their captions.
+        pictures: Pictures of annotated images, small (H, W, 3) uint8, and their captions.
     """
 
     report: Report
     hashes: dict[str, dict[str, int]] = field(default_factory=dict)
     pictures: list[tuple[np.ndarray, str]] = field(default_factory=list)
+
+    def add_picture(self, picture: np.ndarray, caption: str) -> None:
+        """Keep a picture, (H, W, 3) uint8, reduced to its size in the contact sheet."""
+        image = Image.fromarray(picture)
+        image.thumbnail((_CELL_WIDTH, _CELL_WIDTH), Image.Resampling.LANCZOS)
+        self.pictures.append((np.asarray(image), caption))
 
 
 def check_dataset(config: Path, options: Options) -> Findings:

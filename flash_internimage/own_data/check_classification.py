@@ -151,4 +151,4 @@ def _draw(
         except UnreadableImage:  # possible if only headers were read before
             continue
         name = split.classes[label]
-        findings.pictures.append((np.asarray(image), f"{split.name}: {name}"))
+        findings.add_picture(np.asarray(image), f"{split.name}: {name}")

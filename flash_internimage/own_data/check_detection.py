@@ -198,7 +198,7 @@ def _draw(entries: list[dict], split: Split, findings: Findings) -> None:
         )
         picture = draw_detections(np.ascontiguousarray(loaded["img"][..., ::-1]), annotations)
         name = Path(info["img_path"]).name
-        findings.pictures.append((picture, f"{split.name}: {name} ({len(instances)})"))
+        findings.add_picture(picture, f"{split.name}: {name} ({len(instances)})")
 
 
 def _decode(mask: list | dict, height: int, width: int) -> np.ndarray:

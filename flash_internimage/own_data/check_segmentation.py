@@ -167,4 +167,4 @@ def _draw(entries: list[dict], split: Split, findings: Findings) -> None:
         image = LoadCheckedImage()(info)["img"]
         labels = LabelMap(read_labels(entries[i]), split.classes)
         picture = draw_label_map(np.ascontiguousarray(image[..., ::-1]), labels)
-        findings.pictures.append((picture, f"{split.name}: {Path(info['img_path']).name}"))
+        findings.add_picture(picture, f"{split.name}: {Path(info['img_path']).name}")

@@ -59,7 +59,7 @@ def coco_config(
         )
     lines += [
         "test_dataloader = val_dataloader",
-        f"val_evaluator = dict(ann_file=data_root + {quote(splits[1].ann_file.as_posix())})",
+        f"val_evaluator = dict(ann_file={_path(splits[1].ann_file)})",
         "test_evaluator = val_evaluator",
     ]
     images = len(splits[0].content["images"])
@@ -102,6 +102,12 @@ def _detector(model: Model, count: int) -> str:
         f"        mask_head=dict(num_classes={count}),\n"
         "    )\n)"
     )
+
+
+def _path(ann_file: Path) -> str:
+    """Return the expression of the path of an annotation file below the root, or elsewhere."""
+    path = quote(ann_file.as_posix())
+    return path if ann_file.is_absolute() else f"data_root + {path}"
 
 
 def _folder(folder: str) -> str:

@@ -158,7 +158,10 @@ def load_config(
 def loggers_of(cfg: Config) -> list[str]:
     """Return the names in the setting `loggers`, a name or a list of names."""
     names = cfg.get("loggers") or []
-    return [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list | tuple):
+        raise ValueError(f"loggers must be a list of names, got {names!r}")
+    return list(dict.fromkeys(map(str, names)))
 
 
 def _add_loggers(cfg: Config) -> None:

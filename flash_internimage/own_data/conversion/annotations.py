@@ -109,8 +109,22 @@ def segment(shape: Shape, size: tuple[int, int]) -> dict[str, Any] | None:
     if shape.mask is not None:
         return coco_mask.encode(np.asfortranarray(shape.mask, np.uint8))
     if shape.polygons:
-        return coco_mask.merge(coco_mask.frPyObjects(shape.polygons, *size))
+        polygons = [near(polygon, size) for polygon in shape.polygons]
+        return coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
     return None
+
+
+def near(polygon: Polygon, size: tuple[int, int]) -> Polygon:
+    """Limit coordinates to three times the size of the image, as training does.
+
+    pycocotools needs memory for all pixels of an outline, also for those far outside of the image.
+
+    Args:
+        polygon: An outline.
+        size: (height, width) of its image.
+    """
+    margin = max(size)
+    return [round(min(max(float(number), -margin), 2 * margin), 3) for number in polygon]
 
 
 def rectangle(box: Box) -> Polygon:
@@ -209,7 +223,10 @@ def check_numbers(values: Iterable[object], count: int | None = None) -> list[fl
     Raises:
         ValueError: If one is not a finite number, or there are not `count` of them.
     """
-    numbers = [float(value) for value in values]  # type: ignore[arg-type]
+    try:
+        numbers = [float(value) for value in values]  # type: ignore[arg-type]
+    except OverflowError as error:
+        raise ValueError("numbers must be finite, got a huge integer") from error
     if not all(map(math.isfinite, numbers)) or (count is not None and len(numbers) != count):
         raise ValueError(f"numbers must be finite, got {numbers}")
     return numbers

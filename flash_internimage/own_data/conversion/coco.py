@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from pycocotools import mask as coco_mask
 
 from ...files import write_atomically
-from .annotations import AnnotatedImage, Box, Losses, Polygon, Shape, rectangle, segment
+from .annotations import AnnotatedImage, Box, Losses, Shape, near, rectangle, segment
 from .images import ImageWriter
 
 _CLIPPED = 1.0  # pixels beyond the image that are not worth mentioning
@@ -108,7 +108,7 @@ def _annotation(
     if rle is None:
         return entry
     if shape.polygons and not shape.crowd:
-        entry["segmentation"] = [_near(polygon, item.size) for polygon in shape.polygons]
+        entry["segmentation"] = [near(polygon, item.size) for polygon in shape.polygons]
     else:
         entry["segmentation"] = {**rle, "counts": rle["counts"].decode()}
     return entry
@@ -124,12 +124,6 @@ def _box(shape: Shape, rle: dict[str, Any] | None) -> Box:
         return min(xs), min(ys), max(xs), max(ys)
     x, y, width, height = map(float, coco_mask.toBbox(rle))
     return x, y, x + width, y + height
-
-
-def _near(polygon: Polygon, size: tuple[int, int]) -> Polygon:
-    """Limit coordinates to three times the size of the image, as training does."""
-    margin = max(size)
-    return [_round(min(max(number, -margin), 2 * margin)) for number in polygon]
 
 
 def _round(number: float) -> float:

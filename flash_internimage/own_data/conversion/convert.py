@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,7 @@ def convert(kind: str, source: Path, target: Path, options: Options) -> Result:
         ValueError: If the source is malformed as a whole, or nothing is left to write.
         OSError: If a file cannot be read or written.
     """
+    target = Path(os.path.abspath(target))  # "." has no name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"TARGET must not exist or be empty, got {target}")
     dataset = _read(kind, source, options)

@@ -8,10 +8,12 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from ...files import write_atomically
+from ...images import read_image, to_rgb
 from .annotations import AnnotatedImage, Losses
 
 ImageWriter = Callable[[Sequence[AnnotatedImage], Path], list[str]]
 
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16", "I;16B")
 _JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 
 
@@ -55,8 +57,9 @@ def _write(item: AnnotatedImage, path: Path, converts: bool, link: bool, losses:
         write_atomically(path, lambda file: file.write(source))
     elif converts:
         losses.add("images written as PNG, as those of a dataset must have one format", source)
-        with Image.open(source) as image:
-            image.save(path, exif=image.getexif())
+        image: Image.Image = read_image(source)
+        exif = image.getexif()
+        (image if image.mode in _PNG_MODES else to_rgb(image)).save(path, exif=exif)
     elif link:
         os.symlink(source.resolve(), path)
     else:

@@ -96,7 +96,9 @@ def _read_tasks(path: Path) -> list[dict[str, Any]]:
         isinstance(tasks, list)
         and tasks
         and all(
-            isinstance(t, dict) and isinstance(t.get("data"), dict) and "annotations" in t
+            isinstance(t, dict)
+            and isinstance(t.get("data"), dict)
+            and isinstance(t.get("annotations", ()), list | None)
             for t in tasks
         )
     ):
@@ -111,7 +113,11 @@ def _name(task: dict[str, Any]) -> str:
     """Return the name of a task's image, from a URL or a path in Label Studio's storage."""
     values = [value for value in task["data"].values() if isinstance(value, str)]
     preferred = [v for key, v in task["data"].items() if key in ("image", "img") and v in values]
-    address = urlsplit((preferred or values or [""])[0])
+    first = (preferred or values or [""])[0]
+    try:
+        address = urlsplit(first)
+    except ValueError:
+        return first
     path = parse_qs(address.query).get("d", [address.path])[0]
     return PurePosixPath(unquote(path)).name
 
@@ -123,8 +129,8 @@ def _find_image(task: dict[str, Any], files: dict[str, Path]) -> Path | None:
 
 def _results(task: dict[str, Any], where: str, losses: Losses) -> list[Any] | None:
     """Return the regions of the first annotation of a task that was not cancelled."""
-    if task.get("predictions"):
-        losses.add("predictions left out", where, len(task["predictions"]))
+    if isinstance(predictions := task.get("predictions"), list):
+        losses.add("predictions left out", where, len(predictions))
     annotations = [a for a in task["annotations"] or [] if isinstance(a, dict)]
     kept = [a for a in annotations if not a.get("was_cancelled")]
     losses.add("cancelled annotations left out", where, len(annotations) - len(kept))
@@ -153,7 +159,7 @@ def _read_task(
         place = f"{where}, region {region.get('id')}"
         try:
             shape = _read_region(region, size, place, losses)
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             losses.add("malformed regions left out", f"{place}: {error}")
             continue
         if shape is not None:
@@ -171,6 +177,8 @@ def _read_region(
         return None
     value = region["value"]
     labels = value.get(kind) or []
+    if not isinstance(labels, list):
+        raise ValueError(f"{kind} must be a list, got {labels!r:.50}")
     if not labels:
         losses.add("regions without a label left out", where)
         return None
@@ -184,19 +192,21 @@ def _read_region(
             raise ValueError(f"a polygon must have at least 3 points, got {len(points) // 2}")
         shape.polygons = [[p * (height if i % 2 else width) / 100 for i, p in enumerate(points)]]
     elif kind == "brushlabels":
-        shape.mask = _decode_brush(value["rle"], region)
-        if shape.mask.shape != size:
-            raise ValueError(f"a mask must have the size {size}, got {shape.mask.shape}")
+        annotated = declared_size(region.get("original_height"), region.get("original_width"))
+        if annotated != size:
+            raise ValueError(f"a mask must have the size {size}, got {annotated}")
+        shape.mask = _decode_brush(value["rle"], size)
     elif kind == "ellipselabels":
         x, y, rx, ry = check_numbers(value[k] for k in ("x", "y", "radiusX", "radiusY"))
         losses.add("ellipses turned into polygons", where)
-        angle = float(value.get("rotation") or 0)
+        (angle,) = check_numbers([value.get("rotation") or 0])
         scale_x, scale_y = width / 100, height / 100
         shape.polygons = [ellipse(x * scale_x, y * scale_y, rx * scale_x, ry * scale_y, angle)]
     else:
         x, y, w, h = check_numbers(value[k] for k in ("x", "y", "width", "height"))
         x, y, w, h = x * width / 100, y * height / 100, w * width / 100, h * height / 100
-        if angle := float(value.get("rotation") or 0):
+        (angle,) = check_numbers([value.get("rotation") or 0])
+        if angle:
             losses.add("rotated boxes turned into polygons", where)
             shape.polygons = [rotated_rectangle(x, y, w, h, angle)]
         else:
@@ -204,8 +214,8 @@ def _read_region(
     return shape
 
 
-def _decode_brush(rle: list[int], region: dict[str, Any]) -> np.ndarray:
-    """Decode the mask of a brush, (H, W) bool.
+def _decode_brush(rle: list[int], size: tuple[int, int]) -> np.ndarray:
+    """Decode the mask of a brush in an image of a (height, width), (H, W) bool.
 
     It is a stream of bits: the number of values (32 bits), their size minus 1 (5) and four sizes of
     counts, minus 1 (4 each). Then follow runs: whether a value is repeated (1), which size of count
@@ -228,7 +238,7 @@ def _decode_brush(rle: list[int], region: dict[str, Any]) -> np.ndarray:
         return int(chunk @ weights[32 - size :])
 
     total, value_size = read(32), read(5) + 1
-    height, width = int(region["original_height"]), int(region["original_width"])
+    height, width = size
     if total != 4 * height * width or value_size != 8:
         raise ValueError(
             f"the mask of a brush must have {4 * height * width} values of 8 bits, got {total} of "

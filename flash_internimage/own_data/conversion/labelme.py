@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ...images import UnreadableImage, read_image
+from ..config_text import read_classes
 from .annotations import (
     AnnotatedImage,
     Dataset,
@@ -43,12 +44,12 @@ def read_labelme(root: Path) -> Dataset:
 
     Raises:
         FileNotFoundError: If there are no JSON files of labelme.
+        ValueError: If the list of classes is malformed.
     """
     dataset = Dataset()
     names = next((root / name for name in _NAMES if (root / name).is_file()), None)
     if names is not None:
-        lines = [line.strip() for line in names.read_text("utf-8").splitlines()]
-        dataset.classes = [line for line in lines if line not in ("", IGNORED, BACKGROUND)]
+        dataset.classes = [n for n in read_classes(names) if n not in (IGNORED, BACKGROUND)]
     folders = {
         _SPLITS[p.name]: p for p in sorted(root.iterdir()) if p.is_dir() and p.name in _SPLITS
     }
@@ -90,7 +91,7 @@ def _read_item(
     declared = declared_size(content.get("imageHeight"), content.get("imageWidth"))
     image = path.parent / name
     source: Path | bytes = image
-    if name and image.is_file():
+    if name and _is_file(image):
         size = image_size(image, declared, str(path), losses)
     else:
         embedded = _embedded(content, path, losses)
@@ -102,7 +103,7 @@ def _read_item(
         return None
     relative = path.relative_to(folder).with_suffix(Path(name).suffix or ".png").as_posix()
     item = AnnotatedImage(source, relative, size, where=str(path))
-    groups: dict[tuple[str, Any], Shape] = {}
+    groups: dict[tuple[str, str], Shape] = {}
     for number, entry in enumerate(content["shapes"], start=1):
         where = f"{path}, shape {number}"
         try:
@@ -113,13 +114,21 @@ def _read_item(
         if shape is None:
             continue
         group = entry.get("group_id")
-        first = groups.get((shape.label, group)) if group is not None else None
+        key = shape.label, str(group)
+        first = groups.get(key) if group is not None else None
         if first is not None and first.polygons and shape.polygons:
             first.polygons += shape.polygons
         else:
-            groups.setdefault((shape.label, group), shape)
+            groups.setdefault(key, shape)
             item.shapes.append(shape)
     return item
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _embedded(
@@ -172,6 +181,8 @@ def _read_mask(data: str, corners: list[float], size: tuple[int, int], where: st
     """Place the mask of a shape, an image in base64, at its first corner."""
     image: Image.Image = read_image(io.BytesIO(base64.b64decode(data, validate=True)), where)
     part = np.asarray(image.convert("L")) > 0
+    if len(corners) < 2:
+        raise ValueError("a mask must have the points of its corners, got none")
     x, y = round(corners[0]), round(corners[1])
     mask = np.zeros(size, bool)
     top, left = max(y, 0), max(x, 0)

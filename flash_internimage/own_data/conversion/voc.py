@@ -120,7 +120,7 @@ def _read_annotation(
 ) -> AnnotatedImage | None:
     try:
         tree = ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, DefusedXmlException, ValueError) as error:
+    except (ElementTree.ParseError, DefusedXmlException, LookupError, ValueError) as error:
         losses.add("malformed annotation files left out, with their images", f"{path}: {error}")
         return None
     size = image_size(image, _declared_size(tree), str(path), losses)
@@ -226,7 +226,8 @@ def _label_map_names(root: Path) -> tuple[list[str], dict[tuple[int, ...], int]]
     path = root / "labelmap.txt"
     names: list[str] = []
     colors: dict[tuple[int, ...], int] = {}
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+    text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         if not line.strip() or line.startswith("#"):
             continue
         name, _, rest = line.partition(":")
@@ -286,7 +287,9 @@ def _indices(
     """Return the class indices of a label map, (H, W) uint8; unknown colors are ignored pixels."""
     values = np.asarray(image)
     if values.ndim == 2:
-        return values.astype(np.uint8)
+        unknown = (values < 0) | (values > 255)
+        losses.add("pixels of unknown classes made ignored pixels", path, int(unknown.sum()))
+        return np.where(unknown, 255, values).astype(np.uint8)
     rgb = np.asarray(image.convert("RGB"), np.int64)
     codes = rgb @ np.array([65536, 256, 1])
     labels = np.full(codes.shape, 255, np.uint8)

@@ -1,11 +1,14 @@
 """Read datasets in the format of YOLO (Ultralytics and Darknet)."""
 
+import os
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..config_text import read_classes
 from .annotations import (
     AnnotatedImage,
     Dataset,
@@ -32,7 +35,7 @@ def read_yolo(source: Path) -> Dataset:
 
     Raises:
         FileNotFoundError: If there is no data.yaml and no classes.txt, or a split has no images.
-        ValueError: If data.yaml is malformed.
+        ValueError: If data.yaml or classes.txt is malformed.
     """
     config = _find_config(source)
     dataset = Dataset()
@@ -43,9 +46,7 @@ def read_yolo(source: Path) -> Dataset:
                 f"{source} must contain data.yaml, or classes.txt with the name of a class in each "
                 "line"
             )
-        dataset.classes = [
-            line.strip() for line in names.read_text("utf-8").splitlines() if line.strip()
-        ]
+        dataset.classes = read_classes(names)
         folder = source / "images" if (source / "images").is_dir() else source
         splits = {"": list(find_images(folder).values())}
         settings: dict[str, Any] = {}
@@ -60,14 +61,16 @@ def read_yolo(source: Path) -> Dataset:
     keypoints = "kpt_shape" in settings
     seen: set[Path] = set()
     for split, images in splits.items():
-        root = _common_folder(images)
-        for image in images:
+        # Without "..", with which names would lead out of the target.
+        places = [Path(os.path.abspath(image)) for image in images]
+        root = _common_folder(places)
+        for image, place in zip(images, places, strict=True):
             labels = _label_file(image)
             seen.add(labels)
             size = image_size(image, None, str(labels), dataset.losses)
             if size is None:
                 continue
-            name = image.relative_to(root).as_posix()
+            name = place.relative_to(root).as_posix()
             item = AnnotatedImage(image, name, size, where=str(labels))
             item.shapes = _read_labels(labels, size, dataset.classes, keypoints, dataset.losses)
             dataset.splits.setdefault(split, []).append(item)
@@ -99,8 +102,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         if sorted(names) != list(range(len(names))):
             raise ValueError(f"{path}: names must be numbered from 0, got {sorted(names)[:20]}")
         names = [names[key] for key in sorted(names)]
-    if not isinstance(names, list) or not names:
-        raise ValueError(f"{path}: names must be a list of class names, got {names!r:.100}")
+    plain = isinstance(names, list) and all(isinstance(n, str | int | float) for n in names)
+    if not names or not plain:
+        got = reprlib.repr(names)  # of limited depth, as YAML can nest billions of names
+        raise ValueError(f"{path}: names must be a list of class names, got {got}")
     names = [str(name) for name in names]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: names must differ, got {names}")
@@ -111,13 +116,16 @@ def _images(config: Path, settings: dict[str, Any], key: str) -> Iterator[Path]:
     """Yield the images of a split: folders, lists of files, or several of them."""
     places = settings[key]
     for place in places if isinstance(places, list) else [places]:
-        path = _resolve(config, settings.get("path"), str(place))
+        if not isinstance(place, str):
+            got = reprlib.repr(place)
+            raise ValueError(f"{config}: {key} must be a folder or a list of files, got {got}")
+        path = _resolve(config, settings.get("path"), place)
         if path is None:
             raise FileNotFoundError(f"{config}: {key} not found: {place}")
         if path.is_dir():
             yield from find_images(path).values()
             continue
-        for line in path.read_text("utf-8").splitlines():
+        for line in path.read_text("utf-8", errors="replace").splitlines():
             if line.strip():
                 image = Path(line.strip())
                 yield image if image.is_absolute() else path.parent / image

@@ -109,6 +109,14 @@ def test_folders_without_curves_are_errors(tmp_path, folders, message):
         read_runs([tmp_path / name for name in folders])
 
 
+def test_a_run_without_the_main_metrics_needs_names(tmp_path):
+    runs = read_runs([write_attempt(tmp_path / "run", "a", [{"PQ": 40.0, "step": 4}])])
+    with pytest.raises(ValueError, match=r"--metrics must name what to draw, got none; known: PQ"):
+        compare_runs(runs, tmp_path / "a.png")
+    compare_runs(runs, tmp_path / "a.png", ["PQ"])
+    assert (tmp_path / "a.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("name", "metrics", "message"),
     [

@@ -103,6 +103,13 @@ def test_annotation_files_can_be_named(coco):
     assert 'ann_file="march.json"' in coco_config(coco, MASK_RCNN, train=coco / "march.json")
 
 
+def test_annotation_files_can_be_elsewhere(coco, tmp_path_factory):
+    other = (coco / "val.json").rename(tmp_path_factory.mktemp("other") / "val.json")
+    text = coco_config(coco, MASK_RCNN, val=other)
+    assert text.count(f'ann_file="{other}"') == 2
+    assert literals(text.replace("dict(ann_file=", "("))["val_evaluator"] == str(other)
+
+
 def test_splits_must_have_the_same_categories(coco):
     write_coco(coco / "val.json", ["3.jpg"], [annotation(1, 1, 2, 3, 4, 5)], ("bolt", "nut"))
     with pytest.raises(ValueError, match=r"val\.json must have the categories of train\.json"):

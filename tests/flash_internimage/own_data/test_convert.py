@@ -1,6 +1,7 @@
 """Tests of what all conversions share: splits, classes, images and the target folder."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,3 +144,28 @@ def test_a_source_without_annotated_images_is_an_error(root, tmp_path):
     with pytest.raises(ValueError, match=r"in must have annotated images.*10 unreadable images"):
         to_coco("yolo", root, tmp_path / "coco")
     assert not (tmp_path / "coco").exists()
+
+
+def test_images_in_cmyk_are_converted_for_a_common_format(root, tmp_path):
+    Image.new("CMYK", (WIDTH, HEIGHT), (0, 255, 255, 0)).save(root / "images/0.tif")
+    (root / "images/0.jpg").unlink()
+    to_label_maps("yolo", root, tmp_path / "maps")
+    with Image.open(tmp_path / "maps/images/train/0.png") as image:
+        assert (image.mode, image.getpixel((0, 0))) == ("RGB", (255, 0, 0))
+
+
+def test_a_damaged_image_is_named(root, tmp_path):
+    (root / "images/0.jpg").unlink()
+    write_image(root / "images/0.bmp")
+    data = (root / "images/0.bmp").read_bytes()
+    (root / "images/0.bmp").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"0\.bmp"):
+        to_label_maps("yolo", root, tmp_path / "maps")
+    assert not (tmp_path / "maps").exists()
+
+
+def test_the_target_can_be_the_current_folder(root, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    convert("yolo", root, Path(), Options())
+    assert (tmp_path / "empty/annotations/instances_train.json").is_file()

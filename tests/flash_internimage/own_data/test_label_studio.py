@@ -109,6 +109,7 @@ def test_what_cannot_be_converted_is_counted_and_named(convert):
         {**task(2, "b c.jpg"), "annotations": two},
         task(3, "d.jpg", rotated),
         task(4, "e.jpg", box("car")),
+        task(7, "http://[e.jpg", box("car")),
         {**task(5, "a.jpg"), "annotations": []},
         task(6, "a.jpg", box("car")),
     )  # fmt: skip
@@ -122,7 +123,7 @@ def test_what_cannot_be_converted_is_counted_and_named(convert):
         "cancelled annotations left out": 1,
         "further annotations of the same image left out": 1,
         "tasks with an image rotated in Label Studio left out": 1,
-        "tasks whose image is not found left out": 1,
+        "tasks whose image is not found left out": 2,
         "tasks without an annotation left out": 1,
         "further tasks of the same image left out": 1,
     }
@@ -134,9 +135,31 @@ def test_what_cannot_be_converted_is_counted_and_named(convert):
     [
         ([], "must be an export of Label Studio as JSON"),
         ([{"image": "a.jpg", "label": []}], "must be an export of Label Studio as JSON"),
+        ([{**task(1, "a.jpg"), "annotations": 5}], "must be an export of Label Studio as JSON"),
         ([task(1, "x.jpg", box("car"))], "--images must be the folder of the images, found none"),
     ],
 )
 def test_other_files_are_an_error(convert, tasks, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         convert(*tasks)
+
+
+def test_malformed_regions_are_counted(convert):
+    mask = np.ones((HEIGHT, WIDTH), np.uint8)
+    huge = {"original_width": 20000, "original_height": 20000}
+    content, result = convert(
+        task(
+            1,
+            "a.jpg",
+            box("car"),
+            {**box("car"), "value": []},
+            {**box("car"), "value": {"rectanglelabels": "car"}},
+            box("car", x=10**400),
+            box("car", rotation="nan"),
+            region("brushlabels", "car", rle=[256, -1]),
+            {**region("brushlabels", "car", rle=encode_brush(mask)), **huge},
+            predictions=5,
+        )
+    )
+    assert len(content["annotations"]) == 1
+    assert result.losses.counts["malformed regions left out"] == 6

@@ -24,6 +24,13 @@ def write(path, *shapes, **more):
     return write_json(path, content)
 
 
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+PNG = png(np.full((2, 2), 255, np.uint8))
 SQUARE = [[10, 5], [20, 5], [20, 25], [10, 25]]
 
 
@@ -150,3 +157,25 @@ def test_a_folder_without_annotations_is_an_error(tmp_path):
     write_image(tmp_path / "in/a.jpg")
     with pytest.raises(FileNotFoundError, match="in must contain JSON files of labelme"):
         to_coco("labelme", tmp_path / "in", tmp_path / "coco")
+
+
+def test_malformed_shapes_are_counted(tmp_path):
+    write(
+        tmp_path / "in/a.json",
+        shape("leaf", SQUARE, group_id=[1]),
+        shape("leaf", [], "mask", mask=base64.b64encode(PNG).decode()),
+        shape("leaf", [[10**400, 5], [20, 5], [20, 25]]),
+        shape("leaf", 5),
+        5,
+    )
+    files, result = to_coco("labelme", tmp_path / "in", tmp_path / "coco")
+    assert len(files["train"]["annotations"]) == 1
+    assert result.losses.counts == {"malformed shapes left out": 4}
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b.png"])
+def test_an_impossible_image_name_is_counted(tmp_path, name):
+    write(tmp_path / "in/a.json", shape("leaf", SQUARE))
+    write(tmp_path / "in/b.json", shape("leaf", SQUARE), imagePath=name)
+    _, result = to_coco("labelme", tmp_path / "in", tmp_path / "coco")
+    assert result.losses.counts["annotation files without an image"] == 1

@@ -206,3 +206,23 @@ def test_a_folder_without_annotations_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="in must contain the folder Annotations or XML"):
         to_coco("voc", tmp_path / "in", tmp_path / "coco")
     assert not (tmp_path / "coco").exists()
+
+
+def test_16_bit_label_maps_do_not_wrap_around(root, tmp_path):
+    labels = np.ones((HEIGHT, WIDTH), np.uint16)
+    labels[:3] = 256
+    (root / "SegmentationClass").mkdir()
+    Image.fromarray(labels).save(root / "SegmentationClass/1.png")
+    maps, result = to_label_maps("voc", root, tmp_path / "maps")
+    (written,) = maps.values()
+    assert (written[:3] == 255).all()
+    assert (written[3:] == 1).all()
+    assert result.losses.counts["pixels of unknown classes made ignored pixels"] == 3 * WIDTH
+
+
+@pytest.mark.parametrize("encoding", ["unknown", "utf-7"])
+def test_files_in_other_encodings_are_malformed(root, tmp_path, encoding):
+    text = f'<?xml version="1.0" encoding="{encoding}"?>{xml(an_object("dog", 1, 1, 10, 10))}'
+    write_text(root / "Annotations/1.xml", text)
+    _, result = to_coco("voc", root, tmp_path / "coco")
+    assert result.losses.counts["malformed annotation files left out, with their images"] == 1

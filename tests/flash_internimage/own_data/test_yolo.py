@@ -120,6 +120,8 @@ def test_without_data_yaml_classes_txt_names_the_classes(root, tmp_path):
     [
         ("train: images/train\n", "names must be a list of class names, got None"),
         ("names: {1: a, 2: b}\ntrain: images/train\n", "names must be numbered from 0"),
+        ("b: &b [x, x]\nnames: [*b, *b]\n", r"names must be a list of class names, got \[\['x'"),
+        ("names: [a]\ntrain: [[x]]\n", r"train must be a folder or a list of files, got \['x'\]"),
         ("names: [a, a]\ntrain: images/train\n", "names must differ"),
         ("names: [a, b\n", "must be a YAML file"),
         ("names: [a]\ntrain: nowhere\n", "train not found: nowhere"),
@@ -128,4 +130,28 @@ def test_without_data_yaml_classes_txt_names_the_classes(root, tmp_path):
 def test_errors_name_the_key(root, tmp_path, text, message):
     write_text(root / "data.yaml", text)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
+        to_coco("yolo", root, tmp_path / "coco")
+
+
+def test_images_listed_with_dots_stay_in_the_target(root, tmp_path):
+    write_text(root / "lists/train.txt", "../images/train/a.jpg\n../../in/images/train/b.jpg\n")
+    write_text(root / "data.yaml", YAML.replace("images/train", "lists/train.txt"))
+    files, _ = to_coco("yolo", root, tmp_path / "coco")
+    assert [image["file_name"] for image in files["train"]["images"]] == ["a.jpg", "b.jpg"]
+    assert sorted(path.name for path in (tmp_path / "coco/train").iterdir()) == ["a.jpg", "b.jpg"]
+
+
+def test_points_far_outside_need_no_memory(root, tmp_path):
+    """pycocotools allocates memory for every pixel of an outline."""
+    write_text(root / "labels/val/c.txt", "1 0.25 0.2 1e8 0.2 1e8 0.8 0.25 0.8\n")
+    files, _ = to_coco("yolo", root, tmp_path / "coco")
+    (only,) = files["val"]["annotations"]
+    assert only["bbox"] == [10.0, 6.0, 30.0, 18.0]
+    assert only["area"] == 540.0
+
+
+def test_classes_txt_must_have_different_names(root, tmp_path):
+    (root / "data.yaml").unlink()
+    write_text(root / "classes.txt", "bolt\nbolt\n")
+    with pytest.raises(ValueError, match=r"classes\.txt must have a different name in each line"):
         to_coco("yolo", root, tmp_path / "coco")

@@ -109,7 +109,13 @@ def test_trackers_get_the_config_and_whether_the_run_was_resumed(tmp_path, monke
 
 @pytest.mark.parametrize(
     ("value", "names"),
-    [("wandb", ["wandb"]), (["wandb", "mlflow"], ["wandb", "mlflow"]), ([], []), (None, [])],
+    [
+        ("wandb", ["wandb"]),
+        (["wandb", "mlflow"], ["wandb", "mlflow"]),
+        (["wandb", "wandb"], ["wandb"]),
+        ([], []),
+        (None, []),
+    ],
 )
 def test_loggers_of_a_config_become_backends(value, names):
     cfg = load_config(DEMO, {"loggers": value})
@@ -122,6 +128,11 @@ def test_loggers_of_a_config_become_backends(value, names):
 def test_unknown_loggers_are_errors(value):
     with pytest.raises(ValueError, match=r"loggers must be among wandb, mlflow, got '(wndb|x)'"):
         load_config(DEMO, {"loggers": value})
+
+
+def test_loggers_must_be_names():
+    with pytest.raises(ValueError, match="loggers must be a list of names, got 5"):
+        load_config(DEMO, {"loggers": 5})
 
 
 def test_settings_are_flat_and_plain():
