@@ -116,6 +116,24 @@ def to_8_bits(pixels: np.ndarray) -> np.ndarray:
     return (pixels >> (bits - 8)).astype(np.uint8)
 
 
+def check_rgb(image: Any, name: str = "image") -> None:
+    """Check the type and shape of an image.
+
+    Args:
+        image: What should be an image.
+        name: Name of the image in the error message.
+
+    Raises:
+        ValueError: If `image` is not an (H, W, 3) uint8 array with at least one pixel.
+    """
+    got = type(image).__name__
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+            return
+        got = f"{image.dtype} of shape {image.shape}"
+    raise ValueError(f"{name} must be an (H, W, 3) uint8 array, got {got}")
+
+
 def image_suffixes() -> set[str]:
     """Return the lower-case suffixes of image formats that Pillow can decode, such as `.webp`."""
     known = Image.registered_extensions().items()

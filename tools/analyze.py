@@ -1,4 +1,4 @@
-"""`flash-internimage analyze`, for a checkout.
+"""`flash-internimage analyze`, in a checkout.
 
 python -m tools.analyze NAME|CONFIG [CHECKPOINT] -o FOLDER ...
 python -m tools.analyze runs RUN... -o curves.png
@@ -7,10 +7,17 @@ python -m tools.analyze runs RUN... -o curves.png
 import sys
 
 from flash_internimage.cli import extras
-from flash_internimage.cli.analyze import main
 
 PROGRAM = "python -m tools.analyze"
 
-if __name__ == "__main__":
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return the exit code."""
     with extras.required_by(PROGRAM):
-        sys.exit(main(program=PROGRAM))
+        from flash_internimage.cli import analyze
+
+        return analyze.main(argv, PROGRAM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,11 +1,11 @@
-"""`flash-internimage dataset`, from the root of the repository.
+"""`flash-internimage dataset`, in a checkout.
 
 python -m tools.dataset convert|check|config ...
 """
 
 import sys
 
-from flash_internimage.cli import dataset, extras
+from flash_internimage.cli import extras
 
 PROGRAM = "python -m tools.dataset"
 
@@ -13,6 +13,8 @@ PROGRAM = "python -m tools.dataset"
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return the exit code."""
     with extras.required_by(PROGRAM):
+        from flash_internimage.cli import dataset
+
         return dataset.main(argv, PROGRAM)
 
 

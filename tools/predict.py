@@ -1,11 +1,11 @@
-"""`flash-internimage predict`, for a checkout.
+"""`flash-internimage predict`, in a checkout.
 
 python -m tools.predict NAME|CONFIG [CHECKPOINT] INPUT... -o OUT
 """
 
 import sys
 
-from flash_internimage.cli import extras, predict
+from flash_internimage.cli import extras
 
 PROGRAM = "python -m tools.predict"
 
@@ -13,6 +13,8 @@ PROGRAM = "python -m tools.predict"
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return the exit code."""
     with extras.required_by(PROGRAM):
+        from flash_internimage.cli import predict
+
         return predict.main(argv, PROGRAM)
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..drawing import draw_classification, draw_detections, draw_label_map
 from ..inference import Classification, Detections, LabelMap
+from ..inference.pictures import draw
 from ..inference.results import Result
 
 # Of a detector's objects; those below the minimum that the user chooses are hidden.
@@ -62,9 +62,7 @@ def _classification(image: np.ndarray, result: Classification) -> Presentation:
         [name, _percent(score)]
         for name, score in zip(result.names, result.scores.tolist(), strict=True)
     ]
-    return Presentation(
-        draw_classification(image, result), ": ".join(rows[0]), ["class", "probability"], rows
-    )
+    return Presentation(draw(image, result), ": ".join(rows[0]), ["class", "probability"], rows)
 
 
 def _detections(image: np.ndarray, result: Detections, threshold: float) -> Presentation:
@@ -78,7 +76,7 @@ def _detections(image: np.ndarray, result: Detections, threshold: float) -> Pres
         )
     ]
     return Presentation(
-        draw_detections(image, result),
+        draw(image, result),
         f"{objects} with a score of at least {threshold:.2f}" + (f": {counts}" if counts else ""),
         ["class", "score", "x1", "y1", "x2", "y2"],
         rows,
@@ -92,7 +90,7 @@ def _label_map(image: np.ndarray, result: LabelMap) -> Presentation:
         [result.classes[label], _percent(count / result.labels.size)] for count, label in shares
     ]
     return Presentation(
-        draw_label_map(image, result),
+        draw(image, result),
         ", ".join(" ".join(row) for row in rows[:5]) + (", ..." if len(rows) > 5 else ""),
         ["class", "share of the image"],
         rows,
@@ -100,4 +98,4 @@ def _label_map(image: np.ndarray, result: LabelMap) -> Presentation:
 
 
 def _percent(share: float) -> str:
-    return f"{share:.1%}"
+    return f"{100 * share:.1f} %"

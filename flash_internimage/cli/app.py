@@ -45,16 +45,18 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
     )
     parser.add_argument(
         "models", nargs="*", metavar="MODEL",
-        help="name in the zoo or in timm, or CONFIG=CHECKPOINT (all of the zoo)",
+        help="name in the zoo or in timm, or CONFIG=CHECKPOINT (default: all of the zoo)",
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
                         help="address to listen on; 0.0.0.0 lets other machines use the page "
-                             "(127.0.0.1, this machine only)")  # fmt: skip
-    parser.add_argument("--port", type=int, default=7860, help="0 for any that is free (7860)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto)")
+                             "(default: 127.0.0.1, this machine only)")  # fmt: skip
+    parser.add_argument(
+        "--port", type=int, default=7860, help="0 for any that is free (default: 7860)"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--max-upload", type=int, default=20, metavar="MB",
-                        help="maximum size of an uploaded image (20)")  # fmt: skip
-    return parser.parse_args(argv)
+                        help="maximum size of an uploaded image (default: 20)")  # fmt: skip
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
 
             serve(build_page(models), arguments.host, port, arguments.max_upload)
     except (ValueError, OSError) as error:
-        _logger.error("%s", error)
+        _logger.error("%s", " ".join(str(error).split()))
         return 2
     return 0
 
@@ -91,6 +93,7 @@ def _zoo() -> list[Source]:
 
 def _to_source(text: str) -> Source:
     model, equals, checkpoint = text.partition("=")
+    checkpoint = os.path.expanduser(checkpoint)  # shells expand ~ at the start of a word only
     if not model or (equals and not checkpoint):
         raise ValueError(f"MODEL must be NAME or CONFIG=CHECKPOINT, got {text}")
     found = find_model(model)

@@ -158,7 +158,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 # The other processes would find pictures that the first one has written.
                 sources = find_sources(arguments.inputs, arguments.output)
                 _check_cameras(sources)
-                require_writable(arguments.output, "--output")
+                require_writable(arguments.output, "-o")
                 stack.enter_context(own_folder(arguments.output))
                 remove_parts(arguments.output)
         sources = gather(sources)[0]

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
-import torch
 from PIL import Image
 
 from ..classification.model import pick_device
 from ..files import require_writable, write_atomically
 from ..inference.predictor import find_model, load_predictor
+from ..inference.run import is_out_of_memory
 from ..inference.sources import read_rgb
 from ..sampling import draw_maps, draw_sampling_points, last_of_stages, preprocessing_of
 
@@ -41,25 +41,25 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
         description="Draw where the DCNv4 layers of a model sample an image.",
     )
     parser.add_argument("model", metavar="NAME|CONFIG",
-                        help="entry of the zoo, timm model, or config of any task")  # fmt: skip
+                        help="model of the zoo or of timm, or a config of any task")  # fmt: skip
     parser.add_argument("files", nargs="+", metavar="[CHECKPOINT] IMAGE",
-                        help="checkpoint (the released weights if omitted), and image")  # fmt: skip
+                        help="weights (default: the released ones), and image")  # fmt: skip
     parser.add_argument("--layer", required=True, help="block, such as levels.2.blocks.5")
     parser.add_argument("--pixel", required=True, metavar="X,Y",
                         help="column and row in the image, counted from 0")  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT",
                         help="picture to write: *.png, *.jpg or *.webp")  # fmt: skip
     parser.add_argument("--depth", type=int, default=1, metavar="N",
-                        help="compose the points of N layers, from LAYER down (1)")  # fmt: skip
+                        help="compose N layers, from LAYER down (default: 1)")  # fmt: skip
     parser.add_argument("--maps", action="store_true",
                         help="also draw the offset lengths and effective receptive fields of LAYER "
                         "and of the last block of each stage, into OUT-maps")  # fmt: skip
     parser.add_argument("--size", type=int, metavar="PIXELS",
-                        help="resize the shorter side of the image to this; the default is the "
-                        "test size of the model")  # fmt: skip
+                        help="resize the shorter side of the image to this (default: the test "
+                        "size of the model)")  # fmt: skip
     parser.add_argument("--max-points", type=int, default=2000, metavar="N",
-                        help="number of points per layer to keep at most (2000)")  # fmt: skip
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto)")
+                        help="points to keep per layer (default: 2000)")  # fmt: skip
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
     return parser.parse_intermixed_args(argv)
 
 
@@ -71,8 +71,13 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     arguments = parse_arguments(argv, program)
     try:
         _run(arguments)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError) as error:
         _logger.error("%s", " ".join(str(error).split()))
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _logger.error("not enough memory for an image of this size: reduce it by --size")
         return 2
     return 0
 
@@ -90,12 +95,12 @@ def _run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be at least 1, got {number}")
     output = arguments.output
     if output.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"--output must end in {', '.join(_SUFFIXES)}, got {output}")
+        raise ValueError(f"-o must end in {', '.join(_SUFFIXES)}, got {output}")
     image = read_rgb(image_file)
     pixel = _pixel(arguments.pixel, image)
     pick_device(arguments.device)
     source = find_model(arguments.model)
-    require_writable(output.parent, "--output")
+    require_writable(output.parent, "-o")
     weights = os.path.expanduser(checkpoint[0]) if checkpoint else None
     predictor = load_predictor(source, weights, device=arguments.device)
     layer = arguments.layer

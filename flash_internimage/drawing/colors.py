@@ -43,26 +43,31 @@ _WHITE = _XYZ.sum(1)
 # Darker colors hide the image under them, and lighter ones look like white.
 _LIGHTNESS = (42, 92)
 
+# More colors than this could not be told apart; further classes have the same ones again.
+_MOST = 1000
+
 
 def class_colors(count: int) -> np.ndarray:
     """Return colors that are distinct in normal vision, deuteranopia and protanopia.
 
     The first seven are Okabe and Ito's. Each further color is the one farthest from all before it,
-    in the vision in which it is nearest, so that the first colors do not depend on `count`.
+    in the vision in which it is nearest, so that the first colors do not depend on `count`. After
+    1000, the colors repeat.
 
     Args:
-        count: Number of colors, at most 1000.
+        count: Number of colors.
 
     Returns:
         (count, 3) uint8 array in RGB.
 
     Raises:
-        ValueError: If `count` is negative or above 1000.
+        ValueError: If `count` is negative.
     """
-    if not 0 <= count <= 1000:
-        raise ValueError(f"count must be from 0 to 1000, got {count}")
-    palette = np.array(_OKABE_ITO, np.uint8) if count <= len(_OKABE_ITO) else _palette(count)
-    return palette[:count].copy()
+    if count < 0:
+        raise ValueError(f"count must not be negative, got {count}")
+    if count <= len(_OKABE_ITO):
+        return np.array(_OKABE_ITO, np.uint8)[:count]
+    return _palette(min(count, _MOST))[np.arange(count) % _MOST]
 
 
 def label_color(label: int, classes: int) -> tuple[int, int, int]:

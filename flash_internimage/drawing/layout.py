@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..images import check_rgb
 from .text import fit, line_height, load_font
 
 BACKGROUND = (255, 255, 255)
@@ -27,7 +28,7 @@ def enlarge(image: np.ndarray, min_width: int = 640) -> tuple[np.ndarray, float]
     Raises:
         ValueError: If the image is not such an array or `min_width` is below 1.
     """
-    check_image(image)
+    check_rgb(image)
     if min_width < 1:
         raise ValueError(f"min_width must be at least 1, got {min_width}")
     height, width = image.shape[:2]
@@ -36,20 +37,6 @@ def enlarge(image: np.ndarray, min_width: int = 640) -> tuple[np.ndarray, float]
         return image, 1.0
     size = round(width * factor), round(height * factor)
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)), factor
-
-
-def check_image(image: np.ndarray, name: str = "image") -> None:
-    """Check the type and shape of an image.
-
-    Raises:
-        ValueError: If it is not an (H, W, 3) uint8 array with at least one pixel.
-    """
-    if not isinstance(image, np.ndarray):
-        raise ValueError(f"{name} must be an (H, W, 3) uint8 array, got {type(image).__name__}")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(
-            f"{name} must be an (H, W, 3) uint8 array, got {image.dtype} of shape {image.shape}"
-        )
 
 
 def font_size(width: int, height: int) -> int:
@@ -168,4 +155,4 @@ def _check_pictures(pictures: Sequence[np.ndarray]) -> None:
     if not len(pictures):
         raise ValueError("pictures must not be empty")
     for number, picture in enumerate(pictures):
-        check_image(picture, f"pictures[{number}]")
+        check_rgb(picture, f"pictures[{number}]")

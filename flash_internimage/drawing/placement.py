@@ -43,8 +43,11 @@ def _candidates(
     ys = [y1 - rows, y2]  # above and below
     beside = [(x, y) for x in (x2, x1 - columns) for y in (y1, y2 - rows, (y1 + y2 - rows) / 2)]
     on_the_box = [(x1, y1), (x1, y2 - rows)]
-    # Above and below the labels before it.
-    near = placed[(placed[:, 1] < y2 + 4 * rows) & (placed[:, 3] > y1 - 4 * rows)]
+    # Above and below the labels before it that may be in the way.
+    near = placed[
+        (placed[:, 1] < y2 + 4 * rows) & (placed[:, 3] > y1 - 4 * rows)
+        & (placed[:, 0] < x2 + columns) & (placed[:, 2] > x1 - columns)
+    ]  # fmt: skip
     stacked = [*(near[:, 1] - rows), *near[:, 3]]
     corners = np.array([(x, y) for y in [*ys, *stacked] for x in xs] + beside + on_the_box)
     preferences = 0.01 * np.arange(len(corners)).clip(max=12)
@@ -56,10 +59,13 @@ def _candidates(
 
 def _hidden(places: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Return the overlap of (m, 4) places with (n, 4) boxes, as shares of the smaller ones."""
-    low = np.maximum(places[:, None, :2], boxes[None, :, :2])
-    high = np.minimum(places[:, None, 2:], boxes[None, :, 2:])
+    columns, rows = (
+        np.minimum(places[:, None, i + 2], boxes[:, i + 2])
+        - np.maximum(places[:, None, i], boxes[:, i])
+        for i in (0, 1)
+    )
     smaller = np.minimum(_areas(places)[:, None], _areas(boxes)[None])
-    return (high - low).clip(0).prod(2) / smaller.clip(1)
+    return columns.clip(0) * rows.clip(0) / smaller.clip(1)
 
 
 def _areas(boxes: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import Tensor, nn
 
+from ..images import check_rgb
 from .results import Classification
 from .sources import read_rgb
 
@@ -36,7 +37,8 @@ def classify(
 
     Raises:
         UnreadableImage: If an image cannot be read.
-        ValueError: If `images` is a single image or `top_k` is below 1.
+        ValueError: If `images` is a single image, an array has another shape or dtype, or `top_k`
+            is below 1.
 
     Example::
 
@@ -53,7 +55,7 @@ def classify(
     if transform is None:
         data = timm.data.resolve_model_data_config(model)
         transform = create_transform(**data, is_training=False)
-    inputs = torch.stack([transform(_open(image)) for image in images])
+    inputs = torch.stack([transform(_open(image, i)) for i, image in enumerate(images)])
     parameter = next(model.parameters())
     was_training = model.training
     model.eval()
@@ -65,10 +67,13 @@ def classify(
     return most_probable(logits, class_names(model, logits.shape[1]), top_k)
 
 
-def _open(image: str | os.PathLike | np.ndarray | Image.Image) -> Image.Image:
+def _open(image: str | os.PathLike | np.ndarray | Image.Image, index: int) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
-    return Image.fromarray(image if isinstance(image, np.ndarray) else read_rgb(image))
+    if not isinstance(image, np.ndarray):
+        return Image.fromarray(read_rgb(image))
+    check_rgb(image, f"images[{index}]")
+    return Image.fromarray(image)
 
 
 def class_names(model: nn.Module, num_classes: int) -> tuple[str, ...]:

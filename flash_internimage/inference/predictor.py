@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checkpoints.zoo import TASKS, Entry, Task, read_zoo
 from ..configs import find_config, list_configs
+from ..images import check_rgb
 
 _YAML = (".yaml", ".yml")
 # Prefixes of models outside of timm's registry.
@@ -175,18 +176,9 @@ def load_predictor(
 
 
 def check_images(images: Sequence[np.ndarray]) -> None:
-    """Check the types and shapes of images.
-
-    Raises:
-        ValueError: If one of them is not a uint8 array (H, W, 3) with at least one pixel.
-    """
+    """Check the types and shapes of images, as :func:`~flash_internimage.images.check_rgb`."""
     for i, image in enumerate(images):
-        got = f"{type(image).__name__}"
-        if isinstance(image, np.ndarray):
-            if image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
-                continue
-            got = f"{image.dtype} of shape {image.shape}"
-        raise ValueError(f"images[{i}] must be a uint8 array (H, W, 3), got {got}")
+        check_rgb(image, f"images[{i}]")
 
 
 def no_released_weights(source: ModelSource) -> ValueError:

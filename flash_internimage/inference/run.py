@@ -131,11 +131,17 @@ def predict_each(predictor: Predictor, images: Sequence[np.ndarray]) -> list[Any
         if len(images) == 1:
             return [error]
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # how PyTorch reports it on the CPU
+        if not is_out_of_memory(error):
             raise
         if len(images) == 1:
             return [MemoryError("not enough memory")]
     return [result for image in images for result in predict_each(predictor, [image])]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory could not be allocated; on the CPU, PyTorch has no type for that."""
+    typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return typed or "can't allocate memory" in str(error)
 
 
 def _skip(writer: ResultWriter, index: int, source: Source, reason: object) -> None:

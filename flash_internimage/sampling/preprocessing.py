@@ -16,6 +16,7 @@ from timm.data import (
 from torch import Tensor
 from torchvision.transforms import Normalize, Resize
 
+from ..images import check_rgb
 from ..inference import Predictor
 from .layers import Model, module_of
 
@@ -52,10 +53,7 @@ class Preprocessing:
         Raises:
             ValueError: If `image` has another shape or dtype.
         """
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(
-                f"image must be (H, W, 3) uint8, got shape {image.shape} of {image.dtype}"
-            )
+        check_rgb(image)
         height, width = self.input_size(*image.shape[:2])
         resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
         x = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float()

@@ -37,7 +37,10 @@ def expected(page) -> list[list[list[str]]]:
     predictor = load_predictor(CONFIG, page.weights)
     results = predictor([read_rgb(path) for path in page.images])
     tables = [
-        [[name, f"{score:.1%}"] for name, score in zip(result.names, result.scores, strict=True)]
+        [
+            [name, f"{100 * score:.1f} %"]
+            for name, score in zip(result.names, result.scores.tolist(), strict=True)
+        ]
         for result in results
     ]
     assert all(tables.count(table) == 1 for table in tables)

@@ -21,9 +21,9 @@ OBJECTS = Detections(
 def test_classification():
     result = Classification(np.array([0.75, 0.25], np.float32), np.array([1, 0]), ("dog", "cat"))
     shown = present(IMAGE, result, 0.3)
-    assert shown.summary == "dog: 75.0%"
+    assert shown.summary == "dog: 75.0 %"
     assert shown.headers == ["class", "probability"]
-    assert shown.rows == [["dog", "75.0%"], ["cat", "25.0%"]]
+    assert shown.rows == [["dog", "75.0 %"], ["cat", "25.0 %"]]
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,9 @@ def test_objects_above_the_threshold(threshold, summary):
     shown = present(IMAGE, OBJECTS, threshold)
     assert shown.summary == summary
     rows = [
-        ["dog", "90.0%", "1", "2", "11", "12"],
-        ["cat", "50.0%", "3", "4", "9", "9"],
-        ["dog", "20.0%", "0", "0", "30", "20"],
+        ["dog", "90.0 %", "1", "2", "11", "12"],
+        ["cat", "50.0 %", "3", "4", "9", "9"],
+        ["dog", "20.0 %", "0", "0", "30", "20"],
     ]
     assert shown.rows == rows[: int(summary[0])]
 
@@ -57,13 +57,26 @@ def test_label_map():
     labels = np.zeros((20, 30), np.uint8)
     labels[:5] = 2
     shown = present(IMAGE, LabelMap(labels, ("sky", "sea", "land")), 0.3)
-    assert shown.summary == "sky 75.0%, land 25.0%"
-    assert shown.rows == [["sky", "75.0%"], ["land", "25.0%"]]
+    assert shown.summary == "sky 75.0 %, land 25.0 %"
+    assert shown.rows == [["sky", "75.0 %"], ["land", "25.0 %"]]
 
 
 def test_a_long_summary_ends_early():
     labels = np.repeat(np.arange(6, dtype=np.uint8), 100).reshape(20, 30)
     shown = present(IMAGE, LabelMap(labels, tuple("abcdef")), 0.3)
-    assert shown.summary.endswith("16.7%, ...")
-    assert shown.summary.count("16.7%") == 5
+    assert shown.summary.endswith("16.7 %, ...")
+    assert shown.summary.count("16.7 %") == 5
     assert len(shown.rows) == 6
+
+
+def test_the_last_of_256_classes_is_not_ignored():
+    image = np.full((20, 640, 3), 200, np.uint8)
+    classes = tuple(map(str, range(256)))
+    shown = present(image, LabelMap(np.full((20, 640), 255, np.uint8), classes), 0.3)
+    assert not (shown.picture[:20] == image).all(-1).any()
+
+
+def test_the_picture_of_a_large_image_is_reduced():
+    result = Classification(np.array([1], np.float32), np.array([0]), ("cat",))
+    picture = present(np.zeros((4000, 5000, 3), np.uint8), result, 0.3).picture
+    assert 4400 < picture.shape[1] < 4500

@@ -118,8 +118,8 @@ def test_options_reach_the_functions(run, monkeypatch):
         ({"depth": "0"}, "--depth must be at least 1, got 0"),
         ({"max-points": "0"}, "--max-points must be at least 1, got 0"),
         ({"size": "-1"}, "--size must be at least 1, got -1"),
-        ({"output": "out.txt"}, "--output must end in .png, .jpg, .jpeg, .webp, got out.txt"),
-        ({"output": "image.png/out.png"}, "--output image.png cannot be written"),
+        ({"output": "out.txt"}, "-o must end in .png, .jpg, .jpeg, .webp, got out.txt"),
+        ({"output": "image.png/out.png"}, "-o image.png cannot be written"),
         ({"device": "gpu"}, "device must be 'auto' or one of cpu"),
         ({"files": [NANO, "nano.pth", "no.png"]}, "cannot read image no.png: "),
         ({"files": [NANO, "nano.pth", "nano.pth"]}, "cannot read image nano.pth: "),
@@ -149,6 +149,15 @@ def test_mistakes_are_one_line(changes, message, files, tmp_path, monkeypatch, c
     assert message in caplog.records[-1].getMessage()
     assert "\n" not in caplog.records[-1].getMessage()
     assert not (tmp_path / "out.png").exists()
+
+
+def test_a_lack_of_memory_is_one_line(files, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(visualize, "draw_sampling_points", lambda *_, **__: torch.empty(2**52))
+    options = ["--layer", "levels.2.blocks.0", "--pixel", "3,4", "--device", "cpu"]
+    out = str(tmp_path / "out.png")
+    assert visualize.main([NANO, "nano.pth", "image.png", *options, "-o", out]) == 2
+    assert caplog.records[-1].getMessage().endswith("reduce it by --size")
 
 
 def test_missing_arguments_are_named(capsys):

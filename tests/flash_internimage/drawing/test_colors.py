@@ -82,7 +82,12 @@ def test_text_is_black_on_bright_and_white_on_dark_colors():
     assert text_color((0, 60, 120)) == text_color((0, 0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("count", [-1, 1001])
-def test_other_numbers_of_colors_are_rejected(count):
-    with pytest.raises(ValueError, match=f"count must be from 0 to 1000, got {count}"):
-        class_colors(count)
+def test_colors_repeat_after_a_thousand():
+    colors = class_colors(1203)  # as many as the classes of LVIS
+    assert (colors[1000:] == colors[:203]).all()
+    assert label_color(1202, 1203) == tuple(colors[202])
+
+
+def test_a_negative_number_of_colors_is_rejected():
+    with pytest.raises(ValueError, match="count must not be negative, got -1"):
+        class_colors(-1)

@@ -77,6 +77,8 @@ def test_classify_keeps_the_training_mode(model):
 def test_wrong_arguments_of_classify(model):
     with pytest.raises(ValueError, match="images must be a list of images, got a ndarray"):
         classify(model, IMAGES[0])
+    with pytest.raises(ValueError, match=r"images\[1\] must be an .* uint8 array, got float64"):
+        classify(model, [IMAGES[0], IMAGES[1] / 255])
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         classify(model, IMAGES, top_k=0)
 
@@ -164,7 +166,7 @@ def test_wrong_images_and_weights_that_are_not_finite(checkpoint):
         (IMAGES[0] / 255, "float64 of shape"),
         ("image.jpg", "str"),
     ):
-        with pytest.raises(ValueError, match=rf"images\[1\] must be a uint8 array .*, got {got}"):
+        with pytest.raises(ValueError, match=rf"images\[1\] must be an .* uint8 array, got {got}"):
             predictor([IMAGES[1], image])
     torch.nn.init.constant_(predictor.model.head.bias, torch.nan)
     with pytest.raises(ValueError, match="the logits must be finite"):
