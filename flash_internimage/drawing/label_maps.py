@@ -39,7 +39,8 @@ def draw_label_map(
 ) -> np.ndarray:
     """Draw the class of each pixel in color, with a legend below the picture.
 
-    A class with the name "background" is dark, without a hue of its own. Regions that are large enough also contain the name of their class.
+    A class with the name "background" is dark, without a hue of its own. Regions that are large
+    enough also contain the name of their class.
 
     Args:
         image: (H, W, 3) uint8 array.
