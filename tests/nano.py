@@ -15,7 +15,7 @@ DETECTOR = "mask_rcnn_flash_internimage_nano_fpn_digits_scenes"
 SEGMENTOR = "upernet_flash_internimage_nano_digits_scenes"
 DIGITS = tuple("0123456789")
 # Unlike those of the configs, so that tests notice which ones are used.
-LETTERS = {DETECTOR: tuple("abcdefghij"), SEGMENTOR: tuple("abcdefghijk")}
+LETTERS = {DETECTOR: tuple("abcdefghij"), SEGMENTOR: tuple("abcde")}
 
 
 def write_classifier(path: Path, **contents: object) -> Path:

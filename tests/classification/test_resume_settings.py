@@ -87,6 +87,7 @@ NO_MIXUP = {"augmentation.mixup": 0.0, "augmentation.cutmix": 0.0}
 
 # For each setting: a changed value, and a check that the resumed run uses it.
 USED = {
+    "loggers": (["mlflow"], lambda t, v: t.cfg.loggers == tuple(v)),
     "output": ("elsewhere", lambda t, v: t.last == Path(v, "last.pth") and t.best_top1 < 0),
     "seed": (7, lambda t, v: t.train_loader.sampler.seed == v),
     "device": ("auto", lambda t, v: {p.device.type for p in t.model.parameters()}

@@ -82,8 +82,9 @@ def test_an_update_with_an_infinite_gradient_is_skipped(config):
 
 
 def test_too_many_non_finite_losses_stop_the_run_with_advice(config, monkeypatch):
-    nan = lambda *_: torch.tensor(torch.nan, requires_grad=True)  # noqa: E731
-    monkeypatch.setattr(engine, "build_criterion", lambda cfg: nan)
+    loss = nn.Module()
+    loss.forward = lambda *_: torch.tensor(torch.nan, requires_grad=True)
+    monkeypatch.setattr(engine, "build_criterion", lambda *_: loss)
     with pytest.raises(Diverged, match=r"3 consecutive .*warmup_epochs.*clip_grad.*amp=bf16"):
         train(config(max_nonfinite=3))
 

@@ -11,7 +11,7 @@ from PIL import Image
 from flash_internimage.checkpoints import Entry
 from flash_internimage.configs import find_config
 from flash_internimage.inference import predictor
-from flash_internimage.openmmlab import model_index
+from flash_internimage.openmmlab import model_index, safe_loading
 from tests.nano import CLASSIFIER, DETECTOR, SEGMENTOR
 
 PAGE = Path(__file__).parents[3] / "docs" / "inference.md"
@@ -53,7 +53,8 @@ def run(weights, tmp_path, monkeypatch, one_thread, restore_scope):
         exec(code, namespace)
         return namespace
 
-    return run
+    yield run
+    safe_loading._process.close()
 
 
 def test_every_block_is_run():
