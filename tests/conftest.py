@@ -27,6 +27,8 @@ MARKERS = {
     "tools/test_zoo_entries.py": "mm",
 }
 
+EARLY = ("segmentation/test_train.py", "detection/test_train.py", "ops_dcnv4/test_triton.py")
+
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark tests by their folder or module."""
@@ -34,6 +36,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     for part, marker in MARKERS.items():
         if path.is_relative_to(part):
             item.add_marker(marker)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest of the last modules, for which one process would have to wait."""
+    root = Path(__file__).parent
+    items.sort(key=lambda item: not str(item.path.relative_to(root)).startswith(EARLY))
 
 
 def pytest_collection_finish() -> None:

@@ -246,5 +246,5 @@ def test_arguments_out_of_range_are_rejected(arguments, message, model, image):
 
 def test_other_arrays_than_rgb_are_rejected(model, image):
     for wrong in (image[..., 0], image / 255):
-        with pytest.raises(ValueError, match=r"image must be \(H, W, 3\) uint8, got shape"):
+        with pytest.raises(ValueError, match=r"image must be an \(H, W, 3\) uint8 array, got"):
             sampling_points(model, wrong, "levels.2.blocks.0", (1, 1))
