@@ -29,7 +29,7 @@ TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 TEST_SEED ?=
 
 .PHONY: demo demo-detection demo-segmentation gallery test test-fast lint bench docs sanitize sanitize-cpu openmmlab-compiled gpu-check clean
-.PHONY: wheel test-wheel test-torch-versions test-python-versions test-portability test-aarch64 lint-workflows
+.PHONY: requirements-and-browser wheel test-wheel test-torch-versions test-python-versions test-portability test-aarch64 lint-workflows
 
 demo: $(VENV)/.package data/digits
 	$(RUN) -m classification.train $(DIGITS) --resume auto
@@ -50,8 +50,12 @@ gallery: demo demo-detection demo-segmentation
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
 	  $(if $(TEST_SEED),--randomly-seed=$(TEST_SEED),-p no:randomly)
 
-test: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev $(VENV)/.cuda_model $(VENV)/.browser
+test: requirements-and-browser $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.dev $(VENV)/.cuda_model
 	$(PYTEST)
+
+# pip uses one core, so the browser is installed at the same time.
+requirements-and-browser:
+	@$(MAKE) --no-print-directory -j2 $(VENV)/.requirements $(VENV)/.browser
 
 # At most two minutes on two cores: no slow tests, and none that need OpenMMLab, the emulator or a GPU.
 FAST := -m 'not slow and not mm and not gpu' \
