@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .configs import is_for_classification
 from .extras import required_by
 
 _USAGE = """{program} [-h] NAME|CONFIG [CHECKPOINT] -o FOLDER [--pictures N] ...
@@ -75,22 +74,14 @@ def _compare(argv: list[str], program: str) -> int:
 
 def _report(name: str, options: list[str], program: str) -> int:
     """Write the report of a model; its task decides which options there are."""
-    import timm
+    from ..inference.predictor import find_model
 
-    from ..checkpoints.zoo import read_zoo
-    from ..configs import find_config
-
-    entry = read_zoo().get(name)
-    if entry is not None and entry.task != "classification":
-        return _openmmlab(str(entry.config_path), name, options, program)
-    if timm.is_model(name):
-        return _classification(name, options, program)
-    config = find_config(name)
-    if config.suffix not in (".yaml", ".yml", ".py"):
-        raise ValueError(f"CONFIG must end in .yaml, .yml or .py, got {name}")
-    if is_for_classification(str(config)):
-        return _classification(str(config), options, program)
-    return _openmmlab(str(config), None, options, program)
+    source = find_model(name)
+    model = source.name if source.config is None else str(source.config)
+    if source.task == "classification":
+        return _classification(model, options, program)
+    released = source.entry.addresses[0] if source.entry else None
+    return _openmmlab(model, source.task, released, options, program)
 
 
 def _add_report_arguments(parser: argparse.ArgumentParser, pictures: int) -> None:
@@ -140,21 +131,13 @@ def _classification(model: str, options: list[str], program: str) -> int:
     return 0
 
 
-def _openmmlab(config: str, released: str | None, options: Sequence[str], program: str) -> int:
+def _openmmlab(
+    config: str, task: str, released: str | None, options: Sequence[str], program: str
+) -> int:
     from ..openmmlab.errors import one_line_errors
 
     with one_line_errors():
-        from ..checkpoints.zoo import TASKS
-        from ..openmmlab.cli.config import read_config
-
-        scope = read_config(Path(config), import_custom_modules=False).get("default_scope")
-        if scope not in TASKS:
-            raise ValueError(
-                f"default_scope must be {' or '.join(map(repr, TASKS))}, got {scope!r}"
-            )
-        arguments = _openmmlab_parser(program, TASKS[scope]).parse_intermixed_args(
-            [config, *options]
-        )
+        arguments = _openmmlab_parser(program, task).parse_intermixed_args([config, *options])
         _check(arguments)
         if not 0 <= getattr(arguments, "score_threshold", 0) <= 1:
             raise ValueError(

@@ -10,10 +10,13 @@ import timm
 import torch
 
 from flash_internimage.classification.evaluation import evaluate_checkpoint
+from flash_internimage.cli import analyze
 from flash_internimage.cli.analyze import main
 from flash_internimage.cli.demo_data import write_digits
+from flash_internimage.configs import find_config
 
 DIGITS = "flash_internimage_nano_digits"
+RELEASED = "mask_rcnn_flash_internimage_t_fpn_1x_coco"
 FIGURES = ("top1", "top5", "loss", "images", "corrupt")
 
 
@@ -61,8 +64,8 @@ def test_the_report_has_the_figures_of_the_evaluation(digits, tmp_path, capsys):
         ([DIGITS, "m.pth", "-o", "OUT", "--workers", "-1"], "--workers must be at least 0"),
         ([DIGITS, "m.pth", "-o", "OUT", "--data", "here"], "data.root not found: here"),
         ([DIGITS, "-o", "OUT", "optimizer.lr=1"], "key=value must set one of"),
-        (["resnet19", "-o", "OUT"], "config not found: resnet19"),
-        (["FILE", "-o", "OUT"], "CONFIG must end in .yaml, .yml or .py"),
+        (["resnet19", "-o", "OUT"], "model must be a name of the zoo or of timm, or a config, got"),
+        (["FILE", "-o", "OUT"], "config must end in .py, .yaml or .yml"),
         (["runs", "missing", "-o", "OUT/a.png"], "RUN must be the folder of a run, got missing"),
     ],
 )
@@ -74,6 +77,14 @@ def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, 
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert re.search(message, line)
+
+
+@pytest.mark.parametrize("model", [RELEASED, str(find_config(RELEASED))])
+def test_released_weights_are_the_default_of_their_config(model, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(analyze, "_analyze", lambda arguments: chosen.append(arguments) or {})
+    assert main([model, "-o", str(tmp_path)]) == 0
+    assert chosen[0].checkpoint.endswith(f"/{RELEASED}.pth")
 
 
 def test_several_processes_are_rejected(tmp_path, monkeypatch, capsys):
