@@ -64,7 +64,11 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Loggers = Annotated[tuple[Literal["wandb", "mlflow"], ...], BeforeValidator(_as_list)]
+Loggers = Annotated[
+    tuple[Literal["wandb", "mlflow"], ...],
+    BeforeValidator(_as_list),
+    AfterValidator(lambda names: tuple(dict.fromkeys(names))),
+]
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_in_order)]
 
 

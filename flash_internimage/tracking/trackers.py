@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..checkpoints.downloads import hide_secrets
 from ..files import write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -185,10 +186,11 @@ def open_tracker(name: str, folder: Path, settings: Mapping[str, Any], resumed: 
     Args:
         name: A key of `TRACKERS`.
         folder: Output folder of the run, which names it.
-        settings: Settings of the run, flat.
+        settings: Settings of the run, flat. Passwords and query strings in URLs are left out.
         resumed: Continue the run that is recorded in the folder, if there is one.
     """
-    return TRACKERS[name](folder, settings, resumed)
+    public = {k: hide_secrets(v) if isinstance(v, str) else v for k, v in settings.items()}
+    return TRACKERS[name](folder, public, resumed)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -212,3 +212,15 @@ def test_loggers_are_a_name_or_a_list_of_names(tmp_path):
     assert Config().loggers == ()
     with pytest.raises(ConfigError, match=r"loggers\.0: Input should be 'wandb' or 'mlflow'"):
         load_config(path, ["loggers=[wndb]"])
+
+
+def test_secrets_in_addresses_are_left_out(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setitem(TRACKERS, "wandb", lambda folder, settings, resumed: seen.update(settings))
+    address = "https://user:password@example.org/best.pth?token=secret"
+    open_tracker("wandb", tmp_path, {"model.initial_checkpoint": address, "lr": 0.1}, False)
+    assert seen == {"model.initial_checkpoint": "https://...@example.org/best.pth?...", "lr": 0.1}
+
+
+def test_a_logger_is_started_once():
+    assert Config(loggers=["wandb", "mlflow", "wandb"]).loggers == ("wandb", "mlflow")
