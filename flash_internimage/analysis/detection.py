@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..drawing import contact_sheet, draw_detections, side_by_side
 from ..images import UnreadableImage
-from ..inference.results import Detections
+from ..predictions import Detections
 from ..openmmlab.cli.common import build_runner
 from ..openmmlab.utils import log_warning, unwrap_dataset
 from .charts import CELL, LINES, bar_chart, lowest, precision_recall_chart

@@ -14,7 +14,7 @@ from mmseg.evaluation import IoUMetric
 
 from ..drawing import contact_sheet, draw_label_map, side_by_side
 from ..images import UnreadableImage
-from ..inference.results import LabelMap
+from ..predictions import LabelMap
 from ..openmmlab.cli.common import build_runner
 from ..openmmlab.utils import log_warning
 from .charts import CELL, bar_chart, confusion_chart, top_confusions

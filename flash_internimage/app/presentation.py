@@ -7,7 +7,7 @@ import numpy as np
 
 from ..inference import Classification, Detections, LabelMap
 from ..inference.pictures import draw
-from ..inference.results import Result
+from ..predictions import Result
 
 # Of a detector's objects; those below the minimum that the user chooses are hidden.
 LOWEST_SCORE = 0.05

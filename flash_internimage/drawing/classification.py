@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..inference.results import Classification
+from ..predictions import Classification
 from .colors import class_colors
 from .layout import BACKGROUND, add_caption, enlarge, font_size, pad
 from .text import fit, line_height, load_font, text_width

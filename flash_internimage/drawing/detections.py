@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from ..inference.results import Detections
+from ..predictions import Detections
 from .colors import label_color, text_color
 from .layout import add_caption, enlarge, font_size, pad
 from .placement import place_labels

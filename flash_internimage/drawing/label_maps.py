@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..inference.results import LabelMap
+from ..predictions import LabelMap
 from .colors import class_colors, text_color
 from .layout import BACKGROUND, add_caption, enlarge, font_size, pad
 from .text import fit, line_height, load_font, text_width

@@ -8,9 +8,9 @@ Example::
     [result] = predictor([read_rgb("image.jpg")])
 """
 
+from ..predictions import Classification, Detections, LabelMap, Result
 from .classify import classify
 from .predictor import Predictor, load_predictor
-from .results import Classification, Detections, LabelMap, Result
 from .sources import read_rgb
 
 __all__ = [

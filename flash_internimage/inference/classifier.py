@@ -24,9 +24,9 @@ from ..classification.data.loaders import eval_transform
 from ..classification.evaluation import warn_about_changes
 from ..classification.model import check_model, create_model, pick_device, trained_settings
 from ..classification.precision import autocast
+from ..predictions import Classification
 from .classify import class_names, describe_synsets, most_probable
 from .predictor import ModelSource, Predictor, check_images, no_released_weights
-from .results import Classification
 
 _PREPROCESSING = ("image_size", "crop_pct", "interpolation", "mean", "std")
 

@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import Tensor, nn
 
 from ..images import check_rgb
-from .results import Classification
+from ..predictions import Classification
 from .sources import read_rgb
 
 

@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 import torch
 
+from ..predictions import Detections
 from .openmmlab import LoadedModel, OpenMMLabPredictor, load_model
 from .predictor import ModelSource
-from .results import Detections
 
 # A detector computes a mask of one byte per pixel of the image for up to 100 objects.
 MAX_PIXELS_WITH_MASKS = 16_000_000

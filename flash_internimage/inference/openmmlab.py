@@ -81,7 +81,7 @@ class OpenMMLabPredictor(Predictor):
         self._loaded, self._max_pixels = loaded, max_pixels
 
     def _predict(self, images: Sequence[np.ndarray]) -> list[Any]:
-        """Return the data samples of OpenMMLab for images, some of which are reduced in size."""
+        """Return OpenMMLab's data samples; images above the limit on pixels are reduced first."""
         check_images(images)
         pipeline = self._loaded.pipeline
         # Padding images to a common size would change their predictions.

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ..drawing import draw_classification, draw_detections, draw_label_map
-from .results import Classification, Detections, LabelMap, Result
+from ..predictions import Classification, Detections, LabelMap, Result
 
 # Pictures of larger images are reduced: viewers are slow to open them.
 MAX_PIXELS = 16_000_000

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .results import Classification, Detections, LabelMap, Result
+from ..predictions import Classification, Detections, LabelMap, Result
 
 
 def to_record(result: Result) -> dict[str, Any]:

@@ -17,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from ..images import UnreadableImage
+from ..predictions import Result
 from .pictures import draw
 from .predictor import Predictor
 from .records import to_record
-from .results import Result
 from .sources import Source, read_rgb
 from .writer import VIDEOS, ResultWriter
 

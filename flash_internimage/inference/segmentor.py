@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from ..predictions import LabelMap
 from .openmmlab import LoadedModel, OpenMMLabPredictor, load_model
 from .predictor import ModelSource
-from .results import LabelMap
 
 # A segmentor computes a logit per class and pixel of the image, and copies of them. This many take
 # 2 GiB.

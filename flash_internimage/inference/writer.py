@@ -13,9 +13,9 @@ from PIL import Image
 
 from ..checkpoints.zoo import Task
 from ..files import write_atomically
+from ..predictions import LabelMap, Result
 from .pictures import draw
 from .records import to_record
-from .results import LabelMap, Result
 from .sources import Source
 
 PICTURES, LABEL_MAPS, VIDEOS = "pictures", "label_maps", "videos"

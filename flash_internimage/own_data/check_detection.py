@@ -10,11 +10,11 @@ from pycocotools import mask as coco_mask
 
 from ..drawing import draw_detections
 from ..images import UnreadableImage
-from ..inference.results import Detections
 from ..openmmlab.datasets.coco import CheckedCocoDataset
 from ..openmmlab.datasets.coco_annotations import find_faults, parse_json
 from ..openmmlab.datasets.files import find_missing
 from ..openmmlab.datasets.transforms import LoadCheckedImage, check_size
+from ..predictions import Detections
 from .check import Findings, Options, choose
 from .duplicates import difference_hash
 from .report import Report, Split

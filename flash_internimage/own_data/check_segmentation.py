@@ -8,11 +8,11 @@ from PIL import Image
 
 from ..drawing import draw_label_map
 from ..images import UnreadableImage, read_size
-from ..inference.results import LabelMap
 from ..openmmlab.datasets.files import find_missing
 from ..openmmlab.datasets.label_maps import IGNORED, read_labels
 from ..openmmlab.datasets.segmentation import CheckedSegDataset
 from ..openmmlab.datasets.transforms import LoadCheckedAnnotations, LoadCheckedImage
+from ..predictions import LabelMap
 from .check import Findings, Options, choose
 from .duplicates import difference_hash
 from .report import Report, Split

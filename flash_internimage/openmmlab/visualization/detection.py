@@ -12,7 +12,7 @@ from mmengine.registry import VISUALIZERS
 from mmengine.structures import InstanceData
 
 from ...drawing import draw_detections, side_by_side
-from ...inference.results import Detections
+from ...predictions import Detections
 
 
 @VISUALIZERS.register_module()

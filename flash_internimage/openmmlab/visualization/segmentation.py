@@ -11,7 +11,7 @@ from mmseg.structures import SegDataSample
 from mmseg.visualization import SegLocalVisualizer
 
 from ...drawing import draw_label_map, side_by_side
-from ...inference.results import LabelMap
+from ...predictions import LabelMap
 from ..datasets.label_maps import IGNORED
 
 

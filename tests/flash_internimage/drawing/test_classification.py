@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flash_internimage.drawing import class_colors, draw_classification
-from flash_internimage.inference.results import Classification
+from flash_internimage.predictions import Classification
 
 
 def result(*scores: float, names=None) -> Classification:

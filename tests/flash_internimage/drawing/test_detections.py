@@ -7,7 +7,7 @@ import pytest
 
 from flash_internimage.drawing import class_colors, draw_detections
 from flash_internimage.drawing.placement import place_labels
-from flash_internimage.inference.results import Detections
+from flash_internimage.predictions import Detections
 
 CLASSES = ("bolt", "nut", "screw")
 WIDTH, HEIGHT = 640, 480

@@ -6,7 +6,7 @@ from PIL import Image
 
 from flash_internimage.drawing import class_colors, draw_label_map
 from flash_internimage.drawing.label_maps import legend_entries
-from flash_internimage.inference.results import LabelMap
+from flash_internimage.predictions import LabelMap
 
 CLASSES = ("sky", "road", "tree", "wall")
 

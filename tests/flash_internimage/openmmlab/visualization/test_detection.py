@@ -10,11 +10,11 @@ from mmengine.structures import InstanceData
 from PIL import Image
 
 from flash_internimage.drawing import draw_detections, side_by_side
-from flash_internimage.inference.results import Detections
 from flash_internimage.openmmlab.visualization.detection import (
     CaptionedDetVisualizer,
     to_detections,
 )
+from flash_internimage.predictions import Detections
 
 CLASSES = ("bolt", "nut")
 BOX = [100.0, 120.0, 300.0, 320.0]

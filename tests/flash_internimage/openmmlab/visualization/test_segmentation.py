@@ -8,8 +8,8 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 
 from flash_internimage.drawing import draw_label_map, side_by_side
-from flash_internimage.inference.results import LabelMap
 from flash_internimage.openmmlab.visualization.segmentation import CaptionedSegVisualizer
+from flash_internimage.predictions import LabelMap
 
 CLASSES = ("sky", "road", "tree")
 
