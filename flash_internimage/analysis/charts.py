@@ -44,7 +44,7 @@ def bar_chart(
     Args:
         names: Class names.
         values: (classes,) percentages; NaN for classes without one.
-        quantity: What the values are, such as "IoU (%)".
+        quantity: Name and unit of the values, such as "IoU (%)".
         mean: Value of a vertical line.
     """
     shown = lowest(values, BARS)
@@ -95,7 +95,7 @@ def confusion_chart(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     size = 2.5 + 0.42 * max(4, len(shown))
     figure = Figure(figsize=(size, size), layout="constrained")
     axis = figure.subplots()
-    if not len(shown):  # many classes, none of which is ever confused
+    if not len(shown):  # many classes and no confusions
         axis.set(title=f"no confusions among {len(names)} classes")
         return figure
     display = ConfusionMatrixDisplay(

@@ -20,7 +20,7 @@ CHARTS = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a panel shows: the first of several names that a run has recorded."""
+    """A panel of the chart: it draws the first of `names` that a run has recorded."""
 
     title: str
     names: tuple[str, ...]

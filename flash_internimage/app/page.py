@@ -33,7 +33,7 @@ _QUEUE: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": CONCU
 
 
 class Actions:
-    """What the page's buttons do; several threads may call the methods at once.
+    """Handlers of the page's buttons; thread-safe.
 
     Args:
         models: Models that can be chosen.

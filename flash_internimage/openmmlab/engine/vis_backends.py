@@ -1,5 +1,6 @@
 """Visualization backends that continue their run when training is resumed."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,9 @@ class _RunBackend(BaseVisBackend):
         self._writer = self._open(runner)
         self._runner = runner
 
+    @abstractmethod
     def _open(self, runner: Runner) -> Any:
         """Return the writer of a run."""
-        raise NotImplementedError
 
     def add_config(self, config: Config, **kwargs: Any) -> None:
         """Do nothing: trackers get the config when the run starts."""
@@ -82,8 +83,9 @@ class _RunBackend(BaseVisBackend):
             row = {f"val/{k}" if k in ("time", "data_time") else k: v for k, v in row.items()}
         self._log({k: v for k, v in row.items() if isinstance(v, int | float)}, step)
 
+    @abstractmethod
     def _log(self, row: dict[str, float], step: int) -> None:
-        raise NotImplementedError
+        """Record the scalars of a step."""
 
     def close(self) -> None:
         """Finish the run."""
