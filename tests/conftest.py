@@ -28,6 +28,11 @@ MARKERS = {
     "tools/test_zoo_entries.py": "mm",
 }
 
+DRAWING = (
+    "flash_internimage.classification.report",
+    "flash_internimage.openmmlab.engine.hooks.curves",
+)
+
 EARLY = ("segmentation/test_train.py", "detection/test_train.py", "ops_dcnv4/test_triton.py")
 
 
@@ -83,6 +88,24 @@ def no_formatting_of_configs() -> Iterator[None]:
         if find_spec("yapf"):
             patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True))
         yield
+
+
+def save_one_pixel(figure, file, **_) -> None:
+    """Write a picture without drawing a figure."""
+    from PIL import Image
+
+    Image.new("RGB", (1, 1)).save(file, "png")
+
+
+@pytest.fixture(autouse=True)
+def undrawn_curves(request, monkeypatch) -> None:
+    """Do not draw the curves of each run, for half a second, except in tests marked `curves`."""
+    if request.node.get_closest_marker("curves"):
+        return
+    for name in DRAWING:
+        if module := sys.modules.get(name):
+            undrawn = type("Undrawn", (module.Figure,), {"savefig": save_one_pixel})
+            monkeypatch.setattr(module, "Figure", undrawn)
 
 
 @pytest.fixture(autouse=True)
