@@ -9,12 +9,14 @@ from defusedxml import DefusedXmlException, ElementTree
 from PIL import Image
 
 from ...images import UnreadableImage, read_label_map
+from ..text_files import read_text
 from .annotations import (
     AnnotatedImage,
     Box,
     Dataset,
     Losses,
     Shape,
+    check_label,
     check_numbers,
     find_images,
     image_size,
@@ -28,6 +30,7 @@ CLASSES = (
     "train", "tvmonitor",
 )  # fmt: skip
 _SPLITS = ("train", "val", "test")
+_MALFORMED = "malformed annotation files left out, with their images"
 _ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
 
@@ -100,10 +103,7 @@ def _folders(root: Path) -> Iterator[tuple[str, Path, Path]]:
 
 def _pairs(images: Path, annotations: Path, losses: Losses) -> Iterator[tuple[str, Path, Path]]:
     """Yield name, image and annotation file; files without their counterpart are counted."""
-    files: dict[str, str] = {}
-    for name in find_images(images):
-        if files.setdefault(name.rpartition(".")[0], name) != name:
-            losses.add("images that differ only in their suffix left out", images / name)
+    files = _stems(images, losses)
     xml = {
         p.relative_to(annotations).with_suffix("").as_posix() for p in annotations.rglob("*.xml")
     }
@@ -115,13 +115,25 @@ def _pairs(images: Path, annotations: Path, losses: Losses) -> Iterator[tuple[st
         yield files[stem], images / files[stem], annotations / f"{stem}.xml"
 
 
+def _stems(folder: Path, losses: Losses) -> dict[str, str]:
+    """Return the relative paths of the images in a folder by their path without suffix."""
+    stems: dict[str, str] = {}
+    for name in find_images(folder):
+        if stems.setdefault(name.rpartition(".")[0], name) != name:
+            losses.add("images that differ only in their suffix left out", folder / name)
+    return stems
+
+
 def _read_annotation(
     name: str, image: Path, path: Path, difficult: str, losses: Losses
 ) -> AnnotatedImage | None:
     try:
         tree = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, DefusedXmlException, LookupError, ValueError) as error:
-        losses.add("malformed annotation files left out, with their images", f"{path}: {error}")
+        losses.add(_MALFORMED, f"{path}: {error}")
+        return None
+    if tree.tag != "annotation":
+        losses.add(_MALFORMED, f"{path}: the root must be annotation, got {tree.tag:.50}")
         return None
     size = image_size(image, _declared_size(tree), str(path), losses)
     if size is None:
@@ -158,9 +170,7 @@ def _flag(element: Element, name: str) -> bool:
 
 def _read_object(element: Element, where: str, losses: Losses) -> Shape:
     """Read an object; pixels are counted from 1 and the last one is part of the box."""
-    label = (element.findtext("name") or "").strip()
-    if not label:
-        raise ValueError("name must not be empty")
+    label = check_label(element.findtext("name"))
     for part in element.findall("part"):
         losses.add("parts of objects left out", f"{where}, part {part.findtext('name')}")
     polygons = []
@@ -204,8 +214,14 @@ def _apply_image_sets(root: Path, kind: str, dataset: Dataset) -> None:
     }
     used = set()
     for split, path in lists.items():
-        names = path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else []
-        for name in (words[0] for line in names if (words := line.split())):
+        if not path.is_file():
+            continue
+        names = [
+            words[0] for line in read_text(path, "replace").splitlines() if (words := line.split())
+        ]
+        if not names:
+            dataset.losses.add("splits without images", path)
+        for name in names:
             if name in images:
                 dataset.splits.setdefault(split, []).append(images[name])
                 used.add(name)
@@ -226,7 +242,7 @@ def _label_map_names(root: Path) -> tuple[list[str], dict[tuple[int, ...], int]]
     path = root / "labelmap.txt"
     names: list[str] = []
     colors: dict[tuple[int, ...], int] = {}
-    text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
+    text = read_text(path, "replace") if path.is_file() else ""
     for line in text.splitlines():
         if not line.strip() or line.startswith("#"):
             continue
@@ -254,12 +270,13 @@ def _read_label_maps(root: Path, dataset: Dataset, classes: list[str] | None) ->
         )
     dataset.classes = names or classes or list(CLASSES)
     colors = colors or {tuple(color): i for i, color in enumerate(_palette(len(CLASSES)))}
-    maps = {name.rpartition(".")[0]: path for name, path in find_images(folder).items()}
+    maps = _stems(folder, dataset.losses)
     images_folder = root / "JPEGImages"
-    images = {name.rpartition(".")[0]: name for name in find_images(images_folder)}
+    images = _stems(images_folder, dataset.losses)
     for stem in sorted(images.keys() - maps.keys()):
         dataset.losses.add("images without a label map left out", images_folder / images[stem])
-    for stem, path in sorted(maps.items()):
+    for stem, name in sorted(maps.items()):
+        path = folder / name
         if stem not in images:
             dataset.losses.add("label maps without an image", path)
             continue

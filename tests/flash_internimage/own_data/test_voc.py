@@ -226,3 +226,33 @@ def test_files_in_other_encodings_are_malformed(root, tmp_path, encoding):
     write_text(root / "Annotations/1.xml", text)
     _, result = to_coco("voc", root, tmp_path / "coco")
     assert result.losses.counts["malformed annotation files left out, with their images"] == 1
+
+
+def test_lists_of_windows_and_empty_lists(root, tmp_path):
+    folder = root / "ImageSets/Main"
+    (folder / "train.txt").write_text("1\r\n2\r\n", "utf-8-sig", newline="")
+    write_text(folder / "val.txt", "\n")
+    files, result = to_coco("voc", root, tmp_path / "coco")
+    assert [image["file_name"] for image in files["train"]["images"]] == ["1.jpg", "2.jpg"]
+    assert result.losses.counts == {"splits without images": 1, "images in no split left out": 2}
+
+
+def test_other_xml_files_are_malformed(root, tmp_path):
+    write_text(root / "Annotations/1.xml", "<svg><object/></svg>")
+    _, result = to_coco("voc", root, tmp_path / "coco")
+    first = result.losses.first["malformed annotation files left out, with their images"]
+    assert first.endswith("1.xml: the root must be annotation, got svg")
+
+
+def test_images_of_label_maps_that_differ_only_in_their_suffix_are_counted(root, tmp_path):
+    (root / "SegmentationClass").mkdir()
+    Image.new("L", (WIDTH, HEIGHT)).save(root / "SegmentationClass/1.png")
+    write_image(root / "JPEGImages/1.png")
+    _, result = to_label_maps("voc", root, tmp_path / "maps")
+    assert result.losses.counts["images that differ only in their suffix left out"] == 1
+
+
+def test_instance_masks_are_counted(root, tmp_path):
+    write_image(root / "SegmentationObject/1.png")
+    _, result = to_coco("voc", root, tmp_path / "coco")
+    assert result.losses.counts["instance masks in SegmentationObject left out"] == 1
