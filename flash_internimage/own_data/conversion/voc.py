@@ -79,16 +79,25 @@ def _devkit(root: Path) -> Path:
     """Return the folder that contains Annotations, which may be one or two levels below."""
     for pattern in ("", "*", "*/*"):
         for folder in [root] if not pattern else sorted(root.glob(pattern)):
-            if (folder / "Annotations").is_dir() or (folder / "SegmentationClass").is_dir():
+            if _annotations(folder) or (folder / "SegmentationClass").is_dir():
                 return folder
     return root
 
 
+def _annotations(root: Path) -> Path | None:
+    """Return the folder of the annotations; some datasets have other names than VOC."""
+    if (root / "Annotations").is_dir():
+        return root / "Annotations"
+    folder = root / "annotations"
+    return folder if any(folder.rglob("*.xml")) else None
+
+
 def _folders(root: Path) -> Iterator[tuple[str, Path, Path]]:
     """Yield the name of each split and the folders of its images and annotations."""
-    if (root / "Annotations").is_dir():
-        images = root / "JPEGImages"
-        yield "", images if images.is_dir() else root, root / "Annotations"
+    annotations = _annotations(root)
+    if annotations is not None:
+        images = (root / name for name in ("JPEGImages", "images"))
+        yield "", next((folder for folder in images if folder.is_dir()), root), annotations
         return
     splits = [path for path in sorted(root.iterdir()) if path.is_dir() and any(path.glob("*.xml"))]
     for path in splits:

@@ -130,6 +130,8 @@ def _images(config: Path, settings: dict[str, Any], key: str) -> Iterator[Path]:
             got = reprlib.repr(place)
             raise ValueError(f"{config}: {key} must be a folder or a list of files, got {got}")
         path = _resolve(config, settings.get("path"), place)
+        if path is None and key == "test":  # Roboflow lists it, also where there is none
+            continue
         if path is None:
             raise FileNotFoundError(f"{config}: {key} not found: {place}")
         if path.is_dir():

@@ -256,3 +256,11 @@ def test_instance_masks_are_counted(root, tmp_path):
     write_image(root / "SegmentationObject/1.png")
     _, result = to_coco("voc", root, tmp_path / "coco")
     assert result.losses.counts["instance masks in SegmentationObject left out"] == 1
+
+
+def test_folders_may_have_the_names_of_other_datasets(root, tmp_path):
+    (root / "Annotations").rename(root / "annotations")
+    (root / "JPEGImages").rename(root / "images")
+    files, _ = to_coco("voc", tmp_path / "VOCdevkit", tmp_path / "coco")
+    assert [image["file_name"] for image in files["train"]["images"]] == ["1.jpg", "2.jpg"]
+    assert (tmp_path / "coco/train/1.jpg").is_file()

@@ -192,8 +192,10 @@ def test_classes_may_be_written_as_decimals(root, tmp_path):
 
 def test_splits_without_images_are_counted(root, tmp_path):
     (root / "images/val/c.jpg").unlink()
+    write_text(root / "data.yaml", YAML + "test: ../test/images\n")  # as Roboflow writes it
     _, result = to_coco("yolo", root, tmp_path / "coco")
     assert result.images == {"train": 2}
+    assert result.losses.counts["splits without images"] == 2
     assert result.losses.first["splits without images"] == f"{root / 'data.yaml'}: val"
 
 
