@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ..configs import find_config
@@ -351,11 +352,18 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         program: Name of the program in usage messages.
 
     Returns:
-        0; 1 if `check` found faults; 2 for arguments or data that cannot be used; 130 if
-        interrupted.
+        0; 1 if `check` found faults; 2 for arguments or data that cannot be used; 128 and the
+        number of the signal if interrupted.
     """
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     arguments = _parser(program).parse_args(argv)
+    received: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:
@@ -363,4 +371,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        return 128 + signal.SIGINT
+        return 128 + (received or [signal.SIGINT])[-1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

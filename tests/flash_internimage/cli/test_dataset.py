@@ -1,6 +1,7 @@
 """Tests of the command line `flash-internimage dataset`."""
 
 import io
+import signal
 
 import pytest
 
@@ -91,12 +92,10 @@ def test_misuse_is_one_line_that_names_the_argument(yolo, tmp_path, capsys, argu
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_conversion_ends_without_a_traceback(yolo, tmp_path, capsys, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("shutil.copyfile", interrupt)
-    assert main(["convert", "yolo", str(yolo), str(tmp_path / "coco")]) == 130
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_conversion_leaves_nothing(yolo, tmp_path, capsys, monkeypatch, number):
+    monkeypatch.setattr("shutil.copyfile", lambda *paths: signal.raise_signal(number))
+    assert main(["convert", "yolo", str(yolo), str(tmp_path / "coco")]) == 128 + number
     assert capsys.readouterr().err == "interrupted\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
