@@ -187,6 +187,22 @@ def test_colored_label_maps_follow_labelmap_txt(root, tmp_path):
     assert result.losses.counts["pixels of unknown colors made ignored pixels"] == WIDTH
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("leaf:250,50", "must have lines such as cat:64,0,0::, got 'leaf:250,50'"),
+        ("leaf:250,50,256::", "must have lines such as cat:64,0,0::"),
+        ("leaf:red::", "must have lines such as cat:64,0,0::"),
+        ("leaf:0,0,0::", "must have a color for each class, got 'leaf:0,0,0::' again"),
+    ],
+)
+def test_malformed_lines_of_labelmap_txt_are_an_error(root, tmp_path, line, message):
+    (root / "SegmentationClass").mkdir()
+    write_text(root / "labelmap.txt", f"background:0,0,0::\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        to_label_maps("voc", root, tmp_path / "maps")
+
+
 def test_label_maps_without_names_take_those_given_and_ignore_others(root, tmp_path):
     labels = np.repeat(np.array([0, 1, 7], np.uint8), 10)[:, None].repeat(WIDTH, 1)
     (root / "SegmentationClass").mkdir()
