@@ -24,7 +24,7 @@ _TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
 
 def check_openmmlab(config: Path, options: Options) -> Findings:
     """Check the datasets of a config of mmdet or mmseg; see :func:`.check.check_dataset`."""
-    cfg = load_config(config, options.overrides)
+    cfg = load_config(config, options.overrides, option="--set")
     task = _TASKS.get(cfg.get("default_scope", ""))
     if task is None:
         raise ValueError(

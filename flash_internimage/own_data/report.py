@@ -186,7 +186,7 @@ def _csv(rows: Iterable[Sequence[Any]]) -> str:
 
 def _table(rows: Sequence[Sequence[Any]], numbers: bool = False) -> str:
     """Align the columns of a table; all but the first are numbers if `numbers`."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[" ".join(str(cell).split()) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
