@@ -5,7 +5,6 @@ flash-internimage analyze runs RUN... -o curves.png
 """
 
 import argparse
-import logging
 import os
 import re
 import sys
@@ -118,8 +117,9 @@ def _classification(model: str, options: list[str], program: str) -> int:
     test.check_numbers(arguments)
     _check(arguments)
     from ..analysis.classification import analyze_classifier
+    from ..console import log_to_terminal
 
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     settings = test.evaluation_settings(arguments)
     try:
         figures = analyze_classifier(

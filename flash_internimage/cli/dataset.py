@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs import find_config
+from ..console import log_to_terminal
 from ..files import require_writable, write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -348,7 +349,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     Returns:
         0; 1 if `check` found faults; 2 for arguments or data that cannot be used.
     """
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     arguments = _parser(program).parse_args(argv)
     try:
         return arguments.run(arguments)

@@ -32,6 +32,7 @@ from ..classification.processes import (
     rank,
     world_size,
 )
+from ..console import log_to_terminal
 from ..files import own_folder, require_writable
 from ..images import UnreadableImage
 from ..inference.predictor import find_model, load_predictor
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         argv: Arguments; None for those of the process.
         program: Name of the program in usage messages.
     """
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
     arguments = parse_arguments(argv, program)
