@@ -21,11 +21,14 @@ from ..predictions import Result
 from .pictures import draw
 from .predictor import Predictor
 from .records import to_record
-from .sources import Source, read_rgb
-from .writer import VIDEOS, ResultWriter
+from .sources import VIDEOS, Source, read_rgb
+from .writer import ResultWriter
 
 # Threads that decode images while the model is busy.
 _READERS = 2
+
+# Rows of the legend in a video, at most: all of its frames have the same size.
+_LEGEND_ROWS = 3
 
 # Errors about a single source.
 _SKIPPED = (ValueError, MemoryError, torch.OutOfMemoryError)
@@ -165,6 +168,7 @@ def _predict_video(
 
     reader = VideoReader(source)
     total = min(reader.frames or max_frames or 0, max_frames or reader.frames) or None
+    legend_rows = min(_LEGEND_ROWS, len(predictor.classes))
     count = 0
     try:
         frames = tqdm(
@@ -180,7 +184,7 @@ def _predict_video(
                 for frame, result in zip(batch, predict_each(predictor, batch), strict=True):
                     if isinstance(result, Exception):
                         raise result
-                    video.write(draw(frame, result))
+                    video.write(draw(frame, result, legend_rows=legend_rows))
                     lines.write(json.dumps(_frame_record(count, reader.fps, result)) + "\n")
                     count += 1
     except KeyboardInterrupt:
@@ -197,11 +201,14 @@ def _frame_record(number: int, fps: float, result: Result) -> dict[str, Any]:
 
 @contextmanager
 def _lines(path: Path) -> Iterator[TextIO]:
-    """Open a text file that appears when the block ends, even by an error."""
+    """Open a text file that appears when the block ends, even by an error, unless it is empty."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         try:
             yield file
         finally:
             file.close()
-            os.replace(partial, path)
+            if partial.stat().st_size:
+                os.replace(partial, path)
+            else:
+                partial.unlink()

@@ -16,9 +16,8 @@ from ..files import write_atomically
 from ..predictions import LabelMap, Result
 from .pictures import draw
 from .records import to_record
-from .sources import Source
+from .sources import LABEL_MAPS, PICTURES, Source
 
-PICTURES, LABEL_MAPS, VIDEOS = "pictures", "label_maps", "videos"
 _PARTS = "predictions.process*.jsonl"
 
 

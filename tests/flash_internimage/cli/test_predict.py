@@ -225,10 +225,15 @@ def test_videos(run, clip, weights, load, model):
 
 def test_a_part_of_a_video_and_a_damaged_one(run, clip, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
-    out = run(CLASSIFIER, clip, "broken.mp4", "--max-frames", 2, code=1)
+    recorded = clip.read_bytes()
+    frames = recorded.find(b"movi") + 4
+    (tmp_path / "blank.avi").write_bytes(recorded[:frames] + bytes(len(recorded) - frames))
+    out = run(CLASSIFIER, clip, "broken.mp4", "blank.avi", "--max-frames", 2, code=1)
     [video] = out.rglob("*.jsonl")
     assert len(video.read_text().splitlines()) == 2
-    assert "cannot open video broken.mp4" in rows(out / "skipped.csv")[0]["reason"]
+    assert [path.stem for path in (out / "videos").iterdir()] == ["clip", "clip"]
+    reasons = [row["reason"] for row in rows(out / "skipped.csv")]
+    assert reasons == ["cannot open video broken.mp4", "cannot read any frame of blank.avi"]
 
 
 def test_a_camera_records_until_it_is_interrupted(run, clip, monkeypatch):
