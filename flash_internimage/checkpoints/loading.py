@@ -109,6 +109,12 @@ def fetch_checkpoint(
     return download(source, offline, sha256, cache_dir)
 
 
+def is_remote(source: str) -> bool:
+    """Return whether a checkpoint is a URL or the name of released weights, not a path."""
+    is_url = source.lower().startswith(("http://", "https://"))
+    return is_url or source in timm.list_pretrained("flash_internimage*")
+
+
 def save_atomically(checkpoint: dict, path: str | os.PathLike) -> None:
     """Save a checkpoint with :func:`torch.save`, replacing an existing file atomically."""
     write_atomically(path, lambda file: torch.save(checkpoint, file))
