@@ -97,7 +97,7 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
     arguments = parser.parse_intermixed_args(argv)
     if _is_checkpoint(arguments.inputs[0]):
         if arguments.checkpoint is not None:
-            parser.error(f"CHECKPOINT must be given once, got {arguments.inputs[0]} and --checkpoint")
+            parser.error(f"CHECKPOINT must be given once, got {arguments.inputs[0]} as well")
         arguments.checkpoint = arguments.inputs.pop(0)
         if not arguments.inputs:
             parser.error("INPUT must follow CHECKPOINT")

@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,8 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     log_to_terminal()
     huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
+    # The drawn picture has few pixels, whatever the size of the image.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     arguments = parse_arguments(argv, program)
     try:
         _run(arguments)

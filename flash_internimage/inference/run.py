@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..files import partial_path
 from ..images import UnreadableImage
 from ..predictions import Result
 from .pictures import draw
@@ -149,8 +149,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _skip(writer: ResultWriter, index: int, source: Source, reason: object) -> None:
     text = " ".join(str(reason).split()) or type(reason).__name__
-    if str(source.path) not in text:
-        text = f"{source.path}: {text}"
+    path = " ".join(str(source.path).split())
+    if path not in text:
+        text = f"{path}: {text}"
     tqdm.write(f"skipped: {text}", file=sys.stderr)
     writer.skip(index, source, text)
 
@@ -202,7 +203,7 @@ def _frame_record(number: int, fps: float, result: Result) -> dict[str, Any]:
 @contextmanager
 def _lines(path: Path) -> Iterator[TextIO]:
     """Open a text file that appears when the block ends, even by an error, unless it is empty."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    partial = partial_path(path)
     with open(partial, "w", encoding="utf-8") as file:
         try:
             yield file

@@ -172,7 +172,8 @@ def _coco_results(lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterator[tuple]) -> None:
     def write(file: BinaryIO) -> None:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        # File names need not be UTF-8.
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
         csv.writer(text, lineterminator="\n").writerows([header, *rows])
         text.flush()
         text.detach()

@@ -296,11 +296,29 @@ def test_the_checkpoint_is_recognized_by_its_name():
         parse("a.pth")
 
 
+def test_the_checkpoint_may_be_an_option():
+    arguments = [CLASSIFIER, "1.jpg", "--checkpoint", "weights", "-o", "out"]
+    parsed = command.parse_arguments(arguments)
+    assert (parsed.checkpoint, parsed.inputs) == ("weights", ["1.jpg"])
+    with pytest.raises(SystemExit):
+        command.parse_arguments([CLASSIFIER, "a.pth", "1.jpg", *arguments[2:]])
+
+
 def test_a_missing_checkpoint_or_model_is_one_line(run, photos, caplog):
     run(CLASSIFIER, photos, code=2, checkpoint=False)
     assert "checkpoint must be given for flash_internimage_nano" in caplog.text
     run(CLASSIFIER, "missing.pth", photos, code=2, checkpoint=False)
     assert "checkpoint not found: missing.pth" in caplog.text
+
+
+def test_file_names_that_are_not_utf_8(run, photos, tmp_path):
+    name = os.fsdecode(b"photo\xff.png")
+    Image.fromarray(read_rgb(photos / "a.png")).save(name)
+    Path(os.fsdecode(b"text\xff.png")).write_text("no image")
+    out = run(CLASSIFIER, ".", "--top-k", 1, code=1)
+    assert [row["file_name"] for row in rows(out / "predictions.csv")] == ["photo\\udcff.png"]
+    assert [row["file_name"] for row in rows(out / "skipped.csv")] == ["text\\udcff.png"]
+    assert (out / "pictures" / name).with_suffix(".jpg").is_file()
 
 
 def test_results_are_no_inputs_of_the_next_run(run, photos, tmp_path):
