@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -56,6 +57,11 @@ def partial_path(path: Path, suffix: str = "") -> Path:
     """
     start = path.name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
     return path.with_name(f".{start}.{uuid.uuid4().hex[:12]}{_PARTIAL}{suffix}")
+
+
+def is_partial(name: str) -> bool:
+    """Return whether a file name is one of :func:`partial_path`."""
+    return re.fullmatch(rf"(?s)\..*\.[0-9a-f]{{12}}{re.escape(_PARTIAL)}(\.\w+)?", name) is not None
 
 
 def require_writable(folder: Path, option: str) -> None:

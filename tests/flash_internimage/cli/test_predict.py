@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from flash_internimage.cli import predict as command
-from flash_internimage.files import remove_partial_files
+from flash_internimage.files import partial_path, remove_partial_files
 from flash_internimage.inference import load_predictor, read_rgb
 from flash_internimage.inference.classifier import Classifier
 from flash_internimage.inference.run import predict_sources
@@ -309,6 +309,15 @@ def test_a_missing_checkpoint_or_model_is_one_line(run, photos, caplog):
     assert "checkpoint must be given for flash_internimage_nano" in caplog.text
     run(CLASSIFIER, "missing.pth", photos, code=2, checkpoint=False)
     assert "checkpoint not found: missing.pth" in caplog.text
+
+
+def test_partial_results_of_a_killed_run_are_removed(run, photos, tmp_path):
+    (tmp_path / "out" / "videos" / "deep").mkdir(parents=True)
+    for suffix in ("", ".mp4"):
+        partial_path(tmp_path / "out" / "videos" / "deep" / "clip\n.mp4", suffix).touch()
+    (tmp_path / "out" / "videos" / ".hidden").touch()
+    out = run(CLASSIFIER, photos / "a.png")
+    assert files(out) == ["pictures/a.jpg", "predictions.csv", "videos/.hidden"]
 
 
 def test_file_names_that_are_not_utf_8(run, photos, tmp_path):
