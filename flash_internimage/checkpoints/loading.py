@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 
 import timm
@@ -57,6 +58,8 @@ def load_checkpoint(
     except Exception as error:  # damaged files raise errors of many types
         # torch surrounds the actual problem with advice to load the file unsafely.
         problem = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n\n")[0]
+        if blocked := re.search(r"unsupported GLOBAL \S+ whose module \S+ is blocked", str(error)):
+            problem = blocked[0]
         problem = " ".join(problem.split())  # may span several lines
         if isinstance(error, LookupError):  # The message is just a number.
             problem = "its pickle is incomplete"
