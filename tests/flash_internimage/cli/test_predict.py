@@ -299,8 +299,9 @@ def test_the_checkpoint_is_recognized_by_its_name():
 
 def test_the_checkpoint_may_be_an_option():
     arguments = [CLASSIFIER, "1.jpg", "--checkpoint", "weights", "-o", "out"]
+    assert command.parse_arguments([*arguments, "--amp", "auto"]).amp == "auto"
     parsed = command.parse_arguments(arguments)
-    assert (parsed.checkpoint, parsed.inputs) == ("weights", ["1.jpg"])
+    assert (parsed.checkpoint, parsed.inputs, parsed.amp) == ("weights", ["1.jpg"], "off")
     with pytest.raises(SystemExit):
         command.parse_arguments([CLASSIFIER, "a.pth", "1.jpg", *arguments[2:]])
 
