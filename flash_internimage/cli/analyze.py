@@ -5,7 +5,6 @@ flash-internimage analyze runs RUN... -o curves.png
 """
 
 import argparse
-import logging
 import os
 import re
 import sys
@@ -118,8 +117,9 @@ def _classification(model: str, options: list[str], program: str) -> int:
     test.check_numbers(arguments)
     _check(arguments)
     from ..analysis.classification import analyze_classifier
+    from ..console import log_to_terminal
 
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     settings = test.evaluation_settings(arguments)
     try:
         figures = analyze_classifier(
@@ -143,7 +143,9 @@ def _openmmlab(
             raise ValueError(
                 f"--score-threshold must be from 0 to 1, got {arguments.score_threshold}"
             )
-        arguments.checkpoint = arguments.checkpoint or released
+        if arguments.checkpoint and arguments.positional:
+            raise ValueError(f"CHECKPOINT must be given once, got {arguments.positional} as well")
+        arguments.checkpoint = arguments.positional or arguments.checkpoint or released
         if arguments.checkpoint is None:
             raise ValueError("CHECKPOINT must be given for a config, got none")
         figures = _analyze(arguments)
@@ -157,7 +159,9 @@ def _openmmlab_parser(program: str, task: str) -> argparse.ArgumentParser:
     parser = base_parser(
         program, f"Write a report on a {'detector' if task == 'detection' else 'segmentor'}."
     )
-    parser.add_argument("checkpoint", nargs="?", help="path or URL (default: the released weights)")
+    parser.add_argument("positional", nargs="?", metavar="CHECKPOINT",
+                        help="path or URL (default: the released weights)")  # fmt: skip
+    parser.add_argument("--checkpoint", help="weights, if they are not the second argument")
     parser.add_argument("--data", type=Path, help="root of the dataset (default: from the config)")
     if task == "detection":
         parser.add_argument("--score-threshold", type=float, default=0.3, metavar="SCORE",

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from ..configs import find_config
+from ..console import log_to_terminal
 from ..files import require_writable, write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -355,7 +356,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         0; 1 if `check` found faults; 2 for arguments or data that cannot be used; 128 and the
         number of the signal if interrupted.
     """
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     arguments = _parser(program).parse_args(argv)
     received: list[int] = []
 

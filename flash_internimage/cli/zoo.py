@@ -27,6 +27,7 @@ from torch import nn
 from ..checkpoints import convert_file, fetch_checkpoint
 from ..checkpoints.zoo import Entry, find, read_zoo
 from ..configs import find_config, list_configs
+from ..console import log_to_terminal
 from ..files import write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -258,7 +259,7 @@ def main(
     argv: list[str] | None = None, program: str = PROGRAM, others: Sequence[Command] = ()
 ) -> int:
     """Run a command and return the exit code; see :func:`parse_arguments`."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
     arguments = parse_arguments(argv, program, others)

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
 
+from ...console import log_to_terminal
 from ...files import write_atomically
 from ..config import MAX_WORKERS, ConfigError
 from ..errors import describe
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         argv: Arguments; None for those of the process.
         program: Name of the program in usage messages.
     """
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     arguments = parse_arguments(argv, program)
     expand_paths(arguments)
     if arguments.json is not None:
