@@ -1,11 +1,13 @@
 """Atomic writes, and output folders that only one run at a time can use."""
 
+import csv
 import errno
+import io
 import logging
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +47,19 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
         if full := disk_full_error(error, path):
             raise full from error
         raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file atomically in UTF-8; bytes of file names that are not text are escaped."""
+    encoded = text.encode(errors="backslashreplace")
+    write_atomically(path, lambda file: file.write(encoded))
+
+
+def write_csv(path: str | os.PathLike, rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file atomically, the header in the first row; see :func:`write_text`."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def require_writable(folder: Path, option: str) -> None:

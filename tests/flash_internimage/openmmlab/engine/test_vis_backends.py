@@ -97,7 +97,7 @@ def test_trackers_get_the_config_and_whether_the_run_was_resumed(tmp_path, monke
     for iteration in (0, 2):
         backend = RunTrackerVisBackend(str(tmp_path / "a" / "vis_data"), "wandb")
         Run(tmp_path, iteration, backend).validate(0.5)
-    settings = {"model.depth": 4, "model.x": "[1]"}
+    settings = {"model.depth": 4, "model.x": [1]}
     row = {"coco/bbox_mAP": 0.5, "val/time": 5.0}
     assert opened == [
         ("wandb", tmp_path, settings, {"resumed": False}),
