@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
+from flash_internimage.analysis import classification
 from flash_internimage.analysis.classification import Predictions, write_report
 from flash_internimage.analysis.report import Report
 from flash_internimage.classification.config import Data
 from flash_internimage.classification.data import SKIPPED
 
 NAMES = ["a|b", "$c$", "d", "e", "f", "g", "never"]  # the last one has no images
+PIXEL = np.zeros((1, 1, 3), np.uint8)
 DATA = Data(mean=(0, 0, 0), std=(1, 1, 1))
 
 
@@ -98,6 +100,15 @@ def test_mistakes_are_sorted_by_confidence_and_shown_with_their_image(
     assert [(m.label, m.predicted) for m in predictions.mistakes] == [
         (labels[i], logits[i].argmax()) for i in wrong[:3]
     ]
+
+
+def test_captions_tell_the_true_from_the_predicted_class(tmp_path, without_charts, monkeypatch):
+    captions = []
+    monkeypatch.setattr(
+        classification, "contact_sheet", lambda _, texts, **__: captions.extend(texts) or PIXEL
+    )
+    report(tmp_path, predict([0], 9.0 * np.eye(7)[[1]]), [f"class {i}" for i in range(7)])
+    assert captions == ["true: class 0\npredicted (100 %): class 1"]
 
 
 def test_confusions_and_the_matrix_count_the_same_images(data, tmp_path, without_charts):
