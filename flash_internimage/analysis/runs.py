@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..scalars import read_rows
 from .charts import label, palette
-from .report import save_figure, write_csv
+from .report import save_figure, write_table
 
 CHARTS = (".png", ".svg", ".pdf")
 
@@ -160,7 +160,7 @@ def compare_runs(runs: Sequence[Run], output: Path, metrics: Sequence[str] = ())
             hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
             raise ValueError(f"--metrics must be recorded by a run, got '{name}'{hint}")
     if output.suffix.lower() == ".csv":
-        write_csv(output, ("run", "metric", "step", "unit", "value"), (
+        write_table(output, ("run", "metric", "step", "unit", "value"), (
             (run.name, name, step, run.unit, value)
             for run in runs
             for name, values in run.scalars.items() if not metrics or name in metrics

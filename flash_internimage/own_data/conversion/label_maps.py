@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ...files import write_atomically
+from ...files import write_text
 from .annotations import AnnotatedImage, Losses, rectangle, segment
 from .images import ImageWriter
 
@@ -63,7 +63,7 @@ def write_label_maps(
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(labels).save(path)
     text = "".join(f"{name}\n" for name in names)
-    write_atomically(target / "classes.txt", lambda file: file.write(text.encode()))
+    write_text(target / "classes.txt", text)
     return counts
 
 
