@@ -58,10 +58,13 @@ def _compare(argv: list[str], program: str) -> int:
                         "main metrics)")  # fmt: skip
     arguments = parser.parse_args(argv)
     with required_by(program):
+        logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
         from ..analysis.runs import compare_runs, read_runs
         from ..files import require_writable
 
         try:
+            if arguments.output.is_dir():
+                raise ValueError(f"-o must be a file, got the folder {arguments.output}")
             runs = read_runs([path.expanduser() for path in arguments.runs])
             require_writable(arguments.output.parent, "-o")
             compare_runs(runs, arguments.output, arguments.metrics)

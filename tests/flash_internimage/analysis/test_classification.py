@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
 from flash_internimage.analysis import classification
+from flash_internimage.analysis.charts import palette
 from flash_internimage.analysis.classification import Predictions, write_report
 from flash_internimage.analysis.report import Report
 from flash_internimage.classification.config import Data
@@ -137,6 +138,11 @@ def test_swapped_classes_are_confused_with_each_other(tmp_path, without_charts):
     rows = [tuple(row.values()) for row in read(tmp_path / "confusions.csv")]
     assert rows == [("$c$", "a|b", "2", "100.0"), ("a|b", "$c$", "1", "100.0")]
     assert "a\\|b" in (tmp_path / "report.md").read_text()
+
+
+def test_lines_are_seen_on_white():
+    assert (palette(8) @ [0.2126, 0.7152, 0.0722] < 0.66).all()
+    assert len(np.unique(palette(8), axis=0)) == 8
 
 
 def test_charts_of_many_classes_stay_small(tmp_path):
