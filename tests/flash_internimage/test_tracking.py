@@ -15,6 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from flash_internimage.classification.config import Config, ConfigError, load_config
 from flash_internimage.classification.report import Metrics
 from flash_internimage.classification.training import train
+from flash_internimage.nested import flatten
 from flash_internimage.tracking import TRACKERS, check_packages, open_tracker, trackers
 
 HEADER, BLOCK = 7, 32768  # of a .wandb file and its blocks, in bytes
@@ -229,6 +230,11 @@ def test_loggers_are_a_name_or_a_list_of_names(tmp_path):
     assert Config().loggers == ()
     with pytest.raises(ConfigError, match=r"loggers\.0: Input should be 'wandb' or 'mlflow'"):
         load_config(path, ["loggers=[wndb]"])
+
+
+def test_nested_settings_become_dotted_keys():
+    nested = {"a": {"b": 1, "c": {"d": None}}, "e": (1, "x")}
+    assert flatten(nested) == {"a.b": 1, "a.c.d": None, "e": (1, "x")}
 
 
 def test_secrets_in_addresses_are_left_out(tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ from flash_internimage.openmmlab.engine import vis_backends
 from flash_internimage.openmmlab.engine.vis_backends import (
     RunTensorboardVisBackend,
     RunTrackerVisBackend,
-    flatten,
 )
 
 CONFIGS = Path(__file__).parents[4] / "configs"
@@ -133,9 +132,3 @@ def test_unknown_loggers_are_errors(value):
 def test_loggers_must_be_names():
     with pytest.raises(ValueError, match="loggers must be a list of names, got 5"):
         load_config(DEMO, {"loggers": 5})
-
-
-def test_settings_are_flat_and_plain():
-    assert flatten({"a": {"b": 1, "c": {"d": None}}, "e": (1, "x"), "f": int}) == {
-        "a.b": 1, "a.c.d": None, "e": "(1, 'x')", "f": "<class 'int'>",
-    }  # fmt: skip
