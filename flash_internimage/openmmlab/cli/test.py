@@ -85,12 +85,13 @@ def move_data(cfg: Config, root: Path) -> None:
             f"--data must be left out for datasets of several roots, {', '.join(sorted(before))}, "
             f"got {root}; override test_dataloader.dataset with --cfg-options"
         )
+    [old_root] = before
     for dataset in datasets:
         dataset["data_root"] = f"{root}/"
     evaluator = cfg.test_evaluator
     for metric in evaluator if isinstance(evaluator, list | tuple) else [evaluator]:
         if path := metric.get("ann_file"):
-            metric["ann_file"] = _moved(path, *before, root, datasets)
+            metric["ann_file"] = _moved(path, old_root, root, datasets)
 
 
 def _moved(path: str, before: str, root: Path, datasets: list[dict]) -> str:
