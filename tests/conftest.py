@@ -4,6 +4,7 @@ import gc
 import random
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,11 @@ MARKERS = {
     "segmentation": "mm",
     "tools/test_zoo_entries.py": "mm",
 }
+
+DRAWING = (
+    "flash_internimage.classification.report",
+    "flash_internimage.openmmlab.engine.hooks.curves",
+)
 
 EARLY = ("segmentation/test_train.py", "detection/test_train.py", "ops_dcnv4/test_triton.py")
 
@@ -73,6 +79,33 @@ def no_pause_between_epochs(monkeypatch) -> None:
     """Skip the two seconds that mmengine's iteration-based loop waits before each epoch."""
     if loops := sys.modules.get("mmengine.runner.loops"):
         monkeypatch.setattr(loops, "time", SimpleNamespace(sleep=lambda seconds: None))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_formatting_of_configs() -> Iterator[None]:
+    """Skip yapf, with which mmengine formats the config of each run seven times."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("yapf"):
+            patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True))
+        yield
+
+
+def save_one_pixel(figure, file, **_) -> None:
+    """Write a picture without drawing a figure."""
+    from PIL import Image
+
+    Image.new("RGB", (1, 1)).save(file, "png")
+
+
+@pytest.fixture(autouse=True)
+def undrawn_curves(request, monkeypatch) -> None:
+    """Do not draw the curves of each run, for half a second, except in tests marked `curves`."""
+    if request.node.get_closest_marker("curves"):
+        return
+    for name in DRAWING:
+        if module := sys.modules.get(name):
+            undrawn = type("Undrawn", (module.Figure,), {"savefig": save_one_pixel})
+            monkeypatch.setattr(module, "Figure", undrawn)
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """Kill a program at a point that does not depend on the speed of the machine."""
 
 import signal
-import subprocess
-import sys
+
+from tests import processes
 
 _PROGRAM = """
 import os, runpy, signal, sys
@@ -29,6 +29,5 @@ def run_until_killed(module: str, *arguments: object, writes: int = 1) -> None:
     Args:
         writes: Number of checkpoints (`*.pth`) to write before SIGKILL.
     """
-    command = [sys.executable, "-c", _PROGRAM, str(writes), module, *map(str, arguments)]
-    process = subprocess.run(command, capture_output=True, text=True)
+    process = processes.run("-c", _PROGRAM, writes, module, *arguments)
     assert process.returncode == -signal.SIGKILL, process.stderr

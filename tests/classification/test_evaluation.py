@@ -5,7 +5,6 @@ import os
 import pickle
 import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -23,6 +22,7 @@ from flash_internimage.classification.data import build_dataset, val_loader
 from flash_internimage.classification.evaluation import evaluate, evaluate_checkpoint
 from flash_internimage.classification.model import build_model
 from flash_internimage.classification.precision import resolve_amp
+from tests import processes
 from tests.classification.helpers import CPU
 
 
@@ -271,13 +271,11 @@ def test_two_processes_share_the_images_and_report_once(run, digits, tmp_path, c
     arguments += ["--data", str(tmp_path / "damaged"), "--workers", "0", "--limit", "19"]
     assert main(arguments) == 0
     one = json.loads(capfd.readouterr().out.splitlines()[-1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", "-m", "classification.test", *arguments]
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    output = str(tmp_path / "result.json")
-    subprocess.run([*command, "--json", output], check=True, env=environment)
-    out, err = capfd.readouterr()
-    two = json.loads((tmp_path / "result.json").read_text())
+    output = tmp_path / "result.json"
+    ended = processes.run_distributed("-m", "classification.test", *arguments, "--json", output)
+    out = "".join(process.checked().stdout for process in ended)
+    err = "".join(process.stderr for process in ended)
+    two = json.loads(output.read_text())
     assert out.count("images_per_second") == 2  # in the table and in the JSON line
     assert json.loads(out.splitlines()[-1]) == two
     assert err.count("skipped: ") == 1

@@ -210,6 +210,7 @@ def test_tensorboard_reads_the_scalars(tmp_path):
     assert [(event.step, event.value) for event in scalars] == [(1, 4.0), (2, 2.5)]
 
 
+@pytest.mark.curves
 @pytest.mark.parametrize(
     ("text", "epochs"),
     [

@@ -4,8 +4,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from flash_internimage.classification.config import ConfigError
 from flash_internimage.classification.engine import Trainer
 from flash_internimage.classification.interruption import Interrupted
 from flash_internimage.classification.training import train
+from tests import processes
 from tests.classification.helpers import assert_equal, assert_same_weights, build, metrics
 from tests.kills import run_until_killed
 
@@ -92,7 +91,7 @@ def test_a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     program = "classification.train", tmp_path / "config.yaml", "--resume", "auto"
     run_until_killed(*program, writes=1)
     run_until_killed(*program, writes=2)
-    subprocess.run([sys.executable, "-m", *map(str, program)], check=True)
+    processes.run("-m", *program).checked()
     assert_same_weights(tmp_path / "whole" / "last.pth", tmp_path / "killed" / "last.pth")
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
 
@@ -103,16 +102,15 @@ def test_a_signal_saves_and_exits_cleanly(settings, tmp_path, number):
     settings["schedule"]["epochs"] = 1000
     settings["data"]["workers"] = 2
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "classification.train", str(tmp_path / "config.yaml")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0)
+    process = processes.start("-m", "classification.train", tmp_path / "config.yaml")
     while not (tmp_path / "run" / "last.pth").exists():
-        assert process.poll() is None
+        assert process.is_running()
         time.sleep(0.05)
     os.killpg(process.pid, number)  # Like a terminal, also signal the loader's workers.
-    _, stderr = process.communicate(timeout=600)
-    assert process.returncode == 128 + number
-    assert "Traceback" not in stderr
-    assert f"stopped by {number.name}; continue with --resume auto" in stderr
+    ended = process.wait()
+    assert ended.returncode == 128 + number
+    assert "Traceback" not in ended.stderr
+    assert f"stopped by {number.name}; continue with --resume auto" in ended.stderr
     assert load_checkpoint(tmp_path / "run" / "last.pth")["epoch"] >= 1
 
 
@@ -230,27 +228,14 @@ def test_two_processes_resume_a_run_of_one_process(settings, config, tmp_path):
     trainer.save()
     settings |= {"batch_size": 6, "device": "cpu", "checkpoints": {"every_updates": 2}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("localhost", 0))
-        two.bind(("localhost", 0))
-        ports = [str(free.getsockname()[1]) for free in (one, two)]
-    script = Path(__file__).with_name("train_on_two_processes.py")
-    processes = []
-    for rank in ("0", "1"):
-        environment = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-            "MASTER_PORT": ports[0], "SECOND_PORT": ports[1], "PYTHONPATH": os.getcwd(),
-        }  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, script, tmp_path / "config.yaml"],
-                env=os.environ | environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    (first, first_log), (second, second_log) = (p.communicate(timeout=300) for p in processes)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        second_port = {"SECOND_PORT": str(free.getsockname()[1])}
+    module = "tests.classification.train_on_two_processes"
+    ended = processes.run_distributed(
+        "-m", module, tmp_path / "config.yaml", environments=[second_port] * 2
+    )
+    (first, first_log), (second, second_log) = ((end.stdout, end.stderr) for end in ended)
     assert first == "{'EndedByAnother'} [0, 2]\n", first_log
     assert second == "{'ZeroDivisionError'} [0, 2]\n", second_log
     assert first_log.count("last.pth exists: pass --resume auto") == 1

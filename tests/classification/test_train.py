@@ -1,9 +1,6 @@
 """Tests of training runs and their updates."""
 
-import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from flash_internimage.classification.data import TooManyCorruptImages
 from flash_internimage.classification.engine import Diverged, Trainer
 from flash_internimage.classification.optim import build_criterion
 from flash_internimage.classification.training import train
+from tests import processes
 from tests.classification.helpers import CPU, metrics, without_batch_norm
 
 
@@ -132,13 +130,9 @@ def test_two_processes_equal_one_with_the_combined_batch(
     train(config(output=str(tmp_path / "one"), batch_size=12, **same))
     settings |= same | {"output": str(tmp_path / "two"), "batch_size": 6, "device": "cpu"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = str(Path(__file__).with_name("train_without_batch_norm.py"))
-    subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", script, str(tmp_path / "config.yaml")],
-        check=True,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )
+    module = "tests.classification.train_without_batch_norm"
+    for process in processes.run_distributed("-m", module, tmp_path / "config.yaml"):
+        process.checked()
     one, two = (load_checkpoint(tmp_path / name / "last.pth") for name in ("one", "two"))
     for name, tensor in one["model"].items():
         torch.testing.assert_close(two["model"][name], tensor, rtol=1e-4, atol=1e-5)

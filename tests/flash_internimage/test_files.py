@@ -1,5 +1,4 @@
 import errno
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 
 from flash_internimage.checkpoints import save_atomically
 from flash_internimage.files import check_no_loops, own_folder, write_atomically
+from tests.processes import CONTEXT
 
 
 def fill_disk(file) -> None:
@@ -68,9 +68,8 @@ def hold(folder: Path, held) -> None:
 class TestOwnFolder:
     @pytest.mark.slow
     def test_a_second_owner_is_rejected_until_the_first_is_killed(self, tmp_path):
-        context = multiprocessing.get_context("spawn")
-        held = context.Event()
-        owner = context.Process(target=hold, args=(tmp_path, held))
+        held = CONTEXT.Event()
+        owner = CONTEXT.Process(target=hold, args=(tmp_path, held))
         owner.start()
         assert held.wait(60)
         with pytest.raises(OSError, match=f"another run is writing to {tmp_path}"):

@@ -6,7 +6,6 @@ import copyreg
 import os
 import pickle
 import random
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from flash_internimage.checkpoints import Placeholder, load_checkpoint
+from tests import processes
 from tests.flash_internimage.checkpoints import (
     FORMATS,
     assert_refused,
@@ -287,10 +287,7 @@ def test_zip_bombs_are_not_unpacked(tmp_path):
             ),
         )
         assert paths[-1].stat().st_size < 1 << 20
-    process = subprocess.run(
-        [sys.executable, "-c", MEMORY_OF_LOADING, *paths],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    process = processes.run("-c", MEMORY_OF_LOADING, *paths).checked()
     grown = [int(line) for line in process.stdout.split()]
     assert len(grown) == 3
     assert max(grown) < megabytes // 2

@@ -1,9 +1,6 @@
 """Tests of the selection of the backend."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from ops_dcnv4 import (
     reference,
     use_backend,
 )
+from tests import processes
 from tests.ops_dcnv4 import attention_cases, cases
 
 P = cases.Parameters()
@@ -236,25 +234,24 @@ def test_meta_tensors_have_no_backend():
 
 
 FORCED = """
+import warnings; warnings.simplefilter("error")
 import torch, ops_dcnv4
 print(ops_dcnv4.choose_backend("cpu"), ops_dcnv4.is_compiled())
 ops_dcnv4.dcnv4(torch.zeros(1, 3, 3, 2), torch.zeros(1, 3, 3, 27))
 """
 
 
-def run_with(backend: str, script: str = FORCED) -> subprocess.CompletedProcess:
-    environment = os.environ | {backends.ENVIRONMENT_VARIABLE: backend}
-    command = [sys.executable, "-W", "error", "-c", script]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+def run_with(backend: str, script: str = FORCED) -> processes.Ended:
+    return processes.run("-c", script, environment={backends.ENVIRONMENT_VARIABLE: backend})
 
 
 @pytest.mark.slow
 def test_environment_variable_forces_a_backend():
     assert is_compiled()
-    result = run_with("reference")
+    result, unknown = run_with("reference"), run_with("fastest")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("reference True")
-    assert "OPS_DCNV4_BACKEND" in run_with("fastest").stderr
+    assert "OPS_DCNV4_BACKEND" in unknown.stderr
 
 
 @pytest.mark.slow
@@ -265,7 +262,7 @@ def test_selecting_missing_compiled_kernels_is_an_error():
         "with ops_dcnv4.use_backend('compiled'):\n"
         "    ops_dcnv4.dcnv4(torch.zeros(1, 3, 3, 2), torch.zeros(1, 3, 3, 27))\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    result = processes.run("-c", script)
     assert "the backend 'compiled' was selected, but the compiled kernels are missing" in (
         result.stderr
     )

@@ -2,14 +2,12 @@
 
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from ops_dcnv4 import is_compiled
+from tests import processes
 from tests.ops_dcnv4 import attention_cases
 from tests.ops_dcnv4.cases import DTYPES, Parameters, assert_equal, random_tensors, run_operator
 
@@ -72,8 +70,7 @@ def test_without_the_compiled_library(tmp_path, assert_near):
     p = Parameters(stride=(2, 1))
     tensors = random_tensors(p)
     torch.save((*tensors, tuple(p)), tmp_path / "inputs")
-    script = [sys.executable, "-c", WITHOUT_LIBRARY, tmp_path / "inputs", tmp_path / "outputs"]
-    subprocess.run(script, check=True)
+    processes.run("-c", WITHOUT_LIBRARY, tmp_path / "inputs", tmp_path / "outputs").checked()
     *result, messages = torch.load(tmp_path / "outputs")
     for actual, expected in zip(result, run_operator(tensors, p), strict=True):
         assert_near(actual, expected, 1e-12)
@@ -87,8 +84,7 @@ def test_attention_without_the_compiled_library(tmp_path, assert_near):
     inputs = attention_cases.random_inputs()
     torch.save(tuple(inputs), tmp_path / "inputs")
     paths = [tmp_path / "inputs", tmp_path / "outputs"]
-    script = [sys.executable, "-c", ATTENTION_WITHOUT_LIBRARY, *paths]
-    subprocess.run(script, check=True, cwd=Path(__file__).parents[2])
+    processes.run("-c", ATTENTION_WITHOUT_LIBRARY, *paths).checked()
     *results, under_autocast = torch.load(tmp_path / "outputs")
     for form, result in zip(attention_cases.FORMS, results, strict=True):
         expected = attention_cases.run_operator(inputs, form)

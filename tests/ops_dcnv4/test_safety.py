@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ops_dcnv4 import dcnv4, flash_deform_attn, ms_deform_attn, output_size, use_backend
+from tests import processes
 from tests.ops_dcnv4 import fuzz, test_attention, test_ops
 from tests.ops_dcnv4.attention_cases import FORMS
 from tests.ops_dcnv4.cases import DTYPES, Parameters, random_tensors
@@ -259,12 +260,8 @@ LOWER = {"AVX2": {"default": "baseline"}, "AVX512": {"default": "baseline", "avx
 def test_lower_instruction_sets_agree_on_random_calls():
     sets = LOWER.get(torch.backends.cpu.get_cpu_capability(), {"default": "baseline"})
     for highest, chosen in sets.items():
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.ops_dcnv4.fuzz", "--cases", "150", "--seed", "400"],
-            env=os.environ | {"OPS_DCNV4_CPU_CAPABILITY": highest},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
+        process = processes.run(
+            *("-m", "tests.ops_dcnv4.fuzz", "--cases", 150, "--seed", 400),
+            environment={"OPS_DCNV4_CPU_CAPABILITY": highest},
         )
-        assert process.returncode == 0, process.stderr
-        assert f"150 cases, {chosen} kernels" in process.stdout
+        assert f"150 cases, {chosen} kernels" in process.checked().stdout

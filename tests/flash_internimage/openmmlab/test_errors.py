@@ -5,11 +5,9 @@ import importlib
 import logging
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from flash_internimage.openmmlab.cli.common import build_runner
 from flash_internimage.openmmlab.cli.test import evaluation_config, evaluation_parser
 from flash_internimage.openmmlab.engine.hooks import curves
 from flash_internimage.openmmlab.errors import describe, one_line_errors
+from tests import processes
 from tests.flash_internimage.openmmlab.small import Model, Score
 
 CONFIG = """
@@ -316,9 +315,7 @@ raise {}
     ],
 )
 def test_errors_that_the_calling_program_does_not_catch(name, code, first, last):
-    arguments = [sys.executable, "-c", SCRIPT.format(name)]
-    root = Path(__file__).parents[3]
-    ended = subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=False)
+    ended = processes.run("-c", SCRIPT.format(name))
     lines = ended.stderr.splitlines()
     assert (ended.returncode, lines[0], lines[-1]) == (code, first, last)
 

@@ -17,6 +17,7 @@ import flash_internimage.openmmlab.segmentation  # noqa: F401  registers its ove
 from flash_internimage.openmmlab import enable_safe_loading, safe_loading
 from flash_internimage.openmmlab.datasets.transforms import LoadCheckedArray, LoadCheckedImage
 from flash_internimage.openmmlab.detection import CheckedPycocotoolsMetric
+from tests import processes
 
 SNAPSHOT = """
 import importlib, sys
@@ -62,7 +63,7 @@ assert ("packages", "flash_internimage") in after
 @pytest.mark.parametrize("module", ["detection", "segmentation", "programs"])
 def test_importing_replaces_no_entries(module):
     program = SNAPSHOT.replace(".MODULE", f".{module}")
-    subprocess.run([sys.executable, "-c", program], check=True)
+    processes.run("-c", program).checked()
 
 
 def test_detection_does_not_need_mmseg():

@@ -18,15 +18,19 @@ class CurvesHook(Hook):
 
     priority = "LOWEST"
 
+    _drawn: int | None = None  # iteration
+
     @master_only
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Draw the curves."""
         save_curves(Path(runner.work_dir))
+        self._drawn = runner.iter
 
     @master_only
     def after_train(self, runner: Runner) -> None:
-        """Draw the curves."""
-        save_curves(Path(runner.work_dir))
+        """Draw the curves, unless the training ended with a validation."""
+        if self._drawn != runner.iter:
+            save_curves(Path(runner.work_dir))
 
 
 def save_curves(work_dir: Path) -> None:

@@ -101,6 +101,7 @@ class TestCheckpoints:
                     assert array.tolist() == expected.tolist()[: len(array)]
                     assert len(array) > 0
 
+    @pytest.mark.curves
     @pytest.mark.parametrize("averages", [[], [{"type": "EMAHook", "momentum": 0.3}]])
     def test_a_resumed_run_equals_an_uninterrupted_one(self, averages, runner, tmp_path):
         torch.manual_seed(0)
@@ -497,13 +498,17 @@ class TestCurves:
         expected = {"loss": {1: 4.0, 2: 2.0, 3: 1.0}, "lr": {3: 0.1}}
         assert curves.read_scalars(tmp_path) == expected
 
+    @pytest.mark.parametrize(
+        ("validation", "count"),
+        [({}, 3), ({"val_dataloader": None, "val_cfg": None, "val_evaluator": None}, 1)],
+    )
     def test_curves_are_drawn_after_every_validation_and_at_the_end(
-        self, runner, tmp_path, monkeypatch
+        self, validation, count, runner, tmp_path, monkeypatch
     ):
         drawn = []
         monkeypatch.setattr(curves, "save_curves", drawn.append)
-        runner().train()
-        assert drawn == [tmp_path / "run"] * 4
+        runner(**validation).train()
+        assert drawn == [tmp_path / "run"] * count
 
     def test_a_run_without_scalars_has_no_curves(self, tmp_path):
         curves.save_curves(tmp_path)

@@ -2,13 +2,13 @@
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from mmengine.model import BaseModel
 from torch import nn
 
 from flash_internimage.openmmlab import SafeRunner
 from flash_internimage.openmmlab.safe_loading import read_checkpoint
 from tests.flash_internimage.openmmlab.small import Score
+from tests.processes import CONTEXT
 
 
 class Normalized(BaseModel):
@@ -24,7 +24,7 @@ class Normalized(BaseModel):
         return {"loss": (out - 1).square().mean()} if mode == "loss" else list(out)
 
 
-def _train(rank: int, folder: str, queue: mp.Queue) -> None:
+def _train(rank: int, folder: str, queue) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
@@ -81,9 +81,13 @@ def _train_until_stopped(rank: int, folder: str, loader: dict, first: int) -> in
 
 
 def test_processes_agree_on_statistics_and_on_the_epoch_to_stop_at(tmp_path):
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    mp.spawn(_train, (str(tmp_path), queue), nprocs=2)
+    queue = CONTEXT.SimpleQueue()
+    processes = [CONTEXT.Process(target=_train, args=(i, str(tmp_path), queue)) for i in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
     results = {rank: values for rank, *values in (queue.get(), queue.get())}
     assert results[0] == results[1]
     assert results[0][2] == [2, 3]
