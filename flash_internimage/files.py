@@ -1,12 +1,14 @@
 """Atomic writes, and output folders that only one run at a time can use."""
 
+import csv
 import errno
+import io
 import logging
 import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,6 +64,19 @@ def partial_path(path: Path, suffix: str = "") -> Path:
 def is_partial(name: str) -> bool:
     """Return whether a file name is one of :func:`partial_path`."""
     return re.fullmatch(rf"(?s)\..*\.[0-9a-f]{{12}}{re.escape(_PARTIAL)}(\.\w+)?", name) is not None
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file atomically in UTF-8; bytes of file names that are not text are escaped."""
+    encoded = text.encode(errors="backslashreplace")
+    write_atomically(path, lambda file: file.write(encoded))
+
+
+def write_csv(path: str | os.PathLike, rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file atomically, the header in the first row; see :func:`write_text`."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def require_writable(folder: Path, option: str) -> None:

@@ -58,9 +58,14 @@ def _compare(argv: list[str], program: str) -> int:
     arguments = parser.parse_args(argv)
     with required_by(program):
         from ..analysis.runs import compare_runs, read_runs
+        from ..console import log_to_terminal
         from ..files import require_writable
 
+        log_to_terminal()
+
         try:
+            if arguments.output.is_dir():
+                raise ValueError(f"-o must be a file, got the folder {arguments.output}")
             runs = read_runs([path.expanduser() for path in arguments.runs])
             require_writable(arguments.output.parent, "-o")
             compare_runs(runs, arguments.output, arguments.metrics)
@@ -175,16 +180,13 @@ def _openmmlab_parser(program: str, task: str) -> argparse.ArgumentParser:
 
 def _analyze(arguments: argparse.Namespace) -> dict:
     from ..openmmlab.cli.config import config_of
-    from ..openmmlab.cli.test import prepare_evaluation
+    from ..openmmlab.cli.test import move_data, prepare_evaluation
 
     arguments.work_dir = arguments.work_dir or arguments.output / "log"
     cfg = config_of(arguments)
     prepare_evaluation(cfg, arguments.checkpoint, getattr(arguments, "tta", False))
     if arguments.data is not None:
-        dataset = cfg.test_dataloader.dataset
-        dataset.data_root = f"{arguments.data.expanduser()}/"
-        if "ann_file" in cfg.test_evaluator:
-            cfg.test_evaluator.ann_file = os.path.join(dataset.data_root, dataset.ann_file)
+        move_data(cfg, arguments.data.expanduser())
     if hasattr(arguments, "score_threshold"):
         from ..analysis.detection import analyze_detector
 

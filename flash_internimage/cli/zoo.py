@@ -28,7 +28,7 @@ from ..checkpoints import convert_file, fetch_checkpoint
 from ..checkpoints.zoo import Entry, find, read_zoo
 from ..configs import find_config, list_configs
 from ..console import log_to_terminal
-from ..files import write_atomically
+from ..files import write_text
 
 _logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def _evaluate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
     _say(json.dumps(result, allow_nan=False))
     if arguments.json:
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        write_atomically(arguments.json, lambda file: file.write(text.encode()))
+        write_text(arguments.json, text)
 
 
 def _push(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.zoo import Task
-from ..files import is_partial, write_atomically
+from ..files import is_partial, write_atomically, write_text
 from ..predictions import LabelMap, Result
 from .pictures import draw
 from .records import to_record
@@ -138,12 +138,10 @@ def merge(folder: Path, task: Task, classes: Sequence[str]) -> None:
         images = [_coco_image(line) for line in lines("objects")]
         categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
         contents = {"info": {}, "images": images, "annotations": [], "categories": categories}
-        write_atomically(
-            folder / "images.json", lambda file: file.write(json.dumps(contents).encode())
-        )
+        write_text(folder / "images.json", json.dumps(contents))
     else:
         text = "".join(f"{name}\n" for name in classes)
-        write_atomically(folder / "classes.txt", lambda file: file.write(text.encode()))
+        write_text(folder / "classes.txt", text)
     skipped = [(line["file_name"], line["skipped"]) for line in lines("skipped")]
     if skipped:
         _write_csv(folder / "skipped.csv", ("file_name", "reason"), iter(skipped))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
 
 from ...console import log_to_terminal
-from ...files import write_atomically
+from ...files import write_text
 from ..config import MAX_WORKERS, ConfigError
 from ..errors import describe
 from ..evaluation import evaluate_checkpoint, measure_throughput
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
 def _write(result: dict[str, Any], path: Path | None) -> None:
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     if path:
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text(path, text)
     width = max(map(len, result))
     sys.stdout.write("".join(f"{key:<{width}}  {value}\n" for key, value in result.items()))
     sys.stdout.write(json.dumps(result) + "\n")

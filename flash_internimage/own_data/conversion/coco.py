@@ -1,12 +1,11 @@
 """Write annotated images as a COCO dataset for detection and instance segmentation."""
 
-import functools
 import json
-from typing import Any, BinaryIO
+from typing import Any
 
 from pycocotools import mask as coco_mask
 
-from ...files import write_atomically
+from ...files import write_text
 from .annotations import AnnotatedImage, Box, Losses, Shape, near, segment
 from .output import Output
 
@@ -41,16 +40,12 @@ def write_coco(output: Output) -> dict[str, int]:
             "annotations": annotations,
         }
         text = json.dumps(content, ensure_ascii=False)
-        write_atomically(folder / f"instances_{split}.json", functools.partial(_write_text, text))
+        write_text(folder / f"instances_{split}.json", text)
         counts[split] = len(annotations)
         if any("segmentation" in a for a in annotations):
             without = [a for a in annotations if "segmentation" not in a]
             losses.add("boxes among outlines, without a segmentation", split, len(without))
     return counts
-
-
-def _write_text(text: str, file: BinaryIO) -> None:
-    file.write(text.encode())
 
 
 def _annotation(shape: Shape, item: AnnotatedImage, losses: Losses) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...files import write_atomically
+from ...files import write_text
 from ..class_names import check_classes, warn_of_case
 from .annotations import SUMMARY, AnnotatedImage, Dataset, Losses, Shape, rectangle
 from .coco import write_coco
@@ -117,9 +117,7 @@ def _convert(kind: str, source: Path, target: Path, options: Options) -> Result:
         "first": losses.first,
     }
     text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(
-        target / SUMMARY, lambda file: file.write(text.encode(errors="backslashreplace"))
-    )
+    write_text(target / SUMMARY, text)
     return Result(images, counts, classes, losses)
 
 

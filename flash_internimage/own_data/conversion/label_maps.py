@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ...files import write_atomically
+from ...files import write_text
 from .annotations import AnnotatedImage, Losses, segment
 from .output import Output
 
@@ -47,7 +47,7 @@ def write_label_maps(output: Output) -> dict[str, int]:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(labels).save(path)
     text = "".join(f"{name}\n" for name in names)
-    write_atomically(output.folder / "classes.txt", lambda file: file.write(text.encode()))
+    write_text(output.folder / "classes.txt", text)
     return counts
 
 
