@@ -6,6 +6,7 @@ which takes seconds: help, the version and misspelt commands are immediate.
 
 import argparse
 import importlib
+import signal
 import sys
 from importlib import metadata
 from typing import Any
@@ -52,7 +53,11 @@ def main(argv: list[str] | None = None, program: str = "flash-internimage") -> i
     """
     arguments = sys.argv[1:] if argv is None else argv
     command = _parser(program).parse_args(arguments[:1]).command
-    extras = importlib.import_module("flash_internimage.cli.extras")
-    with extras.required_by(f"{program} {command}"):
-        module = importlib.import_module(f"flash_internimage.cli.{command.replace('-', '_')}")
-        return module.main(arguments[1:], f"{program} {command}")
+    try:
+        extras = importlib.import_module("flash_internimage.cli.extras")
+        with extras.required_by(f"{program} {command}"):
+            module = importlib.import_module(f"flash_internimage.cli.{command.replace('-', '_')}")
+            return module.main(arguments[1:], f"{program} {command}")
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{program} {command}: interrupted\n")
+        return 128 + signal.SIGINT

@@ -1,11 +1,14 @@
 """Atomic writes, and output folders that only one run at a time can use."""
 
+import csv
 import errno
+import io
 import logging
 import os
+import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +36,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
             says so and names the file.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_PARTIAL}")
+    partial = partial_path(path)
     try:
         with open(partial, "xb") as file:
             write(file)
@@ -45,6 +48,35 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
         if full := disk_full_error(error, path):
             raise full from error
         raise
+
+
+def partial_path(path: Path, suffix: str = "") -> Path:
+    """Return a unique path of a hidden file to write before it replaces `path`.
+
+    Args:
+        path: Destination. Its name may be as long as file systems allow.
+        suffix: End of the returned path.
+    """
+    start = path.name.encode(errors="surrogateescape")[:200].decode(errors="ignore")
+    return path.with_name(f".{start}.{uuid.uuid4().hex[:12]}{_PARTIAL}{suffix}")
+
+
+def is_partial(name: str) -> bool:
+    """Return whether a file name is one of :func:`partial_path`."""
+    return re.fullmatch(rf"(?s)\..*\.[0-9a-f]{{12}}{re.escape(_PARTIAL)}(\.\w+)?", name) is not None
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file atomically in UTF-8; bytes of file names that are not text are escaped."""
+    encoded = text.encode(errors="backslashreplace")
+    write_atomically(path, lambda file: file.write(encoded))
+
+
+def write_csv(path: str | os.PathLike, rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file atomically, the header in the first row; see :func:`write_text`."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def require_writable(folder: Path, option: str) -> None:

@@ -1,8 +1,10 @@
 """The predictions of all tasks, as NumPy arrays."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,36 @@ class Detections:
     labels: np.ndarray
     masks: np.ndarray | None
     classes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        boxes: ArrayLike,
+        labels: ArrayLike,
+        classes: Sequence[str],
+        *,
+        scores: ArrayLike | None = None,
+        masks: ArrayLike | None = None,
+    ) -> "Detections":
+        """Return detections or, without scores, annotations, converting lists and dtypes.
+
+        Args:
+            boxes: (n, 4), x1, y1, x2 and y2 in pixels of the image.
+            labels: (n,), indices into `classes`.
+            classes: Names of all classes of the model.
+            scores: (n,); None for annotations, whose scores are NaN.
+            masks: (n, H, W); None for objects without masks.
+        """
+        labels = np.asarray(labels, np.int64)
+        return cls(
+            boxes=np.asarray(boxes, np.float32).reshape(-1, 4),
+            scores=np.asarray(
+                np.full(labels.shape, np.nan) if scores is None else scores, np.float32
+            ),
+            labels=labels,
+            masks=None if masks is None else np.asarray(masks, bool),
+            classes=tuple(classes),
+        )
 
 
 @dataclass(frozen=True)

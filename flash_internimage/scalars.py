@@ -1,6 +1,7 @@
 """Read the scalars that mmengine's LocalVisBackend writes, over all attempts of a run."""
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,22 @@ def read_rows(work_dir: Path) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if isinstance(row, dict) and type(row.get("step")) is int:
                 rows.append(row)
     return rows
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a row is a number, which may be NaN or infinite."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_finite(value: int | float) -> bool:
+    """Return whether a number is finite; Python's integers can exceed the range of floats."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def read_scalars(work_dir: Path) -> dict[str, dict[int, float]]:
@@ -28,6 +42,6 @@ def read_scalars(work_dir: Path) -> dict[str, dict[int, float]]:
     scalars: defaultdict[str, dict[int, float]] = defaultdict(dict)
     for row in read_rows(work_dir):
         for name, value in row.items():
-            if isinstance(value, int | float) and name != "step":
+            if is_number(value) and name != "step":
                 scalars[name][row["step"]] = value
     return dict(scalars)

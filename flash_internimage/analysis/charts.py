@@ -26,8 +26,10 @@ def label(name: str) -> str:
 
 
 def palette(count: int) -> np.ndarray:
-    """Return (count, 3) distinct colors from 0 to 1 for lines."""
-    return class_colors(count) / 255
+    """Return (count, 3) distinct colors from 0 to 1 for lines, darkened to be seen on white."""
+    colors = class_colors(count) / 255
+    lightness = colors @ [0.2126, 0.7152, 0.0722]
+    return colors * np.minimum(1, 0.65 / np.maximum(lightness, 0.01))[:, None]
 
 
 def lowest(values: np.ndarray, count: int) -> np.ndarray:

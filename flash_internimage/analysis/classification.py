@@ -173,7 +173,7 @@ def write_report(
     )  # fmt: skip
     if mistakes:
         captions = [
-            f"{names[m.predicted]} {100 * m.confidence:.0f} %, is {names[m.label]}"
+            f"true: {names[m.label]}\npredicted ({100 * m.confidence:.0f} %): {names[m.predicted]}"
             for m in mistakes
         ]
         sheet = contact_sheet([m.image for m in mistakes], captions, columns=6, cell_width=160)

@@ -20,7 +20,7 @@ from ..openmmlab.utils import log_warning, unwrap_dataset
 from .charts import CELL, LINES, bar_chart, lowest, precision_recall_chart
 from .coco import Curves, Matches, evaluate_curves, match_boxes
 from .images import read_as_annotated
-from .report import Report, relative, write_csv
+from .report import Report, relative, write_table
 
 _TITLES = {"bbox": "Boxes", "segm": "Masks"}
 
@@ -198,7 +198,7 @@ def _add_curves(report: Report, kind: str, curves: Curves, names: list[str]) -> 
         ),
     )  # fmt: skip
     name = f"{kind}_precision_recall.csv"
-    write_csv(
+    write_table(
         report.folder / name,
         ("class", "iou", "recall", "precision"),
         (
@@ -286,10 +286,9 @@ def _detections(
         name if is_good else f"{error}: {name}" for name, is_good in zip(names, good, strict=True)
     ]
     classes = tuple(dict.fromkeys(texts))
-    return Detections(
+    return Detections.of(
         boxes,
-        np.array([item.get("score", np.nan) for item in items], dtype=np.float32),
-        np.array([classes.index(text) for text in texts], dtype=np.int64),
-        None,
+        [classes.index(text) for text in texts],
         classes,
+        scores=[item.get("score", np.nan) for item in items],
     )

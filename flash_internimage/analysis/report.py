@@ -1,7 +1,6 @@
 """The folder of a report: tables as CSV, charts as PNG, and a summary in Markdown."""
 
-import csv
-import io
+import itertools
 import json
 import math
 import os
@@ -13,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..files import write_atomically
+from ..files import write_atomically, write_csv, write_text
 
 # Rows of a table in the summary; the CSV files have all.
 ROWS = 10
@@ -62,7 +61,7 @@ class Report:
             rows: Rows of the table; NaN and None are empty cells.
             shown: Number of rows in the summary.
         """
-        write_csv(self.folder / name, header, rows)
+        write_table(self.folder / name, header, rows)
         self.lines += [f"## {title}", ""]
         if not rows:
             self.add_text("There are none.")
@@ -74,7 +73,7 @@ class Report:
     def add_matrix(self, matrix: np.ndarray, names: Sequence[str]) -> None:
         """Write the counts of a confusion matrix, the true classes in rows, to a CSV file."""
         rows = ([name, *row.tolist()] for name, row in zip(names, matrix, strict=True))
-        write_csv(self.folder / "confusion_matrix.csv", ["true class", *names], rows)
+        write_table(self.folder / "confusion_matrix.csv", ["true class", *names], rows)
         self.add_text("All counts are in [confusion_matrix.csv](confusion_matrix.csv).")
 
     def add_chart(self, title: str, name: str, figure: Figure) -> None:
@@ -98,8 +97,8 @@ class Report:
         """Write `report.md` and `summary.json`."""
         text = "\n".join(self.lines).rstrip() + "\n"
         summary = json.dumps(_finite(self.figures), indent=2) + "\n"
-        _write_text(self.folder / "summary.json", summary)
-        _write_text(self.folder / "report.md", text)
+        write_text(self.folder / "summary.json", summary)
+        write_text(self.folder / "report.md", text)
 
     def _add_picture(self, title: str, name: str) -> None:
         self.lines += [f"## {title}", "", f"![{title}]({name})", ""]
@@ -108,18 +107,9 @@ class Report:
         self.lines += [_row(header), _row(["---"] * len(header)), *map(_row, rows), ""]
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a table to a CSV file; NaN and None are empty cells."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(header)
-    writer.writerows([_cell(cell) for cell in row] for row in rows)
-    _write_text(path, text.getvalue())
-
-
-def _write_text(path: Path, text: str) -> None:
-    encoded = text.encode(errors="backslashreplace")
-    write_atomically(path, lambda file: file.write(encoded))
+    write_csv(path, itertools.chain([header], ([_cell(cell) for cell in row] for row in rows)))
 
 
 def save_figure(path: Path, figure: Figure) -> None:

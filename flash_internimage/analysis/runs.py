@@ -2,7 +2,7 @@
 
 import csv
 import difflib
-import math
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..scalars import read_rows
+from ..scalars import is_finite, is_number, read_rows
 from .charts import label, palette
-from .report import save_figure, write_csv
+from .report import save_figure, write_table
+
+_logger = logging.getLogger(__name__)
 
 CHARTS = (".png", ".svg", ".pdf")
 
@@ -44,12 +46,21 @@ class Run:
     Attributes:
         name: Name in the legend.
         unit: What steps are: 'epoch' or 'iteration'.
-        scalars: {name: {step: value}}.
+        scalars: {name: {step: value}}, finite values.
+        left_out: Number of values that are not finite.
     """
 
     name: str
     unit: str
     scalars: dict[str, dict[int, float]] = field(default_factory=dict)
+    left_out: int = 0
+
+    def add(self, name: str, step: int, value: float) -> None:
+        """Add a value of a scalar, or count it if it is not finite."""
+        if is_finite(value):
+            self.scalars.setdefault(name, {})[step] = value
+        else:
+            self.left_out += 1
 
     @property
     def length(self) -> int:
@@ -71,18 +82,22 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise FileNotFoundError(f"RUN must be the folder of a run, got {folder}")
     if (folder / "metrics.csv").is_file():
-        run = Run(folder.name, "epoch", _read_csv(folder / "metrics.csv"))
+        run = Run(folder.name, "epoch")
+        _read_csv(folder / "metrics.csv", run)
     else:
-        run = Run(folder.name, "iteration", _read_scalars(folder))
+        run = Run(folder.name, "iteration")
+        _read_scalars(folder, run)
     if not run.scalars:
         raise ValueError(
-            f"RUN must contain metrics.csv or */vis_data/scalars.json of a run, got {folder}"
+            "RUN must contain metrics.csv or */vis_data/scalars.json of a run with finite values, "
+            f"got {folder}"
         )
+    if run.left_out:
+        _logger.warning("%s: left out %d values that are not finite", folder, run.left_out)
     return run
 
 
-def _read_csv(path: Path) -> dict[str, dict[int, float]]:
-    scalars: dict[str, dict[int, float]] = {}
+def _read_csv(path: Path, run: Run) -> None:
     with open(path, newline="", errors="replace") as file:
         for row in csv.DictReader(file):
             if not (row.get("epoch") or "").isdecimal():  # a damaged row
@@ -92,13 +107,12 @@ def _read_csv(path: Path) -> dict[str, dict[int, float]]:
                     value = float(text)
                 except (TypeError, ValueError):  # a cell without a number
                     continue
-                if name and name != "epoch" and math.isfinite(value):
-                    scalars.setdefault(name, {})[int(row["epoch"])] = value
-    return scalars
+                if name and name != "epoch":
+                    run.add(name, int(row["epoch"]), value)
 
 
-def _read_scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Return {name: {iteration: value}}; the latest attempt of a run wins."""
+def _read_scalars(folder: Path, run: Run) -> None:
+    """Read the values by iteration; the latest attempt of a run wins."""
     rows = read_rows(folder)
     ends: dict[int, int] = {}  # last logged iteration of each epoch
     for row in rows:
@@ -107,17 +121,14 @@ def _read_scalars(folder: Path) -> dict[str, dict[int, float]]:
     validations = {row["step"] for row in rows if "iter" not in row}
     # mmengine counts validations in epochs, unless log_metric_by_epoch=False.
     in_epochs = bool(ends) and validations <= ends.keys() and max(ends.values()) > max(ends)
-    scalars: dict[str, dict[int, float]] = {}
     for row in rows:
         step = row["step"] if "iter" in row or not in_epochs else ends[row["step"]]
         for name, value in row.items():
-            if name in ("step", "iter", "epoch") or not isinstance(value, int | float):
+            if name in ("step", "iter", "epoch") or not is_number(value):
                 continue
             if name in ("time", "data_time") and "iter" not in row:
                 name = f"val/{name}"
-            if math.isfinite(value):
-                scalars.setdefault(name, {})[step] = value
-    return scalars
+            run.add(name, step, value)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -160,7 +171,7 @@ def compare_runs(runs: Sequence[Run], output: Path, metrics: Sequence[str] = ())
             hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
             raise ValueError(f"--metrics must be recorded by a run, got '{name}'{hint}")
     if output.suffix.lower() == ".csv":
-        write_csv(output, ("run", "metric", "step", "unit", "value"), (
+        write_table(output, ("run", "metric", "step", "unit", "value"), (
             (run.name, name, step, run.unit, value)
             for run in runs
             for name, values in run.scalars.items() if not metrics or name in metrics
@@ -199,7 +210,7 @@ def _draw(runs: Sequence[Run], panels: Mapping[Quantity, Mapping[str, dict[int, 
             steps, values = zip(*sorted(lines[run.name].items()), strict=True)
             x = np.array(steps, dtype=float)
             if len(units) > 1:
-                x *= 100 / run.length
+                x *= 100 / max(run.length, 1)  # a run may have recorded step 0 alone
             axis.plot(
                 x, np.array(values) * quantity.factor, color=colors[run.name], linewidth=1.5,
                 marker="o" if len(values) < 30 else None, markersize=3,

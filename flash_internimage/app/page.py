@@ -13,7 +13,7 @@ import numpy as np
 from ..sampling import draw_sampling_points, list_layers
 from .image_input import image_input
 from .models import Models
-from .presentation import LOWEST_SCORE, present
+from .presentation import LOWEST_SCORE, describe_error, present
 from .uploads import read_upload
 
 _logger = logging.getLogger(__name__)
@@ -179,7 +179,8 @@ def _errors_shown() -> Iterator[None]:
     """Show errors that have a message for users, until they close it."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
-        _logger.warning("%s", error)
-        message = escape(str(error), quote=False)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        text = describe_error(error)
+        _logger.warning("%s", text)
+        message = escape(text, quote=False)
         raise gr.Error(message, duration=None, print_exception=False) from error

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..inference import Classification, Detections, LabelMap
 from ..inference.pictures import draw
+from ..inference.run import is_out_of_memory
 from ..predictions import Result
 
 # Of a detector's objects; those below the minimum that the user chooses are hidden.
@@ -43,6 +44,13 @@ def present(image: np.ndarray, result: Result, threshold: float) -> Presentation
     if isinstance(result, Detections):
         return _detections(image, above(result, threshold), threshold)
     return _label_map(image, result)
+
+
+def describe_error(error: Exception) -> str:
+    """Return the message of an error for users of the page."""
+    if is_out_of_memory(error):
+        return "There is not enough memory for this image"
+    return str(error) or type(error).__name__
 
 
 def above(result: Detections, threshold: float) -> Detections:

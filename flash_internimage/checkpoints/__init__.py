@@ -8,7 +8,13 @@ from .conversion import (
     to_published_state_dict,
 )
 from .downloads import download
-from .loading import check_optimizer, fetch_checkpoint, load_checkpoint, save_atomically
+from .loading import (
+    check_optimizer,
+    fetch_checkpoint,
+    is_remote,
+    load_checkpoint,
+    save_atomically,
+)
 from .safe_load import Placeholder
 from .weights import (
     check_finite,
@@ -35,6 +41,7 @@ __all__ = [
     "fetch_checkpoint",
     "find_mismatches",
     "is_finite",
+    "is_remote",
     "load_checkpoint",
     "load_weights",
     "read_pretrained",

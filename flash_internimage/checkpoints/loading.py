@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 
 import timm
@@ -57,6 +58,8 @@ def load_checkpoint(
     except Exception as error:  # damaged files raise errors of many types
         # torch surrounds the actual problem with advice to load the file unsafely.
         problem = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n\n")[0]
+        if blocked := re.search(r"unsupported GLOBAL \S+ whose module \S+ is blocked", str(error)):
+            problem = blocked[0]
         problem = " ".join(problem.split())  # may span several lines
         if isinstance(error, LookupError):  # The message is just a number.
             problem = "its pickle is incomplete"
@@ -107,6 +110,12 @@ def fetch_checkpoint(
             f"{', '.join(released)}"
         )
     return download(source, offline, sha256, cache_dir)
+
+
+def is_remote(source: str) -> bool:
+    """Return whether a checkpoint is a URL or the name of released weights, not a path."""
+    is_url = source.lower().startswith(("http://", "https://"))
+    return is_url or source in timm.list_pretrained("flash_internimage*")
 
 
 def save_atomically(checkpoint: dict, path: str | os.PathLike) -> None:

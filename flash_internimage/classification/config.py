@@ -4,7 +4,6 @@ import difflib
 import inspect
 import json
 import logging
-import math
 import os
 import re
 from pathlib import Path
@@ -309,11 +308,13 @@ class Config(Section):
         if weights is None or weights == "balanced":
             return weights
         values = weights if isinstance(weights, list | tuple) else ()
-        if not all(type(value) in (int, float) and 0 <= value < math.inf for value in values):
-            values = ()
-        if not any(values):
+        # The loss of a batch is divided by the sum of the weights of its images: 0 would give NaN.
+        if not values or not all(
+            type(value) in (int, float) and 1e-6 <= value <= 1e6 for value in values
+        ):
             raise ValueError(
-                "must be null, 'balanced' or a list of numbers of at least 0, not all of them 0"
+                "must be null, 'balanced' or a list of numbers from 1e-6 to 1e6; to leave a class "
+                "out, remove its images"
             )
         return tuple(map(float, values))
 

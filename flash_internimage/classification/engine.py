@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
+from ..nested import flatten
 from .data import (
     TooManyCorruptImages,
     balanced_weights,
@@ -33,7 +34,6 @@ from .precision import autocast
 from .processes import all_agree, fail_together, maximum, raise_once
 from .random_numbers import seed_everything, set_rng_state
 from .report import Metrics, save_curves, save_predictions, speed
-from .resume_checks import flatten
 from .state import Diverged, Totals, TrainingState
 
 _logger = logging.getLogger(__name__)

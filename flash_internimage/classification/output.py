@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from ..files import own_folder, write_atomically
+from ..files import own_folder, write_text
 from .config import Config, ConfigError, find_ignored
 from .errors import describe
 from .state import TrainingState
@@ -65,7 +65,7 @@ def save_config(cfg: Config) -> None:
     """Write the configuration of a run to config.yaml in its output folder."""
     text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
     path = Path(cfg.output) / "config.yaml"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 class LogFile(logging.FileHandler):

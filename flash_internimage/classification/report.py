@@ -1,7 +1,7 @@
 """Reports of a run: metrics.csv, its loggers, curves.png and predictions.png."""
 
+import contextlib
 import csv
-import io
 import itertools
 import logging
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from ..files import write_atomically
+from ..files import write_atomically, write_csv
 from ..tracking import open_tracker
 from ..tracking.events import Events
 from .config import Data
@@ -46,8 +46,16 @@ class Metrics:
     ) -> None:
         self.path = output / "metrics.csv"
         self.rows = [row for row in _read(self.path) if int(row["epoch"]) <= start_epoch]
-        self.trackers = [open_tracker(name, output, settings or {}, resumed) for name in loggers]
-        self.events = Events(output / "tensorboard", purge_step=start_epoch + 1)
+        with contextlib.ExitStack() as stack:  # closes what is open if another cannot be opened
+
+            def opened(one: Any) -> Any:
+                return stack.enter_context(contextlib.closing(one))
+
+            self.trackers = [
+                opened(open_tracker(name, output, settings or {}, resumed)) for name in loggers
+            ]
+            self.events = opened(Events(output / "tensorboard", purge_step=start_epoch + 1))
+            self._opened = stack.pop_all()
 
     def add(self, row: dict[str, Any]) -> None:
         """Add the row of an epoch.
@@ -58,20 +66,14 @@ class Metrics:
         self.rows.append(row)
         # Resuming may add or remove columns, such as those of the EMA.
         names = list(dict.fromkeys(name for row in self.rows for name in row))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=names)
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
+        write_csv(self.path, [names, *([row.get(name) for name in names] for row in self.rows)])
         self.events.add(row, row["epoch"])
         for tracker in self.trackers:
             tracker.log(row, row["epoch"])
 
     def close(self) -> None:
         """Close the TensorBoard file and the other loggers."""
-        self.events.close()
-        for tracker in self.trackers:
-            tracker.close()
+        self._opened.close()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import torch
 from torch.optim import Optimizer
 
 from ..checkpoints import check_optimizer
+from ..nested import flatten
 
 # Entries of last.pth, except `model_ema`, which requires an EMA.
 _ENTRIES = (
@@ -59,15 +60,6 @@ def check_entries(checkpoint: Mapping[str, Any]) -> None:
     settings = flatten(checkpoint["config"])
     if missing := [key for key in _RECORDED if key not in settings]:
         raise ValueError(f"config must contain all settings of the run, missing: {missing[0]}")
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested sections into one level of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        is_section = isinstance(value, dict)
-        flat |= flatten(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
-    return flat
 
 
 def check_settings(before: Mapping[str, Any], now: Mapping[str, Any], within_epoch: bool) -> None:

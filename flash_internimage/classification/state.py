@@ -1,6 +1,7 @@
 """Training state: the contents of checkpoints, saving and resuming."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from operator import index
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 from ..checkpoints import check_state_dict, load_checkpoint, save_atomically
+from ..nested import flatten
 from .config import Config
 from .data import (
     build_dataset,
@@ -32,7 +34,6 @@ from .resume_checks import (
     changed_settings,
     check_entries,
     check_settings,
-    flatten,
     restore_optimizer,
     validates_alike,
 )
@@ -257,15 +258,24 @@ class TrainingState:
         self.nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
         best, are_comparable = float(state["best_top1"]), validates_alike(before, now)
         self.best_top1 = best if best <= 100 and are_comparable else -math.inf
-        if are_comparable and "early_stopping" in state:
-            self.patience.load_state_dict(state["early_stopping"])
+        restart = self._restore_patience(state, before) if are_comparable else []
         if update:
             set_rng_state(rng[self.rank])  # only a check, as train_epoch sets it again
             self.resumed_rng = rng[self.rank]
         # This sets the learning rate of the next step from the schedule of this run.
         if done := epoch * self.updates_per_epoch + update:
             self.scheduler.step_update(done - 1)
-        return changed_settings(before, now)
+        return [*changed_settings(before, now), *restart]
+
+    def _restore_patience(self, state: dict, before: Mapping[str, Any]) -> list[str]:
+        """Restore early stopping, or return why it counts from 0."""
+        if "early_stopping" not in state or self.cfg.early_stopping.patience is None:
+            return []
+        if (before["ema_decay"] is None) != (self.ema is None):
+            change = "no longer" if self.ema is None else "now"
+            return [f"early stopping counts from 0: it {change} judges the EMA weights"]
+        self.patience.load_state_dict(state["early_stopping"])
+        return []
 
     def advice(self) -> str:
         """Return suggestions for a run that diverges."""

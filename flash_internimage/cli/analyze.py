@@ -5,7 +5,6 @@ flash-internimage analyze runs RUN... -o curves.png
 """
 
 import argparse
-import logging
 import os
 import re
 import sys
@@ -59,9 +58,14 @@ def _compare(argv: list[str], program: str) -> int:
     arguments = parser.parse_args(argv)
     with required_by(program):
         from ..analysis.runs import compare_runs, read_runs
+        from ..console import log_to_terminal
         from ..files import require_writable
 
+        log_to_terminal()
+
         try:
+            if arguments.output.is_dir():
+                raise ValueError(f"-o must be a file, got the folder {arguments.output}")
             runs = read_runs([path.expanduser() for path in arguments.runs])
             require_writable(arguments.output.parent, "-o")
             compare_runs(runs, arguments.output, arguments.metrics)
@@ -118,8 +122,9 @@ def _classification(model: str, options: list[str], program: str) -> int:
     test.check_numbers(arguments)
     _check(arguments)
     from ..analysis.classification import analyze_classifier
+    from ..console import log_to_terminal
 
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     settings = test.evaluation_settings(arguments)
     try:
         figures = analyze_classifier(
@@ -143,7 +148,9 @@ def _openmmlab(
             raise ValueError(
                 f"--score-threshold must be from 0 to 1, got {arguments.score_threshold}"
             )
-        arguments.checkpoint = arguments.checkpoint or released
+        if arguments.checkpoint and arguments.positional:
+            raise ValueError(f"CHECKPOINT must be given once, got {arguments.positional} as well")
+        arguments.checkpoint = arguments.positional or arguments.checkpoint or released
         if arguments.checkpoint is None:
             raise ValueError("CHECKPOINT must be given for a config, got none")
         figures = _analyze(arguments)
@@ -157,7 +164,9 @@ def _openmmlab_parser(program: str, task: str) -> argparse.ArgumentParser:
     parser = base_parser(
         program, f"Write a report on a {'detector' if task == 'detection' else 'segmentor'}."
     )
-    parser.add_argument("checkpoint", nargs="?", help="path or URL (default: the released weights)")
+    parser.add_argument("positional", nargs="?", metavar="CHECKPOINT",
+                        help="path or URL (default: the released weights)")  # fmt: skip
+    parser.add_argument("--checkpoint", help="weights, if they are not the second argument")
     parser.add_argument("--data", type=Path, help="root of the dataset (default: from the config)")
     if task == "detection":
         parser.add_argument("--score-threshold", type=float, default=0.3, metavar="SCORE",
@@ -171,16 +180,13 @@ def _openmmlab_parser(program: str, task: str) -> argparse.ArgumentParser:
 
 def _analyze(arguments: argparse.Namespace) -> dict:
     from ..openmmlab.cli.config import config_of
-    from ..openmmlab.cli.test import prepare_evaluation
+    from ..openmmlab.cli.test import move_data, prepare_evaluation
 
     arguments.work_dir = arguments.work_dir or arguments.output / "log"
     cfg = config_of(arguments)
     prepare_evaluation(cfg, arguments.checkpoint, getattr(arguments, "tta", False))
     if arguments.data is not None:
-        dataset = cfg.test_dataloader.dataset
-        dataset.data_root = f"{arguments.data.expanduser()}/"
-        if "ann_file" in cfg.test_evaluator:
-            cfg.test_evaluator.ann_file = os.path.join(dataset.data_root, dataset.ann_file)
+        move_data(cfg, arguments.data.expanduser())
     if hasattr(arguments, "score_threshold"):
         from ..analysis.detection import analyze_detector
 

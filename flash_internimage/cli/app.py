@@ -21,9 +21,10 @@ from PIL import Image
 from ..app.address import free_port
 from ..app.models import Models, Source
 from ..app.presentation import LOWEST_SCORE
-from ..checkpoints import fetch_checkpoint
+from ..checkpoints import fetch_checkpoint, is_remote
 from ..checkpoints.zoo import read_zoo
 from ..classification.model import pick_device
+from ..console import log_to_terminal
 from ..inference import Predictor, load_predictor
 from ..inference.predictor import find_model
 from .extras import describe
@@ -61,7 +62,7 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
 
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     """Serve the page and return the exit code; see :func:`parse_arguments`."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
     for library in ("httpx", "httpx2"):  # of gradio and huggingface_hub; they log every request
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -101,8 +102,7 @@ def _to_source(text: str) -> Source:
         raise ValueError(
             f"MODEL must be CONFIG=CHECKPOINT for a config without released weights, got {text}"
         )
-    is_url = checkpoint.lower().startswith(("http://", "https://"))
-    if checkpoint and not is_url and not os.path.isfile(checkpoint):
+    if checkpoint and not is_remote(checkpoint) and not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"checkpoint not found: {checkpoint}")
     return Source(model, checkpoint or None)
 
@@ -119,7 +119,7 @@ def _load(source: Source, weights: Path | None, device: str) -> Predictor:
     try:
         return load_predictor(source.model, checkpoint, device=device, score_threshold=LOWEST_SCORE)
     except ModuleNotFoundError as error:  # not of the program, but of a user's request
-        raise RuntimeError(f"{source.label} requires {describe(error) or error.name}") from error
+        raise RuntimeError(f"{source.label()} requires {describe(error) or error.name}") from error
 
 
 @contextmanager

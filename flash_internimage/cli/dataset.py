@@ -8,12 +8,15 @@ flash-internimage dataset config coco|ade|folder SOURCE --model NAME -o CONFIG
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ..configs import find_config
+from ..console import log_to_terminal
 from ..files import require_writable, write_atomically
 
 _logger = logging.getLogger(__name__)
@@ -28,7 +31,9 @@ FORMATS = {
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text)
+    # Names of files and classes may have letters that the terminal does not.
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
     sys.stdout.flush()
 
 
@@ -45,7 +50,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         )
     if arguments.images is not None and not arguments.images.is_dir():
         raise FileNotFoundError(f"--images must be a folder, got {arguments.images}")
-    from ..own_data.config_text import read_classes
+    from ..own_data.class_names import read_classes
     from ..own_data.conversion.convert import Options, convert
 
     options = Options(
@@ -66,7 +71,9 @@ def _convert(arguments: argparse.Namespace) -> int:
         _say("left out or changed:\n" + "".join(f"  {line}\n" for line in lines))
     else:
         _say("nothing was left out or changed\n")
-    if "val" not in result.images and "test" not in result.images:
+    if "train" not in result.images:
+        _logger.warning("no training split, got %s", ", ".join(result.images))
+    elif len(result.images) == 1:
         _logger.warning("no validation split: --val-fraction 0.2 holds out a fifth of the images")
     _say(f"{target}\n")
     return 0
@@ -147,9 +154,9 @@ def _config(arguments: argparse.Namespace) -> int:
 
 def _coco(root: Path, arguments: argparse.Namespace) -> str:
     from ..own_data.config_coco import coco_config
-    from ..own_data.models import find_model
+    from ..own_data.models import find_base_model
 
-    model = find_model(arguments.model, "detection")
+    model = find_base_model(arguments.model, "detection")
     return coco_config(root, model, arguments.train, arguments.val)
 
 
@@ -157,11 +164,11 @@ def _ade(root: Path, arguments: argparse.Namespace) -> str:
     if not 0 <= arguments.ignore_index <= 255:
         raise ValueError(f"--ignore-index must be from 0 to 255, got {arguments.ignore_index}")
     _require_file("--classes", arguments.classes)
+    from ..own_data.class_names import read_classes
     from ..own_data.config_label_maps import label_map_config
-    from ..own_data.config_text import read_classes
-    from ..own_data.models import find_model
+    from ..own_data.models import find_base_model
 
-    model = find_model(arguments.model, "segmentation")
+    model = find_base_model(arguments.model, "segmentation")
     classes = read_classes(arguments.classes) if arguments.classes else None
     return label_map_config(
         root, model, classes, arguments.ignore_index, arguments.reduce_zero_label
@@ -346,12 +353,26 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         program: Name of the program in usage messages.
 
     Returns:
-        0; 1 if `check` found faults; 2 for arguments or data that cannot be used.
+        0; 1 if `check` found faults; 2 for arguments or data that cannot be used; 128 and the
+        number of the signal if interrupted.
     """
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     arguments = _parser(program).parse_args(argv)
+    received: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         return arguments.run(arguments)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 128 + (received or [signal.SIGINT])[-1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -26,6 +26,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 
+from ..console import log_to_terminal
 from .demo_scenes import Layout, Material, Scene, make_scenes, to_coco
 
 _logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None, program: str = "flash-internimage demo-d
     Returns:
         The exit code.
     """
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     writers: dict[str, Callable[[Path], None]] = {
         "digits": write_digits,
         "digits-scenes": write_digits_scenes,

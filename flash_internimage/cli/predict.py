@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..classification.model import pick_device
+from ..classification.precision import AMP_DTYPES, resolve_amp
 from ..classification.processes import (
     EndedByAnother,
     fail_together,
@@ -32,6 +33,7 @@ from ..classification.processes import (
     rank,
     world_size,
 )
+from ..console import log_to_terminal
 from ..files import own_folder, require_writable
 from ..images import UnreadableImage
 from ..inference.predictor import find_model, load_predictor
@@ -44,7 +46,7 @@ _logger = logging.getLogger(__name__)
 PROGRAM = "flash-internimage predict"
 
 _CHECKPOINT_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
-_DTYPES = {None: "float32", "fp16": "float16", "bf16": "bfloat16"}
+_DTYPES = {"off": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _CPU = torch.device("cpu")
 
 _EPILOG = """\
@@ -79,7 +81,9 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
     parser.add_argument("--batch-size", type=int, default=1, metavar="N",
                         help="images or frames per batch (default: 1)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
-    parser.add_argument("--amp", choices=("fp16", "bf16"), help="mixed precision (default: off)")
+    parser.add_argument("--amp", choices=("auto", *AMP_DTYPES), default="off",
+                        help="mixed precision (default: off)")  # fmt: skip
+    parser.add_argument("--checkpoint", help="weights, if they are not the second argument")
     parser.add_argument("--top-k", type=int, metavar="K",
                         help="classes per image, for classifiers (default: 5)")  # fmt: skip
     parser.add_argument("--score-threshold", type=float, metavar="SCORE",
@@ -91,11 +95,14 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
     parser.add_argument("--no-pictures", action="store_true",
                         help="do not draw the predictions of images")  # fmt: skip
     arguments = parser.parse_intermixed_args(argv)
-    arguments.checkpoint = None
     if _is_checkpoint(arguments.inputs[0]):
-        arguments.checkpoint = os.path.expanduser(arguments.inputs.pop(0))
+        if arguments.checkpoint is not None:
+            parser.error(f"CHECKPOINT must be given once, got {arguments.inputs[0]} as well")
+        arguments.checkpoint = arguments.inputs.pop(0)
         if not arguments.inputs:
             parser.error("INPUT must follow CHECKPOINT")
+    if arguments.checkpoint is not None:
+        arguments.checkpoint = os.path.expanduser(arguments.checkpoint)
     return arguments
 
 
@@ -114,7 +121,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         argv: Arguments; None for those of the process.
         program: Name of the program in usage messages.
     """
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
     arguments = parse_arguments(argv, program)
@@ -163,9 +170,10 @@ def _run(arguments: argparse.Namespace) -> int:
                 remove_parts(arguments.output)
         sources = gather(sources)[0]
         with fail_together(_CPU):
+            device = _own_device(arguments.device)
             predictor = load_predictor(
-                options.pop("source"), arguments.checkpoint, tta=arguments.tta,
-                device=_own_device(arguments.device), dtype=_DTYPES[arguments.amp], **options,
+                options.pop("source"), arguments.checkpoint, tta=arguments.tta, device=device,
+                dtype=_DTYPES[resolve_amp(arguments.amp, torch.device(device))], **options,
             )  # fmt: skip
         share = list(enumerate(sources))[rank() :: world_size()]
         try:

@@ -7,6 +7,8 @@ import argparse
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..classification.model import pick_device
+from ..console import log_to_terminal
 from ..files import require_writable, write_atomically
 from ..inference.predictor import find_model, load_predictor
 from ..inference.run import is_out_of_memory
@@ -37,7 +40,8 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
     parser = argparse.ArgumentParser(
         program,
         usage=f"{program} [-h] NAME|CONFIG [CHECKPOINT] IMAGE --layer LAYER --pixel X,Y -o OUT "
-        "[--depth N] [--maps] [--size PIXELS] [--max-points N] [--device DEVICE]",
+        "[--depth N] [--maps] [--size PIXELS] [--max-points N] [--device DEVICE] "
+        "[--checkpoint CHECKPOINT]",
         description="Draw where the DCNv4 layers of a model sample an image.",
     )
     parser.add_argument("model", metavar="NAME|CONFIG",
@@ -60,14 +64,17 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
     parser.add_argument("--max-points", type=int, default=2000, metavar="N",
                         help="points to keep per layer (default: 2000)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument("--checkpoint", help="weights, if they are not the second argument")
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command and return the exit code."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
+    # The drawn picture has few pixels, whatever the size of the image.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     arguments = parse_arguments(argv, program)
     try:
         _run(arguments)
@@ -83,11 +90,13 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if len(arguments.files) > 2:
-        raise ValueError(
-            f"the arguments must be NAME|CONFIG [CHECKPOINT] IMAGE, got {len(arguments.files) + 1}"
-        )
     *checkpoint, image_file = arguments.files
+    if arguments.checkpoint is not None:
+        checkpoint.insert(0, arguments.checkpoint)
+    if len(checkpoint) > 1:
+        raise ValueError(
+            f"the arguments must be NAME|CONFIG [CHECKPOINT] IMAGE, got {len(checkpoint) + 2}"
+        )
     for option in ("depth", "size", "max_points"):
         number = getattr(arguments, option)
         if number is not None and number < 1:
@@ -96,6 +105,9 @@ def _run(arguments: argparse.Namespace) -> None:
     output = arguments.output
     if output.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"-o must end in {', '.join(_SUFFIXES)}, got {output}")
+    maps_output = output.with_stem(f"{output.stem}-maps")
+    outputs = [output, maps_output] if arguments.maps else [output]
+    _check_outputs(outputs, [*checkpoint, image_file])
     image = read_rgb(image_file)
     pixel = _pixel(arguments.pixel, image)
     pick_device(arguments.device)
@@ -120,7 +132,16 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.maps:
         layers = last_of_stages(predictor, layer)
         maps = draw_maps(predictor, image, pixel, layers, preprocessing=preprocessing)
-        _write(maps, output.with_stem(f"{output.stem}-maps"))
+        _write(maps, maps_output)
+
+
+def _check_outputs(outputs: Sequence[Path], inputs: Sequence[str]) -> None:
+    for output in outputs:
+        if output.is_dir():
+            raise ValueError(f"-o must be a file, got the folder {output}")
+        for given in inputs:
+            if output.exists() and os.path.exists(given) and output.samefile(given):
+                raise ValueError(f"-o must not overwrite {given}, got {outputs[0]}")
 
 
 def _pixel(text: str, image: np.ndarray) -> tuple[int, int]:

@@ -27,7 +27,8 @@ from torch import nn
 from ..checkpoints import convert_file, fetch_checkpoint
 from ..checkpoints.zoo import Entry, find, read_zoo
 from ..configs import find_config, list_configs
-from ..files import write_atomically
+from ..console import log_to_terminal
+from ..files import write_text
 
 _logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def _evaluate(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
     _say(json.dumps(result, allow_nan=False))
     if arguments.json:
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        write_atomically(arguments.json, lambda file: file.write(text.encode()))
+        write_text(arguments.json, text)
 
 
 def _push(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
@@ -258,7 +259,7 @@ def main(
     argv: list[str] | None = None, program: str = PROGRAM, others: Sequence[Command] = ()
 ) -> int:
     """Run a command and return the exit code; see :func:`parse_arguments`."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
     arguments = parse_arguments(argv, program, others)

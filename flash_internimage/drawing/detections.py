@@ -17,7 +17,8 @@ def draw_detections(
 ) -> np.ndarray:
     """Draw boxes, masks with outlines, class names and scores.
 
-    Labels are placed beside the boxes where there is room, and do not overlap.
+    Labels are placed beside the boxes where there is room, and do not overlap. If they would cover
+    more than a third of the picture, only the first ones are drawn, and the caption says so.
 
     Args:
         image: (H, W, 3) uint8 array.
@@ -44,7 +45,9 @@ def draw_detections(
     for box, color in reversed(list(zip(boxes, colors, strict=True))):
         _draw_box(draw, box, color, line)
     names = [_text(result, i) for i in range(len(boxes))]
-    _draw_labels(draw, boxes, names, colors, line)
+    named = _draw_labels(draw, boxes, names, colors, line)
+    if caption is not None and named < len(boxes):
+        caption = f"{caption} ({named} of {len(boxes)} with labels)"
     return add_caption(np.asarray(canvas), caption)
 
 
@@ -116,13 +119,17 @@ def _draw_labels(
     names: list[str],
     colors: list[tuple[int, int, int]],
     line: int,
-) -> None:
+) -> int:
+    """Draw labels of the first objects and return their number."""
     width, height = draw.im.size
     font = load_font(font_size(width, height), "".join(names))
     margin = line + 1
     names = [fit(name, font, width - 2 * margin) for name in names]
     rows = line_height(font) + 2 * margin
     sizes = np.array([(text_width(name, font) + 2 * margin, rows) for name in names])
+    covered = np.cumsum(sizes.reshape(-1, 2).prod(1))
+    count = max(1, int(np.searchsorted(covered, width * height / 3, side="right")))
+    names, colors, sizes, boxes = names[:count], colors[:count], sizes[:count], boxes[:count]
     around = line + max(1, line // 3)
     apart = boxes + np.array([-around, -around, around, around])
     places = place_labels(apart, sizes.reshape(-1, 2), width, height)
@@ -136,3 +143,4 @@ def _draw_labels(
         middle = (x1 + x2) / 2, (y1 + y2) / 2
         draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=color)
         draw.text(middle, name, text_color(color), font, anchor="mm")
+    return len(names)

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from ..predictions import LabelMap
 from .colors import class_colors, text_color
 from .layout import BACKGROUND, add_caption, enlarge, font_size, pad
-from .text import fit, line_height, load_font, text_width
+from .text import Font, fit, line_height, load_font, text_width
 
 _OTHER = (128, 128, 128)  # labels that are not the index of a class
 _UNTINTED = (32, 32, 36)  # classes with the name "background"
@@ -36,6 +36,7 @@ def draw_label_map(
     min_width: int = 640,
     opacity: float = 0.6,
     ignore: int | None = 255,
+    legend_rows: int | None = None,
 ) -> np.ndarray:
     """Draw the class of each pixel in color, with a legend below the picture.
 
@@ -49,12 +50,15 @@ def draw_label_map(
         min_width: Width in pixels to which smaller images are enlarged.
         opacity: Opacity of the colors over the image in shades of gray, from 0 to 1.
         ignore: Label of pixels without a class, which show the image in its own colors.
+        legend_rows: Number of rows of the legend, so that the frames of a video have the same
+            height; the smallest classes are summed up if there are more. None for all classes.
 
     Returns:
         (H', W', 3) uint8 array.
 
     Raises:
-        ValueError: If the image, the shape of the label map or the opacity is wrong.
+        ValueError: If the image, the shape of the label map, the opacity or the number of rows is
+            wrong.
     """
     picture, _ = enlarge(image, min_width)
     labels = np.asarray(result.labels)
@@ -62,6 +66,8 @@ def draw_label_map(
         raise ValueError(f"labels must have the shape {image.shape[:2]}, got {labels.shape}")
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must be from 0 to 1, got {opacity}")
+    if legend_rows is not None and legend_rows < 1:
+        raise ValueError(f"legend_rows must be at least 1, got {legend_rows}")
     height, width = picture.shape[:2]
     # Rows and columns of the label map for those of the picture: enlarging does not mix labels.
     rows = np.arange(height) * labels.shape[0] // height
@@ -70,7 +76,8 @@ def draw_label_map(
     picture = _colored(picture, enlarged, result.classes, opacity, ignore)
     picture = _with_names(picture, enlarged, result.classes, ignore)
     entries = legend_entries(result, ignore)
-    legend = _legend(entries, max(width, min_width), font_size(width, height))
+    font = load_font(font_size(width, height), "".join(result.classes))
+    legend = _legend(entries, max(width, min_width), font, legend_rows)
     picture = np.concatenate([pad(picture, legend.shape[1], 0), legend])
     return add_caption(picture, caption)
 
@@ -180,16 +187,22 @@ def _place(mask: np.ndarray, columns: int, rows: int) -> tuple[float, float] | N
     return left + columns / 2, top + rows / 2
 
 
-def _legend(entries: list[LegendEntry], width: int, size: int) -> np.ndarray:
+def _legend(entries: list[LegendEntry], width: int, font: Font, rows: int | None) -> np.ndarray:
     """Return a legend of a width in columns, read from top to bottom."""
-    texts = [f"{entry.name}: {_percent(entry.share)}" for entry in entries]
-    font = load_font(size, "".join(texts))
+    texts = [_entry_text(entry) for entry in entries]
     line = round(1.7 * line_height(font))
     swatch = line_height(font)
     widest = max((text_width(text, font) for text in texts), default=0)
     columns = min(len(entries), max(1, width // (widest + 3 * swatch))) or 1
     column_width = width // columns
-    rows = -(-len(entries) // columns)
+    if rows is None:
+        rows = -(-len(entries) // columns)
+    elif len(entries) > rows * columns:
+        kept = rows * columns - 1
+        others = entries[kept:]
+        share = sum(entry.share for entry in others)
+        entries = [*entries[:kept], LegendEntry(f"{len(others)} more", _OTHER, share)]
+        texts = [_entry_text(entry) for entry in entries]
     legend = Image.new("RGB", (width, rows * line + line // 2), BACKGROUND)
     draw = ImageDraw.Draw(legend)
     for number, (entry, text) in enumerate(zip(entries, texts, strict=True)):
@@ -204,6 +217,10 @@ def _legend(entries: list[LegendEntry], width: int, size: int) -> np.ndarray:
             place, fit(text, font, column_width - 5 * swatch // 2), "black", font, anchor="lm"
         )
     return np.asarray(legend)
+
+
+def _entry_text(entry: LegendEntry) -> str:
+    return f"{entry.name}: {_percent(entry.share)}"
 
 
 def _percent(share: float) -> str:

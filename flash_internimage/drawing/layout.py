@@ -119,7 +119,7 @@ def contact_sheet(
         raise ValueError(f"cell_width must be at least 32, got {cell_width}")
     columns = min(columns, len(pictures))
     gap = max(4, cell_width // 24)
-    font = load_font(max(12, cell_width // 17), "".join(captions))
+    font = load_font(min(max(12, cell_width // 17), 20), "".join(captions))
     line = round(1.4 * line_height(font))
     rows = []
     for start in range(0, len(pictures), columns):

@@ -12,13 +12,19 @@ from ..predictions import Classification, Detections, LabelMap, Result
 MAX_PIXELS = 16_000_000
 
 
-def draw(image: np.ndarray, result: Result, caption: str | None = None) -> np.ndarray:
+def draw(
+    image: np.ndarray,
+    result: Result,
+    caption: str | None = None,
+    legend_rows: int | None = None,
+) -> np.ndarray:
     """Draw the prediction of an image.
 
     Args:
         image: (H, W, 3) uint8 array in RGB. Above 16 megapixels, the picture is reduced.
         result: Prediction of any task for this image.
         caption: Text of a bar above the picture.
+        legend_rows: Rows of the legend of a label map; None for as many as it needs.
 
     Returns:
         (H', W', 3) uint8 array.
@@ -28,7 +34,7 @@ def draw(image: np.ndarray, result: Result, caption: str | None = None) -> np.nd
         return draw_classification(image, result, caption=caption)
     if isinstance(result, Detections):
         return draw_detections(image, result, caption=caption)
-    return draw_label_map(image, result, caption=caption, ignore=None)
+    return draw_label_map(image, result, caption=caption, ignore=None, legend_rows=legend_rows)
 
 
 def _reduce(image: np.ndarray, result: Result) -> tuple[np.ndarray, Result]:

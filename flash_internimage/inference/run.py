@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,16 +15,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..files import partial_path
 from ..images import UnreadableImage
 from ..predictions import Result
 from .pictures import draw
 from .predictor import Predictor
 from .records import to_record
-from .sources import Source, read_rgb
-from .writer import VIDEOS, ResultWriter
+from .sources import VIDEOS, Source, read_rgb
+from .writer import ResultWriter
 
 # Threads that decode images while the model is busy.
 _READERS = 2
+
+# Rows of the legend in a video, at most: all of its frames have the same size.
+_LEGEND_ROWS = 3
 
 # Errors about a single source.
 _SKIPPED = (ValueError, MemoryError, torch.OutOfMemoryError)
@@ -146,8 +149,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _skip(writer: ResultWriter, index: int, source: Source, reason: object) -> None:
     text = " ".join(str(reason).split()) or type(reason).__name__
-    if str(source.path) not in text:
-        text = f"{source.path}: {text}"
+    path = " ".join(str(source.path).split())
+    if path not in text:
+        text = f"{path}: {text}"
     tqdm.write(f"skipped: {text}", file=sys.stderr)
     writer.skip(index, source, text)
 
@@ -165,6 +169,7 @@ def _predict_video(
 
     reader = VideoReader(source)
     total = min(reader.frames or max_frames or 0, max_frames or reader.frames) or None
+    legend_rows = min(_LEGEND_ROWS, len(predictor.classes))
     count = 0
     try:
         frames = tqdm(
@@ -180,7 +185,7 @@ def _predict_video(
                 for frame, result in zip(batch, predict_each(predictor, batch), strict=True):
                     if isinstance(result, Exception):
                         raise result
-                    video.write(draw(frame, result))
+                    video.write(draw(frame, result, legend_rows=legend_rows))
                     lines.write(json.dumps(_frame_record(count, reader.fps, result)) + "\n")
                     count += 1
     except KeyboardInterrupt:
@@ -197,11 +202,14 @@ def _frame_record(number: int, fps: float, result: Result) -> dict[str, Any]:
 
 @contextmanager
 def _lines(path: Path) -> Iterator[TextIO]:
-    """Open a text file that appears when the block ends, even by an error."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    """Open a text file that appears when the block ends, even by an error, unless it is empty."""
+    partial = partial_path(path)
     with open(partial, "w", encoding="utf-8") as file:
         try:
             yield file
         finally:
             file.close()
-            os.replace(partial, path)
+            if partial.stat().st_size:
+                os.replace(partial, path)
+            else:
+                partial.unlink()

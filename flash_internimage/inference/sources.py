@@ -18,6 +18,9 @@ from ..images import UnreadableImage, image_suffixes, read_image, to_rgb
 
 _logger = logging.getLogger(__name__)
 
+# Folders of the results within the output folder.
+PICTURES, LABEL_MAPS, VIDEOS = "pictures", "label_maps", "videos"
+
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
 
@@ -62,14 +65,15 @@ def read_rgb(path: str | os.PathLike) -> np.ndarray:
         raise UnreadableImage(f"cannot read image {path}: {reason:.500}") from error
 
 
-def find_sources(inputs: Sequence[str], leave_out: Path | None = None) -> list[Source]:
+def find_sources(inputs: Sequence[str], output: Path | None = None) -> list[Source]:
     """Find images, videos and cameras.
 
     Args:
         inputs: Files, folders (searched recursively for images), patterns such as `photos/*.jpg`
             or `photos/**/*.png`, and numbers of cameras. A file that is found several times counts
             once.
-        leave_out: Folder whose files are not inputs, such as that of the results.
+        output: Folder of the results, which may be in a folder of inputs or be one. Results of an
+            earlier run are left out there.
 
     Returns:
         The sources in the order of the inputs, those of a folder or pattern by name, and cameras
@@ -77,7 +81,8 @@ def find_sources(inputs: Sequence[str], leave_out: Path | None = None) -> list[S
 
     Raises:
         FileNotFoundError: If an input does not exist.
-        ValueError: If a folder contains no images or a pattern matches nothing.
+        ValueError: If a folder contains no images, a pattern matches nothing, or an input is a
+            result in `output`, which might be overwritten.
         OSError: If a folder cannot be read.
     """
     cameras = [i for i in inputs if re.fullmatch(r"\d{1,4}", i) and not os.path.exists(i)]
@@ -87,8 +92,8 @@ def find_sources(inputs: Sequence[str], leave_out: Path | None = None) -> list[S
     for given in inputs:
         if given in cameras:
             continue
-        for path in _expand(given):
-            found, parent = _files_of(path, given, leave_out)
+        for path in _expand(given, output):
+            found, parent = _files_of(path, output)
             parents.append(parent)
             for file in found:
                 real = os.path.realpath(file)
@@ -111,26 +116,45 @@ def find_sources(inputs: Sequence[str], leave_out: Path | None = None) -> list[S
     ]
 
 
-def _expand(given: str) -> list[str]:
+def _expand(given: str, output: Path | None) -> list[str]:
     """Return the paths that an input stands for."""
     given = os.path.expanduser(given)
     if os.path.lexists(given):
+        if _is_result(given, output):
+            raise ValueError(
+                f"INPUT must not be a result in the output folder {output}, got {given}"
+            )
         return [given]
     if not glob.has_magic(given):
         raise FileNotFoundError(f"INPUT not found: {given}")
-    paths = sorted(glob.glob(given, recursive=True))
+    found = sorted(glob.glob(given, recursive=True))
+    paths = [p for p in found if not (_is_same(p, output) or _is_result(p, output))]
+    if len(paths) < len(found):
+        _logger.info("%s: %d results of %s are left out", given, len(found) - len(paths), output)
     if not paths:
         raise ValueError(f"INPUT must match at least one file, got '{given}'")
     return paths
 
 
-def _files_of(path: str, given: str, leave_out: Path | None) -> tuple[list[Path], str]:
+def _is_result(path: str, output: Path | None) -> bool:
+    """Return whether a path is in one of the folders of results."""
+    if output is None:
+        return False
+    relative = os.path.relpath(os.path.realpath(path), os.path.realpath(output))
+    return relative.partition(os.sep)[0] in (PICTURES, LABEL_MAPS, VIDEOS)
+
+
+def _is_same(path: str, output: Path | None) -> bool:
+    return output is not None and os.path.realpath(path) == os.path.realpath(output)
+
+
+def _files_of(path: str, output: Path | None) -> tuple[list[Path], str]:
     """Return the files of a path, and the absolute path of the folder that they are in."""
     if not os.path.isdir(path):
         return [Path(path)], os.path.dirname(os.path.abspath(path))
     check_no_loops(path)
     suffixes, others, found = image_suffixes(), 0, []
-    for file in _walk(path, leave_out):
+    for file in _walk(path, output):
         if file.suffix.lower() in suffixes:
             found.append(file)
         else:
@@ -144,8 +168,8 @@ def _files_of(path: str, given: str, leave_out: Path | None) -> tuple[list[Path]
     return found, os.path.abspath(path)
 
 
-def _walk(folder: str, leave_out: Path | None) -> Iterator[Path]:
-    """Yield the files below a folder by name, without hidden ones."""
+def _walk(folder: str, output: Path | None) -> Iterator[Path]:
+    """Yield the files below a folder by name, without hidden ones and results."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -155,7 +179,8 @@ def _walk(folder: str, leave_out: Path | None) -> Iterator[Path]:
             name
             for name in sorted(folders)
             if not name.startswith(".")
-            and not (leave_out and leave_out.exists() and leave_out.samefile(Path(parent, name)))
+            and not _is_same(os.path.join(parent, name), output)
+            and not _is_result(os.path.join(parent, name), output)
         ]
         yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
 

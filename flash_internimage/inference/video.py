@@ -2,7 +2,6 @@
 
 import logging
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import cv2
 import numpy as np
 
 from ..drawing.layout import pad
+from ..files import partial_path
 from ..images import UnreadableImage
 from .sources import Source
 
@@ -85,7 +85,7 @@ class VideoWriter:
 
     def __init__(self, path: Path, fps: float) -> None:
         self._path, self._fps = path, fps
-        self._partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.partial.mp4")
+        self._partial = partial_path(path, suffix=".mp4")
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
 

@@ -4,6 +4,7 @@ import csv
 import heapq
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,13 +13,12 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.zoo import Task
-from ..files import write_atomically
+from ..files import is_partial, write_atomically, write_text
 from ..predictions import LabelMap, Result
 from .pictures import draw
 from .records import to_record
-from .sources import Source
+from .sources import LABEL_MAPS, PICTURES, VIDEOS, Source
 
-PICTURES, LABEL_MAPS, VIDEOS = "pictures", "label_maps", "videos"
 _PARTS = "predictions.process*.jsonl"
 
 
@@ -102,9 +102,14 @@ def _to_image(result: LabelMap) -> Image.Image:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove the files of the processes of an earlier run, which was killed."""
+    """Remove the files of the processes, and partial results of an earlier run that was killed."""
     for part in folder.glob(_PARTS):
         part.unlink()
+    for kind in (PICTURES, LABEL_MAPS, VIDEOS):
+        for parent, _, names in os.walk(folder / kind):
+            for name in names:
+                if is_partial(name):
+                    os.unlink(os.path.join(parent, name))
 
 
 def merge(folder: Path, task: Task, classes: Sequence[str]) -> None:
@@ -133,12 +138,10 @@ def merge(folder: Path, task: Task, classes: Sequence[str]) -> None:
         images = [_coco_image(line) for line in lines("objects")]
         categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
         contents = {"info": {}, "images": images, "annotations": [], "categories": categories}
-        write_atomically(
-            folder / "images.json", lambda file: file.write(json.dumps(contents).encode())
-        )
+        write_text(folder / "images.json", json.dumps(contents))
     else:
         text = "".join(f"{name}\n" for name in classes)
-        write_atomically(folder / "classes.txt", lambda file: file.write(text.encode()))
+        write_text(folder / "classes.txt", text)
     skipped = [(line["file_name"], line["skipped"]) for line in lines("skipped")]
     if skipped:
         _write_csv(folder / "skipped.csv", ("file_name", "reason"), iter(skipped))
@@ -173,7 +176,8 @@ def _coco_results(lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterator[tuple]) -> None:
     def write(file: BinaryIO) -> None:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        # File names need not be UTF-8.
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
         csv.writer(text, lineterminator="\n").writerows([header, *rows])
         text.flush()
         text.detach()

@@ -11,6 +11,7 @@ import faster_coco_eval  # noqa: F401  mmdet would not notice before the first e
 from mmdet.registry import METRICS, TRANSFORMS
 
 from .datasets.coco import CheckedCocoDataset
+from .engine.hooks.class_weights import CheckDetectorHook
 from .evaluation.coco_metric import CheckedCocoMetric, CheckedPycocotoolsMetric
 from .models.detectors import ClampedReferenceDINOHead, HalfWidthEncodingDINO
 from .safe_loading import register_image_loaders, register_override
@@ -18,6 +19,7 @@ from .visualization.detection import CaptionedDetVisualizer
 
 __all__ = [
     "CaptionedDetVisualizer",
+    "CheckDetectorHook",
     "CheckedCocoDataset",
     "CheckedCocoMetric",
     "CheckedPycocotoolsMetric",

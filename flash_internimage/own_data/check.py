@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .duplicates import find_duplicates, find_similar
+from .duplicates import MAX_PAIRS, find_duplicates, find_similar
 from .report import Report
 
 _PICTURES = 12  # in the contact sheet, per split
+_SHOWN = 10  # of identical images
 _COLUMNS, _CELL_WIDTH = 3, 400
 
 
@@ -80,23 +81,34 @@ def check_dataset(config: Path, options: Options) -> Findings:
 
 def _add_duplicates(findings: Findings, options: Options) -> None:
     report = findings.report
-    paths = {split.name: split.paths for split in report.splits}
-    identical = set()
-    for group in find_duplicates(paths):
+    groups = find_duplicates({split.name: split.paths for split in report.splits})
+    for group in groups:
         splits = list(dict.fromkeys(split for split, _ in group))
-        names = " = ".join(f"{path} ({split})" for split, path in group)
         if len(splits) > 1:
+            # An image of each split first.
+            firsts = [next(place for place in group if place[0] == split) for split in splits]
+            shown = [*firsts, *(place for place in group if place not in firsts)][:_SHOWN]
+            names = " = ".join(f"{path} ({split})" for split, path in shown)
+            names += f" and {len(group) - _SHOWN} more" * (len(group) > _SHOWN)
             report.add(" and ".join(splits), "identical images in several splits", [names])
-            identical |= {path for _, path in group}
         else:
             split = next(split for split in report.splits if split.name == splits[0])
             split.extra["repeated"] = split.extra.get("repeated", 0) + len(group) - 1
     if options.similar is None:
         return
-    for (first, one), (second, other), bits in find_similar(findings.hashes, options.similar):
-        if not {one, other} <= identical:
-            message = f"{one} ({first}) and {other} ({second}) differ in {bits} of 64 bits"
-            report.add(f"{first} and {second}", "similar images in several splits", [message])
+    # Of identical images, the first is compared with those of other splits.
+    repeated = {place for group in groups for place in group[1:]}
+    hashes = {
+        split: {path: value for path, value in some.items() if (split, path) not in repeated}
+        for split, some in findings.hashes.items()
+    }
+    pairs, total = find_similar(hashes, options.similar, MAX_PAIRS)
+    kind = "similar images in several splits"
+    for (first, one), (second, other), bits in pairs:
+        message = f"{one} ({first}) and {other} ({second}) differ in {bits} of 64 bits"
+        report.add(f"{first} and {second}", kind, [message])
+    if total > len(pairs):
+        report.add("all splits", kind, [f"{total - len(pairs)} further pairs"])
 
 
 def draw_sheet(findings: Findings) -> np.ndarray:

@@ -23,7 +23,7 @@ from ..classification.data.folders import FolderReader
 from ..images import UnreadableImage, read_size
 from .check import Findings, Options, choose
 from .duplicates import difference_hash
-from .report import Report, Split
+from .report import Notes, Report, Split
 from .scanning import scan
 
 
@@ -77,12 +77,7 @@ def _check_split(
 @contextmanager
 def _warnings(notes: list[str]) -> Iterator[None]:
     """Collect the warnings that training would log."""
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            notes.append(record.getMessage())
-
-    logger, handler = logging.getLogger("flash_internimage.classification"), Collect("WARNING")
+    logger, handler = logging.getLogger("flash_internimage.classification"), Notes(notes)
     propagated, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:

@@ -189,12 +189,11 @@ def _draw(entries: list[dict], split: Split, findings: Findings) -> None:
         if instances and all("mask" in instance for instance in instances):
             size = info["height"], info["width"]
             masks = np.stack([_decode(instance["mask"], *size) for instance in instances])
-        annotations = Detections(
-            boxes=np.array([it["bbox"] for it in instances], np.float32).reshape(-1, 4),
-            scores=np.full(len(instances), np.nan, np.float32),
-            labels=np.array([it["bbox_label"] for it in instances], np.int64),
+        annotations = Detections.of(
+            [it["bbox"] for it in instances],
+            [it["bbox_label"] for it in instances],
+            split.classes,
             masks=masks,
-            classes=split.classes,
         )
         picture = draw_detections(np.ascontiguousarray(loaded["img"][..., ::-1]), annotations)
         name = Path(info["img_path"]).name

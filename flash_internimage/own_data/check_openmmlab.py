@@ -1,7 +1,6 @@
 """Check the datasets of detectors and segmentors."""
 
 import io
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -17,14 +16,14 @@ from ..openmmlab.datasets.base import ReadableImages
 from ..openmmlab.errors import describe, is_users
 from ..openmmlab.safe_loading import safe_loading
 from .check import Findings, Options
-from .report import Report, Split
+from .report import Notes, Report, Split
 
 _TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
 
 
 def check_openmmlab(config: Path, options: Options) -> Findings:
     """Check the datasets of a config of mmdet or mmseg; see :func:`.check.check_dataset`."""
-    cfg = load_config(config, options.overrides)
+    cfg = load_config(config, options.overrides, option="--set")
     task = _TASKS.get(cfg.get("default_scope", ""))
     if task is None:
         raise ValueError(
@@ -121,14 +120,9 @@ def _refusals(split: str, report: Report) -> Iterator[None]:
 @contextmanager
 def _warnings(notes: list[str]) -> Iterator[None]:
     """Collect the warnings that a dataset logs in training."""
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            notes.append(record.getMessage())
-
     name = "flash_internimage.own_data"
     logger = MMLogger.get_instance(name, log_level="WARNING")  # the current one from here on
-    logger.handlers = [Collect(logging.WARNING)]
+    logger.handlers = [Notes(notes)]
     try:
         yield
     finally:

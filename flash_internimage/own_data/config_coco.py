@@ -3,7 +3,8 @@
 import logging
 from pathlib import Path
 
-from .config_text import config_text, names_tuple, quote, some
+from .class_names import check_classes, some, warn_of_case
+from .config_text import config_text, names_tuple, quote
 from .layouts import TRAIN, VAL, CocoSplit, find_coco_split
 from .models import Model
 from .schedules import detection_schedule
@@ -40,6 +41,8 @@ def coco_config(
     for split in splits:
         if model.family != "dino" or model.is_demo:  # The demo's pipelines load masks.
             _require_masks(root, split, model)
+    check_classes(classes)
+    warn_of_case(classes)
     count = len(classes)
     lines = [
         f"classes = {names_tuple(classes)}",

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..images import UnreadableImage, image_suffixes, read_label_map
-from .config_text import config_text, names_tuple, quote, read_classes, some
+from .class_names import read_classes, some, warn_of_case
+from .config_text import config_text, names_tuple, quote
 from .layouts import TRAIN, VAL, LabelMapSplit, find_label_map_split
 from .models import Model
 from .scanning import scan
@@ -54,6 +55,7 @@ def label_map_config(
     if classes is None and (root / "classes.txt").is_file():
         classes = read_classes(root / "classes.txt")
     classes = _check_values(values, classes, ignore_index, reduce_zero_label)
+    warn_of_case(classes)
     settings = [
         'type="CheckedSegDataset"',
         f"data_root={quote(root.as_posix() + '/')}",
@@ -174,6 +176,10 @@ def _check_values(
             f"label maps must contain the indices {first} to {first + len(classes) - 1} of the "
             f"{len(classes)} classes or {ignore_index} to ignore pixels (--ignore-index), got "
             f"{some(wrong, 20)}{hint}"
+        )
+    if len(classes) > IGNORED:
+        raise ValueError(
+            f"classes must be at most {IGNORED}, one for each value of a byte, got {len(classes)}"
         )
     if len(classes) < 2:
         raise ValueError(

@@ -2,28 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from .models import Model
 
 _LINE = 100  # characters
-
-
-def read_classes(path: Path) -> list[str]:
-    """Read a text file with the name of a class in each line.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is not a text file, or has no names or one twice.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be a text file in UTF-8, got {error}") from error
-    names = [line for line in lines if line]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"{path} must have a different name in each line, got {some(names)}")
-    return names
 
 
 def config_text(model: Model, lines: Sequence[str], schedule: str | None) -> str:
@@ -45,8 +27,8 @@ def config_text(model: Model, lines: Sequence[str], schedule: str | None) -> str
 
 
 def quote(text: str) -> str:
-    """Return a string literal in double quotes."""
-    return json.dumps(text, ensure_ascii=False)
+    """Return a string literal in double quotes, without the {{ that mmengine substitutes."""
+    return json.dumps(text, ensure_ascii=False).replace("{{", "{\\u007b")
 
 
 def names_tuple(names: Sequence[str]) -> str:
@@ -56,8 +38,3 @@ def names_tuple(names: Sequence[str]) -> str:
     if len("classes = " + line) <= _LINE:
         return line
     return "(\n" + "".join(f"    {literal},\n" for literal in literals) + ")"
-
-
-def some(items: Sequence[object], number: int = 5) -> str:
-    """Return the first items, separated by commas."""
-    return ", ".join(map(str, items[:number])) + ", ..." * (len(items) > number)

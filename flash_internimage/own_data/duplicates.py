@@ -4,11 +4,13 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 Place = tuple[str, str]  # split and path
+MAX_PAIRS = 1000  # in a report
 _CHUNK = 1 << 22  # pairs of hashes that are compared at a time
 
 
@@ -53,19 +55,29 @@ def difference_hash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
 
 
+class Pair(NamedTuple):
+    """Similar images in different splits, and how many bits of their hashes differ."""
+
+    first: Place
+    second: Place
+    bits: int
+
+
 def find_similar(
-    hashes: Mapping[str, Mapping[str, int]], distance: int
-) -> list[tuple[Place, Place, int]]:
-    """Return pairs of images in different splits whose hashes differ in few bits.
+    hashes: Mapping[str, Mapping[str, int]], distance: int, limit: int
+) -> tuple[list[Pair], int]:
+    """Return the images in different splits whose hashes differ in few bits.
 
     Args:
         hashes: Hash of each path, for each split.
         distance: Maximum number of bits that differ.
+        limit: Maximum number of pairs to return.
 
     Returns:
-        Pairs of (split, path), and the number of bits, the most similar pairs first.
+        The most similar pairs, in this order, and the number of all pairs.
     """
-    found = []
+    pairs: list[Pair] = []
+    total = 0
     splits = list(hashes)
     for i, first in enumerate(splits):
         for second in splits[i + 1 :]:
@@ -75,7 +87,11 @@ def find_similar(
             step = max(1, _CHUNK // max(1, len(b)))
             for start in range(0, len(a), step):
                 bits = np.bitwise_count(a[start : start + step, None] ^ b[None])
-                for row, column in np.argwhere(bits <= distance):
-                    places = (first, ours[start + row]), (second, theirs[column])
-                    found.append((*places, int(bits[row, column])))
-    return sorted(found, key=lambda pair: pair[2])
+                rows, columns = np.nonzero(bits <= distance)
+                total += len(rows)
+                found = bits[rows, columns]
+                for k in np.argsort(found, kind="stable")[:limit]:
+                    places = (first, ours[start + rows[k]]), (second, theirs[columns[k]])
+                    pairs.append(Pair(*places, int(found[k])))
+                pairs = sorted(pairs, key=lambda pair: pair.bits)[:limit]
+    return pairs, total

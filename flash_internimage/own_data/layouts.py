@@ -60,11 +60,19 @@ def find_coco_split(root: Path, names: Sequence[str], option: str, given: Path |
     names = [str(image.get("file_name")) for image in content["images"]]
     some = names[:: max(1, len(names) // 100)]
     folders = list(_image_folders(root, ann_file))
-    best = max(folders, key=lambda folder: sum((folder / name).is_file() for name in some))
-    if not any((best / name).is_file() for name in some):
+    best = max(folders, key=lambda folder: sum(is_file(folder / name) for name in some))
+    if not any(is_file(best / name) for name in some):
         places = ", ".join(dict.fromkeys(str(folder) for folder in folders))
-        raise FileNotFoundError(f"{ann_file}: image {some[0]} not found in {places}")
+        raise FileNotFoundError(f"{ann_file}: image {some[0]:.100} not found in {places}")
     return CocoSplit(_below(ann_file, root), _below(best, root).as_posix(), content)
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a file exists; names in annotations may be too long for one."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _annotation_files(root: Path, names: Iterable[str]) -> Iterator[Path]:
@@ -90,9 +98,9 @@ def _image_folders(root: Path, ann_file: Path) -> Iterator[Path]:
 
 def _read_coco(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_text("utf-8"))  # as training does: without byte-order marks
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be a JSON file, got {error}") from error
+        raise ValueError(f"{path} must be a JSON file in UTF-8, got {error}") from error
     for key in ("images", "categories", "annotations"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

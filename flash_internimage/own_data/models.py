@@ -36,7 +36,7 @@ class Model(NamedTuple):
         return self.weights is None
 
 
-def list_models(task: Task) -> dict[str, Model]:
+def list_base_models(task: Task) -> dict[str, Model]:
     """Return the models of a task by their short names; of several schedules, the shortest."""
     weights = {f"{entry.config}": entry.addresses[0] for entry in read_zoo().values()}
     models: dict[str, Model] = {}
@@ -58,13 +58,13 @@ def list_models(task: Task) -> dict[str, Model]:
     return models
 
 
-def find_model(name: str, task: Task) -> Model:
+def find_base_model(name: str, task: Task) -> Model:
     """Return a model by its short name.
 
     Raises:
         ValueError: If there is no such model for the task.
     """
-    models = list_models(task)
+    models = list_base_models(task)
     if name in models:
         return models[name]
     close = difflib.get_close_matches(name, models, n=1)

@@ -1,18 +1,33 @@
 """The result of checking a dataset: counts for each split, and all faults."""
 
-import csv
-import io
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
+from ..files import write_csv, write_text
 
 _SHOWN = 10  # faults of a kind in the text; the files list all
 _SHOWN_CLASSES = 40
+
+
+class Notes(logging.Handler):
+    """Collects the messages of logged warnings.
+
+    Args:
+        notes: List to which they are appended.
+    """
+
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.notes = notes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append the message of a record."""
+        self.notes.append(record.getMessage())
 
 
 @dataclass(frozen=True)
@@ -168,25 +183,15 @@ class Report:
             "faults": [asdict(fault) for fault in self.faults],
         }
         text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        _write(folder / "report.json", text)
-        _write(folder / "classes.csv", _csv(self.class_rows()))
+        write_text(folder / "report.json", text)
+        write_csv(folder / "classes.csv", self.class_rows())
         rows = [["split", "kind", "message"], *(list(asdict(f).values()) for f in self.faults)]
-        _write(folder / "faults.csv", _csv(rows))
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
-
-
-def _csv(rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+        write_csv(folder / "faults.csv", rows)
 
 
 def _table(rows: Sequence[Sequence[Any]], numbers: bool = False) -> str:
     """Align the columns of a table; all but the first are numbers if `numbers`."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[" ".join(str(cell).split()) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:

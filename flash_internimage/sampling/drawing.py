@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure, SubFigure
+from PIL import Image
 
 from .fields import OffsetLengths, effective_receptive_field, offset_lengths
 from .layers import Model, last_of_stages
@@ -21,6 +22,7 @@ from .points import Mapping, SamplingPoints, sampling_points
 from .preprocessing import Preprocessing, preprocessing_of
 
 _DPI = 100
+_MAX_SIDE = 2000  # of an image in a panel, which has fewer pixels
 _DIVERGING = "RdBu_r"
 _SEQUENTIAL = "cividis"
 
@@ -151,7 +153,7 @@ def plot_groups(
     _color_bar(left, drawn, whole, "modulation")
     axes = right.subplots(rows, columns, squeeze=False).ravel()
     for axis, group in zip(axes, shown, strict=False):
-        _show_image(axis, image)
+        _show_image(axis, image, window)
         _scatter(axis, points, points.groups == group, norm, largest=120 / rows**0.5)
         _mark(axis, pixel)
         axis.set(xlim=window[:2], ylim=window[:1:-1])
@@ -285,11 +287,27 @@ def _symmetric(weights: np.ndarray) -> Normalize:
     return Normalize(-largest, largest)
 
 
-def _show_image(axis: Axes, image: np.ndarray) -> None:
-    """Show an image in light gray tones, so that colors drawn over it stand out."""
-    gray = image.mean(-1, keepdims=True).repeat(3, -1)
-    faded = 0.35 * image + 0.25 * gray + 0.4 * 255
-    axis.imshow(faded.astype(np.uint8), interpolation="nearest")
+def _show_image(
+    axis: Axes, image: np.ndarray, window: tuple[float, float, float, float] | None = None
+) -> None:
+    """Show an image in light gray tones, so that colors drawn over it stand out.
+
+    Only the pixels in the window x0, x1, y0, y1 are drawn, and those of large images are reduced:
+    matplotlib would need gigabytes for them.
+    """
+    height, width = image.shape[:2]
+    x0, x1, y0, y1 = window or (0, width, 0, height)
+    left, right = max(0, math.floor(x0)), min(width, math.ceil(x1) + 1)
+    top, bottom = max(0, math.floor(y0)), min(height, math.ceil(y1) + 1)
+    factor = -(-max(right - left, bottom - top) // _MAX_SIDE)
+    shown = np.asarray(Image.fromarray(image[top:bottom, left:right]).reduce(factor))
+    extent = (
+        left - 0.5, left + shown.shape[1] * factor - 0.5,
+        top + shown.shape[0] * factor - 0.5, top - 0.5,
+    )  # fmt: skip
+    gray = shown.mean(-1, keepdims=True).repeat(3, -1)
+    faded = 0.35 * shown + 0.25 * gray + 0.4 * 255
+    axis.imshow(faded.astype(np.uint8), interpolation="nearest", extent=extent)
     axis.set(xticks=[], yticks=[])
 
 

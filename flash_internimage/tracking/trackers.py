@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.downloads import hide_secrets
-from ..files import write_atomically
+from ..files import write_text
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Tracker(ABC):
     """
 
     name: str
+    _run: Any = None  # the run of the package, once it has started
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], resumed: bool) -> None:
         self.folder = folder
@@ -46,9 +47,14 @@ class Tracker(ABC):
         try:
             self.run_id = self._start(state.get("run_id"), settings)
         except Exception as error:  # of the package
+            self._close_after(error)
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"loggers: {self.name} cannot start: {reason:.500}") from error
-        self._save()
+        try:
+            self._save()
+        except OSError as error:
+            self._close_after(error)
+            raise
 
     @abstractmethod
     def _start(self, run_id: str | None, settings: Mapping[str, Any]) -> str:
@@ -65,6 +71,15 @@ class Tracker(ABC):
     def close(self) -> None:
         """Finish the run, as failed while an exception is being handled."""
 
+    def _close_after(self, error: Exception) -> None:
+        """Finish a run that an error has ended while it started; MLflow refuses a second one."""
+        if self._run is None:
+            return
+        try:
+            self.close()
+        except Exception as second:  # of the package
+            _logger.warning("%s cannot be closed after '%s': %s", self.name, error, second)
+
     def log(self, scalars: Mapping[str, Any], step: int) -> None:
         """Record the numbers in `scalars`, unless an earlier attempt has recorded the step."""
         new = {
@@ -78,8 +93,7 @@ class Tracker(ABC):
             self._save()
 
     def _save(self) -> None:
-        text = json.dumps({"run_id": self.run_id, "steps": self._steps})
-        write_atomically(self._path, lambda file: file.write(text.encode()))
+        write_text(self._path, json.dumps({"run_id": self.run_id, "steps": self._steps}))
 
 
 class WandbTracker(Tracker):
@@ -186,11 +200,18 @@ def open_tracker(name: str, folder: Path, settings: Mapping[str, Any], resumed: 
     Args:
         name: A key of `TRACKERS`.
         folder: Output folder of the run, which names it.
-        settings: Settings of the run, flat. Passwords and query strings in URLs are left out.
+        settings: Settings of the run, flat; lists and other values become text. Passwords and query
+            strings in URLs are left out.
         resumed: Continue the run that is recorded in the folder, if there is one.
     """
-    public = {k: hide_secrets(v) if isinstance(v, str) else v for k, v in settings.items()}
+    public = {key: _public(value) for key, value in settings.items()}
     return TRACKERS[name](folder, public, resumed)
+
+
+def _public(value: Any) -> bool | int | float | str | None:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return hide_secrets(value if isinstance(value, str) else repr(value))
 
 
 def _read(path: Path) -> dict[str, Any]:

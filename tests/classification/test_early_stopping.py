@@ -112,5 +112,16 @@ def test_other_validation_data_start_again(config, stopping, scores):
     assert (trainer.patience.best, trainer.patience.waited) == (None, 0)
 
 
+def test_other_weights_start_again(stopping, scores):
+    scores(50, 40)
+    cfg = stopping(epochs=2)
+    assert cfg.ema_decay is not None
+    assert epochs(cfg) == 2
+    trainer = build(cfg.model_copy(update={"ema_decay": None}))
+    changes = trainer.resume(trainer.last)
+    assert (trainer.patience.best, trainer.patience.waited) == (None, 0)
+    assert changes[-1] == "early stopping counts from 0: it no longer judges the EMA weights"
+
+
 def test_without_early_stopping_checkpoints_do_not_mention_it(config):
     assert "early_stopping" not in build(config()).state_dict()

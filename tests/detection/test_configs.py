@@ -280,7 +280,7 @@ def test_images_are_normalized_and_padded_to_multiples_of_32(config):
 
 
 def test_hooks(recipe, config):
-    names = "NumClassCheckHook", "CheckFiniteHook", "CurvesHook"
+    names = "CheckDetectorHook", "NumClassCheckHook", "CheckFiniteHook", "CurvesHook"
     hooks = [{"type": name} for name in names]
     if recipe["ema"] == "yes":
         average = {"ema_type": "ExpMomentumEMA", "momentum": 1e-4, "gamma": 2000}

@@ -43,7 +43,8 @@ def config(write_config, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(config) -> SimpleNamespace:
     """Train an epoch with all examples together."""
-    options = config, "--work-dir", config.parent / "run", "--cfg-options", "train_cfg.max_epochs=1"
+    settings = "train_cfg.max_epochs=1", "randomness.seed=0"
+    options = config, "--work-dir", config.parent / "run", "--cfg-options", *settings
     runner = training_runner(training_parser("train", "").parse_args([*map(str, options)]))
     before = {k: t.clone() for k, t in runner.model.backbone.state_dict().items()}
     shapes = set()

@@ -158,3 +158,12 @@ def test_a_missing_extra_is_named(extra, exits, monkeypatch):
 def test_other_missing_modules_are_not_attributed_to_an_extra():
     with pytest.raises(ModuleNotFoundError), required_by("program"):
         raise ModuleNotFoundError(name="mmcv._ext")
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(test_command, "main", interrupt)
+    assert main(["test", DIGITS]) == 130
+    assert capsys.readouterr().err == "flash-internimage test: interrupted\n"

@@ -50,6 +50,11 @@ class TestWriteAtomically:
         write_atomically(path, write_while_another_does)
         assert path.read_bytes() == b"outer"
 
+    @pytest.mark.parametrize("name", [251 * "x" + ".jpg", 83 * "漢" + ".jpg", 125 * "é" + ".jpg"])
+    def test_the_longest_names_can_be_written(self, tmp_path, name):
+        write_atomically(tmp_path / name, lambda file: file.write(b"data"))
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
     def test_permissions_follow_the_umask(self, tmp_path):
         before = os.umask(0o027)
         try:

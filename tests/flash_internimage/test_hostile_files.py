@@ -529,3 +529,13 @@ def test_invalid_alignments_are_rejected(path, alignment):
         ),
     )  # fmt: skip
     assert_refused(path, "its storage alignment is invalid")
+
+
+def test_the_function_that_a_file_would_call_is_named(path):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    torch.save({"state_dict": {}, "hostile": Hostile()}, path)
+    with pytest.raises(ValueError, match=r"GLOBAL \w+\.system whose module \w+ is blocked$"):
+        load_checkpoint(path)

@@ -15,6 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from flash_internimage.classification.config import Config, ConfigError, load_config
 from flash_internimage.classification.report import Metrics
 from flash_internimage.classification.training import train
+from flash_internimage.nested import flatten
 from flash_internimage.tracking import TRACKERS, check_packages, open_tracker, trackers
 
 HEADER, BLOCK = 7, 32768  # of a .wandb file and its blocks, in bytes
@@ -165,6 +166,23 @@ def test_a_tracker_that_cannot_start_is_one_line(tmp_path, monkeypatch):
         open_tracker("wandb", tmp_path, {}, False)
 
 
+def test_a_run_that_cannot_start_is_not_left_open(offline, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow, "log_params", lambda _: 1 / 0)
+        with pytest.raises(ValueError, match=r"^loggers: mlflow cannot start: division by zero$"):
+            open_tracker("mlflow", offline, {"lr": 0.1}, False)
+    assert mlflow.active_run() is None
+
+
+def test_a_logger_that_cannot_start_closes_the_others(tmp_path, recorded, monkeypatch):
+    closed = []
+    monkeypatch.setattr(TRACKERS["wandb"], "close", lambda self: closed.append(self.name))
+    monkeypatch.setattr(mlflow, "start_run", lambda *_, **__: 1 / 0)
+    with pytest.raises(ValueError, match=r"^loggers: mlflow cannot start: division by zero$"):
+        Metrics(tmp_path, 0, ("wandb", "mlflow"))
+    assert closed == ["wandb"]
+
+
 def test_a_server_that_fails_while_training_is_reported_once(offline, monkeypatch, caplog):
     tracker = open_tracker("mlflow", offline, {}, False)
 
@@ -214,12 +232,19 @@ def test_loggers_are_a_name_or_a_list_of_names(tmp_path):
         load_config(path, ["loggers=[wndb]"])
 
 
+def test_nested_settings_become_dotted_keys():
+    nested = {"a": {"b": 1, "c": {"d": None}}, "e": (1, "x")}
+    assert flatten(nested) == {"a.b": 1, "a.c.d": None, "e": (1, "x")}
+
+
 def test_secrets_in_addresses_are_left_out(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setitem(TRACKERS, "wandb", lambda folder, settings, resumed: seen.update(settings))
     address = "https://user:password@example.org/best.pth?token=secret"
-    open_tracker("wandb", tmp_path, {"model.initial_checkpoint": address, "lr": 0.1}, False)
-    assert seen == {"model.initial_checkpoint": "https://...@example.org/best.pth?...", "lr": 0.1}
+    settings = {"model.initial_checkpoint": address, "lr": 0.1, "x": [1]}
+    open_tracker("wandb", tmp_path, settings, False)
+    public = "https://...@example.org/best.pth?..."
+    assert seen == {"model.initial_checkpoint": public, "lr": 0.1, "x": "[1]"}
 
 
 def test_a_logger_is_started_once():

@@ -220,6 +220,12 @@ def test_class_weights_of_mask2former(weights, check):
         )
 
 
+def test_masks_of_mask2former_have_no_class_weights(check):
+    message = r"model.decode_head.loss_mask.class_weight must be None for a loss of masks, got \[1"
+    with pytest.raises(ValueError, match=message):
+        check("model = dict(decode_head=dict(loss_mask=dict(class_weight=[1.0])))", "mask2former")
+
+
 RIGHT = {
     "as it is": "",
     "windows": 'model = dict(test_cfg=dict(mode="slide", crop_size=(64, 96), stride=(64, 48)))',

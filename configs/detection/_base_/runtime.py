@@ -12,6 +12,7 @@ visualizer = dict(
 # NumClassCheckHook, no longer a default in mmdet 3, rejects heads whose number of classes is not
 # that of the data.
 custom_hooks = [
+    dict(type="CheckDetectorHook"),
     dict(type="NumClassCheckHook"),
     dict(type="CheckFiniteHook"),
     dict(type="CurvesHook"),

@@ -12,7 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
 
-from ...files import write_atomically
+from ...console import log_to_terminal
+from ...files import write_text
 from ..config import MAX_WORKERS, ConfigError
 from ..errors import describe
 from ..evaluation import evaluate_checkpoint, measure_throughput
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         argv: Arguments; None for those of the process.
         program: Name of the program in usage messages.
     """
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     arguments = parse_arguments(argv, program)
     expand_paths(arguments)
     if arguments.json is not None:
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
 def _write(result: dict[str, Any], path: Path | None) -> None:
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     if path:
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text(path, text)
     width = max(map(len, result))
     sys.stdout.write("".join(f"{key:<{width}}  {value}\n" for key, value in result.items()))
     sys.stdout.write(json.dumps(result) + "\n")

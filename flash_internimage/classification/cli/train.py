@@ -6,6 +6,7 @@ import logging
 import torch.distributed as dist
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ...console import log_to_terminal
 from ..config import load_config
 from ..errors import describe
 from ..interruption import Interrupted
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         argv: Arguments; None for those of the process.
         program: Name of the program in usage messages.
     """
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     arguments = parse_arguments(argv, program)
     try:
         with logging_redirect_tqdm(), held_log() as held:

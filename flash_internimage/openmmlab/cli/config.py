@@ -102,6 +102,7 @@ def load_config(
     cfg_options: Mapping[str, Any] | None = None,
     work_dir: Path | None = None,
     launcher: str | None = None,
+    option: str = "--cfg-options",
 ) -> Config:
     """Load and validate a config.
 
@@ -110,6 +111,7 @@ def load_config(
         cfg_options: Values of settings that differ from the file, by dotted key.
         work_dir: Folder of logs and checkpoints; None for that of the config, or output/NAME.
         launcher: How processes are started; None for pytorch under torchrun, otherwise none.
+        option: Command-line option of `cfg_options`, for error messages.
 
     Raises:
         FileNotFoundError: If the config does not exist.
@@ -120,7 +122,7 @@ def load_config(
     variables = _used_variables(cfg.text)
     settings = [name for name in cfg if name not in variables and not _is_variable(cfg, name)]
     _refuse_obsolete(str(path), settings)
-    _refuse_obsolete("--cfg-options", [key.split(".")[0] for key in cfg_options])
+    _refuse_obsolete(option, [key.split(".")[0] for key in cfg_options])
     known = {*inspect.signature(Runner).parameters, *_READ}
     for name in cfg.keys() - known:
         # Unknown names may be variables. A common one, test_pipeline, resembles tta_pipeline.
@@ -134,14 +136,14 @@ def load_config(
         name = key.split(".")[0]
         if name in cfg and name not in known:
             raise ValueError(
-                f"--cfg-options {key}: {name} is a variable of {path} that has already been "
+                f"{option} {key}: {name} is a variable of {path} that has already been "
                 "resolved; override the keys that use it, such as "
                 "train_dataloader.dataset.data_root for data_root"
             )
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"--cfg-options {key}: unknown key {name}{hint}")
+            raise ValueError(f"{option} {key}: unknown key {name}{hint}")
     cfg.merge_from_dict(cfg_options)
     if "model" not in cfg:
         raise ValueError(f"{path} must contain a model")

@@ -1,7 +1,7 @@
 """Visualization backends that continue their run when training is resumed."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from mmengine.registry import VISBACKENDS
 from mmengine.runner import Runner
 from mmengine.visualization import BaseVisBackend
 
+from ...nested import flatten
 from ...tracking import open_tracker
 
 
@@ -133,18 +134,6 @@ class RunTrackerVisBackend(_RunBackend):
         self._writer.log(row, step)
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings into one level of dotted keys; other values become text."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            is_plain = value is None or isinstance(value, bool | int | float | str)
-            flat[f"{prefix}{key}"] = value if is_plain else repr(value)
-    return flat
-
-
 def start_backends(runner: Runner) -> None:
     """Start the backends of a runner that record its training; only the main process has any.
 
@@ -158,8 +147,9 @@ def start_backends(runner: Runner) -> None:
 
 def close_backends(runner: Runner) -> None:
     """Close the backends that :func:`start_backends` has started."""
-    for backend in _backends(runner):
-        backend.close()
+    with ExitStack() as stack:  # all of them, even if one cannot be closed
+        for backend in _backends(runner):
+            stack.callback(backend.close)
 
 
 def _backends(runner: Runner) -> list[_RunBackend]:

@@ -82,14 +82,13 @@ def to_detections(instances: InstanceData, classes: tuple[str, ...]) -> Detectio
         masks = masks.to_tensor(bool, "cpu")
     if isinstance(masks, torch.Tensor) and not boxes.any():
         boxes = mask2bbox(masks.bool())
-    labels = instances.labels.long()
-    scores = instances.get("scores", torch.full(labels.shape, torch.nan))
-    return Detections(
-        boxes=boxes.numpy(),
-        scores=scores.float().numpy(),
-        labels=labels.numpy(),
-        masks=None if masks is None else np.asarray(masks, bool),
-        classes=classes,
+    scores = instances.get("scores")
+    return Detections.of(
+        boxes,
+        instances.labels,
+        classes,
+        scores=None if scores is None else scores.float(),
+        masks=masks,
     )
 
 
@@ -100,10 +99,9 @@ def _annotations(data_sample: DetDataSample, classes: tuple[str, ...]) -> Detect
         return truth
     ignored = to_detections(data_sample.ignored_instances, classes)
     with_masks = truth.masks is not None and ignored.masks is not None
-    return Detections(
-        boxes=np.concatenate([truth.boxes, ignored.boxes]),
-        scores=np.concatenate([truth.scores, ignored.scores]),
-        labels=np.concatenate([truth.labels, np.full_like(ignored.labels, len(classes))]),
+    return Detections.of(
+        np.concatenate([truth.boxes, ignored.boxes]),
+        np.concatenate([truth.labels, np.full_like(ignored.labels, len(classes))]),
+        (*classes, "ignored"),
         masks=np.concatenate([truth.masks, ignored.masks]) if with_masks else None,
-        classes=(*classes, "ignored"),
     )

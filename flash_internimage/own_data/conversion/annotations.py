@@ -15,6 +15,8 @@ from ...images import UnreadableImage, image_suffixes, read_orientation, read_si
 Box = tuple[float, float, float, float]
 Polygon = list[float]  # x1, y1, x2, y2, ...
 
+SUMMARY = "conversion.json"  # in the folder of each converted dataset
+_LARGEST = 1e9
 _CIRCLE = 64  # corners of the polygons that replace circles and ellipses
 
 
@@ -206,29 +208,49 @@ def possible_sizes(path: Path, losses: Losses) -> tuple[tuple[int, int], tuple[i
     return (height, width), (width, height) if turned else (height, width)
 
 
-def find_images(folder: Path, recursive: bool = True) -> dict[str, Path]:
-    """Return the images in a folder by their relative path, except hidden ones."""
+def find_images(folder: Path) -> dict[str, Path]:
+    """Return the images in a folder by their relative path.
+
+    Hidden files and folders, and folders that contain the result of a conversion, are left out.
+    """
     suffixes = image_suffixes()
-    found = folder.rglob("*") if recursive else folder.glob("*")
-    return {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(found)
-        if path.suffix.lower() in suffixes and not path.name.startswith(".")
-    }
+    results = {path.parent for path in folder.rglob(SUMMARY)} - {folder}
+    images = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.suffix.lower() in suffixes and not hidden and results.isdisjoint(path.parents):
+            images[name.as_posix()] = path
+    return images
+
+
+def check_label(value: object) -> str:
+    """Return the name of a class without white space around it.
+
+    Raises:
+        ValueError: If it is not a text, or empty.
+    """
+    label = value.strip() if isinstance(value, str) else ""
+    if not label:
+        raise ValueError(f"the name of a class must be a text, got {value!r:.50}")
+    return label
 
 
 def check_numbers(values: Iterable[object], count: int | None = None) -> list[float]:
-    """Return numbers or texts as finite floats.
+    """Return numbers or texts as floats that can be multiplied and added without overflow.
 
     Raises:
-        ValueError: If one is not a finite number, or there are not `count` of them.
+        ValueError: If one is not a number of at most 1e9, or there are not `count` of them.
+        TypeError: If one is neither a number nor a text.
     """
     try:
         numbers = [float(value) for value in values]  # type: ignore[arg-type]
     except OverflowError as error:
-        raise ValueError("numbers must be finite, got a huge integer") from error
-    if not all(map(math.isfinite, numbers)) or (count is not None and len(numbers) != count):
-        raise ValueError(f"numbers must be finite, got {numbers}")
+        raise ValueError(f"numbers must be at most {_LARGEST:g}, got a huge integer") from error
+    if wrong := [number for number in numbers if not abs(number) <= _LARGEST]:
+        raise ValueError(f"numbers must be at most {_LARGEST:g}, got {wrong[0]}")
+    if count is not None and len(numbers) != count:
+        raise ValueError(f"{count} numbers must be given, got {len(numbers)}")
     return numbers
 
 

@@ -1,60 +1,36 @@
 """Write annotated images as a COCO dataset for detection and instance segmentation."""
 
-import functools
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pycocotools import mask as coco_mask
 
-from ...files import write_atomically
-from .annotations import AnnotatedImage, Box, Losses, Shape, near, rectangle, segment
-from .images import ImageWriter
+from ...files import write_text
+from .annotations import AnnotatedImage, Box, Losses, Shape, near, segment
+from .output import Output
 
 _CLIPPED = 1.0  # pixels beyond the image that are not worth mentioning
 
 
-def write_coco(
-    target: Path,
-    splits: dict[str, list[AnnotatedImage]],
-    classes: Sequence[str],
-    losses: Losses,
-    *,
-    boxes_as_masks: bool,
-    write_images: ImageWriter,
-) -> dict[str, int]:
-    """Write annotations/instances_SPLIT.json and the images of each split to a folder.
-
-    Args:
-        target: Folder to write to.
-        splits: Images of each split.
-        classes: Names of the categories, whose ids are 1, 2, ...
-        losses: Receives what is left out or changed.
-        boxes_as_masks: Whether to give objects with only a box the box as their segmentation.
-        write_images: Writes the images of a split to a folder and returns their names.
+def write_coco(output: Output) -> dict[str, int]:
+    """Write annotations/instances_SPLIT.json and the images of each split; ids count from 1.
 
     Returns:
         Number of objects of each split.
     """
-    folder = target / "annotations"
+    folder, losses = output.folder / "annotations", output.losses
     folder.mkdir(parents=True)
-    ids = {name: i for i, name in enumerate(classes, start=1)}
+    ids = {name: i for i, name in enumerate(output.classes, start=1)}
     counts = {}
-    for split, items in splits.items():
-        names = write_images(items, target / split)
+    for split, items in output.splits.items():
+        names = output.write_images(items, output.folder / split)
         annotations: list[dict[str, Any]] = []
         images = []
         for image_id, (item, name) in enumerate(zip(items, names, strict=True), start=1):
             height, width = item.size
             images.append({"id": image_id, "file_name": name, "height": height, "width": width})
             for shape in item.shapes:
-                if shape.label not in ids:
-                    losses.add(
-                        "objects of unknown classes left out", f"{item.where}: {shape.label}"
-                    )
-                    continue
-                entry = _annotation(shape, item, losses, boxes_as_masks)
+                entry = _annotation(shape, item, losses)
                 if entry is not None:
                     category = {"image_id": image_id, "category_id": ids[shape.label]}
                     annotations.append({"id": len(annotations) + 1, **category, **entry})
@@ -64,7 +40,7 @@ def write_coco(
             "annotations": annotations,
         }
         text = json.dumps(content, ensure_ascii=False)
-        write_atomically(folder / f"instances_{split}.json", functools.partial(_write_text, text))
+        write_text(folder / f"instances_{split}.json", text)
         counts[split] = len(annotations)
         if any("segmentation" in a for a in annotations):
             without = [a for a in annotations if "segmentation" not in a]
@@ -72,18 +48,12 @@ def write_coco(
     return counts
 
 
-def _write_text(text: str, file: BinaryIO) -> None:
-    file.write(text.encode())
-
-
-def _annotation(
-    shape: Shape, item: AnnotatedImage, losses: Losses, boxes_as_masks: bool
-) -> dict[str, Any] | None:
+def _annotation(shape: Shape, item: AnnotatedImage, losses: Losses) -> dict[str, Any] | None:
     """Return the fields of an object, or None if it has no pixel in its image."""
     height, width = item.size
-    if boxes_as_masks and shape.box and not shape.polygons and shape.mask is None:
-        shape.polygons = [rectangle(shape.box)]
-        losses.add("boxes taken as masks", item.where)
+    if shape.mask is not None and not shape.mask.any():
+        losses.add("empty masks left out", item.where)
+        return None
     rle = segment(shape, item.size)
     box = _box(shape, rle)
     if box[0] > box[2] or box[1] > box[3]:

@@ -3,19 +3,21 @@
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...files import write_atomically
-from .annotations import AnnotatedImage, Dataset, Losses
+from ...files import write_text
+from ..class_names import check_classes, warn_of_case
+from .annotations import SUMMARY, AnnotatedImage, Dataset, Losses, Shape, rectangle
 from .coco import write_coco
 from .images import common_suffix, image_writer
 from .label_maps import BACKGROUND, write_label_maps
 from .label_studio import read_label_studio
 from .labelme import IGNORED, read_labelme
+from .output import Output
 from .voc import read_voc
 from .yolo import read_yolo
 
@@ -82,42 +84,40 @@ def convert(kind: str, source: Path, target: Path, options: Options) -> Result:
         OSError: If a file cannot be read or written.
     """
     target = Path(os.path.abspath(target))  # "." has no name
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"TARGET must not exist or be empty, got {target}")
+    with _complete_folder(target) as partial:
+        return _convert(kind, source, partial, options)
+
+
+def _convert(kind: str, source: Path, target: Path, options: Options) -> Result:
     dataset = _read(kind, source, options)
     losses = dataset.losses
     classes = _classes(dataset, options)
     splits = _splits(dataset, options.val_fraction)
     items = [item for some in splits.values() for item in some]
     if not items or not classes:
-        reasons = "; ".join(losses.lines()) or "no images"
-        raise ValueError(f"{source} must have annotated images to convert, got {reasons}")
+        reasons = "; ".join(losses.lines()) or f"{len(items)} images and {len(classes)} classes"
+        what = "objects" if items else "annotated images"
+        raise ValueError(f"{source} must have {what} to convert, got {reasons}")
+    for item in items:
+        item.shapes = list(_shapes(item, classes, options, losses))
     suffix = common_suffix(items) if options.label_maps else None
+    write_images = image_writer(losses, options.link, suffix)
     write = write_label_maps if options.label_maps else write_coco
-    with _complete_folder(target) as partial:
-        counts = write(
-            partial,
-            splits,
-            classes,
-            losses,
-            boxes_as_masks=options.boxes_as_masks,
-            write_images=image_writer(losses, options.link, suffix),
-        )
-        images = {split: len(some) for split, some in splits.items()}
-        summary = {
-            "source": str(source),
-            "format": kind,
-            "images": images,
-            "pixels" if options.label_maps else "objects": counts,
-            "classes": classes,
-            "left_out_or_changed": losses.counts,
-            "first": losses.first,
-        }
-        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(
-            partial / "conversion.json",
-            lambda file: file.write(text.encode(errors="backslashreplace")),
-        )
+    counts = write(Output(target, splits, classes, losses, write_images))
+    images = {split: len(some) for split, some in splits.items()}
+    summary = {
+        "source": str(source),
+        "format": kind,
+        "images": images,
+        "pixels" if options.label_maps else "objects": counts,
+        "classes": classes,
+        "left_out_or_changed": losses.counts,
+        "first": losses.first,
+    }
+    text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    write_text(target / SUMMARY, text)
     return Result(images, counts, classes, losses)
 
 
@@ -133,14 +133,30 @@ def _read(kind: str, source: Path, options: Options) -> Dataset:
 
 def _classes(dataset: Dataset, options: Options) -> list[str]:
     """Return the names of the classes; objects of others are left out by the writer."""
-    if options.classes is not None:
-        return options.classes
-    if dataset.classes is not None:
-        return dataset.classes
-    labels = {
-        shape.label for items in dataset.splits.values() for item in items for shape in item.shapes
-    }
-    return sorted(labels - {IGNORED, BACKGROUND})
+    classes = options.classes or dataset.classes
+    if classes is None:
+        shapes = (s for items in dataset.splits.values() for item in items for s in item.shapes)
+        classes = sorted({shape.label for shape in shapes} - {IGNORED, BACKGROUND})
+    items = (item for items in dataset.splits.values() for item in items)
+    if options.label_maps and not any(item.label_map is not None for item in items):
+        classes = [BACKGROUND, *(name for name in classes if name != BACKGROUND)]
+    check_classes(classes)
+    warn_of_case(classes)
+    return classes
+
+
+def _shapes(
+    item: AnnotatedImage, classes: Sequence[str], options: Options, losses: Losses
+) -> Iterator[Shape]:
+    """Yield the objects of an image to write, with boxes as masks if the options say so."""
+    for shape in item.shapes:
+        if shape.label not in classes and not (options.label_maps and shape.crowd):
+            losses.add("objects of unknown classes left out", f"{item.where}: {shape.label}")
+            continue
+        if options.boxes_as_masks and shape.box and not shape.polygons and shape.mask is None:
+            shape.polygons = [rectangle(shape.box)]
+            losses.add("boxes taken as masks", item.where)
+        yield shape
 
 
 def _splits(dataset: Dataset, val_fraction: float) -> dict[str, list[AnnotatedImage]]:
@@ -154,7 +170,7 @@ def _splits(dataset: Dataset, val_fraction: float) -> dict[str, list[AnnotatedIm
             )
         return splits
     # By a hash of the name, so that the split of an image does not depend on the others.
-    ordered = sorted(items, key=lambda item: hashlib.sha256(item.name.encode()).digest())
+    ordered = sorted(items, key=lambda item: hashlib.sha256(os.fsencode(item.name)).digest())
     number = max(1, round(val_fraction * len(items))) if val_fraction else 0
     held_out = {id(item) for item in ordered[:number]}
     splits["train"] = [item for item in items if id(item) not in held_out]
@@ -166,13 +182,16 @@ def _splits(dataset: Dataset, val_fraction: float) -> dict[str, list[AnnotatedIm
 @contextmanager
 def _complete_folder(target: Path) -> Iterator[Path]:
     """Yield a folder to write to, which is renamed to `target` when everything is written."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    existing = next(folder for folder in target.parents if os.path.lexists(folder))
     try:
-        partial.mkdir(parents=True)
+        hidden = tempfile.TemporaryDirectory(".partial", f".{target.name}.", existing)
+    except OSError as error:
+        raise OSError(f"TARGET {target} cannot be written: {error.strerror}") from error
+    with hidden as name:
+        partial = Path(name, target.name)
+        partial.mkdir()
         yield partial
+        target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             target.rmdir()
         partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Copy the images of a converted dataset."""
 
+import io
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -31,7 +32,10 @@ def image_writer(losses: Losses, link: bool, one_suffix: str | None = None) -> I
         taken: set[str] = set()
         names = []
         for item in items:
-            name = PurePosixPath(item.name)
+            text = item.name.encode(errors="replace").decode()
+            if text != item.name:
+                losses.add("images renamed, as their name is not valid text", item.where)
+            name = PurePosixPath(text)
             suffix = _normalized(name.suffix)
             converts = one_suffix is not None and suffix != one_suffix
             if one_suffix is not None:
@@ -53,13 +57,14 @@ def image_writer(losses: Losses, link: bool, one_suffix: str | None = None) -> I
 def _write(item: AnnotatedImage, path: Path, converts: bool, link: bool, losses: Losses) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     source = item.source
-    if isinstance(source, bytes):
-        write_atomically(path, lambda file: file.write(source))
-    elif converts:
-        losses.add("images written as PNG, as those of a dataset must have one format", source)
-        image: Image.Image = read_image(source)
+    if converts:
+        losses.add("images written as PNG, as those of a dataset must have one format", item.where)
+        stream = io.BytesIO(source) if isinstance(source, bytes) else source
+        image: Image.Image = read_image(stream, item.name)
         exif = image.getexif()
         (image if image.mode in _PNG_MODES else to_rgb(image)).save(path, exif=exif)
+    elif isinstance(source, bytes):
+        write_atomically(path, lambda file: file.write(source))
     elif link:
         os.symlink(source.resolve(), path)
     else:

@@ -1,18 +1,17 @@
 """Read exports of Label Studio in its JSON format."""
 
-import json
-import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
+from ..text_files import read_json
 from .annotations import (
     AnnotatedImage,
     Dataset,
     Losses,
     Shape,
+    check_label,
     check_numbers,
     declared_size,
     ellipse,
@@ -21,20 +20,19 @@ from .annotations import (
     image_size,
     rotated_rectangle,
 )
+from .studio_images import StudioImages, image_name
 
-_UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")  # prefix of uploaded files
-_BRUSH_THRESHOLD = 127
 _REGIONS = ("rectanglelabels", "polygonlabels", "brushlabels", "ellipselabels")
 
 
-def read_label_studio(source: Path, images: Path | None = None) -> Dataset:
+def read_label_studio(source: Path, folder: Path | None = None) -> Dataset:
     """Read an export of Label Studio (JSON, not JSON-MIN) and the images that it refers to.
 
     Nothing is downloaded: images are found by their name in a local folder.
 
     Args:
         source: JSON file, or the folder that contains a single one.
-        images: Folder of the images; None for the folder of the file.
+        folder: Folder of the images; None for the folder of the file.
 
     Raises:
         FileNotFoundError: If there is no JSON file, or none of its images is found.
@@ -42,35 +40,38 @@ def read_label_studio(source: Path, images: Path | None = None) -> Dataset:
     """
     path = _find_export(source)
     tasks = _read_tasks(path)
-    folder = images or path.parent
+    folder = folder or path.parent
     found = find_images(folder).values()
-    files = {file.name: file for file in reversed(found)}  # the first of each name
+    files = StudioImages(found)
     dataset = Dataset()
+    losses = dataset.losses
     used = set()
     for task in tasks:
         where = f"{path}, task {task.get('id')}"
-        image = _find_image(task, files)
-        if image is None:
-            dataset.losses.add("tasks whose image is not found left out", f"{where}: {_name(task)}")
+        images = files.find(task)
+        if len(images) != 1:
+            kind = "is in several folders" if images else "is not found"
+            losses.add(f"tasks whose image {kind} left out", f"{where}: {image_name(task)}")
             continue
-        results = _results(task, where, dataset.losses)
+        image = images[0]
+        results = _results(task, where, losses)
         if results is None:
             continue
         if image in used:
-            dataset.losses.add("further tasks of the same image left out", where)
+            losses.add("further tasks of the same image left out", where)
             continue
         used.add(image)
-        item = _read_task(image, results, where, dataset.losses)
+        item = _read_task(image, results, where, losses)
         if item is not None:
             dataset.splits.setdefault("", []).append(item)
     if not used:
         raise FileNotFoundError(
             f"--images must be the folder of the images, found none of {len(tasks)} tasks with an "
-            f"annotation in {folder}, such as {_name(tasks[0])}"
+            f"annotation in {folder}, such as {image_name(tasks[0])}; " + "; ".join(losses.lines())
         )
     for file in found:
         if file not in used:
-            dataset.losses.add("images without an annotation left out", file)
+            losses.add("images without an annotation left out", file)
     return dataset
 
 
@@ -88,10 +89,7 @@ def _find_export(source: Path) -> Path:
 
 
 def _read_tasks(path: Path) -> list[dict[str, Any]]:
-    try:
-        tasks = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be a JSON file, got {error}") from error
+    tasks = read_json(path)
     if not (
         isinstance(tasks, list)
         and tasks
@@ -107,24 +105,6 @@ def _read_tasks(path: Path) -> list[dict[str, Any]]:
             "with data and annotations"
         )
     return tasks
-
-
-def _name(task: dict[str, Any]) -> str:
-    """Return the name of a task's image, from a URL or a path in Label Studio's storage."""
-    values = [value for value in task["data"].values() if isinstance(value, str)]
-    preferred = [v for key, v in task["data"].items() if key in ("image", "img") and v in values]
-    first = (preferred or values or [""])[0]
-    try:
-        address = urlsplit(first)
-    except ValueError:
-        return first
-    path = parse_qs(address.query).get("d", [address.path])[0]
-    return PurePosixPath(unquote(path)).name
-
-
-def _find_image(task: dict[str, Any], files: dict[str, Path]) -> Path | None:
-    name = _name(task)
-    return files.get(name) or files.get(_UPLOAD.sub("", name, count=1))
 
 
 def _results(task: dict[str, Any], where: str, losses: Losses) -> list[Any] | None:
@@ -184,7 +164,7 @@ def _read_region(
         return None
     if len(labels) > 1:
         losses.add("further labels of a region left out", where, len(labels) - 1)
-    shape = Shape(str(labels[0]))
+    shape = Shape(check_label(labels[0]))
     height, width = size
     if kind == "polygonlabels":
         points = flat(value["points"])
@@ -220,7 +200,7 @@ def _decode_brush(rle: list[int], size: tuple[int, int]) -> np.ndarray:
     It is a stream of bits: the number of values (32 bits), their size minus 1 (5) and four sizes of
     counts, minus 1 (4 each). Then follow runs: whether a value is repeated (1), which size of count
     is used (2), the count minus 1, and one value or as many as the count. The values are the RGBA
-    channels of the pixels; opacity is the mask.
+    channels of the pixels; those that are not transparent are the mask.
 
     Raises:
         ValueError: If the stream ends early or has another number of pixels.
@@ -254,7 +234,6 @@ def _decode_brush(rle: list[int], size: tuple[int, int]) -> np.ndarray:
         if repeats:
             values[filled:end] = read(8)
         else:
-            for i in range(filled, end):
-                values[i] = read(8)
+            values[filled:end] = [read(8) for _ in range(filled, end)]
         filled = end
-    return values.reshape(height, width, 4)[..., 3] > _BRUSH_THRESHOLD
+    return values.reshape(height, width, 4)[..., 3] > 0

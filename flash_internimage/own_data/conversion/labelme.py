@@ -3,7 +3,6 @@
 import base64
 import binascii
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -12,12 +11,15 @@ import numpy as np
 from PIL import Image
 
 from ...images import UnreadableImage, read_image
-from ..config_text import read_classes
+from ..class_names import read_classes
+from ..layouts import is_file
+from ..text_files import read_json
 from .annotations import (
     AnnotatedImage,
     Dataset,
     Losses,
     Shape,
+    check_label,
     check_numbers,
     declared_size,
     ellipse,
@@ -59,9 +61,15 @@ def read_labelme(root: Path) -> Dataset:
         for path, content in _annotation_files(folder, dataset.losses):
             files += 1
             item = _read_item(path, content, folder, dataset.losses)
-            if item is not None:
-                dataset.splits.setdefault(split, []).append(item)
-                used |= {item.source.resolve()} if isinstance(item.source, Path) else set()
+            if item is None:
+                continue
+            if isinstance(item.source, Path):
+                image = item.source.resolve()
+                if image in used:
+                    dataset.losses.add("further annotation files of the same image left out", path)
+                    continue
+                used.add(image)
+            dataset.splits.setdefault(split, []).append(item)
         for image in find_images(folder).values():
             if image.resolve() not in used:
                 dataset.losses.add("images without an annotation file left out", image)
@@ -73,9 +81,9 @@ def read_labelme(root: Path) -> Dataset:
 def _annotation_files(folder: Path, losses: Losses) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted(folder.rglob("*.json")):
         try:
-            content = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            losses.add("malformed annotation files left out, with their images", f"{path}: {error}")
+            content = read_json(path)
+        except ValueError as error:
+            losses.add("malformed annotation files left out, with their images", error)
             continue
         if isinstance(content, dict) and isinstance(content.get("shapes"), list):
             yield path, content
@@ -91,17 +99,20 @@ def _read_item(
     declared = declared_size(content.get("imageHeight"), content.get("imageWidth"))
     image = path.parent / name
     source: Path | bytes = image
-    if name and _is_file(image):
+    suffix = image.suffix
+    if name and is_file(image):
         size = image_size(image, declared, str(path), losses)
     else:
         embedded = _embedded(content, path, losses)
         if embedded is None:
             return None
-        source, size = embedded
+        source, size, format_ = embedded
+        if Image.registered_extensions().get(suffix.lower()) != format_:
+            suffix = f".{format_.lower()}"  # labelme embeds most formats as PNG
         losses.add("images embedded in an annotation file, written as files", path)
     if size is None:
         return None
-    relative = path.relative_to(folder).with_suffix(Path(name).suffix or ".png").as_posix()
+    relative = path.relative_to(folder).with_suffix(suffix or ".png").as_posix()
     item = AnnotatedImage(source, relative, size, where=str(path))
     groups: dict[tuple[str, str], Shape] = {}
     for number, entry in enumerate(content["shapes"], start=1):
@@ -124,33 +135,24 @@ def _read_item(
     return item
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long
-        return False
-
-
 def _embedded(
     content: dict[str, Any], path: Path, losses: Losses
-) -> tuple[bytes, tuple[int, int]] | None:
-    """Return the image in an annotation file and its size."""
+) -> tuple[bytes, tuple[int, int], str] | None:
+    """Return the image in an annotation file, its size and its format."""
     try:
         data = base64.b64decode(content.get("imageData") or "", validate=True)
         image = read_image(io.BytesIO(data), str(path))
     except (binascii.Error, TypeError, ValueError):
         losses.add("annotation files without an image", path)
         return None
-    return data, (image.height, image.width)
+    return data, (image.height, image.width), image.format or "PNG"
 
 
 def _read_shape(entry: Any, size: tuple[int, int], where: str, losses: Losses) -> Shape | None:
     """Return a shape, or None if its type is not converted."""
     if not isinstance(entry, dict):
         raise ValueError(f"it must be an object, got {entry!r:.50}")
-    label = str(entry.get("label") or "")
-    if not label:
-        raise ValueError("label must not be empty")
+    label = check_label(entry.get("label"))
     kind = entry.get("shape_type") or "polygon"
     if kind not in ("polygon", "rectangle", "circle", "mask"):
         losses.add(f"shapes of type {kind} left out", where)

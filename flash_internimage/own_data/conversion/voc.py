@@ -6,28 +6,23 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 from defusedxml import DefusedXmlException, ElementTree
-from PIL import Image
 
-from ...images import UnreadableImage, read_label_map
 from .annotations import (
     AnnotatedImage,
     Box,
     Dataset,
     Losses,
     Shape,
+    check_label,
     check_numbers,
     find_images,
     image_size,
-    possible_sizes,
     rotated_rectangle,
 )
+from .voc_files import apply_image_sets, find_annotations, find_devkit, find_stems
+from .voc_label_maps import read_label_map_names, read_voc_label_maps
 
-CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
-    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-    "train", "tvmonitor",
-)  # fmt: skip
-_SPLITS = ("train", "val", "test")
+_MALFORMED = "malformed annotation files left out, with their images"
 _ALIASES = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
 
@@ -52,12 +47,12 @@ def read_voc(
         FileNotFoundError: If there are no annotations.
         ValueError: If the label maps have colors that `labelmap.txt` does not list.
     """
-    root = _devkit(root)
+    root = find_devkit(root)
     dataset = Dataset()
     if label_maps:
-        _read_label_maps(root, dataset, classes)
+        read_voc_label_maps(root, dataset, classes)
         return dataset
-    names, _ = _label_map_names(root)
+    names, _ = read_label_map_names(root)
     dataset.classes = [name for name in names if name != "background"] or None
     for split, images, annotations in _folders(root):
         for name, image, annotation in _pairs(images, annotations, dataset.losses):
@@ -65,27 +60,19 @@ def read_voc(
             if item is not None:
                 dataset.splits.setdefault(split, []).append(item)
     if (root / "ImageSets").is_dir():
-        _apply_image_sets(root, "Main", dataset)
+        apply_image_sets(root, "Main", dataset)
     if (root / "SegmentationObject").is_dir():
         masks = len(find_images(root / "SegmentationObject"))
         dataset.losses.add("instance masks in SegmentationObject left out", root, masks)
     return dataset
 
 
-def _devkit(root: Path) -> Path:
-    """Return the folder that contains Annotations, which may be one or two levels below."""
-    for pattern in ("", "*", "*/*"):
-        for folder in [root] if not pattern else sorted(root.glob(pattern)):
-            if (folder / "Annotations").is_dir() or (folder / "SegmentationClass").is_dir():
-                return folder
-    return root
-
-
 def _folders(root: Path) -> Iterator[tuple[str, Path, Path]]:
     """Yield the name of each split and the folders of its images and annotations."""
-    if (root / "Annotations").is_dir():
-        images = root / "JPEGImages"
-        yield "", images if images.is_dir() else root, root / "Annotations"
+    annotations = find_annotations(root)
+    if annotations is not None:
+        images = (root / name for name in ("JPEGImages", "images"))
+        yield "", next((folder for folder in images if folder.is_dir()), root), annotations
         return
     splits = [path for path in sorted(root.iterdir()) if path.is_dir() and any(path.glob("*.xml"))]
     for path in splits:
@@ -100,10 +87,7 @@ def _folders(root: Path) -> Iterator[tuple[str, Path, Path]]:
 
 def _pairs(images: Path, annotations: Path, losses: Losses) -> Iterator[tuple[str, Path, Path]]:
     """Yield name, image and annotation file; files without their counterpart are counted."""
-    files: dict[str, str] = {}
-    for name in find_images(images):
-        if files.setdefault(name.rpartition(".")[0], name) != name:
-            losses.add("images that differ only in their suffix left out", images / name)
+    files = find_stems(images, losses)
     xml = {
         p.relative_to(annotations).with_suffix("").as_posix() for p in annotations.rglob("*.xml")
     }
@@ -121,7 +105,10 @@ def _read_annotation(
     try:
         tree = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, DefusedXmlException, LookupError, ValueError) as error:
-        losses.add("malformed annotation files left out, with their images", f"{path}: {error}")
+        losses.add(_MALFORMED, f"{path}: {error}")
+        return None
+    if tree.tag != "annotation":
+        losses.add(_MALFORMED, f"{path}: the root must be annotation, got {tree.tag:.50}")
         return None
     size = image_size(image, _declared_size(tree), str(path), losses)
     if size is None:
@@ -158,9 +145,7 @@ def _flag(element: Element, name: str) -> bool:
 
 def _read_object(element: Element, where: str, losses: Losses) -> Shape:
     """Read an object; pixels are counted from 1 and the last one is part of the box."""
-    label = (element.findtext("name") or "").strip()
-    if not label:
-        raise ValueError("name must not be empty")
+    label = check_label(element.findtext("name"))
     for part in element.findall("part"):
         losses.add("parts of objects left out", f"{where}, part {part.findtext('name')}")
     polygons = []
@@ -189,125 +174,3 @@ def _read_object(element: Element, where: str, losses: Losses) -> Shape:
 
 def _numbers(element: Element, *names: str) -> list[float]:
     return check_numbers(element.findtext(name) for name in names)
-
-
-def _apply_image_sets(root: Path, kind: str, dataset: Dataset) -> None:
-    """Distribute the images over the splits listed in ImageSets, and count the others."""
-    folder = root / "ImageSets" / kind
-    lists = {name: folder / f"{name}.txt" for name in _SPLITS}
-    if not lists["train"].is_file() and (folder / "trainval.txt").is_file():
-        lists["train"] = folder / "trainval.txt"
-    if not any(path.is_file() for path in lists.values()):
-        return
-    images = {
-        Path(item.name).with_suffix("").as_posix(): item for item in dataset.splits.pop("", [])
-    }
-    used = set()
-    for split, path in lists.items():
-        names = path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else []
-        for name in (words[0] for line in names if (words := line.split())):
-            if name in images:
-                dataset.splits.setdefault(split, []).append(images[name])
-                used.add(name)
-            else:
-                dataset.losses.add(
-                    "images of a split that are missing or left out", f"{path}: {name}"
-                )
-    for name in images.keys() - used:
-        dataset.losses.add("images in no split left out", images[name].source)
-
-
-def _label_map_names(root: Path) -> tuple[list[str], dict[tuple[int, ...], int]]:
-    """Return the names and colors in labelmap.txt, as CVAT writes it: `name:r,g,b:parts:actions`.
-
-    Raises:
-        ValueError: If the file is malformed.
-    """
-    path = root / "labelmap.txt"
-    names: list[str] = []
-    colors: dict[tuple[int, ...], int] = {}
-    text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        if not line.strip() or line.startswith("#"):
-            continue
-        name, _, rest = line.partition(":")
-        color = rest.partition(":")[0]
-        try:
-            colors[tuple(int(value) for value in color.split(","))] = len(names)
-        except ValueError as error:
-            raise ValueError(
-                f"{path} must have lines such as cat:64,0,0::, got {line!r}"
-            ) from error
-        names.append(name)
-    return names, colors
-
-
-def _read_label_maps(root: Path, dataset: Dataset, classes: list[str] | None) -> None:
-    """Read the label maps in SegmentationClass: palette indices or the colors of labelmap.txt."""
-    folder = root / "SegmentationClass"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{root} must contain the folder SegmentationClass")
-    names, colors = _label_map_names(root)
-    if names and classes:
-        raise ValueError(
-            f"--classes must not be used with {root / 'labelmap.txt'}, which names the classes"
-        )
-    dataset.classes = names or classes or list(CLASSES)
-    colors = colors or {tuple(color): i for i, color in enumerate(_palette(len(CLASSES)))}
-    maps = {name.rpartition(".")[0]: path for name, path in find_images(folder).items()}
-    images_folder = root / "JPEGImages"
-    images = {name.rpartition(".")[0]: name for name in find_images(images_folder)}
-    for stem in sorted(images.keys() - maps.keys()):
-        dataset.losses.add("images without a label map left out", images_folder / images[stem])
-    for stem, path in sorted(maps.items()):
-        if stem not in images:
-            dataset.losses.add("label maps without an image", path)
-            continue
-        image = images_folder / images[stem]
-        try:
-            labels = _indices(read_label_map(path), colors, path, dataset.losses)
-        except UnreadableImage as error:
-            dataset.losses.add("unreadable label maps left out", error)
-            continue
-        sizes = possible_sizes(image, dataset.losses)
-        if sizes is None:
-            continue
-        if labels.shape not in sizes:
-            dataset.losses.add("label maps of another size than their image left out", path)
-            continue
-        item = AnnotatedImage(image, images[stem], labels.shape, label_map=labels, where=str(path))
-        dataset.splits.setdefault("", []).append(item)
-    if (root / "ImageSets").is_dir():
-        _apply_image_sets(root, "Segmentation", dataset)
-
-
-def _indices(
-    image: Image.Image, colors: dict[tuple[int, ...], int], path: Path, losses: Losses
-) -> np.ndarray:
-    """Return the class indices of a label map, (H, W) uint8; unknown colors are ignored pixels."""
-    values = np.asarray(image)
-    if values.ndim == 2:
-        unknown = (values < 0) | (values > 255)
-        losses.add("pixels of unknown classes made ignored pixels", path, int(unknown.sum()))
-        return np.where(unknown, 255, values).astype(np.uint8)
-    rgb = np.asarray(image.convert("RGB"), np.int64)
-    codes = rgb @ np.array([65536, 256, 1])
-    labels = np.full(codes.shape, 255, np.uint8)
-    for (red, green, blue), index in colors.items():
-        labels[codes == red * 65536 + green * 256 + blue] = index
-    border = 224 * 65536 + 224 * 256 + 192
-    unknown = (labels == 255) & (codes != border)
-    losses.add("pixels of unknown colors made ignored pixels", path, int(unknown.sum()))
-    return labels
-
-
-def _palette(count: int) -> list[list[int]]:
-    """Return VOC's colors: the bits of the class index, spread over red, green and blue."""
-    colors = []
-    for index in range(count):
-        color = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                color[channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
-        colors.append(color)
-    return colors

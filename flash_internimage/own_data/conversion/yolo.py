@@ -3,12 +3,13 @@
 import os
 import reprlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
 
-from ..config_text import read_classes
+from ..class_names import read_classes
+from ..text_files import read_text
 from .annotations import (
     AnnotatedImage,
     Dataset,
@@ -61,19 +62,25 @@ def read_yolo(source: Path) -> Dataset:
     keypoints = "kpt_shape" in settings
     seen: set[Path] = set()
     for split, images in splits.items():
-        # Without "..", with which names would lead out of the target.
-        places = [Path(os.path.abspath(image)) for image in images]
-        root = _common_folder(places)
-        for image, place in zip(images, places, strict=True):
+        if not images:
+            dataset.losses.add("splits without images", f"{config or source}: {split}")
+        items = []
+        for image in images:
             labels = _label_file(image)
             seen.add(labels)
             size = image_size(image, None, str(labels), dataset.losses)
             if size is None:
                 continue
-            name = place.relative_to(root).as_posix()
-            item = AnnotatedImage(image, name, size, where=str(labels))
+            item = AnnotatedImage(image, "", size, where=str(labels))
             item.shapes = _read_labels(labels, size, dataset.classes, keypoints, dataset.losses)
-            dataset.splits.setdefault(split, []).append(item)
+            items.append(item)
+        # Without "..", with which names would lead out of the target.
+        places = [Path(os.path.abspath(str(item.source))) for item in items]
+        root = _common_folder(places)
+        for item, place in zip(items, places, strict=True):
+            item.name = place.relative_to(root).as_posix()
+        if items:
+            dataset.splits[split] = items
     for path in sorted({path.parent for path in seen}):
         for labels in sorted(path.glob("*.txt")) if path.is_dir() else []:
             if labels not in seen and labels.name not in _NAMES:
@@ -92,8 +99,8 @@ def _find_config(source: Path) -> Path | None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(
             f"{path} must be a YAML file, got {' '.join(str(error).split())}"
         ) from error
@@ -102,11 +109,14 @@ def _read_config(path: Path) -> dict[str, Any]:
         if sorted(names) != list(range(len(names))):
             raise ValueError(f"{path}: names must be numbered from 0, got {sorted(names)[:20]}")
         names = [names[key] for key in sorted(names)]
-    plain = isinstance(names, list) and all(isinstance(n, str | int | float) for n in names)
+    plain = isinstance(names, list) and all(type(name) in (str, int, float) for name in names)
     if not names or not plain:
         got = reprlib.repr(names)  # of limited depth, as YAML can nest billions of names
-        raise ValueError(f"{path}: names must be a list of class names, got {got}")
-    names = [str(name) for name in names]
+        hint = (
+            "; quote words such as yes and no" if plain is False and isinstance(names, list) else ""
+        )
+        raise ValueError(f"{path}: names must be a list of class names, got {got}{hint}")
+    names = [str(name).strip() for name in names]
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: names must differ, got {names}")
     return {**content, "names": names}
@@ -120,21 +130,29 @@ def _images(config: Path, settings: dict[str, Any], key: str) -> Iterator[Path]:
             got = reprlib.repr(place)
             raise ValueError(f"{config}: {key} must be a folder or a list of files, got {got}")
         path = _resolve(config, settings.get("path"), place)
+        if path is None and key == "test":  # Roboflow lists it, also where there is none
+            continue
         if path is None:
             raise FileNotFoundError(f"{config}: {key} not found: {place}")
         if path.is_dir():
             yield from find_images(path).values()
             continue
-        for line in path.read_text("utf-8", errors="replace").splitlines():
+        for line in read_text(path, "replace").splitlines():
             if line.strip():
-                image = Path(line.strip())
-                yield image if image.is_absolute() else path.parent / image
+                yield path.parent / _slashes(line.strip())  # which may be absolute
+
+
+def _slashes(path: str) -> str:
+    """Return a path with the separators that all systems read."""
+    return PureWindowsPath(path).as_posix()
 
 
 def _resolve(config: Path, root: object, place: str) -> Path | None:
     """Return the path of a split, relative to `path` of the config or to its folder."""
     roots = [config.parent]
+    place = _slashes(place)
     if isinstance(root, str) and root:
+        root = _slashes(root)
         roots = [config.parent / root, Path(root), config.parent / Path(root).name, *roots]
     places = [place]
     if place.startswith("../"):  # Roboflow writes paths relative to a folder beside the config.
@@ -172,7 +190,7 @@ def _read_labels(
         losses.add("images without a label file, taken as images without objects", path)
         return []
     shapes = []
-    text = path.read_text("utf-8", errors="replace")
+    text = read_text(path, "replace")
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
@@ -196,8 +214,10 @@ def _read_line(
     losses: Losses,
 ) -> Shape | None:
     height, width = size
-    index = int(words[0])
-    numbers = check_numbers(words[1:])
+    index, *numbers = check_numbers(words)
+    if not index.is_integer():
+        raise ValueError(f"the class must be an integer, got {words[0]}")
+    index = int(index)
     if not 0 <= index < len(classes):
         losses.add("objects of unknown classes left out", f"{where}: class {index}")
         return None

@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
+from flash_internimage.analysis import classification
+from flash_internimage.analysis.charts import palette
 from flash_internimage.analysis.classification import Predictions, write_report
 from flash_internimage.analysis.report import Report
 from flash_internimage.classification.config import Data
 from flash_internimage.classification.data import SKIPPED
 
 NAMES = ["a|b", "$c$", "d", "e", "f", "g", "never"]  # the last one has no images
+PIXEL = np.zeros((1, 1, 3), np.uint8)
 DATA = Data(mean=(0, 0, 0), std=(1, 1, 1))
 
 
@@ -100,6 +103,15 @@ def test_mistakes_are_sorted_by_confidence_and_shown_with_their_image(
     ]
 
 
+def test_captions_tell_the_true_from_the_predicted_class(tmp_path, without_charts, monkeypatch):
+    captions = []
+    monkeypatch.setattr(
+        classification, "contact_sheet", lambda _, texts, **__: captions.extend(texts) or PIXEL
+    )
+    report(tmp_path, predict([0], 9.0 * np.eye(7)[[1]]), [f"class {i}" for i in range(7)])
+    assert captions == ["true: class 0\npredicted (100 %): class 1"]
+
+
 def test_confusions_and_the_matrix_count_the_same_images(data, tmp_path, without_charts):
     labels, logits = data
     report(tmp_path, predict(labels, logits))
@@ -126,6 +138,11 @@ def test_swapped_classes_are_confused_with_each_other(tmp_path, without_charts):
     rows = [tuple(row.values()) for row in read(tmp_path / "confusions.csv")]
     assert rows == [("$c$", "a|b", "2", "100.0"), ("a|b", "$c$", "1", "100.0")]
     assert "a\\|b" in (tmp_path / "report.md").read_text()
+
+
+def test_lines_are_seen_on_white():
+    assert (palette(8) @ [0.2126, 0.7152, 0.0722] < 0.66).all()
+    assert len(np.unique(palette(8), axis=0)) == 8
 
 
 def test_charts_of_many_classes_stay_small(tmp_path):

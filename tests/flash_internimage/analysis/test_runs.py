@@ -83,6 +83,28 @@ def test_runs_of_all_tasks_are_drawn_in_one_chart(tmp_path):
     assert text.count("progress") == 1
 
 
+@pytest.mark.parametrize(
+    ("row", "left_out"),
+    [
+        ({"loss": float("nan")}, 1),
+        ({"loss": float("inf"), "lr": 10**400}, 2),
+        ({"loss": True}, 0),
+        ({"loss": 1.0, "step": True}, 0),
+    ],
+)
+def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path, caplog, row, left_out):
+    rows = [training(1, 9), {**{"iter": 2, "step": 2}, **row}]
+    run = read_run(write_attempt(tmp_path, "a", rows))
+    assert run.scalars["loss"] == {1: 9}
+    assert [f"left out {left_out} values that are not finite" in caplog.text] == [left_out > 0]
+
+
+def test_a_run_that_recorded_step_0_alone_is_drawn_beside_one_of_another_unit(tmp_path):
+    folders = write_attempt(tmp_path / "b", "a", [training(0, 9)]), write_classifier(tmp_path / "c")
+    compare_runs(read_runs(folders), tmp_path / "a.svg", ["lr"])
+    assert (tmp_path / "a.svg").is_file()
+
+
 def test_the_table_has_the_recorded_values(tmp_path):
     runs = read_runs([write_classifier(tmp_path / "digits")])
     compare_runs(runs, tmp_path / "curves.csv", ["val_top1"])

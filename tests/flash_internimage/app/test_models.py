@@ -7,7 +7,7 @@ from time import sleep
 
 import pytest
 
-from flash_internimage.app.models import Models, Source
+from flash_internimage.app.models import Models, Source, unique_labels
 
 A, B, C = Source("a"), Source("b"), Source("c")
 WEIGHTS = Path("weights.pth")
@@ -102,9 +102,22 @@ def test_a_download_that_failed_is_repeated():
     ],
 )
 def test_labels_contain_no_folders(source, label):
-    assert source.label == label
+    assert source.label() == label
 
 
-def test_labels_must_differ():
+@pytest.mark.parametrize(
+    ("checkpoints", "labels"),
+    [
+        (["run1/best.pth", "run2/best.pth"], ["a (run1/best.pth)", "a (run2/best.pth)"]),
+        (["best.pth", "run2/best.pth"], ["a (best.pth)", "a (run2/best.pth)"]),
+        (["x/1/w.pth", "y/1/w.pth", "v.pth"], ["a (x/1/w.pth)", "a (y/1/w.pth)", "a (v.pth)"]),
+        (["./w.pth", "w.pth"], ["a (w.pth)", "a (w.pth) 2"]),
+    ],
+)
+def test_folders_tell_checkpoints_of_one_name_apart(checkpoints, labels):
+    assert unique_labels([Source("a.py", checkpoint) for checkpoint in checkpoints]) == labels
+
+
+def test_sources_must_differ():
     with pytest.raises(ValueError, match="got 'a' twice"):
         Models([A, B, A], fetch, Loader())

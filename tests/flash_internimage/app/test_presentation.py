@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flash_internimage.app.presentation import above, present
+from flash_internimage.app.presentation import above, describe_error, present
 from flash_internimage.inference import Classification, Detections, LabelMap
 
 IMAGE = np.zeros((20, 30, 3), np.uint8)
@@ -51,6 +51,22 @@ def test_masks_stay_with_their_objects():
     assert kept.masks is not None
     np.testing.assert_array_equal(kept.masks, MASKS[:2])
     assert above(Detections(*vars(OBJECTS).values()), 0.4).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "There is not enough memory for this image"),
+        (
+            RuntimeError("can't allocate memory: 9 bytes"),
+            "There is not enough memory for this image",
+        ),
+        (ValueError("x must be 1, got 2"), "x must be 1, got 2"),
+        (OSError(), "OSError"),
+    ],
+)
+def test_errors_are_described(error, message):
+    assert describe_error(error) == message
 
 
 def test_label_map():

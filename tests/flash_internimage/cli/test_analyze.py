@@ -67,6 +67,7 @@ def test_the_report_has_the_figures_of_the_evaluation(digits, tmp_path, capsys):
         (["resnet19", "-o", "OUT"], "model must be a name of the zoo or of timm, or a config, got"),
         (["FILE", "-o", "OUT"], "config must end in .py, .yaml or .yml"),
         (["runs", "missing", "-o", "OUT/a.png"], "RUN must be the folder of a run, got missing"),
+        (["runs", "missing", "-o", "."], "-o must be a file, got the folder ."),
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):

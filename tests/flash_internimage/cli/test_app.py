@@ -4,6 +4,8 @@ import socket
 
 import pytest
 
+from flash_internimage.app.models import Source
+from flash_internimage.cli import app
 from flash_internimage.cli.app import main
 
 
@@ -32,6 +34,15 @@ def test_wrong_arguments(caplog, arguments, message):
     assert main([*arguments, "--port", "0"] if "--port" not in arguments else arguments) == 2
     [record] = caplog.records
     assert message in record.getMessage()
+
+
+def test_released_weights_may_be_the_checkpoint_of_a_config(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(app, "Models", lambda sources, *_: chosen.extend(sources) or 1 / 0)
+    config, weights = "flash_internimage_tiny_in1k_224", "flash_internimage_tiny.in1k"
+    with pytest.raises(ZeroDivisionError):
+        main([f"{config}={weights}", "--port", "0"])
+    assert chosen == [Source(config, weights)]
 
 
 def test_a_port_in_use_is_named(caplog, used_port):

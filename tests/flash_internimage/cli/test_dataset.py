@@ -1,5 +1,8 @@
 """Tests of the command line `flash-internimage dataset`."""
 
+import io
+import signal
+
 import pytest
 
 from flash_internimage.cli.dataset import main
@@ -87,3 +90,26 @@ def test_misuse_is_one_line_that_names_the_argument(yolo, tmp_path, capsys, argu
     assert message.format(tmp_path) in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_conversion_leaves_nothing(yolo, tmp_path, capsys, monkeypatch, number):
+    monkeypatch.setattr("shutil.copyfile", lambda *paths: signal.raise_signal(number))
+    assert main(["convert", "yolo", str(yolo), str(tmp_path / "coco")]) == 128 + number
+    assert capsys.readouterr().err == "interrupted\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_terminal_without_the_letters_of_a_class_is_no_error(yolo, tmp_path, monkeypatch):
+    write_text(yolo / "classes.txt", "Blüte→\n")
+    output = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr("sys.stdout", output)
+    assert main(["convert", "yolo", str(yolo), str(tmp_path / "coco")]) == 0
+    output.seek(0)
+    assert "classes (1): Blüte\\u2192\n" in output.read()
+
+
+def test_a_source_without_a_training_split_is_a_warning(yolo, tmp_path, caplog):
+    write_text(yolo / "data.yaml", "val: images\nnames: [leaf]\n")
+    assert main(["convert", "yolo", str(yolo), str(tmp_path / "coco")]) == 0
+    assert "no training split, got val" in caplog.text

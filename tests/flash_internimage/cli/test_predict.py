@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from flash_internimage.cli import predict as command
-from flash_internimage.files import remove_partial_files
+from flash_internimage.files import partial_path, remove_partial_files
 from flash_internimage.inference import load_predictor, read_rgb
 from flash_internimage.inference.classifier import Classifier
 from flash_internimage.inference.run import predict_sources
@@ -224,10 +224,16 @@ def test_videos(run, clip, weights, load, model):
 
 def test_a_part_of_a_video_and_a_damaged_one(run, clip, tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
-    out = run(CLASSIFIER, clip, "broken.mp4", "--max-frames", 2, code=1)
+    recorded = clip.read_bytes()
+    frames = recorded.find(b"movi") + 4
+    (tmp_path / "blank.avi").write_bytes(recorded[:frames] + bytes(len(recorded) - frames))
+    out = run(CLASSIFIER, clip, "broken.mp4", "blank.avi", "--max-frames", 2, code=1)
     [video] = out.rglob("*.jsonl")
     assert len(video.read_text().splitlines()) == 2
-    assert "cannot open video broken.mp4" in rows(out / "skipped.csv")[0]["reason"]
+    videos = sorted(path.name for path in (out / "videos").rglob("*.*"))
+    assert videos == ["clip.jsonl", "clip.mp4"]
+    reasons = [row["reason"] for row in rows(out / "skipped.csv")]
+    assert reasons == ["cannot open video broken.mp4", "cannot read any frame of blank.avi"]
 
 
 def test_a_camera_records_until_it_is_interrupted(run, clip, monkeypatch):
@@ -290,11 +296,39 @@ def test_the_checkpoint_is_recognized_by_its_name():
         parse("a.pth")
 
 
+def test_the_checkpoint_may_be_an_option():
+    arguments = [CLASSIFIER, "1.jpg", "--checkpoint", "weights", "-o", "out"]
+    assert command.parse_arguments([*arguments, "--amp", "auto"]).amp == "auto"
+    parsed = command.parse_arguments(arguments)
+    assert (parsed.checkpoint, parsed.inputs, parsed.amp) == ("weights", ["1.jpg"], "off")
+    with pytest.raises(SystemExit):
+        command.parse_arguments([CLASSIFIER, "a.pth", "1.jpg", *arguments[2:]])
+
+
 def test_a_missing_checkpoint_or_model_is_one_line(run, photos, caplog):
     run(CLASSIFIER, photos, code=2, checkpoint=False)
     assert "checkpoint must be given for flash_internimage_nano" in caplog.text
     run(CLASSIFIER, "missing.pth", photos, code=2, checkpoint=False)
     assert "checkpoint not found: missing.pth" in caplog.text
+
+
+def test_partial_results_of_a_killed_run_are_removed(run, photos, tmp_path):
+    (tmp_path / "out" / "videos" / "deep").mkdir(parents=True)
+    for suffix in ("", ".mp4"):
+        partial_path(tmp_path / "out" / "videos" / "deep" / "clip\n.mp4", suffix).touch()
+    (tmp_path / "out" / "videos" / ".hidden").touch()
+    out = run(CLASSIFIER, photos / "a.png")
+    assert files(out) == ["pictures/a.jpg", "predictions.csv", "videos/.hidden"]
+
+
+def test_file_names_that_are_not_utf_8(run, photos, tmp_path):
+    name = os.fsdecode(b"photo\xff.png")
+    Image.fromarray(read_rgb(photos / "a.png")).save(name)
+    Path(os.fsdecode(b"text\xff.png")).write_text("no image")
+    out = run(CLASSIFIER, ".", "--top-k", 1, code=1)
+    assert [row["file_name"] for row in rows(out / "predictions.csv")] == ["photo\\udcff.png"]
+    assert [row["file_name"] for row in rows(out / "skipped.csv")] == ["text\\udcff.png"]
+    assert (out / "pictures" / name).with_suffix(".jpg").is_file()
 
 
 def test_results_are_no_inputs_of_the_next_run(run, photos, tmp_path):

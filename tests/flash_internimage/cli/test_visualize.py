@@ -27,6 +27,8 @@ def files(tmp_path_factory):
     torch.save({"model": other.state_dict()}, folder / "other.pth")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "image.png")
+    Image.fromarray(pixels).save(folder / "image-maps.png")
+    (folder / "folder.png").mkdir()
     return folder
 
 
@@ -120,6 +122,10 @@ def test_options_reach_the_functions(run, monkeypatch):
         ({"size": "-1"}, "--size must be at least 1, got -1"),
         ({"output": "out.txt"}, "-o must end in .png, .jpg, .jpeg, .webp, got out.txt"),
         ({"output": "image.png/out.png"}, "-o image.png cannot be written"),
+        ({"output": "./image.png"}, "-o must not overwrite image.png, got image.png"),
+        ({"output": "image.png", "maps": None, "files": [NANO, "nano.pth", "image-maps.png"]},
+         "-o must not overwrite image-maps.png, got image.png"),
+        ({"output": "folder.png"}, "-o must be a file, got the folder folder.png"),
         ({"device": "gpu"}, "device must be 'auto' or one of cpu"),
         ({"files": [NANO, "nano.pth", "no.png"]}, "cannot read image no.png: "),
         ({"files": [NANO, "nano.pth", "nano.pth"]}, "cannot read image nano.pth: "),
@@ -144,7 +150,7 @@ def test_mistakes_are_one_line(changes, message, files, tmp_path, monkeypatch, c
         **changes,
     }
     inputs = settings.pop("files", [NANO, "nano.pth", "image.png"])
-    options = [text for name, value in settings.items() for text in (f"--{name}", value)]
+    options = [text for name, value in settings.items() for text in (f"--{name}", value) if text]
     assert visualize.main([*inputs, *options]) == 2
     assert message in caplog.records[-1].getMessage()
     assert "\n" not in caplog.records[-1].getMessage()

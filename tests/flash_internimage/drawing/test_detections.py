@@ -1,11 +1,13 @@
 """Test pictures of boxes, masks and their labels."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from flash_internimage.drawing import class_colors, draw_detections
+from flash_internimage.drawing import detections as drawing
 from flash_internimage.drawing.placement import place_labels
 from flash_internimage.predictions import Detections
 
@@ -155,6 +157,19 @@ def test_annotations_have_no_scores():
     color = class_colors(3)[0]
     widths = [np.ptp(np.flatnonzero((picture[185] == color).all(1))) for picture in (truth, scored)]
     assert widths[0] < widths[1] - 20
+
+
+def test_labels_of_very_many_objects_leave_the_image_visible(monkeypatch):
+    captions = []
+    monkeypatch.setattr(
+        drawing, "add_caption", lambda picture, caption: captions.append(caption) or picture
+    )
+    corners = np.random.default_rng(0).uniform(0, (WIDTH - 9, HEIGHT - 9), (300, 2))
+    many = detections(*np.hstack([corners, corners + 8]))
+    picture = draw_detections(image(), many, caption="Prediction")
+    assert (picture == 90).all(-1).mean() > 0.5
+    [count] = re.fullmatch(r"Prediction \((\d+) of 300 with labels\)", captions[0]).groups()
+    assert 20 < int(count) < 200
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (480, 640)])

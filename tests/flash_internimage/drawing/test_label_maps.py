@@ -52,6 +52,18 @@ def test_the_legend_has_the_colors_of_the_classes_present():
     assert legend & set(colors) == {colors[1], colors[3]}
 
 
+def test_a_legend_of_fixed_height_sums_up_the_smallest_classes():
+    classes = tuple(f"a class with quite a long name {i}" for i in range(200))
+    few = LabelMap(np.tile(np.uint8([[0, 1]]), (20, 320)), classes)
+    many = LabelMap(np.tile(np.arange(160, dtype=np.uint8), (20, 4)), classes)
+    pictures = [draw_label_map(image(20), result, legend_rows=2) for result in (few, many)]
+    assert pictures[0].shape == pictures[1].shape
+    assert len(draw_label_map(image(20), many)) > len(pictures[1])
+    gray = (128, 128, 128)  # the color of "157 more"
+    assert gray in colors_in(pictures[1][20:])
+    assert gray not in colors_in(pictures[0][20:])
+
+
 @pytest.mark.parametrize("opacity", [0, 0.6, 1])
 def test_opacity(opacity):
     picture = draw_label_map(image(), halves(1, 3), opacity=opacity)

@@ -81,7 +81,7 @@ def test_folders_are_searched_recursively_by_name(tmp_path, caplog):
     save(tmp_path / ".hidden.png")
     (tmp_path / "notes.txt").write_text("")
     with caplog.at_level(logging.INFO):
-        found = find_sources([str(tmp_path)], leave_out=tmp_path / "out")
+        found = find_sources([str(tmp_path)], output=tmp_path / "out")
     assert [source.file_name for source in found] == ["b.JPG", "a/1.webp", "a/2.png"]
     assert names(found) == ["b", "a/1", "a/2"]
     assert "1 files that are not images are left out" in caplog.text
@@ -140,3 +140,31 @@ def test_inputs_that_do_not_exist(tmp_path, monkeypatch):
         find_sources(["*.jpg"])
     with pytest.raises(ValueError, match="contain images, got the folder empty with 1 other"):
         find_sources(["empty"])
+
+
+@pytest.fixture
+def with_results(tmp_path, monkeypatch):
+    """Change to a folder with an image and the results of a run with `-o out`."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("1.jpg", "out/2.jpg", "out/pictures/1.jpg", "out/label_maps/1.png"):
+        save(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("given", "output", "expected"),
+    [
+        ("**/*.jpg", "out", ["1.jpg", "out/2.jpg"]),
+        ("*", "out", ["1.jpg"]),
+        ("out", "out", ["2.jpg"]),
+        ("out/*/*", "elsewhere", ["label_maps/1.png", "pictures/1.jpg"]),
+    ],
+)
+def test_results_of_an_earlier_run_are_left_out(with_results, given, output, expected):
+    assert [s.file_name for s in find_sources([given], Path(output))] == expected
+
+
+@pytest.mark.parametrize("given", ["out/pictures/1.jpg", "out/pictures", "link.jpg"])
+def test_a_result_is_not_an_input(with_results, given):
+    Path("link.jpg").symlink_to("out/pictures/1.jpg")
+    with pytest.raises(ValueError, match=f"not be a result in the output folder out, got {given}"):
+        find_sources([given], Path("out"))

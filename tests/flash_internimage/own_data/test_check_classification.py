@@ -4,6 +4,7 @@ import pytest
 
 from flash_internimage.own_data.check import Options, check_dataset
 from flash_internimage.own_data.config_folder import folder_config
+from flash_internimage.own_data.duplicates import find_similar
 
 from .datasets import HEIGHT, WIDTH, write_image, write_text
 
@@ -80,3 +81,30 @@ def test_a_missing_class_folder_is_refused(root):
     _, faults = check(root)
     assert faults[0][:2] == ("train", "training refuses")
     assert "1 class folders contain no images: rose" in faults[0][2]
+
+
+def test_many_equal_images_are_few_faults(root):
+    content = (root / "train/rose/1.jpg").read_bytes()
+    for i in range(20):
+        (root / f"train/rose/copy{i}.jpg").write_bytes(content)
+        (root / f"val/rose/copy{i}.jpg").write_bytes(content)
+    _, faults = check(root, similar=32)
+    identical, *similar = faults
+    assert identical[2].startswith(
+        f"{root}/train/rose/1.jpg (train) = {root}/val/rose/copy0.jpg (val)"
+    )
+    assert identical[2].endswith(" and 31 more")
+    # Of the 41 equal images, the first is compared with the 4 different images for validation.
+    assert len(similar) <= 6 * 4
+
+
+def test_further_similar_images_are_counted(root, monkeypatch):
+    monkeypatch.setattr("flash_internimage.own_data.check.MAX_PAIRS", 3)
+    _, faults = check(root, similar=32)
+    total = len(find_similar(check(root, similar=32)[0].hashes, 32, 100)[0])
+    assert len(faults) == 4
+    assert faults[-1] == (
+        "all splits",
+        "similar images in several splits",
+        f"{total - 3} further pairs",
+    )

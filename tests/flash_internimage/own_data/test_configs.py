@@ -1,6 +1,7 @@
 """Tests of the configs that `dataset config` writes, as text."""
 
 import ast
+import json
 
 import numpy as np
 import pytest
@@ -10,17 +11,17 @@ from PIL import Image
 from flash_internimage.own_data.config_coco import coco_config
 from flash_internimage.own_data.config_folder import folder_config
 from flash_internimage.own_data.config_label_maps import label_map_config
-from flash_internimage.own_data.models import find_model, list_models
+from flash_internimage.own_data.models import find_base_model, list_base_models
 from flash_internimage.own_data.schedules import (
     classification_epochs,
     detection_schedule,
     segmentation_schedule,
 )
 
-from .datasets import annotation, write_coco, write_image, write_text
+from .datasets import annotation, write_coco, write_image, write_json, write_text
 
-MASK_RCNN, DINO = (find_model(name, "detection") for name in ("mask_rcnn-t", "dino-t"))
-UPERNET = find_model("upernet-t", "segmentation")
+MASK_RCNN, DINO = (find_base_model(name, "detection") for name in ("mask_rcnn-t", "dino-t"))
+UPERNET = find_base_model("upernet-t", "segmentation")
 
 
 def literals(text: str) -> dict:
@@ -46,20 +47,20 @@ def coco(tmp_path):
 
 
 def test_models_are_named_by_architecture_and_size():
-    names = {*list_models("detection"), *list_models("segmentation")}
+    names = {*list_base_models("detection"), *list_base_models("segmentation")}
     assert {"cascade_mask_rcnn-l", "dino-s", "mask2former-b", "mask_rcnn-nano"} <= names
     assert MASK_RCNN.config == "detection/mask_rcnn_flash_internimage_t_fpn_1x_coco.py"
     assert MASK_RCNN.weights.endswith("/mask_rcnn_flash_internimage_t_fpn_1x_coco.pth")
     assert (MASK_RCNN.batch_size, DINO.batch_size) == (2, 4)
-    assert find_model("dino-nano", "detection").is_demo
+    assert find_base_model("dino-nano", "detection").is_demo
     with pytest.raises(
         ValueError, match=r"--model must be one of .* got upernet-x; did you mean up"
     ):
-        find_model("upernet-x", "segmentation")
+        find_base_model("upernet-x", "segmentation")
 
 
 def test_every_released_model_has_weights():
-    models = [*list_models("detection").values(), *list_models("segmentation").values()]
+    models = [*list_base_models("detection").values(), *list_base_models("segmentation").values()]
     assert [model.name for model in models if model.is_demo] == [
         "dino-nano", "mask_rcnn-nano", "mask2former-nano", "upernet-nano",
     ]  # fmt: skip
@@ -265,3 +266,40 @@ def test_class_folders(tmp_path):
     assert "initial_checkpoint" not in folder_config(tmp_path, "flash_internimage_nano", "x")
     with pytest.raises(FileNotFoundError, match="must contain the folder train with a folder for"):
         folder_config(tmp_path / "training", "flash_internimage_nano", "x")
+
+
+def test_names_that_mmengine_would_substitute_are_kept(coco):
+    names = ("{{ fileDirname }}", "{{_base_.model}}", "{{{x", "é\"'")
+    for split, image in (("train", "1.jpg"), ("val", "3.jpg")):
+        write_coco(coco / f"{split}.json", [image], [annotation(1, 1, 2, 3, 10, 10)], names)
+    text = coco_config(coco, MASK_RCNN)
+    assert literals(text)["classes"] == names
+    assert "{{" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"categories": [{"id": 1, "name": "a\nb"}]}, "must be text without control characters"),
+        ({"categories": [{"id": 1, "name": "\ud800"}]}, "must be text without control characters"),
+        ({"images": [{"id": 1, "file_name": "x" * 5000}]}, "image x{100} not found in "),
+    ],
+)
+def test_names_that_cannot_be_written_are_an_error(coco, content, message):
+    for split in ("train", "val"):
+        path = coco / f"{split}.json"
+        write_json(path, {**json.loads(path.read_text()), **content})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        coco_config(coco, DINO)
+
+
+def test_annotation_files_that_training_cannot_read_are_an_error(coco):
+    text = (coco / "train.json").read_text()
+    (coco / "train.json").write_text(text, "utf-8-sig")
+    with pytest.raises(ValueError, match=r"train\.json must be a JSON file in UTF-8"):
+        coco_config(coco, DINO)
+
+
+def test_more_classes_than_values_of_a_byte_are_an_error(maps):
+    with pytest.raises(ValueError, match=r"classes must be at most 255, .* got 256"):
+        label_map_config(maps(0, 1), UPERNET, [str(i) for i in range(256)])

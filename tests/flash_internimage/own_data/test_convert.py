@@ -1,6 +1,8 @@
 """Tests of what all conversions share: splits, classes, images and the target folder."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -169,3 +171,52 @@ def test_the_target_can_be_the_current_folder(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "empty")
     convert("yolo", root, Path(), Options())
     assert (tmp_path / "empty/annotations/instances_train.json").is_file()
+
+
+def test_results_inside_the_source_are_not_read(root, tmp_path):
+    for i in range(10):
+        (root / f"images/{i}.jpg").rename(root / f"{i}.jpg")
+        (root / f"labels/{i}.txt").rename(root / f"{i}.txt")
+    (root / "images").rmdir()
+    write_image(root / ".trash/old.jpg")
+    for name in ("first", "second"):
+        _, result = to_coco("yolo", root, root / name)
+        assert result.images == {"train": 10}
+
+
+@pytest.mark.parametrize("target", ["in/classes.txt/coco", "x" * 300])
+def test_a_target_that_cannot_be_written_is_an_error_at_the_start(root, tmp_path, target):
+    write_text(root / "classes.txt", "one\none\n")  # would be the next error
+    with pytest.raises(OSError, match=r"TARGET .* cannot be written: "):
+        convert("yolo", root, tmp_path / target, Options())
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="TARGET must not exist or be empty"):
+        convert("yolo", root, tmp_path / "link", Options())
+
+
+def test_two_runs_do_not_write_to_the_same_folder(root, tmp_path, monkeypatch):
+    copy, target = shutil.copyfile, tmp_path / "new/coco"
+
+    def copy_and_start_another(*paths):
+        monkeypatch.setattr("shutil.copyfile", copy)
+        convert("yolo", root, target, Options(classes=["stem"]))
+        copy(*paths)
+
+    monkeypatch.setattr("shutil.copyfile", copy_and_start_another)
+    with pytest.raises(OSError, match="not empty"):
+        convert("yolo", root, target, Options())
+    assert json.loads((target / "conversion.json").read_text())["classes"] == ["stem"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "new"]
+
+
+def test_names_of_images_that_are_not_text_are_changed(root, tmp_path):
+    (root / "images/0.jpg").rename(root / "images" / os.fsdecode(b"\xff.jpg"))
+    files, result = to_coco("yolo", root, tmp_path / "coco", val_fraction=0.3)
+    assert "?.jpg" in names(files, "train") + names(files, "val")
+    assert result.losses.counts["images renamed, as their name is not valid text"] == 1
+
+
+def test_label_maps_have_at_most_255_classes(root, tmp_path):
+    write_text(root / "classes.txt", "".join(f"{i}\n" for i in range(255)))
+    with pytest.raises(ValueError, match="classes of label maps must be at most 255, got 256"):
+        to_label_maps("yolo", root, tmp_path / "maps")

@@ -34,11 +34,22 @@ def test_a_resized_and_compressed_photograph_is_similar(tmp_path):
         "train": {"a": difference_hash(image), "b": difference_hash(other)},
         "val": {"c": difference_hash(Image.open(tmp_path / "small.jpg"))},
     }
-    (pair,) = find_similar(hashes, 3)
-    assert pair[:2] == (("train", "a"), ("val", "c"))
-    assert find_similar({"train": {"a": 0b1111}, "val": {"b": 0b0101, "c": 0}}, 2) == [
-        (("train", "a"), ("val", "b"), 2)
-    ]
+    (pair,), total = find_similar(hashes, 3, 10)
+    assert total == 1
+    assert (pair.first, pair.second) == (("train", "a"), ("val", "c"))
+    assert find_similar({"train": {"a": 0b1111}, "val": {"b": 0b0101, "c": 0}}, 2, 10) == (
+        [(("train", "a"), ("val", "b"), 2)],
+        1,
+    )
+
+
+def test_the_most_similar_pairs_are_returned_and_the_others_counted():
+    train = {str(i): 0 for i in range(1000)}
+    val = {**{str(i): 0b11 for i in range(1000)}, "near": 0b1, "equal": 0}
+    test = {"equal": 0}
+    pairs, total = find_similar({"train": train, "val": val, "test": test}, 2, 2002)
+    assert total == 1000 * 1002 + 1000 + 1002
+    assert [pair.bits for pair in pairs] == [0] * 2001 + [1]
 
 
 def test_the_hash_tells_where_brightness_increases():

@@ -30,9 +30,9 @@ def convert(tmp_path):
     for i, name in enumerate(("a", "b c", "d")):
         write_image(tmp_path / f"in/{name}.jpg", i)
 
-    def convert(*tasks: dict, **options):
+    def convert(*tasks: dict, tmp: str = "coco", **options):
         write_json(tmp_path / "in/project.json", list(tasks))
-        files, result = to_coco("labelstudio", tmp_path / "in", tmp_path / "coco", **options)
+        files, result = to_coco("labelstudio", tmp_path / "in", tmp_path / tmp, **options)
         return files["train"], result
 
     return convert
@@ -72,9 +72,9 @@ def test_rotated_boxes_and_ellipses_become_polygons(convert):
     }
 
 
-def encode_brush(mask: np.ndarray) -> list[int]:
+def encode_brush(mask: np.ndarray, opacity: int = 255) -> list[int]:
     """Encode a mask as Label Studio does: RGBA values in runs of up to 8."""
-    values = np.repeat(mask.reshape(-1, 1) * 255, 4, axis=1).ravel()
+    values = np.repeat(mask.reshape(-1, 1) * opacity, 4, axis=1).ravel()
     bits = f"{len(values):032b}{7:05b}" + f"{2:04b}{3:04b}{7:04b}{15:04b}"
     for start in range(0, len(values), 8):
         run = values[start : start + 8]
@@ -91,9 +91,13 @@ def test_brushes_become_masks(convert):
     mask[3:9, 5:12] = 1
     mask[20, 30] = 1
     brush = region("brushlabels", "car", format="rle", rle=encode_brush(mask))
+    faint = region("brushlabels", "car", format="rle", rle=encode_brush(mask, 1))
+    empty = region("brushlabels", "car", format="rle", rle=encode_brush(mask, 0))
     cut = region("brushlabels", "car", format="rle", rle=encode_brush(mask)[:50])
-    content, result = convert(task(1, "a.jpg", brush, cut))
-    (only,) = content["annotations"]
+    content, result = convert(task(1, "a.jpg", brush, cut, faint, empty))
+    only, other = content["annotations"]
+    assert other["segmentation"] == only["segmentation"]  # as Label Studio's own converter
+    assert result.losses.counts["empty masks left out"] == 1
     assert (coco_mask.decode(only["segmentation"]) == mask).all()
     assert (only["bbox"], only["area"]) == ([5.0, 3.0, 26.0, 18.0], 43.0)
     assert result.losses.counts["malformed regions left out"] == 1
@@ -156,10 +160,46 @@ def test_malformed_regions_are_counted(convert):
             {**box("car"), "value": {"rectanglelabels": "car"}},
             box("car", x=10**400),
             box("car", rotation="nan"),
+            box("car", rotation=1e308),
+            box([["car"]]),
             region("brushlabels", "car", rle=[256, -1]),
             {**region("brushlabels", "car", rle=encode_brush(mask)), **huge},
             predictions=5,
         )
     )
     assert len(content["annotations"]) == 1
-    assert result.losses.counts["malformed regions left out"] == 6
+    assert result.losses.counts["malformed regions left out"] == 8
+
+
+def test_images_of_equal_names_are_told_apart_by_their_folders(convert, tmp_path):
+    for i, folder in enumerate(("x", "y")):
+        write_image(tmp_path / f"in/{folder}/s.jpg", 10 + i)
+    content, result = convert(
+        task(1, "/data/local-files/?d=in%5Cy%5Cs.jpg", box("car")),
+        task(2, "s3://bucket/x/s.jpg", box("car")),
+        task(3, "/data/upload/1/0a1b2c3d-s.jpg", box("car")),
+    )
+    assert result.losses.counts["tasks whose image is in several folders left out"] == 1
+    assert result.losses.counts["images renamed, as another one has the same name"] == 1
+    for image, folder in zip(content["images"], ("y", "x"), strict=True):
+        written = tmp_path / "coco/train" / image["file_name"]
+        assert written.read_bytes() == (tmp_path / f"in/{folder}/s.jpg").read_bytes()
+    with pytest.raises(FileNotFoundError, match="1 tasks whose image is in several folders"):
+        convert(task(1, "s.jpg", box("car")), tmp="again")
+
+
+@pytest.mark.parametrize(
+    ("file", "url"),
+    [
+        ("my photo (1).jpg", "/data/upload/1/0a1b2c3d-my_photo_1.jpg"),
+        ("a+b.jpg", "/data/local-files/?d=a%2Bb.jpg"),
+        ("a+b.jpg", "/data/local-files/?other=1&d=a+b.jpg"),
+        ("50%20.jpg", "/data/local-files/?d=50%2520.jpg"),
+        ("50%20.jpg", "s3://bucket/50%20.jpg"),
+        ("img#1.jpg", "gs://bucket/img#1.jpg"),
+    ],
+)
+def test_images_are_found_by_their_escaped_names(convert, tmp_path, file, url):
+    write_image(tmp_path / "in" / file)
+    content, _ = convert({**task(1, "", box("car")), "data": {"title": "a photo", "photo": url}})
+    assert [image["file_name"] for image in content["images"]] == [file]

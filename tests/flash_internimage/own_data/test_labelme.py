@@ -97,7 +97,7 @@ def test_label_maps_follow_labels_txt_and_special_labels(tmp_path):
     )
     write_text(tmp_path / "in/labels.txt", "__ignore__\n_background_\nstem\nleaf\n")
     maps, result = to_label_maps("labelme", tmp_path / "in", tmp_path / "maps")
-    assert result.classes == ["stem", "leaf"]
+    assert result.classes == ["background", "stem", "leaf"]
     assert (tmp_path / "maps/classes.txt").read_text() == "background\nstem\nleaf\n"
     labels = maps["train/a"]
     assert (labels[:5, :5] == 255).all()
@@ -179,3 +179,47 @@ def test_an_impossible_image_name_is_counted(tmp_path, name):
     write(tmp_path / "in/b.json", shape("leaf", SQUARE), imagePath=name)
     _, result = to_coco("labelme", tmp_path / "in", tmp_path / "coco")
     assert result.losses.counts["annotation files without an image"] == 1
+
+
+def test_embedded_images_get_the_suffix_of_their_format(tmp_path):
+    """labelme embeds all formats but JPEG as PNG."""
+    path = write(tmp_path / "in/a.json", shape("leaf", SQUARE))
+    path.with_suffix(".jpg").unlink()
+    image = base64.b64encode(png(np.zeros((HEIGHT, WIDTH), np.uint8))).decode()
+    for name in ("a.tif", "a.exe", ""):
+        content = {"shapes": [shape("leaf", SQUARE)], "imagePath": name, "imageData": image}
+        write_json(path, content)
+        files, _ = to_coco("labelme", tmp_path / "in", tmp_path / f"coco-{name}")
+        assert files["train"]["images"][0]["file_name"] == "a.png"
+
+
+def test_embedded_images_of_label_maps_get_the_common_format(tmp_path):
+    path = write(tmp_path / "in/a.json", shape("leaf", SQUARE))
+    content = path.with_suffix(".jpg").read_bytes()
+    write(path, shape("leaf", SQUARE), imageData=base64.b64encode(content).decode())
+    path.with_suffix(".jpg").unlink()
+    image = write_image(tmp_path / "in/b.png").name
+    write(tmp_path / "in/b.json", shape("leaf", SQUARE), imagePath=image)
+    to_label_maps("labelme", tmp_path / "in", tmp_path / "maps")
+    with Image.open(tmp_path / "maps/images/train/a.png") as written:
+        assert written.format == "PNG"
+
+
+def test_a_second_annotation_file_of_an_image_is_counted(tmp_path):
+    write(tmp_path / "in/a.json", shape("leaf", SQUARE))
+    write(tmp_path / "in/b.json", shape("leaf", SQUARE), imagePath="a.jpg")
+    files, result = to_coco("labelme", tmp_path / "in", tmp_path / "coco")
+    assert [image["file_name"] for image in files["train"]["images"]] == ["a.jpg"]
+    assert result.losses.counts["further annotation files of the same image left out"] == 1
+
+
+def test_names_of_classes_are_trimmed_and_must_be_text(tmp_path, caplog):
+    labels = (" leaf ", "Leaf", ["leaf"], "  ")
+    write(tmp_path / "in/a.json", *(shape(label, SQUARE) for label in labels))
+    files, result = to_coco("labelme", tmp_path / "in", tmp_path / "coco")
+    assert [category["name"] for category in files["train"]["categories"]] == ["Leaf", "leaf"]
+    assert result.losses.counts == {"malformed shapes left out": 2}
+    assert "classes differ only in case: Leaf and leaf" in caplog.text
+    write(tmp_path / "in/a.json", shape("a\nb", SQUARE))
+    with pytest.raises(ValueError, match=r"text without control characters, got 'a\\nb'"):
+        to_coco("labelme", tmp_path / "in", tmp_path / "other")

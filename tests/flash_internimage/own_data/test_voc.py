@@ -187,6 +187,22 @@ def test_colored_label_maps_follow_labelmap_txt(root, tmp_path):
     assert result.losses.counts["pixels of unknown colors made ignored pixels"] == WIDTH
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("leaf:250,50", "must have lines such as cat:64,0,0::, got 'leaf:250,50'"),
+        ("leaf:250,50,256::", "must have lines such as cat:64,0,0::"),
+        ("leaf:red::", "must have lines such as cat:64,0,0::"),
+        ("leaf:0,0,0::", "must have a color for each class, got 'leaf:0,0,0::' again"),
+    ],
+)
+def test_malformed_lines_of_labelmap_txt_are_an_error(root, tmp_path, line, message):
+    (root / "SegmentationClass").mkdir()
+    write_text(root / "labelmap.txt", f"background:0,0,0::\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        to_label_maps("voc", root, tmp_path / "maps")
+
+
 def test_label_maps_without_names_take_those_given_and_ignore_others(root, tmp_path):
     labels = np.repeat(np.array([0, 1, 7], np.uint8), 10)[:, None].repeat(WIDTH, 1)
     (root / "SegmentationClass").mkdir()
@@ -226,3 +242,41 @@ def test_files_in_other_encodings_are_malformed(root, tmp_path, encoding):
     write_text(root / "Annotations/1.xml", text)
     _, result = to_coco("voc", root, tmp_path / "coco")
     assert result.losses.counts["malformed annotation files left out, with their images"] == 1
+
+
+def test_lists_of_windows_and_empty_lists(root, tmp_path):
+    folder = root / "ImageSets/Main"
+    (folder / "train.txt").write_text("1\r\n2\r\n", "utf-8-sig", newline="")
+    write_text(folder / "val.txt", "\n")
+    files, result = to_coco("voc", root, tmp_path / "coco")
+    assert [image["file_name"] for image in files["train"]["images"]] == ["1.jpg", "2.jpg"]
+    assert result.losses.counts == {"splits without images": 1, "images in no split left out": 2}
+
+
+def test_other_xml_files_are_malformed(root, tmp_path):
+    write_text(root / "Annotations/1.xml", "<svg><object/></svg>")
+    _, result = to_coco("voc", root, tmp_path / "coco")
+    first = result.losses.first["malformed annotation files left out, with their images"]
+    assert first.endswith("1.xml: the root must be annotation, got svg")
+
+
+def test_images_of_label_maps_that_differ_only_in_their_suffix_are_counted(root, tmp_path):
+    (root / "SegmentationClass").mkdir()
+    Image.new("L", (WIDTH, HEIGHT)).save(root / "SegmentationClass/1.png")
+    write_image(root / "JPEGImages/1.png")
+    _, result = to_label_maps("voc", root, tmp_path / "maps")
+    assert result.losses.counts["images that differ only in their suffix left out"] == 1
+
+
+def test_instance_masks_are_counted(root, tmp_path):
+    write_image(root / "SegmentationObject/1.png")
+    _, result = to_coco("voc", root, tmp_path / "coco")
+    assert result.losses.counts["instance masks in SegmentationObject left out"] == 1
+
+
+def test_folders_may_have_the_names_of_other_datasets(root, tmp_path):
+    (root / "Annotations").rename(root / "annotations")
+    (root / "JPEGImages").rename(root / "images")
+    files, _ = to_coco("voc", tmp_path / "VOCdevkit", tmp_path / "coco")
+    assert [image["file_name"] for image in files["train"]["images"]] == ["1.jpg", "2.jpg"]
+    assert (tmp_path / "coco/train/1.jpg").is_file()

@@ -56,7 +56,13 @@ def test_polygons_become_label_maps_and_boxes_only_on_request(root, tmp_path):
 
 def test_what_cannot_be_converted_is_counted_and_named(root, tmp_path):
     lines = ["7 0.5 0.5 0.1 0.1", "0 0.5 0.5 0.1", "0 0.5 0.5 0.1 x", "0 0.5 0.5 0.2 0.2 0.93"]
-    lines += ["0 0.5 nan 0.1 0.1", "0 1.5 0.5 0.1 0.1", "0 0.5 0.5 0.001 0.5", "-1 0.5 0.5 0.1 0.1"]
+    lines += [
+        "1.5 0.5 0.5 0.1 0.1",
+        "0 0.5 nan 0.1 0.1",
+        "0 1.5 0.5 0.1 0.1",
+        "0 0.5 0.5 0.001 0.5",
+        "-1 0.5 0.5 0.1 0.1",
+    ]
     write_text(root / "labels/train/a.txt", "\n".join(lines))
     (root / "labels/train/b.txt").unlink()
     write_text(root / "labels/val/z.txt", "")
@@ -65,7 +71,7 @@ def test_what_cannot_be_converted_is_counted_and_named(root, tmp_path):
     assert len(files["train"]["annotations"]) == 1
     assert result.losses.counts == {
         "objects of unknown classes left out": 2,
-        "malformed lines left out": 3,
+        "malformed lines left out": 4,
         "confidences left out": 1,
         "images without a label file, taken as images without objects": 1,
         "label files without an image": 1,
@@ -124,6 +130,10 @@ def test_without_data_yaml_classes_txt_names_the_classes(root, tmp_path):
         ("names: [a]\ntrain: [[x]]\n", r"train must be a folder or a list of files, got \['x'\]"),
         ("names: [a, a]\ntrain: images/train\n", "names must differ"),
         ("names: [a, b\n", "must be a YAML file"),
+        ("names: " + "[" * 500, "must be a YAML file, got maximum recursion depth"),
+        ("names: [yes, no]\n", r"got \[True, False\]; quote words such as yes and no"),
+        ('names: ["a\\nb"]\ntrain: images/train\n', "must be text without control characters"),
+        ('names: ["\\ud800"]\ntrain: images/train\n', "must be text without control characters"),
         ("names: [a]\ntrain: nowhere\n", "train not found: nowhere"),
     ],
 )
@@ -155,3 +165,42 @@ def test_classes_txt_must_have_different_names(root, tmp_path):
     write_text(root / "classes.txt", "bolt\nbolt\n")
     with pytest.raises(ValueError, match=r"classes\.txt must have a different name in each line"):
         to_coco("yolo", root, tmp_path / "coco")
+
+
+def test_files_of_windows_are_read(root, tmp_path):
+    yaml = "path: D:\\parts\\in\r\ntrain: images\\train\r\nval: val.txt\r\nnames: [bolt, nut]\r\n"
+    (root / "data.yaml").write_text(yaml, "utf-8-sig", newline="")
+    (root / "val.txt").write_text(".\\images\\val\\c.jpg\r\n", "utf-16", newline="")
+    (root / "labels/train/a.txt").write_text("1 0.5 0.5 0.5 0.5\r\n", "utf-8-sig", newline="")
+    (root / "labels/train/b.txt").write_text("1 0.5 0.5 0.5 0.5\r\n", "utf-16", newline="")
+    files, result = to_coco("yolo", root, tmp_path / "coco")
+    assert [a["category_id"] for a in files["train"]["annotations"]] == [2, 2]
+    assert result.images == {"train": 2, "val": 1}
+    assert not result.losses.counts
+    (root / "data.yaml").unlink()
+    (root / "classes.txt").write_text("bolt\r\nnut\r\n", "utf-8-sig", newline="")
+    _, result = to_coco("yolo", root, tmp_path / "other")
+    assert result.classes == ["bolt", "nut"]
+
+
+def test_classes_may_be_written_as_decimals(root, tmp_path):
+    """numpy.savetxt writes them so, and Ultralytics reads them."""
+    write_text(root / "labels/val/c.txt", "1.0 0.5 0.5 0.5 0.5\n1.0e+00 0.5 0.5 0.5 0.5\n")
+    files, _ = to_coco("yolo", root, tmp_path / "coco")
+    assert [a["category_id"] for a in files["val"]["annotations"]] == [2, 2]
+
+
+def test_splits_without_images_are_counted(root, tmp_path):
+    (root / "images/val/c.jpg").unlink()
+    write_text(root / "data.yaml", YAML + "test: ../test/images\n")  # as Roboflow writes it
+    _, result = to_coco("yolo", root, tmp_path / "coco")
+    assert result.images == {"train": 2}
+    assert result.losses.counts["splits without images"] == 2
+    assert result.losses.first["splits without images"] == f"{root / 'data.yaml'}: val"
+
+
+def test_missing_images_elsewhere_do_not_change_the_names_of_others(root, tmp_path):
+    write_text(root / "train.txt", "images/train/a.jpg\n/nowhere/x.jpg\n")
+    write_text(root / "data.yaml", YAML.replace("images/train", "train.txt"))
+    files, _ = to_coco("yolo", root, tmp_path / "coco")
+    assert [image["file_name"] for image in files["train"]["images"]] == ["a.jpg"]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from flash_internimage.sampling import (
     OffsetLengths,
@@ -10,7 +11,7 @@ from flash_internimage.sampling import (
     draw_sampling_points,
     sampling_points,
 )
-from flash_internimage.sampling.drawing import plot_groups, plot_levels, plot_maps
+from flash_internimage.sampling.drawing import _show_image, plot_groups, plot_levels, plot_maps
 from flash_internimage.sampling.points import Mapping
 
 AS_IT_IS = Preprocessing()
@@ -59,6 +60,20 @@ def test_the_groups_with_the_largest_modulation_are_shown(model, image):
     strength = [np.abs(points.weights[points.groups == i]).sum() for i in range(8)]
     assert titles(figure.axes[1:]) == [f"group {i}" for i in sorted(np.argsort(strength)[-3:])]
     assert "in 8 groups; panels for the 3 with the largest" in figure.get_suptitle()
+
+
+def test_large_images_are_reduced_and_only_drawn_in_their_window():
+    image = np.zeros((30, 4100, 3), np.uint8)
+    image[12, 3000] = 255
+    axis = Figure().subplots()
+    _show_image(axis, image)
+    _show_image(axis, image, (2996.5, 3003.2, -3.0, 16.0))
+    whole, part = axis.images
+    assert whole.get_array().shape == (10, 1367, 3)
+    assert whole.get_extent() == [-0.5, 4100.5, 29.5, -0.5]
+    left, _, _, top = part.get_extent()
+    row, column, _ = np.unravel_index(part.get_array().argmax(), part.get_array().shape)
+    assert (left + column + 0.5, top + row + 0.5) == (3000, 12)
 
 
 def test_there_is_a_panel_for_each_layer(model, image):

@@ -1,9 +1,8 @@
 """A hook that checks the settings of a segmentor against each other and the data."""
 
-import math
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from ...datasets.label_maps import IGNORED
 from ...datasets.segmentation import CheckedSegDataset
 from ...errors import describe
 from ...utils import unwrap_dataset, unwrap_model
+from .class_weights import check_mask_loss, check_weights
 
 
 @HOOKS.register_module()
@@ -126,7 +126,9 @@ def _check_windows(test_cfg: Mapping | None) -> None:
 def _check_losses(name: str, head: Any) -> None:
     if hasattr(head, "loss_cls"):  # Mask2Former also weights "no object".
         weights = getattr(head.loss_cls, "class_weight", None)
-        _check_weights(f"{name}.loss_cls", weights, head.num_classes + 1)
+        check_weights(f"{name}.loss_cls", weights, head.num_classes + 1)
+        for part in ("loss_mask", "loss_dice"):
+            check_mask_loss(f"{name}.{part}", getattr(head, part, nn.Module()))
         return
     losses = getattr(head, "loss_decode", ())
     for loss in losses if isinstance(losses, nn.ModuleList) else [losses]:
@@ -140,17 +142,7 @@ def _check_losses(name: str, head: Any) -> None:
         if weights is not None:
             # Binary cross-entropy would broadcast the weights along the width of the image.
             binary = sigmoid and type(loss).__name__ == "CrossEntropyLoss"
-            _check_weights(f"{name}.loss_decode", weights, 1 if binary else head.out_channels)
-
-
-def _check_weights(name: str, weights: Any, number: int) -> None:
-    given = weights if isinstance(weights, Iterable) and not isinstance(weights, str) else [None]
-    values = [*given]
-    valid = (isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in values)
-    if len(values) != number or not all(valid):
-        raise ValueError(
-            f"{name}.class_weight must be {number} numbers of at least 0, got {weights}"
-        )
+            check_weights(f"{name}.loss_decode", weights, 1 if binary else head.out_channels)
 
 
 def _check_ignored(name: str, part: Any, classes: int) -> None:

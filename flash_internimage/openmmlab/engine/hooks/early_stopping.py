@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-from mmengine.hooks import EarlyStoppingHook
+from mmengine.hooks import EarlyStoppingHook, EMAHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -41,6 +41,14 @@ class ResumableEarlyStoppingHook(EarlyStoppingHook):
         state = runner.message_hub.runtime_info.get(_STATE)
         if not self._is_own(state):
             return
+        averages = _averages(runner)
+        # Checkpoints of earlier versions lack the entry.
+        if state.get("averages", averages) != averages:
+            runner.logger.warning(
+                "early stopping counts from 0: the validated weights are %s an EMA",
+                "now those of" if averages else "no longer those of",
+            )
+            return
         self.best_score, self.wait_count = state["best"], state["waited"]
         if self.wait_count >= self.patience:
             runner.train_loop.stop_training = True
@@ -53,6 +61,7 @@ class ResumableEarlyStoppingHook(EarlyStoppingHook):
         """Decide whether to stop, and record the state for the next checkpoint."""
         super().after_val_epoch(runner, metrics)
         state = {"best": float(self.best_score), "waited": self.wait_count, **self._compared()}
+        state["averages"] = _averages(runner)
         runner.message_hub.update_info(_STATE, state)
 
     def _compared(self) -> dict[str, str]:
@@ -66,3 +75,8 @@ class ResumableEarlyStoppingHook(EarlyStoppingHook):
             and isinstance(state.get("best"), Real)
             and type(state.get("waited")) is int
         )
+
+
+def _averages(runner: Runner) -> bool:
+    """Return whether a run validates an average of its weights."""
+    return any(isinstance(hook, EMAHook) for hook in runner.hooks)

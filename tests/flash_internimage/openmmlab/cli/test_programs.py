@@ -9,7 +9,12 @@ from mmengine.config import Config
 
 from flash_internimage.openmmlab.cli import train as program
 from flash_internimage.openmmlab.cli.common import ending_together
-from flash_internimage.openmmlab.cli.test import evaluation_config, evaluation_parser
+from flash_internimage.openmmlab.cli.test import (
+    evaluation_config,
+    evaluation_parser,
+    move_data,
+    prepare_evaluation,
+)
 
 CONFIG = """
 weights = "flash_internimage_tiny.in1k"
@@ -359,6 +364,51 @@ def test_options(config):
     options = ["test_dataloader.batch_size=3", "find_unused_parameters=True"]
     cfg = to_evaluate(config, "--cfg-options", *options)
     assert (cfg.test_dataloader.batch_size, cfg.find_unused_parameters) == (3, True)
+
+
+def wrapped(*roots: str) -> dict:
+    parts = [{"ann_file": f"{i}.json", "data_root": root} for i, root in enumerate(roots)]
+    joined = {"type": "ConcatDataset", "datasets": parts}
+    return {"type": "RepeatDataset", "times": 1, "dataset": joined}
+
+
+def test_another_root_is_that_of_all_joined_datasets(config):
+    cfg = to_evaluate(config)
+    cfg.test_dataloader = {"dataset": wrapped("data/", "data")}
+    cfg.test_evaluator = [{"type": "A"}, {"type": "B", "ann_file": "data/both.json"}]
+    move_data(cfg, Path("/copy"))
+    joined = cfg.test_dataloader.dataset.dataset.datasets
+    assert [part.data_root for part in joined] == ["/copy/", "/copy/"]
+    assert cfg.test_evaluator[1]["ann_file"] == "/copy/both.json"
+
+
+@pytest.mark.parametrize(
+    ("roots", "ann_file", "message"),
+    [
+        (
+            ("a/", "b/"),
+            "a/both.json",
+            "--data must be left out for .* of several roots, a, b, got",
+        ),
+        (("a", "a"), "both.json", "ann_file must be below data_root=a for --data, got both.json"),
+    ],
+)
+def test_another_root_that_is_ambiguous_is_an_error(config, roots, ann_file, message):
+    cfg = to_evaluate(config)
+    cfg.test_dataloader = {"dataset": wrapped(*roots)}
+    cfg.test_evaluator = {"ann_file": ann_file}
+    with pytest.raises(ValueError, match=message):
+        move_data(cfg, Path("/copy"))
+
+
+def test_several_scales_reach_joined_datasets(config):
+    cfg = to_evaluate(config)
+    cfg.test_dataloader = {"dataset": wrapped("a", "a")}
+    cfg.merge_from_dict({"tta_pipeline": [{"type": "X"}], "tta_model": {"type": "Y"}})
+    prepare_evaluation(cfg, "c.pth", tta=True)
+    wrapper = cfg.test_dataloader.dataset
+    assert "pipeline" not in wrapper
+    assert [part.pipeline[0].type for part in wrapper.dataset.datasets] == ["X", "X"]
 
 
 class TestEndingTogether:

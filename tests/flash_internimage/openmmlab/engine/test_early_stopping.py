@@ -77,6 +77,17 @@ def test_another_metric_starts_again(runner, stopped, changes, tmp_path):
     assert (abs(hook.best_score), hook.wait_count) == (math.inf, 0)
 
 
+def test_other_weights_start_again(runner, stopped, tmp_path):
+    stopped(0.6, 0.5, epochs_at_most=2)
+    hub = read_checkpoint(tmp_path / "run" / "epoch_2.pth")["message_hub"]
+    for hooks, waited in (([], 1), ([{"type": "EMAHook"}], 0)):
+        r = runner(custom_hooks=[*stopping(), *hooks])
+        (hook,) = (h for h in r.hooks if isinstance(h, EarlyStoppingHook))
+        r.message_hub.load_state_dict(hub)
+        hook.before_train(r)
+        assert hook.wait_count == waited
+
+
 @pytest.mark.parametrize(
     "state", [5, {}, {"best": "x", "waited": 1}, {"best": 1.0, "waited": 1.5}, {"best": 1.0}]
 )
@@ -94,4 +105,5 @@ def test_checkpoints_remain_plain(stopped, tmp_path):
     stopped(0.6, 0.5, epochs_at_most=2)
     loaded = torch.load(tmp_path / "run" / "epoch_2.pth", weights_only=True)
     state = loaded["message_hub"]["runtime_info"]["early_stopping"]
-    assert state == {"monitor": "score", "rule": "greater", "best": 0.6, "waited": 1}
+    expected = {"monitor": "score", "rule": "greater", "averages": False}
+    assert state == {**expected, "best": 0.6, "waited": 1}

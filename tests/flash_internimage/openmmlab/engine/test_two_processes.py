@@ -1,4 +1,4 @@
-"""Test the running statistics of batch norm in training on two processes."""
+"""Test batch norm and early stopping in training on two processes."""
 
 import torch
 import torch.distributed as dist
@@ -50,12 +50,37 @@ def _train(rank: int, folder: str, queue) -> None:
         launcher="pytorch",
         log_level="WARNING",
     ).train()
-    queue.put((rank, model.validated, model.norm.running_mean.tolist()))
+    epochs = [_train_until_stopped(rank, f"{folder}/stopped", loader, first) for first in (0, 2)]
+    queue.put((rank, model.validated, model.norm.running_mean.tolist(), epochs))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_statistics_are_averaged_before_validating_and_saving(tmp_path):
+def _train_until_stopped(rank: int, folder: str, loader: dict, first: int) -> int:
+    """Train two epochs, or resume after them, and return the epoch."""
+    scores = [0.5, 0.4, 0.4, 0.9] if rank == 0 else [0.1, 0.2, 0.3, 0.4]
+    stopping = {"type": "ResumableEarlyStoppingHook", "monitor": "score", "rule": "greater"}
+    runner = SafeRunner(
+        Normalized(),
+        folder,
+        train_dataloader=loader,
+        val_dataloader=loader,
+        train_cfg={"by_epoch": True, "max_epochs": 4 if first else 2},
+        val_cfg={},
+        val_evaluator={"type": Score, "scores": scores[first:]},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.01}},
+        default_hooks={"checkpoint": {"type": "AtomicCheckpointHook", "interval": 1}},
+        custom_hooks=[{**stopping, "patience": 2, "min_delta": 0.0}],
+        launcher="pytorch",
+        log_level="WARNING",
+        experiment_name=f"stopped_{first}",
+        **({"resume": True, "load_from": f"{folder}/epoch_{first}.pth"} if first else {}),
+    )
+    runner.train()
+    return runner.epoch
+
+
+def test_processes_agree_on_statistics_and_on_the_epoch_to_stop_at(tmp_path):
     queue = CONTEXT.SimpleQueue()
     processes = [CONTEXT.Process(target=_train, args=(i, str(tmp_path), queue)) for i in range(2)]
     for process in processes:
@@ -65,6 +90,7 @@ def test_statistics_are_averaged_before_validating_and_saving(tmp_path):
         assert process.exitcode == 0
     results = {rank: values for rank, *values in (queue.get(), queue.get())}
     assert results[0] == results[1]
+    assert results[0][2] == [2, 3]
     for name in ("iter_2.pth", "iter_4.pth"):
         checkpoint = read_checkpoint(tmp_path / "run" / name)
         averaged = checkpoint["state_dict"]["norm.running_mean"]

@@ -329,3 +329,18 @@ def test_converted_datasets_have_no_faults(kind, tmp_path):
     report, faults = check(root)
     assert not faults
     assert dict(report.splits[0].counts) == {"background": 2 * 840, "leaf": 2 * 360}
+
+
+def test_errors_of_settings_name_the_option(coco):
+    with pytest.raises(ValueError, match=r"--set trian_dataloader\.x: unknown key"):
+        check(coco, overrides={"trian_dataloader.x": 1})
+
+
+def test_names_of_several_lines_do_not_break_the_table(coco):
+    for split in ("train", "val"):
+        content = (coco / f"{split}.json").read_text()
+        write_text(coco / f"{split}.json", content.replace('"name": "a"', '"name": "a\\nc"'))
+    text = (coco / "config.py").read_text()
+    write_text(coco / "config.py", text.replace("('a', 'b')", "('a\\nc', 'b')"))
+    report, _ = check(coco)
+    assert "\na c                1" in report.text()

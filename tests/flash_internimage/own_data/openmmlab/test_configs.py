@@ -7,7 +7,7 @@ from PIL import Image
 from flash_internimage.openmmlab.cli.config import load_config
 from flash_internimage.own_data.config_coco import coco_config
 from flash_internimage.own_data.config_label_maps import label_map_config
-from flash_internimage.own_data.models import find_model
+from flash_internimage.own_data.models import find_base_model
 from tests.flash_internimage.own_data.datasets import (
     HEIGHT,
     WIDTH,
@@ -60,7 +60,7 @@ def numbers_of_classes(model) -> set[int]:
 @pytest.mark.slow
 def test_configs_of_detectors_have_the_classes_of_the_data(coco):
     for name in ("mask_rcnn-t", "cascade_mask_rcnn-l", "dino-t"):
-        model = find_model(name, "detection")
+        model = find_base_model(name, "detection")
         cfg = load_config(write_text(coco / "config.py", coco_config(coco, model)))
         assert numbers_of_classes(cfg.model) == {3}, name
         assert cfg.train_dataloader.dataset.metainfo.classes == CLASSES
@@ -72,7 +72,7 @@ def test_configs_of_detectors_have_the_classes_of_the_data(coco):
 @pytest.mark.slow
 def test_configs_of_segmentors_have_the_classes_of_the_data(maps):
     for name in ("upernet-t", "mask2former-t"):
-        model = find_model(name, "segmentation")
+        model = find_base_model(name, "segmentation")
         text = label_map_config(maps, model, CLASSES, ignore_index=11)
         cfg = load_config(write_text(maps / "config.py", text))
         assert numbers_of_classes(cfg.model) == {3}, name
@@ -87,7 +87,7 @@ def test_configs_of_segmentors_have_the_classes_of_the_data(maps):
 
 @pytest.mark.slow
 def test_a_detector_trains_and_is_evaluated(coco, one_thread, restore_scope):
-    text = coco_config(coco, find_model("mask_rcnn-nano", "detection"))
+    text = coco_config(coco, find_base_model("mask_rcnn-nano", "detection"))
     config = write_text(coco / "config.py", text)
     settings = ["train_cfg.max_epochs=1", "train_cfg.val_interval=1"]
     settings += ["train_dataloader.dataset.filter_cfg.min_size=1"]
@@ -101,7 +101,7 @@ def test_pixels_of_another_ignore_index_count_neither_in_training_nor_in_evaluat
     maps, one_thread, restore_scope
 ):
     text = label_map_config(
-        maps, find_model("upernet-nano", "segmentation"), CLASSES, ignore_index=11
+        maps, find_base_model("upernet-nano", "segmentation"), CLASSES, ignore_index=11
     )
     config = write_text(maps / "config.py", text)
     settings = [
