@@ -46,7 +46,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"patched {len(self.patched)} layers, skipped {len(self.skipped)}"]
-        lines += [f"  {name}: {layer}" for name, layer in self.patched.items()]
+        lines += [f"  {name or 'model'}: {layer}" for name, layer in self.patched.items()]
         lines += [f"  {name}: skipped, {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
