@@ -76,22 +76,23 @@ def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     ]
 
 
-def forward(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
+def forward(model: nn.Module, inputs: Inputs) -> Callable[[], list[Tensor]]:
     """Return a call of the forward pass without gradients."""
     return torch.no_grad()(functools.partial(run, model, inputs))
 
 
-def forward_backward(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
+def forward_backward(model: nn.Module, inputs: Inputs) -> Callable[[], None]:
     """Return a call of both passes."""
 
     def call() -> None:
         model.zero_grad()
-        sum(o.square().mean() for o in run(model, inputs) if o.requires_grad).backward()
+        losses = [o.square().mean() for o in run(model, inputs) if o.requires_grad]
+        torch.stack(losses).sum().backward()
 
     return call
 
 
-PASSES = {charts.PASSES[0]: forward, charts.PASSES[2]: forward_backward}
+PASSES: dict[str, Callable] = {charts.PASSES[0]: forward, charts.PASSES[2]: forward_backward}
 
 
 def largest_difference(models: Iterable[nn.Module], inputs: Inputs) -> float:

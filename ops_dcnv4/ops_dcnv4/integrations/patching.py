@@ -120,43 +120,43 @@ def unpatch(model: Module) -> tuple[str, ...]:
                     f"model must have the classes that patch gave its layers, got {type(layer)} "
                     f"for {name or 'the layer'}; first undo what changed it"
                 )
-            layer.__class__ = original  # type: ignore[assignment]
+            layer.__class__ = original
         else:
             setattr(layer, _ATTRIBUTE, _original_function(layer))
         restored.append(name)
     return tuple(restored)
 
 
-def _modules(model: Module) -> list[tuple[str, Module]]:
+def _modules(model: Module) -> list[tuple[str, Any]]:
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return list(model.named_modules())
 
 
-def _is_patched(layer: Module) -> bool:
+def _is_patched(layer: Any) -> bool:
     ours = attention.multi_scale_deformable_attention_v2
     return isinstance(layer, _Patched) or getattr(layer, _ATTRIBUTE, None) is ours
 
 
-def _can_patch(layer: Module) -> bool:
-    if _has_function_attribute(layer) or _new_forward(type(layer)) is not None:
+def _can_patch(layer: Any) -> bool:
+    if _has_function_attribute(layer) or _new_forward(_class(layer)) is not None:
         return True
     owner = _owner(type(layer))
     return _library(owner) == "transformers" and owner.__name__ == _LAYER
 
 
-def _has_function_attribute(layer: Module) -> bool:
+def _has_function_attribute(layer: Any) -> bool:
     return hasattr(layer, _ATTRIBUTE) and getattr(layer, _ATTRIBUTE) is _original_function(layer)
 
 
-def _original_function(layer: Module) -> Callable | None:
+def _original_function(layer: Any) -> Callable | None:
     for owner in type(layer).__mro__:
         if owner.__module__.startswith("transformers."):
             return getattr(sys.modules.get(owner.__module__), _ATTRIBUTE_FUNCTION, None)
     return None
 
 
-def _why_not(layer: Module) -> str | None:
+def _why_not(layer: Any) -> str | None:
     """Return why a known layer cannot be patched, if so."""
     if "forward" in vars(layer):
         return "another library has replaced its forward already; patch the model before"
@@ -164,7 +164,7 @@ def _why_not(layer: Module) -> str | None:
     if method != "default":
         return f"its sampling method must be 'default' (bilinear), got {method!r}"
     owner = _owner(type(layer))
-    if owner.__name__ == _LAYER and _new_forward(type(layer)) is None:
+    if owner.__name__ == _LAYER and _new_forward(_class(layer)) is None:
         parameters = ", ".join(_parameters(owner.forward))
         return f"its forward must have the parameters of transformers 5, got {parameters}"
     if _library(owner) == "torchvision":
@@ -193,30 +193,30 @@ def _shares_weight(weight: torch.Tensor) -> bool:
     return channels == 1 or any(torch.equal(b, b[:, :1].expand_as(b)) for b in blocks)
 
 
-def _patch_layer(layer: Module) -> None:
+def _patch_layer(layer: Any) -> None:
     if _has_function_attribute(layer):
         setattr(layer, _ATTRIBUTE, attention.multi_scale_deformable_attention_v2)
     else:
-        layer.__class__ = _patched_class(type(layer))  # type: ignore[assignment]
+        layer.__class__ = _patched_class(_class(layer))
 
 
 class _Patched:
     """Base of the classes of patched layers. Their instances are copied and pickled by it."""
 
-    _original: type[Module]
+    _original: type
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        _, (_, *arguments), *rest = super().__reduce_ex__(max(2, protocol))  # type: ignore[misc]
+        _, (_, *arguments), *rest = tuple(super().__reduce_ex__(max(2, protocol)))
         return _new, (self._original, *arguments), *rest
 
 
-def _new(original: type[Module], *arguments: Any) -> Module:
+def _new(original: type, *arguments: Any) -> Module:
     cls = _patched_class(original)
     return cls.__new__(cls, *arguments)
 
 
 @functools.cache
-def _patched_class(original: type[Module]) -> type[Module]:
+def _patched_class(original: type) -> type:
     """Return a subclass, under the same name, whose forward calls the operators."""
     members = {
         "_original": original,
@@ -228,7 +228,7 @@ def _patched_class(original: type[Module]) -> type[Module]:
 
 
 @functools.cache
-def _new_forward(cls: type[Module]) -> Callable | None:
+def _new_forward(cls: type) -> Callable | None:
     """Return the forward of a layer's class with our operators in it, or None if it has none."""
     owner = _owner(cls)
     functions = _FUNCTIONS.get(_library(owner))
@@ -241,7 +241,11 @@ def _new_forward(cls: type[Module]) -> Callable | None:
     return rebind(owner.forward, functions)
 
 
-def _owner(cls: type[Module]) -> type[Module]:
+def _class(layer: Any) -> Any:  # mypy takes no type[Module] for hashable
+    return type(layer)
+
+
+def _owner(cls: type) -> Any:
     """Return the class that defines the forward of a class."""
     return next(owner for owner in cls.__mro__ if "forward" in vars(owner))
 
