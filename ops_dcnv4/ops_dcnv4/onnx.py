@@ -216,9 +216,7 @@ def _dcnv4_by_gathers(value: Value, offset_mask: Value, *parameters: Any) -> Val
 
     y, x = coordinates(0), coordinates(1)
     modulation = op.Gather(packed, _integers(*range(2 * taps, 3 * taps)), axis=-1)
-    pixels = op.Reshape(
-        _cast(value, dtype), _integers(0, -1, groups, value.shape[3] // groups)
-    )
+    pixels = op.Reshape(_cast(value, dtype), _integers(0, -1, groups, value.shape[3] // groups))
     sizes = op.Shape(value, start=1, end=2), op.Shape(value, start=2, end=3)
     output = _sample(
         op.Transpose(pixels, perm=[0, 2, 1, 3]), x, y, modulation, (*sizes, _integers(0)), dtype
