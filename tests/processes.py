@@ -21,6 +21,7 @@ CONTEXT.set_forkserver_preload(
     [
         *("torch", "torchvision", "timm", "torch.utils.tensorboard"),
         *("mmengine.runner", "matplotlib.pyplot", "scipy.stats"),
+        "transformers.models.bert.modeling_bert",  # of mmdet's language models
     ]
 )
 

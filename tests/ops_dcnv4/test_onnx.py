@@ -3,16 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ops_dcnv4
 from ops_dcnv4 import DCNv4Conv2d, FlashDeformAttn, reference
-from ops_dcnv4.onnx import translation_table
 from tests.ops_dcnv4 import attention_cases
 from tests.ops_dcnv4.cases import VARIED, Parameters, random_tensors
+
+onnxruntime = pytest.importorskip("onnxruntime")
+translation_table = pytest.importorskip("ops_dcnv4.onnx").translation_table
 
 FORMS = ("deform_conv", "gather")
 
