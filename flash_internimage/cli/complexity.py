@@ -7,7 +7,9 @@ flash-internimage complexity --all --markdown
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from tqdm import tqdm
 
@@ -50,7 +52,9 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     arguments = parse_arguments(argv, program)
     logging.disable(logging.WARNING)  # OpenMMLab's, on building models
     try:
-        rows = _measure(arguments)
+        # OpenMMLab prints when it is imported.
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(sys.stderr):
+            rows = _measure(arguments)
     except (OSError, ValueError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2

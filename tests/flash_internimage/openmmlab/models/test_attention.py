@@ -13,6 +13,7 @@ from mmcv.ops import MultiScaleDeformableAttention
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from mmengine.registry import HOOKS, MODELS
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from flash_internimage.openmmlab import (
     FlashAttentionHook,
@@ -85,6 +86,31 @@ OPTIONAL = {
     "residual": lambda arguments: {"residual": torch.randn_like(arguments["query"])},
     "key and others": lambda arguments: {"key": arguments["query"], "attn_masks": None},
 }
+
+
+def test_queries_and_levels_of_any_size_are_compiled_once(assert_near):
+    layer = FlashMultiScaleDeformableAttention(
+        embed_dims=32, num_heads=4, num_levels=2, num_points=3, batch_first=True, dropout=0.0
+    )
+    layer.double().load_state_dict(mmcv_layer().state_dict())
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for n, queries, levels in ((2, 7, LEVELS), (3, 5, ((4, 5), (2, 3)))):
+        pixels = sum(height * width for height, width in levels)
+        query, value = (torch.randn(n, size, 32).double() for size in (queries, pixels))
+        arguments = {
+            "value": value,
+            "reference_points": torch.rand(n, queries, 2, 2).double(),
+            "spatial_shapes": torch.tensor(levels),
+        }
+        gradients = []
+        for function in (compiled, layer):
+            leaf = query.clone().requires_grad_()
+            function(leaf, **arguments).square().sum().backward()
+            gradients.append(leaf.grad)
+        assert_near(*gradients, 1e-11)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*residual.*is deprecated")
