@@ -13,7 +13,7 @@ from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter
 from torch._ops import OpOverload
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -545,7 +545,7 @@ def test_export_with_dynamic_batch_and_size():
 @pytest.mark.slow
 def test_images_of_any_size_are_compiled_once_for_training_and_once_for_evaluation():
     model = small_model(depths=(1, 1), groups=(1, 2))
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend=counter)
     for training, graphs in ((True, 1), (False, 2)):

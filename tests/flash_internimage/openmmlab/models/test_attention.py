@@ -13,7 +13,7 @@ from mmcv.ops import MultiScaleDeformableAttention
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from mmengine.registry import HOOKS, MODELS
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter
 
 from flash_internimage.openmmlab import (
     FlashAttentionHook,
@@ -93,7 +93,7 @@ def test_queries_and_levels_of_any_size_are_compiled_once(assert_near):
         embed_dims=32, num_heads=4, num_levels=2, num_points=3, batch_first=True, dropout=0.0
     )
     layer.double().load_state_dict(mmcv_layer().state_dict())
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     for n, queries, levels in ((2, 7, LEVELS), (3, 5, ((4, 5), (2, 3)))):
