@@ -13,7 +13,6 @@ from mmcv.ops import MultiScaleDeformableAttention
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from mmengine.registry import HOOKS, MODELS
-from torch._dynamo.testing import CompileCounter
 
 from flash_internimage.openmmlab import (
     FlashAttentionHook,
@@ -21,6 +20,7 @@ from flash_internimage.openmmlab import (
     use_flash_attention,
 )
 from ops_dcnv4 import ms_deform_attn
+from ops_dcnv4.integrations import attention, patch, unpatch
 
 LEVELS = ((6, 8), (3, 4))
 PIXELS, QUERIES = 60, 7
@@ -86,31 +86,6 @@ OPTIONAL = {
     "residual": lambda arguments: {"residual": torch.randn_like(arguments["query"])},
     "key and others": lambda arguments: {"key": arguments["query"], "attn_masks": None},
 }
-
-
-def test_queries_and_levels_of_any_size_are_compiled_once(assert_near):
-    layer = FlashMultiScaleDeformableAttention(
-        embed_dims=32, num_heads=4, num_levels=2, num_points=3, batch_first=True, dropout=0.0
-    )
-    layer.double().load_state_dict(mmcv_layer().state_dict())
-    counter = CompileCounter()
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
-    for n, queries, levels in ((2, 7, LEVELS), (3, 5, ((4, 5), (2, 3)))):
-        pixels = sum(height * width for height, width in levels)
-        query, value = (torch.randn(n, size, 32).double() for size in (queries, pixels))
-        arguments = {
-            "value": value,
-            "reference_points": torch.rand(n, queries, 2, 2).double(),
-            "spatial_shapes": torch.tensor(levels),
-        }
-        gradients = []
-        for function in (compiled, layer):
-            leaf = query.clone().requires_grad_()
-            function(leaf, **arguments).square().sum().backward()
-            gradients.append(leaf.grad)
-        assert_near(*gradients, 1e-11)
-    assert counter.frame_count == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*residual.*is deprecated")
@@ -263,3 +238,45 @@ def test_parameters_have_the_given_device_and_dtype():
             made.sampling_offsets.bias, stock["sampling_offsets.bias"].to(dtype)
         )
         assert not made.attention_weights.weight.any()
+
+
+@pytest.mark.parametrize("reference_size", [2, 4])
+def test_patched_layer_of_mmcv_equals_the_original(reference_size, monkeypatch, assert_near):
+    layer = mmcv_layer(batch_first=True)
+    arguments = random_arguments(True, reference_size)
+    leaves = [arguments[name].requires_grad_() for name in ("query", "value")]
+    leaves += layer.parameters()
+    expected = layer(**arguments)
+    expected_grads = torch.autograd.grad(expected.square().sum(), leaves)
+    model = torch.nn.ModuleDict({"layer": layer})
+    assert patch(model).patched == {"layer": "MultiScaleDeformableAttention"}
+
+    calls = []
+    monkeypatch.setattr(
+        attention, "ms_deform_attn", lambda *a: calls.append(a) or ms_deform_attn(*a)
+    )
+    # Decorators of the forward stay: `residual` is the former name of `identity`.
+    for changes in ({}, {"residual": arguments["query"]}):
+        actual = layer(**arguments | changes)
+        assert_near(actual, expected.detach(), 1e-11)
+    grads = torch.autograd.grad(actual.square().sum(), leaves)
+    for a, e in zip(grads, expected_grads, strict=True):
+        assert_near(a, e, 1e-10)
+    assert len(calls) == 2
+
+    assert unpatch(model) == ("layer",)
+    assert torch.equal(layer(**arguments), expected)
+    assert type(layer) is MultiScaleDeformableAttention
+    assert len(calls) == 2
+
+
+def test_patched_layer_of_mmcv_calls_the_operator_on_gpus():
+    """On GPUs, mmcv's layer calls `apply` of a class, which has no function for the CPU."""
+    layer = mmcv_layer(batch_first=True)
+    patch(layer)
+    scope = type(layer).forward.__wrapped__.__globals__
+    value = torch.randn(2, PIXELS, 4, 8)
+    locations, weights = torch.rand(2, QUERIES, 4, 2, 3, 2), torch.rand(2, QUERIES, 4, 2, 3)
+    levels = torch.tensor(LEVELS), torch.tensor([0, 48])
+    output = scope["MultiScaleDeformableAttnFunction"].apply(value, *levels, locations, weights, 64)
+    assert torch.equal(output, ms_deform_attn(value, *levels, locations, weights))

@@ -3,7 +3,6 @@
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +15,8 @@ from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from mmseg.registry import MODELS as MMSEG_MODELS
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 
-from flash_internimage.openmmlab import CompileBackboneHook, FlashInternImageBackbone
+from flash_internimage.openmmlab import FlashInternImageBackbone
 from ops_dcnv4 import DCNv4
 
 SCHEMAS = Path(__file__).parents[3] / "data" / "schemas"
@@ -357,30 +355,6 @@ def test_detector_initializes_its_backbone(weights, tmp_path):
     detector = MMDET_MODELS.build(config)
     detector.init_weights()
     assert_weights(detector.backbone, weights)
-
-
-@pytest.mark.slow
-def test_compile_hook_makes_one_graph_for_images_of_all_sizes():
-    eager = backbone(depths=(1, 1, 1, 1)).train()
-    counter = CompileCounter()
-    torch._dynamo.reset()
-    compiled = copy.deepcopy(eager)
-    runner = SimpleNamespace(model=nn.Module())
-    runner.model.backbone = compiled
-    CompileBackboneHook(backend=counter, fullgraph=True).before_run(runner)
-    for size in ((2, 3, 64, 96), (3, 3, 96, 80), (2, 3, 70, 90)):
-        x = images(*size)
-        for module in (compiled, eager):
-            module.zero_grad()
-            sum(y.square().mean() for y in module(x)).backward()
-        for actual, expected in zip(compiled.parameters(), eager.parameters(), strict=True):
-            torch.testing.assert_close(actual.grad, expected.grad)
-    assert counter.frame_count == 1
-    compiled.eval()
-    with torch.no_grad():
-        for size in ((2, 3, 64, 96), (3, 3, 96, 80)):
-            torch.testing.assert_close(compiled(images(*size)), eager.eval()(images(*size)))
-    assert counter.frame_count == 2
 
 
 # --- Errors -------------------------------------------------------------------------------------
