@@ -1,5 +1,5 @@
-# A narrow DINO with few layers on the demo data. DETR-like detectors converge slowly: in 30 epochs, it
-# reaches half the AP of the Mask R-CNN.
+# A narrow DINO with few layers on the demo data. DETR-like detectors converge slowly: in 30 epochs,
+# it reaches half the AP of the Mask R-CNN.
 _base_ = [
     "../_base_/backbones/nano.py",
     "_base_/models/dino.py",

@@ -1,6 +1,6 @@
 """DCNv4 and multi-scale deformable attention for PyTorch, on CPUs, GPUs and any other device."""
 
-from . import flops
+from . import decompositions, flops
 from .attention import flash_deform_attn, ms_deform_attn
 from .backends import choose_backend, explain_backend, is_compiled, library_path, use_backend
 from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
@@ -15,6 +15,7 @@ __all__ = [
     "FlashDeformAttn",
     "choose_backend",
     "dcnv4",
+    "decompositions",
     "explain_backend",
     "flash_deform_attn",
     "flops",

@@ -149,9 +149,11 @@ def _is_readable(numbers: Tensor | Sequence | None) -> bool:
     """Return whether the contents can be read without a synchronization or a graph break."""
     if not isinstance(numbers, Tensor):
         return True
-    # Tracing uses tensor subclasses that have no contents.
+    # Tracing uses tensor subclasses that have no contents, and torch.vmap tensors without data.
     is_plain = type(numbers) in (Tensor, Parameter) and numbers.device.type == "cpu"
-    return is_plain and not torch.compiler.is_compiling()
+    if not is_plain or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(numbers)
 
 
 def _as_list(numbers: Tensor | Sequence) -> Sequence:

@@ -79,6 +79,15 @@ def _handle(multiply_adds: Callable[..., int]) -> Callable[[list, list], int]:
 HANDLES = {f"ops_dcnv4::{name}": _handle(count) for name, count in _MULTIPLY_ADDS.items()}
 
 
+def _activations(inputs: list, outputs: list) -> int:
+    return math.prod(outputs[0].type().sizes())
+
+
+#: Handles for `set_op_handle` of fvcore's ActivationCountAnalysis and mmengine's
+#: ActivationAnalyzer, which count the elements of outputs.
+ACTIVATION_HANDLES = dict.fromkeys(HANDLES, _activations)
+
+
 def _import_flop_counter() -> ModuleType:
     """Import torch's FLOP counter without its warning about missing Triton."""
     logger = logging.getLogger("torch.utils.flop_counter")

@@ -57,7 +57,8 @@ def translation_table(form: Form = "deform_conv") -> dict[Any, Callable]:
 
 
 def _constant(values: Any, dtype: ir.DataType) -> Value:
-    return op.Constant(value=ir.tensor(np.asarray(values, dtype.numpy())))
+    constant: Any = ir.tensor(np.asarray(values, dtype.numpy()))
+    return op.Constant(value=constant)
 
 
 def _integers(*values: int) -> Value:
@@ -78,7 +79,8 @@ def _cast(value: Value, dtype: ir.DataType) -> Value:
 
 
 def _window(parameters: Sequence[Any]) -> Window:
-    return Window(*(tuple(p) if isinstance(p, Sequence) else p for p in parameters))
+    values: list[Any] = [tuple(p) if isinstance(p, Sequence) else p for p in parameters]
+    return Window(*values)
 
 
 def _taps(window: Window) -> list[int | None]:
@@ -173,7 +175,7 @@ def _sample(
     dx, dy = op.Sub(x, left), op.Sub(y, top)
     weights = op.Where(inside, weights, zero)
     origin = _integers(0)
-    total = None
+    total: Value = None
     for row, weight_y in ((top, op.Sub(one, dy)), (op.Add(top, one), dy)):
         for column, weight_x in ((left, op.Sub(one, dx)), (op.Add(left, one), dx)):
             i, j = (op.Cast(index, to=ir.DataType.INT64.value) for index in (row, column))

@@ -1,4 +1,4 @@
-"""Registration of the operators with torch.library: schemas, shapes, gradients and autocast.
+"""Registration of the operators with torch.library: schemas, shapes, gradients, vmap and autocast.
 
 The compiled library for the CPU defines the operators, so that C++ programs have them too. Where it
 is missing, they are defined here. Each compiled library registers its kernels for one device type;
@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.library import Library, register_fake
+from torch.library import Library, register_fake, register_vmap
 
 from .backends import check, compute, is_compiled
 
@@ -84,13 +85,32 @@ def _register_autograd(name: str, gradients: Callable[..., tuple]) -> None:
             tensors = [argument for argument in inputs if isinstance(argument, Tensor)]
             ctx.save_for_backward(*tensors)
             ctx.parameters = inputs[len(tensors) :]
-            return below_autograd(options, *inputs)
+            if not torch._C._are_functorch_transforms_active():
+                return below_autograd(options, *inputs)
+            # The transforms around this one may differentiate too.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return below_autograd(options, *inputs)
 
         @staticmethod
         def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
             inputs = (*ctx.saved_tensors, *ctx.parameters)
             grads = iter(gradients(*grad_outputs, *inputs))
             return (None, *(next(grads) if _is_differentiable(t) else None for t in inputs))
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative (jvp): call torch.func.jacrev or vjp "
+                "instead of jacfwd, jvp or hessian"
+            )
+
+    # `Function.apply` would go through all transforms of torch.func. Here, the dispatcher has
+    # already chosen one.
+    apply = super(torch.autograd.Function, Function).apply
+
+    def apply_under_transform(*arguments: Any) -> Any:
+        with enable_single_level_autograd_function():
+            return apply(*arguments)
 
     def below_autograd(options: dict[str, bool], *inputs: Any) -> Any:
         try:
@@ -107,7 +127,9 @@ def _register_autograd(name: str, gradients: Callable[..., tuple]) -> None:
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         # Function has no forward-mode derivative, so it rejects dual tensors.
         if needs_grad or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            return Function.apply(options, *inputs)
+            if torch._C._are_functorch_transforms_active():
+                return apply_under_transform(options, *inputs)
+            return apply(options, *inputs)
         return below_autograd(options, *inputs)
 
     _library.impl(name, kernel, "Autograd")
@@ -123,8 +145,41 @@ def _raise_from(error: Exception, name: str, inputs: tuple) -> None:
 
 def _refuse_second_derivative(name: str, *arguments: Any) -> NoReturn:
     raise RuntimeError(
-        f"{name} has no second derivative: call backward or autograd.grad without create_graph=True"
+        f"{name} has no second derivative: call backward or autograd.grad without "
+        "create_graph=True, and do not nest torch.func.grad, vjp or jacrev"
     )
+
+
+def _register_vmap(name: str) -> None:
+    """Register the rule of torch.vmap, which makes the mapped dimension a part of the batch."""
+    operator = getattr(torch.ops.ops_dcnv4, name).default
+    schema = operator._schema
+    names = [argument.name for argument in schema.arguments if not argument.kwarg_only]
+
+    def rule(info: Any, in_dims: tuple, *inputs: Any, **options: bool) -> Any:
+        size = info.batch_size
+        folded = []
+        for argument, value, dim in zip(names, inputs, in_dims, strict=True):
+            if _is_differentiable(value):
+                value = _fold(value, dim, size)
+            elif isinstance(value, Tensor) and dim is not None:
+                raise ValueError(
+                    f"{argument} must be the same for all samples of torch.vmap (in_dims=None), "
+                    f"got a tensor that is mapped over dimension {dim}"
+                )
+            folded.append(value)
+        outputs = operator(*folded, **options)
+        if isinstance(outputs, Tensor):
+            return outputs.unflatten(0, (size, -1)), 0
+        return tuple(t.unflatten(0, (size, -1)) for t in outputs), (0,) * len(outputs)
+
+    register_vmap(operator, rule, lib=_library)
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """Return a tensor of batch size N with N * `size` images; `dim` is the mapped dimension."""
+    mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return mapped.flatten(0, 1)
 
 
 def _register_autocast(name: str, device_type: str, key: str) -> None:
@@ -160,5 +215,7 @@ for _name in _SIGNATURES:
     _define(_backward, _fake_backward)
     _register_autograd(_name, getattr(torch.ops.ops_dcnv4, _backward).default)
     _register_autograd(_backward, functools.partial(_refuse_second_derivative, _name))
+    _register_vmap(_name)
+    _register_vmap(_backward)
     _register_autocast(_name, "cpu", "AutocastCPU")
     _register_autocast(_name, "cuda", "AutocastCUDA")

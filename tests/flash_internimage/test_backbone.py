@@ -13,10 +13,11 @@ from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils.flop_counter import FlopCounterMode
 
 from flash_internimage import FlashInternImage
-from ops_dcnv4 import DCNv4
+from ops_dcnv4 import DCNv4, decompositions
 from tests.flash_internimage.models import SMALL, STYLES, images
 
 DATA = Path(__file__).parents[1] / "data"
@@ -531,8 +532,13 @@ def test_export_with_dynamic_batch_and_size():
         dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
         strict=False,
     )
-    x = images(3, 3, 48, 40)
-    torch.testing.assert_close(program.module()(x), model(x))
+    x, expected = images(3, 3, 48, 40), model(images(3, 3, 48, 40))
+    torch.testing.assert_close(program.module()(x), expected)
+    plain = program.run_decompositions(decompositions.table())
+    operators = [node.target for node in plain.graph.nodes if isinstance(node.target, OpOverload)]
+    assert {operator.namespace for operator in operators} == {"aten"}
+    assert not any(operator._schema.is_mutable for operator in operators)
+    torch.testing.assert_close(plain.module()(x), expected)
 
 
 @pytest.mark.slow

@@ -4,17 +4,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._ops import OpOverload
 
-from ops_dcnv4 import DCNv4, FlashDeformAttn, dcnv4, reference
-from tests.ops_dcnv4.attention_cases import FORMS, OPERATORS, Inputs, call, random_inputs
+from ops_dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, dcnv4, decompositions, reference
+from ops_dcnv4.registration import SCHEMAS
+from tests.ops_dcnv4.attention_cases import FORMS, Inputs, call, random_inputs
 from tests.ops_dcnv4.cases import VARIED, random_tensors
 
-NAMES = ("dcnv4", "dcnv4_backward", *OPERATORS)
-TABLE = {getattr(torch.ops.ops_dcnv4, n).default: getattr(reference, n) for n in NAMES}
+TABLE = decompositions.table()
 
 
 def custom_operators(graph: torch.fx.Graph) -> list[str]:
-    return [str(node.target) for node in graph.nodes if "ops_dcnv4" in str(node.target)]
+    """Return the operators that are not PyTorch's, or that write to their inputs."""
+    operators = [node.target for node in graph.nodes if isinstance(node.target, OpOverload)]
+    assert operators
+    return [str(t) for t in operators if t.namespace != "aten" or t._schema.is_mutable]
+
+
+def test_the_table_has_all_operators():
+    assert TABLE.keys() == {getattr(torch.ops.ops_dcnv4, name).default for name in SCHEMAS}
 
 
 class Dcnv4Layer(nn.Module):
@@ -63,9 +71,12 @@ def test_exported_layers_of_dynamic_sizes_are_decomposed(assert_near):
     def image(*size: int) -> tuple[Tensor]:
         return (torch.rand(*size, 16).double(),)
 
+    conv = DCNv4Conv2d(16, 8, 3, stride=2, padding=1).double()
+    planes = {0: sizes[0], 2: sizes[1], 3: sizes[2]}
     for layer, example, other, dynamic in (
         (sampling_layer(), tokens(2, 5), tokens(3, 7), (queries, points, pixels, None)),
         (dcn, image(5, 6, 7), image(4, 9, 8), (sizes,)),
+        (conv, (torch.rand(5, 16, 6, 7).double(),), (torch.rand(4, 16, 9, 8).double(),), (planes,)),
     ):
         program = torch.export.export(layer, example, dynamic_shapes=dynamic)
         program = program.run_decompositions(TABLE)
@@ -94,6 +105,7 @@ def assert_training_graphs_are_decomposed(function, tensors, assert_near) -> Non
         assert_near(a, e, 1e-12)
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("p", VARIED.values(), ids=VARIED)
 def test_training_graphs_of_dcnv4_are_decomposed(p, assert_near):
     tensors = random_tensors(p)[:2]

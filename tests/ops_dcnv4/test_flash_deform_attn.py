@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from torch._dynamo.testing import CompileCounter
 
 from ops_dcnv4 import FlashDeformAttn, ms_deform_attn
 
@@ -138,7 +139,7 @@ def test_exports_with_dynamic_batch_queries_and_maps(strict):
 def test_feature_maps_of_any_size_are_compiled_once():
     module = LayerOnMaps()
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     for sizes in ((5, 9, 4, 6), (7, 8, 11, 10)):
         arguments = maps_and_queries(*sizes)

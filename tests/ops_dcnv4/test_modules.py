@@ -12,6 +12,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from ops_dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, dcnv4, output_size
 
@@ -484,7 +485,7 @@ def test_export_with_a_dynamic_length_requires_the_shape():
 def test_square_sequences_of_any_length_are_compiled_once():
     module = randomized(DCNv4(16, group=2))
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     for side in (5, 6, 9):
         sequence = random_image(2, side**2, 16, dtype=torch.float32)

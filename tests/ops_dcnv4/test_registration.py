@@ -1,4 +1,4 @@
-"""Tests of DCNv4 with torch.library, torch.compile, torch.export, torch.func and autocast."""
+"""Tests of DCNv4 with torch.library, torch.compile, torch.export and autocast."""
 
 import pytest
 import torch
@@ -191,22 +191,3 @@ def test_forward_mode_derivatives_are_rejected(requires_grad, device):
     value.requires_grad_(requires_grad)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         dcnv4(forward_ad.make_dual(value, value), offset_mask, *Parameters())
-
-
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd])
-def test_derivatives_of_torch_func_are_rejected(transform, device):
-    value, offset_mask, _ = random_tensors(Parameters()).to(device)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        transform(lambda x: dcnv4(x, offset_mask, *Parameters()).sum())(value)
-
-
-def test_vmap_equals_a_batch(device):
-    p = Parameters()
-    value, offset_mask, _ = random_tensors(p, batch=3).to(device)
-    inputs = value.requires_grad_(), offset_mask.requires_grad_()
-    expected = dcnv4(*inputs, *p)
-    samples = (tensor[:, None] for tensor in inputs)
-    actual = torch.func.vmap(lambda *tensors: dcnv4(*tensors, *p))(*samples)[:, 0]
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    grads = (torch.autograd.grad(y.square().sum(), inputs) for y in (actual, expected))
-    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)

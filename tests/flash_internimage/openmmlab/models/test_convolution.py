@@ -7,7 +7,7 @@ import torch
 from mmcv.cnn import ConvModule
 from mmcv.cnn.utils import fuse_conv_bn
 from mmdet.models import ResNet
-from mmengine.analysis import FlopAnalyzer
+from mmengine.analysis import ActivationAnalyzer, FlopAnalyzer
 from mmengine.model import ModuleList
 from mmengine.registry import MODELS
 
@@ -59,12 +59,15 @@ def test_fusing_batch_norms_keeps_the_output():
     torch.testing.assert_close(fused(x), module(x), rtol=0, atol=0)
 
 
-def test_mmengine_counts_multiply_adds_with_the_handles():
-    module = conv_module(norm_cfg=None)
-    analyzer = FlopAnalyzer(module, torch.rand(1, 32, 9, 8)).set_op_handle(**flops.HANDLES)
+def test_mmengine_counts_multiply_adds_and_activations_with_the_handles():
+    module, x = conv_module(norm_cfg=None), torch.rand(1, 32, 9, 8)
+    analyzer = FlopAnalyzer(module, x).set_op_handle(**flops.HANDLES)
     pixels, pixels_out, offset_channels = 9 * 8, 5 * 4, 56
     projections = pixels * 32 * 32 + pixels_out * 32 * (48 + offset_channels)
     assert analyzer.total() == projections + 5 * pixels_out * 9 * 32
+    activations = ActivationAnalyzer(module, x).set_op_handle(**flops.ACTIVATION_HANDLES)
+    outputs = pixels * 32 + pixels_out * (offset_channels + 32 + 48)
+    assert activations.total() == outputs
 
 
 def test_init_cfg_of_linear_layers_keeps_offsets_at_zero():
