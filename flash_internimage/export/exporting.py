@@ -1,0 +1,115 @@
+"""Export a model: trace, write, load again, compare and time."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..inference import Predictor
+from .formats import find_format, trace
+from .models import exportable
+from .verification import (
+    Comparison,
+    Timing,
+    batches,
+    check,
+    compare,
+    measure,
+    sample_images,
+)
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured of an exported file.
+
+    Attributes:
+        path: The file.
+        size: Its size in bytes.
+        comparisons: Differences from eager PyTorch, for each batch of images.
+        timings: Times with one thread and with all; empty if they were not measured.
+    """
+
+    path: Path
+    size: int
+    comparisons: Sequence[Comparison]
+    timings: Sequence[Timing]
+
+
+def check_output(format: str, path: str | os.PathLike) -> None:
+    """Check the format, its packages and the suffix of the file.
+
+    Raises:
+        ValueError: If there is no such format or the suffix is another.
+        ModuleNotFoundError: If a package of the format is missing.
+    """
+    suffix = find_format(format).suffix
+    if Path(path).suffix != suffix:
+        raise ValueError(f"output must end in {suffix} for the format {format}, got {path}")
+
+
+def export_model(
+    predictor: Predictor,
+    path: str | os.PathLike,
+    format: str = "onnx",
+    *,
+    name: str = "",
+    features: bool = False,
+    images: Sequence[np.ndarray] = (),
+    tolerance: float = TOLERANCE,
+    timing: bool = True,
+) -> Report:
+    """Export a model and verify the file in its own runtime.
+
+    The file appears only if its outputs for real images of several sizes are those of eager
+    PyTorch.
+
+    Args:
+        predictor: Predictor in float32 on the CPU.
+        path: File to write; an existing one is replaced.
+        format: 'onnx', 'torch-export' or 'aoti'.
+        name: Name of the model, for the metadata.
+        features: Whether to export the feature maps of a classifier instead of its logits.
+        images: Arrays (H, W, 3) uint8 RGB to verify with. Default: scikit-learn's two photographs.
+        tolerance: Largest difference of an output, relative to its largest absolute value.
+        timing: Whether to time eager PyTorch and the file.
+
+    Raises:
+        DifferenceError: If the outputs differ by more than the tolerance.
+        ModuleNotFoundError: If a package of the format is missing.
+        OSError: If the file cannot be written.
+        ValueError: If the model cannot be exported to this format.
+
+    Example::
+
+        predictor = load_predictor("flash_internimage_tiny.in1k", device="cpu")
+        report = export_model(predictor, "tiny.onnx")
+    """
+    path = Path(path)
+    check_output(format, path)
+    module = find_format(format).load_module()
+    model = exportable(predictor, name, features=features)
+    inputs = list(batches(model, images or sample_images()))
+    program = trace(model, *inputs[0].shape[2:])
+    # The file is verified in a hidden folder, as runtimes load files by their names.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        partial = Path(folder, path.name)
+        module.write(program, model.metadata, partial)
+        runtime = module.load(partial)
+        comparisons = [compare(model, runtime, batch) for batch in inputs]
+        check(comparisons, tolerance)
+        timings = []
+        if timing:
+            for threads in sorted({1, torch.get_num_threads()}):
+                timings.append(
+                    measure(model, lambda n: module.load(partial, n), inputs[0], threads)
+                )
+        size = partial.stat().st_size
+        os.replace(partial, path)
+    return Report(path, size, comparisons, timings)
