@@ -13,7 +13,7 @@ import huggingface_hub
 import numpy as np
 
 from ..export import FORMATS, DifferenceError, Report, export_model
-from ..export.exporting import TOLERANCE, check_output
+from ..export.exporting import TOLERANCE, TOLERANCE_WITH_PREPROCESSING, check_output
 from ..files import require_writable
 from ..inference.predictor import find_model, load_predictor
 from ..inference.sources import find_sources, read_rgb
@@ -43,12 +43,15 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
                         help="file to write: *.onnx, or *.pt2 (torch-export, aoti)")  # fmt: skip
     parser.add_argument("--features", action="store_true",
                         help="export the feature maps of a classifier, not its logits")  # fmt: skip
+    parser.add_argument("--with-preprocessing", action="store_true",
+                        help="take uint8 images of any size: classifiers only")  # fmt: skip
     parser.add_argument("--images", nargs="+", default=[], metavar="IMAGE",
                         help=f"images or folders to compare with, of which the first {_MAX_IMAGES} "
                         "images count (default: scikit-learn's two photographs)")  # fmt: skip
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, metavar="X",
+    parser.add_argument("--tolerance", type=float, metavar="X",
                         help="largest difference from eager PyTorch, relative to the largest "
-                        f"value of an output (default: {TOLERANCE:g})")  # fmt: skip
+                        f"value of an output (default: {TOLERANCE:g}, or "
+                        f"{TOLERANCE_WITH_PREPROCESSING:g} with preprocessing)")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> Report:
-    if not arguments.tolerance > 0:
+    if arguments.tolerance is not None and not arguments.tolerance > 0:
         raise ValueError(f"--tolerance must be above 0, got {arguments.tolerance}")
     check_output(arguments.format, arguments.output)
     images = _read(arguments.images)
@@ -86,6 +89,7 @@ def _run(arguments: argparse.Namespace) -> Report:
         arguments.format,
         name=source.name,
         features=arguments.features,
+        with_preprocessing=arguments.with_preprocessing,
         images=images,
         tolerance=arguments.tolerance,
     )

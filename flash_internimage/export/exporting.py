@@ -22,7 +22,7 @@ from .verification import (
     sample_images,
 )
 
-TOLERANCE = 1e-4
+TOLERANCE, TOLERANCE_WITH_PREPROCESSING = 1e-4, 0.02
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ def export_model(
     *,
     name: str = "",
     features: bool = False,
+    with_preprocessing: bool = False,
     images: Sequence[np.ndarray] = (),
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     timing: bool = True,
 ) -> Report:
     """Export a model and verify the file in its own runtime.
@@ -76,8 +77,11 @@ def export_model(
         format: 'onnx', 'torch-export' or 'aoti'.
         name: Name of the model, for the metadata.
         features: Whether to export the feature maps of a classifier instead of its logits.
+        with_preprocessing: Whether the file takes images (N, H, W, 3) uint8 RGB of any size and
+            preprocesses them: classifiers only. Default: (N, 3, H, W) float32, normalized.
         images: Arrays (H, W, 3) uint8 RGB to verify with. Default: scikit-learn's two photographs.
-        tolerance: Largest difference of an output, relative to its largest absolute value.
+        tolerance: Largest difference of an output, relative to its largest absolute value. Default:
+            1e-4, or 0.02 with preprocessing, as its pixels may differ from Pillow's by one level.
         timing: Whether to time eager PyTorch and the file.
 
     Raises:
@@ -92,11 +96,13 @@ def export_model(
         report = export_model(predictor, "tiny.onnx")
     """
     path = Path(path)
+    if tolerance is None:
+        tolerance = TOLERANCE_WITH_PREPROCESSING if with_preprocessing else TOLERANCE
     check_output(format, path)
     module = find_format(format).load_module()
-    model = exportable(predictor, name, features=features)
+    model = exportable(predictor, name, features=features, with_preprocessing=with_preprocessing)
     inputs = list(batches(model, images or sample_images()))
-    program = trace(model, *inputs[0].shape[2:])
+    program = trace(model, *(inputs[0].shape[i] for i in model.size_dims))
     # The file is verified in a hidden folder, as runtimes load files by their names.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         partial = Path(folder, path.name)

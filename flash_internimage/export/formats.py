@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 from .models import ExportableModel, Metadata
 
-# Runs an exported file: arrays (N, 3, H, W) float32 to outputs by name.
+# Runs an exported file: images to outputs by name.
 Runtime = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
@@ -84,10 +84,9 @@ def trace(model: ExportableModel, height: int, width: int) -> ExportedProgram:
         height: Height of the example.
         width: Width of the example.
     """
-    # A batch of one would be taken for a constant.
-    example = torch.randn(2 if model.dynamic_batch else 1, 3, height, width)
-    sizes = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    sizes = dict.fromkeys(model.size_dims, Dim.DYNAMIC)
     if model.dynamic_batch:
         sizes[0] = Dim.DYNAMIC
+    example = model.example(height, width)
     with torch.no_grad():
         return torch.export.export(model, (example,), dynamic_shapes=(sizes,))

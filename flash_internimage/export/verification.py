@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -79,14 +78,13 @@ def batches(model: ExportableModel, images: Sequence[np.ndarray]) -> Iterator[Te
 def make_batch(
     model: ExportableModel, images: Sequence[np.ndarray], shape: tuple[int, int], count: int
 ) -> Tensor:
-    """Return the first images, or as many copies as needed, resized to a shape."""
-    normalize = replace(model.preprocessing, size=None, max_size=None)
+    """Return the first images, repeated if necessary and resized to (height, width)."""
     height, width = shape
     resized = [
         Image.fromarray(images[i % len(images)]).resize((width, height), Image.Resampling.BICUBIC)
         for i in range(count)
     ]
-    return torch.cat([normalize(np.array(image)) for image in resized])
+    return model.make_batch([np.array(image) for image in resized])
 
 
 def compare(model: ExportableModel, runtime: Runtime, images: Tensor) -> Comparison:
@@ -106,7 +104,7 @@ def compare(model: ExportableModel, runtime: Runtime, images: Tensor) -> Compari
         scale = max(float(np.abs(output).max(initial=0)), np.finfo(np.float32).tiny)
         difference = np.abs(actual[name].astype(np.float64) - output) / scale
         # A NaN must not be taken for agreement.
-        difference = np.nan_to_num(difference, nan=np.inf)
+        difference = np.nan_to_num(difference, nan=np.inf, posinf=np.inf)
         largest[name] = float(difference.max(initial=0))
         mean[name] = float(difference.mean()) if difference.size else 0.0
     return Comparison(tuple(images.shape), largest, mean, agreement)
@@ -170,17 +168,18 @@ def check(comparisons: Sequence[Comparison], tolerance: float) -> None:
         DifferenceError: If one is not, or fewer predictions agree than `MIN_AGREEMENT`.
     """
     for comparison in comparisons:
-        if comparison.agreement < MIN_AGREEMENT:
-            raise DifferenceError(
-                f"predictions for {' x '.join(map(str, comparison.shape))} images must agree by at "
-                f"least {MIN_AGREEMENT:.0%}, got {comparison.agreement:.2%}"
-            )
+        shape = " x ".join(map(str, comparison.shape))
         for name, difference in comparison.largest.items():
             if difference > tolerance:
                 raise DifferenceError(
-                    f"{name} of {' x '.join(map(str, comparison.shape))} images must differ by at "
-                    f"most {tolerance:g} of the largest value, got {difference:.3g}"
+                    f"{name} of {shape} images must differ by at most {tolerance:g} of the largest "
+                    f"value, got {difference:.3g}"
                 )
+        if comparison.agreement < MIN_AGREEMENT:
+            raise DifferenceError(
+                f"predictions for {shape} images must agree by at least {MIN_AGREEMENT:.0%}, "
+                f"got {comparison.agreement:.2%}"
+            )
 
 
 def measure(

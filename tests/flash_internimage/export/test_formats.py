@@ -1,0 +1,84 @@
+"""Tests of exported files, run by their own runtimes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from flash_internimage.export import DifferenceError, export_model, exporting, torch_export
+from flash_internimage.inference import load_predictor
+from tests.nano import CLASSIFIER, DETECTOR, DIGITS, SEGMENTOR
+
+
+@pytest.fixture(autouse=True)
+def always_clean(one_thread):
+    """Apply to all tests of this module."""
+
+
+@pytest.fixture(scope="module")
+def classifier(weights):
+    return load_predictor(CLASSIFIER, weights[CLASSIFIER], device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"with_preprocessing": True}], ids=["plain", "images"])
+def test_onnx_file_of_a_classifier(classifier, options, tmp_path):
+    from flash_internimage.export import onnx
+
+    path = tmp_path / "model.onnx"
+    report = export_model(classifier, path, name="nano", **options)
+    assert [*tmp_path.iterdir()] == [path]
+    assert report.size == path.stat().st_size
+    shapes = {comparison.shape for comparison in report.comparisons}
+    assert len(shapes) == len({shape[0] for shape in shapes}) == 3
+    largest = max(comparison.largest["logits"] for comparison in report.comparisons)
+    assert largest < (0.02 if options else 1e-5)
+    assert all(timing.eager > 0 and timing.exported > 0 for timing in report.timings)
+    metadata = onnx.read_metadata(path)
+    assert (metadata["model"], metadata["task"]) == ("nano", "classification")
+    assert (metadata["classes"], metadata["input_size"]) == ([*DIGITS], 32)
+    assert metadata["mean"] == pytest.approx([123.675, 116.28, 103.53])
+    assert metadata["std"] == pytest.approx([58.395, 57.12, 57.375])
+    assert metadata["images"].startswith(
+        "(N, H, W, 3) uint8" if options else "(N, 3, H, W) float32"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.mm
+@pytest.mark.usefixtures("restore_scope")
+@pytest.mark.parametrize("name", [SEGMENTOR, DETECTOR])
+def test_onnx_file_of_a_segmentor_and_a_detector(name, weights, tmp_path):
+    predictor = load_predictor(name, weights[name], device="cpu")
+    report = export_model(predictor, tmp_path / "model.onnx", timing=False)
+    assert all(comparison.agreement > 0.98 for comparison in report.comparisons)
+
+
+@pytest.mark.slow
+def test_program_of_torch_export(classifier, tmp_path):
+    path = tmp_path / "model.pt2"
+    report = export_model(classifier, path, "torch-export", timing=False)
+    assert max(comparison.largest["logits"] for comparison in report.comparisons) < 1e-5
+    assert torch_export.read_metadata(path)["classes"] == [*DIGITS]
+
+
+class Wrong:
+    """A format whose files compute zeros."""
+
+    def write(self, program, metadata, path) -> None:
+        path.write_text(json.dumps(metadata.task))
+
+    def load(self, path, threads=None):
+        assert json.loads(path.read_text()) == "classification"
+        return lambda images: {"logits": np.zeros((len(images), 10), np.float32)}
+
+
+def test_a_file_that_computes_something_else_is_not_kept(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "trace", lambda *_: None)
+    monkeypatch.setattr("flash_internimage.export.formats.Format.load_module", lambda _: Wrong())
+    path = tmp_path / "model.onnx"
+    path.write_text("earlier")
+    with pytest.raises(DifferenceError, match="must "):
+        export_model(classifier, path)
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_text() == "earlier"
