@@ -78,9 +78,9 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
 def _run(arguments: argparse.Namespace) -> Report:
     if arguments.tolerance is not None and not arguments.tolerance > 0:
         raise ValueError(f"--tolerance must be above 0, got {arguments.tolerance}")
-    check_output(arguments.format, arguments.output)
-    images = _read(arguments.images)
     source = find_model(arguments.model)
+    check_output(arguments.format, arguments.output, source.task)
+    images = _read(arguments.images)
     require_writable(arguments.output.parent, "-o")
     checkpoint = arguments.checkpoint and os.path.expanduser(arguments.checkpoint)
     return export_model(

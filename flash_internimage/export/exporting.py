@@ -42,16 +42,19 @@ class Report:
     timings: Sequence[Timing]
 
 
-def check_output(format: str, path: str | os.PathLike) -> None:
-    """Check the format, its packages and the suffix of the file.
+def check_output(format: str, path: str | os.PathLike, task: str) -> None:
+    """Check the format, its packages, the suffix of the file and the task of the model.
 
     Raises:
-        ValueError: If there is no such format or the suffix is another.
+        ValueError: If there is no such format, or the suffix or task is another.
         ModuleNotFoundError: If a package of the format is missing.
     """
-    suffix = find_format(format).suffix
-    if Path(path).suffix != suffix:
-        raise ValueError(f"output must end in {suffix} for the format {format}, got {path}")
+    chosen = find_format(format)
+    if Path(path).suffix != chosen.suffix:
+        raise ValueError(f"output must end in {chosen.suffix} for the format {format}, got {path}")
+    if task not in chosen.tasks:
+        supported = " or ".join(chosen.tasks)
+        raise ValueError(f"the task must be {supported} for the format {format}, got {task}")
 
 
 def export_model(
@@ -98,7 +101,7 @@ def export_model(
     path = Path(path)
     if tolerance is None:
         tolerance = TOLERANCE_WITH_PREPROCESSING if with_preprocessing else TOLERANCE
-    check_output(format, path)
+    check_output(format, path, predictor.task)
     module = find_format(format).load_module()
     model = exportable(predictor, name, features=features, with_preprocessing=with_preprocessing)
     inputs = list(batches(model, images or sample_images()))

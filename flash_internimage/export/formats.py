@@ -43,11 +43,13 @@ class Format:
         module: Name of its module in this package.
         suffix: Suffix of its files.
         packages: Packages of the extra `export` that it needs.
+        tasks: Tasks of the models that it supports.
     """
 
     module: str
     suffix: str
     packages: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("classification", "detection", "segmentation")
 
     def load_module(self) -> FormatModule:
         """Return the module of the format."""
@@ -57,7 +59,7 @@ class Format:
 FORMATS = {
     "onnx": Format("onnx", ".onnx", ("onnx", "onnxscript", "onnxruntime")),
     "torch-export": Format("torch_export", ".pt2"),
-    "aoti": Format("aoti", ".pt2"),
+    "aoti": Format("aoti", ".pt2", tasks=("classification",)),
 }
 
 

@@ -171,6 +171,9 @@ def exportable(
     Raises:
         ValueError: If the model cannot be exported.
     """
+    for parameter in predictor.model.parameters():
+        if parameter.device.type != "cpu":
+            raise ValueError(f"predictor must be on the CPU, got one on {parameter.device}")
     model = _wrap(predictor, features, with_preprocessing)
     model.preprocessing = preprocessing_of(predictor)
     model.metadata = Metadata(

@@ -29,7 +29,8 @@ class ExportableSegmentor(ExportableModel):
         use_flash_attention(self.traced)
         for name, module in [*self.traced.named_modules()]:
             if isinstance(module, nn.AdaptiveAvgPool2d):
-                self.traced.set_submodule(name, AnySizeAveragePool(module.output_size))
+                size: Any = module.output_size
+                self.traced.set_submodule(name, AnySizeAveragePool(size))
         head: Any = model.decode_head
         if isinstance(head, Mask2FormerHead):
             decoder: Any = self.traced.get_submodule("decode_head.pixel_decoder")

@@ -5,7 +5,7 @@ import pytest
 from flash_internimage.cli import export
 from flash_internimage.export import Comparison, DifferenceError, Report, Timing, formats
 from flash_internimage_cli import main
-from tests.nano import CLASSIFIER
+from tests.nano import CLASSIFIER, SEGMENTOR
 
 
 @pytest.fixture
@@ -56,6 +56,14 @@ def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, calls, c
     assert export.main(arguments) == 2
     assert message in caplog.records[-1].getMessage()
     assert "\n" not in caplog.records[-1].getMessage()
+    assert not calls
+
+
+def test_a_model_that_the_format_does_not_support_is_refused(tmp_path, calls, caplog):
+    arguments = [SEGMENTOR, "--format", "aoti", "-o", str(tmp_path / "m.pt2")]
+    assert export.main(arguments) == 2
+    expected = "the task must be classification for the format aoti, got segmentation"
+    assert caplog.records[-1].getMessage() == expected
     assert not calls
 
 
