@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -194,7 +195,7 @@ def measure(
         threads: Number of threads of both.
     """
     runtime, array = load(threads), images.numpy()
-    calls = (lambda: model.run(images), lambda: runtime(array))
+    calls: Sequence[Callable[[], Any]] = (lambda: model.run(images), lambda: runtime(array))
     times: tuple[list[float], list[float]] = ([], [])
     with use_threads(threads):
         for call in calls:
