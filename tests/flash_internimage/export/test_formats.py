@@ -20,7 +20,6 @@ from flash_internimage.export import (
     export_model,
     exporting,
     onnx,
-    torch_export,
     verification,
 )
 from flash_internimage.inference import load_predictor
@@ -74,14 +73,6 @@ def test_onnx_file_with_preprocessing(tmp_path):
     assert {comparison.shape[3] for comparison in report.comparisons} == {3}
     assert max(comparison.largest["logits"] for comparison in report.comparisons) < 1e-3
     assert onnx.read_metadata(path)["images"] == "(N, H, W, 3) uint8, RGB"
-
-
-@pytest.mark.slow
-def test_program_of_torch_export(classifier, tmp_path):
-    path = tmp_path / "model.pt2"
-    report = export_model(classifier, path, "torch-export", timing=False)
-    assert max(comparison.largest["logits"] for comparison in report.comparisons) < 1e-5
-    assert torch_export.read_metadata(path)["classes"] == [*DIGITS]
 
 
 class Wrong:
