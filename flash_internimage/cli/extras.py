@@ -8,6 +8,7 @@ from contextlib import contextmanager
 EXTRAS = {
     "app": ("gradio",),
     "data": ("defusedxml", "pycocotools"),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
     "openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg", "faster_coco_eval", "cv2"),
     "train": ("contourpy", "matplotlib", "pydantic", "sklearn", "tensorboard"),
 }

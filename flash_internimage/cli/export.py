@@ -1,0 +1,127 @@
+"""Export a model, and verify the file in its own runtime.
+
+flash-internimage export NAME|CONFIG [CHECKPOINT] --format onnx|torch-export|aoti -o OUT
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+
+from ..export import FORMATS, DifferenceError, Report, export_model
+from ..export.exporting import TOLERANCE, TOLERANCE_WITH_PREPROCESSING, check_output
+from ..files import require_writable
+from ..inference.predictor import find_model, load_predictor
+from ..inference.sources import find_sources, read_rgb
+
+_logger = logging.getLogger(__name__)
+
+PROGRAM = "flash-internimage export"
+_MAX_IMAGES = 8
+
+
+def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.Namespace:
+    """Parse the command line.
+
+    Args:
+        argv: Arguments; None for those of the process.
+        program: Name of the program in usage messages.
+    """
+    parser = argparse.ArgumentParser(
+        program, description="Export a model, and compare the file with eager PyTorch."
+    )
+    parser.add_argument("model", metavar="NAME|CONFIG",
+                        help="model of the zoo or of timm, or a config of any task")  # fmt: skip
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?",
+                        help="weights (default: the released ones)")  # fmt: skip
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT",
+                        help="file to write: *.onnx, or *.pt2 (torch-export, aoti)")  # fmt: skip
+    parser.add_argument("--features", action="store_true",
+                        help="export the feature maps of a classifier, not its logits")  # fmt: skip
+    parser.add_argument("--with-preprocessing", action="store_true",
+                        help="take uint8 images of any size: classifiers only")  # fmt: skip
+    parser.add_argument("--images", nargs="+", default=[], metavar="IMAGE",
+                        help=f"images or folders to compare with, of which the first {_MAX_IMAGES} "
+                        "images count (default: scikit-learn's two photographs)")  # fmt: skip
+    parser.add_argument("--tolerance", type=float, metavar="X",
+                        help="largest difference from eager PyTorch, relative to the largest "
+                        f"value of an output (default: {TOLERANCE:g}, or "
+                        f"{TOLERANCE_WITH_PREPROCESSING:g} with preprocessing)")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
+    """Run the command and return the exit code."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
+    for name in ("onnx_ir", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # they log every step
+    arguments = parse_arguments(argv, program)
+    try:
+        report = _run(arguments)
+    except DifferenceError as error:
+        _logger.error("no file is written: %s", error)
+        return 1
+    except (ValueError, OSError) as error:
+        _logger.error("%s", " ".join(str(error).split()))
+        return 2
+    sys.stdout.write(_describe(report))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> Report:
+    if arguments.tolerance is not None and not arguments.tolerance > 0:
+        raise ValueError(f"--tolerance must be above 0, got {arguments.tolerance}")
+    source = find_model(arguments.model)
+    check_output(arguments.format, arguments.output, source.task)
+    images = _read(arguments.images)
+    require_writable(arguments.output.parent, "-o")
+    checkpoint = arguments.checkpoint and os.path.expanduser(arguments.checkpoint)
+    return export_model(
+        load_predictor(source, checkpoint, device="cpu"),
+        arguments.output,
+        arguments.format,
+        name=source.name,
+        features=arguments.features,
+        with_preprocessing=arguments.with_preprocessing,
+        images=images,
+        tolerance=arguments.tolerance,
+    )
+
+
+def _read(inputs: list[str]) -> list[np.ndarray]:
+    if not inputs:
+        return []
+    sources = find_sources(inputs)
+    if other := next((source for source in sources if source.kind != "image"), None):
+        raise ValueError(f"--images must be images or folders, got the {other.kind} {other.path}")
+    if len(sources) > _MAX_IMAGES:
+        _logger.info("the first %d of %d images are compared", _MAX_IMAGES, len(sources))
+    return [read_rgb(source.path) for source in sources[:_MAX_IMAGES]]  # type: ignore[arg-type]
+
+
+def _describe(report: Report) -> str:
+    """Return a table of the differences, and the times, as text."""
+    lines = [f"{report.path}: {report.size / 1e6:.1f} MB"]
+    lines.append("images                 output    largest   mean      agreement")
+    for comparison in report.comparisons:
+        shape = " x ".join(map(str, comparison.shape))
+        for name, largest in comparison.largest.items():
+            mean = comparison.mean[name]
+            lines.append(
+                f"{shape:22} {name:9} {largest:<9.1e} {mean:<9.1e} {comparison.agreement:.2%}"
+            )
+    for timing in report.timings:
+        threads = "1 thread" if timing.threads == 1 else f"{timing.threads} threads"
+        eager, exported = 1e3 * timing.eager, 1e3 * timing.exported
+        lines.append(
+            f"{threads}: eager {eager:.1f} ms, exported {exported:.1f} ms, "
+            f"ratio {eager / exported:.2f}"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,36 @@
+"""Packages of AOTInductor: compiled for this machine, run from Python or C++."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from .formats import Runtime
+from .models import Metadata
+from .tensors import call_with_arrays
+
+
+def write(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
+    """Compile a traced model; see :class:`~.formats.FormatModule`."""
+    stored = {key: json.dumps(value) for key, value in asdict(metadata).items()}
+    torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(path),
+        inductor_configs={"aot_inductor.metadata": stored},
+    )
+
+
+def load(path: Path, threads: int | None = None) -> Runtime:
+    """Load a package; see :class:`~.formats.FormatModule`."""
+    names = read_metadata(path)["outputs"]
+    model = torch._inductor.aoti_load_package(str(path))
+    return call_with_arrays(model, names, threads)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata of a package that this process has written."""
+    stored: Any = torch._inductor.aoti_load_package(str(path)).loader.get_metadata()  # type: ignore[attr-defined]
+    return {k: json.loads(v) for k, v in stored.items() if not k.startswith("AOTI_")}

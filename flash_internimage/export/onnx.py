@@ -1,0 +1,65 @@
+"""ONNX files, run by onnxruntime."""
+
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch.export import ExportedProgram
+
+from ops_dcnv4.onnx import translation_table
+
+from .formats import Runtime
+from .models import Metadata
+
+# The first one with DeformConv, which computes DCNv4: more runtimes read older opsets.
+OPSET = 19
+
+
+def write(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
+    """Write a traced model; see :class:`~.formats.FormatModule`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about deprecations within torch.onnx
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=translation_table(),
+            input_names=["images"],
+            output_names=[*metadata.outputs],
+            verbose=False,
+        )
+    assert exported is not None
+    exported.model.metadata_props.update(
+        {key: json.dumps(value) for key, value in asdict(metadata).items()}
+    )
+    exported.save(path)
+
+
+def load(path: Path, threads: int | None = None) -> Runtime:
+    """Load a file in onnxruntime; see :class:`~.formats.FormatModule`."""
+    session = _session(path, threads)
+    names = [output.name for output in session.get_outputs()]
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        outputs: Any = session.run(names, {"images": images})
+        return dict(zip(names, outputs, strict=True))
+
+    return run
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata of a file."""
+    stored = _session(path, 1).get_modelmeta().custom_metadata_map
+    return {key: json.loads(value) for key, value in stored.items()}
+
+
+def _session(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

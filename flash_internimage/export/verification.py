@@ -1,0 +1,210 @@
+"""Compare an exported file with eager PyTorch on real images, and time both."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+
+from .formats import Runtime
+from .models import ExportableModel
+from .tensors import use_threads
+
+# Height and width of the batches, relative to the test size, and their number of images.
+_CASES = ((1.0, 1.0, 1), (0.75, 1.25, 2), (1.0, 0.6, 3))
+_DEFAULT_SIZE = 224
+# Proportion of predictions that must agree: where two scores are equal, either may win.
+MIN_AGREEMENT = 0.98
+_SECONDS = 1.0  # of a measurement
+
+
+class DifferenceError(ValueError):
+    """An exported file does not compute what the model computes."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences between an exported file and eager PyTorch for a batch of images.
+
+    Attributes:
+        shape: Shape of the batch.
+        largest: Largest difference of each output, relative to the largest absolute value in it.
+        mean: Mean difference of each output, likewise.
+        agreement: Proportion of equal predictions: classes, classes of pixels or objects.
+    """
+
+    shape: tuple[int, ...]
+    largest: Mapping[str, float]
+    mean: Mapping[str, float]
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Shortest times of a batch of one image at the test size, in seconds.
+
+    Attributes:
+        threads: Number of threads.
+        eager: Time of eager PyTorch.
+        exported: Time of the exported file in its runtime.
+    """
+
+    threads: int
+    eager: float
+    exported: float
+
+
+def sample_images() -> list[np.ndarray]:
+    """Return scikit-learn's two photographs, (427, 640, 3) uint8 RGB."""
+    return [np.asarray(image) for image in load_sample_images().images]
+
+
+def batches(model: ExportableModel, images: Sequence[np.ndarray]) -> Iterator[Tensor]:
+    """Yield batches of several sizes and numbers of images, preprocessed for the model.
+
+    Args:
+        model: Model, whose test size the sizes are relative to.
+        images: Arrays (H, W, 3) uint8 RGB.
+    """
+    size = model.preprocessing.size or _DEFAULT_SIZE
+    for height, width, count in _CASES:
+        shape = round(height * size), round(width * size)
+        yield make_batch(model, images, shape, count if model.dynamic_batch else 1)
+
+
+def make_batch(
+    model: ExportableModel, images: Sequence[np.ndarray], shape: tuple[int, int], count: int
+) -> Tensor:
+    """Return the first images, repeated if necessary and resized to (height, width)."""
+    height, width = shape
+    resized = [
+        Image.fromarray(images[i % len(images)]).resize((width, height), Image.Resampling.BICUBIC)
+        for i in range(count)
+    ]
+    return model.make_batch([np.array(image) for image in resized])
+
+
+def compare(model: ExportableModel, runtime: Runtime, images: Tensor) -> Comparison:
+    """Compare the outputs for a batch of images."""
+    expected = {name: t.numpy() for name, t in model.run(images).items()}
+    actual = runtime(images.numpy())
+    if "boxes" in expected:
+        expected, actual, agreement = match_objects(expected, actual)
+    else:
+        agreement = _same_classes(expected, actual)
+    largest, mean = {}, {}
+    for name, output in expected.items():
+        if actual[name].shape != output.shape:
+            raise DifferenceError(
+                f"{name} must have the shape {output.shape}, got {actual[name].shape}"
+            )
+        scale = max(float(np.abs(output).max(initial=0)), np.finfo(np.float32).tiny)
+        difference = np.abs(actual[name].astype(np.float64) - output) / scale
+        # A NaN must not be taken for agreement.
+        difference = np.nan_to_num(difference, nan=np.inf, posinf=np.inf)
+        largest[name] = float(difference.max(initial=0))
+        mean[name] = float(difference.mean()) if difference.size else 0.0
+    return Comparison(tuple(images.shape), largest, mean, agreement)
+
+
+def _same_classes(expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray]) -> float:
+    scores = next((name for name in ("logits", "scores") if name in expected), None)
+    if scores is None or expected[scores].shape != actual[scores].shape:
+        return 1.0
+    return float((expected[scores].argmax(1) == actual[scores].argmax(1)).mean())
+
+
+def match_objects(
+    expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float]:
+    """Match objects by their labels and boxes, as objects of equal scores may change places.
+
+    An expected object is matched with that of its label whose box is closest, if all sides are
+    within a pixel.
+
+    Args:
+        expected: `boxes` (N, n, 4), `scores` and `labels` (N, n); or without N for a single image.
+        actual: The same of the exported file, with another n for all images at most.
+
+    Returns:
+        The boxes and scores of matched objects, expected and actual, and the proportion of objects
+        on both sides that are matched.
+    """
+    pairs: list[tuple[int, int, int]] = []
+    wanted, found = (_with_batch(outputs) for outputs in (expected, actual))
+    for image, (boxes, labels) in enumerate(zip(wanted["boxes"], wanted["labels"], strict=True)):
+        free = np.ones(len(found["labels"][image]), bool)
+        for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+            candidates = np.flatnonzero(free & (found["labels"][image] == label))
+            if not len(candidates):
+                continue
+            distances = np.abs(found["boxes"][image][candidates] - box).max(1)
+            if distances.min() <= 1:
+                chosen = int(candidates[distances.argmin()])
+                free[chosen] = False
+                pairs.append((image, i, chosen))
+    images, left, right = np.array(pairs, int).reshape(-1, 3).T
+    names = ("boxes", "scores")
+    total = max(wanted["labels"].size, found["labels"].size)
+    return (
+        {name: wanted[name][images, left] for name in names},
+        {name: found[name][images, right] for name in names},
+        len(pairs) / total if total else 1.0,
+    )
+
+
+def _with_batch(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    single = outputs["labels"].ndim == 1
+    return {name: outputs[name][None] if single else outputs[name] for name in outputs}
+
+
+def check(comparisons: Sequence[Comparison], tolerance: float) -> None:
+    """Check that all differences are within the tolerance.
+
+    Raises:
+        DifferenceError: If one is not, or fewer predictions agree than `MIN_AGREEMENT`.
+    """
+    for comparison in comparisons:
+        shape = " x ".join(map(str, comparison.shape))
+        for name, difference in comparison.largest.items():
+            if difference > tolerance:
+                raise DifferenceError(
+                    f"{name} of {shape} images must differ by at most {tolerance:g} of the largest "
+                    f"value, got {difference:.3g}"
+                )
+        if comparison.agreement < MIN_AGREEMENT:
+            raise DifferenceError(
+                f"predictions for {shape} images must agree by at least {MIN_AGREEMENT:.0%}, "
+                f"got {comparison.agreement:.2%}"
+            )
+
+
+def measure(
+    model: ExportableModel, load: Callable[[int], Runtime], images: Tensor, threads: int
+) -> Timing:
+    """Time eager PyTorch and the exported file alternately, so that other load affects both.
+
+    Args:
+        model: Model in eager PyTorch.
+        load: Loads the file for a number of threads.
+        images: Batch to compute.
+        threads: Number of threads of both.
+    """
+    runtime, array = load(threads), images.numpy()
+    calls: Sequence[Callable[[], Any]] = (lambda: model.run(images), lambda: runtime(array))
+    times: tuple[list[float], list[float]] = ([], [])
+    with use_threads(threads):
+        for call in calls:
+            call()
+        end = time.perf_counter() + 2 * _SECONDS
+        while time.perf_counter() < end or len(times[0]) < 3:
+            for call, durations in zip(calls, times, strict=True):
+                begin = time.perf_counter()
+                call()
+                durations.append(time.perf_counter() - begin)
+    # Other load on the machine can only add to the time.
+    return Timing(threads, *(min(durations) for durations in times))

@@ -1,0 +1,97 @@
+"""Tests of exported files, run by their own runtimes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    InterpolationMode,
+    Normalize,
+    Resize,
+    ToTensor,
+)
+
+from flash_internimage.export import (
+    DifferenceError,
+    export_model,
+    exporting,
+    onnx,
+    verification,
+)
+from flash_internimage.inference import load_predictor
+from flash_internimage.inference.classifier import Classifier
+from tests.nano import CLASSIFIER, DIGITS
+
+
+@pytest.fixture(autouse=True)
+def always_clean(one_thread):
+    """Apply to all tests of this module."""
+
+
+@pytest.fixture(scope="module")
+def classifier(weights):
+    return load_predictor(CLASSIFIER, weights[CLASSIFIER], device="cpu")
+
+
+@pytest.mark.slow
+def test_onnx_file_of_a_classifier(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "_SECONDS", 0.01)
+    path = tmp_path / "model.onnx"
+    report = export_model(classifier, path, name="nano")
+    assert [*tmp_path.iterdir()] == [path]
+    assert report.size == path.stat().st_size
+    shapes = {comparison.shape for comparison in report.comparisons}
+    assert len(shapes) == len({shape[0] for shape in shapes}) == 3
+    assert max(comparison.largest["logits"] for comparison in report.comparisons) < 1e-5
+    assert all(timing.eager > 0 and timing.exported > 0 for timing in report.timings)
+    metadata = onnx.read_metadata(path)
+    assert (metadata["model"], metadata["task"]) == ("nano", "classification")
+    assert (metadata["classes"], metadata["input_size"]) == ([*DIGITS], 32)
+    assert metadata["images"].startswith("(N, 3, H, W) float32, RGB")
+    assert metadata["mean"] == pytest.approx([123.675, 116.28, 103.53])
+    assert metadata["std"] == pytest.approx([58.395, 57.12, 57.375])
+
+
+class Colors(nn.Module):
+    """A model whose logits are the mean colors."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3))
+
+
+@pytest.mark.slow
+def test_onnx_file_with_preprocessing(tmp_path):
+    colors = Normalize((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
+    steps = [Resize(40, InterpolationMode.BICUBIC), CenterCrop(32), ToTensor(), colors]
+    predictor = Classifier(Colors(), Compose(steps), ("red", "green", "blue"))
+    path = tmp_path / "model.onnx"
+    report = export_model(predictor, path, with_preprocessing=True, timing=False)
+    assert {comparison.shape[3] for comparison in report.comparisons} == {3}
+    assert max(comparison.largest["logits"] for comparison in report.comparisons) < 1e-3
+    assert onnx.read_metadata(path)["images"] == "(N, H, W, 3) uint8, RGB"
+
+
+class Wrong:
+    """A format whose files compute zeros."""
+
+    def write(self, program, metadata, path) -> None:
+        path.write_text(json.dumps(metadata.task))
+
+    def load(self, path, threads=None):
+        assert json.loads(path.read_text()) == "classification"
+        return lambda images: {"logits": np.zeros((len(images), 10), np.float32)}
+
+
+def test_a_file_that_computes_something_else_is_not_kept(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "trace", lambda *_: None)
+    monkeypatch.setattr("flash_internimage.export.formats.Format.load_module", lambda _: Wrong())
+    path = tmp_path / "model.onnx"
+    path.write_text("earlier")
+    with pytest.raises(DifferenceError, match="must "):
+        export_model(classifier, path)
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_text() == "earlier"
