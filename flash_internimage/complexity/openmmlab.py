@@ -9,7 +9,7 @@ from mmdet.models import CascadeRoIHead, DetectionTransformer, TwoStageDetector
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmseg.models import EncoderDecoder
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torchvision.ops import roi_align
@@ -31,6 +31,8 @@ def build_network(source: ModelSource) -> Network:
     Raises:
         ValueError: If it is neither a two-stage detector nor a detection transformer, such as DINO.
     """
+    if source.config is None:
+        raise ValueError(f"model must have a config, got {source.name}")
     cfg = read_config(source.config)
     # mmdet creates some parameters by `torch.Tensor(...)`, which ignores the default device.
     model = build_without_memory(cfg).to("meta")
@@ -96,7 +98,7 @@ def _segmentor(model: EncoderDecoder, cfg: Config) -> Network:
     return Network(model, (height, 4 * width), predict, loss, LevelsOnCPU)
 
 
-def _loss_of_head(head: nn.Module, maps: Sequence[Tensor], images: Tensor) -> Tensor:
+def _loss_of_head(head: Any, maps: Sequence[Tensor], images: Tensor) -> Tensor:
     if not hasattr(head, "loss_decode"):  # Mask2Former
         return _total(head(maps, [DetDataSample(metainfo=info) for info in _metainfo(images)]))
     size = images.shape[2:]
@@ -135,7 +137,7 @@ def _two_stage(model: TwoStageDetector) -> Network:
 class _Extractor:
     """Read all regions from the first map: which one mmdet chooses depends on their sizes."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         layer = module.roi_layers[0]
         self.options = (layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned)
 
