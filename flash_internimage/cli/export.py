@@ -12,6 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 
+from ..console import log_to_terminal
 from ..export import FORMATS, DifferenceError, Report, export_model
 from ..export.exporting import TOLERANCE, TOLERANCE_WITH_PREPROCESSING, check_output
 from ..files import require_writable
@@ -57,7 +58,7 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
 
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command and return the exit code."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    log_to_terminal()
     huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request
     for name in ("onnx_ir", "onnxscript"):

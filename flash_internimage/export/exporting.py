@@ -1,8 +1,9 @@
 """Export a model: trace, write, load again, compare and time."""
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,18 @@ def check_output(format: str, path: str | os.PathLike, task: str) -> None:
         raise ValueError(f"the task must be {supported} for the format {format}, got {task}")
 
 
+@contextlib.contextmanager
+def _one_line(problem: str) -> Iterator[None]:
+    """Turn errors of exporters and runtimes, which are of many types, into a ValueError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise ValueError(f"{problem}: {type(error).__name__}: {lines[0]}") from error
+
+
 def export_model(
     predictor: Predictor,
     path: str | os.PathLike,
@@ -105,13 +118,16 @@ def export_model(
     module = find_format(format).load_module()
     model = exportable(predictor, name, features=features, with_preprocessing=with_preprocessing)
     inputs = list(batches(model, images or sample_images()))
-    program = trace(model, *(inputs[0].shape[i] for i in model.size_dims))
+    with _one_line(f"the model cannot be traced for {format}"):
+        program = trace(model, *(inputs[0].shape[i] for i in model.size_dims))
     # The file is verified in a hidden folder, as runtimes load files by their names.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         partial = Path(folder, path.name)
-        module.write(program, model.metadata, partial)
-        runtime = module.load(partial)
-        comparisons = [compare(model, runtime, batch) for batch in inputs]
+        with _one_line(f"the model cannot be written as {format}"):
+            module.write(program, model.metadata, partial)
+        with _one_line(f"the runtime of {format} fails"):
+            runtime = module.load(partial)
+            comparisons = [compare(model, runtime, batch) for batch in inputs]
         check(comparisons, tolerance)
         timings = []
         if timing:
