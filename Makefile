@@ -60,7 +60,8 @@ requirements-and-browser:
 # At most two minutes on two cores: no slow tests, and none that need OpenMMLab, the emulator or a GPU.
 FAST := -m 'not slow and not mm and not gpu' \
 	  $(addprefix --ignore tests/,cuda_model detection gpu segmentation tools/test_zoo_entries.py \
-	    $(addprefix flash_internimage/,analysis/openmmlab openmmlab own_data/openmmlab cli/test_demo_scenes.py cli/test_zoo.py))
+	    $(addprefix flash_internimage/,analysis/openmmlab complexity export/test_models.py openmmlab \
+	      own_data/openmmlab cli/test_demo_scenes.py cli/test_zoo.py))
 
 test-fast: $(VENV)/.package $(VENV)/.dev
 	$(PYTEST) $(FAST)

@@ -16,10 +16,12 @@ from torch import Tensor
 MARKERS = {
     "detection": "mm",
     "flash_internimage/analysis/openmmlab": "mm",
+    "flash_internimage/cli/test_complexity.py": "mm",
     "flash_internimage/cli/test_demo_scenes.py": "mm",
     "flash_internimage/cli/test_export.py": "mm",
     "flash_internimage/cli/test_predict.py": "mm",
     "flash_internimage/cli/test_zoo.py": "mm",
+    "flash_internimage/complexity": "mm",
     "flash_internimage/export/test_formats.py": "mm",
     "flash_internimage/export/test_models.py": "mm",
     "flash_internimage/inference/test_docs.py": "mm",
