@@ -47,7 +47,7 @@ class Complexity:
         size: (H, W) of the images.
         batch_size: Number of images.
         parameters: Number of parameters.
-        multiply_adds: Multiply-adds of a prediction, as :mod:`ops_dcnv4.flops` and
+        multiply_adds: Multiply-adds of a prediction, as `ops_dcnv4.flops` and
             `torch.utils.flop_counter` count them.
         activations: Elements in the outputs of convolutions, matrix products and the operators.
         inference_memory: Peak bytes of a prediction, with parameters and images.
