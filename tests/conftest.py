@@ -38,7 +38,12 @@ DRAWING = (
     "flash_internimage.openmmlab.engine.hooks.curves",
 )
 
-EARLY = ("segmentation/test_train.py", "detection/test_train.py", "ops_dcnv4/test_triton.py")
+EARLY = (
+    "segmentation/test_train.py",
+    "detection/test_train.py",
+    "ops_dcnv4/test_triton.py",
+    "tools/test_gpu_check.py",
+)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -21,7 +21,6 @@ CONTEXT.set_forkserver_preload(
     [
         *("torch", "torchvision", "timm", "torch.utils.tensorboard"),
         *("mmengine.runner", "matplotlib.pyplot", "scipy.stats"),
-        "transformers.models.bert.modeling_bert",  # of mmdet's language models
     ]
 )
 
@@ -52,6 +51,8 @@ def _run(folder: str, environment: Mapping[str, str], flag: str, program: str, *
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY), descriptor)
     os.environ.clear()
     os.environ.update(environment)
+    # MMDetection imports it for language models, which takes two seconds.
+    sys.modules["transformers"] = None  # type: ignore[assignment]
     sys.argv = [flag, *arguments]
     try:
         if flag == "-m":

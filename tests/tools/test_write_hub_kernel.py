@@ -88,7 +88,8 @@ def test_repository_has_the_layout_of_the_hub(repository):
     metadata = json.loads((package / "metadata.json").read_text())
     assert (metadata["name"], metadata["backend"]) == ("ops-dcnv4", {"type": "cuda"})
     assert metadata["id"].isidentifier()
-    paths = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
+    found = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    paths = {str(path.relative_to(package)) for path in found}
     digest = metadata["digest"]
     assert set(digest["files"]) == paths - {"metadata.json"}
     for path, expected in digest["files"].items():
