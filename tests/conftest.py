@@ -4,7 +4,6 @@ import gc
 import random
 import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from tests import fast_configs  # noqa: F401
 
 MARKERS = {
     "detection": "mm",
@@ -89,15 +90,6 @@ def no_pause_between_epochs(monkeypatch) -> None:
     """Skip the two seconds that mmengine's iteration-based loop waits before each epoch."""
     if loops := sys.modules.get("mmengine.runner.loops"):
         monkeypatch.setattr(loops, "time", SimpleNamespace(sleep=lambda seconds: None))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_formatting_of_configs() -> Iterator[None]:
-    """Skip yapf, with which mmengine formats the config of each run seven times."""
-    with pytest.MonkeyPatch.context() as patch:
-        if find_spec("yapf"):
-            patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True))
-        yield
 
 
 def save_one_pixel(figure, file, **_) -> None:

@@ -20,7 +20,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("torch", "torchvision", "timm", "torch.utils.tensorboard"),
-        *("mmengine.runner", "matplotlib.pyplot", "scipy.stats"),
+        *("mmengine.runner", "matplotlib.pyplot", "scipy.stats", "tests.fast_configs"),
     ]
 )
 
