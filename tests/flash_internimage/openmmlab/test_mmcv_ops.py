@@ -5,8 +5,6 @@ mmcv itself are compared with them as well.
 """
 
 import importlib
-import os
-import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -32,6 +30,7 @@ from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from flash_internimage import mmcv_ops
 from flash_internimage.openmmlab import errors
+from tests import processes
 from tests.flash_internimage.openmmlab import mmcv_cases as cases
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -253,28 +252,27 @@ def test_special_attributes_are_those_of_a_module():
 
 @pytest.fixture
 def run(tmp_path):
-    """Return a function that runs a program in which mmcv has no operators, or those of a file."""
+    """Run programs in which mmcv has no operators, or those of a file."""
     (tmp_path / "mmcv").mkdir()
     for path in Path(mmcv.__file__).parent.iterdir():
         if not path.name.startswith("_ext"):
             (tmp_path / "mmcv" / path.name).symlink_to(path)
 
-    def run(program: str, extension: str | None = None) -> subprocess.CompletedProcess:
+    def run(program: str, extension: str | None = None) -> str:
         if extension is not None:
             (tmp_path / "mmcv" / "_ext.py").write_text(extension)
-        paths = os.pathsep.join([str(tmp_path), *sys.path])
-        return subprocess.run(
-            [sys.executable, "-c", program],
-            env=os.environ | {"PYTHONPATH": paths, "FLASH_INTERNIMAGE_STARTUP": "0"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        return processes.run("-c", WITHOUT_THE_HOOK + program, tmp_path).checked().stderr
 
     return run
 
 
 WITHOUT_THE_HOOK = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if type(f).__module__ != "flash_internimage_startup"]
+sys.path.insert(0, sys.argv[1])
+"""
+
+OPERATORS_ARE_FOUND = """
 import logging
 FIRST
 logging.basicConfig(level=logging.INFO)
@@ -293,7 +291,7 @@ assert rpn_head.batched_nms is ops.batched_nms
     ("first", "warnings"), [("", 0), ("import mmdet.structures.mask.structures", 1)]
 )
 def test_importing_the_package_provides_the_operators(first, warnings, run):
-    messages = run(WITHOUT_THE_HOOK.replace("FIRST", first)).stderr
+    messages = run(OPERATORS_ARE_FOUND.replace("FIRST", first))
     assert messages.count("INFO:flash_internimage.mmcv_ops:mmcv has no compiled operators;") == 1
     assert messages.count("import flash_internimage.openmmlab first") == warnings
 
@@ -301,7 +299,7 @@ def test_importing_the_package_provides_the_operators(first, warnings, run):
 @pytest.mark.slow
 def test_compiled_operators_are_not_replaced(run):
     program = """
-import flash_internimage.openmmlab, mmcv, mmcv.ops, sys
+import flash_internimage.openmmlab, mmcv, mmcv.ops
 assert sys.modules["mmcv._ext"].mine
 assert mmcv.ops.get_compiler_version() == "mine"
 """

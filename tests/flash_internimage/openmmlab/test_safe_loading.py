@@ -1,8 +1,5 @@
 """Test that entries of OpenMMLab's registries are replaced only while safe loading is enabled."""
 
-import subprocess
-import sys
-
 import mmdet.registry
 import mmseg.registry
 import pytest
@@ -67,10 +64,12 @@ def test_importing_replaces_no_entries(module):
 
 
 def test_detection_does_not_need_mmseg():
-    program = (
-        "import sys; sys.modules['mmseg'] = None; import flash_internimage.openmmlab.detection"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    program = """
+import sys
+sys.modules["mmseg"] = None
+import flash_internimage.openmmlab.detection
+"""
+    processes.run("-c", program).checked()
 
 
 def current_entries() -> list:
