@@ -28,6 +28,7 @@ def no_batch_norm(monkeypatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.curves
 def test_a_run_writes_checkpoints_metrics_and_pictures(config):
     cfg = config(schedule={"epochs": 3}, checkpoints={"every_epochs": 2})
     train(cfg)
