@@ -13,6 +13,7 @@ from mmcv.ops import MultiScaleDeformableAttention
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from mmengine.registry import HOOKS, MODELS
+from torch._dynamo.testing import CompileCounter
 
 from flash_internimage.openmmlab import (
     FlashAttentionHook,
@@ -108,6 +109,30 @@ def test_layer_equals_that_of_mmcv(batch_first, reference_size, optional, assert
     assert_near(*outputs, 1e-12)
     for actual, expected in zip(ours.parameters(), stock.parameters(), strict=True):
         assert_near(actual.grad, expected.grad, 1e-11)
+
+
+@pytest.mark.slow
+def test_queries_and_levels_of_any_size_are_compiled_once(assert_near):
+    layer = mmcv_layer(batch_first=True)
+    use_flash_attention(layer)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    # PyTorch gives equal sizes of the first call one symbol: a batch of 2 would be as fixed as the
+    # two coordinates, and compiled again for other batches.
+    for n, queries, levels in ((5, 7, LEVELS), (2, 9, ((4, 5), (2, 3))), (3, 8, ((7, 1), (1, 5)))):
+        pixels = sum(height * width for height, width in levels)
+        query, value = (torch.randn(n, size, 32).double() for size in (queries, pixels))
+        arguments = {
+            "value": value.requires_grad_(),
+            "reference_points": torch.rand(n, queries, 2, 2).double(),
+            "spatial_shapes": torch.tensor(levels),
+        }
+        outputs = [function(query, **arguments) for function in (compiled, layer)]
+        grads = [torch.autograd.grad(output.square().sum(), value)[0] for output in outputs]
+        assert_near(outputs[0], outputs[1].detach(), 1e-12)
+        assert_near(*grads, 1e-11)
+        assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("reference_size", [2, 4])
