@@ -14,13 +14,14 @@ from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from mmengine.registry import HOOKS, MODELS
 from torch._dynamo.testing import CompileCounter
+from torch._ops import OpOverload
 
 from flash_internimage.openmmlab import (
     FlashAttentionHook,
     FlashMultiScaleDeformableAttention,
     use_flash_attention,
 )
-from ops_dcnv4 import ms_deform_attn
+from ops_dcnv4 import decompositions, ms_deform_attn
 from ops_dcnv4.integrations import attention, patch, unpatch
 
 LEVELS = ((6, 8), (3, 4))
@@ -109,6 +110,20 @@ def test_layer_equals_that_of_mmcv(batch_first, reference_size, optional, assert
     assert_near(*outputs, 1e-12)
     for actual, expected in zip(ours.parameters(), stock.parameters(), strict=True):
         assert_near(actual.grad, expected.grad, 1e-11)
+
+
+def test_exported_layer_decomposes_into_operators_of_pytorch(assert_near):
+    layer = mmcv_layer(batch_first=False)
+    use_flash_attention(layer)
+    arguments = random_arguments(batch_first=False)
+    program = torch.export.export(layer, (), arguments)
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    assert torch.ops.ops_dcnv4.ms_deform_attn.default in targets
+    program = program.run_decompositions(decompositions.table())
+    operators = [n.target for n in program.graph.nodes if isinstance(n.target, OpOverload)]
+    assert {operator.namespace for operator in operators} == {"aten"}
+    assert not any(operator._schema.is_mutable for operator in operators)
+    assert_near(program.module()(**arguments), layer(**arguments).detach(), 1e-12)
 
 
 @pytest.mark.slow
