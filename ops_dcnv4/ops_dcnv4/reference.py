@@ -27,9 +27,12 @@ outside the image count as zero. Gradients are those of the cell that starts at 
 Float16 and bfloat16 are computed in float32.
 
 The functions modify nothing in place and create no constants, so that they can serve as
-decompositions of the operators in exported and traced graphs.
+decompositions of the operators in exported and traced graphs. For runtimes such as Core ML, the
+forward pass of DCNv4 has tensors of at most five dimensions, and only operators that coremltools
+knows: no `&`, no scalars in `torch.where`, and no slices of the whole tensor.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -63,7 +66,9 @@ def sampling_points(offset_mask: Tensor, *parameters: Any) -> tuple[Tensor, Tens
     tap = torch.arange(taps, device=device)
     if window.remove_center:
         tap = tap + (tap >= window.center_tap())
-    packed = offset_mask[..., : 3 * window.groups * taps].unflatten(-1, (window.groups, 3 * taps))
+    channels = 3 * window.groups * taps
+    packed = offset_mask if offset_mask.shape[-1] == channels else offset_mask[..., :channels]
+    packed = packed.unflatten(-1, (window.groups, 3 * taps))
     offsets, modulation = packed.split([2 * taps, taps], dim=-1)
 
     def coordinates(axis: int, out: int, step: Tensor, offset: Tensor) -> Tensor:
@@ -80,6 +85,14 @@ def sampling_points(offset_mask: Tensor, *parameters: Any) -> tuple[Tensor, Tens
     return x, y, modulation
 
 
+def _all(*conditions: Tensor) -> Tensor:
+    return functools.reduce(torch.logical_and, conditions)
+
+
+def _zero_unless(condition: Tensor, x: Tensor) -> Tensor:
+    return torch.where(condition, x, torch.full((), 0, dtype=x.dtype, device=x.device))
+
+
 def corners(
     x: Tensor, y: Tensor, height: int | Tensor, width: int | Tensor, start: int | Tensor = 0
 ) -> Iterator[Corner]:
@@ -93,17 +106,17 @@ def corners(
         start: Index of the first pixel of the image, likewise.
     """
     # NaN and infinite points fail the comparisons. Zeros keep NaN out of the weights.
-    in_range = (y > -1) & (y < height) & (x > -1) & (x < width)
-    x, y = (torch.where(in_range, coordinate, 0) for coordinate in (x, y))
-    left, top = x.detach().floor(), y.detach().floor()
+    in_range = _all(y > -1, y < height, x > -1, x < width)
+    x, y = _zero_unless(in_range, x), _zero_unless(in_range, y)
+    left, top = x.floor(), y.floor()
     dx, dy = x - left, y - top
     for below in (0, 1):
         for right in (0, 1):
             row, column = (top + below).long(), (left + right).long()
-            inside = in_range & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            inside = _all(in_range, row >= 0, row < height, column >= 0, column < width)
             weight_x, weight_y = (dx if right else 1 - dx), (dy if below else 1 - dy)
             yield Corner(
-                pixel=torch.where(inside, start + row * width + column, 0),
+                pixel=_zero_unless(inside, start + row * width + column),
                 inside=inside,
                 weight=weight_x * weight_y,
                 weight_dx=weight_y if right else -weight_y,
@@ -121,14 +134,14 @@ def gather_index(corner: Corner) -> tuple[Tensor, Tensor, Tensor]:
 
 def gather(pixels: Tensor, corner: Corner) -> Tensor:
     """Read pixels (N, P, G, D) at a corner of points (N, ..., G, K), zero outside the image."""
-    return torch.where(corner.inside[..., None], pixels[gather_index(corner)], 0)
+    return _zero_unless(corner.inside[..., None], pixels[gather_index(corner)])
 
 
 def aggregate(pixels: Tensor, around: Iterator[Corner], modulation: Tensor) -> Tensor:
     """Sum the samples of pixels (N, P, G, D), weighted by modulation (N, ..., G, K), over K."""
     output = pixels.new_zeros((*modulation.shape[:-1], pixels.shape[-1]))
     for corner in around:
-        weight = torch.where(corner.inside, corner.weight * modulation, 0)
+        weight = _zero_unless(corner.inside, corner.weight * modulation)
         output = output + (weight[..., None] * gather(pixels, corner)).sum(-2)
     return output
 
@@ -141,12 +154,12 @@ def aggregate_backward(
     grad_pixels = torch.zeros_like(pixels)
     grad_x = grad_y = grad_modulation = torch.zeros_like(modulation)
     for corner in around:
-        weight = torch.where(corner.inside, corner.weight * modulation, 0)
+        weight = _zero_unless(corner.inside, corner.weight * modulation)
         where = tuple(t.expand_as(weight) for t in gather_index(corner))
-        spread = torch.where(corner.inside[..., None], weight[..., None] * grad, 0)
+        spread = _zero_unless(corner.inside[..., None], weight[..., None] * grad)
         grad_pixels = grad_pixels.index_put(where, spread, accumulate=True)
-        product = torch.where(corner.inside, (gather(pixels, corner) * grad).sum(-1), 0)
-        slope = torch.where(corner.inside, modulation * product, 0)
+        product = _zero_unless(corner.inside, (gather(pixels, corner) * grad).sum(-1))
+        slope = _zero_unless(corner.inside, modulation * product)
         grad_x = grad_x + corner.weight_dx * slope
         grad_y = grad_y + corner.weight_dy * slope
         grad_modulation = grad_modulation + corner.weight * product
@@ -161,10 +174,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def dcnv4(value: Tensor, offset_mask: Tensor, *parameters: Any) -> Tensor:
     """Compute DCNv4; arguments as in :func:`ops_dcnv4.dcnv4`. Differentiable by autograd."""
     window, dtype = Window(*parameters), compute_dtype(value.dtype)
-    x, y, modulation = sampling_points(offset_mask.to(dtype), *window)
+    points = sampling_points(offset_mask.to(dtype), *window)
+    x, y, modulation = (t.flatten(1, 2) for t in points)
     pixels = value.to(dtype).flatten(1, 2).unflatten(-1, (window.groups, -1))
     output = aggregate(pixels, corners(x, y, *value.shape[1:3]), modulation)
-    return output.flatten(-2).to(value.dtype)
+    return output.flatten(-2).unflatten(1, offset_mask.shape[1:3]).to(value.dtype)
 
 
 def dcnv4_backward(

@@ -13,6 +13,7 @@ from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._ops import OpOverload
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -539,6 +540,25 @@ def test_export_with_dynamic_batch_and_size():
     assert {operator.namespace for operator in operators} == {"aten"}
     assert not any(operator._schema.is_mutable for operator in operators)
     torch.testing.assert_close(plain.module()(x), expected)
+
+
+@pytest.mark.slow
+def test_images_of_any_size_are_compiled_once_for_training_and_once_for_evaluation():
+    eager = small_model(depths=(1,), groups=(1,))
+    counter, twin = CompileCounter(), copy.deepcopy(eager)
+    torch._dynamo.reset()
+    compiled = torch.compile(twin, fullgraph=True, dynamic=True, backend=counter)
+    for training, graphs in ((True, 1), (False, 2)):
+        for model in (eager, compiled):
+            model.train(training)
+        for size in ((2, 3, 32, 48), (3, 3, 64, 40), (4, 3, 37, 50)):
+            actual, expected = compiled(images(*size)), eager(images(*size))
+            torch.testing.assert_close(actual, expected)
+            actual.square().sum().backward()
+            expected.square().sum().backward()
+        assert counter.frame_count == graphs
+    for a, e in zip(twin.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, e.grad)
 
 
 @pytest.mark.slow

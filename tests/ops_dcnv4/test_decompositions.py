@@ -49,6 +49,19 @@ def test_exported_operator_is_decomposed(p, dtype):
     torch.testing.assert_close(program.module()(*inputs), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("channels", [16, 32])  # with and without padding channels
+def test_inference_has_only_operators_and_dimensions_of_core_ml(channels):
+    layer = DCNv4(channels, group=channels // 16)
+    program = torch.export.export(layer, (torch.rand(1, 3, 4, channels),))
+    nodes = program.run_decompositions(TABLE).graph.nodes
+    operators = {str(node.target) for node in nodes}
+    unknown = {"aten.__and__.Tensor", "aten.alias.default", "aten.where.ScalarOther"}
+    assert "aten.logical_and.default" in operators
+    assert not operators & unknown
+    values = [node.meta["val"] for node in nodes if node.op == "call_function"]
+    assert max(value.dim() for value in values if isinstance(value, Tensor)) == 5
+
+
 def sampling_layer() -> FlashDeformAttn:
     torch.manual_seed(0)
     layer = FlashDeformAttn(16, n_levels=2, n_heads=4, n_points=2).double()

@@ -1,6 +1,6 @@
 """Multi-scale deformable attention under the signatures of transformers and mmcv."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,21 @@ def _pad_levels(points: Tensor, num_points_list: Sequence[int], filler: float) -
         padding[3] = largest - count
         levels += [level, points.new_full((1,), filler).expand(padding)]
     return torch.cat(levels, 3).unflatten(3, (len(num_points_list), largest))
+
+
+def compilable_check(check: Callable[..., None]) -> Callable[..., None]:
+    """Return transformers' `torch_compilable_check` such that compiled graphs can contain it.
+
+    In PyTorch 2.12, Dynamo fails to trace `torch._check_tensor_all`, which transformers calls.
+    """
+
+    def torch_compilable_check(condition: Any, *arguments: Any, **options: Any) -> None:
+        if isinstance(condition, Tensor) and torch.compiler.is_compiling():
+            torch._assert_async(condition.all())
+        else:
+            check(condition, *arguments, **options)
+
+    return torch_compilable_check
 
 
 class MultiScaleDeformableAttnFunction:

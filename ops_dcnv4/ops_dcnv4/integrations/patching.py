@@ -30,6 +30,7 @@ _FUNCTIONS: dict[str, dict[str, Any]] = {
 _LAYER = "MultiScaleDeformableAttention"  # transformers' layer that only computes the attention
 # D-FINE's layers have the function as an attribute.
 _ATTRIBUTE, _ATTRIBUTE_FUNCTION = "ms_deformable_attn_core", "multi_scale_deformable_attention_v2"
+_CHECK = "torch_compilable_check"  # transformers' function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,16 +114,15 @@ def unpatch(model: Module) -> tuple[str, ...]:
     for name, layer in _modules(model):
         if not _is_patched(layer):
             continue
-        if isinstance(layer, _Patched):
-            original = layer._original
-            if type(layer) is not _patched_class(original):
-                raise ValueError(
-                    f"model must have the classes that patch gave its layers, got {type(layer)} "
-                    f"for {name or 'the layer'}; first undo what changed it"
-                )
-            layer.__class__ = original
-        else:
+        original = layer._original
+        if type(layer) is not _patched_class(original):
+            raise ValueError(
+                f"model must have the classes that patch gave its layers, got {type(layer)} "
+                f"for {name or 'the layer'}; first undo what changed it"
+            )
+        if _ATTRIBUTE in vars(layer):
             setattr(layer, _ATTRIBUTE, _original_function(layer))
+        layer.__class__ = original
         restored.append(name)
     return tuple(restored)
 
@@ -134,8 +134,7 @@ def _modules(model: Module) -> list[tuple[str, Any]]:
 
 
 def _is_patched(layer: Any) -> bool:
-    ours = attention.multi_scale_deformable_attention_v2
-    return isinstance(layer, _Patched) or getattr(layer, _ATTRIBUTE, None) is ours
+    return isinstance(layer, _Patched)
 
 
 def _can_patch(layer: Any) -> bool:
@@ -196,8 +195,7 @@ def _shares_weight(weight: torch.Tensor) -> bool:
 def _patch_layer(layer: Any) -> None:
     if _has_function_attribute(layer):
         setattr(layer, _ATTRIBUTE, attention.multi_scale_deformable_attention_v2)
-    else:
-        layer.__class__ = _patched_class(_class(layer))
+    layer.__class__ = _patched_class(_class(layer))
 
 
 class _Patched:
@@ -218,9 +216,13 @@ def _new(original: type, *arguments: Any) -> Module:
 @functools.cache
 def _patched_class(original: type) -> type:
     """Return a subclass, under the same name, whose forward calls the operators."""
+    owner = _owner(original)
+    forward = _new_forward(original) or owner.forward
+    if check := getattr(sys.modules.get(owner.__module__), _CHECK, None):
+        forward = rebind(forward, {_CHECK: attention.compilable_check(check)}) or forward
     members = {
         "_original": original,
-        "forward": _new_forward(original),
+        "forward": forward,
         "__module__": original.__module__,
         "__doc__": original.__doc__,
     }

@@ -13,13 +13,15 @@ from mmcv.ops import MultiScaleDeformableAttention
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from mmengine.registry import HOOKS, MODELS
+from torch._dynamo.testing import CompileCounter
+from torch._ops import OpOverload
 
 from flash_internimage.openmmlab import (
     FlashAttentionHook,
     FlashMultiScaleDeformableAttention,
     use_flash_attention,
 )
-from ops_dcnv4 import ms_deform_attn
+from ops_dcnv4 import decompositions, ms_deform_attn
 from ops_dcnv4.integrations import attention, patch, unpatch
 
 LEVELS = ((6, 8), (3, 4))
@@ -108,6 +110,44 @@ def test_layer_equals_that_of_mmcv(batch_first, reference_size, optional, assert
     assert_near(*outputs, 1e-12)
     for actual, expected in zip(ours.parameters(), stock.parameters(), strict=True):
         assert_near(actual.grad, expected.grad, 1e-11)
+
+
+def test_exported_layer_decomposes_into_operators_of_pytorch(assert_near):
+    layer = mmcv_layer(batch_first=False)
+    use_flash_attention(layer)
+    arguments = random_arguments(batch_first=False)
+    program = torch.export.export(layer, (), arguments)
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    assert torch.ops.ops_dcnv4.ms_deform_attn.default in targets
+    program = program.run_decompositions(decompositions.table())
+    operators = [n.target for n in program.graph.nodes if isinstance(n.target, OpOverload)]
+    assert {operator.namespace for operator in operators} == {"aten"}
+    assert not any(operator._schema.is_mutable for operator in operators)
+    assert_near(program.module()(**arguments), layer(**arguments).detach(), 1e-12)
+
+
+@pytest.mark.slow
+def test_queries_and_levels_of_any_size_are_compiled_once(assert_near):
+    layer = mmcv_layer(batch_first=True)
+    use_flash_attention(layer)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    # PyTorch gives equal sizes of the first call one symbol: a batch of 2 would be as fixed as the
+    # two coordinates, and compiled again for other batches.
+    for n, queries, levels in ((5, 7, LEVELS), (2, 9, ((4, 5), (2, 3))), (3, 8, ((7, 1), (1, 5)))):
+        pixels = sum(height * width for height, width in levels)
+        query, value = (torch.randn(n, size, 32).double() for size in (queries, pixels))
+        arguments = {
+            "value": value.requires_grad_(),
+            "reference_points": torch.rand(n, queries, 2, 2).double(),
+            "spatial_shapes": torch.tensor(levels),
+        }
+        outputs = [function(query, **arguments) for function in (compiled, layer)]
+        grads = [torch.autograd.grad(output.square().sum(), value)[0] for output in outputs]
+        assert_near(outputs[0], outputs[1].detach(), 1e-12)
+        assert_near(*grads, 1e-11)
+        assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("reference_size", [2, 4])

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from mmseg.registry import MODELS as MMSEG_MODELS
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
-from flash_internimage.openmmlab import FlashInternImageBackbone
+from flash_internimage.openmmlab import CompileBackboneHook, FlashInternImageBackbone
 from ops_dcnv4 import DCNv4
 
 SCHEMAS = Path(__file__).parents[3] / "data" / "schemas"
@@ -355,6 +357,24 @@ def test_detector_initializes_its_backbone(weights, tmp_path):
     detector = MMDET_MODELS.build(config)
     detector.init_weights()
     assert_weights(detector.backbone, weights)
+
+
+# --- torch.compile ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_images_of_any_size_share_the_graph_of_the_compile_hook():
+    eager = backbone(depths=(1,), groups=(1,), out_indices=(0,))
+    runner = SimpleNamespace(model=nn.Module())
+    runner.model.backbone = compiled = copy.deepcopy(eager)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    CompileBackboneHook(backend=counter, fullgraph=True).before_run(runner)
+    for size in ((2, 3, 64, 96), (3, 3, 96, 80), (2, 3, 70, 90)):
+        actual, expected = (gradients(model, images(*size)) for model in (compiled, eager))
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name])
+        assert counter.frame_count == 1
 
 
 # --- Errors -------------------------------------------------------------------------------------
