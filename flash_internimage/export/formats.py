@@ -1,6 +1,8 @@
 """The formats: their names, suffixes and packages, and the tracing that they share."""
 
 import importlib
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,8 +12,14 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from .models import ExportableModel, Metadata
+
+# Twice the largest stride of the backbones.
+_MIN_TRACED_SIDE = 64
+_EXCLUDES_ONE = re.compile(r".+ (!=|>) 1|1 < .+")
 
 # Runs an exported file: images to outputs by name.
 Runtime = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -89,6 +97,28 @@ def trace(model: ExportableModel, height: int, width: int) -> ExportedProgram:
     sizes = dict.fromkeys(model.size_dims, Dim.DYNAMIC)
     if model.dynamic_batch:
         sizes[0] = Dim.DYNAMIC
-    example = model.example(height, width)
-    with torch.no_grad():
-        return torch.export.export(model, (example,), dynamic_shapes=(sizes,))
+    # No feature map of the example has a side of one pixel, which would be taken for a constant.
+    example = model.example(max(height, _MIN_TRACED_SIDE), max(width, _MIN_TRACED_SIDE))
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        _config.patch(backed_size_oblivious=True),
+    ):
+        warnings.simplefilter("ignore", FutureWarning)  # within torchvision's NMS
+        program = torch.export.export(model, (example,), dynamic_shapes=(sizes,))
+    _allow_sizes_of_one(program)
+    return program
+
+
+def _allow_sizes_of_one(program: ExportedProgram) -> None:
+    """Drop the guards that exclude sizes of one.
+
+    The strides of a tensor determine the memory format of a convolution. To compare them, tracing
+    assumes that no image or feature map has a side of one pixel, nor a batch one image. Memory
+    formats do not change results.
+    """
+    guards = program._guards_code
+    guards[:] = [guard for guard in guards if not _EXCLUDES_ONE.fullmatch(guard)]
+    for symbol, sizes in program.range_constraints.items():
+        if str(symbol).startswith("s"):  # of the images; results have symbols with a "u"
+            program.range_constraints[symbol] = ValueRanges(1, sizes.upper)

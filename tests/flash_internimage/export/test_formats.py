@@ -16,12 +16,15 @@ from torchvision.transforms import (
 )
 
 from flash_internimage.export import (
+    FORMATS,
     DifferenceError,
     export_model,
     exporting,
     onnx,
     verification,
 )
+from flash_internimage.export.formats import trace
+from flash_internimage.export.models import exportable
 from flash_internimage.inference import load_predictor
 from flash_internimage.inference.classifier import Classifier
 from tests.nano import CLASSIFIER, DIGITS
@@ -37,23 +40,43 @@ def classifier(weights):
     return load_predictor(CLASSIFIER, weights[CLASSIFIER], device="cpu")
 
 
-@pytest.mark.slow
-def test_onnx_file_of_a_classifier(classifier, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def program(classifier):
+    return trace(exportable(classifier, "nano"), 32, 32)
+
+
+@pytest.fixture
+def traced(program, monkeypatch):
+    """Trace the classifier once for all formats, and time it briefly."""
+    monkeypatch.setattr(exporting, "trace", lambda *_: program)
     monkeypatch.setattr(verification, "_SECONDS", 0.01)
-    path = tmp_path / "model.onnx"
-    report = export_model(classifier, path, name="nano")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_file_of_a_classifier(format, classifier, traced, tmp_path):
+    path = tmp_path / f"model{FORMATS[format].suffix}"
+    report = export_model(classifier, path, format, name="nano")
     assert [*tmp_path.iterdir()] == [path]
     assert report.size == path.stat().st_size
     shapes = {comparison.shape for comparison in report.comparisons}
     assert len(shapes) == len({shape[0] for shape in shapes}) == 3
     assert max(comparison.largest["logits"] for comparison in report.comparisons) < 1e-5
     assert all(timing.eager > 0 and timing.exported > 0 for timing in report.timings)
-    metadata = onnx.read_metadata(path)
+    metadata = FORMATS[format].load_module().read_metadata(path)
     assert (metadata["model"], metadata["task"]) == ("nano", "classification")
     assert (metadata["classes"], metadata["input_size"]) == ([*DIGITS], 32)
     assert metadata["images"].startswith("(N, 3, H, W) float32, RGB")
     assert metadata["mean"] == pytest.approx([123.675, 116.28, 103.53])
     assert metadata["std"] == pytest.approx([58.395, 57.12, 57.375])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 33, 5), (3, 3, 96, 64)])
+def test_a_traced_program_takes_images_of_any_size(shape, classifier, program):
+    images = torch.rand(shape)
+    [logits] = program.module()(images)
+    torch.testing.assert_close(logits, exportable(classifier, "nano")(images)[0])
 
 
 class Colors(nn.Module):
