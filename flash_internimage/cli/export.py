@@ -1,6 +1,6 @@
 """Export a model, and verify the file in its own runtime.
 
-flash-internimage export NAME|CONFIG [CHECKPOINT] --format onnx|torch-export|aoti -o OUT
+flash-internimage export NAME|CONFIG [CHECKPOINT] --format onnx|torch-export|openvino|aoti -o OUT
 """
 
 import argparse
@@ -41,7 +41,7 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
                         help="weights (default: the released ones)")  # fmt: skip
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT",
-                        help="file to write: *.onnx, or *.pt2 (torch-export, aoti)")  # fmt: skip
+                        help="file to write: *.onnx, *.xml (openvino) or *.pt2")  # fmt: skip
     parser.add_argument("--features", action="store_true",
                         help="export the feature maps of a classifier, not its logits")  # fmt: skip
     parser.add_argument("--with-preprocessing", action="store_true",

@@ -32,7 +32,7 @@ class Report:
 
     Attributes:
         path: The file.
-        size: Its size in bytes.
+        size: Its size in bytes, with that of the file of the weights if there is one.
         comparisons: Differences from eager PyTorch, for each batch of images.
         timings: Times with one thread and with all; empty if they were not measured.
     """
@@ -90,7 +90,7 @@ def export_model(
     Args:
         predictor: Predictor in float32 on the CPU.
         path: File to write; an existing one is replaced.
-        format: 'onnx', 'torch-export' or 'aoti'.
+        format: 'onnx', 'torch-export', 'openvino' or 'aoti'.
         name: Name of the model, for the metadata.
         features: Whether to export the feature maps of a classifier instead of its logits.
         with_preprocessing: Whether the file takes images (N, H, W, 3) uint8 RGB of any size and
@@ -135,6 +135,8 @@ def export_model(
                 timings.append(
                     measure(model, lambda n: module.load(partial, n), inputs[0], threads)
                 )
-        size = partial.stat().st_size
-        os.replace(partial, path)
+        files = sorted(Path(folder).iterdir(), key=lambda file: file == partial)
+        size = sum(file.stat().st_size for file in files)
+        for file in files:  # the weights first
+            os.replace(file, path.with_name(file.name))
     return Report(path, size, comparisons, timings)

@@ -29,7 +29,7 @@ class FormatModule(Protocol):
     """What the module of a format contains."""
 
     def write(self, program: ExportedProgram, metadata: Metadata, path: Path) -> None:
-        """Write a traced model to a file."""
+        """Write a traced model to a file, and weights in another file to its folder."""
 
     def load(self, path: Path, threads: int | None = None) -> Runtime:
         """Load a file with the runtime of the format.
@@ -50,7 +50,7 @@ class Format:
     Attributes:
         module: Name of its module in this package.
         suffix: Suffix of its files.
-        packages: Packages of the extra `export` that it needs.
+        packages: Packages that it needs, of the extra `export` or `openvino`.
         tasks: Tasks of the models that it supports.
     """
 
@@ -67,7 +67,13 @@ class Format:
 FORMATS = {
     "onnx": Format("onnx", ".onnx", ("onnx", "onnxscript", "onnxruntime")),
     "torch-export": Format("torch_export", ".pt2"),
-    "aoti": Format("aoti", ".pt2", tasks=("classification",)),
+    "openvino": Format(
+        "openvino",
+        ".xml",
+        ("openvino", "onnx", "onnxscript", "onnxruntime"),
+        tasks=("classification", "segmentation"),
+    ),
+    "aoti": Format("aoti", ".pt2", tasks=("classification", "segmentation")),
 }
 
 
