@@ -108,7 +108,7 @@ def trace(model: ExportableModel, height: int, width: int) -> ExportedProgram:
     with (
         torch.no_grad(),
         warnings.catch_warnings(),
-        _config.patch(backed_size_oblivious=True),
+        _config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
     ):
         warnings.simplefilter("ignore", FutureWarning)  # within torchvision's NMS
         program = torch.export.export(model, (example,), dynamic_shapes=(sizes,))

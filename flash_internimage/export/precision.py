@@ -14,6 +14,12 @@ from .models import ExportableModel
 
 # Largest differences from eager PyTorch in float32, relative to the largest value of an output.
 TOLERANCES = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
+# Convolutions of ONNX have no bfloat16 before opset 22, and OpenVINO computes float16 in float32.
+_FORMATS = {
+    "float16": ("onnx", "torch-export", "aoti"),
+    "bfloat16": ("torch-export", "aoti"),
+    "int8": ("onnx",),
+}
 # Operators that are computed in int8: DeformConv and the norms remain in float32.
 _QUANTIZED = ["Conv", "Gemm", "MatMul"]
 
@@ -42,13 +48,9 @@ def require_precision(format: str, task: str, dtype: str, int8: bool, logits: bo
         )
     if int8 and dtype != "float32":
         raise ValueError(f"dtype must be float32 for int8, got {dtype}")
-    if int8 and format != "onnx":
-        raise ValueError(f"the format must be onnx for int8, got {format}")
-    if dtype == "bfloat16" and format not in ("torch-export", "aoti"):
-        raise ValueError(
-            "the format must be torch-export or aoti for bfloat16, as convolutions of ONNX have no "
-            f"bfloat16 before opset 22, got {format}"
-        )
+    if format not in _FORMATS[precision]:
+        formats = " or ".join(_FORMATS[precision])
+        raise ValueError(f"the format must be {formats} for {precision}, got {format}")
 
 
 class _InDtype(nn.Module):

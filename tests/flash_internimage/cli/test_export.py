@@ -56,8 +56,7 @@ def test_options_reach_the_function_and_the_report_is_printed(weights, tmp_path,
         ),
         (
             ["--dtype", "bfloat16"],
-            "the format must be torch-export or aoti for bfloat16, as convolutions of ONNX have no "
-            "bfloat16 before opset 22, got onnx",
+            "the format must be torch-export or aoti for bfloat16, got onnx",
         ),
         (["--checkpoint"], "checkpoint must be given for flash_internimage_nano"),
     ],
