@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config
 from torch.utils._sympy.value_ranges import ValueRanges
 
@@ -113,6 +114,7 @@ def trace(model: ExportableModel, height: int, width: int) -> ExportedProgram:
         warnings.simplefilter("ignore", FutureWarning)  # within torchvision's NMS
         program = torch.export.export(model, (example,), dynamic_shapes=(sizes,))
     _allow_sizes_of_one(program)
+    _drop_unused_weights(program)
     return program
 
 
@@ -128,3 +130,17 @@ def _allow_sizes_of_one(program: ExportedProgram) -> None:
     for symbol, sizes in program.range_constraints.items():
         if str(symbol).startswith("s"):  # of the images; results have symbols with a "u"
             program.range_constraints[symbol] = ValueRanges(1, sizes.upper)
+
+
+def _drop_unused_weights(program: ExportedProgram) -> None:
+    """Drop the weights that nothing reads: those of the original beside a traced copy of it."""
+    inputs = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    specs = program.graph_signature.input_specs
+    for spec in [*specs]:
+        node = inputs[spec.arg.name]
+        if spec.kind != InputKind.USER_INPUT and not node.users:
+            program.graph.erase_node(node)
+            specs.remove(spec)
+            for weights in (program.state_dict, program.constants):
+                weights.pop(str(spec.target), None)
+    program.graph_module.recompile()

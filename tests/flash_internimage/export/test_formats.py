@@ -1,5 +1,6 @@
 """Tests of exported files, run by their own runtimes."""
 
+import copy
 import json
 import shutil
 
@@ -26,7 +27,7 @@ from flash_internimage.export import (
     verification,
 )
 from flash_internimage.export.formats import trace
-from flash_internimage.export.models import exportable
+from flash_internimage.export.models import ExportableClassifier, exportable
 from flash_internimage.inference import load_predictor
 from flash_internimage.inference.classifier import Classifier
 from tests.nano import CLASSIFIER, DIGITS
@@ -139,6 +140,26 @@ def test_a_traced_program_takes_images_of_any_size(shape, classifier, program):
     images = torch.rand(shape)
     [logits] = program.module()(images)
     torch.testing.assert_close(logits, exportable(classifier, "nano")(images)[0])
+
+
+class Traced(ExportableClassifier):
+    """A classifier whose trace is that of a copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.traced = copy.deepcopy(model)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.traced(images),)
+
+
+def test_a_program_contains_the_weights_that_it_reads():
+    model = Traced(nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))).eval()
+    model.requires_grad_(False)
+    program = trace(model, 8, 8)
+    assert {key.split(".")[0] for key in program.state_dict} == {"traced"}
+    images = torch.rand(1, 3, 9, 7)
+    torch.testing.assert_close(program.module()(images), model(images))
 
 
 class Colors(nn.Module):
