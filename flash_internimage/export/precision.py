@@ -72,7 +72,7 @@ def convert(model: ExportableModel, dtype: torch.dtype) -> ExportableModel:
 
 
 def quantize(path: Path, images: Iterable[np.ndarray]) -> None:
-    """Quantize an ONNX file in place, statically, with pairs of QuantizeLinear and Dequantize.
+    """Quantize an ONNX file in place: static ranges, QuantizeLinear and DequantizeLinear nodes.
 
     Args:
         path: The file.
