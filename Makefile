@@ -75,7 +75,7 @@ lint: $(VENV)/.package $(VENV)/.dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
-	git ls-files 'ops_dcnv4/csrc/*' 'tests/cuda_model/*.cpp' 'tests/cuda_model/*.cu' 'tests/cuda_model/*.h' 'tests/ops_dcnv4/aoti/*' | \
+	git ls-files 'ops_dcnv4/csrc/*' 'tests/cuda_model/*.cpp' 'tests/cuda_model/*.cu' 'tests/cuda_model/*.h' 'examples/aoti/*.cpp' | \
 	  xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(VENV)/bin/torch-abi-audit --check both ops_dcnv4
 

@@ -1,6 +1,6 @@
 """Export a model, and verify the file in its own runtime.
 
-flash-internimage export NAME|CONFIG [CHECKPOINT] --format onnx|torch-export|aoti -o OUT
+flash-internimage export NAME|CONFIG [CHECKPOINT] --format onnx|torch-export|openvino|aoti -o OUT
 """
 
 import argparse
@@ -14,15 +14,16 @@ import numpy as np
 
 from ..console import log_to_terminal
 from ..export import FORMATS, DifferenceError, Report, export_model
-from ..export.exporting import TOLERANCE, TOLERANCE_WITH_PREPROCESSING, check_output
+from ..export.exporting import check_output
+from ..export.precision import TOLERANCES, require_precision
 from ..files import require_writable
 from ..inference.predictor import find_model, load_predictor
-from ..inference.sources import find_sources, read_rgb
+from ..inference.sources import Source, find_sources, read_rgb
 
 _logger = logging.getLogger(__name__)
 
 PROGRAM = "flash-internimage export"
-_MAX_IMAGES = 8
+_MAX_IMAGES, _MAX_CALIBRATION = 8, 256
 
 
 def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.Namespace:
@@ -41,18 +42,27 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
                         help="weights (default: the released ones)")  # fmt: skip
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT",
-                        help="file to write: *.onnx, or *.pt2 (torch-export, aoti)")  # fmt: skip
+                        help="file to write: *.onnx, *.xml (openvino) or *.pt2")  # fmt: skip
     parser.add_argument("--features", action="store_true",
                         help="export the feature maps of a classifier, not its logits")  # fmt: skip
     parser.add_argument("--with-preprocessing", action="store_true",
                         help="take uint8 images of any size: classifiers only")  # fmt: skip
+    parser.add_argument("--dtype", choices=TOLERANCES, default="float32",
+                        help="weights and computation of a classifier (default: %(default)s); "
+                        "input and output remain float32")  # fmt: skip
+    parser.add_argument("--int8", action="store_true",
+                        help="quantize a classifier in ONNX to int8")  # fmt: skip
+    parser.add_argument("--calibration", nargs="+", default=[], metavar="IMAGE",
+                        help="images or folders by which --int8 quantizes, of which at most "
+                        f"{_MAX_CALIBRATION} are used")  # fmt: skip
     parser.add_argument("--images", nargs="+", default=[], metavar="IMAGE",
-                        help=f"images or folders to compare with, of which the first {_MAX_IMAGES} "
-                        "images count (default: scikit-learn's two photographs)")  # fmt: skip
+                        help="images or folders to compare with, of which at most "
+                        f"{_MAX_IMAGES} are used (default: those of --calibration, or "
+                        "scikit-learn's two photographs)")  # fmt: skip
     parser.add_argument("--tolerance", type=float, metavar="X",
                         help="largest difference from eager PyTorch, relative to the largest "
-                        f"value of an output (default: {TOLERANCE:g}, or "
-                        f"{TOLERANCE_WITH_PREPROCESSING:g} with preprocessing)")  # fmt: skip
+                        f"value of an output (default: {TOLERANCES['float32']:g}; more for "
+                        "16-bit dtypes and preprocessing)")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -79,9 +89,14 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
 def _run(arguments: argparse.Namespace) -> Report:
     if arguments.tolerance is not None and not arguments.tolerance > 0:
         raise ValueError(f"--tolerance must be above 0, got {arguments.tolerance}")
+    if arguments.int8 != bool(arguments.calibration):
+        raise ValueError("--int8 and --calibration must be given together, got one of them")
     source = find_model(arguments.model)
     check_output(arguments.format, arguments.output, source.task)
-    images = _read(arguments.images)
+    logits = not (arguments.features or arguments.with_preprocessing)
+    require_precision(arguments.format, source.task, arguments.dtype, arguments.int8, logits)
+    images = _find(arguments.images, "--images", _MAX_IMAGES)
+    calibration = _find(arguments.calibration, "--calibration", _MAX_CALIBRATION)
     require_writable(arguments.output.parent, "-o")
     checkpoint = arguments.checkpoint and os.path.expanduser(arguments.checkpoint)
     return export_model(
@@ -91,20 +106,26 @@ def _run(arguments: argparse.Namespace) -> Report:
         name=source.name,
         features=arguments.features,
         with_preprocessing=arguments.with_preprocessing,
-        images=images,
+        dtype=arguments.dtype,
+        calibration=_read(calibration),
+        images=_read(images),
         tolerance=arguments.tolerance,
     )
 
 
-def _read(inputs: list[str]) -> list[np.ndarray]:
-    if not inputs:
-        return []
-    sources = find_sources(inputs)
+def _find(inputs: list[str], argument: str, limit: int) -> list[Source]:
+    """Return at most `limit` images, evenly spaced, as folders may contain one class each."""
+    sources = find_sources(inputs) if inputs else []
     if other := next((source for source in sources if source.kind != "image"), None):
-        raise ValueError(f"--images must be images or folders, got the {other.kind} {other.path}")
-    if len(sources) > _MAX_IMAGES:
-        _logger.info("the first %d of %d images are compared", _MAX_IMAGES, len(sources))
-    return [read_rgb(source.path) for source in sources[:_MAX_IMAGES]]  # type: ignore[arg-type]
+        raise ValueError(f"{argument} must be images or folders, got the {other.kind} {other.path}")
+    if len(sources) <= limit:
+        return sources
+    _logger.info("%d of %d images of %s are used", limit, len(sources), argument)
+    return [sources[i * len(sources) // limit] for i in range(limit)]
+
+
+def _read(sources: list[Source]) -> list[np.ndarray]:
+    return [read_rgb(source.path) for source in sources]  # type: ignore[arg-type]
 
 
 def _describe(report: Report) -> str:
@@ -118,6 +139,8 @@ def _describe(report: Report) -> str:
             lines.append(
                 f"{shape:22} {name:9} {largest:<9.1e} {mean:<9.1e} {comparison.agreement:.2%}"
             )
+    if report.agreement is not None:
+        lines.append(f"calibration images: {report.agreement:.2%} have the same class")
     for timing in report.timings:
         threads = "1 thread" if timing.threads == 1 else f"{timing.threads} threads"
         eager, exported = 1e3 * timing.eager, 1e3 * timing.exported

@@ -10,6 +10,7 @@ EXTRAS = {
     "data": ("defusedxml", "pycocotools"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg", "faster_coco_eval", "cv2"),
+    "openvino": ("openvino",),
     "train": ("contourpy", "matplotlib", "pydantic", "sklearn", "tensorboard"),
 }
 

@@ -1,4 +1,4 @@
-"""Export models to ONNX, torch.export and AOTInductor, verified on real images.
+"""Export models to ONNX, torch.export, OpenVINO and AOTInductor, verified on real images.
 
 Example::
 

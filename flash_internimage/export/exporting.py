@@ -13,17 +13,20 @@ import torch
 from ..inference import Predictor
 from .formats import find_format, trace
 from .models import exportable
+from .precision import TOLERANCES, convert, quantize, require_precision
 from .verification import (
     Comparison,
     Timing,
     batches,
     check,
+    check_agreement,
     compare,
     measure,
+    proportion_of_equal_classes,
     sample_images,
 )
 
-TOLERANCE, TOLERANCE_WITH_PREPROCESSING = 1e-4, 0.02
+TOLERANCE_WITH_PREPROCESSING = 0.02
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,18 @@ class Report:
 
     Attributes:
         path: The file.
-        size: Its size in bytes.
+        size: Its size in bytes, with that of the file of the weights if there is one.
         comparisons: Differences from eager PyTorch, for each batch of images.
         timings: Times with one thread and with all; empty if they were not measured.
+        agreement: Proportion of the calibration images whose class is that of eager PyTorch; None
+            for files that are not quantized.
     """
 
     path: Path
     size: int
     comparisons: Sequence[Comparison]
     timings: Sequence[Timing]
+    agreement: float | None = None
 
 
 def check_output(format: str, path: str | os.PathLike, task: str) -> None:
@@ -78,6 +84,8 @@ def export_model(
     name: str = "",
     features: bool = False,
     with_preprocessing: bool = False,
+    dtype: str = "float32",
+    calibration: Sequence[np.ndarray] = (),
     images: Sequence[np.ndarray] = (),
     tolerance: float | None = None,
     timing: bool = True,
@@ -85,19 +93,24 @@ def export_model(
     """Export a model and verify the file in its own runtime.
 
     The file appears only if its outputs for real images of several sizes are those of eager
-    PyTorch.
+    PyTorch in float32; in int8, if most calibration images have the same class.
 
     Args:
         predictor: Predictor in float32 on the CPU.
         path: File to write; an existing one is replaced.
-        format: 'onnx', 'torch-export' or 'aoti'.
+        format: 'onnx', 'torch-export', 'openvino' or 'aoti'.
         name: Name of the model, for the metadata.
         features: Whether to export the feature maps of a classifier instead of its logits.
         with_preprocessing: Whether the file takes images (N, H, W, 3) uint8 RGB of any size and
             preprocesses them: classifiers only. Default: (N, 3, H, W) float32, normalized.
-        images: Arrays (H, W, 3) uint8 RGB to verify with. Default: scikit-learn's two photographs.
+        dtype: Dtype in which a classifier computes: 'float32', 'float16' or 'bfloat16'.
+        calibration: Arrays (H, W, 3) uint8 RGB by which a classifier in ONNX is quantized to int8.
+            Default: it is not.
+        images: Arrays (H, W, 3) uint8 RGB to verify with. Default: those of the calibration, or
+            scikit-learn's two photographs.
         tolerance: Largest difference of an output, relative to its largest absolute value. Default:
-            1e-4, or 0.02 with preprocessing, as its pixels may differ from Pillow's by one level.
+            1e-4; 0.02 with preprocessing, as its pixels may differ from Pillow's by one level;
+            0.01 for float16 and 0.05 for bfloat16. In int8, any difference is accepted.
         timing: Whether to time eager PyTorch and the file.
 
     Raises:
@@ -112,29 +125,45 @@ def export_model(
         report = export_model(predictor, "tiny.onnx")
     """
     path = Path(path)
+    if dtype not in TOLERANCES:
+        raise ValueError(f"dtype must be one of {', '.join(TOLERANCES)}, got {dtype!r}")
     if tolerance is None:
-        tolerance = TOLERANCE_WITH_PREPROCESSING if with_preprocessing else TOLERANCE
+        tolerance = TOLERANCE_WITH_PREPROCESSING if with_preprocessing else TOLERANCES[dtype]
     check_output(format, path, predictor.task)
+    logits = not (features or with_preprocessing)
+    require_precision(format, predictor.task, dtype, len(calibration) > 0, logits)
     module = find_format(format).load_module()
     model = exportable(predictor, name, features=features, with_preprocessing=with_preprocessing)
-    inputs = list(batches(model, images or sample_images()))
+    inputs = list(batches(model, images or calibration or sample_images()))
+    traced = model if dtype == "float32" else convert(model, getattr(torch, dtype))
+    examples = [model.preprocessing(image) for image in calibration]
     with _one_line(f"the model cannot be traced for {format}"):
-        program = trace(model, *(inputs[0].shape[i] for i in model.size_dims))
+        program = trace(traced, *(inputs[0].shape[i] for i in model.size_dims))
+    agreement = None
     # The file is verified in a hidden folder, as runtimes load files by their names.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         partial = Path(folder, path.name)
         with _one_line(f"the model cannot be written as {format}"):
             module.write(program, model.metadata, partial)
+            if examples:
+                quantize(partial, (example.numpy() for example in examples))
         with _one_line(f"the runtime of {format} fails"):
             runtime = module.load(partial)
             comparisons = [compare(model, runtime, batch) for batch in inputs]
-        check(comparisons, tolerance)
+            if examples:
+                agreement = proportion_of_equal_classes(model, runtime, examples)
+        if agreement is None:
+            check(comparisons, tolerance)
+        else:
+            check_agreement(agreement)
         timings = []
         if timing:
             for threads in sorted({1, torch.get_num_threads()}):
                 timings.append(
                     measure(model, lambda n: module.load(partial, n), inputs[0], threads)
                 )
-        size = partial.stat().st_size
-        os.replace(partial, path)
-    return Report(path, size, comparisons, timings)
+        files = sorted(Path(folder).iterdir(), key=lambda file: file == partial)
+        size = sum(file.stat().st_size for file in files)
+        for file in files:  # the weights first
+            os.replace(file, path.with_name(file.name))
+    return Report(path, size, comparisons, timings, agreement)

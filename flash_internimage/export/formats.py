@@ -1,6 +1,8 @@
 """The formats: their names, suffixes and packages, and the tracing that they share."""
 
 import importlib
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,8 +12,15 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental import _config
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from .models import ExportableModel, Metadata
+
+# Twice the largest stride of the backbones.
+_MIN_TRACED_SIDE = 64
+_EXCLUDES_ONE = re.compile(r".+ (!=|>) 1|1 < .+")
 
 # Runs an exported file: images to outputs by name.
 Runtime = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -21,7 +30,7 @@ class FormatModule(Protocol):
     """What the module of a format contains."""
 
     def write(self, program: ExportedProgram, metadata: Metadata, path: Path) -> None:
-        """Write a traced model to a file."""
+        """Write a traced model to a file, and weights in another file to its folder."""
 
     def load(self, path: Path, threads: int | None = None) -> Runtime:
         """Load a file with the runtime of the format.
@@ -42,7 +51,7 @@ class Format:
     Attributes:
         module: Name of its module in this package.
         suffix: Suffix of its files.
-        packages: Packages of the extra `export` that it needs.
+        packages: Packages that it needs, of the extra `export` or `openvino`.
         tasks: Tasks of the models that it supports.
     """
 
@@ -59,7 +68,13 @@ class Format:
 FORMATS = {
     "onnx": Format("onnx", ".onnx", ("onnx", "onnxscript", "onnxruntime")),
     "torch-export": Format("torch_export", ".pt2"),
-    "aoti": Format("aoti", ".pt2", tasks=("classification",)),
+    "openvino": Format(
+        "openvino",
+        ".xml",
+        ("openvino", "onnx", "onnxscript", "onnxruntime"),
+        tasks=("classification", "segmentation"),
+    ),
+    "aoti": Format("aoti", ".pt2", tasks=("classification", "segmentation")),
 }
 
 
@@ -89,6 +104,43 @@ def trace(model: ExportableModel, height: int, width: int) -> ExportedProgram:
     sizes = dict.fromkeys(model.size_dims, Dim.DYNAMIC)
     if model.dynamic_batch:
         sizes[0] = Dim.DYNAMIC
-    example = model.example(height, width)
-    with torch.no_grad():
-        return torch.export.export(model, (example,), dynamic_shapes=(sizes,))
+    # No feature map of the example has a side of one pixel, which would be taken for a constant.
+    example = model.example(max(height, _MIN_TRACED_SIDE), max(width, _MIN_TRACED_SIDE))
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        _config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+    ):
+        warnings.simplefilter("ignore", FutureWarning)  # within torchvision's NMS
+        program = torch.export.export(model, (example,), dynamic_shapes=(sizes,))
+    _allow_sizes_of_one(program)
+    _drop_unused_weights(program)
+    return program
+
+
+def _allow_sizes_of_one(program: ExportedProgram) -> None:
+    """Drop the guards that exclude sizes of one.
+
+    The strides of a tensor determine the memory format of a convolution. To compare them, tracing
+    assumes that no image or feature map has a side of one pixel, nor a batch one image. Memory
+    formats do not change results.
+    """
+    guards = program._guards_code
+    guards[:] = [guard for guard in guards if not _EXCLUDES_ONE.fullmatch(guard)]
+    for symbol, sizes in program.range_constraints.items():
+        if str(symbol).startswith("s"):  # of the images; results have symbols with a "u"
+            program.range_constraints[symbol] = ValueRanges(1, sizes.upper)
+
+
+def _drop_unused_weights(program: ExportedProgram) -> None:
+    """Drop the weights that nothing reads: those of the original beside a traced copy of it."""
+    inputs = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    specs = program.graph_signature.input_specs
+    for spec in [*specs]:
+        node = inputs[spec.arg.name]
+        if spec.kind != InputKind.USER_INPUT and not node.users:
+            program.graph.erase_node(node)
+            specs.remove(spec)
+            for weights in (program.state_dict, program.constants):
+                weights.pop(str(spec.target), None)
+    program.graph_module.recompile()

@@ -11,7 +11,7 @@ import onnxruntime
 import torch
 from torch.export import ExportedProgram
 
-from ops_dcnv4.onnx import translation_table
+from ops_dcnv4.onnx import Form, translation_table
 
 from .formats import Runtime
 from .models import Metadata
@@ -20,15 +20,24 @@ from .models import Metadata
 OPSET = 19
 
 
-def write(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
-    """Write a traced model; see :class:`~.formats.FormatModule`."""
+def write(
+    program: ExportedProgram, metadata: Metadata, path: Path, *, form: Form = "deform_conv"
+) -> None:
+    """Write a traced model; see :class:`~.formats.FormatModule`.
+
+    Args:
+        program: The model.
+        metadata: What is stored in the file.
+        path: File to write.
+        form: Form of DCNv4; see :func:`ops_dcnv4.onnx.translation_table`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about deprecations within torch.onnx
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table=translation_table(),
+            custom_translation_table=translation_table(form),
             input_names=["images"],
             output_names=[*metadata.outputs],
             verbose=False,

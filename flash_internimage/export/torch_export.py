@@ -1,6 +1,7 @@
 """Programs of torch.export, run by PyTorch with the operators of ops_dcnv4."""
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,18 @@ def write(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
 
 def load(path: Path, threads: int | None = None) -> Runtime:
     """Load a file in PyTorch; see :class:`~.formats.FormatModule`."""
-    names = read_metadata(path)["outputs"]
-    program = torch.export.load(path)  # noqa: TID251  (written by this process)
-    return call_with_arrays(program.module(), names, threads)
+    program, metadata = _read(path)
+    return call_with_arrays(program.module(), metadata["outputs"], threads)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return the metadata of a file that this process has written."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[ExportedProgram, dict[str, Any]]:
     files: dict[str, Any] = {_METADATA: ""}
-    torch.export.load(path, extra_files=files)  # noqa: TID251  (written by this process)
-    return json.loads(files[_METADATA])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that its buffers are not writable
+        program = torch.export.load(path, extra_files=files)  # noqa: TID251  (written by this process)
+    return program, json.loads(files[_METADATA])

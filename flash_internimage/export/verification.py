@@ -19,6 +19,7 @@ _CASES = ((1.0, 1.0, 1), (0.75, 1.25, 2), (1.0, 0.6, 3))
 _DEFAULT_SIZE = 224
 # Proportion of predictions that must agree: where two scores are equal, either may win.
 MIN_AGREEMENT = 0.98
+MIN_AGREEMENT_INT8 = 0.95
 _SECONDS = 1.0  # of a measurement
 
 
@@ -181,6 +182,33 @@ def check(comparisons: Sequence[Comparison], tolerance: float) -> None:
                 f"predictions for {shape} images must agree by at least {MIN_AGREEMENT:.0%}, "
                 f"got {comparison.agreement:.2%}"
             )
+
+
+def proportion_of_equal_classes(
+    model: ExportableModel, runtime: Runtime, images: Sequence[Tensor]
+) -> float:
+    """Return the proportion of images whose class is the same.
+
+    Args:
+        model: Classifier in eager PyTorch.
+        runtime: The exported file.
+        images: Inputs (1, 3, H, W).
+    """
+    agreements = [compare(model, runtime, image).agreement for image in images]
+    return sum(agreements) / len(agreements)
+
+
+def check_agreement(agreement: float) -> None:
+    """Check the proportion of the calibration images whose class is the same.
+
+    Raises:
+        DifferenceError: If it is below `MIN_AGREEMENT_INT8`.
+    """
+    if agreement < MIN_AGREEMENT_INT8:
+        raise DifferenceError(
+            f"the classes of the calibration images must agree by at least "
+            f"{MIN_AGREEMENT_INT8:.0%}, got {agreement:.2%}"
+        )
 
 
 def measure(

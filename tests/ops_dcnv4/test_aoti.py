@@ -1,5 +1,7 @@
-"""Test of an AOTInductor package in a C++ program, which loads the compiled library."""
+"""Test of the C++ example, which runs an AOTInductor package and the compiled library."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -7,16 +9,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+from torch.export import Dim
 
 import ops_dcnv4
 
+ROOT = Path(__file__).parents[2]
 TORCH = Path(torch.__file__).parent
-SOURCE = Path(__file__).parent / "aoti" / "run_package.cpp"
+SOURCE = ROOT / "examples" / "aoti" / "classify.cpp"
 CXX = shutil.which("g++")
+MEAN, STD = [100.0, 90.5, 80.0], [50.0, 60.5, 70.0]
+
+
+class Classifier(nn.Module):
+    """A classifier of images (N, 3, 6, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.dcn = nn.Linear(3, 32), ops_dcnv4.DCNv4(32, group=2)
+        self.head = nn.Linear(32, 4)
+        for parameter in self.parameters():  # offsets and modulation start from zero
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.dcn(self.embed(images.permute(0, 2, 3, 1))).mean((1, 2)))
 
 
 def build_program(folder: Path) -> Path:
-    program, libraries = folder / "run_package", TORCH / "lib"
+    program, libraries = folder / "classify", TORCH / "lib"
     command = [CXX, "-std=c++20", "-O0", SOURCE, "-o", program, f"-I{TORCH / 'include'}"]
     command += [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-ltorch", "-lc10"]
     subprocess.run([*command, "-ldl"], check=True)
@@ -26,24 +47,32 @@ def build_program(folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or CXX is None, reason="needs Linux and g++")
 @torch.no_grad()
-def test_a_package_runs_in_a_program_without_python(tmp_path):
+def test_a_package_classifies_batches_in_a_program_without_python(tmp_path):
     torch.manual_seed(0)
-    model, value = ops_dcnv4.DCNv4(32, group=2), torch.randn(2, 5, 6, 32)
-    for parameter in model.parameters():  # offsets and modulation start from zero
-        parameter.normal_(std=0.3)
+    model, pixels = Classifier(), torch.randint(256, (3, 6, 8, 3), dtype=torch.uint8)
+    images = (pixels - torch.tensor(MEAN)) / torch.tensor(STD)
+    images = images.permute(0, 3, 1, 2).contiguous()
     package = torch._inductor.aoti_compile_and_package(
-        torch.export.export(model, (value,)),
+        torch.export.export(model, (images,), dynamic_shapes=({0: Dim.DYNAMIC},)),
         package_path=str(tmp_path / "model.pt2"),
         inductor_configs={
+            "aot_inductor.metadata": {"mean": json.dumps(MEAN), "std": json.dumps(STD)},
             "aot_inductor.compile_wrapper_opt_level": "O0",
             "aot_inductor.precompile_headers": False,
             "cpp.vec_isa_ok": False,
             "cpp_cache_precompile_headers": False,
         },
     )
-    input, output = tmp_path / "input", tmp_path / "output"
-    input.write_bytes(value.numpy().tobytes())
-    command = [build_program(tmp_path), ops_dcnv4.library_path(), package, input, output]
-    subprocess.run([*command, *map(str, value.shape)], check=True)
-    actual = torch.frombuffer(bytearray(output.read_bytes()), dtype=value.dtype).view_as(value)
-    torch.testing.assert_close(actual, model(value), rtol=1e-5, atol=1e-6)
+    paths = [tmp_path / f"{i}.ppm" for i in range(3)]
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image.numpy()).save(path)
+    program = build_program(tmp_path)
+    expected, labels = model(images).softmax(1).max(1)
+    for count in (3, 1):
+        command = [program, ops_dcnv4.library_path(), package, *paths[:count]]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = re.findall(r"(\S+): class (\d+), probability (\S+)\n", output)
+        assert [Path(path) for path, _, _ in found] == paths[:count]
+        assert [int(label) for _, label, _ in found] == labels[:count].tolist()
+        probabilities = [float(probability) for _, _, probability in found]
+        assert probabilities == pytest.approx(expected[:count].tolist(), rel=1e-4)

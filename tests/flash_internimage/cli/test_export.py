@@ -1,11 +1,12 @@
 """Tests of the command export; the files are tested with the package."""
 
 import pytest
+from PIL import Image
 
 from flash_internimage.cli import export
 from flash_internimage.export import Comparison, DifferenceError, Report, Timing, formats
 from flash_internimage_cli import main
-from tests.nano import CLASSIFIER, SEGMENTOR
+from tests.nano import CLASSIFIER, DETECTOR, SEGMENTOR
 
 
 @pytest.fixture
@@ -29,8 +30,8 @@ def test_options_reach_the_function_and_the_report_is_printed(weights, tmp_path,
     [(task, name, format_name, options)] = calls
     assert (task, name, format_name) == ("classification", "m.onnx", "onnx")
     assert options == {
-        "name": CLASSIFIER, "features": True, "with_preprocessing": False, "images": [],
-        "tolerance": 0.5,
+        "name": CLASSIFIER, "features": True, "with_preprocessing": False, "dtype": "float32",
+        "calibration": [], "images": [], "tolerance": 0.5,
     }  # fmt: skip
     output = capsys.readouterr().out
     assert output.startswith(f"{out}: 7.2 MB\n")
@@ -46,6 +47,17 @@ def test_options_reach_the_function_and_the_report_is_printed(weights, tmp_path,
         (["--tolerance", "nan"], "--tolerance must be above 0, got nan"),
         (["--images", "nowhere.png"], "INPUT not found: nowhere.png"),
         (["--images", "0"], "--images must be images or folders, got the camera 0"),
+        (["--int8"], "--int8 and --calibration must be given together, got one of them"),
+        (["--calibration", "x"], "--int8 and --calibration must be given together"),
+        (["--int8", "--calibration", "0"], "--calibration must be images or folders, got the cam"),
+        (
+            ["--dtype", "float16", "--features"],
+            "float16 must be without features and preprocessing in the graph, got one of them",
+        ),
+        (
+            ["--dtype", "bfloat16"],
+            "the format must be torch-export or aoti for bfloat16, got onnx",
+        ),
         (["--checkpoint"], "checkpoint must be given for flash_internimage_nano"),
     ],
 )
@@ -59,12 +71,42 @@ def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, calls, c
     assert not calls
 
 
-def test_a_model_that_the_format_does_not_support_is_refused(tmp_path, calls, caplog):
-    arguments = [SEGMENTOR, "--format", "aoti", "-o", str(tmp_path / "m.pt2")]
-    assert export.main(arguments) == 2
-    expected = "the task must be classification for the format aoti, got segmentation"
-    assert caplog.records[-1].getMessage() == expected
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [DETECTOR, "--format", "aoti"],
+            "the task must be classification or segmentation for the format aoti, got detection",
+        ),
+        (
+            [SEGMENTOR, "--format", "torch-export", "--dtype", "bfloat16"],
+            "the task must be classification for bfloat16, got segmentation",
+        ),
+        (
+            [CLASSIFIER, "--format", "torch-export", "--int8", "--calibration", "x"],
+            "the format must be onnx for int8, got torch-export",
+        ),
+    ],
+)
+def test_what_the_format_does_not_support_is_refused(arguments, message, tmp_path, calls, caplog):
+    assert export.main([*arguments, "-o", str(tmp_path / "m.pt2")]) == 2
+    assert caplog.records[-1].getMessage() == message
     assert not calls
+
+
+def test_images_are_chosen_evenly(tmp_path, caplog):
+    for name in "abcde":
+        Image.new("RGB", (1, 1)).save(tmp_path / f"{name}.png")
+    caplog.set_level("INFO")
+    chosen = export._find([str(tmp_path)], "--calibration", 2)
+    assert [source.path.name for source in chosen] == ["a.png", "c.png"]
+    assert caplog.messages == ["2 of 5 images of --calibration are used"]
+
+
+def test_the_agreement_of_int8_is_printed(tmp_path):
+    assert "calibration images: 97.50% have the same class\n" in export._describe(
+        Report(tmp_path, 7_200_000, [], [], agreement=0.975)
+    )
 
 
 def test_a_difference_is_exit_code_1(weights, tmp_path, monkeypatch, caplog):
@@ -77,10 +119,11 @@ def test_a_difference_is_exit_code_1(weights, tmp_path, monkeypatch, caplog):
     assert caplog.records[-1].getMessage() == "no file is written: logits must differ by less"
 
 
-def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("format", "extra"), [("onnx", "export"), ("openvino", "openvino")])
+def test_a_missing_package_names_the_extra(format, extra, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
-    arguments = ["export", CLASSIFIER, "--format", "onnx", "-o", str(tmp_path / "m.onnx")]
+    arguments = ["export", CLASSIFIER, "--format", format, "-o", str(tmp_path / "m.onnx")]
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    expected = "requires onnx: pip install 'flash-internimage[export]'\n"
+    expected = f"requires {format}: pip install 'flash-internimage[{extra}]'\n"
     assert capsys.readouterr().err.endswith(expected)

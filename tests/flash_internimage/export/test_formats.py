@@ -1,10 +1,13 @@
 """Tests of exported files, run by their own runtimes."""
 
+import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from onnx import load as load_onnx
 from torch import nn
 from torchvision.transforms import (
     CenterCrop,
@@ -16,12 +19,15 @@ from torchvision.transforms import (
 )
 
 from flash_internimage.export import (
+    FORMATS,
     DifferenceError,
     export_model,
     exporting,
     onnx,
     verification,
 )
+from flash_internimage.export.formats import trace
+from flash_internimage.export.models import ExportableClassifier, exportable
 from flash_internimage.inference import load_predictor
 from flash_internimage.inference.classifier import Classifier
 from tests.nano import CLASSIFIER, DIGITS
@@ -37,23 +43,123 @@ def classifier(weights):
     return load_predictor(CLASSIFIER, weights[CLASSIFIER], device="cpu")
 
 
-@pytest.mark.slow
-def test_onnx_file_of_a_classifier(classifier, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def program(classifier):
+    return trace(exportable(classifier, "nano"), 32, 32)
+
+
+@pytest.fixture(scope="module")
+def onnx_file(classifier, program, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    onnx.write(program, exportable(classifier, "nano").metadata, path)
+    return path
+
+
+@pytest.fixture
+def traced(program, onnx_file, monkeypatch):
+    """Trace the classifier once for all formats, and time it briefly."""
+    monkeypatch.setattr(exporting, "trace", lambda *_: program)
+    monkeypatch.setattr(onnx, "write", lambda _, __, path: shutil.copy(onnx_file, path))
     monkeypatch.setattr(verification, "_SECONDS", 0.01)
-    path = tmp_path / "model.onnx"
-    report = export_model(classifier, path, name="nano")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_file_of_a_classifier(format, classifier, traced, tmp_path):
+    path = tmp_path / f"model{FORMATS[format].suffix}"
+    report = export_model(classifier, path, format, name="nano")
     assert [*tmp_path.iterdir()] == [path]
     assert report.size == path.stat().st_size
     shapes = {comparison.shape for comparison in report.comparisons}
     assert len(shapes) == len({shape[0] for shape in shapes}) == 3
     assert max(comparison.largest["logits"] for comparison in report.comparisons) < 1e-5
     assert all(timing.eager > 0 and timing.exported > 0 for timing in report.timings)
-    metadata = onnx.read_metadata(path)
+    metadata = FORMATS[format].load_module().read_metadata(path)
     assert (metadata["model"], metadata["task"]) == ("nano", "classification")
     assert (metadata["classes"], metadata["input_size"]) == ([*DIGITS], 32)
     assert metadata["images"].startswith("(N, 3, H, W) float32, RGB")
     assert metadata["mean"] == pytest.approx([123.675, 116.28, 103.53])
     assert metadata["std"] == pytest.approx([58.395, 57.12, 57.375])
+
+
+@pytest.mark.slow
+def test_int8_file(classifier, traced, onnx_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "MIN_AGREEMENT_INT8", 0.5)  # random weights, close logits
+    generator = np.random.default_rng(0)
+    images = [generator.integers(256, size=(40, 32, 3), dtype=np.uint8) for _ in range(4)]
+    path = tmp_path / "int8.onnx"
+    report = export_model(classifier, path, calibration=images, timing=False)
+    assert [*tmp_path.iterdir()] == [path]
+    assert report.size < 0.4 * onnx_file.stat().st_size
+    assert report.agreement >= 0.5
+    assert 1e-4 < max(comparison.largest["logits"] for comparison in report.comparisons) < 0.5
+    assert onnx.read_metadata(path) == onnx.read_metadata(onnx_file)
+    nodes = load_onnx(path).graph.node
+    quantized = {output for n in nodes if n.op_type == "DequantizeLinear" for output in n.output}
+    inputs = {
+        kind: [n.input for n in nodes if n.op_type == kind] for kind in ("Conv", "DeformConv")
+    }
+    assert all(quantized.intersection(names) for names in inputs["Conv"])
+    assert inputs["DeformConv"]
+    assert not any(quantized.intersection(names) for names in inputs["DeformConv"])
+
+
+def test_int8_with_other_classes_is_not_kept(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "trace", lambda *_: None)
+    monkeypatch.setattr(exporting, "quantize", lambda *_: None)
+    monkeypatch.setattr("flash_internimage.export.formats.Format.load_module", lambda _: Wrong())
+    images = [np.full((32, 32, 3), level, np.uint8) for level in (0, 255)]
+    with pytest.raises(DifferenceError, match="calibration images must agree by at least 95%"):
+        export_model(classifier, tmp_path / "model.onnx", calibration=images)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_dtype_is_that_of_the_traced_weights(classifier, tmp_path, monkeypatch):
+    def refuse(model, *_):
+        traced.append(model)
+        raise RuntimeError
+
+    traced = []
+    monkeypatch.setattr(exporting, "trace", refuse)
+    with pytest.raises(ValueError, match="cannot be traced"):
+        export_model(classifier, tmp_path / "model.pt2", "torch-export", dtype="bfloat16")
+    [model] = traced
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in classifier.model.parameters()} == {torch.float32}
+    images = torch.rand(2, 3, 32, 32)
+    [actual], [expected] = model(images), exportable(classifier, "nano")(images)
+    assert actual.dtype == torch.float32
+    assert 0 < (actual - expected).abs().max() < 0.05 * expected.abs().max()
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, .*, got 'int4'"):
+        export_model(classifier, tmp_path / "model.pt2", "torch-export", dtype="int4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 33, 5), (3, 3, 96, 64)])
+def test_a_traced_program_takes_images_of_any_size(shape, classifier, program):
+    images = torch.rand(shape)
+    [logits] = program.module()(images)
+    torch.testing.assert_close(logits, exportable(classifier, "nano")(images)[0])
+
+
+class Traced(ExportableClassifier):
+    """A classifier whose trace is that of a copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.traced = copy.deepcopy(model)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.traced(images),)
+
+
+def test_a_program_contains_the_weights_that_it_reads():
+    model = Traced(nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))).eval()
+    model.requires_grad_(False)
+    program = trace(model, 8, 8)
+    assert {key.split(".")[0] for key in program.state_dict} == {"traced"}
+    images = torch.rand(1, 3, 9, 7)
+    torch.testing.assert_close(program.module()(images), model(images))
 
 
 class Colors(nn.Module):
