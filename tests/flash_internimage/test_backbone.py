@@ -525,7 +525,7 @@ def test_memory_format_of_the_input_does_not_matter():
 
 @pytest.mark.slow
 def test_export_with_dynamic_batch_and_size():
-    model = small_model(depths=(1, 1), groups=(1, 2))
+    model = small_model(depths=(1,), groups=(1,))
     dynamic = torch.export.Dim.AUTO
     program = torch.export.export(
         model,
@@ -563,7 +563,7 @@ def test_images_of_any_size_are_compiled_once_for_training_and_once_for_evaluati
 
 @pytest.mark.slow
 def test_compiled_model_equals_the_eager_one(assert_near):
-    model = small_model(depths=(1, 1), groups=(1, 2)).double()
+    model = small_model(depths=(1,), groups=(1,)).double()
     x = images(2, 3, 32, 32).double()
     # Scalar code in one C++ file per graph compiles three times as fast.
     quick = {
