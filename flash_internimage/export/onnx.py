@@ -1,6 +1,7 @@
 """ONNX files, run by onnxruntime."""
 
 import json
+import operator
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from onnxscript import opset18 as op
 from torch.export import ExportedProgram
 
 from ops_dcnv4.onnx import translation_table
@@ -28,7 +30,10 @@ def write(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
             program,
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table=translation_table(),
+            custom_translation_table={
+                **translation_table(),
+                operator.floordiv: _floor_divide,
+            },
             input_names=["images"],
             output_names=[*metadata.outputs],
             verbose=False,
@@ -38,6 +43,11 @@ def write(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
         {key: json.dumps(value) for key, value in asdict(metadata).items()}
     )
     exported.save(path)
+
+
+def _floor_divide(dividend: Any, divisor: Any) -> Any:
+    """Translate the division of sizes, which torch.onnx rounds towards zero (PyTorch 2.12)."""
+    return op.Div(op.Sub(dividend, op.Mod(dividend, divisor)), divisor)
 
 
 def load(path: Path, threads: int | None = None) -> Runtime:
