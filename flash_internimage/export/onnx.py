@@ -20,10 +20,16 @@ from .models import Metadata
 
 # The first one with DeformConv, which computes DCNv4: more runtimes read older opsets.
 OPSET = 19
+# A file of protobuf has at most 2 GB; torch.onnx writes the weights to another file from here on.
+MAX_BYTES = 1536 * 2**20
 
 
 def write(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
     """Write a traced model; see :class:`~.formats.FormatModule`."""
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+    if size > MAX_BYTES:
+        raise ValueError(f"weights must have at most {MAX_BYTES} bytes for ONNX, got {size}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about deprecations within torch.onnx
         exported = torch.onnx.export(
