@@ -125,6 +125,6 @@ def test_parts_are_those_of_the_libraries(parts, runtime, size):
 def test_weights_beyond_a_single_file_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(onnx, "MAX_BYTES", 100)
     program = SimpleNamespace(state_dict={"weight": torch.zeros(26)}, constants={})
-    with pytest.raises(ValueError, match="weights must have at most 100 bytes .* got 104"):
+    with pytest.raises(ValueError, match=r"weights must have at most 100 bytes .* got 104"):
         onnx.write(program, None, tmp_path / "model.onnx")
     assert not [*tmp_path.iterdir()]
