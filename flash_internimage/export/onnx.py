@@ -22,6 +22,7 @@ from .models import Metadata
 OPSET = 19
 # A file of protobuf has at most 2 GB; torch.onnx writes the weights to another file from here on.
 MAX_BYTES = 1536 * 2**20
+_STACK_TRACE = "pkg.torch.onnx.stack_trace"
 
 
 def write(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
@@ -45,6 +46,8 @@ def write(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
             verbose=False,
         )
     assert exported is not None
+    for node in exported.model.graph.all_nodes():
+        node.metadata_props.pop(_STACK_TRACE, None)  # it contains paths of this machine
     exported.model.metadata_props.update(
         {key: json.dumps(value) for key, value in asdict(metadata).items()}
     )
