@@ -1,4 +1,4 @@
-# Targets: demo, demo-detection, demo-segmentation, gallery, test, test-fast, lint, bench, docs, sanitize,
+# Targets: demo, demo-detection, demo-segmentation, gallery, test, test-fast, test-exports, lint, bench, docs, sanitize,
 # sanitize-cpu, openmmlab-compiled, wheel, test-wheel, test-torch-versions, test-python-versions,
 # test-portability, test-aarch64, lint-workflows, gpu-check and clean. Each installs what it needs, except
 # gpu-check.
@@ -28,7 +28,7 @@ TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 # TEST_SEED=123 shuffles and seeds the tests with that number, TEST_SEED=default with the time.
 TEST_SEED ?=
 
-.PHONY: demo demo-detection demo-segmentation gallery test test-fast lint bench docs sanitize sanitize-cpu openmmlab-compiled gpu-check clean
+.PHONY: demo demo-detection demo-segmentation gallery test test-fast test-exports lint bench docs sanitize sanitize-cpu openmmlab-compiled gpu-check clean
 .PHONY: requirements-and-browser wheel test-wheel test-torch-versions test-python-versions test-portability test-aarch64 lint-workflows
 
 demo: $(VENV)/.package data/digits
@@ -60,11 +60,16 @@ requirements-and-browser:
 # At most two minutes on two cores: no slow tests, and none that need OpenMMLab, the emulator or a GPU.
 FAST := -m 'not slow and not mm and not gpu' \
 	  $(addprefix --ignore tests/,cuda_model detection gpu segmentation tools/test_zoo_entries.py \
-	    $(addprefix flash_internimage/,analysis/openmmlab complexity export/test_models.py openmmlab \
+	    $(addprefix flash_internimage/,analysis/openmmlab complexity export/test_models.py export/test_onnx.py openmmlab \
 	      own_data/openmmlab cli/test_demo_scenes.py cli/test_zoo.py))
 
 test-fast: $(VENV)/.package $(VENV)/.dev
 	$(PYTEST) $(FAST)
+
+# Export the checkpoints of the demos to every format and verify the files: minutes per format.
+test-exports: demo demo-detection demo-segmentation $(VENV)/.dev
+	$(PIP) openvino==2026.4.1
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -p no:randomly tests/exports/demo_checkpoints.py
 
 # The tests run the CUDA kernels, compiled as C++, on a serial emulator of CUDA.
 $(VENV)/.cuda_model: $(OPS_SOURCES) $(shell find tests/cuda_model -name '*.cpp' -o -name '*.h') $(VENV)/.package $(VENV)/.dev

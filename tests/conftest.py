@@ -25,6 +25,7 @@ MARKERS = {
     "flash_internimage/complexity": "mm",
     "flash_internimage/export/test_formats.py": "mm",
     "flash_internimage/export/test_models.py": "mm",
+    "flash_internimage/export/test_onnx.py": "mm",
     "flash_internimage/inference/test_docs.py": "mm",
     "flash_internimage/inference/test_openmmlab.py": "mm",
     "flash_internimage/openmmlab": "mm",

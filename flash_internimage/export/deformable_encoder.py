@@ -15,7 +15,9 @@ def grid_points(height: int, width: int, like: Tensor) -> Tensor:
     """Return the centers of all pixels, (H * W, 2), as (x, y) in pixels."""
     x = torch.arange(width, dtype=like.dtype, device=like.device) + 0.5
     y = torch.arange(height, dtype=like.dtype, device=like.device) + 0.5
-    return torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=-1)
+    # torch.onnx translates repeat_interleave wrongly if the number of repeats is symbolic.
+    x, y = x.expand(height, -1), y.unsqueeze(1).expand(-1, width)
+    return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
 def width_height(size: Sequence[int], like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class ExportableDetector(ExportableModel):
         """Pad images at the bottom and right, as the data preprocessor does in a test."""
         preprocessor: Any = self.model.data_preprocessor
         divisor = preprocessor.pad_size_divisor
-        rows, columns = (-(-size // divisor) * divisor for size in images.shape[2:])
+        rows, columns = ((size + divisor - 1) // divisor * divisor for size in images.shape[2:])
         # Padding by a symbolic number of pixels would distinguish zero from others.
         return F.pad(images, (0, divisor, 0, divisor))[..., :rows, :columns]
 

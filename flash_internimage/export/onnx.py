@@ -1,6 +1,7 @@
 """ONNX files, run by onnxruntime."""
 
 import json
+import operator
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from onnxscript import opset18 as op
 from torch.export import ExportedProgram
 
 from ops_dcnv4.onnx import Form, translation_table
@@ -18,6 +20,9 @@ from .models import Metadata
 
 # The first one with DeformConv, which computes DCNv4: more runtimes read older opsets.
 OPSET = 19
+# A file of protobuf has at most 2 GB; torch.onnx writes the weights to another file from here on.
+MAX_BYTES = 1536 * 2**20
+_STACK_TRACE = "pkg.torch.onnx.stack_trace"
 
 
 def write(
@@ -31,22 +36,36 @@ def write(
         path: File to write.
         form: Form of DCNv4; see :func:`ops_dcnv4.onnx.translation_table`.
     """
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+    if size > MAX_BYTES:
+        raise ValueError(f"weights must have at most {MAX_BYTES} bytes for ONNX, got {size}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about deprecations within torch.onnx
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table=translation_table(form),
+            custom_translation_table={
+                **translation_table(form),
+                operator.floordiv: _floor_divide,
+            },
             input_names=["images"],
             output_names=[*metadata.outputs],
             verbose=False,
         )
     assert exported is not None
+    for node in exported.model.graph.all_nodes():
+        node.metadata_props.pop(_STACK_TRACE, None)  # it contains paths of this machine
     exported.model.metadata_props.update(
         {key: json.dumps(value) for key, value in asdict(metadata).items()}
     )
     exported.save(path)
+
+
+def _floor_divide(dividend: Any, divisor: Any) -> Any:
+    """Translate the division of sizes, which torch.onnx rounds towards zero (PyTorch 2.12)."""
+    return op.Div(op.Sub(dividend, op.Mod(dividend, divisor)), divisor)
 
 
 def load(path: Path, threads: int | None = None) -> Runtime:

@@ -1,5 +1,6 @@
 """Compare an exported file with eager PyTorch on real images, and time both."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
@@ -14,12 +16,16 @@ from .formats import Runtime
 from .models import ExportableModel
 from .tensors import use_threads
 
+_logger = logging.getLogger(__name__)
+
 # Height and width of the batches, relative to the test size, and their number of images.
 _CASES = ((1.0, 1.0, 1), (0.75, 1.25, 2), (1.0, 0.6, 3))
 _DEFAULT_SIZE = 224
 # Proportion of predictions that must agree: where two scores are equal, either may win.
 MIN_AGREEMENT = 0.98
 MIN_AGREEMENT_INT8 = 0.95
+# Intersection over union of the masks of an object: single pixels are near the threshold.
+MIN_MASK_IOU = 0.95
 _SECONDS = 1.0  # of a measurement
 
 
@@ -36,12 +42,14 @@ class Comparison:
         largest: Largest difference of each output, relative to the largest absolute value in it.
         mean: Mean difference of each output, likewise.
         agreement: Proportion of equal predictions: classes, classes of pixels or objects.
+        empty: Whether the model and the file found no object.
     """
 
     shape: tuple[int, ...]
     largest: Mapping[str, float]
     mean: Mapping[str, float]
     agreement: float
+    empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,9 @@ def compare(model: ExportableModel, runtime: Runtime, images: Tensor) -> Compari
     """Compare the outputs for a batch of images."""
     expected = {name: t.numpy() for name, t in model.run(images).items()}
     actual = runtime(images.numpy())
+    empty = False
     if "boxes" in expected:
+        empty = expected["labels"].size == actual["labels"].size == 0
         expected, actual, agreement = match_objects(expected, actual)
     else:
         agreement = _same_classes(expected, actual)
@@ -109,7 +119,7 @@ def compare(model: ExportableModel, runtime: Runtime, images: Tensor) -> Compari
         difference = np.nan_to_num(difference, nan=np.inf, posinf=np.inf)
         largest[name] = float(difference.max(initial=0))
         mean[name] = float(difference.mean()) if difference.size else 0.0
-    return Comparison(tuple(images.shape), largest, mean, agreement)
+    return Comparison(tuple(images.shape), largest, mean, agreement, empty)
 
 
 def _same_classes(expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray]) -> float:
@@ -124,30 +134,26 @@ def match_objects(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float]:
     """Match objects by their labels and boxes, as objects of equal scores may change places.
 
-    An expected object is matched with that of its label whose box is closest, if all sides are
-    within a pixel.
+    Pairs have the same label, boxes whose sides are within a pixel and masks (if any) that overlap.
+    Of all pairings, that with the smallest sum of distances between boxes and scores is chosen.
 
     Args:
-        expected: `boxes` (N, n, 4), `scores` and `labels` (N, n); or without N for a single image.
+        expected: `boxes` (N, n, 4), `scores` and `labels` (N, n), perhaps `masks` (N, n, H, W); or
+            without N for a single image.
         actual: The same of the exported file, with another n for all images at most.
 
     Returns:
         The boxes and scores of matched objects, expected and actual, and the proportion of objects
         on both sides that are matched.
     """
-    pairs: list[tuple[int, int, int]] = []
     wanted, found = (_with_batch(outputs) for outputs in (expected, actual))
-    for image, (boxes, labels) in enumerate(zip(wanted["boxes"], wanted["labels"], strict=True)):
-        free = np.ones(len(found["labels"][image]), bool)
-        for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
-            candidates = np.flatnonzero(free & (found["labels"][image] == label))
-            if not len(candidates):
-                continue
-            distances = np.abs(found["boxes"][image][candidates] - box).max(1)
-            if distances.min() <= 1:
-                chosen = int(candidates[distances.argmin()])
-                free[chosen] = False
-                pairs.append((image, i, chosen))
+    pairs = [
+        (image, left, right)
+        for image in range(len(wanted["labels"]))
+        for left, right in _match(
+            *({name: output[image] for name, output in side.items()} for side in (wanted, found))
+        )
+    ]
     images, left, right = np.array(pairs, int).reshape(-1, 3).T
     names = ("boxes", "scores")
     total = max(wanted["labels"].size, found["labels"].size)
@@ -156,6 +162,30 @@ def match_objects(
         {name: found[name][images, right] for name in names},
         len(pairs) / total if total else 1.0,
     )
+
+
+def _match(
+    expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray]
+) -> Iterator[tuple[int, int]]:
+    """Yield the indices of the matched objects of one image."""
+    distances = np.abs(expected["boxes"][:, None] - actual["boxes"]).max(2, initial=0)
+    near = (distances <= 1) & (expected["labels"][:, None] == actual["labels"])
+    # As many pairs as possible: one that is not near costs more than all that are.
+    differences = np.abs(expected["scores"][:, None] - actual["scores"])
+    cost = distances + np.nan_to_num(differences, nan=1.0)
+    cost = np.where(near, cost, 2.0 * max(near.shape, default=0) + 1)
+    for left, right in zip(*linear_sum_assignment(cost), strict=True):
+        if near[left, right] and _overlap(expected, actual, left, right):
+            yield left, right
+
+
+def _overlap(
+    expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray], left: int, right: int
+) -> bool:
+    if "masks" not in expected:
+        return True
+    one, other = expected["masks"][left], actual["masks"][right]
+    return bool((one & other).sum() >= MIN_MASK_IOU * (one | other).sum())
 
 
 def _with_batch(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -169,6 +199,13 @@ def check(comparisons: Sequence[Comparison], tolerance: float) -> None:
     Raises:
         DifferenceError: If one is not, or fewer predictions agree than `MIN_AGREEMENT`.
     """
+    if without := sum(comparison.empty for comparison in comparisons):
+        _logger.warning(
+            "no objects in %d of %d batches, for which no boxes are compared: choose images of the "
+            "classes with --images",
+            without,
+            len(comparisons),
+        )
     for comparison in comparisons:
         shape = " x ".join(map(str, comparison.shape))
         for name, difference in comparison.largest.items():
