@@ -79,3 +79,41 @@ def test_objects_are_matched_by_label_and_box():
 def test_missing_and_other_objects_lower_the_agreement(actual):
     _, _, agreement = match_objects(objects((0, 0.9, 1), (50, 0.5, 1)), actual)
     assert agreement == 0.5
+
+
+def test_close_objects_are_matched_such_that_all_have_a_partner():
+    # The first object is closest to the only possible partner of the second one.
+    expected = objects((0, 0.9, 1), (0.5, 0.9, 1), (50, 0.8, 1), (50, 0.4, 1))
+    actual = objects((0.3, 0.9, 1), (-0.6, 0.9, 1), (50, 0.4, 1), (50, 0.8, 1))
+    left, right, agreement = match_objects(expected, actual)
+    assert agreement == 1
+    assert (left["scores"] == right["scores"]).all()
+
+
+def test_objects_with_other_masks_lower_the_agreement():
+    expected, actual = (objects((0, 0.9, 1), (50, 0.5, 1)) for _ in range(2))
+    expected["masks"] = np.ones((2, 8, 8), bool)
+    actual["masks"] = expected["masks"].copy()
+    actual["masks"][0, 0, :3] = False  # IoU 61 / 64
+    assert match_objects(expected, actual)[2] == 1
+    actual["masks"][0, 0, 3] = False  # IoU 60 / 64
+    assert match_objects(expected, actual)[2] == 0.5
+
+
+class Nothing(ExportableClassifier):
+    """A detector that finds no object."""
+
+    outputs = ("boxes", "scores", "labels")
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.empty(0, 4), torch.empty(0), torch.empty(0, dtype=torch.long)
+
+
+def test_images_without_objects_are_counted(caplog):
+    model = Nothing(nn.Identity())
+    nothing = {name: output.numpy() for name, output in model.run(IMAGES).items()}
+    found = [compare(model, lambda _: nothing, IMAGES)] * 2
+    check(found, 1e-4)
+    assert "no objects in 2 of 2 batches" in caplog.text
+    with pytest.raises(DifferenceError, match="must agree"):
+        check([compare(model, lambda _: objects((0, 0.9, 1)), IMAGES)], 1e-4)
