@@ -66,6 +66,7 @@ def pytest_collection_finish() -> None:
     """Exempt imported modules from garbage collection, which mmengine triggers often."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)  # tracing creates many objects
 
 
 @pytest.fixture(autouse=True)
