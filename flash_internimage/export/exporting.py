@@ -138,7 +138,8 @@ def export_model(
     traced = model if dtype == "float32" else convert(model, getattr(torch, dtype))
     examples = [model.preprocessing(image) for image in calibration]
     with _one_line(f"the model cannot be traced for {format}"):
-        program = trace(traced, *(inputs[0].shape[i] for i in model.size_dims))
+        height, width = (inputs[0].shape[i] for i in model.size_dims)
+        program = trace(traced, height, width, find_format(format).guarded)
     agreement = None
     # The file is verified in a hidden folder, as runtimes load files by their names.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:

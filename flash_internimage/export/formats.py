@@ -18,8 +18,8 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from .models import ExportableModel, Metadata
 
-# Twice the largest stride of the backbones.
-_MIN_TRACED_SIDE = 64
+# Twice the largest stride of a feature map, of the necks of the detectors.
+_MIN_TRACED_SIDE = 128
 _EXCLUDES_ONE = re.compile(r".+ (!=|>) 1|1 < .+")
 
 # Runs an exported file: images to outputs by name.
@@ -53,12 +53,14 @@ class Format:
         suffix: Suffix of its files.
         packages: Packages that it needs, of the extra `export` or `openvino`.
         tasks: Tasks of the models that it supports.
+        guarded: Whether its files contain the guards under which a trace is valid.
     """
 
     module: str
     suffix: str
     packages: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("classification", "detection", "segmentation")
+    guarded: bool = False
 
     def load_module(self) -> FormatModule:
         """Return the module of the format."""
@@ -67,14 +69,14 @@ class Format:
 
 FORMATS = {
     "onnx": Format("onnx", ".onnx", ("onnx", "onnxscript", "onnxruntime")),
-    "torch-export": Format("torch_export", ".pt2"),
+    "torch-export": Format("torch_export", ".pt2", guarded=True),
     "openvino": Format(
         "openvino",
         ".xml",
         ("openvino", "onnx", "onnxscript", "onnxruntime"),
         tasks=("classification", "segmentation"),
     ),
-    "aoti": Format("aoti", ".pt2", tasks=("classification", "segmentation")),
+    "aoti": Format("aoti", ".pt2", tasks=("classification", "segmentation"), guarded=True),
 }
 
 
@@ -93,13 +95,15 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def trace(model: ExportableModel, height: int, width: int) -> ExportedProgram:
+def trace(model: ExportableModel, height: int, width: int, guarded: bool = True) -> ExportedProgram:
     """Trace a model for any number and size of images.
 
     Args:
         model: Model to trace.
         height: Height of the example.
         width: Width of the example.
+        guarded: Whether the format contains the guards. If not, tracing may assume that no size is
+            one; torch.onnx cannot decompose detectors otherwise.
     """
     sizes = dict.fromkeys(model.size_dims, Dim.DYNAMIC)
     if model.dynamic_batch:
@@ -109,7 +113,7 @@ def trace(model: ExportableModel, height: int, width: int) -> ExportedProgram:
     with (
         torch.no_grad(),
         warnings.catch_warnings(),
-        _config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+        _config.patch(backed_size_oblivious=guarded),  # type: ignore[attr-defined]
     ):
         warnings.simplefilter("ignore", FutureWarning)  # within torchvision's NMS
         program = torch.export.export(model, (example,), dynamic_shapes=(sizes,))
