@@ -2,10 +2,11 @@
 
 python -m tests.sass [WORD ...] compiles the kernels for sm_90 (a few seconds each), runs them on
 small inputs on an emulator, compares the results with the float64 reference, and prints a table.
-With words, only kernels whose names contain all of them run. The first column of numbers is for
-warps that sample no pixel outside of the image.
+With words, only kernels whose names contain all of them run; without, so do more parameters. The
+first column of numbers is for warps that sample no pixel outside of the image.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -140,6 +141,28 @@ def cases() -> Iterator[tuple[str, Callable[[], Counts]]]:
             )
 
 
+def check_options() -> None:
+    """Run the specialized forward kernels with all parameters, on images of incomplete tiles."""
+    plain = Parameters()
+    inside = Parameters(groups=3, padding=(0, 0), offset_scale=0.5)
+    beyond = Parameters((3, 3), (2, 1), (1, 2), (1, 2), 2, 2.0, remove_center=True)
+    for (name, dtype), channels in itertools.product(DTYPES.items(), (16, 32, 64)):
+        for p, size, spread in ((inside, (10, 9), 0.5), (beyond, (11, 8), 2.0)):
+            tensors = random_tensors(p, 2, size, channels, spread=spread, steps_per_pixel=64)
+            tensors = tensors.to(dtype)
+            expected = run_exactly(tensors, p).output
+            value, offset_mask, _ = (tensor.clone() for tensor in tensors)
+            with machine_code() as launches:
+                output = OPERATORS.dcnv4(value, offset_mask, *p)
+            what = f"DCNv4 forward {name} D{channels}, {p}"
+            check(what, output, expected, tolerance(dtype))
+            lengths = [b.instructions.total() for b in launches[0].blocks.values()]
+            options = ", ".join(
+                f"{k} {v}" for k, v in p._asdict().items() if v != getattr(plain, k)
+            )
+            say(f"{name} D{channels}, {options}: {min(lengths)} to {max(lengths)} per block")
+
+
 def main(words: list[str]) -> None:
     if not compiler.AVAILABLE:
         sys.exit("nvcc and cuobjdump are needed; they come with CUDA")
@@ -152,6 +175,9 @@ def main(words: list[str]) -> None:
             counts = run()
             numbers = (counts.interior, counts.mean, counts.sectors)
             say(f"| {name} | {' | '.join(f'{number:.0f}' for number in numbers)} |")
+    if not words:
+        say("")
+        check_options()
 
 
 if __name__ == "__main__":

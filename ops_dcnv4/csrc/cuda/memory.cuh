@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <type_traits>
 
@@ -56,6 +57,12 @@ struct Pack {
         const unsigned pair = reinterpret_cast<const unsigned*>(&word)[i / 2];
         result.at[i] = ops_dcnv4::bit_cast<float>(pair << 16);
         result.at[i + 1] = ops_dcnv4::bit_cast<float>(pair & 0xffff0000u);
+      }
+    } else if constexpr (std::is_same_v<T, float> && std::is_same_v<To, c10::Half> && n % 2 == 0) {
+#pragma unroll
+      for (int i = 0; i < n; i += 2) {  // pairs are rounded at once
+        const unsigned pair = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(at[i], at[i + 1]));
+        reinterpret_cast<unsigned*>(&result.word)[i / 2] = pair;
       }
     } else {
 #pragma unroll
