@@ -41,7 +41,8 @@ struct Pack {
 #if defined(__CUDA_ARCH__)
     if constexpr (sizeof(Word) == 16) {  // nvcc would otherwise split the store into four
       asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-                   "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w));
+                   "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+                   : "memory");
       return;
     }
 #endif
@@ -72,12 +73,15 @@ struct Pack {
   }
 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// The reduction of four numbers needs PTX 8.1, which CUDA 12.1 introduced.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && \
+    __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
 // Adds four numbers with one reduction.
 __device__ __forceinline__ void atomic_add(float* to, float a, float b, float c, float d) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
                    __cvta_generic_to_global(to)),
-               "f"(a), "f"(b), "f"(c), "f"(d));
+               "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
 }
 #else
 template <typename T>

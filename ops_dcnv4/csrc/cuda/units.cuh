@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/launch.h"
 
@@ -130,10 +131,12 @@ __device__ __forceinline__ void for_units(const Layout& layout, int lanes, const
 template <typename index_t, typename T>
 __device__ __forceinline__ T* at_unit(T* tensor, const Extents& output, const ThreadUnit& unit,
                                       index_t channels, int group_channels) {
+  using Unsigned = std::make_unsigned_t<index_t>;  // units that do not exist may overflow
   T* image = tensor + unit.image * output.height * output.width * channels;
-  const index_t pixel = unit.row * output.width + unit.col;
-  const index_t in_image = pixel * channels + index_t(unit.group) * group_channels;
-  return unit.exists ? image + in_image : tensor;
+  const Unsigned pixel = Unsigned(unit.row) * Unsigned(output.width) + Unsigned(unit.col);
+  const Unsigned in_image =
+      pixel * Unsigned(channels) + Unsigned(unit.group) * Unsigned(group_channels);
+  return unit.exists ? image + static_cast<index_t>(in_image) : tensor;
 }
 
 // Returns the value of another lane of the unit. T is a number or a struct of numbers.
