@@ -1,5 +1,5 @@
 # Targets: demo, demo-detection, demo-segmentation, gallery, test, test-fast, test-exports, lint, bench, docs, sanitize,
-# sanitize-cpu, openmmlab-compiled, wheel, test-wheel, test-torch-versions, test-python-versions,
+# sanitize-cpu, sass, openmmlab-compiled, wheel, test-wheel, test-torch-versions, test-python-versions,
 # test-portability, test-aarch64, lint-workflows, gpu-check and clean. Each installs what it needs, except
 # gpu-check.
 # PYTHON is the interpreter from which the virtual environment is created.
@@ -28,7 +28,7 @@ TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 # TEST_SEED=123 shuffles and seeds the tests with that number, TEST_SEED=default with the time.
 TEST_SEED ?=
 
-.PHONY: demo demo-detection demo-segmentation gallery test test-fast test-exports lint bench docs sanitize sanitize-cpu openmmlab-compiled gpu-check clean
+.PHONY: demo demo-detection demo-segmentation gallery test test-fast test-exports lint bench docs sanitize sanitize-cpu sass openmmlab-compiled gpu-check clean
 .PHONY: requirements-and-browser wheel test-wheel test-torch-versions test-python-versions test-portability test-aarch64 lint-workflows
 
 demo: $(VENV)/.package data/digits
@@ -80,7 +80,7 @@ lint: $(VENV)/.package $(VENV)/.dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
-	git ls-files 'ops_dcnv4/csrc/*' 'tests/cuda_model/*.cpp' 'tests/cuda_model/*.cu' 'tests/cuda_model/*.h' 'examples/aoti/*.cpp' | \
+	git ls-files 'ops_dcnv4/csrc/*' 'tests/cuda_model/*.cpp' 'tests/cuda_model/*.cu' 'tests/cuda_model/*.h' 'tests/sass/*.cu' 'examples/aoti/*.cpp' | \
 	  xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(VENV)/bin/torch-abi-audit --check both ops_dcnv4
 
@@ -96,6 +96,11 @@ docs: $(VENV)/.package $(VENV)/.openmmlab $(VENV)/.docs
 sanitize: $(VENV)/.package $(VENV)/.dev
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) -m tests.gpu.sanitize || exit 1; done
+
+# Run the machine code of the CUDA kernels on an emulator, which needs nvcc but no GPU: check the results,
+# and print the table of instructions in docs/benchmarks.md.
+sass: $(VENV)/.cuda_model
+	$(RUN) -m tests.sass
 
 # Run the CPU kernels under GCC's sanitizers, in every instruction set of the CPU. Random calls, most
 # of them hostile, must either match the float64 result or be rejected.

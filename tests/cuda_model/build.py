@@ -38,11 +38,17 @@ LINK = [CXX, "-shared", "-Wl,-z,defs"]
 LINK_TORCH = [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
-def load_operators() -> None:
-    """Define torch.ops.ops_dcnv4_cuda_model, the CUDA operators for CPU tensors."""
+def load_operators() -> Path:
+    """Define torch.ops.ops_dcnv4_cuda_model, the CUDA operators for CPU tensors.
+
+    Returns:
+        The library that contains them.
+    """
     sources = [HERE / "model.cpp", HERE / "library.cpp"]
     sources += [CSRC / "geometry.cpp", CSRC / "attention.cpp", *sorted(CSRC.glob("cuda/*.cu"))]
-    torch.ops.load_library(build_library(sources, LINK_TORCH))
+    library = build_library(sources, LINK_TORCH)
+    torch.ops.load_library(library)
+    return library
 
 
 def build_library(sources: Sequence[Path], link_flags: Sequence[str] = ()) -> Path:

@@ -57,6 +57,7 @@ constexpr int every_lane = -1;  // reads the mask of lanes with non-zero bits
 struct Aborted {};  // thrown into the waiting threads of a launch that has failed
 
 std::int64_t order = forward;
+Launcher other_launcher = nullptr;
 std::mt19937_64 random_order;
 
 // The current launch.
@@ -353,6 +354,9 @@ Guarded::Guarded(std::size_t bytes) {
 }
 
 Guarded::~Guarded() { munmap(begin_ - page, page + (end_ - begin_) + page); }
+
+void set_launcher(Launcher launcher) { other_launcher = launcher; }
+Launcher launcher() { return other_launcher; }
 
 void set_order(std::int64_t order_or_seed) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);

@@ -3,18 +3,23 @@
 // make. Static __shared__ variables are not supported and do not compile.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -62,6 +67,27 @@ void* shared_memory();
 // rejects and for a misused barrier or shuffle. Exceptions of a thread are rethrown.
 void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& thread);
 
+// Receives launches instead of the emulator: the kernel's address, its parameters as laid out in
+// the device's constant memory, and the sizes.
+using Launcher = void (*)(const void* kernel, const void* parameters, std::size_t bytes,
+                          const dim3* grid, const dim3* block, std::size_t shared_bytes);
+void set_launcher(Launcher launcher);  // null for the emulator
+Launcher launcher();
+
+// Returns a kernel's parameters, each aligned to its type.
+template <typename... Parameters>
+std::vector<char> layout_of(const Parameters&... parameters) {
+  std::vector<char> bytes;
+  const auto append = [&](const auto& parameter) {
+    const std::size_t alignment = alignof(decltype(parameter));
+    const std::size_t begin = (bytes.size() + alignment - 1) / alignment * alignment;
+    bytes.resize(begin + sizeof(parameter));
+    std::memcpy(bytes.data() + begin, &parameter, sizeof(parameter));
+  };
+  (append(parameters), ...);
+  return bytes;
+}
+
 // Runs a kernel with these arguments.
 template <typename... Parameters, typename... Arguments>
 void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*kernel)(Parameters...),
@@ -70,6 +96,12 @@ void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*kernel)(Para
                 "a kernel's parameters are copied to the device byte by byte");
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "parameters take 4 KiB at most");
   const std::tuple<Parameters...> parameters(arguments...);
+  if (launcher()) {
+    const auto bytes = std::apply(layout_of<Parameters...>, parameters);
+    launcher()(reinterpret_cast<const void*>(kernel), bytes.data(), bytes.size(), &grid, &block,
+               shared_bytes);
+    return;
+  }
   run(grid, block, shared_bytes, [&] { std::apply(kernel, parameters); });
 }
 
@@ -181,6 +213,17 @@ inline int __any_sync(unsigned mask, int predicate,
 inline int __all_sync(unsigned mask, int predicate,
                       cuda_model::Site site = cuda_model::Site::here()) {
   return cuda_model::ballot(mask, predicate == 0, "__all_sync", site) == 0;
+}
+
+// Returns the upper half of the product.
+inline unsigned __umulhi(unsigned a, unsigned b) { return std::uint64_t(a) * b >> 32; }
+
+// Rounds down. Numbers beyond the integers give the nearest one, and NaN gives 0.
+inline int __float2int_rd(float number) {
+  if (std::isnan(number)) return 0;
+  constexpr double lowest = std::numeric_limits<int>::min(),
+                   highest = std::numeric_limits<int>::max();
+  return static_cast<int>(std::clamp<double>(std::floor(number), lowest, highest));
 }
 
 // T is deduced only from the first parameter; the second is converted, as by CUDA's overloads.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ops_dcnv4 import dcnv4, reference
 from tests.cuda_model import run_guarded
 from tests.cuda_model.build import AVAILABLE, ROOT, load_operators
 from tests.ops_dcnv4.cases import (
@@ -113,6 +114,28 @@ def test_sizes_with_specialized_kernels(dtype, group_channels, remove_center, im
     p = Parameters(groups=3, remove_center=remove_center)
     tensors = random_tensors(p, 2, image_size, group_channels, steps_per_pixel=64).to(dtype)
     assert_documented_accuracy(run, tensors, p)
+
+
+# For images in which whole warps sample no pixel outside, and the kernels need no checks.
+INSIDE = [
+    Parameters(),
+    Parameters(remove_center=True, stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+    Parameters(groups=3, stride=(1, 2), padding=(0, 0), offset_scale=0.5),
+]
+
+
+@pytest.mark.parametrize("p", INSIDE)
+@pytest.mark.parametrize("group_channels", [16, 32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_windows_inside_of_the_image(dtype, group_channels, p, device):
+    size = [12 * stride for stride in p.stride]
+    tensors = random_tensors(p, 1, size, group_channels, spread=0.25, steps_per_pixel=64).to(dtype)
+    output = dcnv4(tensors.value.to(device), tensors.offset_mask.to(device), *p).cpu()
+    exact = reference.dcnv4(tensors.value.double(), tensors.offset_mask.double(), *p)
+    if dtype == torch.float16:
+        assert_interpolated_in_halves(output, tensors, p)
+    else:
+        assert_rounded_once(output, exact)
 
 
 OTHER_SIZES = [

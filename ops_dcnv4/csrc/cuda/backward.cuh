@@ -206,14 +206,14 @@ void launch_backward(const Sampler& sampler, bool in_order, const scalar_t* grad
                      acc_t* grad_value, grad_point_t* grad_locations, grad_point_t* grad_weights) {
   const Layout layout = layout_of(sampler);
   const auto kernel = in_order ? &backward<Sampler, false> : &backward<Sampler, true>;
-  launch(kernel, layout.grid(), block_threads, sampler, layout, grad_output, value, locations,
+  launch(kernel, {layout.grid(), block_threads}, sampler, layout, grad_output, value, locations,
          weights, grad_value, grad_locations, grad_weights);
   if (!in_order) return;
   const Extents output = layout.output;
   const auto general = sampler.general();
   const dim3 grid(divide_up(output.groups, block_threads / warp_size), 1,
                   std::min<int64_t>(output.batch, 65535));
-  launch(scatter_in_order<std::decay_t<decltype(general)>>, grid, block_threads, general, output,
+  launch(scatter_in_order<std::decay_t<decltype(general)>>, {grid, block_threads}, general, output,
          grad_output, locations, weights, grad_value);
 }
 

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> dcnv4_backward_cuda(const Window& window, const Tenso
   dispatch(v.scalar_type(), [&](auto scalar, auto acc) {
     using scalar_t = decltype(scalar);
     using acc_t = decltype(acc);
-    with_sampler<scalar_t, acc_t>(g, {&v, &go}, [&](auto sampler) {
+    with_sampler<scalar_t, acc_t>(g, {&v, &go}, true, [&](auto sampler) {
       launch_backward(sampler, deterministic, go.const_data_ptr<scalar_t>(),
                       v.const_data_ptr<scalar_t>(), o.const_data_ptr<scalar_t>(),
                       o.const_data_ptr<scalar_t>(), grad_value.mutable_data_ptr<acc_t>(),

@@ -96,12 +96,12 @@ struct Dcnv4Sampler {
   }
 };
 
-// Calls body with the sampler of the matching kernels.
+// Calls body with the sampler of the matching kernels; without `specialize`, of general ones.
 template <typename scalar_t, typename acc_t, typename Body>
-void with_sampler(const Geometry& g, std::initializer_list<const Tensor*> tensors,
+void with_sampler(const Geometry& g, std::initializer_list<const Tensor*> tensors, bool specialize,
                   const Body& body) {
   const KernelSizes sizes{
-      g.group_channels, g.y.kernel == 3 && g.x.kernel == 3 ? g.taps() : 0,
+      g.group_channels, specialize && g.y.kernel == 3 && g.x.kernel == 3 ? g.taps() : 0,
       std::max(int64_t(g.height) * g.width * g.channels(),
                int64_t(g.out_height) * g.out_width * std::max(g.channels(), g.offset_channels))};
   with_static<scalar_t, acc_t, 16 / sizeof(scalar_t), 8, 9>(sizes, tensors, [&](auto compiled) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <type_traits>
 
@@ -40,7 +41,8 @@ struct Pack {
 #if defined(__CUDA_ARCH__)
     if constexpr (sizeof(Word) == 16) {  // nvcc would otherwise split the store into four
       asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-                   "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w));
+                   "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+                   : "memory");
       return;
     }
 #endif
@@ -57,6 +59,12 @@ struct Pack {
         result.at[i] = ops_dcnv4::bit_cast<float>(pair << 16);
         result.at[i + 1] = ops_dcnv4::bit_cast<float>(pair & 0xffff0000u);
       }
+    } else if constexpr (std::is_same_v<T, float> && std::is_same_v<To, c10::Half> && n % 2 == 0) {
+#pragma unroll
+      for (int i = 0; i < n; i += 2) {  // pairs are rounded at once
+        const unsigned pair = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(at[i], at[i + 1]));
+        reinterpret_cast<unsigned*>(&result.word)[i / 2] = pair;
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < n; ++i) result.at[i] = static_cast<To>(at[i]);
@@ -65,12 +73,15 @@ struct Pack {
   }
 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// The reduction of four numbers needs PTX 8.1, which CUDA 12.1 introduced.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && \
+    __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
 // Adds four numbers with one reduction.
 __device__ __forceinline__ void atomic_add(float* to, float a, float b, float c, float d) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
                    __cvta_generic_to_global(to)),
-               "f"(a), "f"(b), "f"(c), "f"(d));
+               "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
 }
 #else
 template <typename T>

@@ -18,4 +18,10 @@ inline cudaStream_t current_stream() {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Returns the block's dynamic shared memory, which is aligned to 16 bytes.
+__device__ __forceinline__ void* shared_memory() {
+  extern __shared__ uint4 shared_words[];
+  return shared_words;
+}
+
 }  // namespace ops_dcnv4

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/launch.h"
 
@@ -37,7 +38,7 @@ struct Divisor {
     magic += static_cast<unsigned>(((uint64_t(1) << shift) - by) * (uint64_t(1) << 32) / by);
   }
   __device__ __forceinline__ int divide(unsigned n) const {
-    return static_cast<int>((static_cast<unsigned>(uint64_t(n) * magic >> 32) + n) >> shift);
+    return static_cast<int>((__umulhi(n, magic) + n) >> shift);
   }
 };
 
@@ -75,33 +76,50 @@ struct ThreadUnit {
   int group, row, col;
 };
 
-// Calls body(unit) for this thread's unit, or for several units if there are more groups or images
-// than the grid has rows and layers. Whole warps call body together. `lanes` is that of the layout,
-// as a constant if it is known at compile time.
-template <int tile_width, typename Body>
-__device__ __forceinline__ void for_units(const Layout& layout, int lanes, const Body& body) {
+// A thread's pixel, and its group within the block's.
+struct TilePosition {
+  int row, col, in_groups;
+  bool exists;  // whether the pixel does
+};
+
+// Returns the position of this thread's unit. `lanes` is that of the layout, as a constant if it is
+// known at compile time.
+template <int tile_width>
+__device__ __forceinline__ TilePosition position_in_tile(const Layout& layout, int lanes) {
   const int in_block = threadIdx.x / lanes;
   const int tile_pixel = layout.groups.divide(in_block);
-  const int groups = layout.output.groups, groups_of_block = layout.groups.by;
-  const int in_groups = in_block - tile_pixel * groups_of_block;
-  ThreadUnit unit;
-  unit.lane = threadIdx.x % lanes;
+  TilePosition position;
+  position.in_groups = in_block - tile_pixel * static_cast<int>(layout.groups.by);
   if constexpr (tile_width == queries_in_a_row) {
-    unit.row = 0;
-    unit.col = blockIdx.x * tile_pixels(lanes) + tile_pixel;
+    position.row = 0;
+    position.col = blockIdx.x * tile_pixels(lanes) + tile_pixel;
   } else {
     const int tile_row = layout.tiles_x.divide(blockIdx.x);
     const int tile_col = blockIdx.x - tile_row * layout.tiles_x.by;
-    unit.row = tile_row * (tile_pixels(lanes) / tile_width) + tile_pixel / tile_width;
-    unit.col = tile_col * tile_width + tile_pixel % tile_width;
+    const unsigned width = tile_width;  // unsigned division takes fewer instructions
+    position.row = tile_row * (tile_pixels(lanes) / tile_width) + tile_pixel / width;
+    position.col = tile_col * tile_width + tile_pixel % width;
   }
-  const bool pixel_exists = tile_pixel < tile_pixels(lanes) && unit.row < layout.output.height &&
-                            unit.col < layout.output.width;
+  position.exists = tile_pixel < tile_pixels(lanes) && position.row < layout.output.height &&
+                    position.col < layout.output.width;
+  return position;
+}
+
+// Calls body(unit) for this thread's unit, or for several units if there are more groups or images
+// than the grid has rows and layers. Whole warps call body together.
+template <int tile_width, typename Body>
+__device__ __forceinline__ void for_units(const Layout& layout, int lanes, const Body& body) {
+  const auto position = position_in_tile<tile_width>(layout, lanes);
+  const int groups = layout.output.groups, groups_of_block = layout.groups.by;
+  ThreadUnit unit;
+  unit.lane = threadIdx.x % lanes;
+  unit.row = position.row;
+  unit.col = position.col;
   for (unit.image = blockIdx.z; unit.image < layout.output.batch; unit.image += gridDim.z) {
     for (int first = blockIdx.y * groups_of_block; first < groups;
          first += gridDim.y * groups_of_block) {
-      unit.group = first + in_groups;
-      unit.exists = pixel_exists && unit.group < groups;
+      unit.group = first + position.in_groups;
+      unit.exists = position.exists && unit.group < groups;
       if (__any_sync(0xffffffff, unit.exists)) body(unit);
     }
   }
@@ -113,10 +131,12 @@ __device__ __forceinline__ void for_units(const Layout& layout, int lanes, const
 template <typename index_t, typename T>
 __device__ __forceinline__ T* at_unit(T* tensor, const Extents& output, const ThreadUnit& unit,
                                       index_t channels, int group_channels) {
+  using Unsigned = std::make_unsigned_t<index_t>;  // units that do not exist may overflow
   T* image = tensor + unit.image * output.height * output.width * channels;
-  const index_t pixel = unit.row * output.width + unit.col;
-  const index_t in_image = pixel * channels + index_t(unit.group) * group_channels;
-  return unit.exists ? image + in_image : tensor;
+  const Unsigned pixel = Unsigned(unit.row) * Unsigned(output.width) + Unsigned(unit.col);
+  const Unsigned in_image =
+      pixel * Unsigned(channels) + Unsigned(unit.group) * Unsigned(group_channels);
+  return unit.exists ? image + static_cast<index_t>(in_image) : tensor;
 }
 
 // Returns the value of another lane of the unit. T is a number or a struct of numbers.

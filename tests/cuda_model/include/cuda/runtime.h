@@ -21,4 +21,6 @@ struct DeviceGuard {
 
 inline cudaStream_t current_stream() { return nullptr; }
 
+using cuda_model::shared_memory;
+
 }  // namespace ops_dcnv4
