@@ -18,7 +18,7 @@ COMMANDS = {
     "predict": "predict images, videos or a camera",
     "analyze": "report on a trained model, or compare the curves of several runs",
     "visualize": "draw where DCNv4 layers sample an image",
-    "export": "export a model to ONNX, torch.export or AOTInductor",
+    "export": "export a model to ONNX, OpenVINO, torch.export or AOTInductor",
     "complexity": "print parameters, multiply-adds, activations and memory of models",
     "app": "serve a page that shows predictions in the browser",
     "zoo": "list, download, convert, evaluate and publish checkpoints",

@@ -5,6 +5,7 @@ flash-internimage export NAME|CONFIG [CHECKPOINT] --format onnx|torch-export|ope
 
 import argparse
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from ..console import log_to_terminal
 from ..export import FORMATS, DifferenceError, Report, export_model
 from ..export.exporting import check_output
+from ..export.models import check_options
 from ..export.precision import TOLERANCES, require_precision
 from ..files import require_writable
 from ..inference.predictor import find_model, load_predictor
@@ -63,7 +65,7 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
                         help="largest difference from eager PyTorch, relative to the largest "
                         f"value of an output (default: {TOLERANCES['float32']:g}; more for "
                         "16-bit dtypes and preprocessing)")  # fmt: skip
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
@@ -87,18 +89,24 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> Report:
-    if arguments.tolerance is not None and not arguments.tolerance > 0:
-        raise ValueError(f"--tolerance must be above 0, got {arguments.tolerance}")
+    arguments.output = arguments.output.expanduser()
+    if arguments.tolerance is not None and not 0 < arguments.tolerance < math.inf:
+        raise ValueError(f"--tolerance must be a positive number, got {arguments.tolerance}")
     if arguments.int8 != bool(arguments.calibration):
         raise ValueError("--int8 and --calibration must be given together, got one of them")
+    if arguments.int8 and arguments.tolerance is not None:
+        raise ValueError("--tolerance must not be given with --int8, which accepts any difference")
+    checkpoint = arguments.checkpoint and os.path.expanduser(arguments.checkpoint)
+    if checkpoint and Path(checkpoint).resolve() == arguments.output.resolve():
+        raise ValueError(f"-o must be another file than CHECKPOINT, got {checkpoint} for both")
     source = find_model(arguments.model)
+    check_options(source.task, arguments.features, arguments.with_preprocessing)
     check_output(arguments.format, arguments.output, source.task)
     logits = not (arguments.features or arguments.with_preprocessing)
     require_precision(arguments.format, source.task, arguments.dtype, arguments.int8, logits)
     images = _find(arguments.images, "--images", _MAX_IMAGES)
     calibration = _find(arguments.calibration, "--calibration", _MAX_CALIBRATION)
     require_writable(arguments.output.parent, "-o")
-    checkpoint = arguments.checkpoint and os.path.expanduser(arguments.checkpoint)
     return export_model(
         load_predictor(source, checkpoint, device="cpu"),
         arguments.output,
@@ -115,7 +123,10 @@ def _run(arguments: argparse.Namespace) -> Report:
 
 def _find(inputs: list[str], argument: str, limit: int) -> list[Source]:
     """Return at most `limit` images, evenly spaced, as folders may contain one class each."""
-    sources = find_sources(inputs) if inputs else []
+    try:
+        sources = find_sources(inputs) if inputs else []
+    except (ValueError, OSError) as error:
+        raise ValueError(str(error).replace("INPUT", argument)) from error
     if other := next((source for source in sources if source.kind != "image"), None):
         raise ValueError(f"{argument} must be images or folders, got the {other.kind} {other.path}")
     if len(sources) <= limit:
@@ -141,6 +152,7 @@ def _describe(report: Report) -> str:
             )
     if report.agreement is not None:
         lines.append(f"calibration images: {report.agreement:.2%} have the same class")
+        lines.append("Differences of int8 files are not checked.")
     for timing in report.timings:
         threads = "1 thread" if timing.threads == 1 else f"{timing.threads} threads"
         eager, exported = 1e3 * timing.eager, 1e3 * timing.exported

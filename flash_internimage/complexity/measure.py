@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..inference.predictor import ModelSource, find_model
 from .tracker import Tracker
 
+_MOST = 65_536  # pixels of a side, and images of a batch: products fit in 64 bits
+
 Size = tuple[int, int]
 
 
@@ -90,10 +92,10 @@ def measure_complexity(
         4868442112
     """
     source = model if isinstance(model, ModelSource) else find_model(model)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if size is not None and min(size) < 1:
-        raise ValueError(f"size must be two positive numbers (H, W), got {size}")
+    if not 1 <= batch_size <= _MOST:
+        raise ValueError(f"batch_size must be at least 1 and at most {_MOST}, got {batch_size}")
+    if size is not None and not all(1 <= side <= _MOST for side in size):
+        raise ValueError(f"size must be two numbers (H, W) from 1 to {_MOST}, got {size}")
     if source.task == "classification":
         network = _classifier(source)
     else:

@@ -1,6 +1,7 @@
 """Export a model: trace, write, load again, compare and time."""
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -57,8 +58,15 @@ def check_output(format: str, path: str | os.PathLike, task: str) -> None:
         ModuleNotFoundError: If a package of the format is missing.
     """
     chosen = find_format(format)
-    if Path(path).suffix != chosen.suffix:
+    path = Path(path)
+    if path.suffix != chosen.suffix:
         raise ValueError(f"output must end in {chosen.suffix} for the format {format}, got {path}")
+    files = [path.with_suffix(suffix) for suffix in (chosen.suffix, *chosen.other_suffixes)]
+    for file in files:
+        if file.is_dir():
+            raise ValueError(f"output must be a file, got the folder {file}")
+        if file.exists() and not path.exists():
+            raise ValueError(f"output must not replace {file}, which belongs to no {path.name}")
     if task not in chosen.tasks:
         supported = " or ".join(chosen.tasks)
         raise ValueError(f"the task must be {supported} for the format {format}, got {task}")
@@ -72,8 +80,25 @@ def _one_line(problem: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise ValueError(f"{problem}: {type(error).__name__}: {lines[0]}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # torch.onnx explains its steps before the cause
+            cause = cause.__cause__
+        lines = str(cause).strip().splitlines() or [""]
+        raise ValueError(f"{problem}: {type(cause).__name__}: {lines[0]}") from error
+
+
+def _check_images(argument: str, images: Sequence[np.ndarray]) -> None:
+    for image in images:
+        if (
+            not isinstance(image, np.ndarray)
+            or image.dtype != np.uint8
+            or image.shape[2:] != (3,)
+            or not image.size
+        ):
+            given = type(image).__name__
+            if isinstance(image, np.ndarray):
+                given = f"one of {image.dtype} with the shape {image.shape}"
+            raise ValueError(f"{argument} must be arrays (H, W, 3) of uint8, got {given}")
 
 
 def export_model(
@@ -129,12 +154,20 @@ def export_model(
         raise ValueError(f"dtype must be one of {', '.join(TOLERANCES)}, got {dtype!r}")
     if tolerance is None:
         tolerance = TOLERANCE_WITH_PREPROCESSING if with_preprocessing else TOLERANCES[dtype]
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be a positive number, got {tolerance}")
+    for argument, arrays in (("images", images), ("calibration", calibration)):
+        _check_images(argument, arrays)
     check_output(format, path, predictor.task)
     logits = not (features or with_preprocessing)
     require_precision(format, predictor.task, dtype, len(calibration) > 0, logits)
     module = find_format(format).load_module()
     model = exportable(predictor, name, features=features, with_preprocessing=with_preprocessing)
-    inputs = list(batches(model, images or calibration or sample_images()))
+    inputs = list(
+        batches(
+            model, images if len(images) else calibration if len(calibration) else sample_images()
+        )
+    )
     traced = model if dtype == "float32" else convert(model, getattr(torch, dtype))
     examples = [model.preprocessing(image) for image in calibration]
     with _one_line(f"the model cannot be traced for {format}"):

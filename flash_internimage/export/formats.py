@@ -54,6 +54,7 @@ class Format:
         packages: Packages that it needs, of the extra `export` or `openvino`.
         tasks: Tasks of the models that it supports.
         guarded: Whether its files contain the guards under which a trace is valid.
+        other_suffixes: Suffixes of further files of the same name.
     """
 
     module: str
@@ -61,6 +62,7 @@ class Format:
     packages: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("classification", "detection", "segmentation")
     guarded: bool = False
+    other_suffixes: tuple[str, ...] = ()
 
     def load_module(self) -> FormatModule:
         """Return the module of the format."""
@@ -75,6 +77,7 @@ FORMATS = {
         ".xml",
         ("openvino", "onnx", "onnxscript", "onnxruntime"),
         tasks=("classification", "segmentation"),
+        other_suffixes=(".bin",),
     ),
     "aoti": Format("aoti", ".pt2", tasks=("classification", "segmentation"), guarded=True),
 }

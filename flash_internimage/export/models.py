@@ -189,16 +189,26 @@ def exportable(
     return model.requires_grad_(False).eval()
 
 
+def check_options(task: str, features: bool, with_preprocessing: bool) -> None:
+    """Check that the options fit the task.
+
+    Raises:
+        ValueError: If one of them is for classifiers only, or both are given.
+    """
+    for option, given in (("features", features), ("with_preprocessing", with_preprocessing)):
+        if given and task != "classification":
+            raise ValueError(f"the task must be classification for {option}, got {task}")
+    if features and with_preprocessing:
+        raise ValueError("features and with_preprocessing must not be given together, got both")
+
+
 def _wrap(predictor: Predictor, features: bool, with_preprocessing: bool) -> ExportableModel:
     model = predictor.model
+    check_options(predictor.task, features, with_preprocessing)
     if with_preprocessing:
-        if features or predictor.task != "classification":
-            raise ValueError("the preprocessing can only be part of the graph of a classifier")
         return ClassifierOfImages(model, predictor.steps)
     if predictor.task == "classification":
         return ExportableFeatures(model) if features else ExportableClassifier(model)
-    if features:
-        raise ValueError(f"features must be those of a classifier, got one for {predictor.task}")
     if predictor.task == "segmentation":
         from .segmentors import ExportableSegmentor
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from .formats import Runtime
@@ -69,6 +67,8 @@ class Timing:
 
 def sample_images() -> list[np.ndarray]:
     """Return scikit-learn's two photographs, (427, 640, 3) uint8 RGB."""
+    from sklearn.datasets import load_sample_images
+
     return [np.asarray(image) for image in load_sample_images().images]
 
 
@@ -168,6 +168,8 @@ def _match(
     expected: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[int, int]]:
     """Yield the indices of the matched objects of one image."""
+    from scipy.optimize import linear_sum_assignment
+
     distances = np.abs(expected["boxes"][:, None] - actual["boxes"]).max(2, initial=0)
     near = (distances <= 1) & (expected["labels"][:, None] == actual["labels"])
     # As many pairs as possible: one that is not near costs more than all that are.

@@ -82,6 +82,7 @@ def find_model(model: str | os.PathLike) -> ModelSource:
     """
     name, zoo = os.fspath(model), read_zoo()
     if name.startswith(_OF_TIMM) or timm.is_model(name):
+        _check_tag(name)
         return ModelSource(name, "classification", None, zoo.get(name))
     if entry := zoo.get(name):
         return ModelSource(name, entry.task, entry.config_path, entry)
@@ -103,6 +104,17 @@ def find_model(model: str | os.PathLike) -> ModelSource:
     released = next((e for e in entries if config.samefile(e.config_path)), None)
     task = "classification" if config.suffix in _YAML else _task_of(config)
     return ModelSource(name, task, config, released)
+
+
+def _check_tag(name: str) -> None:
+    """Check the tag of a model of timm, such as `in1k`."""
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = timm.list_models(f"{name.split('.')[0]}.*", pretrained=True)
+        raise ValueError(
+            f"model must be {' or '.join(known) or name.split('.')[0]}, got '{name}'"
+        ) from error
 
 
 def _task_of(config: Path) -> Task:

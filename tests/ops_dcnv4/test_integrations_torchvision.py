@@ -126,12 +126,21 @@ def test_function_rejects_what_dcnv4_cannot_express():
         ({"weight": ones.clone().requires_grad_()}, "weight must not require a gradient"),
         ({"offset": torch.zeros(1, 54, 5, 5)}, "offset must have 2 .* G dividing .*input .4."),
         ({"offset": torch.zeros(1, 9, 5, 5)}, "offset must have 2 "),
+        ({"mask": torch.zeros(1, 8, 5, 5)}, r"mask must .* \(1, 9, 5, 5\), got \(1, 8, 5, 5\)"),
     ):
         with pytest.raises(ValueError, match=reason):
             deform_conv2d(**{"input": value, "offset": offset, "weight": ones} | changes, padding=1)
     with torch.no_grad():
         frozen = deform_conv2d(value, offset, ones.clone().requires_grad_(), padding=1)
     assert frozen.shape == value.shape
+
+
+def test_empty_batches():
+    layer = make_layer(2, kernel_size=3, padding=1)
+    inputs = [torch.empty(0, n, 6, 6, dtype=torch.float64) for n in (CHANNELS, 36, 18)]
+    expected = layer(*inputs)
+    patch(layer)
+    assert layer(*inputs).shape == expected.shape
 
 
 def test_channels_may_each_have_offsets():

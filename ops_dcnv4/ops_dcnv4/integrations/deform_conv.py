@@ -67,17 +67,23 @@ def deform_conv2d(
             f"offset must have 2 * G * {rows * columns} channels with G dividing the channels of "
             f"input ({channels}), got shape {tuple(offset.shape)}"
         )
+    count = rows * columns
+    if mask is not None and mask.shape != (n, groups * count, height, width):
+        raise ValueError(
+            f"mask must have the shape {(n, groups * count, height, width)}, got "
+            f"{tuple(mask.shape)}"
+        )
     taps = _shared_weight(weight, groups)
 
     # (dy, dx), row by row, becomes (dx, dy), column by column.
     points = offset.view(n, groups, rows, columns, 2, height, width).flip(4)
-    points = points.permute(0, 5, 6, 1, 3, 2, 4).reshape(n, height, width, groups, -1)
-    modulation = taps.transpose(1, 2).reshape(groups, -1)
+    points = points.permute(0, 5, 6, 1, 3, 2, 4).reshape(n, height, width, groups, 2 * count)
+    modulation = taps.transpose(1, 2).reshape(groups, count)
     if mask is None:
         modulation = modulation.expand(n, height, width, -1, -1)
     else:
         mask = mask.view(n, groups, rows, columns, height, width).permute(0, 4, 5, 1, 3, 2)
-        modulation = mask.reshape(n, height, width, groups, -1) * modulation
+        modulation = mask.reshape(n, height, width, groups, count) * modulation
     output = dcnv4(
         input.permute(0, 2, 3, 1),
         torch.cat((points, modulation), -1).flatten(3),

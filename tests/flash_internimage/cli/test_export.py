@@ -43,11 +43,22 @@ def test_options_reach_the_function_and_the_report_is_printed(weights, tmp_path,
     ("options", "message"),
     [
         (["-o", "m.pt2"], "output must end in .onnx for the format onnx, got m.pt2"),
-        (["--tolerance", "0"], "--tolerance must be above 0, got 0.0"),
-        (["--tolerance", "nan"], "--tolerance must be above 0, got nan"),
-        (["--images", "nowhere.png"], "INPUT not found: nowhere.png"),
+        (["--tolerance", "0"], "--tolerance must be a positive number, got 0.0"),
+        (["--tolerance", "nan"], "--tolerance must be a positive number, got nan"),
+        (["--tolerance", "inf"], "--tolerance must be a positive number, got inf"),
+        (["--images", "nowhere.png"], "--images not found: nowhere.png"),
         (["--images", "0"], "--images must be images or folders, got the camera 0"),
         (["--int8"], "--int8 and --calibration must be given together, got one of them"),
+        (
+            ["--int8", "--calibration", "x", "--tolerance", "1"],
+            "--tolerance must not be given with --int8",
+        ),
+        (["m.onnx"], "-o must be another file than CHECKPOINT, got m.onnx for both"),
+        (["-o", "folder.onnx"], "output must be a file, got the folder folder.onnx"),
+        (
+            ["--features", "--with-preprocessing"],
+            "features and with_preprocessing must not be given together, got both",
+        ),
         (["--calibration", "x"], "--int8 and --calibration must be given together"),
         (["--int8", "--calibration", "0"], "--calibration must be images or folders, got the cam"),
         (
@@ -63,6 +74,7 @@ def test_options_reach_the_function_and_the_report_is_printed(weights, tmp_path,
 )
 def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, calls, caplog):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.onnx").mkdir()
     options = [option for option in options if option != "--checkpoint"]
     arguments = [CLASSIFIER, "--format", "onnx", "-o", "m.onnx", *options]
     assert export.main(arguments) == 2
@@ -91,6 +103,15 @@ def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, calls, c
 def test_what_the_format_does_not_support_is_refused(arguments, message, tmp_path, calls, caplog):
     assert export.main([*arguments, "-o", str(tmp_path / "m.pt2")]) == 2
     assert caplog.records[-1].getMessage() == message
+    assert not calls
+
+
+def test_weights_of_another_file_are_not_replaced(tmp_path, monkeypatch, calls, caplog):
+    monkeypatch.setattr(formats, "find_spec", lambda name: True)
+    (tmp_path / "m.bin").write_text("precious")
+    arguments = ["--format", "openvino", "-o", str(tmp_path / "m.xml")]
+    assert export.main([CLASSIFIER, *arguments]) == 2
+    assert "m.bin, which belongs to no m.xml" in caplog.records[-1].getMessage()
     assert not calls
 
 

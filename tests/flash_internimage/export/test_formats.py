@@ -187,6 +187,29 @@ def test_onnx_file_with_preprocessing(tmp_path):
     assert onnx.read_metadata(path)["images"] == "(N, H, W, 3) uint8, RGB"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": float("nan")}, "tolerance must be a positive number, got nan"),
+        ({"images": ["a.png"]}, r"images must be arrays \(H, W, 3\) of uint8, got str"),
+        ({"images": np.zeros((1, 0, 0, 3), np.uint8)}, r"got one of uint8 with the shape \(0, 0"),
+        ({"calibration": [np.zeros((4, 4, 3))]}, "calibration must be .* got one of float64 with"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message, classifier, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_model(classifier, tmp_path / "model.onnx", **options)
+
+
+def test_an_error_of_the_exporter_is_that_of_its_cause(classifier, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("step 2 of 3\nNext steps:") from KeyError("the cause")
+
+    monkeypatch.setattr(exporting, "trace", fail)
+    with pytest.raises(ValueError, match="cannot be traced for onnx: KeyError: 'the cause'"):
+        export_model(classifier, tmp_path / "model.onnx")
+
+
 class Wrong:
     """A format whose files compute zeros."""
 

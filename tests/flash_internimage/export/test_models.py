@@ -62,5 +62,5 @@ def test_feature_maps_are_those_of_timm(weights):
 @pytest.mark.parametrize("option", ["features", "with_preprocessing"])
 def test_options_of_classifiers_are_refused_for_other_models(option, weights):
     predictor = load_predictor(SEGMENTOR, weights[SEGMENTOR], device="cpu")
-    with pytest.raises(ValueError, match="classifier"):
+    with pytest.raises(ValueError, match=f"must be classification for {option}, got segmentation"):
         exportable(predictor, SEGMENTOR, **{option: True})

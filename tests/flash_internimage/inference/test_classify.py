@@ -133,6 +133,7 @@ def test_models_that_cannot_be_loaded(checkpoint, tmp_path, monkeypatch):
     for arguments, message in (
         ([CLASSIFIER], f"checkpoint must be given for {CLASSIFIER}, which has no released"),
         (["flash_internimage_nano_digits"], "which has no released weights"),
+        (["resnet18.x"], r"model must be resnet18.a1_in1k or .*, got 'resnet18.x'"),
         (["flash_internimage_nan"], r"got 'flash_internimage_nan'; did you mean '.*nano'"),
         (["flash_internimage_tiny", checkpoint], "must be a checkpoint of flash_internimage_tiny"),
         (["flash_internimage_tiny_in1k_224", checkpoint], "does not match the model"),
