@@ -1,4 +1,5 @@
 import shutil
+import signal
 import tarfile
 import traceback
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, AugmentOp
+from torch.utils.data import DataLoader
 
 from flash_internimage.classification.config import ConfigError, Data
 from flash_internimage.classification.data import (
@@ -14,6 +16,7 @@ from flash_internimage.classification.data import (
     class_names,
     set_epoch,
     spread,
+    start,
     train_loader,
     val_loader,
 )
@@ -155,3 +158,21 @@ def test_a_subset_contains_all_classes(digits):
     dataset = build_dataset(data, "val", False, 8)
     loader = val_loader(dataset, data, 8, CPU, limit=10)
     assert torch.cat([targets for _, targets in loader]).tolist() == list(range(10))
+
+
+class BlockedSignals:
+    """A dataset of the signals that its worker blocks."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> list[int]:
+        return [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())]
+
+
+def test_workers_block_the_signals_of_terminals_before_they_are_initialized():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    loader = DataLoader(BlockedSignals(), batch_size=None, num_workers=1)
+    for blocked in start(loader):
+        assert {signal.SIGINT, signal.SIGTERM} <= {*blocked}
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before

@@ -128,10 +128,11 @@ def _exit_on_sigterm_of_parent() -> None:
 
 
 def start(loader: DataLoader | PrefetchLoader) -> Iterator:
-    """Return an iterator over a loader whose workers block SIGTERM from the start."""
+    """Return an iterator over a loader whose workers block SIGINT and SIGTERM from the start."""
     if not hasattr(signal, "pthread_sigmask"):
         return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by the workers
+    # Workers inherit the mask, so that no signal ends one that has not run `_init_worker` yet.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         return iter(loader)
     finally:
