@@ -55,11 +55,11 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
     parser.add_argument("--int8", action="store_true",
                         help="quantize a classifier in ONNX to int8")  # fmt: skip
     parser.add_argument("--calibration", nargs="+", default=[], metavar="IMAGE",
-                        help="images or folders by which --int8 quantizes, of which at most "
-                        f"{_MAX_CALIBRATION} are used")  # fmt: skip
+                        help="images or folders that calibrate --int8 (at most "
+                        f"{_MAX_CALIBRATION} images are used)")  # fmt: skip
     parser.add_argument("--images", nargs="+", default=[], metavar="IMAGE",
-                        help="images or folders to compare with, of which at most "
-                        f"{_MAX_IMAGES} are used (default: those of --calibration, or "
+                        help="images or folders for the comparison, at most "
+                        f"{_MAX_IMAGES} images (default: those of --calibration, or "
                         "scikit-learn's two photographs)")  # fmt: skip
     parser.add_argument("--tolerance", type=float, metavar="X",
                         help="largest difference from eager PyTorch, relative to the largest "

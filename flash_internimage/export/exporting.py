@@ -163,11 +163,8 @@ def export_model(
     require_precision(format, predictor.task, dtype, len(calibration) > 0, logits)
     module = find_format(format).load_module()
     model = exportable(predictor, name, features=features, with_preprocessing=with_preprocessing)
-    inputs = list(
-        batches(
-            model, images if len(images) else calibration if len(calibration) else sample_images()
-        )
-    )
+    given = next((arrays for arrays in (images, calibration) if len(arrays)), None)
+    inputs = list(batches(model, sample_images() if given is None else given))
     traced = model if dtype == "float32" else convert(model, getattr(torch, dtype))
     examples = [model.preprocessing(image) for image in calibration]
     with _one_line(f"the model cannot be traced for {format}"):

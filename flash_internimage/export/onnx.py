@@ -32,7 +32,7 @@ def write(
 
     Args:
         program: The model.
-        metadata: What is stored in the file.
+        metadata: Metadata to store in the file.
         path: File to write.
         form: Form of DCNv4; see :func:`ops_dcnv4.onnx.translation_table`.
     """

@@ -135,7 +135,7 @@ def match_objects(
     """Match objects by their labels and boxes, as objects of equal scores may change places.
 
     Pairs have the same label, boxes whose sides are within a pixel and masks (if any) that overlap.
-    Of all pairings, that with the smallest sum of distances between boxes and scores is chosen.
+    The assignment minimizes the sum of the distances between boxes and scores.
 
     Args:
         expected: `boxes` (N, n, 4), `scores` and `labels` (N, n), perhaps `masks` (N, n, H, W); or

@@ -37,7 +37,7 @@ class Demo:
     images: str
 
     def find(self, pattern: str) -> list[Path]:
-        """Return the files of a pattern, of which there must be one at least."""
+        """Return the files that match a pattern; at least one must exist."""
         found = sorted(ROOT.glob(pattern))
         assert found, f"{ROOT / pattern} not found: run make {self.target}"
         return found

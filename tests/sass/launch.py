@@ -18,14 +18,14 @@ from tests.sass.warp import LANES, STACK_BYTES, STACK_POINTER, Mask, Warp
 Index = tuple[int, int, int]
 
 PARAMETERS = 0x210  # offset of a kernel's parameters among the constants of sm_90
-SHARED = 0x400  # address of a block's shared memory, after what the driver reserves
+SHARED = 0x400  # address of a block's shared memory, after the part that the driver reserves
 SECTOR = 32  # bytes
 WITHOUT_EFFECT = {"NOP", "BSSY", "BSYNC", "WARPSYNC", "YIELD"}  # see Warp.ready
 
 
 @dataclass
 class BlockCounts:
-    """What the warps of a block did.
+    """Counts of what the warps of a block executed.
 
     Attributes:
         warps: Number of warps.
