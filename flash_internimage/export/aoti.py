@@ -1,11 +1,14 @@
 """Packages of AOTInductor: compiled for this machine, run from Python or C++."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch.export import ExportedProgram
 
 from .formats import Runtime
@@ -16,11 +19,35 @@ from .tensors import call_with_arrays
 def write(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
     """Compile a traced model; see :class:`~.formats.FormatModule`."""
     stored = {key: json.dumps(value) for key, value in asdict(metadata).items()}
-    torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(path),
-        inductor_configs={"aot_inductor.metadata": stored},
-    )
+    with arrays_declared_at_use():
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(path),
+            inductor_configs={"aot_inductor.metadata": stored},
+        )
+
+
+@contextmanager
+def arrays_declared_at_use() -> Iterator[None]:
+    """Let Inductor declare the sizes and strides of a tensor where its C++ code uses them.
+
+    PyTorch 2.12 caches the names of these arrays by the ``id`` of a bound method that is freed
+    at once. By chance a later array has the same key, and the code names it before it is
+    declared: "error: 'int_array_0' was not declared in this scope".
+    """
+    cached = CppWrapperCpu.codegen_int_array_var
+
+    def declare(
+        self: Any, values: str, writeline: Any, known_statically: bool = False, graph: Any = None
+    ) -> str:
+        return self._codegen_int_array_var_impl(values, writeline, known_statically)
+
+    if hasattr(CppWrapperCpu, "_codegen_int_array_var_impl"):
+        CppWrapperCpu.codegen_int_array_var = declare  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        CppWrapperCpu.codegen_int_array_var = cached  # type: ignore[method-assign]
 
 
 def load(path: Path, threads: int | None = None) -> Runtime:
