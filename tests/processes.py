@@ -49,6 +49,7 @@ def _run(folder: str, environment: Mapping[str, str], flag: str, program: str, *
     os.setpgid(0, 0)  # as a shell does, so that signals reach the program's own processes
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY), descriptor)
+    multiprocessing.set_start_method(None, force=True)  # the default, not that of this module
     os.environ.clear()
     os.environ.update(environment)
     # MMDetection imports it for language models, which takes two seconds.

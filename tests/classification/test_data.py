@@ -1,5 +1,6 @@
 import shutil
 import signal
+import subprocess
 import tarfile
 import traceback
 
@@ -176,3 +177,20 @@ def test_workers_block_the_signals_of_terminals_before_they_are_initialized():
     for blocked in start(loader):
         assert {signal.SIGINT, signal.SIGTERM} <= {*blocked}
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+@pytest.mark.slow
+def test_workers_ignore_signals_of_others_and_obey_the_process_that_started_them(digits):
+    data = Data(root=str(digits), image_size=32, workers=1)
+    loader = val_loader(build_dataset(data, "val", False, 8), data, 8, CPU)
+    loader.multiprocessing_context = "forkserver"  # which is the parent in `os.getppid()`
+    batches = start(loader)
+    next(batches)
+    (worker,) = batches._workers
+    for name in ("INT", "TERM"):
+        subprocess.run(["kill", "-s", name, str(worker.pid)], check=True)
+    worker.join(0.1)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0

@@ -1,5 +1,6 @@
 """Data loaders with timm's transforms."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -122,7 +123,9 @@ def _init_worker(worker_id: int) -> None:
 
 
 def _exit_on_sigterm_of_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()  # os.getppid() may be that of a fork server
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
 
