@@ -13,7 +13,14 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from benchmarks.competitors import Competitor, Reference, away_from_integers, load, require
+from benchmarks.competitors import (
+    Competitor,
+    away_from_integers,
+    load,
+    require,
+    run_reference,
+    run_triton,
+)
 from ops_dcnv4 import dcnv4, reference
 
 TAPS, WINDOW, HEAD_CHANNELS = 9, 7, 32
@@ -32,6 +39,7 @@ class Shape:
     group_channels: int = 16
 
     form: ClassVar = "NxHxWxC or NxHxWxC/D, such as 64x56x56x128/32"
+    family: ClassVar = "DCNv4"
     samples: ClassVar = TAPS  # sampling points per output channel
     competitors: ClassVar[dict[str, Competitor]]  # the first is ours
     references: ClassVar[list[Competitor]]  # ground truth for the competitors
@@ -222,10 +230,11 @@ def run_global_attention(inputs: Inputs) -> Tensor:
 
 
 LEAVES = ("value", "offset_mask")
-REFERENCE = Competitor(lambda inputs: Reference.apply("dcnv4", *inputs.arguments), LEAVES)
+REFERENCE = Competitor(lambda inputs: run_reference("dcnv4", *inputs.arguments), LEAVES)
 Shape.references = [REFERENCE]
 Shape.competitors = {
     "ops_dcnv4": Competitor(lambda inputs: dcnv4(*inputs.arguments), LEAVES),
+    "triton": Competitor(lambda inputs: run_triton("dcnv4", *inputs.arguments), LEAVES),
     "reference": REFERENCE,
     "grid_sample": Competitor(run_grid_sample, LEAVES),
     "tuned grid_sample": Competitor(run_tuned_grid_sample, LEAVES),
