@@ -217,12 +217,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--dtypes", choices=TOLERANCES, help="default: float32; on a GPU also the 16-bit types")
     names = dict.fromkeys([*dcnv4.Shape.competitors, *attention.Shape.competitors])
     others = [name for name in names if name not in ("ops_dcnv4", "ms_deform_attn")]
-    skip = f"implementations to leave out: {', '.join(others)}"
-    option("--skip", choices=others, default=[], metavar="NAME", help=skip)
+    skip = f"implementations to leave out: all or some of {', '.join(others)}"
+    option("--skip", choices=["all", *others], default=[], metavar="NAME", help=skip)
     record.add_common_options(parser, min_time=0.3)
     args = parser.parse_args(argv)
     args.shapes = args.shapes or [parse_shape(text) for text in SHAPES[args.device]]
     args.dtypes = args.dtypes or DTYPES[args.device]
+    args.skip = others if "all" in args.skip else args.skip
     return args
 
 
@@ -233,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
-    bandwidth = timing.copy_bandwidth(device)
+    bandwidth = timing.copy_bandwidth(device, args.min_time)
     settings = {
         "shapes": list(map(str, args.shapes)),
         "dtypes": list(args.dtypes),

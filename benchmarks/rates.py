@@ -4,6 +4,8 @@ python -m benchmarks.rates
 """
 
 import argparse
+import functools
+from collections.abc import Callable
 
 import torch
 
@@ -15,10 +17,10 @@ ROW = 32  # numbers of four bytes: four sectors of memory
 TARGETS = 2**14  # rows to which rows are added: 2 MB, which are in the L2 cache
 
 
-def products(dtype: torch.dtype, device: torch.device, min_time: float) -> float:
-    """Return the operations per second of a matrix product."""
+def products(dtype: str, device: torch.device, min_time: float) -> float:
+    """Return the operations per second of matrix products."""
     size = SIZES[device.type][0]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     return 2 * size**3 / timing.measure(lambda: a @ b, min_time)["seconds"]
 
 
@@ -53,22 +55,23 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    rates = {
-        "bytes copied": (lambda: timing.copy_bandwidth(device, args.min_time), predict.BYTES),
-        **{
-            f"operations of {name} products": (
-                lambda name=name: products(getattr(torch, name), device, args.min_time),
-                predict.TENSOR_CORES.get(name, predict.CUDA_CORES),
-            )
-            for name in predict.SHORT
-        },
-        "sectors added to": (lambda: sectors(device, args.min_time), predict.SECTORS),
-        "kernels launched": (lambda: launches(device, args.min_time), 1 / predict.LAUNCH),
+    rates: dict[str, tuple[Callable[..., float], float]] = {
+        "bytes copied": (timing.copy_bandwidth, predict.BYTES),
+        "sectors added to": (sectors, predict.SECTORS),
+        "kernels launched": (launches, 1 / predict.LAUNCH),
     }
+    for name in predict.SHORT:
+        predicted = predict.TENSOR_CORES.get(name, predict.CUDA_CORES)
+        rates[f"operations, {name}"] = functools.partial(products, name), predicted
     run = record.start("rates", device, {"min_time": args.min_time})
     write("\nRate per second, and the rate that is assumed for an NVIDIA H200")
     for name, (measure, predicted) in rates.items():
-        result = {"name": name, "measured": measure(), "predicted": predicted, "unit": "1/s"}
+        result = {
+            "name": name,
+            "measured": measure(device, args.min_time),
+            "predicted": predicted,
+            "unit": "1/s",
+        }
         write(f"{name:34}{result['measured']:12.3g}{predicted:12.3g}")
         run["results"].append(result)
         file = record.save(run, args.output)

@@ -182,7 +182,7 @@ def test_missing_cuda_operator_of_mmcv_is_skipped(version, dtype, reason, monkey
 @pytest.mark.slow
 def test_run_accepts_both_kinds_of_shape(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device, min_time: 1e10)
     monkeypatch.setitem(SHAPES, "tiny-encoder", ENCODER)
     arguments = ["--shapes", "1x7x7x32", "3xtiny-encoder", "--skip", "mmcv PyTorch"]
     run = ["--device", "cpu", "--threads", "1", "--min-time", "1e-6", "--output", str(tmp_path)]

@@ -45,7 +45,7 @@ FLOORS = {
 def quick(monkeypatch):
     """Use few input sets, and skip the bandwidth measurement."""
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device, min_time: 1e10)
 
 
 @pytest.fixture
