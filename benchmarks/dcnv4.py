@@ -9,9 +9,7 @@ from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor
-from torchvision.ops import deform_conv2d
 
 from benchmarks.competitors import (
     Competitor,
@@ -181,7 +179,7 @@ def run_deform_conv2d(inputs: Inputs) -> Tensor:
     offsets, modulation = inputs.packed.split([2 * TAPS, TAPS], dim=4)
     offsets = offsets.unflatten(4, (3, 3, 2)).permute(0, 3, 5, 4, 6, 1, 2).flip(4)
     modulation = modulation.unflatten(4, (3, 3)).permute(0, 3, 5, 4, 1, 2)
-    output = deform_conv2d(
+    output = load("torchvision.ops").deform_conv2d(
         inputs.value.permute(0, 3, 1, 2),
         offsets.flatten(1, 4),
         inputs.value.new_ones(inputs.shape.channels, 1, 3, 3),
@@ -217,9 +215,10 @@ def run_window_attention(inputs: Inputs) -> Tensor:
     """Run Swin's window attention, including the partition into windows."""
     height, width = inputs.shape.height, inputs.shape.width
     require(height % WINDOW == width % WINDOW == 0, f"windows of {WINDOW}x{WINDOW}")
-    windows = window_partition(inputs.qkv, (WINDOW, WINDOW))
+    swin = load("timm.models.swin_transformer")
+    windows = swin.window_partition(inputs.qkv, (WINDOW, WINDOW))
     output = attend(windows.flatten(1, 2)).unflatten(1, (WINDOW, WINDOW))
-    return window_reverse(output, (WINDOW, WINDOW), height, width)
+    return swin.window_reverse(output, (WINDOW, WINDOW), height, width)
 
 
 def run_global_attention(inputs: Inputs) -> Tensor:

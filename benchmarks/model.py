@@ -49,7 +49,7 @@ Inference: weights and images in the dtype. Training: forward and backward witho
 step, float32 weights, autocast to other dtypes. Random images in {{memory_format}} memory format.
 Peak memory: {{memory}}. The last column is the prediction for an NVIDIA H200."""
 MEMORY = {
-    "cuda": "allocated on the GPU, including weights",
+    "cuda": "allocated on the GPU, including weights (unknown for graphs)",
     "cpu": "growth of the process, including weights (unknown if compiled)",
 }
 
@@ -147,7 +147,8 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
     after = resident_bytes("VmHWM") if case.mode == "eager" else None  # without the compiler
     peak = after - before if before and after else None
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+        # The memory of a graph does not count as allocated.
+        peak = None if case.mode == "graph" else torch.cuda.max_memory_allocated(device)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "image_size": images.shape[-1],

@@ -74,7 +74,7 @@ def with_constants(header: str, variant: str) -> str:
     return header
 
 
-def start_build(variant: str, folder: Path) -> subprocess.Popen:
+def start_build(variant: str, folder: Path, jobs: int) -> subprocess.Popen:
     """Start compiling a variant into `folder`/lib; the CPU library is copied, not compiled."""
     shutil.rmtree(folder, ignore_errors=True)
     ignore = shutil.ignore_patterns("*.so", "build", "*.egg-info", "__pycache__")
@@ -87,6 +87,7 @@ def start_build(variant: str, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "setup.py", "--quiet", "build"]
     command += ["--build-base", str(folder / "build"), "--build-lib", str(folder / "lib")]
     env = os.environ | {"OPS_DCNV4_REQUIRE_COMPILED": "1", "OPS_DCNV4_SKIP_CPU": "1"}
+    env["MAX_JOBS"] = str(jobs)
     with (folder / "log").open("w") as log:
         return subprocess.Popen(
             command, cwd=folder / "source", env=env, stdout=log, stderr=subprocess.STDOUT
@@ -99,7 +100,8 @@ def build(variants: Sequence[str], folder: Path) -> None:
     Raises:
         SystemExit: If one of them has no CUDA library afterwards.
     """
-    processes = {variant: start_build(variant, folder / variant) for variant in variants}
+    jobs = max((os.cpu_count() or 1) // max(len(variants), 1), 1)
+    processes = {variant: start_build(variant, folder / variant, jobs) for variant in variants}
     failed = []
     for variant, process in processes.items():
         process.wait()

@@ -30,8 +30,15 @@ from tools.gpu_check_steps import ROOT, Check, Step, read_benchmark, read_build,
 
 REQUIRED = ("torch", "numpy", "setuptools", "pytest", "hypothesis")
 MODELS = ("timm", "torchvision", "huggingface_hub", "safetensors", "yaml", "tqdm", "filelock")
-BENCHMARKS = (*MODELS, "matplotlib")
-OPTIONAL = ("ninja", "triton", "expecttest", *BENCHMARKS, "DCNv4", "mmcv")
+# What each benchmark imports; operators for comparison may be missing.
+BENCHMARKS: dict[str, tuple[str, ...]] = {
+    "rates": (),
+    "op": ("matplotlib",),
+    "counters": (),
+    "model": (*MODELS, "matplotlib"),
+    "tune": ("matplotlib",),
+}
+OPTIONAL = ("ninja", "triton", "expecttest", *BENCHMARKS["model"], "DCNv4", "mmcv")
 
 LEAST_SECONDS = 30.0
 PROBE_SECONDS = 120.0
@@ -64,6 +71,7 @@ def probe() -> None:
         facts |= {"torch": torch.__version__, "cuda": torch.version.cuda}
         home = cpp_extension.CUDA_HOME or "/usr/local/cuda"
         path = f"{os.environ.get('PATH', os.defpath)}:{home}/bin:{home}/compute-sanitizer"
+        path = ":".join([path, *map(str, Path("/opt/nvidia/nsight-compute").glob("*"))])
         facts["compute_sanitizer"] = shutil.which("compute-sanitizer", path=path)
         facts["ncu"] = shutil.which("ncu", path=path)
         if torch.cuda.is_available():
@@ -179,6 +187,7 @@ def gpu_tests(facts: dict[str, Any], output: Path, work: Path) -> list[Step]:
     opcheck = [f"{module}::test_registration" for module in modules]  # needs another package
     deselect = [f"--deselect={test}" for test in opcheck]
     small = ("-k", f"not {LARGE}")
+    threads = {"OMP_NUM_THREADS": "4"}  # for the models on the CPU
     return [
         pytest_step(output, "dcnv4", 4, *in_folder("gpu", "ops"), *small),
         pytest_step(output, "attention", 4, *in_folder("gpu", "attention"), *small),
@@ -186,7 +195,7 @@ def gpu_tests(facts: dict[str, Any], output: Path, work: Path) -> list[Step]:
         pytest_step(
             output, "triton-attention", 3, *in_folder("gpu", "triton_attention"), **on_triton
         ),
-        pytest_step(output, "models", 3, *in_folder("gpu", "model"), needs=MODELS),
+        pytest_step(output, "models", 3, *in_folder("gpu", "model"), needs=MODELS, env=threads),
         pytest_step(output, "registration", 2, *modules, *deselect),
         pytest_step(output, "opcheck", 1, *opcheck, needs=("expecttest",)),
         tune_step(
@@ -232,7 +241,8 @@ def benchmark_step(
     """Return a step that runs a benchmark; its files are in a folder of its name."""
     folder = output / name
     command = [sys.executable, "-m", f"benchmarks.{module}", "--output", str(folder), *arguments]
-    return Step(name, command, share, read_benchmark, BENCHMARKS, folder=folder, **options)
+    needs = BENCHMARKS[module]
+    return Step(name, command, share, read_benchmark, needs, folder=folder, **options)
 
 
 def tune_step(

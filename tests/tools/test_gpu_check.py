@@ -450,9 +450,8 @@ def test_steps_without_their_packages_or_programs_are_left_out(tmp_path):
     assert missing == {
         **dict.fromkeys(["triton-dcnv4", "triton-attention"], "needs triton"),
         **dict.fromkeys(SANITIZERS, "needs a GPU and compute-sanitizer"),
-        **dict.fromkeys(["models", "tune-build", "rates", "bench-operators"], "needs timm"),
-        **dict.fromkeys(["bench-models", "bench-graph", "bench-compiled"], "needs timm"),
-        **dict.fromkeys(["bench-contiguous", "tune", "bench-more"], "needs timm"),
+        **dict.fromkeys(["models", "bench-models", "bench-graph"], "needs timm"),
+        **dict.fromkeys(["bench-compiled", "bench-contiguous"], "needs timm"),
         "counters": "needs ncu",
     }
 
