@@ -133,7 +133,7 @@ def measure(variant: str, lib: Path | None, args: argparse.Namespace) -> list[di
     process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
-        raise SystemExit(f"error: {variant}: {lines[-1]}")
+        raise SystemExit(f"error: {variant}: {lines[-1].removeprefix('error: ')}")
     (file,) = output.glob("op_*.json")
     return json.loads(file.read_text())["results"]
 

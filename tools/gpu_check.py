@@ -44,7 +44,7 @@ LEAST_SECONDS = 30.0
 PROBE_SECONDS = 120.0
 
 SANITIZERS = {"memcheck": 4, "racecheck": 3, "initcheck": 2, "synccheck": 1}
-LARGE = "beyond_32_bit_indices"
+LARGE, LARGE_GIB = "beyond_32_bit_indices", 64
 
 # Shapes that are timed first; --skip leaves out what is slow and slower than alternatives.
 MAIN_SHAPES = ("64x56x56x128", "64x56x56x128/32", "dino-encoder")
@@ -77,6 +77,8 @@ def probe() -> None:
         if torch.cuda.is_available():
             gpus = range(torch.cuda.device_count())
             capabilities = {torch.cuda.get_device_capability(gpu) for gpu in gpus}
+            memory = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
+            facts["memory_gib"] = round(memory / 2**30)
             facts["gpu"] = ", ".join(map(torch.cuda.get_device_name, gpus))
             facts["compute_capability"] = ";".join(f"{a}.{b}" for a, b in sorted(capabilities))
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -262,6 +264,7 @@ def gpu_benchmarks(facts: dict[str, Any], output: Path, work: Path) -> list[Step
     one_dtype = (*models, "--dtypes", "bfloat16", "--modes")
     shapes = ("--shapes", *MAIN_SHAPES, *sixteen_bit_first)
     large = in_folder("gpu", "ops", "attention")
+    lacks_memory = f"needs {LARGE_GIB} GiB of GPU memory" * (facts["memory_gib"] < LARGE_GIB)
     return [
         benchmark_step("rates", 2, "rates", output),
         benchmark_step("bench-operators", 10, "op", output, *quick, *shapes),
@@ -276,7 +279,7 @@ def gpu_benchmarks(facts: dict[str, Any], output: Path, work: Path) -> list[Step
             "--memory-format", "contiguous",
         ),
         tune_step("tune", 4, output, work),
-        pytest_step(output, "large", 3, *large, "-k", LARGE, group=""),
+        pytest_step(output, "large", 3, *large, "-k", LARGE, group="", missing=lacks_memory),
         benchmark_step("bench-more", 1, "op", output, *quick),
     ]  # fmt: skip
 
@@ -359,7 +362,9 @@ def main(argv: list[str] | None = None) -> None:
             )
         )
         passed = check.run()
-    say(f"\nreport: {args.output / 'report.json'}\n\n{check.table()}")
+    shutil.make_archive(str(output), "gztar", output)
+    files = f"report: {args.output / 'report.json'}, all files: {args.output}.tar.gz"
+    say(f"\n{files}\n\n{check.table()}")
     raise SystemExit(0 if passed else 1)
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from tools.gpu_check_steps import ROOT, Check, Step, completed, read_benchmark, 
 MODULES = [*gpu_check.REQUIRED, *gpu_check.OPTIONAL]
 CPU = {"gpu": None, "modules": MODULES, "commit": None, "compute_sanitizer": None, "ncu": None}
 CPU |= {"python": "3.12", "torch": "2.11", "cuda": "13.0"}
-GPU = CPU | {"gpu": "Test GPU", "compute_capability": "9.0", "driver": "1.0"}
+GPU = CPU | {"gpu": "Test GPU", "compute_capability": "9.0", "driver": "1.0", "memory_gib": 140}
 GPU |= {"compute_sanitizer": "/cuda/bin/compute-sanitizer", "ncu": "/cuda/bin/ncu"}
 
 # Programs that write a file when they can be interrupted, and then do not end by themselves.
@@ -445,7 +446,7 @@ def test_without_a_gpu_the_emulator_and_the_cpu_are_used(tmp_path):
 
 def test_steps_without_their_packages_or_programs_are_left_out(tmp_path):
     modules = [name for name in MODULES if name not in ("timm", "triton")]
-    facts = GPU | {"modules": modules, "compute_sanitizer": None, "ncu": None}
+    facts = GPU | {"modules": modules, "compute_sanitizer": None, "ncu": None, "memory_gib": 40}
     missing = {s.name: s.missing for s in make_steps(facts, tmp_path, tmp_path) if s.missing}
     assert missing == {
         **dict.fromkeys(["triton-dcnv4", "triton-attention"], "needs triton"),
@@ -453,6 +454,7 @@ def test_steps_without_their_packages_or_programs_are_left_out(tmp_path):
         **dict.fromkeys(["models", "bench-models", "bench-graph"], "needs timm"),
         **dict.fromkeys(["bench-compiled", "bench-contiguous"], "needs timm"),
         "counters": "needs ncu",
+        "large": "needs 64 GiB of GPU memory",
     }
 
 
@@ -578,17 +580,18 @@ def test_a_check_on_the_cpu_passes(tmp_path):
 
     The tests that further steps run on the CPU are part of this suite.
     """
+    output = tmp_path / "check"
     names = ["small-run", "rates", "bench-operators", "bench-models", "tune"]
     names += ["dcnv4"] * AVAILABLE
     process = subprocess.run(
-        [sys.executable, "-m", "tools.gpu_check", "--output", tmp_path, "--steps", *names],
+        [sys.executable, "-m", "tools.gpu_check", "--output", output, "--steps", *names],
         cwd=ROOT,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((output / "report.json").read_text())
     steps = {step["name"]: step for step in report["steps"]}
     assert steps.keys() == set(names)
     assert {step["result"] for step in steps.values()} == {"passed"}
@@ -598,6 +601,8 @@ def test_a_check_on_the_cpu_passes(tmp_path):
             assert figure["predicted"] > 0
             assert f"\n{figure['name']} " in process.stdout
         assert steps[name]["figures"]
-    assert "tests.gpu.sanitize" in (tmp_path / "small-run.log").read_text()
+    assert "tests.gpu.sanitize" in (output / "small-run.log").read_text()
     assert report["machine"]["python"] == sys.version.split()[0]
     assert report["machine"]["gpu"] is None
+    with tarfile.open(f"{output}.tar.gz") as archive:
+        assert {"./report.json", "./results.jsonl"} <= set(archive.getnames())
