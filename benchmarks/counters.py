@@ -3,7 +3,8 @@
 python -m benchmarks.counters
 
 The forward and backward pass of DCNv4 run in float16 at one shape. Predictions of instructions and
-sectors come from the emulator (see benchmarks.predict); they should be exact.
+sectors come from the emulator (see benchmarks.predict); they should be exact. The exit status is 77
+if Nsight Compute cannot read the counters, for example without permission.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from ops_dcnv4 import dcnv4
 
 SHAPES = {"cpu": Shape(1, 7, 7, 32), "cuda": Shape(64, 56, 56, 128)}
 DTYPE = torch.float16
+UNAVAILABLE = 77
 SHARE = "avg.pct_of_peak_sustained_elapsed"
 METRICS = {
     "time in ns": "gpu__time_duration.sum",
@@ -57,7 +59,7 @@ def profile(ncu: str, device: str, log: Path) -> Iterator[dict[str, str]]:
     """Run :func:`launch` in Nsight Compute, and yield the rows of its table.
 
     Raises:
-        SystemExit: If Nsight Compute fails; the message ends with its last line.
+        SystemExit: If Nsight Compute fails, after its last line.
     """
     command = [ncu, "--csv", "--print-units", "base", "--log-file", str(log)]
     command += ["--clock-control", "none", "--kernel-name", "regex:forward|backward"]
@@ -68,7 +70,8 @@ def profile(ncu: str, device: str, log: Path) -> Iterator[dict[str, str]]:
     table = [line for line in lines if line.startswith('"')]
     if process.returncode or not table:
         said = [*process.stdout.splitlines(), *process.stderr.splitlines(), *lines]
-        raise SystemExit(f"error: ncu failed: {said[-1] if said else process.returncode}")
+        write(f"ncu failed: {said[-1] if said else f'exit status {process.returncode}'}")
+        raise SystemExit(UNAVAILABLE)
     yield from csv.DictReader(table)
 
 

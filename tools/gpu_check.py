@@ -26,7 +26,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tools.gpu_check_steps import ROOT, Check, Step, read_benchmark, read_build, read_tests, say
+from tools.gpu_check_steps import (
+    ROOT,
+    Check,
+    Step,
+    read_benchmark,
+    read_build,
+    read_sanitizer,
+    read_tests,
+    say,
+)
 
 REQUIRED = ("torch", "numpy", "setuptools", "pytest", "hypothesis")
 MODELS = ("timm", "torchvision", "huggingface_hub", "safetensors", "yaml", "tqdm", "filelock")
@@ -232,9 +241,12 @@ def sanitizer_steps(sanitizer: str | None) -> list[Step]:
     missing = "" if sanitizer else "needs a GPU and compute-sanitizer"
     checker = [str(sanitizer), "--error-exitcode", "1", "--tool"]
     return [
-        Step(tool, [*checker, tool, *program], share, missing=missing, group="sanitizers")
+        Step(
+            tool, [*checker, tool, *program], share, read_sanitizer,
+            missing=missing, group="sanitizers",
+        )
         for tool, share in SANITIZERS.items()
-    ]
+    ]  # fmt: skip
 
 
 def benchmark_step(
@@ -285,7 +297,9 @@ def gpu_benchmarks(facts: dict[str, Any], output: Path, work: Path) -> list[Step
 
 
 def cpu_runs(output: Path) -> list[Step]:
-    """Return the shortest forms of the remaining steps, without a checker and counters."""
+    """Return the shortest forms of the remaining steps; the emulator counts instructions."""
+    missing = "" if shutil.which("nvcc") and shutil.which("g++") else "needs nvcc and g++"
+    count = [sys.executable, "-m", "tests.sass", "forward", "fp16", "D16"]
     quick = ("--device", "cpu", "--threads", "1", "--min-time")
     operators = ("--shapes", "1x7x7x32", "--dtypes", "float32")
     models = ("--models", "flash_internimage_nano", "--batch-size", "1")
@@ -293,7 +307,7 @@ def cpu_runs(output: Path) -> list[Step]:
         Step("small-run", [sys.executable, "-m", "tests.gpu.sanitize", "--device", "cpu"], 4),
         benchmark_step("rates", 2, "rates", output, *quick, "1e-4"),
         benchmark_step("bench-operators", 10, "op", output, *quick, "1e-4", *operators),
-        Step("counters", [], 4, missing="needs a GPU and ncu"),
+        Step("counters", count, 4, missing=missing),
         benchmark_step("bench-models", 8, "model", output, *quick, "1e-3", *models),
         tune_step("tune", 4, output, output, *quick, "1e-4", "--variants"),
     ]

@@ -19,6 +19,7 @@ from tools import gpu_check_figures
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "results.jsonl"
+UNAVAILABLE = 77  # exit status of a program that cannot run on this machine
 # A benchmark whose own operator or model fails is a failed step.
 OURS = ("ops_dcnv4", "ms_deform_attn", "flash_deform_attn", "flash_internimage")
 
@@ -196,7 +197,7 @@ class Check:
         """Start the program of a step; return None if there is no such program."""
         for file in benchmark_files(step) if step.read is read_benchmark else ():
             file.unlink()  # of an earlier check
-        with self._log(step).open("w") as log:
+        with self.log(step).open("w") as log:
             log.write(f"{' '.join(step.command)}\n\n")
             log.flush()
             try:
@@ -216,19 +217,21 @@ class Check:
     def _finish(self, step: Step, status: int | None, began: float) -> None:
         """Read the result of a step from its exit status, or None if its time was up."""
         step.seconds = round(time.monotonic() - began, 1)
-        step.result = "stopped" if status is None else "failed" if status else "passed"
+        results = {None: "stopped", 0: "passed", UNAVAILABLE: "left out"}
+        step.result = results.get(status, "failed")
         try:
             if step.read:
                 step.read(step, self)
         except Exception as error:  # the other steps must still run
             step.result, step.note = "failed", f"results cannot be read: {error!r}"
-        if step.result == "failed" and not step.note:
-            lines = self._log(step).read_text(errors="replace").strip().splitlines()[2:]
+        if step.result in ("failed", "left out") and not step.note:
+            lines = self.log(step).read_text(errors="replace").strip().splitlines()[2:]
             step.note = (lines or [f"exit status {status}"])[-1].strip("= ")
         self._write_results(step)
         say(f"{step.name}: {step.result} in {step.seconds:.0f} s{step.note and ': '}{step.note}")
 
-    def _log(self, step: Step) -> Path:
+    def log(self, step: Step) -> Path:
+        """Return the log of a step."""
         return self.output / f"{step.name}.log"
 
     def _write_results(self, step: Step) -> None:
@@ -272,9 +275,12 @@ class Check:
         return text
 
     def table(self) -> str:
-        """Return the table of the figures and of the steps."""
+        """Return the tables of the figures and of the steps.
+
+        The most important steps come last, as only the end of a long output may be kept.
+        """
         lines = []
-        for step in self.steps:
+        for step in reversed(self.steps):
             if step.figures:
                 lines += [step.name, *gpu_check_figures.table(step.figures), ""]
         rows = [("step", "result", "seconds", "note")]
@@ -361,6 +367,12 @@ def read_tests(step: Step, check: Check) -> None:
         step.result, step.note = "failed", f"no test passed ({step.note or 'none was found'})"
 
 
+def read_sanitizer(step: Step, check: Check) -> None:
+    """Leave out a checker that does not support the GPU, such as a virtual one."""
+    if step.result == "failed" and "Device not supported" in check.log(step).read_text():
+        step.result, step.note = "left out", "compute-sanitizer does not support this GPU"
+
+
 def benchmark_files(step: Step) -> list[Path]:
     """Return the JSON files of a benchmark."""
     assert step.folder
@@ -384,7 +396,7 @@ def read_benchmark(step: Step, check: Check) -> None:
     notes = [f"{sum('seconds' in r or 'measured' in r for r in results)} measured"]
     step.note = "; ".join(notes + [f"{status}: {', '.join(n)}" for status, n in others.items()])
     bad = [*others.get("failed", []), *others.get("wrong", [])]
-    if not results and step.result == "failed":
+    if not results and step.result in ("failed", "left out"):
         step.note = ""  # the last line of the log says more
     elif any(name.startswith(OURS) for name in bad):
         step.result = "failed"

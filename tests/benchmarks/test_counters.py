@@ -67,9 +67,10 @@ def test_counters_are_read_and_compared_with_predictions(run, monkeypatch, capsy
     ("table", "message"),
     [(None, "ncu failed: ==ERROR== no permission"), ("==ERROR== no kernels\n", "no kernels")],
 )
-def test_a_failure_of_ncu_is_reported(table, message, run):
-    with pytest.raises(SystemExit, match=message):
+def test_a_failure_of_ncu_is_reported(table, message, run, capsys):
+    with pytest.raises(SystemExit, match="77"):
         run(table)
+    assert capsys.readouterr().out.endswith(f"{message}\n")
 
 
 def test_a_missing_ncu_is_an_error(monkeypatch, capsys):

@@ -20,7 +20,15 @@ import torch
 from tests.cuda_model.build import AVAILABLE
 from tools import gpu_check, gpu_check_figures, gpu_check_steps
 from tools.gpu_check import SANITIZERS, make_steps
-from tools.gpu_check_steps import ROOT, Check, Step, completed, read_benchmark, read_build
+from tools.gpu_check_steps import (
+    ROOT,
+    Check,
+    Step,
+    completed,
+    read_benchmark,
+    read_build,
+    read_sanitizer,
+)
 
 MODULES = [*gpu_check.REQUIRED, *gpu_check.OPTIONAL]
 CPU = {"gpu": None, "modules": MODULES, "commit": None, "compute_sanitizer": None, "ncu": None}
@@ -280,6 +288,22 @@ def test_a_build_without_the_library_of_the_gpu_fails(facts, passes, run, folder
     if not passes:
         notes = ["no _C_cuda was built: see build.log", "the build failed"]
         assert [step.note for step in check.steps[:2]] == notes
+
+
+def test_programs_that_cannot_run_here_are_left_out(run):
+    unsupported = "print('Error: Device not supported'); raise SystemExit(1)"
+    steps = [
+        program("counters", "print('no permission'); raise SystemExit(77)"),
+        program("memcheck", unsupported, read=read_sanitizer),
+        program("racecheck", "print('1 hazard'); raise SystemExit(1)", read=read_sanitizer),
+    ]
+    check, *_ = run(steps)
+    assert [(step.result, step.note) for step in check.steps] == [
+        ("left out", "no permission"),
+        ("left out", "compute-sanitizer does not support this GPU"),
+        ("failed", "1 hazard"),
+    ]
+    assert run([program("good", ""), steps[0]])[1]
 
 
 TESTS = """
