@@ -39,6 +39,7 @@ def launched():
     device.OPERATORS.set_launcher(0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not AVAILABLE, reason="needs Linux and g++")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_warps_are_those_that_the_operators_launch(dtype, launched):
