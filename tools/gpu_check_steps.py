@@ -125,6 +125,7 @@ class Check:
                     self._leave_out(step, missing)
                 elif deadline is None:
                     step.note = "no time left"
+                    self._write_results(step)
                 else:
                     able.append(step)
             if deadline is not None:
@@ -195,8 +196,8 @@ class Check:
 
     def _start(self, step: Step) -> subprocess.Popen | None:
         """Start the program of a step; return None if there is no such program."""
-        for file in benchmark_files(step) if step.read is read_benchmark else ():
-            file.unlink()  # of an earlier check
+        for file in (self.outcomes(step), *benchmark_files(step)):
+            file.unlink(missing_ok=True)  # of an earlier check
         with self.log(step).open("w") as log:
             log.write(f"{' '.join(step.command)}\n\n")
             log.flush()
@@ -234,6 +235,10 @@ class Check:
         """Return the log of a step."""
         return self.output / f"{step.name}.log"
 
+    def outcomes(self, step: Step) -> Path:
+        """Return the file with the outcomes of a step's tests."""
+        return self.output / f"{step.name}.jsonl"
+
     def _write_results(self, step: Step) -> None:
         """Append a line for the step and one for each of its figures to results.jsonl."""
         line = {"step": step.name, "result": step.result, "seconds": step.seconds}
@@ -243,7 +248,8 @@ class Check:
 
     def _env(self, step: Step) -> dict[str, str]:
         """Return the environment of a step: the compiled operators come first in the path."""
-        hidden = ("FORCE_CPU", "OPS_DCNV4_BACKEND", "OPS_DCNV4_SANITIZE", "PYTEST_ADDOPTS")
+        hidden = ["FORCE_CPU", "PYTEST_ADDOPTS"]
+        hidden += [f"OPS_DCNV4_{name}" for name in ("BACKEND", "SANITIZE", "SKIP_CPU")]
         env = {name: value for name, value in os.environ.items() if name not in hidden}
         path = [str(self.work / "lib"), str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
         env |= {
@@ -349,7 +355,7 @@ def read_build(step: Step, check: Check) -> None:
 
 def read_tests(step: Step, check: Check) -> None:
     """Count the tests, and list those that failed or were skipped."""
-    file = check.output / f"{step.name}.jsonl"
+    file = check.outcomes(step)
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     outcomes = [json.loads(line) for line in lines if line.endswith("\n")]
     counts = Counter(outcome["outcome"] for outcome in outcomes)
@@ -374,9 +380,8 @@ def read_sanitizer(step: Step, check: Check) -> None:
 
 
 def benchmark_files(step: Step) -> list[Path]:
-    """Return the JSON files of a benchmark."""
-    assert step.folder
-    return sorted(step.folder.glob("*.json"))
+    """Return the JSON files of a benchmark; other steps have none."""
+    return sorted(step.folder.glob("*.json")) if step.folder and step.read is read_benchmark else []
 
 
 def read_benchmark(step: Step, check: Check) -> None:

@@ -419,9 +419,11 @@ def test_results_are_written_as_lines(run, folders):
 
 
 def test_results_of_an_earlier_check_are_removed(run, folders):
-    (folders[1] / "op_machine.json").write_text('{"results": []}')
+    files = [folders[1] / "op_machine.json", folders[0] / "bench.jsonl"]
+    for file in files:
+        file.write_text('{"results": []}')
     run([program("bench", "", read=read_benchmark, folder=folders[1])])
-    assert not list(folders[1].iterdir())
+    assert not any(file.exists() for file in files)
 
 
 # Steps
