@@ -125,7 +125,7 @@ $(SANITIZED)/.built: $(OPS_SOURCES) $(VENV)/.package
 
 # Test and benchmark on a GPU machine without a network, within a time limit. Nothing is installed, not
 # even a virtual environment: PYTHON is any Python with the packages listed in CONTRIBUTING.md.
-SECONDS ?= 800
+SECONDS ?= 480
 GPU_CHECK_OUTPUT ?= output/gpu-check
 
 gpu-check:

@@ -15,10 +15,11 @@ from torch import Tensor
 from benchmarks.competitors import (
     TOLERANCES,
     Competitor,
-    Reference,
     away_from_integers,
     load,
     require,
+    run_reference,
+    run_triton,
 )
 from ops_dcnv4 import flash_deform_attn, ms_deform_attn, reference
 
@@ -43,6 +44,7 @@ class Shape:
     points: int = 4
 
     form: ClassVar = "[Nx]dino-encoder or [Nx]dino-decoder, such as 2xdino-encoder"
+    family: ClassVar = "attention"
     used_channels: ClassVar[dict[str, int]] = {}  # nothing is padded
     competitors: ClassVar[dict[str, Competitor]]  # the first is ours
     references: ClassVar[list[Competitor]]  # ground truth for the competitors
@@ -57,6 +59,11 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.n}x{self.name}"
+
+    @property
+    def group_channels(self) -> int:
+        """Return the number of channels per head."""
+        return self.head_channels
 
     @property
     def pixels(self) -> int:
@@ -165,12 +172,13 @@ def run_mmcv_cuda(inputs: Inputs) -> Tensor:
 
 
 SEPARATE, FUSED = ("value", "locations", "weights"), ("value", "packed")
-REFERENCE = Competitor(lambda i: Reference.apply("ms_deform_attn", *i.separate), SEPARATE)
-FUSED_REFERENCE = Competitor(lambda i: Reference.apply("flash_deform_attn", *i.fused), FUSED)
+REFERENCE = Competitor(lambda i: run_reference("ms_deform_attn", *i.separate), SEPARATE)
+FUSED_REFERENCE = Competitor(lambda i: run_reference("flash_deform_attn", *i.fused), FUSED)
 Shape.references = [FUSED_REFERENCE, REFERENCE]
 Shape.competitors = {
     "ms_deform_attn": Competitor(lambda inputs: ms_deform_attn(*inputs.separate), SEPARATE),
     "flash_deform_attn": Competitor(lambda inputs: flash_deform_attn(*inputs.fused), FUSED),
+    "triton": Competitor(lambda inputs: run_triton("ms_deform_attn", *inputs.separate), SEPARATE),
     "reference": REFERENCE,
     "mmcv PyTorch": Competitor(run_mmcv_pytorch, SEPARATE),
     "mmcv CUDA": Competitor(run_mmcv_cuda, SEPARATE, tolerances=MMCV_TOLERANCES),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ops_dcnv4 import reference
+from ops_dcnv4.backends import has_triton
 
 # Tolerances of outputs and gradients, relative to the largest expected magnitude.
 TOLERANCES = {"float32": 1e-4, "float64": 1e-10, "float16": 1e-2, "bfloat16": 5e-2}
@@ -47,22 +48,34 @@ def load(module: str) -> ModuleType:
         raise Unavailable("not installed") from error
 
 
-class Reference(torch.autograd.Function):
-    """An operator of :mod:`ops_dcnv4.reference` with its explicit backward pass."""
+class Explicit(torch.autograd.Function):
+    """An operator of a Python module with its explicit backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, operator: str, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, module: ModuleType, operator: str, *arguments: Any) -> Tensor:
         """Compute the output of the operator of that name."""
-        ctx.operator, ctx.arguments = operator, arguments
-        return getattr(reference, operator)(*arguments)
+        ctx.module, ctx.operator, ctx.arguments = module, operator, arguments
+        return getattr(module, operator)(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the floating-point tensors."""
-        backward = getattr(reference, f"{ctx.operator}_backward")
+        backward = getattr(ctx.module, f"{ctx.operator}_backward")
         grads = iter(backward(*grad_outputs, *ctx.arguments))
         floating = [isinstance(a, Tensor) and a.is_floating_point() for a in ctx.arguments]
-        return None, *(next(grads) if differentiable else None for differentiable in floating)
+        return None, None, *(next(grads) if is_leaf else None for is_leaf in floating)
+
+
+def run_reference(operator: str, *arguments: Any) -> Tensor:
+    """Run an operator of :mod:`ops_dcnv4.reference`."""
+    return Explicit.apply(reference, operator, *arguments)
+
+
+def run_triton(operator: str, *arguments: Any) -> Tensor:
+    """Run a Triton kernel, without the overhead of selecting it for each call."""
+    require(arguments[0].device.type == "cuda", "CUDA only")
+    require(has_triton(), "not installed")
+    return Explicit.apply(load("ops_dcnv4.triton_kernels"), operator, *arguments)
 
 
 def expected_results(inputs: Any) -> dict[str, Tensor]:

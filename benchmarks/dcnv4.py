@@ -9,11 +9,16 @@ from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor
-from torchvision.ops import deform_conv2d
 
-from benchmarks.competitors import Competitor, Reference, away_from_integers, load, require
+from benchmarks.competitors import (
+    Competitor,
+    away_from_integers,
+    load,
+    require,
+    run_reference,
+    run_triton,
+)
 from ops_dcnv4 import dcnv4, reference
 
 TAPS, WINDOW, HEAD_CHANNELS = 9, 7, 32
@@ -32,6 +37,7 @@ class Shape:
     group_channels: int = 16
 
     form: ClassVar = "NxHxWxC or NxHxWxC/D, such as 64x56x56x128/32"
+    family: ClassVar = "DCNv4"
     samples: ClassVar = TAPS  # sampling points per output channel
     competitors: ClassVar[dict[str, Competitor]]  # the first is ours
     references: ClassVar[list[Competitor]]  # ground truth for the competitors
@@ -173,7 +179,7 @@ def run_deform_conv2d(inputs: Inputs) -> Tensor:
     offsets, modulation = inputs.packed.split([2 * TAPS, TAPS], dim=4)
     offsets = offsets.unflatten(4, (3, 3, 2)).permute(0, 3, 5, 4, 6, 1, 2).flip(4)
     modulation = modulation.unflatten(4, (3, 3)).permute(0, 3, 5, 4, 1, 2)
-    output = deform_conv2d(
+    output = load("torchvision.ops").deform_conv2d(
         inputs.value.permute(0, 3, 1, 2),
         offsets.flatten(1, 4),
         inputs.value.new_ones(inputs.shape.channels, 1, 3, 3),
@@ -209,9 +215,10 @@ def run_window_attention(inputs: Inputs) -> Tensor:
     """Run Swin's window attention, including the partition into windows."""
     height, width = inputs.shape.height, inputs.shape.width
     require(height % WINDOW == width % WINDOW == 0, f"windows of {WINDOW}x{WINDOW}")
-    windows = window_partition(inputs.qkv, (WINDOW, WINDOW))
+    swin = load("timm.models.swin_transformer")
+    windows = swin.window_partition(inputs.qkv, (WINDOW, WINDOW))
     output = attend(windows.flatten(1, 2)).unflatten(1, (WINDOW, WINDOW))
-    return window_reverse(output, (WINDOW, WINDOW), height, width)
+    return swin.window_reverse(output, (WINDOW, WINDOW), height, width)
 
 
 def run_global_attention(inputs: Inputs) -> Tensor:
@@ -222,10 +229,11 @@ def run_global_attention(inputs: Inputs) -> Tensor:
 
 
 LEAVES = ("value", "offset_mask")
-REFERENCE = Competitor(lambda inputs: Reference.apply("dcnv4", *inputs.arguments), LEAVES)
+REFERENCE = Competitor(lambda inputs: run_reference("dcnv4", *inputs.arguments), LEAVES)
 Shape.references = [REFERENCE]
 Shape.competitors = {
     "ops_dcnv4": Competitor(lambda inputs: dcnv4(*inputs.arguments), LEAVES),
+    "triton": Competitor(lambda inputs: run_triton("dcnv4", *inputs.arguments), LEAVES),
     "reference": REFERENCE,
     "grid_sample": Competitor(run_grid_sample, LEAVES),
     "tuned grid_sample": Competitor(run_tuned_grid_sample, LEAVES),

@@ -27,7 +27,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 import flash_internimage  # noqa: F401  (registers the models)
-from benchmarks import charts, record, timing
+from benchmarks import charts, predict, record, timing
 from benchmarks.record import write
 
 _logger = logging.getLogger(__name__)
@@ -39,15 +39,17 @@ SIZES = {
 }
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
 MODES = {"cpu": ("eager",), "cuda": ("eager", "compiled")}
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+WARM_UP = 3  # steps before the capture of a CUDA graph
 BATCH_SIZES = {"cpu": 4, "cuda": 64}
 LEGEND = f"""
 Parameters, resolution (the model's default), images per second (median; ~ marks an interquartile
 range above {timing.UNSTEADY:.0%}) and peak memory. In parentheses: why there is no measurement.
 Inference: weights and images in the dtype. Training: forward and backward without an optimizer
-step, float32 weights, autocast to other dtypes. Random images in channels-last memory format.
-Peak memory: {{memory}}."""
+step, float32 weights, autocast to other dtypes. Random images in {{memory_format}} memory format.
+Peak memory: {{memory}}. The last column is the prediction for an NVIDIA H200."""
 MEMORY = {
-    "cuda": "allocated on the GPU, including weights",
+    "cuda": "allocated on the GPU, including weights (unknown for graphs)",
     "cpu": "growth of the process, including weights (unknown if compiled)",
 }
 
@@ -61,18 +63,21 @@ class Case(NamedTuple):
     model: str
 
 
-def build(case: Case, device: torch.device, batch_size: int) -> tuple[nn.Module, Tensor]:
+def build(
+    case: Case, device: torch.device, batch_size: int, memory_format: str = "channels_last"
+) -> tuple[nn.Module, Tensor]:
     """Return the model of a case and images for it."""
     model = timm.create_model(case.model).train(case.task == "training")
     images = torch.randn(batch_size, *resolve_model_data_config(model)["input_size"])
     dtype = getattr(torch, case.dtype) if case.task == "inference" else torch.float32
+    layout = MEMORY_FORMATS[memory_format]
     # torch's overloads of Module.to lack memory_format.
-    model = model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model, images.to(device, dtype, memory_format=torch.channels_last)
+    model = model.to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
+    return model, images.to(device, dtype, memory_format=layout)
 
 
 def make_step(case: Case, model: nn.Module, images: Tensor) -> Callable[[], None]:
-    """Return the step to time, compiled if requested."""
+    """Return the step to time, compiled or as a CUDA graph if requested."""
     call = torch.compile(model) if case.mode == "compiled" else model
     targets = torch.randint(10, (len(images),), device=images.device)
     dtype = getattr(torch, case.dtype)
@@ -87,7 +92,31 @@ def make_step(case: Case, model: nn.Module, images: Tensor) -> Callable[[], None
             loss = F.cross_entropy(call(images), targets)
         loss.backward()
 
-    return infer if case.task == "inference" else train
+    step = infer if case.task == "inference" else train
+    return Replay(step) if case.mode == "graph" else step
+
+
+class Replay:
+    """A step that is captured in a CUDA graph and replayed by calls.
+
+    Args:
+        step: The step; it is kept because the graph reads its tensors.
+    """
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self.step, self.graph = step, torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph):
+            step()
+
+    def __call__(self) -> None:
+        """Replay the step."""
+        self.graph.replay()
 
 
 def resident_bytes(field: str) -> int | None:
@@ -105,7 +134,8 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
     before = resident_bytes("VmRSS")
-    model, images = build(case, device, args.batch_size)
+    model, images = build(case, device, args.batch_size, args.memory_format)
+    predicted = predict.model_seconds(model, images, getattr(torch, case.dtype), case.mode)
     step = make_step(case, model, images)
     step()  # compiles, autotunes, and makes the lasting allocations
     if device.type == "cuda":
@@ -117,11 +147,13 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
     after = resident_bytes("VmHWM") if case.mode == "eager" else None  # without the compiler
     peak = after - before if before and after else None
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+        # The memory of a graph does not count as allocated.
+        peak = None if case.mode == "graph" else torch.cuda.max_memory_allocated(device)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "image_size": images.shape[-1],
         "images_per_second": args.batch_size / times["seconds"],
+        "predicted_images_per_second": args.batch_size / predicted if predicted else None,
         "peak_bytes": peak,
         **times,
     }
@@ -154,7 +186,9 @@ def cell(result: dict) -> str:
         return f"({result['note']})"
     peak = "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**30:.2f} GiB"
     speed = "~" * timing.is_unsteady(result) + f"{result['images_per_second']:.1f} images/s"
-    return f"{result['parameters'] / 1e6:6.1f} M {result['image_size']:6}{speed:>20}{peak:>14}"
+    predicted = result["predicted_images_per_second"]
+    size = f"{result['parameters'] / 1e6:6.1f} M {result['image_size']:6}"
+    return f"{size}{speed:>20}{peak:>14}" + (f"{predicted:10.1f}" if predicted else f"{'-':>10}")
 
 
 def parse_model(text: str) -> tuple[str, ...]:
@@ -183,7 +217,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     dtypes = "default: float32; on a GPU also bfloat16"
     option("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), help=dtypes)
     modes = "default: eager; on a GPU also compiled"
-    option("--modes", nargs="+", choices=("eager", "compiled"), help=modes)
+    option("--modes", nargs="+", choices=("eager", "compiled", "graph"), help=modes)
+    default = "default: %(default)s"
+    option("--memory-format", choices=MEMORY_FORMATS, default="channels_last", help=default)
     option("--batch-size", type=record.positive(int), metavar="N", help="default: 4; on a GPU 64")
     timeout = "limit for each measurement, default: %(default)s"
     positive = record.positive(float)
@@ -194,6 +230,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args.dtypes = args.dtypes or DTYPES[args.device]
     args.modes = args.modes or MODES[args.device]
     args.batch_size = args.batch_size or BATCH_SIZES[args.device]
+    if "graph" in args.modes and args.device == "cpu":
+        parser.error("argument --modes: graph needs a GPU")
     return args
 
 
@@ -201,9 +239,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
-    names = ("models", "tasks", "dtypes", "modes", "batch_size", "min_time")
+    names = ("models", "tasks", "dtypes", "modes", "batch_size", "memory_format", "min_time")
     run = record.start("model", torch.device(args.device), {n: getattr(args, n) for n in names})
-    write(LEGEND.format(memory=MEMORY[args.device]))
+    write(LEGEND.format(memory=MEMORY[args.device], memory_format=args.memory_format))
     for kind in itertools.product(args.tasks, args.dtypes, args.modes):
         write(f"\n{', '.join(kind)}, batch size {args.batch_size}")
         for model in args.models:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import attention, charts, dcnv4, record, timing
+from benchmarks import attention, charts, dcnv4, predict, record, timing
 from benchmarks.competitors import (
     TOLERANCES,
     Competitor,
@@ -125,6 +125,8 @@ def time_competitors(
 ) -> list[dict]:
     """Verify and time competitors; return a result for each pass and competitor.
 
+    If ours fails or its results are wrong, nothing is timed.
+
     Args:
         competitors: Implementations by name; the first is ours.
         inputs: Sets of inputs to cycle through.
@@ -133,9 +135,8 @@ def time_competitors(
     """
     ours, expected = next(iter(competitors)), expected_results(inputs[0])
     statuses = {name: examine(c, inputs[0], expected) for name, c in competitors.items()}
-    if statuses[ours]["status"] != "ok":
-        problem = statuses[ours]["note"] or "wrong results"
-        raise SystemExit(f"error: {ours} at {inputs[0].shape}: {problem}")
+    if statuses[ours]["status"] != "ok":  # comparing with wrong results would be pointless
+        return [{"competitor": ours, "pass": name, **statuses[ours]} for name in PASSES]
     able = [name for name, status in statuses.items() if status["note"] is None]
     results = []
     for pass_name, prepare in PASSES.items():
@@ -164,7 +165,7 @@ def l1_floor(inputs: Inputs) -> float | None:
 def cell(result: dict) -> str:
     """Format a result for the table."""
     if "seconds" not in result:
-        return f"({result['note']})"
+        return f"({result['note'] or 'wrong results'})"
     share = f"{result['share_of_floor']:.0%}" if "share_of_floor" in result else ""
     share = "wrong" if result["status"] == "wrong" else share
     ratio = f"{result['ratio']:.2f}x" if "ratio" in result else ""
@@ -182,17 +183,25 @@ def benchmark(
 ) -> list[dict]:
     """Time the competitors at one shape, and write a table with a row for each."""
     inputs = input_sets(shape, getattr(torch, dtype_name), torch.device(args.device))
-    floors = {name: size / bandwidth for name, size in bytes_touched(inputs[0]).items()}
-    l1 = l1_floor(inputs[0])
+    touched, l1 = bytes_touched(inputs[0]), l1_floor(inputs[0])
+    floors = {name: size / bandwidth for name, size in touched.items()}
+    output_bytes = inputs[0].grad_output.nbytes
+    predicted = predict.operator_seconds(
+        shape.family, dtype_name, shape.group_channels, output_bytes, touched
+    )
     write("")
     write_row(str(shape), PASSES)
     write_row(dtype_name, (f"bandwidth bound {1e6 * floors[name]:.1f} us" for name in PASSES))
+    if predicted:
+        write_row("H200, predicted", (f"{1e6 * predicted[name]:.1f} us" for name in PASSES))
     if l1:
         write(f"L1-bandwidth bound of the forward pass: {1e6 * l1:.1f} us")
     competitors = {n: c for n, c in shape.competitors.items() if n not in args.skip}
     results = time_competitors(competitors, inputs, floors, args.min_time)
-    for name in competitors:
+    for name in dict.fromkeys(result["competitor"] for result in results):
         write_row(name, (cell(result) for result in results if result["competitor"] == name))
+    for result in results[:: len(results) // len(PASSES)]:  # ours
+        result["predicted_seconds"] = predicted.get(result["pass"])
     place = {"shape": str(shape), "dtype": dtype_name, "l1_floor_seconds": l1}
     return [place | result for result in results]
 
@@ -208,12 +217,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--dtypes", choices=TOLERANCES, help="default: float32; on a GPU also the 16-bit types")
     names = dict.fromkeys([*dcnv4.Shape.competitors, *attention.Shape.competitors])
     others = [name for name in names if name not in ("ops_dcnv4", "ms_deform_attn")]
-    skip = f"implementations to leave out: {', '.join(others)}"
-    option("--skip", choices=others, default=[], metavar="NAME", help=skip)
+    skip = f"implementations to leave out: all or some of {', '.join(others)}"
+    option("--skip", choices=["all", *others], default=[], metavar="NAME", help=skip)
     record.add_common_options(parser, min_time=0.3)
     args = parser.parse_args(argv)
     args.shapes = args.shapes or [parse_shape(text) for text in SHAPES[args.device]]
     args.dtypes = args.dtypes or DTYPES[args.device]
+    args.skip = others if "all" in args.skip else args.skip
     return args
 
 
@@ -224,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
-    bandwidth = timing.copy_bandwidth(device)
+    bandwidth = timing.copy_bandwidth(device, args.min_time)
     settings = {
         "shapes": list(map(str, args.shapes)),
         "dtypes": list(args.dtypes),
@@ -233,10 +243,17 @@ def main(argv: list[str] | None = None) -> None:
     }
     run = record.start("op", device, settings)
     write(f"copy bandwidth: {bandwidth / 1e9:.1f} GB/s\n{LEGEND}")
+    problems = []
     for dtype in args.dtypes:
         for shape in args.shapes:
-            run["results"] += benchmark(shape, dtype, bandwidth, args)
+            ours, *others = benchmark(shape, dtype, bandwidth, args)
+            run["results"] += [ours, *others]
             file = record.save(run, args.output)
+            if ours["status"] != "ok":
+                what = ours["note"] or "wrong results"
+                problems.append(f"{ours['competitor']} at {shape}, {dtype}: {what}")
+    if problems:
+        raise SystemExit(f"error: {'; '.join(problems)}")
     write(f"\nresults: {file}\nchart: {charts.draw(file)}")
 
 

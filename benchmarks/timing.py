@@ -119,8 +119,8 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes, default=32 * 2**20)
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(device: torch.device, min_time: float) -> float:
     """Return the bytes read and written per second by a copy larger than the caches."""
     size = max(8 * cache_bytes(device), 256 * 2**20)
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / measure(lambda: target.copy_(source), min_time=0.5)["seconds"]
+    return 2 * size / measure(lambda: target.copy_(source), min_time)["seconds"]

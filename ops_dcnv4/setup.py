@@ -8,6 +8,7 @@ to Triton or the PyTorch reference. Environment variables:
 
     TORCH_CUDA_ARCH_LIST          GPU architectures, as for PyTorch (default: DEFAULT_ARCHITECTURES)
     FORCE_CPU=1                   do not build the CUDA library
+    OPS_DCNV4_SKIP_CPU=1          do not build the CPU library, for `benchmarks.tune`
     OPS_DCNV4_REQUIRE_COMPILED=1  fail if the compiler fails (a missing nvcc is not a failure)
     OPS_DCNV4_SANITIZE=1          build with GCC's address and undefined-behavior sanitizers, for
                                   `make sanitize-cpu`; the library needs libasan in LD_PRELOAD
@@ -149,15 +150,17 @@ def build_arguments() -> dict[str, Any]:
         return {}
     shared = [*CSRC.glob("*.cpp")]
     flags, link_flags = compiler_flags()
-    extensions = [
-        extension(
-            cpp_extension.CppExtension,
-            "_C",
-            [*shared, *CSRC.glob("cpu/*.cpp")],
-            flags,
-            link_flags,
+    extensions = []
+    if os.environ.get("OPS_DCNV4_SKIP_CPU") != "1":
+        extensions.append(
+            extension(
+                cpp_extension.CppExtension,
+                "_C",
+                [*shared, *CSRC.glob("cpu/*.cpp")],
+                flags,
+                link_flags,
+            )
         )
-    ]
     if nvcc := find_nvcc(cpp_extension):
         choose_architectures(nvcc)
         nvcc_flags = ["-O3", "-Xfatbin", "-compress-all"]

@@ -11,12 +11,13 @@ from benchmarks import attention, op, timing
 from benchmarks.attention import SEPARATE, SHAPES, Shape
 from benchmarks.competitors import (
     Competitor,
-    Reference,
+    Explicit,
     Unavailable,
     bytes_touched,
     expected_results,
 )
 from benchmarks.op import parse_shape
+from ops_dcnv4 import reference
 
 OURS, COMPETITORS = "ms_deform_attn", Shape.competitors
 CPU = torch.device("cpu")
@@ -113,11 +114,11 @@ def test_cuda_operator_of_mmcv_is_called_as_in_its_layer(dtype, monkeypatch, mmc
         def forward(ctx, value, spatial_shapes, start, locations, weights, im2col_step):
             assert im2col_step == 64
             tensors = value, spatial_shapes, start, locations.type_as(value), weights.type_as(value)
-            return Reference.forward(ctx, "ms_deform_attn", *tensors)
+            return Explicit.forward(ctx, reference, "ms_deform_attn", *tensors)
 
         @staticmethod
         def backward(ctx, grad_output):
-            return *Reference.backward(ctx, grad_output)[1:], None
+            return *Explicit.backward(ctx, grad_output)[2:], None
 
     monkeypatch.setattr(mmcv, "MultiScaleDeformableAttnFunction", Operator)
     monkeypatch.setattr(attention, "require", lambda condition, reason: None)  # a GPU
@@ -181,7 +182,7 @@ def test_missing_cuda_operator_of_mmcv_is_skipped(version, dtype, reason, monkey
 @pytest.mark.slow
 def test_run_accepts_both_kinds_of_shape(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device, min_time: 1e10)
     monkeypatch.setitem(SHAPES, "tiny-encoder", ENCODER)
     arguments = ["--shapes", "1x7x7x32", "3xtiny-encoder", "--skip", "mmcv PyTorch"]
     run = ["--device", "cpu", "--threads", "1", "--min-time", "1e-6", "--output", str(tmp_path)]

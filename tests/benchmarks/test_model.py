@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import socket
@@ -33,6 +34,12 @@ def test_a_size_selects_a_model_of_each_family():
         ("--models", "?", "must be tiny, small, base or the name of a timm model, got '?'"),
         ("--dtypes", "float8", "invalid choice: 'float8'"),
         ("--batch-size", "0", "must be a positive integer, got '0'"),
+        pytest.param(
+            "--modes",
+            "graph",
+            "graph needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_one_error_names_the_bad_argument(option, text, expected, capsys):
@@ -56,6 +63,39 @@ def test_inference_casts_the_model_and_training_autocasts(task):
     assert network.training == all(p.grad is not None for p in network.parameters())
     assert network.training == (task == "training")
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_memory_format_can_be_contiguous():
+    network, images = model.build(INFERENCE, CPU, 2, "contiguous")
+    assert images.is_contiguous()
+    assert all(p.is_contiguous() for p in network.parameters())
+
+
+def test_a_graph_is_captured_after_warm_up_and_replayed(monkeypatch):
+    """Tests of real graphs need a GPU; here, the order of events counts."""
+    events = []
+
+    class Graph:
+        def replay(self):
+            events.append("replay")
+
+    class Stream:
+        def wait_stream(self, stream):
+            events.append("wait")
+
+    @contextlib.contextmanager
+    def capture(graph):
+        events.append("begin")
+        yield
+        events.append("end")
+
+    fakes = {"CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream, "graph": capture}
+    for name, fake in (fakes | {"stream": contextlib.nullcontext}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    step = model.Replay(lambda: events.append("step"))
+    step()
+    warm_up = ["wait", *["step"] * model.WARM_UP, "wait"]
+    assert events == [*warm_up, "begin", "step", "end", "replay"]
 
 
 def test_peak_memory_includes_weights_and_activations(monkeypatch):

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import op, timing
+from benchmarks import attention, competitors, op, timing
 from benchmarks.competitors import Competitor, bytes_touched, expected_results
 from benchmarks.dcnv4 import LEAVES, Shape
 from benchmarks.op import parse_shape
@@ -18,7 +18,13 @@ from ops_dcnv4 import choose_backend, reference
 CPU = torch.device("cpu")
 OURS, COMPETITORS = "ops_dcnv4", Shape.competitors
 TINY = Shape(2, 7, 14, 64, 16)
-SAME = [name for name, competitor in COMPETITORS.items() if not competitor.baseline]
+OTHER_DEVICES = ("triton",)
+SAME = [
+    name
+    for name, competitor in COMPETITORS.items()
+    if not competitor.baseline and name not in OTHER_DEVICES
+]
+ATTENTION = attention.Shape(1, "tiny", ((3, 5),), heads=2, head_channels=16, points=3)
 TINY_RUN = ("--device", "cpu", "--min-time", "1e-6")
 
 # Microseconds in float16 of forward, its gather in L1, and backward (shared/facts/performance.md).
@@ -39,7 +45,7 @@ FLOORS = {
 def quick(monkeypatch):
     """Use few input sets, and skip the bandwidth measurement."""
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
-    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device, min_time: 1e10)
 
 
 @pytest.fixture
@@ -132,6 +138,15 @@ def test_competitor_computes_dcnv4(name, shape, publish):
     assert op.examine(COMPETITORS[name], inputs, expected) == {"status": "ok", "note": None}
 
 
+@pytest.mark.parametrize("inputs", [TINY, ATTENTION], ids=str)
+def test_triton_is_called_like_the_reference(inputs, monkeypatch):
+    monkeypatch.setattr(competitors, "load", lambda module: reference)
+    monkeypatch.setattr(competitors, "require", lambda condition, reason: None)  # a GPU
+    inputs = inputs.random_inputs(torch.float32, CPU)
+    triton = inputs.shape.competitors["triton"]
+    assert op.examine(triton, inputs, expected_results(inputs)) == {"status": "ok", "note": None}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [OURS, "reference", "grid_sample", "tuned grid_sample"])
 def test_competitor_computes_dcnv4_in_other_dtypes(name, dtype):
@@ -184,6 +199,7 @@ def test_attention_matches_its_definition(name):
         ("window attention", Shape(1, 7, 7, 16), "heads of 32 channels"),
         ("global attention", Shape(1, 65, 64, 32), "over 4096 tokens"),
         ("published DCNv4", TINY, "not installed"),
+        ("triton", TINY, "CUDA only"),
     ],
     ids=str,
 )
@@ -257,10 +273,15 @@ def test_skipped_competitors_are_omitted(quick, tmp_path, capsys):
     assert {r["competitor"] for r in json.loads(json_file.read_text())["results"]} == {OURS}
 
 
-def test_run_aborts_if_our_operator_is_wrong(quick, monkeypatch, tmp_path):
+def test_run_fails_but_continues_if_our_operator_is_wrong(quick, monkeypatch, tmp_path):
     run = COMPETITORS[OURS].run
-    wrong = Competitor(lambda inputs: 2 * run(inputs), LEAVES)
+    wrong = Competitor(lambda inputs: (1 + (inputs.shape.n == 1)) * run(inputs), LEAVES)
     monkeypatch.setitem(COMPETITORS, OURS, wrong)
-    with pytest.raises(SystemExit, match="ops_dcnv4 at 1x7x7x32/16: wrong results"):
-        op.main([*TINY_RUN, "--shapes", "1x7x7x32", "--output", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
+    skip = ["--skip", *COMPETITORS.keys() - {OURS}]
+    shapes = ["--shapes", "1x7x7x32", "2x7x7x32"]
+    with pytest.raises(SystemExit, match="ops_dcnv4 at 1x7x7x32/16, float32: wrong results"):
+        op.main([*TINY_RUN, *shapes, *skip, "--output", str(tmp_path)])
+    (json_file,) = tmp_path.glob("*.json")
+    results = json.loads(json_file.read_text())["results"]
+    assert [result["status"] for result in results] == ["wrong"] * 3 + ["ok"] * 3
+    assert ["seconds" in result for result in results] == [False] * 3 + [True] * 3

@@ -1,5 +1,7 @@
 """Tests of the check for GPU machines: its time limit, its report, and short runs on the CPU."""
 
+import dataclasses
+import importlib
 import json
 import os
 import re
@@ -7,22 +9,32 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.cuda_model.build import AVAILABLE
-from tools import gpu_check, gpu_check_steps
+from tools import gpu_check, gpu_check_figures, gpu_check_steps
 from tools.gpu_check import SANITIZERS, make_steps
-from tools.gpu_check_steps import ROOT, Check, Step, read_benchmark, read_build, run_until
+from tools.gpu_check_steps import (
+    ROOT,
+    Check,
+    Step,
+    completed,
+    read_benchmark,
+    read_build,
+    read_sanitizer,
+)
 
 MODULES = [*gpu_check.REQUIRED, *gpu_check.OPTIONAL]
-CPU = {"gpu": None, "modules": MODULES, "commit": None, "compute_sanitizer": None}
+CPU = {"gpu": None, "modules": MODULES, "commit": None, "compute_sanitizer": None, "ncu": None}
 CPU |= {"python": "3.12", "torch": "2.11", "cuda": "13.0"}
-GPU = CPU | {"gpu": "Test GPU", "compute_capability": "9.0", "driver": "1.0"}
-GPU |= {"compute_sanitizer": "/cuda/bin/compute-sanitizer"}
+GPU = CPU | {"gpu": "Test GPU", "compute_capability": "9.0", "driver": "1.0", "memory_gib": 140}
+GPU |= {"compute_sanitizer": "/cuda/bin/compute-sanitizer", "ncu": "/cuda/bin/ncu"}
 
 # Programs that write a file when they can be interrupted, and then do not end by themselves.
 HANGS = """
@@ -88,14 +100,19 @@ def schedule(monkeypatch, folders):
     def run(*steps, end):
         ran = {}
 
-        def run_step(self, step, deadline):
-            ran[step.name] = deadline - 1000, clock.now - 1000
-            clock.now = min(clock.now + durations[step.name], deadline)
-            step.result = "passed"
+        def run_steps(self, together, deadline):
+            for step in together:
+                ran[step.name] = deadline - 1000, clock.now - 1000
+                step.result = "passed"
+            longest = max(durations[step.name] for step in together)
+            clock.now = min(clock.now + longest, deadline)
 
-        monkeypatch.setattr(Check, "_run_step", run_step)
-        durations = {name: duration for name, duration, _ in steps}
-        planned = [Step(name, [], share, compiled=False) for name, _, share in steps]
+        monkeypatch.setattr(Check, "_run_steps", run_steps)
+        durations = {name: duration for name, duration, *_ in steps}
+        planned = [
+            Step(name, [], share, compiled=False, group="".join(group))
+            for name, _, share, *group in steps
+        ]
         check = Check(planned, CPU, *folders, seconds=end + 7)
         check.run()
         return ran, results(check)
@@ -113,6 +130,13 @@ def test_unused_time_passes_to_the_next_steps(schedule):
     assert ran == {"a": (300, 0), "b": (400, 1)}
 
 
+def test_steps_of_a_group_have_the_sum_of_their_shares(schedule):
+    ran, _ = schedule(
+        ("a", 1, 1), ("b", 50, 1, "group"), ("c", 9999, 1, "group"), ("d", 1, 1), end=400
+    )
+    assert ran == {"a": (100, 0), "b": (300, 1), "c": (300, 1), "d": (400, 300)}
+
+
 def test_steps_for_which_there_is_no_time_are_not_reached(schedule):
     ran, outcomes = schedule(("a", 9999, 1), ("b", 9999, 1), ("c", 1, 1), ("d", 1, 1), end=32)
     assert ran == {"a": (15, 0), "b": (30, 15)}  # each gets at least 15 seconds
@@ -121,27 +145,25 @@ def test_steps_for_which_there_is_no_time_are_not_reached(schedule):
 
 @pytest.fixture
 def time_is_up(monkeypatch, folders):
-    """Let the time of a step be up as soon as its program has written the file "ready"."""
+    """Let the time of steps be up as soon as a program has written the file "ready"."""
+    waiting = SimpleNamespace(error=None, deadlines=[])
 
-    class Popen(subprocess.Popen):
-        error: BaseException | None = None
-        first_timeout = 0.0
-        was_interrupted = False
+    def completed_before_ready(processes, deadline):
+        waiting.deadlines.append(deadline)
+        running = dict(processes)
+        while running:
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                del running[name]
+                yield name
+            if (folders[1] / "ready").exists():
+                (folders[1] / "ready").unlink()
+                if waiting.error:
+                    raise waiting.error
+                return
+            time.sleep(0.01)
 
-        def wait(self, timeout=None):
-            if timeout is None or self.was_interrupted:
-                return super().wait(timeout)
-            self.was_interrupted = True
-            Popen.first_timeout = Popen.first_timeout or timeout
-            while self.poll() is None:
-                if (folders[1] / "ready").exists():
-                    (folders[1] / "ready").unlink()
-                    raise self.error or subprocess.TimeoutExpired(self.args, timeout)
-                time.sleep(0.01)
-            return self.returncode
-
-    monkeypatch.setattr(subprocess, "Popen", Popen)
-    return Popen
+    monkeypatch.setattr(gpu_check_steps, "completed", completed_before_ready)
+    return waiting
 
 
 def assert_killed(folder: Path) -> None:
@@ -156,15 +178,40 @@ def assert_killed(folder: Path) -> None:
             raise AssertionError(f"process {pid} is running")
 
 
-def test_a_program_is_ended_at_its_deadline(tmp_path):
-    with (tmp_path / "log").open("w") as log:
-        command = [sys.executable, "-c", "import time; time.sleep(600)"]
-        assert run_until(time.monotonic(), command, log) is None
+def test_waiting_ends_at_the_deadline():
+    processes = {
+        name: subprocess.Popen([sys.executable, "-c", code])
+        for name, code in (("quick", ""), ("slow", "import time; time.sleep(600)"))
+    }
+    try:
+        processes["quick"].wait()
+        assert list(completed(processes, time.monotonic())) == ["quick"]
+        processes["slow"].kill()
+        assert list(completed(processes, time.monotonic() + 1e6)) == ["quick", "slow"]
+    finally:
+        processes["slow"].kill()
+        processes["slow"].wait()
+
+
+def test_steps_of_a_group_run_at_the_same_time(run, folders):
+    """Each of two programs waits for the file of the other."""
+    code = """
+import pathlib, sys, time
+mine, other = map(pathlib.Path, sys.argv[1:])
+mine.touch()
+while not other.exists():
+    time.sleep(0.01)
+"""
+    a, b = folders[1] / "a", folders[1] / "b"
+    steps = [program("a", code, a, b, group="both"), program("b", code, b, a, group="both")]
+    check, passed, _ = run([*steps, program("c", "raise SystemExit(1)", group="both")])
+    assert results(check) == {"a": "passed", "b": "passed", "c": "failed"}
+    assert not passed
 
 
 def test_a_step_is_interrupted_when_its_time_is_up(run, folders, time_is_up):
     _, passed, report = run([program("slow", HANGS, folders[1]), program("next", "")])
-    assert 4e5 < time_is_up.first_timeout < 5e5  # half of the time
+    assert 4e5 < time_is_up.deadlines[0] - time.monotonic() < 5e5  # half of the time
     assert [step["result"] for step in report["steps"]] == ["stopped", "passed"]
     assert not passed
     assert (folders[0] / "slow.log").read_text().splitlines()[-1] == "last words"
@@ -243,6 +290,22 @@ def test_a_build_without_the_library_of_the_gpu_fails(facts, passes, run, folder
         assert [step.note for step in check.steps[:2]] == notes
 
 
+def test_programs_that_cannot_run_here_are_left_out(run):
+    unsupported = "print('Error: Device not supported'); raise SystemExit(1)"
+    steps = [
+        program("counters", "print('no permission'); raise SystemExit(77)"),
+        program("memcheck", unsupported, read=read_sanitizer),
+        program("racecheck", "print('1 hazard'); raise SystemExit(1)", read=read_sanitizer),
+    ]
+    check, *_ = run(steps)
+    assert [(step.result, step.note) for step in check.steps] == [
+        ("left out", "no permission"),
+        ("left out", "compute-sanitizer does not support this GPU"),
+        ("failed", "1 hazard"),
+    ]
+    assert run([program("good", ""), steps[0]])[1]
+
+
 TESTS = """
 import pathlib, time
 import pytest
@@ -273,7 +336,7 @@ def test_the_outcomes_of_tests_are_listed_even_if_they_are_stopped(run, folders,
     module = work / "test_it.py"
     module.write_text(TESTS)
     (work / "test_broken.py").write_text("import no_such_module")
-    step = gpu_check.pytest_step(work, "it", 1, str(work), "--continue-on-collection-errors")
+    step = gpu_check.pytest_step(folders[0], "it", 1, str(work), "--continue-on-collection-errors")
     _, passed, report = run([step, program("next", "")])
     assert not passed
     details = report["steps"][0]["details"]
@@ -293,39 +356,74 @@ def test_the_outcomes_of_tests_are_listed_even_if_they_are_stopped(run, folders,
 @pytest.mark.slow
 def test_tests_of_which_none_passes_fail(run, folders):
     (folders[1] / "test_it.py").write_text(TESTS)
-    step = gpu_check.pytest_step(folders[1], "it", 1, str(folders[1]), "-k", "skipped")
+    step = gpu_check.pytest_step(folders[0], "it", 1, str(folders[1]), "-k", "skipped")
     check, *_ = run([step])
     assert (check.steps[0].result, check.steps[0].note) == ("failed", "no test passed (1 skipped)")
 
 
 @pytest.mark.parametrize(("ours", "result"), [("ok", "passed"), ("wrong", "failed")])
 def test_a_benchmark_fails_if_an_operator_of_this_project_fails(ours, result, run, folders):
-    step = gpu_check.benchmark_step("bench", 1, "op", folders[0] / "benchmarks")
+    step = gpu_check.benchmark_step("bench", 1, "op", folders[0])
     step.folder.mkdir()
+    kind = {"shape": "1x7x7x32/16", "dtype": "float16", "pass": "forward"}
     listed = [
-        {"competitor": "ops_dcnv4", "status": ours, "seconds": 1.0},
+        {"competitor": "ops_dcnv4", "status": ours, "seconds": 2e-6, "predicted_seconds": 1e-6},
+        {"competitor": "tuned grid_sample", "status": "ok", "seconds": 5e-6, "ratio": 2.5},
         {"competitor": "grid_sample", "status": "failed"},
         {"competitor": "published DCNv4", "status": "skipped"},
     ]
-    (step.folder / "op_machine.json").write_text(json.dumps({"results": listed}))
+    record = {"benchmark": "op", "results": [kind | result for result in listed]}
+    (step.folder / "op_machine.json").write_text(json.dumps(record))
     (step.folder / "op_other.json").write_text('{"results": [{"competitor"')  # was killed
-    (step.folder / "model_machine.json").write_text("{}")
     check, *_ = run([program("a", "")])
     step.result = "passed"
     read_benchmark(step, check)
     wrong = "" if ours == "ok" else "wrong: ops_dcnv4; "
-    note = f"1 measured; {wrong}failed: grid_sample; skipped: published DCNv4"
+    note = f"2 measured; {wrong}failed: grid_sample; skipped: published DCNv4"
     assert (step.result, step.note) == (result, note)
-    assert step.details["files"] == ["benchmarks/op_machine.json", "benchmarks/op_other.json"]
+    assert step.details["files"] == ["bench/op_machine.json", "bench/op_other.json"]
+    assert len(step.figures) == 1
+    line = gpu_check_figures.table(step.figures)[1]
+    columns = ["1x7x7x32/16", "float16", "forward", "2", "1", "2.00", "us"]
+    assert line.split() == [*columns, "tuned", "grid_sample", "2.50x"]
+
+
+def test_a_benchmark_whose_time_is_up_does_not_fail_the_check(run, folders, time_is_up):
+    step = program("bench", HANGS, folders[1], read=read_benchmark, folder=folders[1] / "bench")
+    check, passed, _ = run([step, program("next", "")])
+    assert results(check) == {"bench": "stopped", "next": "passed"}
+    assert passed
+
+
+def test_results_that_cannot_be_read_fail_only_their_step(run):
+    def read(step, check):
+        raise KeyError("seconds")
+
+    check, *_ = run([program("bad", "", read=read), program("next", "")])
+    assert results(check) == {"bad": "failed", "next": "passed"}
+    assert check.steps[0].note == "results cannot be read: KeyError('seconds')"
+
+
+def test_results_are_written_as_lines(run, folders):
+    def read(step, check):
+        step.figures = [gpu_check_figures.figure("speed", 2.0, 1.0, "m/s")]
+
+    steps = [program("other", "", missing="needs a moon"), program("bench", "", read=read)]
+    for _ in range(2):  # the second check replaces the file of the first
+        run([dataclasses.replace(step) for step in steps])
+    lines = [json.loads(line) for line in (folders[0] / "results.jsonl").read_text().splitlines()]
+    assert [line.get("result") for line in lines] == ["left out", "passed", None]
+    assert lines[0]["note"] == "needs a moon"
+    expected = {"step": "bench", "name": "speed", "measured": 2.0, "predicted": 1.0}
+    assert lines[2] == expected | {"unit": "m/s", "note": ""}
 
 
 def test_results_of_an_earlier_check_are_removed(run, folders):
-    step = program("bench", "", read=read_benchmark, folder=folders[0])
-    step.command[2] = "benchmarks.op"  # not Python: the program fails
-    (folders[0] / "op_machine.json").write_text('{"results": []}')
-    check, *_ = run([step])
-    assert check.steps[0].result == "failed"
-    assert not list(folders[0].glob("op_*.json"))
+    files = [folders[1] / "op_machine.json", folders[0] / "bench.jsonl"]
+    for file in files:
+        file.write_text('{"results": []}')
+    run([program("bench", "", read=read_benchmark, folder=folders[1])])
+    assert not any(file.exists() for file in files)
 
 
 # Steps
@@ -344,10 +442,23 @@ def test_the_order_of_the_steps_on_a_gpu(tmp_path):
     assert not any(step.missing for step in steps)
     names = [step.name for step in steps]
     assert names[:5] == ["build", "dcnv4", "attention", "triton-dcnv4", "triton-attention"]
-    assert names[8:] == [*SANITIZERS, "bench-operators", "bench-models", "bench-compiled"]
+    assert names[9:13] == list(SANITIZERS)
+    assert names[13:17] == ["rates", "bench-operators", "counters", "bench-models"]
     assert sum(step.share for step in steps) == 100
-    assert steps[0].env["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    assert 480 * steps[0].share / 100 < 120  # seconds for the build
+    assert steps[0].env["TORCH_CUDA_ARCH_LIST"] == steps[8].env["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert "FORCE_CPU" not in steps[0].env
+    groups = [step.group for step in steps if step.group]
+    assert groups == ["tests"] * 8 + ["sanitizers"] * 4  # benchmarks run alone
+
+
+def test_the_commands_of_benchmarks_are_accepted(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    benchmarks = [s for s in make_steps(GPU, tmp_path, tmp_path) if s.read is read_benchmark]
+    assert len(benchmarks) == 10
+    for step in benchmarks:
+        module = importlib.import_module(step.command[2])
+        assert module.parse_arguments(step.command[3:]).device == "cuda"
 
 
 def test_without_a_gpu_the_emulator_and_the_cpu_are_used(tmp_path):
@@ -361,13 +472,15 @@ def test_without_a_gpu_the_emulator_and_the_cpu_are_used(tmp_path):
 
 def test_steps_without_their_packages_or_programs_are_left_out(tmp_path):
     modules = [name for name in MODULES if name not in ("timm", "triton")]
-    facts = GPU | {"modules": modules, "compute_sanitizer": None}
+    facts = GPU | {"modules": modules, "compute_sanitizer": None, "ncu": None, "memory_gib": 40}
     missing = {s.name: s.missing for s in make_steps(facts, tmp_path, tmp_path) if s.missing}
     assert missing == {
         **dict.fromkeys(["triton-dcnv4", "triton-attention"], "needs triton"),
         **dict.fromkeys(SANITIZERS, "needs a GPU and compute-sanitizer"),
-        **dict.fromkeys(["models", "bench-operators", "bench-models"], "needs timm"),
-        "bench-compiled": "needs timm",
+        **dict.fromkeys(["models", "bench-models", "bench-graph"], "needs timm"),
+        **dict.fromkeys(["bench-compiled", "bench-contiguous"], "needs timm"),
+        "counters": "needs ncu",
+        "large": "needs 64 GiB of GPU memory",
     }
 
 
@@ -482,24 +595,40 @@ def test_the_table_comes_last(folders, time_is_up, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         gpu_check.main(["--seconds", "1e6", "--output", str(folders[0])])
     assert error.value.code == 1
-    table = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-4:]]
-    expected = ["step result", "slow stopped", "next passed", "other left"]
+    table = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-5:]]
+    expected = ["step result", "slow stopped", "next passed", "other left", "1 stopped,"]
     assert table == [line.split() for line in expected]
 
 
 @pytest.mark.slow
 def test_a_check_on_the_cpu_passes(tmp_path):
-    """Use the installed operators, because compiling them takes minutes."""
-    arguments = ("--output", str(tmp_path), "--steps", "small-run")
-    status = subprocess.run(
-        [sys.executable, "-m", "tools.gpu_check", *arguments],
+    """Use the installed operators, because compiling them takes minutes.
+
+    The tests that further steps run on the CPU are part of this suite.
+    """
+    output = tmp_path / "check"
+    names = ["small-run", "rates", "bench-operators", "bench-models", "tune"]
+    names += ["dcnv4"] * AVAILABLE
+    process = subprocess.run(
+        [sys.executable, "-m", "tools.gpu_check", "--output", output, "--steps", *names],
         cwd=ROOT,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    ).returncode
-    report = json.loads((tmp_path / "report.json").read_text())
-    outcomes = [(step["name"], step["result"], step["note"]) for step in report["steps"]]
-    assert outcomes == [("small-run", "passed", "")]
-    assert status == 0
-    assert "tests.gpu.sanitize" in (tmp_path / "small-run.log").read_text()
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    report = json.loads((output / "report.json").read_text())
+    steps = {step["name"]: step for step in report["steps"]}
+    assert steps.keys() == set(names)
+    assert {step["result"] for step in steps.values()} == {"passed"}
+    for name in ("rates", "bench-operators", "bench-models", "tune"):
+        for figure in steps[name]["figures"]:
+            assert figure["measured"] > 0
+            assert figure["predicted"] > 0
+            assert f"\n{figure['name']} " in process.stdout
+        assert steps[name]["figures"]
+    assert "tests.gpu.sanitize" in (output / "small-run.log").read_text()
     assert report["machine"]["python"] == sys.version.split()[0]
     assert report["machine"]["gpu"] is None
+    with tarfile.open(f"{output}.tar.gz") as archive:
+        assert {"./report.json", "./results.jsonl"} <= set(archive.getnames())
