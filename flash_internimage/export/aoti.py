@@ -1,6 +1,7 @@
 """Packages of AOTInductor: compiled for this machine, run from Python or C++."""
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from .tensors import call_with_arrays
 def write(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
     """Compile a traced model; see :class:`~.formats.FormatModule`."""
     stored = {key: json.dumps(value) for key, value in asdict(metadata).items()}
-    torch._inductor.aoti_compile_and_package(
-        program,
-        package_path=str(path),
-        inductor_configs={"aot_inductor.metadata": stored},
-    )
+    # Layers in int8 need constant weights, which Inductor only has without gradients.
+    quantized = any("quantized_decomposed" in str(node.target) for node in program.graph.nodes)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about copies within Inductor
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(path),
+            inductor_configs={"aot_inductor.metadata": stored, "freezing": quantized},
+        )
 
 
 def load(path: Path, threads: int | None = None) -> Runtime:
