@@ -17,7 +17,7 @@ from .tensors import call_with_arrays
 def write(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
     """Compile a traced model; see :class:`~.formats.FormatModule`."""
     stored = {key: json.dumps(value) for key, value in asdict(metadata).items()}
-    # Layers in int8 need constant weights, which Inductor only has without gradients.
+    # Inductor computes in int8 if the weights are frozen, which it only does without gradients.
     quantized = any("quantized_decomposed" in str(node.target) for node in program.graph.nodes)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about copies within Inductor
