@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
                         help="weights and computation of a classifier (default: %(default)s); "
                         "input and output remain float32")  # fmt: skip
     parser.add_argument("--int8", action="store_true",
-                        help="quantize a classifier in ONNX to int8")  # fmt: skip
+                        help="quantize a classifier to int8: not in OpenVINO")  # fmt: skip
     parser.add_argument("--calibration", nargs="+", default=[], metavar="IMAGE",
                         help="images or folders that calibrate --int8 (at most "
                         f"{_MAX_CALIBRATION} images are used)")  # fmt: skip

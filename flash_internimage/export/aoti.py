@@ -1,6 +1,7 @@
 """Packages of AOTInductor: compiled for this machine, run from Python or C++."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,11 +20,14 @@ from .tensors import call_with_arrays
 def write(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
     """Compile a traced model; see :class:`~.formats.FormatModule`."""
     stored = {key: json.dumps(value) for key, value in asdict(metadata).items()}
-    with arrays_declared_at_use():
+    # Inductor computes in int8 if the weights are frozen, which it only does without gradients.
+    quantized = any("quantized_decomposed" in str(node.target) for node in program.graph.nodes)
+    with torch.no_grad(), warnings.catch_warnings(), arrays_declared_at_use():
+        warnings.simplefilter("ignore", UserWarning)  # about copies within Inductor
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(path),
-            inductor_configs={"aot_inductor.metadata": stored},
+            inductor_configs={"aot_inductor.metadata": stored, "freezing": quantized},
         )
 
 

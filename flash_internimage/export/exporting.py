@@ -14,7 +14,7 @@ import torch
 from ..inference import Predictor
 from .formats import find_format, trace
 from .models import exportable
-from .precision import TOLERANCES, convert, quantize, require_precision
+from .precision import TOLERANCES, convert, quantize_file, quantize_program, require_precision
 from .verification import (
     Comparison,
     Timing,
@@ -129,8 +129,8 @@ def export_model(
         with_preprocessing: Whether the file takes images (N, H, W, 3) uint8 RGB of any size and
             preprocesses them: classifiers only. Default: (N, 3, H, W) float32, normalized.
         dtype: Dtype in which a classifier computes: 'float32', 'float16' or 'bfloat16'.
-        calibration: Arrays (H, W, 3) uint8 RGB by which a classifier in ONNX is quantized to int8.
-            Default: it is not.
+        calibration: Arrays (H, W, 3) uint8 RGB by which a classifier is quantized to int8: not in
+            OpenVINO. Default: it is not.
         images: Arrays (H, W, 3) uint8 RGB to verify with. Default: those of the calibration, or
             scikit-learn's two photographs.
         tolerance: Largest difference of an output, relative to its largest absolute value. Default:
@@ -140,7 +140,7 @@ def export_model(
 
     Raises:
         DifferenceError: If the outputs differ by more than the tolerance.
-        ModuleNotFoundError: If a package of the format is missing.
+        ModuleNotFoundError: If a package of the format, or one that quantizes, is missing.
         OSError: If the file cannot be written.
         ValueError: If the model cannot be exported to this format.
 
@@ -170,14 +170,18 @@ def export_model(
     with _one_line(f"the model cannot be traced for {format}"):
         height, width = (inputs[0].shape[i] for i in model.size_dims)
         program = trace(traced, height, width, find_format(format).guarded)
+    if examples and format != "onnx":
+        with _one_line(f"the model cannot be quantized for {format}"):
+            quantized = quantize_program(program, examples)
+            program = trace(quantized, height, width, find_format(format).guarded)
     agreement = None
     # The file is verified in a hidden folder, as runtimes load files by their names.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         partial = Path(folder, path.name)
         with _one_line(f"the model cannot be written as {format}"):
             module.write(program, model.metadata, partial)
-            if examples:
-                quantize(partial, (example.numpy() for example in examples))
+            if examples and format == "onnx":
+                quantize_file(partial, examples)
         with _one_line(f"the runtime of {format} fails"):
             runtime = module.load(partial)
             comparisons = [compare(model, runtime, batch) for batch in inputs]

@@ -92,10 +92,19 @@ def find_format(name: str) -> Format:
     """
     if name not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
-    for package in FORMATS[name].packages:
+    require_packages(*FORMATS[name].packages)
+    return FORMATS[name]
+
+
+def require_packages(*packages: str) -> None:
+    """Check that packages are installed.
+
+    Raises:
+        ModuleNotFoundError: If one is missing.
+    """
+    for package in packages:
         if find_spec(package) is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-    return FORMATS[name]
 
 
 def trace(model: ExportableModel, height: int, width: int, guarded: bool = True) -> ExportedProgram:

@@ -1,5 +1,6 @@
-"""Classifiers in other precisions than float32: 16-bit floating point, and int8 by onnxruntime."""
+"""Classifiers in other precisions than float32: 16 bits, and int8 by onnxruntime or torchao."""
 
+import contextlib
 import copy
 import logging
 from collections.abc import Iterable, Iterator
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from .models import ExportableModel
+from .formats import require_packages
+from .models import ExportableClassifier, ExportableModel
 
 # Largest differences from eager PyTorch in float32, relative to the largest value of an output.
 TOLERANCES = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
@@ -18,9 +21,9 @@ TOLERANCES = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}
 _FORMATS = {
     "float16": ("onnx", "torch-export", "aoti"),
     "bfloat16": ("torch-export", "aoti"),
-    "int8": ("onnx",),
+    "int8": ("onnx", "torch-export", "aoti"),
 }
-# Operators that are computed in int8: DeformConv and the norms remain in float32.
+# Operators of ONNX that are computed in int8: DeformConv and the norms remain in float32.
 _QUANTIZED = ["Conv", "Gemm", "MatMul"]
 
 
@@ -35,6 +38,7 @@ def require_precision(format: str, task: str, dtype: str, int8: bool, logits: bo
         logits: Whether its output are logits for normalized images.
 
     Raises:
+        ModuleNotFoundError: If a package that quantizes is missing.
         ValueError: If it cannot.
     """
     if not int8 and dtype == "float32":
@@ -51,6 +55,8 @@ def require_precision(format: str, task: str, dtype: str, int8: bool, logits: bo
     if format not in _FORMATS[precision]:
         formats = " or ".join(_FORMATS[precision])
         raise ValueError(f"the format must be {formats} for {precision}, got {format}")
+    if int8 and format != "onnx":
+        require_packages("torchao")
 
 
 class _InDtype(nn.Module):
@@ -71,7 +77,7 @@ def convert(model: ExportableModel, dtype: torch.dtype) -> ExportableModel:
     return converted
 
 
-def quantize(path: Path, images: Iterable[np.ndarray]) -> None:
+def quantize_file(path: Path, images: Iterable[Tensor]) -> None:
     """Quantize an ONNX file in place: static ranges, QuantizeLinear and DequantizeLinear nodes.
 
     Args:
@@ -82,9 +88,7 @@ def quantize(path: Path, images: Iterable[np.ndarray]) -> None:
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it recommends a preparation that changes nothing here
-    try:
+    with _without_warnings():  # it recommends a preparation that changes nothing here
         quantize_static(
             path,
             path,
@@ -95,8 +99,6 @@ def quantize(path: Path, images: Iterable[np.ndarray]) -> None:
             per_channel=True,
             op_types_to_quantize=_QUANTIZED,
         )
-    finally:
-        logging.disable(disabled)
     quantized: Any = onnx.load(path)
     onnx.helper.set_model_props(quantized, metadata)
     onnx.save(quantized, path)
@@ -105,9 +107,53 @@ def quantize(path: Path, images: Iterable[np.ndarray]) -> None:
 class _Reader:
     """Images in the form that onnxruntime reads them."""
 
-    def __init__(self, images: Iterable[np.ndarray]) -> None:
-        self.images: Iterator[np.ndarray] = iter(images)
+    def __init__(self, images: Iterable[Tensor]) -> None:
+        self.images: Iterator[Tensor] = iter(images)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         image = next(self.images, None)
-        return None if image is None else {"images": image}
+        return None if image is None else {"images": image.numpy()}
+
+
+class _QuantizedClassifier(ExportableClassifier):
+    """A classifier whose model is a graph with the same outputs."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.model(images)
+
+
+def quantize_program(program: ExportedProgram, images: Iterable[Tensor]) -> ExportableModel:
+    """Return a traced classifier with static ranges, to be traced again.
+
+    The layers remain in float32 between operators that quantize and dequantize, which Inductor
+    replaces by layers in int8.
+
+    Args:
+        program: The traced classifier; it is not modified.
+        images: Inputs (1, 3, H, W) float32 from which the ranges of the activations are found.
+    """
+    with _without_warnings():  # about deprecations within torchao
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+        from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+            X86InductorQuantizer,
+            get_default_x86_inductor_quantization_config,
+        )
+
+    quantizer = X86InductorQuantizer()
+    quantizer.set_global(get_default_x86_inductor_quantization_config())
+    observed = prepare_pt2e(program.module(check_guards=False), quantizer)
+    with torch.no_grad():
+        for image in images:
+            observed(image)
+    return _QuantizedClassifier(convert_pt2e(observed))
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Log no warnings within a block."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)

@@ -20,7 +20,8 @@ def call_with_arrays(model: Callable, names: Sequence[str], threads: int | None)
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
         with use_threads(threads), torch.inference_mode():
-            outputs = model(torch.from_numpy(images))
+            # AOTInductor reads images in the memory format of the traced example.
+            outputs = model(torch.from_numpy(np.ascontiguousarray(images)))
         return {name: output.numpy() for name, output in zip(names, outputs, strict=True)}
 
     return run

@@ -81,3 +81,24 @@ def test_file_computes_what_the_checkpoint_computes(format_name, task, tmp_path)
     assert not any(comparison.empty for comparison in report.comparisons)
     metadata = FORMATS[format_name].load_module().read_metadata(path)
     assert (metadata["task"], metadata["classes"]) == (task, [*predictor.classes])
+
+
+@pytest.mark.parametrize("format_name", ["onnx", "torch-export", "aoti"])
+def test_int8_file_has_the_classes_of_the_checkpoint(format_name, tmp_path):
+    demo = DEMOS["classification"]
+    [checkpoint] = demo.find(demo.checkpoint)
+    calibration = [read_rgb(path) for path in demo.find("data/digits/train/*/*.png")[::10]]
+    images = [read_rgb(path) for path in demo.find(demo.images)[::90]]
+    path = tmp_path / f"model{FORMATS[format_name].suffix}"
+    report = export_model(
+        load_predictor(demo.model, checkpoint, device="cpu"),
+        path,
+        format_name,
+        calibration=calibration,
+        images=images,
+        timing=False,
+    )
+    assert report.agreement >= 0.98
+    assert report.size < 3.5e6  # 7 MB or more in float32
+    if format_name == "aoti":  # layers in int8, not in float32 between conversions
+        assert b"aoti_torch_cpu__qlinear_pointwise" in path.read_bytes()

@@ -95,8 +95,8 @@ def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, calls, c
             "the task must be classification for bfloat16, got segmentation",
         ),
         (
-            [CLASSIFIER, "--format", "torch-export", "--int8", "--calibration", "x"],
-            "the format must be onnx for int8, got torch-export",
+            [SEGMENTOR, "--format", "torch-export", "--int8", "--calibration", "x"],
+            "the task must be classification for int8, got segmentation",
         ),
     ],
 )
@@ -148,3 +148,14 @@ def test_a_missing_package_names_the_extra(format, extra, tmp_path, monkeypatch,
         main(arguments)
     expected = f"requires {format}: pip install 'flash-internimage[{extra}]'\n"
     assert capsys.readouterr().err.endswith(expected)
+
+
+@pytest.mark.parametrize("format", ["torch-export", "aoti"])
+def test_int8_of_pytorch_requires_torchao(format, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "torchao" else name)
+    options = ["--int8", "--calibration", "x", "-o", str(tmp_path / "m.pt2")]
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", CLASSIFIER, "--format", format, *options])
+    assert capsys.readouterr().err.endswith(
+        "requires torchao: pip install 'flash-internimage[export]'\n"
+    )

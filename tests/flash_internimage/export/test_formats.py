@@ -3,13 +3,17 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
 from onnx import load as load_onnx
+from sklearn.datasets import load_digits
 from torch import nn
+from torch.fx import Node
 from torchvision.transforms import (
     CenterCrop,
     Compose,
@@ -29,6 +33,7 @@ from flash_internimage.export import (
 )
 from flash_internimage.export.formats import trace
 from flash_internimage.export.models import ExportableClassifier, exportable
+from flash_internimage.export.tensors import call_with_arrays
 from flash_internimage.inference import load_predictor
 from flash_internimage.inference.classifier import Classifier
 from tests.nano import CLASSIFIER, DIGITS
@@ -40,12 +45,31 @@ def always_clean(one_thread):
 
 
 @pytest.fixture(scope="module")
-def classifier(weights):
+def images():
+    """Return images of digits, (8, 8, 3) uint8."""
+    gray = np.rint(load_digits().images[:150] * (255 / 16)).astype(np.uint8)
+    return [np.repeat(image[..., None], 3, axis=2) for image in gray]
+
+
+@pytest.fixture(scope="module")
+def classifier(weights, images):
     predictor = load_predictor(CLASSIFIER, weights[CLASSIFIER], device="cpu")
     torch.manual_seed(0)
-    predictor.model = timm.create_model(
+    model = timm.create_model(
         "flash_internimage_nano", depths=(1, 1), groups=(1, 2), num_classes=len(DIGITS)
     ).eval()
+    predictor.model = model
+    # A head of ridge regression: the logits of random weights are too close to compare classes.
+    with torch.no_grad():
+        inputs = torch.cat([*map(exportable(predictor, "nano").preprocessing, images)])
+        features = model.forward_head(model.forward_features(inputs), pre_logits=True).double()
+        features = torch.cat([features, torch.ones(len(images), 1)], 1)
+        labels = torch.from_numpy(load_digits().target[: len(images)])
+        squares = features.T @ features + 0.03 * torch.eye(features.shape[1])
+        targets = features.T @ nn.functional.one_hot(labels).double()
+        solution = torch.linalg.solve(squares, targets)
+        model.head.weight.copy_(solution[:-1].T)
+        model.head.bias.copy_(solution[-1])
     return predictor
 
 
@@ -90,7 +114,7 @@ def test_file_of_a_classifier(format, classifier, traced, tmp_path):
 
 @pytest.mark.slow
 def test_int8_file(classifier, traced, onnx_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, "MIN_AGREEMENT_INT8", 0.0)  # random weights, close logits
+    monkeypatch.setattr(verification, "MIN_AGREEMENT_INT8", 0.0)  # the images are noise
     generator = np.random.default_rng(0)
     images = [generator.integers(256, size=(40, 32, 3), dtype=np.uint8) for _ in range(4)]
     path = tmp_path / "int8.onnx"
@@ -110,9 +134,61 @@ def test_int8_file(classifier, traced, onnx_file, tmp_path, monkeypatch):
     assert not any(quantized.intersection(names) for names in inputs["DeformConv"])
 
 
+RUN_INT8 = """
+import sys
+import ops_dcnv4
+import torch
+import torch.ao.quantization.quantize_fx
+program = torch.export.load(sys.argv[1])
+(logits,) = program.module()(torch.load(sys.argv[2]))
+torch.save(logits, sys.argv[3])
+"""
+
+
+def kinds(nodes):
+    return {node.target.__name__.split(".")[0] for node in nodes if node.op == "call_function"}
+
+
+@pytest.mark.slow
+def test_int8_program(classifier, program, images, tmp_path, monkeypatch):
+    earlier = [program]
+    monkeypatch.setattr(exporting, "trace", lambda *a: earlier.pop() if earlier else trace(*a))
+    path = tmp_path / "int8.pt2"
+    report = export_model(classifier, path, "torch-export", calibration=images, timing=False)
+    assert [*tmp_path.iterdir()] == [path]
+    assert report.agreement >= 0.98
+    assert 1e-4 < max(comparison.largest["logits"] for comparison in report.comparisons) < 0.2
+    quantized = torch.export.load(path)
+    layers = [n for n in quantized.graph.nodes if kinds([n]) & {"linear", "conv2d"}]
+    for layer in layers:
+        operands = [argument for argument in layer.args[:2] if isinstance(argument, Node)]
+        assert kinds(operands) == {"dequantize_per_tensor", "dequantize_per_channel"}
+    samplings = [n for n in quantized.graph.nodes if kinds([n]) == {"dcnv4"}]
+    assert (len(layers), len(samplings)) == (15, 2)
+    assert all(kinds(sampling.all_input_nodes) == {"linear"} for sampling in samplings)
+    assert {t.dtype for t in quantized.state_dict.values() if t.dim() > 1} == {torch.int8}
+
+    # In another process, without torchao.
+    model = exportable(classifier, "nano")
+    inputs = torch.cat([model.preprocessing(image) for image in images])
+    torch.save(inputs, tmp_path / "images")
+    arguments = [path, tmp_path / "images", tmp_path / "logits"]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", RUN_INT8, *arguments], check=True)
+    [expected] = model(inputs)
+    equal = torch.load(tmp_path / "logits").argmax(1) == expected.argmax(1)
+    assert equal.double().mean() >= 0.98
+
+
+def test_runtimes_of_pytorch_get_contiguous_images():
+    strides = []
+    run = call_with_arrays(lambda images: strides.append(images.stride()) or (), (), None)
+    run(np.zeros((2, 4, 5, 3), np.float32).transpose(0, 3, 1, 2))
+    assert strides == [(60, 20, 5, 1)]
+
+
 def test_int8_with_other_classes_is_not_kept(classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "trace", lambda *_: None)
-    monkeypatch.setattr(exporting, "quantize", lambda *_: None)
+    monkeypatch.setattr(exporting, "quantize_file", lambda *_: None)
     monkeypatch.setattr("flash_internimage.export.formats.Format.load_module", lambda _: Wrong())
     images = [np.full((32, 32, 3), level, np.uint8) for level in (0, 255)]
     with pytest.raises(DifferenceError, match="calibration images must agree by at least 95%"):
