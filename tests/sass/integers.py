@@ -182,6 +182,8 @@ def extreme(warp: Warp, i: Instruction, active: Mask) -> None:
     if "U32" not in i.modifiers:
         x, y = signed(x), signed(y)
     result = np.where(warp.predicate(minimum), np.minimum(x, y), np.maximum(x, y))
+    if "RELU" in i.modifiers:
+        result = np.maximum(result, 0)
     warp.set(destination, result, active)
 
 

@@ -18,6 +18,8 @@ struct TapSample {
   unsigned inside;  // a bit per corner: top left, top right, bottom left, bottom right
 
   TapSample() = default;
+  __device__ __forceinline__ TapSample(acc_t dx, acc_t dy, acc_t weight, unsigned inside)
+      : dx(dx), dy(dy), weight(weight), inside(inside) {}
   template <typename Math>
   __device__ __forceinline__ TapSample(const Cell<Math>& cell, acc_t weight)
       : dx(cell.x.distance),
@@ -198,6 +200,17 @@ __global__ void __launch_bounds__(block_threads)
   }
 }
 
+template <typename Sampler, typename scalar_t, typename acc_t, typename point_t>
+void launch_scatter_in_order(const Sampler& sampler, const scalar_t* grad_output,
+                             const point_t* locations, const point_t* weights, acc_t* grad_value) {
+  const Extents output = sampler.output();
+  const auto general = sampler.general();
+  const dim3 grid(divide_up(output.groups, block_threads / warp_size), 1,
+                  std::min<int64_t>(output.batch, 65535));
+  launch(scatter_in_order<std::decay_t<decltype(general)>>, {grid, block_threads}, general, output,
+         grad_output, locations, weights, grad_value);
+}
+
 // Adds to grad_value, which must be zero at the start, and writes the other gradients.
 template <typename Sampler, typename scalar_t, typename acc_t, typename point_t,
           typename grad_point_t>
@@ -208,13 +221,7 @@ void launch_backward(const Sampler& sampler, bool in_order, const scalar_t* grad
   const auto kernel = in_order ? &backward<Sampler, false> : &backward<Sampler, true>;
   launch(kernel, {layout.grid(), block_threads}, sampler, layout, grad_output, value, locations,
          weights, grad_value, grad_locations, grad_weights);
-  if (!in_order) return;
-  const Extents output = layout.output;
-  const auto general = sampler.general();
-  const dim3 grid(divide_up(output.groups, block_threads / warp_size), 1,
-                  std::min<int64_t>(output.batch, 65535));
-  launch(scatter_in_order<std::decay_t<decltype(general)>>, {grid, block_threads}, general, output,
-         grad_output, locations, weights, grad_value);
+  if (in_order) launch_scatter_in_order(sampler, grad_output, locations, weights, grad_value);
 }
 
 }  // namespace ops_dcnv4

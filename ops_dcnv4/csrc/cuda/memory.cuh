@@ -12,12 +12,26 @@ namespace ops_dcnv4 {
 
 // Keeps nvcc from recomputing a pointer to global memory for every load.
 template <typename T>
-__device__ __forceinline__ const T* computed(const T* pointer) {
+__device__ __forceinline__ T* computed(T* pointer) {
 #if defined(__CUDA_ARCH__)
   asm("" : "+l"(pointer));
   __builtin_assume(__isGlobal(pointer));
 #endif
   return pointer;
+}
+
+// Keeps nvcc from computing a number again where it is used.
+__device__ __forceinline__ float computed(float number) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+f"(number));
+#endif
+  return number;
+}
+__device__ __forceinline__ unsigned computed(unsigned number) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+r"(number));
+#endif
+  return number;
 }
 
 // n elements, loaded and stored at once if they take 8 or 16 bytes.
