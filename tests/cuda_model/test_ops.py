@@ -211,6 +211,14 @@ def test_deterministic_results_do_not_depend_on_the_order(group_channels, dtype,
         assert_equal(run(tensors, p), expected)
 
 
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (9, 8)])  # for one warp and for several
+def test_sums_in_a_fixed_order(size, run):
+    p = Parameters(groups=5, kernel_size=(2, 3), padding=(1, 1))
+    tensors = random_tensors(p, 2, size, 3, steps_per_pixel=64).to(torch.float32)
+    assert_documented_accuracy(run, tensors, p)
+
+
 @pytest.mark.parametrize("group_channels", [3, 16])
 def test_order_changes_only_the_rounding_of_atomic_sums(
     group_channels, run, set_order, assert_near

@@ -179,6 +179,22 @@ def check_options() -> None:
             say(f"{name} D{channels}, {options}: {forward} and {backward} per block")
 
 
+def check_fixed_order() -> None:
+    """Run the kernels of the deterministic backward pass."""
+    p = Parameters(groups=3)
+    tensors = random_tensors(p, 1, (5, 6), 16, steps_per_pixel=64).to(torch.float16)
+    expected = run_exactly(tensors, p)
+    value, offset_mask, grad_output = (tensor.clone() for tensor in tensors)
+    with machine_code():
+        gradients = OPERATORS.dcnv4_backward(
+            grad_output, value, offset_mask, *p, deterministic=True
+        )
+    for what, actual, exact in zip(
+        ("grad_value", "grad_offset_mask"), gradients, expected[1:], strict=True
+    ):
+        check(f"{what} in a fixed order", actual, exact, tolerance(torch.float16))
+
+
 def main(words: list[str]) -> None:
     if not compiler.AVAILABLE:
         sys.exit("nvcc and cuobjdump are needed; they come with CUDA")
@@ -194,6 +210,7 @@ def main(words: list[str]) -> None:
     if not words:
         say("")
         check_options()
+        check_fixed_order()
 
 
 if __name__ == "__main__":

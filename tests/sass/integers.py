@@ -192,6 +192,25 @@ def absolute(warp: Warp, i: Instruction, active: Mask) -> None:
     warp.set(i.operands[0], np.abs(signed(warp.integer(i.operands[1]))), active)
 
 
+@instruction("BREV", "UBREV")
+def reverse_bits(warp: Warp, i: Instruction, active: Mask) -> None:
+    values = each_lane(lambda v: int(f"{v:032b}"[::-1], 2), warp.integer(i.operands[1]))
+    warp.set(i.operands[0], values, active)
+
+
+@instruction("FLO", "UFLO")
+def find_leading_one(warp: Warp, i: Instruction, active: Mask) -> None:
+    """Return the position of the highest bit, or with SH its distance from bit 31; -1 if none."""
+    if "U32" not in i.modifiers:
+        raise NotImplementedError(i.text)
+
+    def leading(value: int) -> int:
+        position = value.bit_length() - 1
+        return 31 - position if "SH" in i.modifiers and value else position
+
+    warp.set(i.operands[0], each_lane(leading, warp.integer(i.operands[-1])), active)
+
+
 @instruction("PRMT", "UPRMT")
 def permute_bytes(warp: Warp, i: Instruction, active: Mask) -> None:
     destination, a, selector, b = i.operands

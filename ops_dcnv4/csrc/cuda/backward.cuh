@@ -143,43 +143,59 @@ __global__ void __launch_bounds__(block_threads)
   sampler.check();
 }
 
-// Computes only grad_value, in a fixed order. A warp owns a group of an image, and a thread some of
-// its channels. Each of the 32 threads plans a tap; these taps are then processed one by one.
+// Computes only grad_value, in a fixed order: that of the taps of an image. A warp owns a group of
+// `owned` consecutive pixels, and a thread some of its channels. Each of the 32 threads plans a
+// tap; those that reach the warp's pixels are then processed one by one. The sums do not depend on
+// `owned`.
 template <typename Sampler, typename S = typename Sampler::Compiled,
           typename scalar_t = typename S::scalar_t, typename acc_t = typename S::acc_t,
           typename point_t = typename Sampler::point_t>
 __global__ void __launch_bounds__(block_threads)
-    scatter_in_order(const Sampler sampler, const Extents output,
+    scatter_in_order(const Sampler sampler, const Extents output, int64_t owned,
                      const scalar_t* __restrict__ grad_output,
                      const point_t* __restrict__ locations, const point_t* __restrict__ weights,
                      acc_t* __restrict__ grad_value) {
   const int lane = threadIdx.x % warp_size, warps = block_threads / warp_size;
   const int taps = sampler.taps(), group_channels = sampler.group_channels();
   const int64_t channels = sampler.channels();
+  const int64_t first_owned = blockIdx.y * owned * channels;  // as an offset within the image
   ThreadUnit unit;
   unit.lane = 0;
-  unit.exists = true;
   unit.group = blockIdx.x * warps + threadIdx.x / warp_size;
   if (unit.group >= output.groups) return;
   for (unit.image = blockIdx.z; unit.image < output.batch; unit.image += gridDim.z) {
     acc_t* image =
         grad_value + unit.image * sampler.pixels() * channels + unit.group * group_channels;
     const int64_t pixels = int64_t(output.height) * output.width;
-    for (int64_t first = 0; first < pixels * taps; first += warp_size) {
-      const int64_t own = std::min(first + lane, pixels * taps - 1), in_image = own / taps;
-      unit.row = static_cast<int>(in_image / output.width);
-      unit.col = static_cast<int>(in_image % output.width);
+    // A lane plans every 32nd tap. It finds the next without dividing numbers of 64 bits.
+    int k = lane % taps;
+    unsigned col = lane / taps;
+    unit.row = 0;
+    while (true) {
+      unit.row += col / output.width;
+      col %= output.width;
+      unit.col = col;
+      unit.exists = unit.row < output.height;
+      if (!__any_sync(0xffffffff, unit.exists)) break;
+      const int64_t own_pixel = int64_t(unit.row) * output.width + unit.col;
       const auto tap_of = sampler.taps_of(unit, output, 1, locations, weights);
       TapSample<acc_t> own_sample;
-      const auto own_offsets = locate_tap<int64_t>(
-          tap_of(static_cast<int>(own % taps)), channels,
-          [&](auto... arguments) { own_sample = TapSample<acc_t>(arguments...); });
-      for (int from = 0; from < std::min<int64_t>(warp_size, pixels * taps - first); ++from) {
+      const auto own_offsets = locate_tap<int64_t>(tap_of(k), channels, [&](auto... arguments) {
+        own_sample = TapSample<acc_t>(arguments...);
+      });
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        const int64_t distance = own_offsets.offset(corner) - first_owned;
+        const bool is_owned = distance >= 0 && distance < owned * channels;
+        if (!is_owned || !unit.exists) own_sample.inside &= ~(1u << corner);
+      }
+      const bool reaches = !own_offsets.is_none() && own_sample.inside != 0;
+      for (unsigned left = __ballot_sync(0xffffffff, reaches); left != 0; left &= left - 1) {
+        const int from = __ffs(left) - 1;
         const auto offsets = from_lane(own_offsets, from, warp_size);
         const auto tap = from_lane(own_sample, from, warp_size);
-        if (offsets.is_none()) continue;
-        const scalar_t* grads = grad_output + unit.group * group_channels +
-                                (unit.image * pixels + (first + from) / taps) * channels;
+        const int64_t pixel = unit.image * pixels + from_lane(own_pixel, from, warp_size);
+        const scalar_t* grads = grad_output + unit.group * group_channels + pixel * channels;
         const auto weights = tap.weights();
         for (int c = lane; c < group_channels; c += warp_size) {
           const acc_t grad = static_cast<acc_t>(grads[c]);
@@ -196,19 +212,29 @@ __global__ void __launch_bounds__(block_threads)
           }
         }
       }
+      k += warp_size % taps;
+      col += warp_size / taps + (k >= taps);
+      if (k >= taps) k -= taps;
     }
   }
 }
+
+// Warps of scatter_in_order: enough for a large GPU, with at least so many pixels. More of them
+// would repeat more plans.
+constexpr int64_t ordered_warps = 2048, least_owned = 16;
 
 template <typename Sampler, typename scalar_t, typename acc_t, typename point_t>
 void launch_scatter_in_order(const Sampler& sampler, const scalar_t* grad_output,
                              const point_t* locations, const point_t* weights, acc_t* grad_value) {
   const Extents output = sampler.output();
   const auto general = sampler.general();
-  const dim3 grid(divide_up(output.groups, block_threads / warp_size), 1,
+  const int64_t pixels = sampler.pixels();
+  const int64_t parts = divide_up(ordered_warps, output.batch * output.groups);
+  const int64_t owned = std::max(divide_up(pixels, parts), least_owned);
+  const dim3 grid(divide_up(output.groups, block_threads / warp_size), divide_up(pixels, owned),
                   std::min<int64_t>(output.batch, 65535));
   launch(scatter_in_order<std::decay_t<decltype(general)>>, {grid, block_threads}, general, output,
-         grad_output, locations, weights, grad_value);
+         owned, grad_output, locations, weights, grad_value);
 }
 
 // Adds to grad_value, which must be zero at the start, and writes the other gradients.

@@ -32,7 +32,7 @@ struct Dcnv4Sampler {
   OPS_DCNV4_INLINE int group_channels() const {
     return S::group_channels ? S::group_channels : g.group_channels;
   }
-  __device__ __forceinline__ int64_t pixels() const { return int64_t(g.height) * g.width; }
+  OPS_DCNV4_INLINE int64_t pixels() const { return int64_t(g.height) * g.width; }
 
   __device__ __forceinline__ void check() const {}
 

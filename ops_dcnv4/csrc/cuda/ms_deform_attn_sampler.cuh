@@ -48,7 +48,7 @@ struct MsDeformAttnSampler {
   OPS_DCNV4_INLINE int group_channels() const {
     return S::group_channels ? S::group_channels : a.head_channels;
   }
-  __device__ __forceinline__ int64_t pixels() const { return a.pixels; }
+  OPS_DCNV4_INLINE int64_t pixels() const { return a.pixels; }
 
   // Locations (x, y) and weights or logits of a unit.
   template <typename T>
