@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.ops_dcnv4 import attention_cases
-from tests.ops_dcnv4.attention_cases import random_inputs
+from tests.ops_dcnv4.attention_cases import FORMS, random_inputs
 from tests.ops_dcnv4.cases import Parameters, random_tensors, run_exactly
 from tests.sass import compiler
 from tests.sass.device import OPERATORS, Launch, load, machine_code
@@ -179,6 +179,20 @@ def check_options() -> None:
             say(f"{name} D{channels}, {options}: {forward} and {backward} per block")
 
 
+def check_attention_options() -> None:
+    """Run the specialized kernels on points inside and outside of the levels, in both forms."""
+    for name, channels, form in itertools.product(("fp16", "fp32"), (16, 64), FORMS):
+        dtype = DTYPES[name]
+        inputs = random_inputs(LEVELS, 4, 3, channels, queries=5, batch=1, steps=64).to(dtype)
+        expected = attention_cases.run_exactly(inputs, form)
+        inputs = attention_cases.Inputs(*(tensor.clone() for tensor in inputs))
+        with machine_code():
+            results = attention_cases.run_reference(inputs, form, OPERATORS, deterministic=False)
+        for field, actual, exact in zip(results._fields, results, expected, strict=True):
+            what = f"{field} of attention, {name} D{channels}, {form}"
+            check(what, actual, exact, tolerance(dtype))
+
+
 def check_fixed_order() -> None:
     """Run the kernels of the deterministic backward pass."""
     p = Parameters(groups=3)
@@ -210,6 +224,7 @@ def main(words: list[str]) -> None:
     if not words:
         say("")
         check_options()
+        check_attention_options()
         check_fixed_order()
 
 

@@ -7,64 +7,10 @@
 #include "cuda/memory.cuh"
 #include "cuda/static.cuh"
 #include "cuda/tap.cuh"
+#include "cuda/tap_gradients.cuh"
 #include "cuda/units.cuh"
 
 namespace ops_dcnv4 {
-
-// The data from which the gradients of a tap are computed.
-template <typename acc_t>
-struct TapSample {
-  acc_t dx, dy, weight;
-  unsigned inside;  // a bit per corner: top left, top right, bottom left, bottom right
-
-  TapSample() = default;
-  __device__ __forceinline__ TapSample(acc_t dx, acc_t dy, acc_t weight, unsigned inside)
-      : dx(dx), dy(dy), weight(weight), inside(inside) {}
-  template <typename Math>
-  __device__ __forceinline__ TapSample(const Cell<Math>& cell, acc_t weight)
-      : dx(cell.x.distance),
-        dy(cell.y.distance),
-        weight(weight),
-        inside((cell.y.has_first && cell.x.has_first) |
-               (cell.y.has_first && cell.x.has_second) << 1 |
-               (cell.y.has_second && cell.x.has_first) << 2 |
-               (cell.y.has_second && cell.x.has_second) << 3) {}
-
-  __device__ __forceinline__ bool is_inside(int corner) const { return inside >> corner & 1; }
-
-  __device__ __forceinline__ Corners<acc_t> weights() const {
-    return corner_weights(1 - dx, dx, weight * (1 - dy), weight * dy);
-  }
-};
-
-// Gradients of the location of a tap, in pixels, and of its weight.
-template <typename acc_t>
-struct TapGradients {
-  acc_t x = 0, y = 0, weight = 0;
-
-  TapGradients() = default;
-  // `dots` are the dot products of grad_output with the corners.
-  __device__ __forceinline__ TapGradients(const TapSample<acc_t>& tap, Corners<acc_t> dots) {
-#pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      if (!tap.is_inside(corner)) dots.at[corner] = 0;
-    }
-    const auto sample = interpolate<acc_t>(tap.dx, tap.dy, dots);
-    x = tap.weight * sample.slope_x;
-    y = tap.weight * sample.slope_y;
-    weight = sample.value;
-  }
-
-  // Sums the shares of a unit's lanes; each lane receives the sum.
-  __device__ __forceinline__ void reduce(int lanes) {
-    const auto sum = [lanes](acc_t share) {
-      return over_lanes(share, lanes, [](acc_t a, acc_t b) { return a + b; });
-    };
-    x = sum(x);
-    y = sum(y);
-    weight = sum(weight);
-  }
-};
 
 // Computes the gradients of the tensors that the sampler reads. This needs no atomics, because the
 // threads of a unit hold everything these gradients depend on. With `scatter`, also adds to
@@ -80,7 +26,7 @@ __global__ void __launch_bounds__(block_threads)
              grad_point_t* __restrict__ grad_locations, grad_point_t* __restrict__ grad_weights) {
   using index_t = typename S::index_t;
   using Pixels = Pack<scalar_t, S::vec>;
-  const int lanes = S::lanes(layout), taps = sampler.taps();
+  const int lanes = layout.lanes, taps = sampler.taps();
   const int group_channels = sampler.group_channels();
   const index_t channels = sampler.channels();
 
@@ -93,8 +39,6 @@ __global__ void __launch_bounds__(block_threads)
         unit.image * sampler.pixels() * channels + (unit.exists ? unit.group * group_channels : 0);
     const scalar_t* image = computed(value + first_value);
     acc_t* grad_image = grad_value + first_value;
-    Pack<acc_t, S::vec> grad;
-    if (S::taps) grad = Pixels::load(grads + unit.lane * S::vec).template to<acc_t>();
 #pragma unroll
     for (int first = 0; first < taps; first += lanes) {
       const int own = first + unit.lane;
@@ -114,7 +58,7 @@ __global__ void __launch_bounds__(block_threads)
           for (int c = unit.lane * S::vec; c < group_channels; c += lanes * S::vec) {
             Pixels pixels[4];
             offsets.load(image + c, pixels);
-            if (!S::taps) grad = Pixels::load(grads + c).template to<acc_t>();
+            const auto grad = Pixels::load(grads + c).template to<acc_t>();
 #pragma unroll
             for (int corner = 0; corner < 4; ++corner) {
               const auto wide = pixels[corner].template to<acc_t>();

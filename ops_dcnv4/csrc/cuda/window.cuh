@@ -12,6 +12,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cuda/memory.cuh"
 #include "cuda/static.cuh"
 #include "cuda/units.cuh"
 #include "geometry.h"
@@ -70,25 +71,6 @@ struct WindowCall {
            is_exact(g.x, g.width, g.out_width);
   }
 };
-
-template <typename T>
-__device__ __forceinline__ T* advance(T* pointer, int64_t bytes) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) + bytes);
-}
-
-// Advances a pointer by a number of steps. The compiler may extend the factors to 64 bits in front
-// of a branch, and then multiply 64 bits behind it.
-template <typename T>
-__device__ __forceinline__ T* advance(T* pointer, int steps, int bytes) {
-#if defined(__CUDA_ARCH__)
-  int64_t distance;
-  asm("mul.wide.s32 %0, %1, %2;" : "=l"(distance) : "r"(steps), "r"(bytes));
-  return advance(pointer, distance);
-#else
-  return advance(pointer, int64_t(steps) * bytes);
-#endif
-}
 
 // A thread's unit, and the consecutive taps of the unit that the thread plans. Coordinates are
 // relative to the window's center.
