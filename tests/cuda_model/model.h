@@ -218,6 +218,9 @@ inline int __all_sync(unsigned mask, int predicate,
 // Returns the upper half of the product.
 inline unsigned __umulhi(unsigned a, unsigned b) { return std::uint64_t(a) * b >> 32; }
 
+// Returns the position of the lowest bit that is set, counted from 1, or 0 if there is none.
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
 // Rounds down. Numbers beyond the integers give the nearest one, and NaN gives 0.
 inline int __float2int_rd(float number) {
   if (std::isnan(number)) return 0;

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops_dcnv4 import dcnv4, reference
 from tests.cuda_model import run_guarded
 from tests.cuda_model.build import AVAILABLE, ROOT, load_operators
 from tests.ops_dcnv4.cases import (
@@ -127,15 +126,10 @@ INSIDE = [
 @pytest.mark.parametrize("p", INSIDE)
 @pytest.mark.parametrize("group_channels", [16, 32, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_windows_inside_of_the_image(dtype, group_channels, p, device):
+def test_windows_inside_of_the_image(dtype, group_channels, p, run):
     size = [12 * stride for stride in p.stride]
     tensors = random_tensors(p, 1, size, group_channels, spread=0.25, steps_per_pixel=64).to(dtype)
-    output = dcnv4(tensors.value.to(device), tensors.offset_mask.to(device), *p).cpu()
-    exact = reference.dcnv4(tensors.value.double(), tensors.offset_mask.double(), *p)
-    if dtype == torch.float16:
-        assert_interpolated_in_halves(output, tensors, p)
-    else:
-        assert_rounded_once(output, exact)
+    assert_documented_accuracy(run, tensors, p)
 
 
 OTHER_SIZES = [
@@ -215,6 +209,14 @@ def test_deterministic_results_do_not_depend_on_the_order(group_channels, dtype,
     for order in (FORWARD, REVERSE):
         set_order(order)
         assert_equal(run(tensors, p), expected)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (9, 8)])  # for one warp and for several
+def test_sums_in_a_fixed_order(size, run):
+    p = Parameters(groups=5, kernel_size=(2, 3), padding=(1, 1))
+    tensors = random_tensors(p, 2, size, 3, steps_per_pixel=64).to(torch.float32)
+    assert_documented_accuracy(run, tensors, p)
 
 
 @pytest.mark.parametrize("group_channels", [3, 16])

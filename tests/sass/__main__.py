@@ -3,7 +3,8 @@
 python -m tests.sass [WORD ...] compiles the kernels for sm_90 (a few seconds each), runs them on
 small inputs on an emulator, compares the results with the float64 reference, and prints a table.
 With words, only kernels whose names contain all of them run; without, so do more parameters. The
-first column of numbers is for warps that sample no pixel outside of the image.
+first column of numbers is for warps that sample no pixel outside of the image, the second for tiles
+at its border.
 """
 
 import itertools
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.ops_dcnv4 import attention_cases
-from tests.ops_dcnv4.attention_cases import random_inputs
+from tests.ops_dcnv4.attention_cases import FORMS, random_inputs
 from tests.ops_dcnv4.cases import Parameters, random_tensors, run_exactly
 from tests.sass import compiler
 from tests.sass.device import OPERATORS, Launch, load, machine_code
@@ -28,6 +29,7 @@ LEVELS = ((12, 16), (6, 8), (4, 5), (3, 4))
 HEADER = (
     "kernel",
     "interior",
+    "rim",
     f"mean over {TILES * TILE} x {TILES * TILE}",
     "sectors of reductions",
 )
@@ -35,9 +37,10 @@ HEADER = (
 
 @dataclass
 class Counts:
-    """Instructions per warp, in the interior and on average, and sectors that reductions add to."""
+    """Instructions per warp, at the rim and elsewhere, and sectors that reductions add to."""
 
     interior: float
+    rim: float
     mean: float
     sectors: float
 
@@ -72,8 +75,9 @@ def count_windows(launch: Launch) -> Counts:
         sectors = max(sectors, block.sectors / block.warps)
     interior, edge, corner = (sum(values) / len(values) for values in instructions.values())
     inner = TILES - 2
-    total = inner**2 * interior + 4 * inner * edge + 4 * corner
-    return Counts(interior, total / TILES**2, sectors)
+    rim = (inner * edge + corner) / (inner + 1)
+    mean = (inner**2 * interior + 4 * (inner + 1) * rim) / TILES**2
+    return Counts(interior, rim, mean, sectors)
 
 
 def windows(dtype: torch.dtype, group_channels: int, backward: bool) -> Counts:
@@ -122,7 +126,7 @@ def attention(dtype: torch.dtype, group_channels: int, backward: bool) -> Counts
     blocks = [block for index, block in launches[0].blocks.items() if index != (0, 0, 0)]
     warps = sum(block.warps for block in blocks)
     mean = sum(block.instructions.total() for block in blocks) / warps
-    return Counts(mean, mean, sum(block.sectors for block in blocks) / warps)
+    return Counts(mean, mean, mean, sum(block.sectors for block in blocks) / warps)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Counts]]]:
@@ -142,7 +146,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Counts]]]:
 
 
 def check_options() -> None:
-    """Run the specialized forward kernels with all parameters, on images of incomplete tiles."""
+    """Run the specialized kernels with all parameters, on images of incomplete tiles."""
     plain = Parameters()
     inside = Parameters(groups=3, padding=(0, 0), offset_scale=0.5)
     beyond = Parameters((3, 3), (2, 1), (1, 2), (1, 2), 2, 2.0, remove_center=True)
@@ -150,17 +154,59 @@ def check_options() -> None:
         for p, size, spread in ((inside, (10, 9), 0.5), (beyond, (11, 8), 2.0)):
             tensors = random_tensors(p, 2, size, channels, spread=spread, steps_per_pixel=64)
             tensors = tensors.to(dtype)
-            expected = run_exactly(tensors, p).output
-            value, offset_mask, _ = (tensor.clone() for tensor in tensors)
+            expected = run_exactly(tensors, p)
+            value, offset_mask, grad_output = (tensor.clone() for tensor in tensors)
             with machine_code() as launches:
                 output = OPERATORS.dcnv4(value, offset_mask, *p)
-            what = f"DCNv4 forward {name} D{channels}, {p}"
-            check(what, output, expected, tolerance(dtype))
-            lengths = [b.instructions.total() for b in launches[0].blocks.values()]
+                gradients = OPERATORS.dcnv4_backward(
+                    grad_output, value, offset_mask, *p, deterministic=False
+                )
             options = ", ".join(
                 f"{k} {v}" for k, v in p._asdict().items() if v != getattr(plain, k)
             )
-            say(f"{name} D{channels}, {options}: {min(lengths)} to {max(lengths)} per block")
+            for what, actual, exact in zip(
+                ("output", "grad_value", "grad_offset_mask"),
+                (output, *gradients),
+                expected,
+                strict=True,
+            ):
+                check(f"{what} of {name} D{channels}, {options}", actual, exact, tolerance(dtype))
+            lengths = [
+                [block.instructions.total() for block in launch.blocks.values()]
+                for launch in launches
+            ]
+            forward, backward = (f"{min(counts)} to {max(counts)}" for counts in lengths)
+            say(f"{name} D{channels}, {options}: {forward} and {backward} per block")
+
+
+def check_attention_options() -> None:
+    """Run the specialized kernels on points inside and outside of the levels, in both forms."""
+    for name, channels, form in itertools.product(("fp16", "fp32"), (16, 64), FORMS):
+        dtype = DTYPES[name]
+        inputs = random_inputs(LEVELS, 4, 3, channels, queries=5, batch=1, steps=64).to(dtype)
+        expected = attention_cases.run_exactly(inputs, form)
+        inputs = attention_cases.Inputs(*(tensor.clone() for tensor in inputs))
+        with machine_code():
+            results = attention_cases.run_reference(inputs, form, OPERATORS, deterministic=False)
+        for field, actual, exact in zip(results._fields, results, expected, strict=True):
+            what = f"{field} of attention, {name} D{channels}, {form}"
+            check(what, actual, exact, tolerance(dtype))
+
+
+def check_fixed_order() -> None:
+    """Run the kernels of the deterministic backward pass."""
+    p = Parameters(groups=3)
+    tensors = random_tensors(p, 1, (5, 6), 16, steps_per_pixel=64).to(torch.float16)
+    expected = run_exactly(tensors, p)
+    value, offset_mask, grad_output = (tensor.clone() for tensor in tensors)
+    with machine_code():
+        gradients = OPERATORS.dcnv4_backward(
+            grad_output, value, offset_mask, *p, deterministic=True
+        )
+    for what, actual, exact in zip(
+        ("grad_value", "grad_offset_mask"), gradients, expected[1:], strict=True
+    ):
+        check(f"{what} in a fixed order", actual, exact, tolerance(torch.float16))
 
 
 def main(words: list[str]) -> None:
@@ -173,11 +219,13 @@ def main(words: list[str]) -> None:
     for name, run in cases():
         if all(word in name.split() for word in words):
             counts = run()
-            numbers = (counts.interior, counts.mean, counts.sectors)
+            numbers = (counts.interior, counts.rim, counts.mean, counts.sectors)
             say(f"| {name} | {' | '.join(f'{number:.0f}' for number in numbers)} |")
     if not words:
         say("")
         check_options()
+        check_attention_options()
+        check_fixed_order()
 
 
 if __name__ == "__main__":

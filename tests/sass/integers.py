@@ -182,12 +182,33 @@ def extreme(warp: Warp, i: Instruction, active: Mask) -> None:
     if "U32" not in i.modifiers:
         x, y = signed(x), signed(y)
     result = np.where(warp.predicate(minimum), np.minimum(x, y), np.maximum(x, y))
+    if "RELU" in i.modifiers:
+        result = np.maximum(result, 0)
     warp.set(destination, result, active)
 
 
 @instruction("IABS")
 def absolute(warp: Warp, i: Instruction, active: Mask) -> None:
     warp.set(i.operands[0], np.abs(signed(warp.integer(i.operands[1]))), active)
+
+
+@instruction("BREV", "UBREV")
+def reverse_bits(warp: Warp, i: Instruction, active: Mask) -> None:
+    values = each_lane(lambda v: int(f"{v:032b}"[::-1], 2), warp.integer(i.operands[1]))
+    warp.set(i.operands[0], values, active)
+
+
+@instruction("FLO", "UFLO")
+def find_leading_one(warp: Warp, i: Instruction, active: Mask) -> None:
+    """Return the position of the highest bit, or with SH its distance from bit 31; -1 if none."""
+    if "U32" not in i.modifiers:
+        raise NotImplementedError(i.text)
+
+    def leading(value: int) -> int:
+        position = value.bit_length() - 1
+        return 31 - position if "SH" in i.modifiers and value else position
+
+    warp.set(i.operands[0], each_lane(leading, warp.integer(i.operands[-1])), active)
 
 
 @instruction("PRMT", "UPRMT")

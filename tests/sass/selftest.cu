@@ -8,9 +8,11 @@ extern "C" {
 __global__ void integers(const int* a, const int* b, long long* products, int* out) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   products[i] = static_cast<long long>(a[i]) * b[i] - b[i];
-  out[3 * i] = a[i] / b[i];
-  out[3 * i + 1] = min(a[i], b[i]) ^ (a[i] >> 3) ^ (static_cast<unsigned>(b[i]) >> 5);
-  out[3 * i + 2] = abs(a[i]) % 7 + __umulhi(a[i], b[i]);
+  out[5 * i] = a[i] / b[i];
+  out[5 * i + 1] = min(a[i], b[i]) ^ (a[i] >> 3) ^ (static_cast<unsigned>(b[i]) >> 5);
+  out[5 * i + 2] = abs(a[i]) % 7 + __umulhi(a[i], b[i]);
+  out[5 * i + 3] = max(min(a[i], b[i]), 0);
+  out[5 * i + 4] = __ffs(a[i]);
 }
 
 __global__ void floats(const float* x, float* out, int* whole) {

@@ -46,8 +46,9 @@ def random_integers(count: int) -> np.ndarray:
 @needs_nvcc
 def test_integers():
     a, b = random_integers(96).reshape(2, 48)
+    a[4:7] = 0, -(2**30), 3 << 20
     a[:4], b[:4] = (7, -7, 2**31 - 1, -5), (2, 2, -1, -(2**31))
-    products, out = np.zeros(48, np.int64), np.zeros((48, 3), np.int32)
+    products, out = np.zeros(48, np.int64), np.zeros((48, 5), np.int32)
     run("integers", a, b, products, out, grid=3, block=16)
     x, y = a.astype(np.int64), b.astype(np.int64)
     assert (products == x * y - y).all()
@@ -56,6 +57,8 @@ def test_integers():
     assert (out[:, 1] == (np.minimum(x, y) ^ x >> 3 ^ shifted).astype(np.int32)).all()
     high = (a.view(np.uint32).astype(object) * b.view(np.uint32).astype(object)) >> 32
     assert (out[:, 2] == (np.abs(x) % 7 + high.astype(np.int64)).astype(np.int32)).all()
+    assert (out[:, 3] == np.clip(np.minimum(x, y), 0, None)).all()
+    assert (out[:, 4] == [(v & -v).bit_length() for v in x.tolist()]).all()
 
 
 @needs_nvcc

@@ -7,62 +7,10 @@
 #include "cuda/memory.cuh"
 #include "cuda/static.cuh"
 #include "cuda/tap.cuh"
+#include "cuda/tap_gradients.cuh"
 #include "cuda/units.cuh"
 
 namespace ops_dcnv4 {
-
-// The data from which the gradients of a tap are computed.
-template <typename acc_t>
-struct TapSample {
-  acc_t dx, dy, weight;
-  unsigned inside;  // a bit per corner: top left, top right, bottom left, bottom right
-
-  TapSample() = default;
-  template <typename Math>
-  __device__ __forceinline__ TapSample(const Cell<Math>& cell, acc_t weight)
-      : dx(cell.x.distance),
-        dy(cell.y.distance),
-        weight(weight),
-        inside((cell.y.has_first && cell.x.has_first) |
-               (cell.y.has_first && cell.x.has_second) << 1 |
-               (cell.y.has_second && cell.x.has_first) << 2 |
-               (cell.y.has_second && cell.x.has_second) << 3) {}
-
-  __device__ __forceinline__ bool is_inside(int corner) const { return inside >> corner & 1; }
-
-  __device__ __forceinline__ Corners<acc_t> weights() const {
-    return corner_weights(1 - dx, dx, weight * (1 - dy), weight * dy);
-  }
-};
-
-// Gradients of the location of a tap, in pixels, and of its weight.
-template <typename acc_t>
-struct TapGradients {
-  acc_t x = 0, y = 0, weight = 0;
-
-  TapGradients() = default;
-  // `dots` are the dot products of grad_output with the corners.
-  __device__ __forceinline__ TapGradients(const TapSample<acc_t>& tap, Corners<acc_t> dots) {
-#pragma unroll
-    for (int corner = 0; corner < 4; ++corner) {
-      if (!tap.is_inside(corner)) dots.at[corner] = 0;
-    }
-    const auto sample = interpolate<acc_t>(tap.dx, tap.dy, dots);
-    x = tap.weight * sample.slope_x;
-    y = tap.weight * sample.slope_y;
-    weight = sample.value;
-  }
-
-  // Sums the shares of a unit's lanes; each lane receives the sum.
-  __device__ __forceinline__ void reduce(int lanes) {
-    const auto sum = [lanes](acc_t share) {
-      return over_lanes(share, lanes, [](acc_t a, acc_t b) { return a + b; });
-    };
-    x = sum(x);
-    y = sum(y);
-    weight = sum(weight);
-  }
-};
 
 // Computes the gradients of the tensors that the sampler reads. This needs no atomics, because the
 // threads of a unit hold everything these gradients depend on. With `scatter`, also adds to
@@ -78,7 +26,7 @@ __global__ void __launch_bounds__(block_threads)
              grad_point_t* __restrict__ grad_locations, grad_point_t* __restrict__ grad_weights) {
   using index_t = typename S::index_t;
   using Pixels = Pack<scalar_t, S::vec>;
-  const int lanes = S::lanes(layout), taps = sampler.taps();
+  const int lanes = layout.lanes, taps = sampler.taps();
   const int group_channels = sampler.group_channels();
   const index_t channels = sampler.channels();
 
@@ -91,8 +39,6 @@ __global__ void __launch_bounds__(block_threads)
         unit.image * sampler.pixels() * channels + (unit.exists ? unit.group * group_channels : 0);
     const scalar_t* image = computed(value + first_value);
     acc_t* grad_image = grad_value + first_value;
-    Pack<acc_t, S::vec> grad;
-    if (S::taps) grad = Pixels::load(grads + unit.lane * S::vec).template to<acc_t>();
 #pragma unroll
     for (int first = 0; first < taps; first += lanes) {
       const int own = first + unit.lane;
@@ -112,7 +58,7 @@ __global__ void __launch_bounds__(block_threads)
           for (int c = unit.lane * S::vec; c < group_channels; c += lanes * S::vec) {
             Pixels pixels[4];
             offsets.load(image + c, pixels);
-            if (!S::taps) grad = Pixels::load(grads + c).template to<acc_t>();
+            const auto grad = Pixels::load(grads + c).template to<acc_t>();
 #pragma unroll
             for (int corner = 0; corner < 4; ++corner) {
               const auto wide = pixels[corner].template to<acc_t>();
@@ -141,43 +87,59 @@ __global__ void __launch_bounds__(block_threads)
   sampler.check();
 }
 
-// Computes only grad_value, in a fixed order. A warp owns a group of an image, and a thread some of
-// its channels. Each of the 32 threads plans a tap; these taps are then processed one by one.
+// Computes only grad_value, in a fixed order: that of the taps of an image. A warp owns a group of
+// `owned` consecutive pixels, and a thread some of its channels. Each of the 32 threads plans a
+// tap; those that reach the warp's pixels are then processed one by one. The sums do not depend on
+// `owned`.
 template <typename Sampler, typename S = typename Sampler::Compiled,
           typename scalar_t = typename S::scalar_t, typename acc_t = typename S::acc_t,
           typename point_t = typename Sampler::point_t>
 __global__ void __launch_bounds__(block_threads)
-    scatter_in_order(const Sampler sampler, const Extents output,
+    scatter_in_order(const Sampler sampler, const Extents output, int64_t owned,
                      const scalar_t* __restrict__ grad_output,
                      const point_t* __restrict__ locations, const point_t* __restrict__ weights,
                      acc_t* __restrict__ grad_value) {
   const int lane = threadIdx.x % warp_size, warps = block_threads / warp_size;
   const int taps = sampler.taps(), group_channels = sampler.group_channels();
   const int64_t channels = sampler.channels();
+  const int64_t first_owned = blockIdx.y * owned * channels;  // as an offset within the image
   ThreadUnit unit;
   unit.lane = 0;
-  unit.exists = true;
   unit.group = blockIdx.x * warps + threadIdx.x / warp_size;
   if (unit.group >= output.groups) return;
   for (unit.image = blockIdx.z; unit.image < output.batch; unit.image += gridDim.z) {
     acc_t* image =
         grad_value + unit.image * sampler.pixels() * channels + unit.group * group_channels;
     const int64_t pixels = int64_t(output.height) * output.width;
-    for (int64_t first = 0; first < pixels * taps; first += warp_size) {
-      const int64_t own = std::min(first + lane, pixels * taps - 1), in_image = own / taps;
-      unit.row = static_cast<int>(in_image / output.width);
-      unit.col = static_cast<int>(in_image % output.width);
+    // A lane plans every 32nd tap. It finds the next without dividing numbers of 64 bits.
+    int k = lane % taps;
+    unsigned col = lane / taps;
+    unit.row = 0;
+    while (true) {
+      unit.row += col / output.width;
+      col %= output.width;
+      unit.col = col;
+      unit.exists = unit.row < output.height;
+      if (!__any_sync(0xffffffff, unit.exists)) break;
+      const int64_t own_pixel = int64_t(unit.row) * output.width + unit.col;
       const auto tap_of = sampler.taps_of(unit, output, 1, locations, weights);
       TapSample<acc_t> own_sample;
-      const auto own_offsets = locate_tap<int64_t>(
-          tap_of(static_cast<int>(own % taps)), channels,
-          [&](auto... arguments) { own_sample = TapSample<acc_t>(arguments...); });
-      for (int from = 0; from < std::min<int64_t>(warp_size, pixels * taps - first); ++from) {
+      const auto own_offsets = locate_tap<int64_t>(tap_of(k), channels, [&](auto... arguments) {
+        own_sample = TapSample<acc_t>(arguments...);
+      });
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        const int64_t distance = own_offsets.offset(corner) - first_owned;
+        const bool is_owned = distance >= 0 && distance < owned * channels;
+        if (!is_owned || !unit.exists) own_sample.inside &= ~(1u << corner);
+      }
+      const bool reaches = !own_offsets.is_none() && own_sample.inside != 0;
+      for (unsigned left = __ballot_sync(0xffffffff, reaches); left != 0; left &= left - 1) {
+        const int from = __ffs(left) - 1;
         const auto offsets = from_lane(own_offsets, from, warp_size);
         const auto tap = from_lane(own_sample, from, warp_size);
-        if (offsets.is_none()) continue;
-        const scalar_t* grads = grad_output + unit.group * group_channels +
-                                (unit.image * pixels + (first + from) / taps) * channels;
+        const int64_t pixel = unit.image * pixels + from_lane(own_pixel, from, warp_size);
+        const scalar_t* grads = grad_output + unit.group * group_channels + pixel * channels;
         const auto weights = tap.weights();
         for (int c = lane; c < group_channels; c += warp_size) {
           const acc_t grad = static_cast<acc_t>(grads[c]);
@@ -194,8 +156,29 @@ __global__ void __launch_bounds__(block_threads)
           }
         }
       }
+      k += warp_size % taps;
+      col += warp_size / taps + (k >= taps);
+      if (k >= taps) k -= taps;
     }
   }
+}
+
+// Warps of scatter_in_order: enough for a large GPU, with at least so many pixels. More of them
+// would repeat more plans.
+constexpr int64_t ordered_warps = 2048, least_owned = 16;
+
+template <typename Sampler, typename scalar_t, typename acc_t, typename point_t>
+void launch_scatter_in_order(const Sampler& sampler, const scalar_t* grad_output,
+                             const point_t* locations, const point_t* weights, acc_t* grad_value) {
+  const Extents output = sampler.output();
+  const auto general = sampler.general();
+  const int64_t pixels = sampler.pixels();
+  const int64_t parts = divide_up(ordered_warps, output.batch * output.groups);
+  const int64_t owned = std::max(divide_up(pixels, parts), least_owned);
+  const dim3 grid(divide_up(output.groups, block_threads / warp_size), divide_up(pixels, owned),
+                  std::min<int64_t>(output.batch, 65535));
+  launch(scatter_in_order<std::decay_t<decltype(general)>>, {grid, block_threads}, general, output,
+         owned, grad_output, locations, weights, grad_value);
 }
 
 // Adds to grad_value, which must be zero at the start, and writes the other gradients.
@@ -208,13 +191,7 @@ void launch_backward(const Sampler& sampler, bool in_order, const scalar_t* grad
   const auto kernel = in_order ? &backward<Sampler, false> : &backward<Sampler, true>;
   launch(kernel, {layout.grid(), block_threads}, sampler, layout, grad_output, value, locations,
          weights, grad_value, grad_locations, grad_weights);
-  if (!in_order) return;
-  const Extents output = layout.output;
-  const auto general = sampler.general();
-  const dim3 grid(divide_up(output.groups, block_threads / warp_size), 1,
-                  std::min<int64_t>(output.batch, 65535));
-  launch(scatter_in_order<std::decay_t<decltype(general)>>, {grid, block_threads}, general, output,
-         grad_output, locations, weights, grad_value);
+  if (in_order) launch_scatter_in_order(sampler, grad_output, locations, weights, grad_value);
 }
 
 }  // namespace ops_dcnv4

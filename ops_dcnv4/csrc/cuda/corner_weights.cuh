@@ -69,7 +69,7 @@ struct HalfCornerWeights {
   template <typename Math>
   __device__ __forceinline__ HalfCornerWeights(const Cell<Math>& cell, float modulation)
       : HalfCornerWeights(cell.x.first_weight(), cell.x.second_weight(), cell.y.first_weight(),
-                          cell.y.second_weight(), cell.counts ? modulation : 0) {}
+                          cell.y.second_weight(), modulation) {}
 
   template <int n>
   __device__ __forceinline__ void add_sample(const Pack<c10::Half, n> (&pixels)[4], bool reaches,
@@ -88,9 +88,9 @@ struct HalfCornerWeights {
       for (int corner = 1; corner < 4; ++corner) {
         sample = __hfma2(weights[corner], pair(corner), sample);
       }
-      // Arbitrary pixels were loaded for such a tap, and the sample may be infinite. A branch
-      // around the loads would keep the pixels of several taps from being loaded at once.
-      if (!reaches) sample = __floats2half2_rn(0, 0);
+      // Arbitrary pixels were loaded for a tap that reaches none. A branch around the loads would
+      // keep the pixels of several taps from being loaded at once.
+      if (!reaches) continue;
       const float2 wide = __half22float2(sample);
       sum.at[i] += modulation * wide.x;
       sum.at[i + 1] += modulation * wide.y;

@@ -27,12 +27,10 @@ struct Dcnv4Sampler {
     return {g.batch, g.out_height, g.out_width, static_cast<int>(g.groups)};
   }
 
-  __device__ __forceinline__ int taps() const { return S::taps ? S::taps : g.taps(); }
+  __device__ __forceinline__ int taps() const { return g.taps(); }
   __device__ __forceinline__ int64_t channels() const { return g.channels(); }
-  OPS_DCNV4_INLINE int group_channels() const {
-    return S::group_channels ? S::group_channels : g.group_channels;
-  }
-  __device__ __forceinline__ int64_t pixels() const { return int64_t(g.height) * g.width; }
+  OPS_DCNV4_INLINE int group_channels() const { return g.group_channels; }
+  OPS_DCNV4_INLINE int64_t pixels() const { return int64_t(g.height) * g.width; }
 
   __device__ __forceinline__ void check() const {}
 
@@ -49,12 +47,10 @@ struct Dcnv4Sampler {
   __device__ __forceinline__ auto taps_of(const ThreadUnit& unit, const Extents& output, int,
                                           const point_t* offset_mask, const point_t*) const {
     return [this, &unit, offsets = at(offset_mask, output, unit)](int k) -> Tap<acc_t> {
-      const int rows = S::taps ? 3 : g.y.kernel;
-      const int center = S::taps ? 4 : g.x.kernel / 2 * rows + g.y.kernel / 2;
-      const bool remove_center = S::taps ? S::taps == 8 : g.remove_center;
-      const int in_window = remove_center && k >= center ? k + 1 : k;
-      const int tap_x = S::taps ? in_window * 11 >> 5 : in_window / rows;  // cheap division by 3
-      const int tap_y = in_window - tap_x * rows;
+      const int rows = g.y.kernel;
+      const int center = g.x.kernel / 2 * rows + g.y.kernel / 2;
+      const int in_window = g.remove_center && k >= center ? k + 1 : k;
+      const int tap_x = in_window / rows, tap_y = in_window - tap_x * rows;
       const acc_t x = g.x.center_of(unit.col) +
                       offset_scale * (g.x.grid(tap_x) + static_cast<acc_t>(offsets[2 * k]));
       const acc_t y = g.y.center_of(unit.row) +
@@ -104,7 +100,8 @@ void with_sampler(const Geometry& g, std::initializer_list<const Tensor*> tensor
       g.group_channels, specialize && g.y.kernel == 3 && g.x.kernel == 3 ? g.taps() : 0,
       std::max(int64_t(g.height) * g.width * g.channels(),
                int64_t(g.out_height) * g.out_width * std::max(g.channels(), g.offset_channels))};
-  with_static<scalar_t, acc_t, 16 / sizeof(scalar_t), 8, 9>(sizes, tensors, [&](auto compiled) {
+  constexpr int vec = 16 / sizeof(scalar_t);
+  with_static<scalar_t, acc_t, vec, vec, 8, 9>(sizes, tensors, [&](auto compiled) {
     body(Dcnv4Sampler<decltype(compiled)>{g, static_cast<acc_t>(g.offset_scale)});
   });
 }

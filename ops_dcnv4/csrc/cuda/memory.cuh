@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cstdint>
 #include <type_traits>
 
 #include "cuda/launch.h"
@@ -12,12 +13,45 @@ namespace ops_dcnv4 {
 
 // Keeps nvcc from recomputing a pointer to global memory for every load.
 template <typename T>
-__device__ __forceinline__ const T* computed(const T* pointer) {
+__device__ __forceinline__ T* computed(T* pointer) {
 #if defined(__CUDA_ARCH__)
   asm("" : "+l"(pointer));
   __builtin_assume(__isGlobal(pointer));
 #endif
   return pointer;
+}
+
+// Keeps nvcc from computing a number again where it is used.
+__device__ __forceinline__ float computed(float number) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+f"(number));
+#endif
+  return number;
+}
+__device__ __forceinline__ unsigned computed(unsigned number) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+r"(number));
+#endif
+  return number;
+}
+
+template <typename T>
+__device__ __forceinline__ T* advance(T* pointer, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) + bytes);
+}
+
+// Advances a pointer by a number of steps. The compiler may extend the factors to 64 bits in front
+// of a branch, and then multiply 64 bits behind it.
+template <typename T>
+__device__ __forceinline__ T* advance(T* pointer, int steps, int bytes) {
+#if defined(__CUDA_ARCH__)
+  int64_t distance;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(distance) : "r"(steps), "r"(bytes));
+  return advance(pointer, distance);
+#else
+  return advance(pointer, int64_t(steps) * bytes);
+#endif
 }
 
 // n elements, loaded and stored at once if they take 8 or 16 bytes.

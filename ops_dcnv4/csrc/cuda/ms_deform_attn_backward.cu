@@ -1,6 +1,7 @@
 #include "attention.h"
 #include "checks.h"
 #include "cuda/backward.cuh"
+#include "cuda/ms_deform_attn_backward.cuh"
 #include "cuda/ms_deform_attn_sampler.cuh"
 #include "dispatch.h"
 #include "operators.h"
@@ -29,15 +30,27 @@ AttentionGradients ms_deform_attn_backward_cuda(const AttentionInputs& in,
       using scalar_t = decltype(scalar);
       using acc_t = decltype(acc);
       using point_t = decltype(point);
-      // A thread holds as many channels as it adds to grad_value at once, so that the threads of a
-      // unit together add to whole memory sectors.
+      const auto* grads = go.const_data_ptr<scalar_t>();
+      const auto* pixels = v.const_data_ptr<scalar_t>();
+      const auto* locations = l.const_data_ptr<point_t>();
+      const auto* weights = w.const_data_ptr<point_t>() + a.first_weight();
+      auto* grad_pixels = grad_value.mutable_data_ptr<acc_t>();
+      auto* grad_points = grad_locations.mutable_data_ptr<acc_t>();
+      auto* grad_factors = grad_weights.mutable_data_ptr<acc_t>() + a.first_weight();
+      // A thread of the general kernels holds as many channels as it adds to grad_value at once, so
+      // that the threads of a unit together add to whole memory sectors.
       constexpr int bytes = 16 / sizeof(acc_t) * sizeof(scalar_t);
       with_sampler<scalar_t, acc_t, point_t, bytes>(a, levels, {&v, &go}, [&](auto sampler) {
-        launch_backward(
-            sampler, deterministic, go.const_data_ptr<scalar_t>(), v.const_data_ptr<scalar_t>(),
-            l.const_data_ptr<point_t>(), w.const_data_ptr<point_t>() + a.first_weight(),
-            grad_value.mutable_data_ptr<acc_t>(), grad_locations.mutable_data_ptr<acc_t>(),
-            grad_weights.mutable_data_ptr<acc_t>() + a.first_weight());
+        if constexpr (decltype(sampler)::Compiled::taps != 0) {
+          launch_attention_backward(sampler, !deterministic, grads, pixels, locations, weights,
+                                    grad_pixels, grad_points, grad_factors);
+          if (deterministic) {
+            launch_scatter_in_order(sampler, grads, locations, weights, grad_pixels);
+          }
+        } else {
+          launch_backward(sampler, deterministic, grads, pixels, locations, weights, grad_pixels,
+                          grad_points, grad_factors);
+        }
       });
     });
   }

@@ -1,6 +1,7 @@
 #include "attention.h"
 #include "checks.h"
 #include "cuda/forward.cuh"
+#include "cuda/ms_deform_attn_forward.cuh"
 #include "cuda/ms_deform_attn_sampler.cuh"
 #include "dispatch.h"
 #include "operators.h"
@@ -18,10 +19,16 @@ Tensor ms_deform_attn_cuda(const AttentionInputs& in) {
   dispatch(v.scalar_type(), l.scalar_type(), [&](auto scalar, auto acc, auto point) {
     using scalar_t = decltype(scalar);
     using point_t = decltype(point);
+    const auto* pixels = v.const_data_ptr<scalar_t>();
+    const auto* locations = l.const_data_ptr<point_t>();
+    const auto* weights = w.const_data_ptr<point_t>() + a.first_weight();
+    auto* sums = output.mutable_data_ptr<scalar_t>();
     with_sampler<scalar_t, decltype(acc), point_t, 16>(a, levels, {&v, &output}, [&](auto sampler) {
-      launch_forward(sampler, v.const_data_ptr<scalar_t>(), l.const_data_ptr<point_t>(),
-                     w.const_data_ptr<point_t>() + a.first_weight(),
-                     output.mutable_data_ptr<scalar_t>());
+      if constexpr (decltype(sampler)::Compiled::taps != 0) {
+        launch_attention_forward(sampler, pixels, locations, weights, sums);
+      } else {
+        launch_forward(sampler, pixels, locations, weights, sums);
+      }
     });
   });
   return output;

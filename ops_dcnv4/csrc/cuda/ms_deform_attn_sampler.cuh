@@ -48,7 +48,7 @@ struct MsDeformAttnSampler {
   OPS_DCNV4_INLINE int group_channels() const {
     return S::group_channels ? S::group_channels : a.head_channels;
   }
-  __device__ __forceinline__ int64_t pixels() const { return a.pixels; }
+  OPS_DCNV4_INLINE int64_t pixels() const { return a.pixels; }
 
   // Locations (x, y) and weights or logits of a unit.
   template <typename T>
@@ -70,6 +70,14 @@ struct MsDeformAttnSampler {
   // Returns a function that maps k to tap k of a unit.
   __device__ __forceinline__ auto taps_of(const ThreadUnit& unit, const Extents& output, int lanes,
                                           const point_t* locations, const point_t* weights) const {
+    return taps_of(unit, output, lanes, locations, weights,
+                   [this](int level) { return level_of(level); });
+  }
+  // The same with levels from another function.
+  template <typename LevelOf>
+  __device__ __forceinline__ auto taps_of(const ThreadUnit& unit, const Extents& output, int lanes,
+                                          const point_t* locations, const point_t* weights,
+                                          const LevelOf& level_of) const {
     const Points<const point_t> at_k = at(locations, weights, output, unit);
     acc_t largest = 0, factor = 1;
     if (a.fused) {
@@ -84,7 +92,7 @@ struct MsDeformAttnSampler {
       }
       factor = 1 / over_lanes(sum, lanes, [](acc_t a, acc_t b) { return a + b; });
     }
-    return [this, at_k, largest, factor](int k) -> Tap<acc_t> {
+    return [this, at_k, largest, factor, level_of](int k) -> Tap<acc_t> {
       acc_t weight = static_cast<acc_t>(at_k.weights[k]);
       if (a.fused) weight = factor * std::exp(weight - largest);
       const auto level = level_of(points.divide(k));
@@ -104,6 +112,14 @@ struct MsDeformAttnSampler {
     const bool fits = is_small && end > uint64_t(start) && end <= uint64_t(a.pixels);
     return {static_cast<int>(width), fits ? static_cast<int>(height) : empty_height,
             static_cast<int>(width), static_cast<int>(start)};
+  }
+
+  // Copies the levels, at most one per tap, to shared memory. All threads of a block must call it.
+  __device__ __forceinline__ void stage_levels(Level<int, int>* staged) const {
+    for (int level = threadIdx.x; level < a.levels; level += block_threads) {
+      staged[level] = level_of(level);
+    }
+    __syncthreads();
   }
 
   // Fails an assertion if a level exceeds value. Only the first block checks this, and only at the
@@ -154,14 +170,17 @@ struct MsDeformAttnSampler {
   }
 };
 
-// Calls body with the sampler of the matching kernels. A thread holds up to `bytes` of channels.
+// Calls body with the sampler of the matching kernels. A thread of the general ones holds up to
+// `bytes` of channels.
 template <typename scalar_t, typename acc_t, typename point_t, int bytes, typename Body>
 void with_sampler(const Attention& a, const LevelTensors& levels,
                   std::initializer_list<const Tensor*> tensors, const Body& body) {
   const int64_t of_query = a.heads * std::max<int64_t>(a.head_channels, 3 * a.taps());
-  const KernelSizes sizes{a.head_channels, a.taps(),
-                          std::max(a.pixels * a.channels(), a.queries * of_query)};
-  with_static<scalar_t, acc_t, bytes / sizeof(scalar_t), 16>(sizes, tensors, [&](auto compiled) {
+  // The kernels for constant sizes count bytes of value or its gradient.
+  const int64_t of_value = a.pixels * a.channels() * static_cast<int64_t>(sizeof(acc_t));
+  const KernelSizes sizes{a.head_channels, a.taps(), std::max(of_value, a.queries * of_query)};
+  constexpr int vec = 16 / sizeof(scalar_t), general_vec = bytes / sizeof(scalar_t);
+  with_static<scalar_t, acc_t, vec, general_vec, 16>(sizes, tensors, [&](auto compiled) {
     body(MsDeformAttnSampler<decltype(compiled), point_t>(a, levels));
   });
 }

@@ -24,10 +24,6 @@ struct Static {
   using index_t = std::conditional_t<taps != 0, int, int64_t>;
 
   using General = Static<scalar, acc, 1, 0, 0>;
-
-  static __device__ __forceinline__ int lanes(const Layout& layout) {
-    return taps ? group_channels / vec : layout.lanes;
-  }
 };
 
 // Returns the number of threads that hold all channels of a unit, at most a warp.
@@ -50,18 +46,20 @@ struct KernelSizes {
   int64_t distance;  // largest offset within an image, in elements
 };
 
-// Calls body with the matching Static: `vec` channels per thread if all tensors are aligned to that
-// many, and constant sizes for the group widths of the published models with one of these numbers
-// of taps.
-template <typename scalar_t, typename acc_t, int vec, int... taps, typename Body>
+// Calls body with the matching Static: constant sizes and `vec` channels per thread for the group
+// widths of the published models with one of these numbers of taps; otherwise `general_vec`. One
+// channel per thread if the tensors are not aligned to that many.
+template <typename scalar_t, typename acc_t, int vec, int general_vec, int... taps, typename Body>
 void with_static(const KernelSizes& sizes, std::initializer_list<const Tensor*> tensors,
                  const Body& body) {
-  bool aligned = sizes.group_channels % vec == 0;
-  for (const Tensor* tensor : tensors) {
-    const auto address = reinterpret_cast<std::uintptr_t>(tensor->const_data_ptr());
-    aligned &= address % (vec * sizeof(scalar_t)) == 0;
-  }
-  if (!aligned) return body(Static<scalar_t, acc_t, 1, 0, 0>());
+  const auto are_aligned = [&](int channels) {
+    bool aligned = sizes.group_channels % channels == 0;
+    for (const Tensor* tensor : tensors) {
+      const auto address = reinterpret_cast<std::uintptr_t>(tensor->const_data_ptr());
+      aligned &= address % (channels * sizeof(scalar_t)) == 0;
+    }
+    return aligned;
+  };
   bool done = false;
   if constexpr (!std::is_same_v<scalar_t, double>) {
     const auto with = [&](auto channels, auto count) {
@@ -70,13 +68,18 @@ void with_static(const KernelSizes& sizes, std::initializer_list<const Tensor*> 
       body(Static<scalar_t, acc_t, vec, c, t>());
       done = true;
     };
-    if (sizes.distance <= std::numeric_limits<int>::max()) {
+    if (sizes.distance <= std::numeric_limits<int>::max() && are_aligned(vec)) {
       (with(std::integral_constant<int, 16>(), std::integral_constant<int, taps>()), ...);
       (with(std::integral_constant<int, 32>(), std::integral_constant<int, taps>()), ...);
       (with(std::integral_constant<int, 64>(), std::integral_constant<int, taps>()), ...);
     }
   }
-  if (!done) body(Static<scalar_t, acc_t, vec, 0, 0>());
+  if (done) return;
+  if (are_aligned(general_vec)) {
+    body(Static<scalar_t, acc_t, general_vec, 0, 0>());
+  } else {
+    body(Static<scalar_t, acc_t, 1, 0, 0>());
+  }
 }
 
 }  // namespace ops_dcnv4

@@ -10,14 +10,14 @@
 namespace ops_dcnv4 {
 
 // A unit of work is one output pixel (or query) and one channel group (or head). The `lanes`
-// neighboring threads of a unit hold up to 16 bytes of channels each. Each of them plans every
-// lanes-th tap, and they exchange the plans in registers. A block processes the pixels of a tile,
-// and as many groups as fill a cache line of 128 bytes: warps read whole lines, and neighbors find
-// each other's pixels in the L1 cache. Blocks are small, four warps for a tile of 4 x 4 pixels or
-// 16 queries, so that the small images of late stages are still distributed over many
-// multiprocessors. Tensor sizes only determine the grid. (Groups of more than 128 bytes have tiles
-// of fewer pixels and, beyond 32 lanes, take several rounds. If groups are not aligned, a thread
-// holds one channel at a time.)
+// neighboring threads of a unit hold up to 16 bytes of channels each. Each of them plans some of
+// the taps, and they exchange the plans in registers or, where sizes are constant, in shared
+// memory. A block processes the pixels of a tile, and as many groups as fill a cache line of 128
+// bytes: warps read whole lines, and neighbors find each other's pixels in the L1 cache. Blocks are
+// small, four warps for a tile of 4 x 4 pixels or 16 queries, so that the small images of late
+// stages are still distributed over many multiprocessors. Tensor sizes only determine the grid.
+// (Groups of more than 128 bytes have tiles of fewer pixels and, beyond 32 lanes, take several
+// rounds. If groups are not aligned, a thread holds one channel at a time.)
 constexpr int block_threads = 128;
 
 // Width of a tile in pixels; 0 if a tile is part of a single row.
