@@ -81,7 +81,7 @@ def predictions(shape: Shape, way: str) -> dict[str, float]:
     touched, output_bytes = bytes_touched(inputs)[way], inputs.grad_output.nbytes
     kernel = predict.kernel_name("DCNv4", way, "float16", shape.group_channels)
     instructions, sectors = predict.counts()[kernel]
-    number = predict.warps(kernel, output_bytes)
+    number = output_bytes / predict.WARP_BYTES
     seconds = predict.kernel_seconds(kernel, output_bytes, touched)
     assert seconds
     return {

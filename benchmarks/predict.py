@@ -34,24 +34,15 @@ CUDA_CORES = 67e12  # operations in float32
 LAUNCH = 6e-6  # seconds in which PyTorch launches a kernel, if it is not part of a graph
 
 SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-# Bytes of the output that a warp computes, or whose gradient it reads.
-WARP_BYTES = 512
-WARP_BYTES_OF_16_BIT_ATTENTION_BACKWARD = 256
+WARP_BYTES = 512  # of the output that a warp computes, or whose gradient it reads
 
 
 @functools.cache
 def counts() -> dict[str, tuple[float, float]]:
     """Return the instructions and sectors per warp of each kernel in the table."""
-    row = r"^\| ((?:DCNv4|attention) [^|]+?) \| \d+ \| (\d+) \| (\d+) \|$"
+    row = r"^\| ((?:DCNv4|attention) [^|]+?) \| \d+ \| \d+ \| (\d+) \| (\d+) \|$"
     rows = re.findall(row, TABLE.read_text(), re.MULTILINE)
     return {name: (float(mean), float(sectors)) for name, mean, sectors in rows}
-
-
-def warps(kernel: str, output_bytes: int) -> float:
-    """Return the warps of a kernel, which has a name of the table, for an output of that size."""
-    family, way, dtype, _ = kernel.split()
-    is_small = (family, way) == ("attention", "backward") and dtype != "fp32"
-    return output_bytes / (WARP_BYTES_OF_16_BIT_ATTENTION_BACKWARD if is_small else WARP_BYTES)
 
 
 def kernel_name(family: str, way: str, dtype: str, group_channels: int) -> str:
@@ -80,7 +71,7 @@ def kernel_seconds(kernel: str, output_bytes: int, touched: int) -> float | None
     if kernel not in counts():
         return None
     instructions, sectors = counts()[kernel]
-    number = warps(kernel, output_bytes)
+    number = output_bytes / WARP_BYTES
     issue = number * instructions / (EFFICIENCY * ISSUED)
     return max(issue, number * sectors / SECTORS, touched / BYTES)
 
