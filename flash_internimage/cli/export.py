@@ -145,11 +145,10 @@ def _describe(report: Report) -> str:
     lines.append("images                 output    largest   mean      agreement")
     for comparison in report.comparisons:
         shape = " x ".join(map(str, comparison.shape))
+        agreement = "-" if comparison.agreement is None else f"{comparison.agreement:.2%}"
         for name, largest in comparison.largest.items():
             mean = comparison.mean[name]
-            lines.append(
-                f"{shape:22} {name:9} {largest:<9.1e} {mean:<9.1e} {comparison.agreement:.2%}"
-            )
+            lines.append(f"{shape:22} {name:9} {largest:<9.1e} {mean:<9.1e} {agreement}")
     if report.agreement is not None:
         lines.append(f"calibration images: {report.agreement:.2%} have the same class")
         lines.append("Differences of int8 files are not checked.")

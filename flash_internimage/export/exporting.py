@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..inference import Predictor
 from .formats import find_format, trace
-from .models import exportable
+from .models import ExportableModel, exportable
 from .precision import TOLERANCES, convert, quantize, require_precision
 from .verification import (
     Comparison,
+    Outputs,
     Timing,
     batches,
     check,
@@ -24,6 +26,7 @@ from .verification import (
     compare,
     measure,
     proportion_of_equal_classes,
+    run_eager,
     sample_images,
 )
 
@@ -85,6 +88,24 @@ def _one_line(problem: str) -> Iterator[None]:
             cause = cause.__cause__
         lines = str(cause).strip().splitlines() or [""]
         raise ValueError(f"{problem}: {type(cause).__name__}: {lines[0]}") from error
+
+
+def _size(model: ExportableModel, images: Tensor) -> str:
+    height, width = (images.shape[i] for i in model.size_dims)
+    return f"{height} x {width} pixels"
+
+
+def _run_eager(model: ExportableModel, inputs: Sequence[Tensor]) -> list[Outputs]:
+    """Return the outputs for batches of several sizes, which not all models accept."""
+    expected = []
+    required = "model must accept images of any size"
+    if model.metadata.task == "classification":
+        required += " or be exported with preprocessing"
+    name = model.metadata.model or type(model.model).__name__
+    for images in inputs:
+        with _one_line(f"{required}, but {name} fails for {_size(model, images)}"):
+            expected.append(run_eager(model, images))
+    return expected
 
 
 def _check_images(argument: str, images: Sequence[np.ndarray]) -> None:
@@ -165,6 +186,7 @@ def export_model(
     model = exportable(predictor, name, features=features, with_preprocessing=with_preprocessing)
     given = next((arrays for arrays in (images, calibration) if len(arrays)), None)
     inputs = list(batches(model, sample_images() if given is None else given))
+    expected = _run_eager(model, inputs)
     traced = model if dtype == "float32" else convert(model, getattr(torch, dtype))
     examples = [model.preprocessing(image) for image in calibration]
     with _one_line(f"the model cannot be traced for {format}"):
@@ -180,9 +202,13 @@ def export_model(
                 quantize(partial, (example.numpy() for example in examples))
         with _one_line(f"the runtime of {format} fails"):
             runtime = module.load(partial)
-            comparisons = [compare(model, runtime, batch) for batch in inputs]
             if examples:
                 agreement = proportion_of_equal_classes(model, runtime, examples)
+        comparisons = []
+        for batch, outputs in zip(inputs, expected, strict=True):
+            with _one_line(f"the runtime of {format} fails for {_size(model, batch)}"):
+                actual = runtime(batch.numpy())
+            comparisons.append(compare(outputs, actual, batch.shape))
         if agreement is None:
             check(comparisons, tolerance)
         else:
