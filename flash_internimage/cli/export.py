@@ -18,7 +18,7 @@ from ..export import FORMATS, DifferenceError, Report, export_model
 from ..export.exporting import check_output
 from ..export.models import check_options
 from ..export.precision import TOLERANCES, require_precision
-from ..files import require_writable
+from ..files import writable_folder
 from ..inference.predictor import find_model, load_predictor
 from ..inference.sources import Source, find_sources, read_rgb
 
@@ -106,19 +106,19 @@ def _run(arguments: argparse.Namespace) -> Report:
     require_precision(arguments.format, source.task, arguments.dtype, arguments.int8, logits)
     images = _find(arguments.images, "--images", _MAX_IMAGES)
     calibration = _find(arguments.calibration, "--calibration", _MAX_CALIBRATION)
-    require_writable(arguments.output.parent, "-o")
-    return export_model(
-        load_predictor(source, checkpoint, device="cpu"),
-        arguments.output,
-        arguments.format,
-        name=source.name,
-        features=arguments.features,
-        with_preprocessing=arguments.with_preprocessing,
-        dtype=arguments.dtype,
-        calibration=_read(calibration),
-        images=_read(images),
-        tolerance=arguments.tolerance,
-    )
+    with writable_folder(arguments.output.parent, "-o"):
+        return export_model(
+            load_predictor(source, checkpoint, device="cpu"),
+            arguments.output,
+            arguments.format,
+            name=source.name,
+            features=arguments.features,
+            with_preprocessing=arguments.with_preprocessing,
+            dtype=arguments.dtype,
+            calibration=_read(calibration),
+            images=_read(images),
+            tolerance=arguments.tolerance,
+        )
 
 
 def _find(inputs: list[str], argument: str, limit: int) -> list[Source]:

@@ -140,9 +140,10 @@ def test_a_difference_is_exit_code_1(weights, tmp_path, monkeypatch, caplog):
         raise DifferenceError("logits must differ by less")
 
     monkeypatch.setattr(export, "export_model", fail)
-    out = str(tmp_path / "m.onnx")
+    out = str(tmp_path / "new" / "m.onnx")
     assert export.main([CLASSIFIER, str(weights[CLASSIFIER]), "--format", "onnx", "-o", out]) == 1
     assert caplog.records[-1].getMessage() == "no file is written: logits must differ by less"
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(("format", "extra"), [("onnx", "export"), ("openvino", "openvino")])
