@@ -170,6 +170,9 @@ def export_model(
         predictor = load_predictor("flash_internimage_tiny.in1k", device="cpu")
         report = export_model(predictor, "tiny.onnx")
     """
+    if not isinstance(predictor, Predictor):
+        given = type(predictor).__name__
+        raise ValueError(f"predictor must be one that load_predictor returns, got {given}")
     path = Path(path)
     if dtype not in TOLERANCES:
         raise ValueError(f"dtype must be one of {', '.join(TOLERANCES)}, got {dtype!r}")

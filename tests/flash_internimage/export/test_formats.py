@@ -230,6 +230,7 @@ def test_onnx_file_with_preprocessing(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"predictor": CLASSIFIER}, "predictor must be one that load_predictor returns, got str"),
         ({"tolerance": float("nan")}, "tolerance must be a positive number, got nan"),
         ({"images": ["a.png"]}, r"images must be arrays \(H, W, 3\) of uint8, got str"),
         ({"images": np.zeros((1, 0, 0, 3), np.uint8)}, r"got one of uint8 with the shape \(0, 0"),
@@ -238,7 +239,7 @@ def test_onnx_file_with_preprocessing(tmp_path):
 )
 def test_wrong_arguments_are_named(options, message, classifier, tmp_path):
     with pytest.raises(ValueError, match=message):
-        export_model(classifier, tmp_path / "model.onnx", **options)
+        export_model(**{"predictor": classifier, "path": tmp_path / "model.onnx", **options})
 
 
 def test_an_error_of_the_exporter_is_that_of_its_cause(classifier, tmp_path, monkeypatch):
