@@ -77,11 +77,16 @@ def check_output(format: str, path: str | os.PathLike, task: str) -> None:
 
 @contextlib.contextmanager
 def _one_line(problem: str) -> Iterator[None]:
-    """Turn errors of exporters and runtimes, which are of many types, into a ValueError."""
+    """Turn errors of exporters and runtimes, which are of many types, into a ValueError.
+
+    An OSError remains one; if it names no file, as for a full disk, it says what failed.
+    """
     try:
         yield
-    except OSError:
-        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(f"{problem}: {error.strerror or error}") from error
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # torch.onnx explains its steps before the cause

@@ -251,6 +251,24 @@ def test_an_error_of_the_exporter_is_that_of_its_cause(classifier, tmp_path, mon
         export_model(classifier, tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left"), "^the model cannot be traced for onnx: No space left$"),
+        (OSError(13, "Permission denied", "a.onnx"), r"^\[Errno 13\] Permission denied: 'a.onnx'$"),
+    ],
+)
+def test_errors_of_the_system_name_a_file_or_a_step(
+    error, message, classifier, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(exporting, "trace", fail)
+    with pytest.raises(OSError, match=message):
+        export_model(classifier, tmp_path / "model.onnx")
+
+
 class Wrong:
     """A format whose files compute zeros."""
 
