@@ -9,7 +9,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -80,21 +80,35 @@ def write_csv(path: str | os.PathLike, rows: Iterable[Sequence[Any]]) -> None:
 
 
 def require_writable(folder: Path, option: str) -> None:
-    """Check that a folder is writable, creating it if necessary.
+    """Check that a folder is writable or can be created; see :func:`writable_folder`."""
+    with writable_folder(folder, option):
+        pass
+
+
+@contextmanager
+def writable_folder(folder: Path, option: str) -> Iterator[None]:
+    """Create a folder for the time of a block; it remains if it contains something in the end.
 
     Args:
-        folder: Folder to check.
+        folder: Folder, which may exist.
         option: Command-line option that named the folder, for the error message.
 
     Raises:
         OSError: If the folder cannot be created or written to.
     """
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"{option} {folder} cannot be written: {error.strerror}") from error
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise OSError(f"{option} {folder} cannot be written: {error.strerror}") from error
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # not empty, or not created
+                path.rmdir()
 
 
 def disk_full_error(error: BaseException | None, path: str | os.PathLike) -> OSError | None:

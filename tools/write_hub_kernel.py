@@ -80,13 +80,14 @@ def write_repository(folder: Path) -> None:
     files["build/torch-cuda/metadata.json"] = metadata.encode()
     files["README.md"] = (TEMPLATE / "README.md").read_bytes()
     files["LICENSE"] = (ROOT / "LICENSE").read_bytes()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        complete = Path(temporary) / "repository"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         for path, contents in files.items():
-            (complete / path).parent.mkdir(parents=True, exist_ok=True)
-            (complete / path).write_bytes(contents)
-        complete.replace(folder)
+            complete = Path(temporary, path)
+            complete.parent.mkdir(parents=True, exist_ok=True)
+            complete.write_bytes(contents)
+        for complete in Path(temporary).iterdir():
+            complete.replace(folder / complete.name)
 
 
 def main(argv: list[str] | None = None) -> int:

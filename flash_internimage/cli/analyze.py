@@ -59,7 +59,7 @@ def _compare(argv: list[str], program: str) -> int:
     with required_by(program):
         from ..analysis.runs import compare_runs, read_runs
         from ..console import log_to_terminal
-        from ..files import require_writable
+        from ..files import writable_folder
 
         log_to_terminal()
 
@@ -67,8 +67,8 @@ def _compare(argv: list[str], program: str) -> int:
             if arguments.output.is_dir():
                 raise ValueError(f"-o must be a file, got the folder {arguments.output}")
             runs = read_runs([path.expanduser() for path in arguments.runs])
-            require_writable(arguments.output.parent, "-o")
-            compare_runs(runs, arguments.output, arguments.metrics)
+            with writable_folder(arguments.output.parent, "-o"):
+                compare_runs(runs, arguments.output, arguments.metrics)
         except (OSError, ValueError) as error:
             sys.stderr.write(f"error: {error}\n")
             return 2
@@ -103,9 +103,6 @@ def _check(arguments: argparse.Namespace) -> None:
             "WORLD_SIZE must be 1, as a report is written by a single process, got "
             f"{os.environ['WORLD_SIZE']}"
         )
-    from ..files import require_writable
-
-    require_writable(arguments.output, "-o")
 
 
 def _classification(model: str, options: list[str], program: str) -> int:
@@ -123,15 +120,17 @@ def _classification(model: str, options: list[str], program: str) -> int:
     _check(arguments)
     from ..analysis.classification import analyze_classifier
     from ..console import log_to_terminal
+    from ..files import writable_folder
 
     log_to_terminal()
-    settings = test.evaluation_settings(arguments)
-    try:
-        figures = analyze_classifier(
-            model, arguments.output, pictures=arguments.pictures, **settings
-        )
-    except TooManyCorruptImages as error:
-        raise ValueError(str(error)) from error
+    with writable_folder(arguments.output, "-o"):
+        settings = test.evaluation_settings(arguments)
+        try:
+            figures = analyze_classifier(
+                model, arguments.output, pictures=arguments.pictures, **settings
+            )
+        except TooManyCorruptImages as error:
+            raise ValueError(str(error)) from error
     _print(figures, arguments.output)
     return 0
 
@@ -139,6 +138,7 @@ def _classification(model: str, options: list[str], program: str) -> int:
 def _openmmlab(
     config: str, task: str, released: str | None, options: Sequence[str], program: str
 ) -> int:
+    from ..files import writable_folder
     from ..openmmlab.errors import one_line_errors
 
     with one_line_errors():
@@ -153,7 +153,8 @@ def _openmmlab(
         arguments.checkpoint = arguments.positional or arguments.checkpoint or released
         if arguments.checkpoint is None:
             raise ValueError("CHECKPOINT must be given for a config, got none")
-        figures = _analyze(arguments)
+        with writable_folder(arguments.output, "-o"):
+            figures = _analyze(arguments)
     _print(figures, arguments.output)
     return 0
 

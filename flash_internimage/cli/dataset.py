@@ -105,6 +105,7 @@ def _check(arguments: argparse.Namespace) -> int:
     findings = check_dataset(config, options)
     _say(findings.report.text())
     if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
         findings.report.write(output)
         if findings.pictures:
             sheet = Image.fromarray(draw_sheet(findings))

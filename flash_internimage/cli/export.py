@@ -18,7 +18,7 @@ from ..export import FORMATS, DifferenceError, Report, export_model
 from ..export.exporting import check_output
 from ..export.models import check_options
 from ..export.precision import TOLERANCES, require_precision
-from ..files import require_writable
+from ..files import writable_folder
 from ..inference.predictor import find_model, load_predictor
 from ..inference.sources import Source, find_sources, read_rgb
 
@@ -106,19 +106,19 @@ def _run(arguments: argparse.Namespace) -> Report:
     require_precision(arguments.format, source.task, arguments.dtype, arguments.int8, logits)
     images = _find(arguments.images, "--images", _MAX_IMAGES)
     calibration = _find(arguments.calibration, "--calibration", _MAX_CALIBRATION)
-    require_writable(arguments.output.parent, "-o")
-    return export_model(
-        load_predictor(source, checkpoint, device="cpu"),
-        arguments.output,
-        arguments.format,
-        name=source.name,
-        features=arguments.features,
-        with_preprocessing=arguments.with_preprocessing,
-        dtype=arguments.dtype,
-        calibration=_read(calibration),
-        images=_read(images),
-        tolerance=arguments.tolerance,
-    )
+    with writable_folder(arguments.output.parent, "-o"):
+        return export_model(
+            load_predictor(source, checkpoint, device="cpu"),
+            arguments.output,
+            arguments.format,
+            name=source.name,
+            features=arguments.features,
+            with_preprocessing=arguments.with_preprocessing,
+            dtype=arguments.dtype,
+            calibration=_read(calibration),
+            images=_read(images),
+            tolerance=arguments.tolerance,
+        )
 
 
 def _find(inputs: list[str], argument: str, limit: int) -> list[Source]:
@@ -145,11 +145,10 @@ def _describe(report: Report) -> str:
     lines.append("images                 output    largest   mean      agreement")
     for comparison in report.comparisons:
         shape = " x ".join(map(str, comparison.shape))
+        agreement = "-" if comparison.agreement is None else f"{comparison.agreement:.2%}"
         for name, largest in comparison.largest.items():
             mean = comparison.mean[name]
-            lines.append(
-                f"{shape:22} {name:9} {largest:<9.1e} {mean:<9.1e} {comparison.agreement:.2%}"
-            )
+            lines.append(f"{shape:22} {name:9} {largest:<9.1e} {mean:<9.1e} {agreement}")
     if report.agreement is not None:
         lines.append(f"calibration images: {report.agreement:.2%} have the same class")
         lines.append("Differences of int8 files are not checked.")

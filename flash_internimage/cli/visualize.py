@@ -128,6 +128,7 @@ def _run(arguments: argparse.Namespace) -> None:
         max_points=arguments.max_points,
         preprocessing=preprocessing,
     )
+    output.parent.mkdir(parents=True, exist_ok=True)
     _write(picture, output)
     if arguments.maps:
         layers = last_of_stages(predictor, layer)

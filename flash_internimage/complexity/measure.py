@@ -1,10 +1,11 @@
 """Measure the complexity of a model of any task."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral
 
 import timm
 import torch
@@ -92,10 +93,12 @@ def measure_complexity(
         4868442112
     """
     source = model if isinstance(model, ModelSource) else find_model(model)
-    if not 1 <= batch_size <= _MOST:
-        raise ValueError(f"batch_size must be at least 1 and at most {_MOST}, got {batch_size}")
-    if size is not None and not all(1 <= side <= _MOST for side in size):
-        raise ValueError(f"size must be two numbers (H, W) from 1 to {_MOST}, got {size}")
+    if not _is_count(batch_size):
+        raise ValueError(f"batch_size must be at least 1 and at most {_MOST}, got {batch_size!r}")
+    if size is not None:
+        sides = tuple(size) if isinstance(size, Sequence) else ()
+        if len(sides) != 2 or not all(map(_is_count, sides)):
+            raise ValueError(f"size must be two numbers (H, W) from 1 to {_MOST}, got {size!r}")
     if source.task == "classification":
         network = _classifier(source)
     else:
@@ -120,6 +123,10 @@ def measure_complexity(
         inference_memory=inference.peak_memory,
         training_memory=training.peak_memory,
     )
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, Integral) and number is not True and 1 <= int(number) <= _MOST
 
 
 def _classifier(source: ModelSource) -> Network:

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..inference import Predictor
 from .formats import find_format, trace
-from .models import exportable
+from .models import ExportableModel, exportable
 from .precision import TOLERANCES, convert, quantize_file, quantize_program, require_precision
 from .verification import (
     Comparison,
+    Outputs,
     Timing,
     batches,
     check,
@@ -24,6 +26,7 @@ from .verification import (
     compare,
     measure,
     proportion_of_equal_classes,
+    run_eager,
     sample_images,
 )
 
@@ -74,17 +77,40 @@ def check_output(format: str, path: str | os.PathLike, task: str) -> None:
 
 @contextlib.contextmanager
 def _one_line(problem: str) -> Iterator[None]:
-    """Turn errors of exporters and runtimes, which are of many types, into a ValueError."""
+    """Turn errors of exporters and runtimes, which are of many types, into a ValueError.
+
+    An OSError remains one; if it names no file, as for a full disk, it says what failed.
+    """
     try:
         yield
-    except OSError:
-        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(f"{problem}: {error.strerror or error}") from error
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # torch.onnx explains its steps before the cause
             cause = cause.__cause__
         lines = str(cause).strip().splitlines() or [""]
         raise ValueError(f"{problem}: {type(cause).__name__}: {lines[0]}") from error
+
+
+def _size(model: ExportableModel, images: Tensor) -> str:
+    height, width = (images.shape[i] for i in model.size_dims)
+    return f"{height} x {width} pixels"
+
+
+def _run_eager(model: ExportableModel, inputs: Sequence[Tensor]) -> list[Outputs]:
+    """Return the outputs for batches of several sizes, which not all models accept."""
+    expected = []
+    required = "model must accept images of any size"
+    if model.metadata.task == "classification":
+        required += " or be exported with preprocessing"
+    name = model.metadata.model or type(model.model).__name__
+    for images in inputs:
+        with _one_line(f"{required}, but {name} fails for {_size(model, images)}"):
+            expected.append(run_eager(model, images))
+    return expected
 
 
 def _check_images(argument: str, images: Sequence[np.ndarray]) -> None:
@@ -149,6 +175,9 @@ def export_model(
         predictor = load_predictor("flash_internimage_tiny.in1k", device="cpu")
         report = export_model(predictor, "tiny.onnx")
     """
+    if not isinstance(predictor, Predictor):
+        given = type(predictor).__name__
+        raise ValueError(f"predictor must be one that load_predictor returns, got {given}")
     path = Path(path)
     if dtype not in TOLERANCES:
         raise ValueError(f"dtype must be one of {', '.join(TOLERANCES)}, got {dtype!r}")
@@ -165,6 +194,7 @@ def export_model(
     model = exportable(predictor, name, features=features, with_preprocessing=with_preprocessing)
     given = next((arrays for arrays in (images, calibration) if len(arrays)), None)
     inputs = list(batches(model, sample_images() if given is None else given))
+    expected = _run_eager(model, inputs)
     traced = model if dtype == "float32" else convert(model, getattr(torch, dtype))
     examples = [model.preprocessing(image) for image in calibration]
     with _one_line(f"the model cannot be traced for {format}"):
@@ -184,9 +214,13 @@ def export_model(
                 quantize_file(partial, examples)
         with _one_line(f"the runtime of {format} fails"):
             runtime = module.load(partial)
-            comparisons = [compare(model, runtime, batch) for batch in inputs]
             if examples:
                 agreement = proportion_of_equal_classes(model, runtime, examples)
+        comparisons = []
+        for batch, outputs in zip(inputs, expected, strict=True):
+            with _one_line(f"the runtime of {format} fails for {_size(model, batch)}"):
+                actual = runtime(batch.numpy())
+            comparisons.append(compare(outputs, actual, batch.shape))
         if agreement is None:
             check(comparisons, tolerance)
         else:

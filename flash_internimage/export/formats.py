@@ -1,6 +1,7 @@
 """The formats: their names, suffixes and packages, and the tracing that they share."""
 
 import importlib
+import operator
 import re
 import warnings
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, cast
+from unittest import mock
 
 import numpy as np
 import torch
@@ -126,6 +128,9 @@ def trace(model: ExportableModel, height: int, width: int, guarded: bool = True)
         torch.no_grad(),
         warnings.catch_warnings(),
         _config.patch(backed_size_oblivious=guarded),  # type: ignore[attr-defined]
+        # This division compares the remainder with zero, to no effect on a quotient of Python: the
+        # guards would fix which sizes are odd in models with pooling.
+        mock.patch.object(torch._meta_registrations, "div_rtn", operator.floordiv),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # within torchvision's NMS
         program = torch.export.export(model, (example,), dynamic_shapes=(sizes,))

@@ -2,12 +2,14 @@
 
 import json
 import operator
+import re
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import torch
 from onnxscript import opset18 as op
@@ -57,10 +59,27 @@ def write(
     assert exported is not None
     for node in exported.model.graph.all_nodes():
         node.metadata_props.pop(_STACK_TRACE, None)  # it contains paths of this machine
+    _name_sizes(exported.model.graph)
     exported.model.metadata_props.update(
         {key: json.dumps(value) for key, value in asdict(metadata).items()}
     )
     exported.save(path)
+
+
+def _name_sizes(graph: ir.Graph) -> None:
+    """Name the symbols of the sizes of images, such as s14, in the shapes of all values."""
+    [images] = graph.inputs
+    symbols = [size.value for size in images.shape or () if isinstance(size, ir.SymbolicDim)]
+    names = dict(zip(reversed(symbols), ("width", "height", "batch"), strict=False))
+
+    def rename(size: int | ir.SymbolicDim) -> int | str | ir.SymbolicDim:
+        if isinstance(size, int) or size.value is None:
+            return size
+        return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.value)
+
+    for value in (images, *(output for node in graph.all_nodes() for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([rename(size) for size in value.shape])
 
 
 def _floor_divide(dividend: Any, divisor: Any) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..checkpoints import Entry, fetch_checkpoint
-from ..files import require_writable
+from ..files import writable_folder
 from .card import Facts
 from .classifier import save_classifier
 from .results import read_results
@@ -78,7 +78,8 @@ def push(
         if folder is None:
             path = Path(stack.enter_context(TemporaryDirectory()))
         else:
-            require_writable(path := folder, "--folder")
+            path = folder
+            stack.enter_context(writable_folder(folder, "--folder"))
         if config is None:
             released = entry if checkpoint is None else None
             save_classifier(path, name, weights, target, entry=released, facts=facts)

@@ -5,6 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
@@ -80,6 +81,9 @@ def find_model(model: str | os.PathLike) -> ModelSource:
         FileNotFoundError: If there is no such config file.
         ValueError: If there is no such model or the config cannot be read.
     """
+    if not isinstance(model, (str, os.PathLike)):
+        given = type(model).__name__
+        raise ValueError(f"model must be the name of a model or the path of a config, got {given}")
     name, zoo = os.fspath(model), read_zoo()
     if name.startswith(_OF_TIMM) or timm.is_model(name):
         _check_tag(name)
@@ -167,10 +171,10 @@ def load_predictor(
     """
     if dtype not in _AMP:
         raise ValueError(f"dtype must be one of {', '.join(map(repr, _AMP))}, got {dtype!r}")
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if not 0 <= score_threshold <= 1:
-        raise ValueError(f"score_threshold must be from 0 to 1, got {score_threshold}")
+    if not (isinstance(top_k, Integral) and top_k >= 1):
+        raise ValueError(f"top_k must be at least 1, got {top_k!r}")
+    if not (isinstance(score_threshold, Real) and 0 <= score_threshold <= 1):
+        raise ValueError(f"score_threshold must be from 0 to 1, got {score_threshold!r}")
     source = model if isinstance(model, ModelSource) else find_model(model)
     if tta and source.task != "segmentation":
         raise ValueError(f"tta must be used with a segmentor, got {source.name} ({source.task})")

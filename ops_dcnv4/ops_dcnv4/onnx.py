@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnxscript import evaluator, opset19
 from onnxscript import opset18 as op
-from onnxscript import opset19
 
 from . import attention, ops  # noqa: F401  define torch.ops.ops_dcnv4
 from .window import Window
@@ -40,7 +40,8 @@ def translation_table(form: Form = "deform_conv") -> dict[Any, Callable]:
             gathers in both.
 
     Raises:
-        ValueError: If the form is unknown.
+        ValueError: If the form is unknown. `torch.onnx.export` raises one, as the cause of its
+            error, for `"deform_conv"` with an opset below 19.
 
     Example:
         >>> torch.onnx.export(model, (x,), "model.onnx", dynamo=True, opset_version=19,
@@ -98,8 +99,24 @@ def _taps(window: Window) -> list[int | None]:
     return order
 
 
+def _zeros(value: Value, offset_mask: Value) -> Value:
+    """Return the output of a window without taps, a 1 x 1 kernel whose center is removed."""
+    shape = op.Concat(
+        op.Shape(offset_mask, start=0, end=3), op.Shape(value, start=3, end=4), axis=0
+    )
+    return op.Expand(_constant(0, value.dtype), shape)
+
+
 def _deform_conv(value: Value, offset_mask: Value, *parameters: Any) -> Value:
+    recorder: Any = evaluator.default()  # of torch.onnx.export
+    if recorder.opset.version < 19:
+        raise ValueError(
+            "opset_version must be at least 19 for the form 'deform_conv', got "
+            f"{recorder.opset.version}; the form 'gather' needs 18"
+        )
     window, dtype = _window(parameters), _compute_dtype(value)
+    if not window.taps():
+        return _zeros(value, offset_mask)
     rows, columns = window.kernel_size
     taps, order, center = window.taps(), _taps(window), window.center()
     offsets, shifts, scales, masks, kept = [], [], [], [], []
@@ -194,6 +211,8 @@ def _sample(
 def _dcnv4_by_gathers(value: Value, offset_mask: Value, *parameters: Any) -> Value:
     window, dtype = _window(parameters), _compute_dtype(value)
     taps, groups, center = window.taps(), window.groups, window.center()
+    if not taps:
+        return _zeros(value, offset_mask)
     packed = op.Slice(
         _cast(offset_mask, dtype), _integers(0), _integers(3 * groups * taps), _integers(-1)
     )
@@ -218,8 +237,16 @@ def _dcnv4_by_gathers(value: Value, offset_mask: Value, *parameters: Any) -> Val
 
     y, x = coordinates(0), coordinates(1)
     modulation = op.Gather(packed, _integers(*range(2 * taps, 3 * taps)), axis=-1)
-    pixels = op.Reshape(_cast(value, dtype), _integers(0, -1, groups, value.shape[3] // groups))
     sizes = op.Shape(value, start=1, end=2), op.Shape(value, start=2, end=3)
+    # An empty batch cannot be reshaped with -1, which onnxruntime would put in place of the product
+    # if the size of the batch were that of the reshaped tensor.
+    shape = op.Concat(
+        op.Shape(offset_mask, start=0, end=1),
+        op.Mul(*sizes),
+        _integers(groups, value.shape[3] // groups),
+        axis=0,
+    )
+    pixels = op.Reshape(_cast(value, dtype), shape)
     output = _sample(
         op.Transpose(pixels, perm=[0, 2, 1, 3]), x, y, modulation, (*sizes, _integers(0)), dtype
     )
@@ -256,10 +283,10 @@ def ms_deform_attn(
     attention_weights: Value,
 ) -> Value:  # fmt: skip
     """Translate :func:`ops_dcnv4.ms_deform_attn`."""
-    dtype, points = _compute_dtype(value), sampling_locations.shape[4]
+    dtype, (levels, points) = _compute_dtype(value), sampling_locations.shape[3:5]
     locations = _cast(sampling_locations, dtype)
     x, y, weights = (
-        op.Transpose(op.Reshape(tensor, _integers(0, 0, 0, -1)), perm=[0, 2, 1, 3])
+        op.Transpose(op.Reshape(tensor, _integers(0, 0, 0, levels * points)), perm=[0, 2, 1, 3])
         for tensor in (
             op.Gather(locations, _scalar(0), axis=-1),
             op.Gather(locations, _scalar(1), axis=-1),

@@ -64,10 +64,10 @@ def test_the_test_program_gives_the_metrics_of_the_validation(trained, tmp_path)
 def test_predictions_are_written_and_drawn(trained, tmp_path, monkeypatch):
     config, folder = trained
     arguments = ["test", config, folder / "epoch_2.pth", "--work-dir", tmp_path]
-    arguments += ["--out", tmp_path / "predictions.pkl", "--show-dir", "pictures"]
+    arguments += ["--out", tmp_path / "new" / "predictions.pkl", "--show-dir", "pictures"]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     test_program.main()
-    predictions = pickle.loads((tmp_path / "predictions.pkl").read_bytes())
+    predictions = pickle.loads((tmp_path / "new" / "predictions.pkl").read_bytes())
     assert [p["img_id"] for p in predictions] == [1, 2, 3, 4]
     assert all(len(p["pred_instances"]["bboxes"]) for p in predictions)
     pictures = sorted(tmp_path.glob("*/pictures/*.jpg"))

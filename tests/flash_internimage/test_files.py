@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from flash_internimage.checkpoints import save_atomically
-from flash_internimage.files import check_no_loops, own_folder, write_atomically
+from flash_internimage.files import (
+    check_no_loops,
+    own_folder,
+    require_writable,
+    writable_folder,
+    write_atomically,
+)
 from tests.processes import CONTEXT
 
 
@@ -62,6 +68,27 @@ class TestWriteAtomically:
         finally:
             os.umask(before)
         assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+class TestWritableFolder:
+    def test_what_is_written_remains(self, tmp_path):
+        with writable_folder(tmp_path / "a" / "b", "-o"):
+            (tmp_path / "a" / "b" / "file").touch()
+        assert (tmp_path / "a" / "b" / "file").exists()
+
+    def test_a_failure_leaves_no_trace(self, tmp_path):
+        (tmp_path / "before").mkdir()
+        for folder in (tmp_path / "before" / "a" / "b", tmp_path / "before"):
+            with pytest.raises(ValueError, match="model"), writable_folder(folder, "-o"):
+                raise ValueError("model")
+        assert [*tmp_path.rglob("*")] == [tmp_path / "before"]
+
+    def test_a_check_leaves_no_trace(self, tmp_path):
+        require_writable(tmp_path / "a" / "b", "-o")
+        assert not [*tmp_path.iterdir()]
+        with pytest.raises(OSError, match=r"^-o .* cannot be written: File name too long$"):
+            require_writable(tmp_path / "a" / ("b" * 300), "-o")
+        assert not [*tmp_path.iterdir()]
 
 
 def hold(folder: Path, held) -> None:

@@ -59,6 +59,15 @@ def test_dcnv4(p, form, tmp_path, assert_near):
     assert_near(run(value, offset_mask), expected, 1e-13)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_window_without_taps(form, tmp_path):
+    p = Parameters(kernel_size=(1, 1), padding=(0, 0), remove_center=True)
+    value, offset_mask, _ = random_tensors(p, padding_channels=0)
+    model = Call(lambda *tensors: ops_dcnv4.dcnv4(*tensors, *p), torch.float64)
+    run = export(tmp_path / "m.onnx", model, (value, offset_mask), form)
+    assert run(value, offset_mask).equal(reference.dcnv4(value, offset_mask, *p))
+
+
 @pytest.mark.parametrize("form", attention_cases.FORMS)
 def test_attention(form, tmp_path, assert_near):
     inputs = attention_cases.random_inputs(spread=2.0)
@@ -71,9 +80,15 @@ def test_attention(form, tmp_path, assert_near):
     def named(tensors: tuple) -> dict:
         return dict(zip(inputs._fields, tensors, strict=False))
 
-    run = export(tmp_path / "m.onnx", model, tensors, "deform_conv", opset=18)
+    batch = {0: torch.export.Dim.DYNAMIC}
+    shapes = (tuple(batch if t.is_floating_point() else {} for t in tensors),)
+    run = export(
+        tmp_path / "m.onnx", model, tensors, "deform_conv", opset=18, dynamic_shapes=shapes
+    )
     expected = attention_cases.run_reference(inputs, form).output
     assert_near(run(*tensors), expected, 1e-13)
+    empty = run(*(t[:0] if t.is_floating_point() else t for t in tensors))
+    assert empty.shape == (0, *expected.shape[1:])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -102,7 +117,7 @@ def test_sizes_are_dynamic(form, tmp_path, assert_near):
         form,
         dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
     )
-    for shape in ((1, 32, 5, 9), (3, 32, 16, 7)):
+    for shape in ((1, 32, 5, 9), (3, 32, 16, 7), (0, 32, 5, 9)):
         image = torch.randn(shape, dtype=torch.float64)
         assert_near(run(image), model(image), 1e-13)
 
@@ -133,8 +148,24 @@ def test_levels_are_dynamic(tmp_path, assert_near):
     shapes = ({0: dynamic, 1: dynamic}, (size, size))
     example = inputs(2, 5, (6, 7), (3, 4))
     run = export(tmp_path / "m.onnx", model, example, "deform_conv", dynamic_shapes=shapes)
-    for tensors in (inputs(3, 4, (8, 5), (4, 3)), inputs(1, 9, (5, 5), (2, 6))):
+    for tensors in (
+        inputs(3, 4, (8, 5), (4, 3)),
+        inputs(1, 9, (5, 5), (2, 6)),
+        inputs(0, 4, (5, 5), (2, 6)),
+    ):
         assert_near(run(*tensors), model(*tensors), 1e-13)
+
+
+def test_deform_conv_needs_opset_19(tmp_path):
+    p = Parameters()
+    model = Call(lambda *tensors: ops_dcnv4.dcnv4(*tensors, *p), torch.float32)
+    with pytest.raises(torch.onnx.OnnxExporterError) as raised:
+        export(tmp_path / "m.onnx", model, random_tensors(p)[:2], "deform_conv", opset=18)
+    cause: BaseException = raised.value
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    assert str(cause).startswith("opset_version must be at least 19 for the form 'deform_conv'")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_unknown_form():

@@ -127,6 +127,7 @@ def test_existing_files_are_not_overwritten(repository, capsys):
         assert f"FOLDER must be new or empty, got {folder}\n" in capsys.readouterr().err
 
 
-def test_empty_folder_is_used(tmp_path):
-    assert write_hub_kernel.main([str(tmp_path)]) == 0
+def test_empty_folder_is_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert write_hub_kernel.main(["."]) == 0
     assert (tmp_path / "build" / "torch-cuda" / "__init__.py").exists()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from ...cli import extras
 from ...tracking import TRACKERS
 from ..errors import describe, is_from_this_package
 
@@ -79,7 +80,7 @@ def read_config(path: Path, import_custom_modules: bool = True) -> Config:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, or requires a package that is not installed.
     """
     if not path.is_file():
         raise FileNotFoundError(f"config not found: {path}")
@@ -88,6 +89,11 @@ def read_config(path: Path, import_custom_modules: bool = True) -> Config:
     except (Exception, SystemExit) as error:  # Configs are programs and can raise anything.
         if is_from_this_package(error):
             raise
+        if isinstance(error, ModuleNotFoundError):
+            # mmengine's error about a base in a missing package has no name.
+            name = error.name or str(error).partition(" ")[0]
+            if requirement := extras.describe(ModuleNotFoundError(name=name)):
+                raise ValueError(f"config {path} requires {requirement}") from error
         reason = f"{type(error).__name__}: {describe(error.__cause__ or error)}"
         raise ValueError(f"config {path} cannot be read: {reason}") from error
 

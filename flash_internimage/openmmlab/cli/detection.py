@@ -18,6 +18,7 @@ class _AtomicDump(DumpDetResults):
     """DumpDetResults that writes its file atomically."""
 
     def compute_metrics(self, results: list) -> dict:
+        Path(self.out_file_path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.out_file_path, lambda file: pickle.dump(results, file))
         return {}
 

@@ -1,14 +1,13 @@
 """COCO datasets that are validated before a run."""
 
+import io
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmdet.datasets import CocoDataset
-from mmdet.datasets.api_wrappers import COCO
-from mmdet.datasets.transforms import LoadAnnotations
 from mmengine.registry import DATASETS
 from pycocotools import mask as coco_mask
 
@@ -18,6 +17,11 @@ from .base import ReadableImages
 from .coco_annotations import check_annotations, parse_json
 from .files import find_missing, is_local
 from .transforms import check_size
+
+with redirect_stdout(io.StringIO()):  # mmdet prints which optional packages are missing
+    from mmdet.datasets import CocoDataset
+    from mmdet.datasets.api_wrappers import COCO
+    from mmdet.datasets.transforms import LoadAnnotations
 
 # Metainfo of datasets whose labels follow the order of their classes, not that of the file.
 LABELS_FOLLOW_CLASSES = "labels_follow_classes"

@@ -1,13 +1,14 @@
 """Semantic segmentation datasets that are validated before a run."""
 
+import io
 import os
 from collections import Counter
+from contextlib import redirect_stdout
 from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 from mmengine.registry import DATASETS
-from mmseg.datasets import ADE20KDataset, BaseSegDataset
 
 from ...files import check_no_loops
 from ...images import UnreadableImage, read_size
@@ -16,6 +17,9 @@ from .base import ReadableImages
 from .files import find_missing, is_local
 from .label_maps import IGNORED, Palettes, decode_labels, differing_sizes, open_label_map
 from .transforms import check_size
+
+with redirect_stdout(io.StringIO()):  # mmseg prints which optional packages are missing
+    from mmseg.datasets import ADE20KDataset, BaseSegDataset
 
 _CHECKED_AT_START = 200  # label maps; 512 x 683 pixels take about 4 ms each
 

@@ -16,8 +16,12 @@ def calls(monkeypatch):
 
     def export_model(predictor, path, *arguments, **options):
         calls.append((predictor.task, path.name, *arguments, options))
-        comparison = Comparison((2, 3, 32, 40), {"logits": 4e-7}, {"logits": 1e-7}, 1.0)
-        return Report(path, 7_200_000, [comparison], [Timing(1, 0.02, 0.01)])
+        shape = (2, 3, 32, 40)
+        comparisons = [
+            Comparison(shape, {"logits": 4e-7}, {"logits": 1e-7}, 1.0),
+            Comparison(shape, {"stage1": 5e-7}, {"stage1": 2e-7}, None),
+        ]
+        return Report(path, 7_200_000, comparisons, [Timing(1, 0.02, 0.01)])
 
     monkeypatch.setattr(export, "export_model", export_model)
     return calls
@@ -36,6 +40,7 @@ def test_options_reach_the_function_and_the_report_is_printed(weights, tmp_path,
     output = capsys.readouterr().out
     assert output.startswith(f"{out}: 7.2 MB\n")
     assert "2 x 3 x 32 x 40        logits    4.0e-07   1.0e-07   100.00%\n" in output
+    assert "2 x 3 x 32 x 40        stage1    5.0e-07   2.0e-07   -\n" in output
     assert output.endswith("1 thread: eager 20.0 ms, exported 10.0 ms, ratio 2.00\n")
 
 
@@ -135,9 +140,10 @@ def test_a_difference_is_exit_code_1(weights, tmp_path, monkeypatch, caplog):
         raise DifferenceError("logits must differ by less")
 
     monkeypatch.setattr(export, "export_model", fail)
-    out = str(tmp_path / "m.onnx")
+    out = str(tmp_path / "new" / "m.onnx")
     assert export.main([CLASSIFIER, str(weights[CLASSIFIER]), "--format", "onnx", "-o", out]) == 1
     assert caplog.records[-1].getMessage() == "no file is written: logits must differ by less"
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(("format", "extra"), [("onnx", "export"), ("openvino", "openvino")])

@@ -152,10 +152,15 @@ def test_memory_is_freed_with_its_tensors():
     ("arguments", "message"),
     [
         ({"model": "flash_internimage_tny"}, "did you mean 'flash_internimage_tiny"),
+        ({"model": None}, "model must be the name .* got NoneType"),
         ({"model": "flash_internimage_nano", "size": (0, 64)}, r"size must be .* got \(0, 64\)"),
+        ({"model": "flash_internimage_nano", "size": 64}, r"size must be two numbers .* got 64"),
+        ({"model": "flash_internimage_nano", "size": (64,)}, r"two numbers .* got \(64,\)"),
+        ({"model": "flash_internimage_nano", "size": (64.0, 64)}, r"numbers .* got \(64.0, 64\)"),
         ({"model": "flash_internimage_nano", "size": (10**11, 64)}, "from 1 to 65536"),
         ({"model": "flash_internimage_nano", "batch_size": 10**20}, "at most 65536, got 1"),
         ({"model": "flash_internimage_nano", "batch_size": 0}, "batch_size must be at least 1"),
+        ({"model": "flash_internimage_nano", "batch_size": "2"}, "at least 1 .* got '2'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -186,6 +186,17 @@ def test_runtimes_of_pytorch_get_contiguous_images():
     assert strides == [(60, 20, 5, 1)]
 
 
+@pytest.mark.slow
+def test_sizes_of_images_are_named_in_onnx_files(onnx_file):
+    graph = load_onnx(onnx_file).graph
+    [images], [logits] = (
+        [[size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]]
+        for [value] in (graph.input, graph.output)
+    )
+    assert images == ["batch", 3, "height", "width"]
+    assert logits == ["batch", len(DIGITS)]
+
+
 def test_int8_with_other_classes_is_not_kept(classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "trace", lambda *_: None)
     monkeypatch.setattr(exporting, "quantize_file", lambda *_: None)
@@ -244,6 +255,35 @@ def test_a_program_contains_the_weights_that_it_reads():
     torch.testing.assert_close(program.module()(images), model(images))
 
 
+def test_a_program_with_pooling_takes_maps_of_odd_and_even_sizes():
+    model = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 2, ceil_mode=True), nn.Flatten(2))
+    wrapped = ExportableClassifier(model).eval()
+    program = trace(wrapped, 130, 132)
+    for size in ((65, 66), (67, 68), (1, 3)):
+        images = torch.rand(1, 3, *size)
+        assert program.module()(images)[0].equal(wrapped(images)[0])
+
+
+class OneSize(nn.Module):
+    """A model for images of one size, whose logits are the mean colors."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.shape[2:] == (32, 32), "images must have 32 x 32 pixels"
+        return images.mean((2, 3))
+
+
+def test_a_model_for_one_size_is_refused_without_preprocessing(tmp_path):
+    steps = [Resize(32), ToTensor(), Normalize((0.5,) * 3, (0.2,) * 3)]
+    predictor = Classifier(OneSize(), Compose(steps), ("red", "green", "blue"))
+    message = (
+        "model must accept images of any size or be exported with preprocessing, but one fails for "
+        "24 x 40 pixels: AssertionError: images must have 32 x 32 pixels"
+    )
+    with pytest.raises(ValueError, match=message):
+        export_model(predictor, tmp_path / "model.pt2", "torch-export", name="one")
+    assert not [*tmp_path.iterdir()]
+
+
 class Colors(nn.Module):
     """A model whose logits are the mean colors."""
 
@@ -266,6 +306,7 @@ def test_onnx_file_with_preprocessing(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"predictor": CLASSIFIER}, "predictor must be one that load_predictor returns, got str"),
         ({"tolerance": float("nan")}, "tolerance must be a positive number, got nan"),
         ({"images": ["a.png"]}, r"images must be arrays \(H, W, 3\) of uint8, got str"),
         ({"images": np.zeros((1, 0, 0, 3), np.uint8)}, r"got one of uint8 with the shape \(0, 0"),
@@ -274,7 +315,7 @@ def test_onnx_file_with_preprocessing(tmp_path):
 )
 def test_wrong_arguments_are_named(options, message, classifier, tmp_path):
     with pytest.raises(ValueError, match=message):
-        export_model(classifier, tmp_path / "model.onnx", **options)
+        export_model(**{"predictor": classifier, "path": tmp_path / "model.onnx", **options})
 
 
 def test_an_error_of_the_exporter_is_that_of_its_cause(classifier, tmp_path, monkeypatch):
@@ -283,6 +324,24 @@ def test_an_error_of_the_exporter_is_that_of_its_cause(classifier, tmp_path, mon
 
     monkeypatch.setattr(exporting, "trace", fail)
     with pytest.raises(ValueError, match="cannot be traced for onnx: KeyError: 'the cause'"):
+        export_model(classifier, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left"), "^the model cannot be traced for onnx: No space left$"),
+        (OSError(13, "Permission denied", "a.onnx"), r"^\[Errno 13\] Permission denied: 'a.onnx'$"),
+    ],
+)
+def test_errors_of_the_system_name_a_file_or_a_step(
+    error, message, classifier, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(exporting, "trace", fail)
+    with pytest.raises(OSError, match=message):
         export_model(classifier, tmp_path / "model.onnx")
 
 
@@ -297,9 +356,17 @@ class Wrong:
         return lambda images: {"logits": np.zeros((len(images), 10), np.float32)}
 
 
-def test_a_file_that_computes_something_else_is_not_kept(classifier, tmp_path, monkeypatch):
+class OtherShape(Wrong):
+    """A format whose files compute an output of another shape."""
+
+    def load(self, path, threads=None):
+        return lambda images: {"logits": np.zeros((len(images), 11), np.float32)}
+
+
+@pytest.mark.parametrize("wrong", [Wrong, OtherShape])
+def test_a_file_that_computes_something_else_is_not_kept(wrong, classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "trace", lambda *_: None)
-    monkeypatch.setattr("flash_internimage.export.formats.Format.load_module", lambda _: Wrong())
+    monkeypatch.setattr("flash_internimage.export.formats.Format.load_module", lambda _: wrong())
     path = tmp_path / "model.onnx"
     path.write_text("earlier")
     with pytest.raises(DifferenceError, match="must "):

@@ -5,12 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from flash_internimage.export.models import ExportableClassifier
+from flash_internimage.export.models import ExportableClassifier, ExportableModel
 from flash_internimage.export.verification import (
+    Comparison,
     DifferenceError,
+    Runtime,
     check,
     compare,
     match_objects,
+    run_eager,
 )
 
 
@@ -25,8 +28,13 @@ MODEL = ExportableClassifier(Sum())
 IMAGES = torch.arange(12.0).view(1, 3, 2, 2)  # logits 6, 22 and 38
 
 
+def compared(model: ExportableModel, runtime: Runtime) -> Comparison:
+    """Compare a runtime with a model."""
+    return compare(run_eager(model, IMAGES), runtime(IMAGES.numpy()), IMAGES.shape)
+
+
 def test_differences_are_relative_to_the_largest_value():
-    found = compare(MODEL, lambda x: {"logits": x.sum((2, 3)) + np.array([0, 0, 0.38])}, IMAGES)
+    found = compared(MODEL, lambda x: {"logits": x.sum((2, 3)) + np.array([0, 0, 0.38])})
     assert found.shape == (1, 3, 2, 2)
     assert found.largest["logits"] == pytest.approx(0.01)
     assert found.mean["logits"] == pytest.approx(0.01 / 3)
@@ -38,17 +46,34 @@ def test_differences_are_relative_to_the_largest_value():
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_an_output_that_is_not_finite_differs(wrong):
-    found = compare(MODEL, lambda x: {"logits": x.sum((2, 3)) + np.array([wrong, 0, 0])}, IMAGES)
+    found = compared(MODEL, lambda x: {"logits": x.sum((2, 3)) + np.array([wrong, 0, 0])})
     with pytest.raises(DifferenceError, match="got inf"):
         check([found], 1e9)
 
 
 def test_other_classes_and_shapes_are_errors():
-    swapped = compare(MODEL, lambda x: {"logits": x.sum((2, 3))[:, ::-1]}, IMAGES)
+    swapped = compared(MODEL, lambda x: {"logits": x.sum((2, 3))[:, ::-1]})
     with pytest.raises(DifferenceError, match=r"must agree by at least 98%, got 0\.00%"):
         check([swapped], 1e9)
     with pytest.raises(DifferenceError, match=r"must have the shape \(1, 3\), got \(1, 2\)"):
-        compare(MODEL, lambda x: {"logits": x.sum((2, 3))[:, :2]}, IMAGES)
+        compared(MODEL, lambda x: {"logits": x.sum((2, 3))[:, :2]})
+
+
+class Maps(ExportableModel):
+    """A model whose output is a feature map."""
+
+    outputs = ("stage1",)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (images,)
+
+
+def test_feature_maps_have_no_agreement():
+    found = compared(Maps(nn.Identity()), lambda x: {"stage1": x})
+    assert found.agreement is None
+    check([found], 1e-4)
+    with pytest.raises(DifferenceError, match="stage1 of 1 x 3 x 2 x 2 images must differ"):
+        check([compared(Maps(nn.Identity()), lambda x: {"stage1": -x})], 1e-4)
 
 
 def objects(*items: tuple[float, float, int]) -> dict[str, np.ndarray]:
@@ -112,8 +137,8 @@ class Nothing(ExportableClassifier):
 def test_images_without_objects_are_counted(caplog):
     model = Nothing(nn.Identity())
     nothing = {name: output.numpy() for name, output in model.run(IMAGES).items()}
-    found = [compare(model, lambda _: nothing, IMAGES)] * 2
+    found = [compared(model, lambda _: nothing)] * 2
     check(found, 1e-4)
     assert "no objects in 2 of 2 batches" in caplog.text
     with pytest.raises(DifferenceError, match="must agree"):
-        check([compare(model, lambda _: objects((0, 0.9, 1)), IMAGES)], 1e-4)
+        check([compared(model, lambda _: objects((0, 0.9, 1)))], 1e-4)

@@ -150,6 +150,8 @@ def test_models_that_cannot_be_loaded(checkpoint, tmp_path, monkeypatch):
     [
         ({"dtype": "int8"}, "dtype must be one of 'float32', 'float16', 'bfloat16', got 'int8'"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_k": 2.5}, "top_k must be at least 1, got 2.5"),
+        ({"score_threshold": "0.5"}, "score_threshold must be from 0 to 1, got '0.5'"),
         ({"score_threshold": 2}, "score_threshold must be from 0 to 1, got 2"),
         ({"tta": True}, "tta must be used with a segmentor, got flash_internimage_nano"),
         ({"device": "tpu"}, "device must be 'auto' or one of cpu"),

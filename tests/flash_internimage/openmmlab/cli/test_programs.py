@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 from mmengine.config import Config
 
+from flash_internimage.openmmlab.cli import config as program_config
 from flash_internimage.openmmlab.cli import train as program
 from flash_internimage.openmmlab.cli.common import ending_together
 from flash_internimage.openmmlab.cli.test import (
@@ -272,6 +273,17 @@ class TestCustomNames:
         message = f"^default_hooks.checkpoint.out_dir {tmp_path}/saved/run cannot be written: "
         with pytest.raises(OSError, match=message):
             program.run_training(args)
+
+
+def test_a_base_in_a_missing_package_names_the_extra(config, monkeypatch):
+    monkeypatch.setattr("mmengine.config.config.is_installed", lambda _: False)
+    config.write_text("_base_ = 'mmdet::_base_/default_runtime.py'")
+    message = r"small.py requires mmdet: pip install 'flash-internimage\[openmmlab\]'$"
+    with pytest.raises(ValueError, match=message):
+        program_config.read_config(config)
+    config.write_text("_base_ = 'mmpose::_base_/default_runtime.py'")
+    with pytest.raises(ValueError, match="cannot be read: ModuleNotFoundError: mmpose is not inst"):
+        program_config.read_config(config)
 
 
 def test_scaling_requires_the_base_batch_size(to_train):
