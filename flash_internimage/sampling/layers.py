@@ -54,16 +54,7 @@ class Layer:
 
     def window(self) -> Window:
         """Return the parameters of the DCNv4 operator."""
-        dcn = self.dcn
-        return Window(
-            dcn.kernel_size,
-            dcn.stride,
-            dcn.pad,
-            dcn.dilation,
-            dcn.group,
-            dcn.offset_scale,
-            dcn.remove_center,
-        )
+        return self.dcn.window()
 
     def below(self) -> "Layer | None":
         """Return the previous block of the backbone; None for the first."""
