@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ops_dcnv4 import DCNv4
 from ops_dcnv4.window import Window
 
-from ..backbone import FlashInternImage
+from ..backbones import FlashInternImage
 from ..inference import Predictor
 
 # A FlashInternImage, a model that contains one, or a predictor of such a model.

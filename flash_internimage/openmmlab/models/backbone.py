@@ -33,7 +33,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
             released weights, see :func:`flash_internimage.checkpoints.fetch_checkpoint`. `prefix`
             and `map_location` mean what they mean to mmengine's `PretrainedInit`. Without `prefix`,
             the backbone is found in the weights of a classifier, detector or segmentor.
-        kwargs: Arguments of :class:`flash_internimage.backbone.FlashInternImage`.
+        kwargs: Arguments of :class:`flash_internimage.FlashInternImage`.
 
     Raises:
         ValueError: If an argument is out of range. The message names it.

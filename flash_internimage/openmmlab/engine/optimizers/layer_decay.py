@@ -8,7 +8,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from ....backbone import FlashInternImage
+from ....backbones import FlashInternImage
 from ...utils import log_debug, log_info
 
 # The level embedding of Deformable DETR and DINO has the learning rate of patch_embed.
