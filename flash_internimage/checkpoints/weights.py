@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 SOURCE = "source of the weights"
 
 # Prefixes of the parameters after the last stage; the last three are those of InternImage-H and -G.
-_HEAD = ("head.", "conv_head.", "dcnv3_head_", "clip_projector.", "fc_norm.")
+HEAD = ("head.", "conv_head.", "dcnv3_head_", "clip_projector.", "fc_norm.")
 
 # Keys under which programs store averaged (EMA) weights, and the trained weights.
 _AVERAGED: tuple[str, ...] = ("state_dict_ema", "model_ema", "ema_state_dict")
@@ -263,7 +263,7 @@ def _fresh_parts(model: "Backbone", classes: int, features_only: bool) -> tuple[
     """
     cfg = model.pretrained_cfg
     if features_only:
-        return _HEAD
+        return HEAD
     if model.num_classes == 0:
         return ("head.",)
     if classes == model.num_classes:
