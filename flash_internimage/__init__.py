@@ -6,11 +6,11 @@ Importing this package registers the models with timm.
 import sys
 
 from . import checkpoints
-from .backbone import FlashInternImage
+from .backbones import FlashInternImage, InternImage
 
 __version__ = "0.1.0"
 
-__all__ = ["FlashInternImage"]
+__all__ = ["FlashInternImage", "InternImage"]
 
 # Former names of these modules, kept for one release.
 sys.modules[f"{__name__}.checkpoint"] = checkpoints

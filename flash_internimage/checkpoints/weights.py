@@ -13,13 +13,16 @@ from .loading import fetch_checkpoint, load_checkpoint
 from .names import rename, unwrap_names
 
 if TYPE_CHECKING:
-    from ..backbone import FlashInternImage
+    from ..backbones import Backbone
 
 _logger = logging.getLogger(__name__)
 
 # timm's loader rejects the published files, which contain more than weights. In place of a state
 # dict, it is given a dict with this key, whose value is the path or URL of the file.
 SOURCE = "source of the weights"
+
+# Prefixes of the parameters after the last stage; the last three are those of InternImage-H and -G.
+HEAD = ("head.", "conv_head.", "dcnv3_head_", "clip_projector.", "fc_norm.")
 
 # Keys under which programs store averaged (EMA) weights, and the trained weights.
 _AVERAGED: tuple[str, ...] = ("state_dict_ema", "model_ema", "ema_state_dict")
@@ -179,7 +182,7 @@ def _warn_of_random_classifier(name: str, classes: int, expected: int) -> None:
 
 def read_pretrained(
     state_dict: Mapping[str, Any],
-    model: "FlashInternImage",
+    model: "Backbone",
     features_only: bool = False,
     strict: bool = True,
     cache_dir: str | os.PathLike | None = None,
@@ -192,7 +195,7 @@ def read_pretrained(
 
     Args:
         state_dict: Weights, or a dict with a source for :func:`fetch_checkpoint` under `SOURCE`.
-        model: FlashInternImage. Its pretrained config, which timm uses afterwards, is updated.
+        model: The model. Its pretrained config, which timm uses afterwards, is updated.
         features_only: Whether the head will be removed.
         strict: Raise an error for missing and unexpected names instead of logging a warning.
         cache_dir: See :func:`fetch_checkpoint`.
@@ -250,17 +253,17 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def _fresh_parts(model: "FlashInternImage", classes: int, features_only: bool) -> tuple[str, ...]:
+def _fresh_parts(model: "Backbone", classes: int, features_only: bool) -> tuple[str, ...]:
     """Return the prefixes of parameters that stay randomly initialized.
 
     Args:
-        model: FlashInternImage.
+        model: The model.
         classes: Number of classes of the weights.
         features_only: Whether the head will be removed.
     """
     cfg = model.pretrained_cfg
     if features_only:
-        return ("head.", "conv_head.")
+        return HEAD
     if model.num_classes == 0:
         return ("head.",)
     if classes == model.num_classes:

@@ -25,7 +25,7 @@ from .engine.optimizers.layer_decay import InternImageLayerDecayOptimizerConstru
 from .engine.runner.runner import SafeRunner
 from .engine.vis_backends import RunTensorboardVisBackend, RunTrackerVisBackend
 from .models.attention import FlashMultiScaleDeformableAttention, use_flash_attention
-from .models.backbone import FlashInternImageBackbone
+from .models.backbone import FlashInternImageBackbone, InternImageBackbone
 from .models.convolution import FlashDCNv4
 from .models.neck import LayerNormFPN
 from .safe_loading import enable_safe_loading
@@ -41,6 +41,7 @@ __all__ = [
     "FlashInternImageBackbone",
     "FlashMultiScaleDeformableAttention",
     "Float32OutputsHook",
+    "InternImageBackbone",
     "InternImageLayerDecayOptimizerConstructor",
     "LayerNormFPN",
     "LoadReadableImage",

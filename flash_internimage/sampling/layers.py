@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ops_dcnv4 import DCNv4
 from ops_dcnv4.window import Window
 
-from ..backbone import FlashInternImage
+from ..backbones import FlashInternImage
 from ..inference import Predictor
 
 # A FlashInternImage, a model that contains one, or a predictor of such a model.
@@ -54,16 +54,7 @@ class Layer:
 
     def window(self) -> Window:
         """Return the parameters of the DCNv4 operator."""
-        dcn = self.dcn
-        return Window(
-            dcn.kernel_size,
-            dcn.stride,
-            dcn.pad,
-            dcn.dilation,
-            dcn.group,
-            dcn.offset_scale,
-            dcn.remove_center,
-        )
+        return self.dcn.window()
 
     def below(self) -> "Layer | None":
         """Return the previous block of the backbone; None for the first."""

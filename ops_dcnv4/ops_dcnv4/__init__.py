@@ -3,17 +3,19 @@
 from . import decompositions, flops
 from .attention import flash_deform_attn, ms_deform_attn
 from .backends import choose_backend, explain_backend, is_compiled, library_path, use_backend
-from .modules import DCNv4, DCNv4Conv2d, FlashDeformAttn
-from .ops import dcnv4
+from .modules import DCNv3, DCNv4, DCNv4Conv2d, FlashDeformAttn
+from .ops import dcnv3, dcnv4
 from .window import output_size
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DCNv3",
     "DCNv4",
     "DCNv4Conv2d",
     "FlashDeformAttn",
     "choose_backend",
+    "dcnv3",
     "dcnv4",
     "decompositions",
     "explain_backend",

@@ -1,4 +1,4 @@
-"""Functional DCNv4 and its argument checks."""
+"""Functional DCNv4 and DCNv3, and their argument checks."""
 
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -65,7 +65,84 @@ def dcnv4(
         >>> dcnv4(value, offset_mask, groups=2).shape
         torch.Size([2, 14, 14, 32])
     """
-    window = Window(
+    window = _parse_window(
+        kernel_size, stride, padding, dilation, groups, offset_scale, remove_center
+    )
+    _check_dcnv4(value, offset_mask, window)
+    return torch.ops.ops_dcnv4.dcnv4(value, offset_mask, *window)
+
+
+def dcnv3(
+    value: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    kernel_size: int | tuple[int, int] = 3,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+) -> Tensor:
+    """Compute the deformable aggregation of DCNv3 (arXiv:2211.05778, equation 2).
+
+    It is that of :func:`dcnv4` with offsets and modulation in separate tensors.
+
+    Args:
+        value: Features of shape (N, H, W, C) with C = groups * group_channels, of a dtype of
+            :func:`dcnv4`.
+        offset: Offsets of shape (N, H_out, W_out, 2 * groups * K) with the dtype and device of
+            `value` and K = kernel_h * kernel_w - remove_center: for each group, K pairs (dx, dy) in
+            pixels, ordered column by column of the window.
+        mask: Modulation of shape (N, H_out, W_out, groups * K), after the softmax over the K taps
+            of each group.
+        kernel_size: Size of the kernel window, odd or even.
+        stride: Stride of the kernel window, in pixels.
+        padding: Zero padding on each side of the input, in pixels.
+        dilation: Spacing between kernel taps, in pixels.
+        groups: Number of channel groups, each with its own offsets and modulation.
+        offset_scale: Factor on both the regular tap grid and the learned offsets.
+        remove_center: Omit the center tap of the kernel.
+
+    Returns:
+        Tensor of shape (N, H_out, W_out, C); :func:`output_size` computes H_out and W_out.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype, or the dtypes differ.
+        ValueError: If a shape, device or parameter is invalid, or an image has no pixels; the
+            message names the argument.
+
+    Example:
+        >>> value, offset = torch.randn(2, 14, 14, 32), torch.zeros(2, 14, 14, 36)
+        >>> mask = torch.zeros(2, 14, 14, 2, 9).softmax(-1).flatten(-2)
+        >>> dcnv3(value, offset, mask, groups=2).shape
+        torch.Size([2, 14, 14, 32])
+    """
+    window = _parse_window(
+        kernel_size, stride, padding, dilation, groups, offset_scale, remove_center
+    )
+    _check_operands(value, window, offset=offset, mask=mask)
+    groups, taps = window.groups, window.taps()
+    for name, tensor, numbers in (("offset", offset, 2), ("mask", mask, 1)):
+        if tensor.shape[3] != numbers * groups * taps:
+            raise ValueError(
+                f"{name} must have {numbers * groups * taps} channels ({numbers} * groups * taps = "
+                f"{numbers} * {groups} * {taps}), got {tensor.shape[3]}"
+            )
+    parts = offset.unflatten(3, (groups, 2 * taps)), mask.unflatten(3, (groups, taps))
+    return torch.ops.ops_dcnv4.dcnv4(value, torch.cat(parts, dim=4).flatten(3), *window)
+
+
+def _parse_window(
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
+    offset_scale: float,
+    remove_center: bool,
+) -> Window:
+    return Window(
         to_pair(kernel_size, "kernel_size", minimum=1),
         to_pair(stride, "stride", minimum=1),
         to_pair(padding, "padding", minimum=0),
@@ -74,8 +151,6 @@ def dcnv4(
         to_float(offset_scale, "offset_scale"),
         to_bool(remove_center, "remove_center"),
     )
-    _check_operands(value, offset_mask, window)
-    return torch.ops.ops_dcnv4.dcnv4(value, offset_mask, *window)
 
 
 def to_int(number: int, name: str, minimum: int | None = None) -> int:
@@ -150,7 +225,7 @@ def check_raw_dcnv4(value: Tensor, offset_mask: Tensor, *parameters: Any) -> tup
         if len(pair) != 2:
             raise ValueError(f"{name} must be a pair of ints, got {list(pair)}")
         to_pair(tuple(pair), name, minimum=0 if name == "padding" else 1)
-    _check_operands(value, offset_mask, window)
+    _check_dcnv4(value, offset_mask, window)
     _, height, width, channels = value.shape
     _, height_out, width_out, offset_channels = offset_mask.shape
     check_size("the height of value", height, MAX_SIDE)
@@ -190,25 +265,35 @@ def autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _check_operands(value: Tensor, offset_mask: Tensor, window: Window) -> None:
-    for name, tensor in (("value", value), ("offset_mask", offset_mask)):
-        check_tensor(name, tensor, ("N", "H", "W", "C"))
-    if value.device != offset_mask.device:
-        raise ValueError(
-            "value and offset_mask must be on one device, got "
-            f"{value.device} and {offset_mask.device}"
-        )
-    has_double = torch.float64 in (value.dtype, offset_mask.dtype)  # autocast does not cast float64
-    if value.dtype != offset_mask.dtype and (has_double or not autocasts(value.device.type)):
-        raise TypeError(
-            f"value and offset_mask must have one dtype, got {value.dtype} and {offset_mask.dtype}"
-        )
-    n, height, width, channels = value.shape
+def _check_dcnv4(value: Tensor, offset_mask: Tensor, window: Window) -> None:
+    _check_operands(value, window, offset_mask=offset_mask)
     groups, taps = window.groups, window.taps()
-    if groups < 1 or channels % groups:
+    if offset_mask.shape[3] < 3 * groups * taps:
         raise ValueError(
-            f"groups must be positive and divide the channels of value ({channels}), got {groups}; "
-            f"value is (N, H, W, C) = {tuple(value.shape)}"
+            f"offset_mask must have at least {3 * groups * taps} channels (3 * groups * taps = "
+            f"3 * {groups} * {taps}), got {offset_mask.shape[3]}"
+        )
+
+
+def _check_operands(value: Tensor, window: Window, **predicted: Tensor) -> None:
+    """Raise an error unless `value` fits the window, and other operands the output."""
+    for name, tensor in (("value", value), *predicted.items()):
+        check_tensor(name, tensor, ("N", "H", "W", "C"))
+    for name, tensor in predicted.items():
+        if value.device != tensor.device:
+            raise ValueError(
+                f"value and {name} must be on one device, got {value.device} and {tensor.device}"
+            )
+        has_double = torch.float64 in (value.dtype, tensor.dtype)  # autocast does not cast float64
+        if value.dtype != tensor.dtype and (has_double or not autocasts(value.device.type)):
+            raise TypeError(
+                f"value and {name} must have one dtype, got {value.dtype} and {tensor.dtype}"
+            )
+    n, height, width, channels = value.shape
+    if window.groups < 1 or channels % window.groups:
+        raise ValueError(
+            f"groups must be positive and divide the channels of value ({channels}), got "
+            f"{window.groups}; value is (N, H, W, C) = {tuple(value.shape)}"
         )
     if height < 1 or width < 1:
         raise ValueError(
@@ -216,13 +301,9 @@ def _check_operands(value: Tensor, offset_mask: Tensor, window: Window) -> None:
             f"{tuple(value.shape)}"
         )
     height_out, width_out = window.output_size("value", (height, width))
-    if tuple(offset_mask.shape[:3]) != (n, height_out, width_out):
-        raise ValueError(
-            f"offset_mask must be ({n}, {height_out}, {width_out}, ...) like the output, "
-            f"got shape {tuple(offset_mask.shape)}"
-        )
-    if offset_mask.shape[3] < 3 * groups * taps:
-        raise ValueError(
-            f"offset_mask must have at least {3 * groups * taps} channels (3 * groups * taps = "
-            f"3 * {groups} * {taps}), got {offset_mask.shape[3]}"
-        )
+    for name, tensor in predicted.items():
+        if tuple(tensor.shape[:3]) != (n, height_out, width_out):
+            raise ValueError(
+                f"{name} must be ({n}, {height_out}, {width_out}, ...) like the output, "
+                f"got shape {tuple(tensor.shape)}"
+            )

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 from torchvision.datasets import FakeData
 
-from flash_internimage.backbone import FlashInternImage
+from flash_internimage.backbones import FlashInternImage
 from flash_internimage.checkpoints import load_checkpoint, save_atomically
 from flash_internimage.classification.cli.test import main
 from flash_internimage.classification.config import Data

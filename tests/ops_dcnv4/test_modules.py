@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from ops_dcnv4 import DCNv4, DCNv4Conv2d, FlashDeformAttn, dcnv4, output_size
+from ops_dcnv4 import DCNv3, DCNv4, DCNv4Conv2d, FlashDeformAttn, dcnv4, output_size
 
 GOLDENS = sorted((Path(__file__).parents[1] / "data" / "module").glob("dcnv4_*.npz"))
 
@@ -89,6 +89,7 @@ def test_initial_modulation_makes_a_fresh_module_average(group, assert_near):
 
 
 LAYERS = {
+    "DCNv3": (DCNv3, {"channels": 16, "group": 2, "center_feature_scale": True}),
     "DCNv4": (DCNv4, {"channels": 16, "dw_kernel_size": 3, "center_feature_scale": True}),
     "DCNv4Conv2d": (
         DCNv4Conv2d,
@@ -117,9 +118,10 @@ def test_reset_parameters_initializes_all_parameters(layer, options):
         nn.init.constant_(parameter, 7.0)
     module.reset_parameters()
     fresh = layer(**options).state_dict()
+    drawn = ("_proj.weight", "_dw.weight", "_dw.bias", "conv.0.weight", "conv.0.bias")
     for name, tensor in module.state_dict().items():
         assert not (tensor == 7).any()
-        if not name.endswith(("_proj.weight", "_dw.weight", "_dw.bias")):
+        if not name.endswith(drawn):
             torch.testing.assert_close(tensor, fresh[name], rtol=0, atol=0)
 
 

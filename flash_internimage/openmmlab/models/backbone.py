@@ -1,44 +1,32 @@
-"""FlashInternImage as a backbone for OpenMMLab's detectors and segmentors."""
+"""FlashInternImage and InternImage as backbones of OpenMMLab's detectors and segmentors."""
 
 import copy
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
-from ...backbone import ARCHITECTURES, FlashInternImage
+from ...backbones import Backbone, FlashInternImage, InternImage, flash_internimage, intern_image
 from ...checkpoints import check_state_dict, clean_state_dict
+from ...checkpoints.weights import HEAD
 from ..safe_loading import read_checkpoint
 from ..utils import log_info
 from .published_weights import warn_of_mismatches
 
 
-@MODELS.register_module("FlashInternImage")
-class FlashInternImageBackbone(FlashInternImage, BaseModule):
-    """FlashInternImage without its classifier, returning a tuple of feature maps.
+class DenseBackbone(Backbone, BaseModule):
+    """Backbone without its classifier, returning a tuple of feature maps.
 
-    Args:
-        arch: 'nano', 'tiny', 'small', 'base' or 'large'. Individual arguments override its values.
-        out_indices: Ascending indices of the stages to return. Later stages are removed.
-        frozen_stages: -1 freezes nothing, 0 the stem, and n the stem and the first n stages. Frozen
-            parts have no gradients and no stochastic depth.
-        with_cp: Whether to recompute each block in the backward pass instead of storing its
-            activations (gradient checkpointing).
-        layer_scale: Initial value of the layer scale. The published detectors and segmentors of all
-            sizes are trained with 1.0, which is kept if a checkpoint has no layer scale.
-        init_cfg: `dict(type='Pretrained', checkpoint=...)` with a path, a URL or the name of
-            released weights, see :func:`flash_internimage.checkpoints.fetch_checkpoint`. `prefix`
-            and `map_location` mean what they mean to mmengine's `PretrainedInit`. Without `prefix`,
-            the backbone is found in the weights of a classifier, detector or segmentor.
-        kwargs: Arguments of :class:`flash_internimage.backbone.FlashInternImage`.
+    Subclasses also derive from a class of :mod:`flash_internimage.backbones`.
 
-    Raises:
-        ValueError: If an argument is out of range. The message names it.
+    Attributes:
+        architectures: Arguments of the model by the name of its size.
     """
 
+    architectures: ClassVar[Mapping[str, Mapping[str, Any]]]
     is_init: bool
 
     def __init__(
@@ -48,14 +36,15 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         out_indices: Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         with_cp: bool = False,
-        layer_scale: float | None = 1.0,
         init_cfg: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        if arch is not None and arch not in ARCHITECTURES:
-            raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
-        architecture = ARCHITECTURES[arch] if arch else {}
-        super().__init__(**{**architecture, "layer_scale": layer_scale, **kwargs, "num_classes": 0})
+        if arch is not None and arch not in self.architectures:
+            raise ValueError(f"arch must be one of {', '.join(self.architectures)}, got {arch!r}")
+        architecture = {**self.architectures[arch]} if arch else {}
+        architecture["layer_scale"] = None if architecture.get("use_clip_projector") else 1.0
+        arguments = {**architecture, **kwargs, "num_classes": 0}
+        super().__init__(**arguments)
         stages = len(self.levels)
         if list(out_indices) != sorted(set(out_indices) & set(range(stages))) or not out_indices:
             raise ValueError(
@@ -67,7 +56,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
             )
         _check_init_cfg(init_cfg)
         self.init_cfg = copy.deepcopy(init_cfg)
-        self.layer_scale = layer_scale
+        self.layer_scale = arguments["layer_scale"]
         self.out_indices = tuple(out_indices)
         self.prune_intermediate_layers([*out_indices])
         del self.num_classes  # mmdet's NumClassCheckHook would compare it with the data.
@@ -81,7 +70,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
             return []
         return [self.patch_embed, *self.levels[: self.frozen_stages]]
 
-    def train(self, mode: bool = True) -> "FlashInternImageBackbone":
+    def train(self, mode: bool = True) -> "DenseBackbone":
         """Set the training mode, except for frozen parts, which stay in evaluation mode."""
         super().train(mode)
         for module in self._frozen():
@@ -118,7 +107,7 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         """Return whether a classifier's parameter belongs to a part that this backbone lacks."""
         stages = len(self.levels)
         level = re.match(r"levels\.(\d+)\.", name)
-        return name.startswith(("conv_head.", "head.", f"levels.{stages - 1}.downsample.")) or (
+        return name.startswith((*HEAD, f"levels.{stages - 1}.downsample.")) or (
             level is not None and int(level[1]) >= stages
         )
 
@@ -135,6 +124,60 @@ class FlashInternImageBackbone(FlashInternImage, BaseModule):
         # mmcv's RoIAlign assumes that memory is laid out as (N, C, H, W), and convolutions preserve
         # other layouts.
         return tuple(x.contiguous() for x in maps)
+
+
+@MODELS.register_module("FlashInternImage")
+class FlashInternImageBackbone(DenseBackbone, FlashInternImage):
+    """FlashInternImage without its classifier, returning a tuple of feature maps.
+
+    Args:
+        arch: 'nano', 'tiny', 'small', 'base' or 'large'. Individual arguments override its values.
+        out_indices: Ascending indices of the stages to return. Later stages are removed.
+        frozen_stages: -1 freezes nothing, 0 the stem, and n the stem and the first n stages. Frozen
+            parts have no gradients and no stochastic depth.
+        with_cp: Whether to recompute each block in the backward pass instead of storing its
+            activations (gradient checkpointing).
+        layer_scale: Initial value of the layer scale. The published detectors and segmentors of all
+            sizes are trained with 1.0, which is kept if a checkpoint has no layer scale.
+        init_cfg: `dict(type='Pretrained', checkpoint=...)` with a path, a URL or the name of
+            released weights, see :func:`flash_internimage.checkpoints.fetch_checkpoint`. `prefix`
+            and `map_location` mean what they mean to mmengine's `PretrainedInit`. Without `prefix`,
+            the backbone is found in the weights of a classifier, detector or segmentor.
+        kwargs: Arguments of :class:`flash_internimage.FlashInternImage`.
+
+    Raises:
+        ValueError: If an argument is out of range. The message names it.
+    """
+
+    architectures = flash_internimage.ARCHITECTURES
+
+
+@MODELS.register_module("InternImage")
+class InternImageBackbone(DenseBackbone, InternImage):
+    """InternImage without its classifier, returning a tuple of feature maps.
+
+    Args:
+        arch: 'tiny', 'small', 'base', 'large', 'xlarge', 'huge' or 'giant'. Individual arguments
+            override its values.
+        out_indices: Ascending indices of the stages to return. Later stages are removed.
+        frozen_stages: -1 freezes nothing, 0 the stem, and n the stem and the first n stages. Frozen
+            parts have no gradients and no stochastic depth.
+        with_cp: Whether to recompute each block in the backward pass instead of storing its
+            activations (gradient checkpointing).
+        layer_scale: Initial value of the layer scale. The published detectors and segmentors are
+            trained with 1.0, the default, which is kept if a checkpoint has no layer scale; those
+            of sizes H and G have none, and None is their default.
+        init_cfg: `dict(type='Pretrained', checkpoint=...)` with a path, a URL or the name of
+            released weights, see :func:`flash_internimage.checkpoints.fetch_checkpoint`. `prefix`
+            and `map_location` mean what they mean to mmengine's `PretrainedInit`. Without `prefix`,
+            the backbone is found in the weights of a classifier, detector or segmentor.
+        kwargs: Arguments of :class:`flash_internimage.InternImage`.
+
+    Raises:
+        ValueError: If an argument is out of range. The message names it.
+    """
+
+    architectures = intern_image.ARCHITECTURES
 
 
 def _check_init_cfg(init_cfg: dict | None) -> None:

@@ -1,14 +1,13 @@
 """Layer-wise learning rate decay, as used to train the published detectors and segmentors."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from ....backbone import FlashInternImage
+from ....backbones import Backbone
 from ...utils import log_debug, log_info
 
 # The level embedding of Deformable DETR and DINO has the learning rate of patch_embed.
@@ -21,13 +20,14 @@ _NO_WEIGHT_DECAY = re.compile(r"\.bias$|norm|relative_position|sampling_offsets"
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
-    """Build optimizers with layer-wise learning rate decay for FlashInternImage backbones.
+    """Build optimizers with layer-wise learning rate decay for (Flash)InternImage backbones.
 
     In a backbone of n blocks, the learning rate of `patch_embed` is multiplied by
     `layer_decay_rate ** (n + 1)`, that of the first block by `layer_decay_rate ** n`, that of the
     last block by `layer_decay_rate`, and that of neck and heads by 1. Norms and downsampling layers
-    between stages belong to the following block, the last norm to the first block of its stage. The
-    `level_embed` of a detector is treated like `patch_embed`.
+    between stages belong to the following block, the last norm to the first block of its stage, and
+    `post_norms` within a stage to the block before. The `level_embed` of a detector is treated like
+    `patch_embed`.
 
     Vectors, biases, norms and the `sampling_offsets` of deformable attention have no weight decay.
     There is one parameter group per learning rate and weight decay. mmengine's schedules multiply
@@ -90,19 +90,20 @@ class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
 
         Args:
             params: List to append to.
-            module: Model whose attribute `backbone` is a FlashInternImage. Parameters that require
-                no gradient are left out.
+            module: Model whose attribute `backbone` is a FlashInternImage or InternImage.
+                Parameters that require no gradient are left out.
             **kwargs: Unused.
 
         Raises:
             ValueError: If an option does not match the model.
         """
         backbone = getattr(module, "backbone", None)
-        if not isinstance(backbone, FlashInternImage):
+        if not isinstance(backbone, Backbone):
             raise ValueError(
-                f"model.backbone must be a FlashInternImage, got {type(backbone).__name__} in "
-                f"{type(module).__name__}; for other backbones, set optim_wrapper.constructor to "
-                "'DefaultOptimWrapperConstructor' and its own paramwise_cfg"
+                "model.backbone must be a FlashInternImage or InternImage, got "
+                f"{type(backbone).__name__} in {type(module).__name__}; for other backbones, set "
+                "optim_wrapper.constructor to 'DefaultOptimWrapperConstructor' and its own "
+                "paramwise_cfg"
             )
         num_layers = sum(backbone.depths)
         if self.num_layers not in (None, num_layers):
@@ -116,7 +117,7 @@ class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            layer = self._get_layer_id(name, backbone.depths)
+            layer = self._get_layer_id(name, backbone)
             scale = self.layer_decay_rate ** (num_layers + 1 - layer)
             if _OFFSETS.search(name):
                 scale *= self.offset_lr_scale
@@ -142,16 +143,20 @@ class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             size = len(group["params"])
             log_debug(f"{group['group_name']}: lr {group['lr']:.4g}, {size} tensors")
 
-    def _get_layer_id(self, name: str, depths: Sequence[int]) -> int:
+    def _get_layer_id(self, name: str, backbone: Backbone) -> int:
         """Return 0 for patch_embed, 1 for the first block, up to sum(depths) + 1 for the heads."""
+        depths = backbone.depths
         if any(_is_in(name, first) for first in (*_FIRST_LAYER, *self.first_layer)):
             return 0
-        found = re.match(r"backbone\.levels\.(\d+)\.(?:blocks\.(\d+)\.)?", name)
+        found = re.match(r"backbone\.levels\.(\d+)\.(?:(blocks|post_norms)\.(\d+)\.)?", name)
         if found is None:
             return sum(depths) + 1
-        stage, block = int(found[1]), int(found[2] or 0)
+        stage, block = int(found[1]), int(found[3] or 0)
         if found[2] is None:
             stage = min(stage + 1, len(depths) - 1)
+        elif found[2] == "post_norms":
+            norms_after: Any = backbone.levels[stage].norms_after
+            block = norms_after[block]
         return 1 + sum(depths[:stage]) + block
 
     def _require_names(self, model: nn.Module) -> None:

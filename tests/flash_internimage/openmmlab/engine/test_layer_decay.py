@@ -19,6 +19,7 @@ from torch import nn
 from flash_internimage.checkpoints import convert_state_dict
 from flash_internimage.openmmlab import (
     FlashInternImageBackbone,
+    InternImageBackbone,
     InternImageLayerDecayOptimizerConstructor,
 )
 
@@ -416,11 +417,28 @@ def test_optimizer_without_rate_or_decay_is_an_error(missing):
         optim_wrapper(Small(), **{"lr": 1.0, "weight_decay": 0.05} | {missing: None})
 
 
+def test_norms_within_a_stage_of_internimage_have_the_rate_of_the_block_before():
+    with torch.device("meta"):
+        model = nn.Module()
+        model.backbone = InternImageBackbone(
+            channels=16,
+            depths=(1, 1, 3, 1),
+            groups=(1, 2, 4, 8),
+            level2_post_norm=True,
+            level2_post_norm_block_ids=(0, 2),
+        )
+    wrapper = optim_wrapper(model, 1.0, 0.05, layer_decay_rate=0.5)
+    rates = {id(p): group["lr"] for group in wrapper.param_groups for p in group["params"]}
+    stage = model.backbone.levels[2]
+    for norm, block in zip(stage.post_norms, (0, 2), strict=True):
+        assert rates[id(norm[0].weight)] == rates[id(stage.blocks[block].norm1[0].weight)]
+
+
 def test_model_without_our_backbone_is_an_error():
-    message = r"model\.backbone must be a FlashInternImage, got NoneType in Li.* set .*constructor"
+    message = r"model\.backbone must be a FlashInternImage or InternImage, got NoneType in Linear; "
     with pytest.raises(ValueError, match=message):
         optim_wrapper(nn.Linear(2, 2), 1.0, 0.05, layer_decay_rate=0.9)
     model = nn.Sequential()
     model.backbone = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="FlashInternImage, got Linear in Sequential"):
+    with pytest.raises(ValueError, match="InternImage, got Linear in Sequential"):
         optim_wrapper(model, 1.0, 0.05, layer_decay_rate=0.9)

@@ -1,4 +1,4 @@
-"""Test FlashInternImage as built and initialized by OpenMMLab."""
+"""Test FlashInternImage and InternImage as built and initialized by OpenMMLab."""
 
 import copy
 import json
@@ -18,7 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from flash_internimage.openmmlab import CompileBackboneHook, FlashInternImageBackbone
+from flash_internimage import InternImage
+from flash_internimage.openmmlab import (
+    CompileBackboneHook,
+    FlashInternImageBackbone,
+    InternImageBackbone,
+)
 from ops_dcnv4 import DCNv4
 
 SCHEMAS = Path(__file__).parents[3] / "data" / "schemas"
@@ -410,3 +415,34 @@ def test_images_of_any_size_share_the_graph_of_the_compile_hook():
 def test_arguments_out_of_range_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         FlashInternImageBackbone(**SMALL | arguments)
+
+
+# InternImage
+
+
+@pytest.mark.parametrize("arch", ["tiny", "huge"])
+def test_internimage_is_a_backbone_with_the_layer_scale_of_published_detectors(arch):
+    with torch.device("meta"):
+        model = MODELS.build({"type": "InternImage", "arch": arch, "out_indices": (1, 2, 3)})
+    assert type(model) is InternImageBackbone
+    names = [*model.state_dict()]
+    assert any("gamma" in name for name in names) == (arch == "tiny")
+    assert not any(name.startswith(("head", "conv_head", "dcnv3", "clip", "fc")) for name in names)
+    maps = model(torch.zeros(1, 3, 64, 96, device="meta"))
+    channels = model.levels[0].blocks[0].dcn.channels
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (channels * 2**i, 16 // 2**i, 24 // 2**i) for i in (1, 2, 3)
+    ]
+
+
+def test_internimage_loads_a_classifier_and_keeps_its_own_layer_scale(tmp_path):
+    torch.manual_seed(0)
+    options = {"channels": 16, "depths": (1, 1, 2, 1), "groups": (1, 2, 4, 8)}
+    classifier = InternImage(**options, num_classes=5).eval()
+    torch.save({"model": classifier.state_dict()}, tmp_path / "classifier.pth")
+    init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "classifier.pth")}
+    model = InternImageBackbone(**options, init_cfg=init_cfg).eval()
+    model.init_weights()
+    x = torch.randn(1, 3, 64, 64)
+    for one, other in zip(model(x), classifier.forward_intermediates(x)[1], strict=True):
+        torch.testing.assert_close(one, other)

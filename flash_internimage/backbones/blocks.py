@@ -1,9 +1,9 @@
-"""Building blocks of FlashInternImage, from small to large.
+"""Building blocks of FlashInternImage and InternImage, from small to large.
 
 Features are channels-last, (N, H, W, C).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,6 @@ from timm.layers import DropPath, Mlp
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torchvision.ops import Permute
-
-from ops_dcnv4 import DCNv4
 
 
 def to_channels_first() -> Permute:
@@ -76,18 +74,16 @@ class Downsample(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block of DCNv4 and an MLP on features (N, H, W, C).
+    """Residual block of a deformable convolution and an MLP on features (N, H, W, C).
 
     Args:
         channels: Number of input and output channels C.
-        groups: Number of DCNv4 groups.
+        dcn: Deformable convolution, (N, H, W, C) -> (N, H, W, C).
         mlp_ratio: Ratio of hidden to input channels in the MLP.
         drop_path: Stochastic depth rate of both branches.
         layer_scale: Initial value of the layer scale; None disables it.
-        offset_scale: Factor on the offsets that DCNv4 predicts.
         post_norm: Normalize the output of each residual branch instead of its input.
-        dw_kernel_size: Kernel size of the depth-wise convolution in DCNv4; None omits it.
-        dcn_output_bias: Add a bias to the output projection of DCNv4.
+        res_post_norm: Normalize the output of each residual branch as well as its input.
         mlp_fc2_bias: Add a bias to the second linear layer of the MLP.
         **factory: `device` and `dtype` of the parameters.
     """
@@ -95,14 +91,12 @@ class Block(nn.Module):
     def __init__(
         self,
         channels: int,
-        groups: int,
+        dcn: nn.Module,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
-        offset_scale: float = 1.0,
         post_norm: bool = False,
-        dw_kernel_size: int | None = None,
-        dcn_output_bias: bool = False,
+        res_post_norm: bool = False,
         mlp_fc2_bias: bool = False,
         **factory: Any,
     ) -> None:
@@ -115,17 +109,15 @@ class Block(nn.Module):
             self.gamma1 = nn.Parameter(torch.empty(channels, **factory))
             self.gamma2 = nn.Parameter(torch.empty(channels, **factory))
         self.norm1 = nn.Sequential(layer_norm(channels, **factory))
-        self.dcn = DCNv4(
-            channels,
-            group=groups,
-            offset_scale=offset_scale,
-            dw_kernel_size=dw_kernel_size,
-            output_bias=dcn_output_bias,
-            **factory,
-        )
+        self.dcn = dcn
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.Sequential(layer_norm(channels, **factory))
         self.mlp = Mlp(channels, int(channels * mlp_ratio), bias=(True, mlp_fc2_bias), **factory)
+        self.res_post_norm1: nn.Module | None = None
+        self.res_post_norm2: nn.Module | None = None
+        if res_post_norm:
+            self.res_post_norm1 = nn.Sequential(layer_norm(channels, **factory))
+            self.res_post_norm2 = nn.Sequential(layer_norm(channels, **factory))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -144,57 +136,58 @@ class Block(nn.Module):
         x: Tensor,
         layer: Callable[[Tensor], Tensor],
         norm: nn.Module,
+        res_post_norm: nn.Module | None,
         gamma: Tensor | None,
     ) -> Tensor:
         out = norm(layer(x)) if self.post_norm else layer(norm(x))
+        if res_post_norm is not None:
+            out = res_post_norm(out)
         return self.drop_path(out if gamma is None else gamma * out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply both residual branches to features (N, H, W, C)."""
-        x = x + self._branch(x, self._deform, self.norm1, self.gamma1)
-        return x + self._branch(x, self.mlp, self.norm2, self.gamma2)
+        x = x + self._branch(x, self._deform, self.norm1, self.res_post_norm1, self.gamma1)
+        return x + self._branch(x, self.mlp, self.norm2, self.res_post_norm2, self.gamma2)
 
 
 class Stage(nn.Module):
-    """Sequence of blocks, followed by a norm unless the blocks use post-norm.
+    """Sequence of blocks, optionally followed by a norm.
 
     The forward pass does not include `downsample`, which leads to the next stage.
 
     Args:
         channels: Number of input and output channels C.
-        groups: Number of DCNv4 groups.
-        drop_path_rates: Stochastic depth rate of each block.
+        blocks: The blocks.
+        norm: Normalize the output of the last block.
+        norms_after: Indices of further blocks whose outputs are normalized.
         downsample: Whether another stage follows.
-        post_norm: Normalize the output of each residual branch instead of its input.
-        device: Device of the parameters.
-        dtype: Floating-point dtype of the parameters.
-        **block_args: Further arguments of :class:`Block`.
+        **factory: `device` and `dtype` of the parameters.
     """
 
     def __init__(
         self,
         channels: int,
-        groups: int,
-        drop_path_rates: list[float],
+        blocks: Iterable[Block],
+        norm: bool,
         downsample: bool,
-        post_norm: bool = False,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        **block_args: Any,
+        norms_after: Sequence[int] = (),
+        **factory: Any,
     ) -> None:
         super().__init__()
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
-        self.blocks = nn.ModuleList(
-            Block(channels, groups, drop_path=rate, post_norm=post_norm, **block_args, **factory)
-            for rate in drop_path_rates
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.Sequential(layer_norm(channels, **factory)) if norm else nn.Identity()
+        self.norms_after = tuple(norms_after)
+        self.post_norms = nn.ModuleList(
+            nn.Sequential(layer_norm(channels, **factory)) for _ in norms_after
         )
-        self.norm = nn.Identity() if post_norm else nn.Sequential(layer_norm(channels, **factory))
         self.downsample = Downsample(channels, **factory) if downsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the blocks and the norm to features (N, H, W, C)."""
-        for block in self.blocks:
+        """Apply the blocks and the norms to features (N, H, W, C)."""
+        for i, block in enumerate(self.blocks):
             recompute = self.grad_checkpointing and x.requires_grad
             x = checkpoint(block, x) if recompute else block(x)
+            if i in self.norms_after:
+                x = self.post_norms[self.norms_after.index(i)](x)
         return self.norm(x)

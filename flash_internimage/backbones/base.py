@@ -1,11 +1,8 @@
-"""FlashInternImage (DCNv4, arXiv:2401.06197), registered with timm.
-
-Parameter names and shapes match the released checkpoints.
-"""
+"""What FlashInternImage and InternImage have in common, and their creation by timm."""
 
 import logging
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,21 +10,16 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SelectAdaptivePool2d, calculate_drop_path_rates
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 
-from ops_dcnv4 import DCNv4
+from ops_dcnv4 import DCNv3, DCNv4
 
-from .blocks import Stage, Stem, to_channels_first
-from .checkpoints import read_pretrained, read_zoo
-from .checkpoints.weights import SOURCE
+from ..checkpoints import read_pretrained
+from ..checkpoints.weights import SOURCE
+from .blocks import Block, Stage, Stem, to_channels_first
 
 _logger = logging.getLogger(__name__)
 
@@ -56,7 +48,8 @@ def _pooling(pool_type: str) -> SelectAdaptivePool2d:
         ) from None
 
 
-def _check_classifier(num_classes: Any, global_pool: str) -> int:
+def check_classes(num_classes: Any, global_pool: str) -> int:
+    """Return the number of classes as an int; a classifier requires a pooling."""
     num_classes = _integer("num_classes", num_classes, 0)
     if num_classes and not global_pool:
         raise ValueError(
@@ -65,58 +58,50 @@ def _check_classifier(num_classes: Any, global_pool: str) -> int:
     return num_classes
 
 
-class FlashInternImage(nn.Module):
-    """FlashInternImage backbone and classifier with feature maps at strides 4 to 32.
+class Backbone(nn.Module):
+    """A stem, stages of residual blocks with feature maps at strides 4 to 32, and a classifier.
+
+    A subclass adds its head at the end of its constructor and then initializes the weights.
 
     Args:
         in_chans: Number of input channels.
-        num_classes: Number of classes; 0 omits the classifier.
-        global_pool: Pooling before the classifier: 'avg', 'max', 'avgmax', 'catavgmax', or '' for
-            none.
         channels: Number of channels in the first stage, doubled in each following stage.
         depths: Number of blocks per stage.
-        groups: Number of DCNv4 groups per stage.
+        groups: Number of groups of the deformable convolutions, per stage.
+        make_dcn: Makes a deformable convolution from its numbers of channels and groups.
         mlp_ratio: Ratio of hidden to input channels in the MLPs.
-        drop_rate: Dropout rate before the classifier.
         drop_path_rate: Stochastic depth rate of the last block; the rates increase linearly from 0.
-        layer_scale: Initial value of the layer scale; None disables it.
-        offset_scale: Factor on the offsets that DCNv4 predicts.
-        post_norm: Normalize the output of each residual branch instead of its input.
-        dw_kernel_size: Kernel size of the depth-wise convolution in DCNv4; None omits it.
-        dcn_output_bias: Add a bias to the output projection of DCNv4.
-        mlp_fc2_bias: Add a bias to the second linear layer of the MLPs.
-        cls_scale: Ratio of channels in the final 1x1 convolution to those of the last stage.
+        stage_norm: Normalize the output of each stage.
+        norms_after: Indices of blocks whose outputs are normalized, for some stages.
         output_stride: Stride of the last stage; only 32 is supported.
-        device: Device of the parameters. After 'meta', call `to_empty` and :meth:`init_weights`.
+        device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
+        **block_args: Further arguments of :class:`~.blocks.Block`.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
     pretrained_cfg: dict[str, Any]  # set by timm
+    conv_head: nn.Module
+    global_pool: SelectAdaptivePool2d
+    head: nn.Module
 
     def __init__(
         self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        channels: int = 64,
-        depths: Sequence[int] = (4, 4, 18, 4),
-        groups: Sequence[int] = (4, 8, 16, 32),
-        mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        layer_scale: float | None = None,
-        offset_scale: float = 1.0,
-        post_norm: bool = False,
-        dw_kernel_size: int | None = None,
-        dcn_output_bias: bool = False,
-        mlp_fc2_bias: bool = False,
-        cls_scale: float = 1.5,
-        output_stride: int = 32,
+        in_chans: int,
+        channels: int,
+        depths: Sequence[int],
+        groups: Sequence[int],
+        make_dcn: Callable[[int, int], nn.Module],
+        mlp_ratio: float,
+        drop_path_rate: float,
+        stage_norm: bool,
+        output_stride: int,
+        norms_after: Mapping[int, Sequence[int]] | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        **block_args: Any,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -129,16 +114,10 @@ class FlashInternImage(nn.Module):
             raise ValueError(f"output_stride must be 32, got {output_stride!r}")
         if not 0 <= drop_path_rate <= 1:
             raise ValueError(f"drop_path_rate must be between 0 and 1, got {drop_path_rate!r}")
-        for name, ratio in (("mlp_ratio", mlp_ratio), ("cls_scale", cls_scale)):
-            if not channels * ratio >= 1:
-                raise ValueError(f"{name} must be positive, got {ratio!r}")
+        if not channels * mlp_ratio >= 1:
+            raise ValueError(f"mlp_ratio must be positive, got {mlp_ratio!r}")
         self.in_chans = in_chans
-        self.num_classes = _check_classifier(num_classes, global_pool)
-        self.drop_rate = drop_rate
         self.depths = depths
-        self.num_features = channels * 2 ** (len(depths) - 1)
-        self.head_hidden_size = int(self.num_features * cls_scale)
-
         self.patch_embed = Stem(in_chans, channels, **factory)
         self.levels = nn.ModuleList()
         # timm's hook and torch.fx feature extractors read the feature maps from these modules.
@@ -148,34 +127,49 @@ class FlashInternImage(nn.Module):
             float(drop_path_rate), list(depths), stagewise=True
         )
         for i, rates in enumerate(drop_path_rates):
+            width = channels * 2**i
+            blocks = (
+                Block(
+                    width,
+                    make_dcn(width, groups[i]),
+                    mlp_ratio=mlp_ratio,
+                    drop_path=rate,
+                    **block_args,
+                    **factory,
+                )
+                for rate in rates
+            )
             stage = Stage(
-                channels * 2**i,
-                groups[i],
-                rates,
+                width,
+                blocks,
+                norm=stage_norm,
                 downsample=i + 1 < len(depths),
-                post_norm=post_norm,
-                mlp_ratio=mlp_ratio,
-                layer_scale=layer_scale,
-                offset_scale=float(offset_scale),
-                dw_kernel_size=dw_kernel_size,
-                dcn_output_bias=dcn_output_bias,
-                mlp_fc2_bias=mlp_fc2_bias,
+                norms_after=(norms_after or {}).get(i, ()),
                 **factory,
             )
             self.levels.append(stage)
             self.feature_info.append(
-                {"num_chs": channels * 2**i, "reduction": 4 * 2**i, "module": f"feature_maps.{i}"}
+                {"num_chs": width, "reduction": 4 * 2**i, "module": f"feature_maps.{i}"}
             )
+        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
 
-        self.conv_head: nn.Module = nn.Sequential(
+    def _add_conv_head(
+        self, num_classes: int, global_pool: str, drop_rate: float, cls_scale: float, **factory: Any
+    ) -> None:
+        """Add a 1x1 convolution, a pooling and a classifier."""
+        if not self.num_features * cls_scale >= 1:
+            raise ValueError(f"cls_scale must be positive, got {cls_scale!r}")
+        self.num_classes = check_classes(num_classes, global_pool)
+        self.drop_rate = drop_rate
+        self.head_hidden_size = int(self.num_features * cls_scale)
+        self.conv_head = nn.Sequential(
             nn.Conv2d(self.num_features, self.head_hidden_size, 1, bias=False, **factory),
             nn.Sequential(nn.BatchNorm2d(self.head_hidden_size, **factory)),
             nn.GELU(),
         )
-        self.global_pool = _pooling(global_pool)
+        self._set_pooling(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._classifier(**factory)
-        self.apply(self._init_weights)
 
     def init_weights(self) -> None:
         """Initialize all parameters and buffers, for example after creation on the meta device."""
@@ -186,13 +180,16 @@ class FlashInternImage(nn.Module):
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
-        # nn.Module.apply visits children first, so DCNv4 re-initializes its own linear layers.
+        # nn.Module.apply visits children first, so DCNv3 and DCNv4 re-initialize their own layers.
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, DCNv4):
+        elif isinstance(module, (DCNv3, DCNv4)):
             module.reset_parameters()
+
+    def _set_pooling(self, pool_type: str) -> None:
+        self.global_pool, self.pool_type = _pooling(pool_type), pool_type
 
     def _classifier(self, **factory: Any) -> nn.Module:
         pooled = self.head_hidden_size * self.global_pool.feat_mult()
@@ -209,20 +206,27 @@ class FlashInternImage(nn.Module):
 
         The default groups are those of the published layer decay: every block is a layer. The stem,
         the norm after a stage and downsampling belong to the block that follows, and the head
-        belongs to the last block.
+        belongs to the last block. A norm after a block within a stage belongs to that block.
 
         Args:
             coarse: Group by stage instead of by block.
         """
         last = len(self.levels) - 1  # self.depths also counts pruned stages
-        head = rf"^levels\.{last}\.norm|^conv_head|^head"
+        head = "^(?:conv_head|dcnv3_head|clip_projector|fc_norm|head)"
         if coarse:
-            return {"stem": r"^patch_embed", "blocks": r"^levels\.(\d+)", "head": "^(?:conv_)?head"}
+            return {"stem": r"^patch_embed", "blocks": r"^levels\.(\d+)", "head": head}
+        head = rf"^levels\.{last}\.norm|{head}"
+        after = [
+            (rf"^levels\.{i}\.post_norms\.{j}\.", (i, block))
+            for i, stage in enumerate(self.levels)
+            for j, block in enumerate(stage.norms_after)  # type: ignore[arg-type]
+        ]
         between = [(rf"^levels\.{i}\.(?:norm|downsample)", (i + 1, 0)) for i in range(last)]
         return {
             "blocks": [
                 (r"^patch_embed", (0, 0)),
                 (r"^levels\.(\d+)\.blocks\.(\d+)", None),
+                *after,
                 *between,
                 (head, (last + 1, *MATCH_PREV_GROUP)),
             ]
@@ -251,9 +255,9 @@ class FlashInternImage(nn.Module):
             ValueError: If an argument is out of range, as in the constructor.
         """
         if global_pool is None:
-            global_pool = self.global_pool.pool_type
-        num_classes = _check_classifier(num_classes, global_pool)
-        self.global_pool = _pooling(global_pool)
+            global_pool = self.pool_type
+        num_classes = check_classes(num_classes, global_pool)
+        self._set_pooling(global_pool)
         self.num_classes = num_classes
         weight = self.patch_embed.conv1.weight
         self.head = self._classifier(device=weight.device, dtype=weight.dtype)
@@ -288,18 +292,25 @@ class FlashInternImage(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.levels), indices)
-        levels = self.levels[: max_index + 1] if stop_early else self.levels
-        intermediates = []
-        x = self.patch_embed(x)
-        for i, stage in enumerate(levels):
+        maps = self._feature_maps(x, max_index + 1 if stop_early else len(self.levels))
+        intermediates = [maps[i] for i in take_indices]
+        if output_fmt == "NHWC":
+            intermediates = [feature_map.permute(0, 2, 3, 1) for feature_map in intermediates]
+        return intermediates if intermediates_only else (self._final_features(maps), intermediates)
+
+    def _feature_maps(self, x: Tensor, stages: int) -> list[Tensor]:
+        """Return the feature maps (N, C, H, W) of the first stages."""
+        x, maps = self.patch_embed(x), []
+        for i, stage in enumerate(self.levels[:stages]):
             x = stage(x)
-            if i in take_indices:
-                intermediates.append(self.feature_maps[i](x) if output_fmt == "NCHW" else x)
-            if i + 1 < len(levels):
+            maps.append(self.feature_maps[i](x))
+            if i + 1 < stages:
                 x = stage.downsample(x)  # type: ignore[operator]
-        if intermediates_only:
-            return intermediates
-        return self.feature_maps[i](x), intermediates
+        return maps
+
+    def _final_features(self, maps: list[Tensor]) -> Tensor:
+        """Return the input of the head, given the feature maps of the stages."""
+        return maps[-1]
 
     def prune_intermediate_layers(
         self,
@@ -324,9 +335,12 @@ class FlashInternImage(nn.Module):
         self.levels[-1].downsample = nn.Identity()
         if prune_head or pruned:
             self.reset_classifier(0, "")
-            self.conv_head = nn.Identity()
+            self._remove_head()
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
         return take_indices
+
+    def _remove_head(self) -> None:
+        self.conv_head = nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the features of the last stage.
@@ -337,12 +351,7 @@ class FlashInternImage(nn.Module):
         Returns:
             Features of shape (N, num_features, H/32, W/32).
         """
-        x = self.patch_embed(x)
-        for stage, to_feature_map in zip(self.levels, self.feature_maps, strict=True):
-            x = stage(x)
-            feature_map = to_feature_map(x)
-            x = stage.downsample(x)  # type: ignore[operator]
-        return feature_map
+        return self._final_features(self._feature_maps(x, len(self.levels)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Apply the final convolution, pooling, dropout and the classifier.
@@ -362,7 +371,17 @@ class FlashInternImage(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _cfg(url: str = "", resolution: int = 224, num_classes: int | None = 1000) -> dict[str, Any]:
+def make_cfg(
+    url: str = "", resolution: int = 224, num_classes: int | None = 1000, **entries: str
+) -> dict[str, Any]:
+    """Return the pretrained config of a model for timm.
+
+    Args:
+        url: Address of the weights; '' if there are none.
+        resolution: Height and width of images.
+        num_classes: Number of classes of the weights.
+        **entries: Further entries.
+    """
     return {
         "url": url,
         "num_classes": num_classes,
@@ -375,47 +394,8 @@ def _cfg(url: str = "", resolution: int = 224, num_classes: int | None = 1000) -
         "first_conv": "patch_embed.conv1",
         "classifier": "head",
         "license": "mit",
-        "origin_url": "https://github.com/OpenGVLab/DCNv4",
-        "paper_ids": "arXiv:2401.06197",
+        **entries,
     }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "flash_internimage_nano.untrained": _cfg(resolution=64),
-        **{
-            name: _cfg(entry.addresses[0], entry.resolution, entry.classes)
-            for name, entry in read_zoo().items()
-            if entry.task == "classification"
-        },
-    }
-)
-
-
-# Settings shared by S, B and L.
-_POST_NORM = {"layer_scale": 1e-5, "post_norm": True, "dw_kernel_size": 3}
-
-ARCHITECTURES = {
-    "nano": {"channels": 32, "depths": (1, 1, 2, 1), "groups": (2, 4, 8, 16)},
-    "tiny": {"channels": 64, "depths": (4, 4, 18, 4), "groups": (4, 8, 16, 32)},
-    "small": {"channels": 80, "depths": (4, 4, 21, 4), "groups": (5, 10, 20, 40), **_POST_NORM},
-    "base": {
-        "channels": 112,
-        "depths": (4, 4, 21, 4),
-        "groups": (7, 14, 28, 56),
-        "offset_scale": 0.5,
-        **_POST_NORM,
-    },
-    "large": {
-        "channels": 160,
-        "depths": (5, 5, 22, 5),
-        "groups": (10, 20, 40, 80),
-        "offset_scale": 2.0,
-        "dcn_output_bias": True,
-        "mlp_fc2_bias": True,
-        **_POST_NORM,
-    },
-}
 
 
 # Entries of timm's pretrained configs that say where the weights are.
@@ -432,8 +412,25 @@ def _check_out_indices(indices: Any, stages: int) -> None:
         )
 
 
-def _create(arch: str, pretrained: bool, kwargs: dict) -> Any:
-    name = f"flash_internimage_{arch}"
+def create(
+    model: type[Backbone],
+    name: str,
+    architecture: Mapping[str, Any],
+    pretrained: bool,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Create a model with timm.
+
+    Args:
+        model: Class of the model.
+        name: Name of the model in timm.
+        architecture: Arguments of the class that define the model.
+        pretrained: Load the weights that the pretrained config names.
+        kwargs: Further arguments of the model and of `timm.create_model`; changed in place.
+
+    Raises:
+        ValueError: If an argument of timm is not supported.
+    """
     overlay = kwargs.pop("pretrained_cfg_overlay", None)
     cfg = resolve_pretrained_cfg(name, kwargs.pop("pretrained_cfg", None), overlay)
     if ignored := [] if pretrained else sorted({*(overlay or ())} & _SOURCES):
@@ -453,10 +450,10 @@ def _create(arch: str, pretrained: bool, kwargs: dict) -> Any:
     if isinstance(feature_cls, str) and feature_cls.lower() not in ("getter", "hook", "fx"):
         raise ValueError(f"feature_cls must be 'getter', 'hook' or 'fx', got {feature_cls!r}")
     if kwargs.get("features_only", False):
-        stages = len(kwargs.get("depths", ARCHITECTURES[arch]["depths"]))
+        stages = len(kwargs.get("depths", architecture["depths"]))
         _check_out_indices(kwargs.get("out_indices", feature_cfg["out_indices"]), stages)
     return build_model_with_cfg(
-        FlashInternImage,
+        model,
         name,
         pretrained,
         pretrained_cfg=cfg.to_dict(),
@@ -467,38 +464,5 @@ def _create(arch: str, pretrained: bool, kwargs: dict) -> Any:
             cache_dir=kwargs.get("cache_dir"),
         ),
         feature_cfg=feature_cfg,
-        **{**ARCHITECTURES[arch], **kwargs},
+        **{**architecture, **kwargs},
     )
-
-
-@register_model
-def flash_internimage_nano(pretrained: bool = False, **kwargs: Any) -> FlashInternImage:
-    """Create FlashInternImage-nano for demos and tests; it has no released weights.
-
-    It has 1.7 M parameters with 10 classes.
-    """
-    return _create("nano", pretrained, kwargs)
-
-
-@register_model
-def flash_internimage_tiny(pretrained: bool = False, **kwargs: Any) -> FlashInternImage:
-    """Create FlashInternImage-T."""
-    return _create("tiny", pretrained, kwargs)
-
-
-@register_model
-def flash_internimage_small(pretrained: bool = False, **kwargs: Any) -> FlashInternImage:
-    """Create FlashInternImage-S."""
-    return _create("small", pretrained, kwargs)
-
-
-@register_model
-def flash_internimage_base(pretrained: bool = False, **kwargs: Any) -> FlashInternImage:
-    """Create FlashInternImage-B."""
-    return _create("base", pretrained, kwargs)
-
-
-@register_model
-def flash_internimage_large(pretrained: bool = False, **kwargs: Any) -> FlashInternImage:
-    """Create FlashInternImage-L."""
-    return _create("large", pretrained, kwargs)
