@@ -29,6 +29,8 @@ _AVERAGED: tuple[str, ...] = ("state_dict_ema", "model_ema", "ema_state_dict")
 _AVERAGED += ("model_ema_state_dict", "ema_model", "ema")
 _OTHER_AVERAGED = re.compile(r"(^|_)(ema|swa|avg|averaged?)(_|$)")
 _TRAINED: tuple[str, ...] = ("state_dict", "model", "model_state_dict", "module", "net")
+# The layer scale of InternImage in the format of transformers.
+_LAYER_SCALE = re.compile(r"^(levels\.\d+\.blocks\.\d+\.)layer_scale([12])$")
 # Submodules with averaged weights, for example of a LightningModule.
 _AVERAGED_PARTS = ("ema_model.", "model_ema.", "ema.")
 
@@ -38,7 +40,8 @@ def clean_state_dict(
 ) -> dict[str, Tensor]:
     """Return the weights in a checkpoint under the parameter names of the model.
 
-    The formats of timm, torchvision, OpenMMLab, Lightning and DeepSpeed are recognized. If a
+    The formats of timm, torchvision, OpenMMLab, Lightning and DeepSpeed are recognized, and that of
+    transformers for InternImage. If a
     checkpoint contains several sets of weights, the choice is logged. Prefixes of
     wrappers, such as `module.`, are stripped. From a detector or segmentor, only the parameters of
     its `backbone.` are returned.
@@ -73,7 +76,7 @@ def clean_state_dict(
         if part and wanted:
             part = {old: name.partition(".")[2] for old, name in part.items()}
         names = unwrap_names(part) if part else names
-    return rename(checkpoint, names)
+    return rename(checkpoint, {old: _LAYER_SCALE.sub(r"\1gamma\2", n) for old, n in names.items()})
 
 
 def _part(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

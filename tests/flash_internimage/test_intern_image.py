@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,6 +63,23 @@ def test_the_input_gradient_equals_the_published_one(path, assert_near):
     x = golden["input"].double().requires_grad_()
     model.double()(x).backward(golden["grad_logits"].double())
     assert_near(x.grad, golden["grad_input"], 1e-9)
+
+
+@torch.no_grad()
+def test_files_in_the_format_of_transformers_are_loaded(tmp_path):
+    golden, model = load_golden(DATA / "net_SB_style.npz")
+    names = {name: f"model.{name.replace('gamma', 'layer_scale')}" for name in model.state_dict()}
+    save_file({names[n]: t for n, t in model.state_dict().items()}, tmp_path / "model.safetensors")
+    options = {name: getattr(model, name) for name in ("num_classes", "depths")}
+    loaded = timm.create_model(
+        "internimage_small",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "model.safetensors"), "num_classes": 10},
+        channels=16,
+        groups=(1, 2, 4, 8),
+        **options,
+    ).eval()
+    torch.testing.assert_close(loaded(golden["input"]), model(golden["input"]), rtol=0, atol=0)
 
 
 def meta_model(size: str, **kwargs) -> nn.Module:
