@@ -161,8 +161,11 @@ struct WindowCell {
   int x, y;
   float dx, dy;
 
-  __device__ __forceinline__ WindowCell(float tap_x, float tap_y)
-      : x(__float2int_rd(tap_x)), y(__float2int_rd(tap_y)), dx(tap_x - x), dy(tap_y - y) {}
+  // Not with initializers, which nvcc also compiles for the host.
+  __device__ __forceinline__ WindowCell(float tap_x, float tap_y) {
+    x = __float2int_rd(tap_x), y = __float2int_rd(tap_y);
+    dx = tap_x - x, dy = tap_y - y;
+  }
 };
 
 // The pixels around a tap that may be outside the image, relative to the image.
