@@ -8,6 +8,7 @@ from .conversion import (
     to_published_state_dict,
 )
 from .downloads import download
+from .from_internimage import Transfer, load_internimage
 from .loading import (
     check_optimizer,
     fetch_checkpoint,
@@ -30,6 +31,7 @@ from .zoo import Entry, read_zoo
 __all__ = [
     "Entry",
     "Placeholder",
+    "Transfer",
     "check_finite",
     "check_optimizer",
     "check_state_dict",
@@ -43,6 +45,7 @@ __all__ = [
     "is_finite",
     "is_remote",
     "load_checkpoint",
+    "load_internimage",
     "load_weights",
     "read_pretrained",
     "read_zoo",
