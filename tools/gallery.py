@@ -255,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     require_writable(arguments.to, "--to")
     try:
         with extras.required_by(PROGRAM):
+            arguments.to.mkdir(parents=True, exist_ok=True)
             for name in names:
                 draw, _ = PICTURES[name]
                 sys.stdout.write(f"{draw(arguments.output, arguments.data, arguments.to)}\n")

@@ -87,6 +87,7 @@ def _limit_annotations(path: Path, limit: int | None, folder: Path) -> Path:
     truth["images"] = [truth["images"][i] for i in spread(len(truth["images"]), limit)]
     kept = {image["id"] for image in truth["images"]}
     truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] in kept]
+    folder.mkdir(parents=True, exist_ok=True)
     limited = folder / f"limit_{limit}_{path.name}"
     limited.write_text(json.dumps(truth))
     return limited
