@@ -130,7 +130,10 @@ def draw_paper(record: dict) -> Figure:
     points = list(relative_times(record))
     labels = list(dict.fromkeys(label for label, *_ in points))
     series = list(dict.fromkeys(name for *_, name, _ in points))
-    titles = {("forward", "inference"): "forward", ("forward+backward", "training"): "training"}
+    titles = {
+        ("forward", "inference"): "inference (forward)",
+        ("forward+backward", "training"): "training (forward + backward)",
+    }
     figure, panels = make_panels([None], list(titles), (9, 2 + 0.32 * len(labels)))
     for _, kinds, axis in panels:
         for label, kind, name, ratio in points:
@@ -138,12 +141,11 @@ def draw_paper(record: dict) -> Figure:
                 row, color = labels.index(label), f"C{series.index(name)}"
                 axis.plot(ratio, row, "o", color=color, label=name)
         axis.axvline(1, color="black", linewidth=1)
-        axis.set_xscale("log")
+        axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}x")
-        axis.xaxis.set_minor_formatter("{x:g}x")
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.5, -0.5)
-        axis.grid(alpha=0.3, which="both")
+        axis.grid(alpha=0.3)
         axis.set_title(titles[kinds], fontsize="medium")
         axis.set_xlabel("relative time (with DCNv4 = 1)")
     figure.suptitle(
