@@ -6,7 +6,7 @@ python -m benchmarks.charts benchmarks/results/*.json
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -112,7 +112,54 @@ def draw_model(record: dict) -> Figure:
     return figure
 
 
-DRAW = {"op": draw_op, "model": draw_model}
+def relative_times(record: dict) -> Iterator[tuple[str, str, str, float]]:
+    """Yield label, kind, series and relative time of each alternative in a comparison."""
+    for result in record["results"]:
+        if "ratio" not in result or result.get("competitor") == "DCNv4":
+            continue
+        if "competitor" in result:
+            label, series = f"{result['competitor']}, {result['shape']}", result["dtype"]
+            yield label, result["pass"], series, result["ratio"]
+        else:
+            mode = f", {result['mode']}" * (result["mode"] != "eager")
+            yield result["other"], result["task"], result["dtype"] + mode, result["ratio"]
+
+
+def draw_paper(record: dict) -> Figure:
+    """Draw a dot for each alternative: time relative to the operator or model with DCNv4."""
+    points = list(relative_times(record))
+    labels = list(dict.fromkeys(label for label, *_ in points))
+    series = list(dict.fromkeys(name for *_, name, _ in points))
+    titles = {
+        ("forward", "inference"): "inference (forward)",
+        ("forward+backward", "training"): "training (forward + backward)",
+    }
+    figure, panels = make_panels([None], list(titles), (9, 2 + 0.32 * len(labels)))
+    for _, kinds, axis in panels:
+        for label, kind, name, ratio in points:
+            if kind in kinds:
+                row, color = labels.index(label), f"C{series.index(name)}"
+                axis.plot(ratio, row, "o", color=color, label=name)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}x")
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.grid(alpha=0.3)
+        axis.set_title(titles[kinds], fontsize="medium")
+        axis.set_xlabel("relative time (with DCNv4 = 1)")
+    figure.suptitle(
+        "Time relative to DCNv4, and to the model with DCNv4 (above 1: DCNv4 is faster)\n"
+        f"{machine_name(record['machine'])}, {record['date'][:10]}",
+        fontsize="medium",
+    )
+    drawn = {line.get_label(): line for axis in figure.axes for line in axis.lines[::-1]}
+    handles = [drawn[name] for name in series]
+    figure.legend(handles, series, loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+DRAW = {"op": draw_op, "model": draw_model, "paper": draw_paper}
 
 
 def draw(file: Path) -> Path:

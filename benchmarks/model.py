@@ -14,7 +14,7 @@ import logging
 import multiprocessing
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -24,11 +24,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
+from timm.models import model_entrypoint
 from torch import Tensor, nn
 
-import flash_internimage  # noqa: F401  (registers the models)
 from benchmarks import charts, predict, record, timing
 from benchmarks.record import write
+from flash_internimage import dropin
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ SIZES = {
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
 MODES = {"cpu": ("eager",), "cuda": ("eager", "compiled")}
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+DROPIN = "+dcnv4"  # after the name of a model whose layers are replaced by DCNv4
+REPLACEABLE = ("timm.models.convnext", "timm.models.vision_transformer")
 WARM_UP = 3  # steps before the capture of a CUDA graph
 BATCH_SIZES = {"cpu": 4, "cuda": 64}
 LEGEND = f"""
@@ -63,11 +66,18 @@ class Case(NamedTuple):
     model: str
 
 
+def create(name: str) -> nn.Module:
+    """Create a timm model; the suffix "+dcnv4" replaces its layers by DCNv4."""
+    original = name.removesuffix(DROPIN)
+    network = timm.create_model(original)
+    return network if original == name else dropin.replace(network)
+
+
 def build(
     case: Case, device: torch.device, batch_size: int, memory_format: str = "channels_last"
 ) -> tuple[nn.Module, Tensor]:
     """Return the model of a case and images for it."""
-    model = timm.create_model(case.model).train(case.task == "training")
+    model = create(case.model).train(case.task == "training")
     images = torch.randn(batch_size, *resolve_model_data_config(model)["input_size"])
     dtype = getattr(torch, case.dtype) if case.task == "inference" else torch.float32
     layout = MEMORY_FORMATS[memory_format]
@@ -127,12 +137,17 @@ def resident_bytes(field: str) -> int | None:
     return None
 
 
-def measure(case: Case, args: argparse.Namespace) -> dict:
-    """Measure speed and peak memory of one case; meant for a separate process."""
-    device = torch.device(args.device)
+def prepare_process(args: argparse.Namespace) -> torch.device:
+    """Set seed, threads and autotuning of this process; return the device."""
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
+    return torch.device(args.device)
+
+
+def measure(case: Case, args: argparse.Namespace) -> dict:
+    """Measure speed and peak memory of one case; meant for a separate process."""
+    device = prepare_process(args)
     before = resident_bytes("VmRSS")
     model, images = build(case, device, args.batch_size, args.memory_format)
     predicted = predict.model_seconds(model, images, getattr(torch, case.dtype), case.mode)
@@ -159,23 +174,25 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
     }
 
 
-def measure_or_explain(case: Case, args: argparse.Namespace) -> dict:
+def measure_or_explain(function: Callable, case: Sequence[str], args: argparse.Namespace) -> dict:
     """Return the result of a case, or why there is none; the time limit ends the process."""
     signal.setitimer(signal.ITIMER_REAL, args.timeout)
     try:
-        return {"status": "ok", **measure(case, args)}
+        return {"status": "ok", **function(case, args)}
     except Exception as error:  # compilers, drivers and models may raise anything
         _logger.warning("%s failed: %s", " ".join(case), error)
         return {"status": "failed", "note": timing.reason(error)}
 
 
-def measure_isolated(case: Case, args: argparse.Namespace) -> dict:
+def measure_isolated(
+    case: Sequence[str], args: argparse.Namespace, function: Callable = measure
+) -> dict:
     """Return the result of a case, measured in a new process, or why there is none."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["timm", "benchmarks.charts", "benchmarks.timing"])
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         try:
-            return pool.submit(measure_or_explain, case, args).result()
+            return pool.submit(measure_or_explain, function, case, args).result()
         except BrokenProcessPool:  # killed by the system, usually out of memory, or by the timer
             return {"status": "failed", "note": f"killed, or over {args.timeout:g} s"}
 
@@ -191,11 +208,21 @@ def cell(result: dict) -> str:
     return f"{size}{speed:>20}{peak:>14}" + (f"{predicted:10.1f}" if predicted else f"{'-':>10}")
 
 
+def can_replace(name: str) -> bool:
+    """Return whether `dropin.replace` supports the timm model of that name."""
+    return model_entrypoint(name).__module__ in REPLACEABLE
+
+
 def parse_model(text: str) -> tuple[str, ...]:
     """Return the models that a size stands for, or the model of that name."""
     if text in SIZES:
         return SIZES[text]
-    if timm.is_model(text):
+    original = text.removesuffix(DROPIN)
+    if timm.is_model(original):
+        if original != text and not can_replace(original):
+            raise argparse.ArgumentTypeError(
+                f"must be a ConvNeXt or vision transformer before {DROPIN}, got {text!r}"
+            )
         return (text,)
     close = difflib.get_close_matches(text, [*SIZES, *timm.list_models()], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -204,15 +231,9 @@ def parse_model(text: str) -> tuple[str, ...]:
     )
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line and fill in the defaults of the device."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.model", description=__doc__.splitlines()[0]
-    )
+def add_options(parser: argparse.ArgumentParser, batch_sizes: dict[str, int]) -> None:
+    """Add the options that say what to measure of each model."""
     option = parser.add_argument
-    tiny = [SIZES["tiny"]]
-    models = "names of timm models; tiny, small or base for one of each family; default: tiny"
-    option("--models", nargs="+", type=parse_model, default=tiny, metavar="MODEL", help=models)
     option("--tasks", nargs="+", choices=TASKS, default=TASKS, help="default: both")
     dtypes = "default: float32; on a GPU also bfloat16"
     option("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"), help=dtypes)
@@ -220,18 +241,42 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--modes", nargs="+", choices=("eager", "compiled", "graph"), help=modes)
     default = "default: %(default)s"
     option("--memory-format", choices=MEMORY_FORMATS, default="channels_last", help=default)
-    option("--batch-size", type=record.positive(int), metavar="N", help="default: 4; on a GPU 64")
+    batch_size = "default: {cpu}; on a GPU {cuda}".format(**batch_sizes)
+    option("--batch-size", type=record.positive(int), metavar="N", help=batch_size)
     timeout = "limit for each measurement, default: %(default)s"
     positive = record.positive(float)
     option("--timeout", type=positive, default=600, metavar="SECONDS", help=timeout)
     record.add_common_options(parser, min_time=3)
-    args = parser.parse_args(argv)
-    args.models = list(dict.fromkeys(itertools.chain(*args.models)))
+
+
+def fill_in(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, batch_sizes: dict[str, int]
+) -> argparse.Namespace:
+    """Fill in the defaults of the device."""
     args.dtypes = args.dtypes or DTYPES[args.device]
     args.modes = args.modes or MODES[args.device]
-    args.batch_size = args.batch_size or BATCH_SIZES[args.device]
+    args.batch_size = args.batch_size or batch_sizes[args.device]
     if "graph" in args.modes and args.device == "cpu":
         parser.error("argument --modes: graph needs a GPU")
+    return args
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line and fill in the defaults of the device."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.model", description=__doc__.splitlines()[0]
+    )
+    tiny = [SIZES["tiny"]]
+    models = (
+        "names of timm models, with +dcnv4 after a ConvNeXt or vision transformer to replace its "
+        "layers by DCNv4; tiny, small or base for one of each family; default: tiny"
+    )
+    parser.add_argument(
+        "--models", nargs="+", type=parse_model, default=tiny, metavar="MODEL", help=models
+    )
+    add_options(parser, BATCH_SIZES)
+    args = fill_in(parser.parse_args(argv), parser, BATCH_SIZES)
+    args.models = list(dict.fromkeys(itertools.chain(*args.models)))
     return args
 
 

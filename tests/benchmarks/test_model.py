@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks import model
 from benchmarks.model import Case
+from ops_dcnv4 import DCNv4
 
 TINY_RUN = ("--models", "flash_internimage_nano", "--device", "cpu", "--min-time", "1e-6")
 INFERENCE = Case("inference", "float32", "eager", "flash_internimage_nano")
@@ -32,6 +33,11 @@ def test_a_size_selects_a_model_of_each_family():
     [
         ("--models", "flash_internimage_tony", "did you mean 'flash_internimage_tiny'?"),
         ("--models", "?", "must be tiny, small, base or the name of a timm model, got '?'"),
+        (
+            "--models",
+            "resnet50+dcnv4",
+            "must be a ConvNeXt or vision transformer before +dcnv4, got 'resnet50+dcnv4'",
+        ),
         ("--dtypes", "float8", "invalid choice: 'float8'"),
         ("--batch-size", "0", "must be a positive integer, got '0'"),
         pytest.param(
@@ -48,6 +54,16 @@ def test_one_error_names_the_bad_argument(option, text, expected, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"argument {option}" in error
     assert expected in error
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224"])
+def test_a_suffix_replaces_layers_by_dcnv4(name):
+    with torch.device("meta"):
+        network = model.create(name + model.DROPIN)
+        original = model.create(name)
+    layers = [any(isinstance(m, DCNv4) for m in n.modules()) for n in (network, original)]
+    assert layers == [True, False]
+    assert model.parse_model(name + model.DROPIN) == (name + model.DROPIN,)
 
 
 @pytest.mark.parametrize("task", model.TASKS)
