@@ -48,8 +48,8 @@ demo-diffusion: demo
 	$(PIP) $$(grep '^diffusers==' requirements-dev.txt) -c requirements.txt
 	$(RUN) -m tools.demo_diffusion
 
-# Pictures of the three demos, for docs/gallery.md.
-gallery: demo demo-detection demo-segmentation
+# Pictures of the demos, for docs/gallery.md.
+gallery: demo demo-detection demo-segmentation demo-diffusion
 	$(RUN) -m tools.gallery
 
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \

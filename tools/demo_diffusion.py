@@ -1,6 +1,6 @@
 """Train small diffusion models of digits, with and without DCNv4.
 
-    python -m tools.demo_diffusion [--steps 3000] [--samples 898]
+    python -m tools.demo_diffusion [--steps 2000] [--samples 898]
 
 A U-Net, one with DCNv4 in place of the convolutions of its ResNet blocks, and one with DCNv4 in
 place of its attention are trained on scikit-learn's 8 x 8 digits, with equal batches and noise. The
@@ -297,7 +297,7 @@ def _count(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the demo and return the exit code."""
     parser = argparse.ArgumentParser(PROGRAM, description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=_count, default=3000, help="optimizer steps of each model")
+    parser.add_argument("--steps", type=_count, default=2000, help="optimizer steps of each model")
     parser.add_argument("--samples", type=_count, default=898, help="samples of each model")
     parser.add_argument("--classifier", type=Path, default=ROOT / "output/digits/best.pth",
                         help="checkpoint of `make demo`, for the features")  # fmt: skip

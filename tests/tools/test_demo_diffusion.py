@@ -5,12 +5,23 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from scipy.linalg import sqrtm
+from sklearn.datasets import load_digits
 
+from flash_internimage.cli import demo_data
+from flash_internimage.inference import load_predictor
 from tools import demo_diffusion
-from tools.demo_diffusion import MODELS, frechet_distance, make_unet, sample, train
+from tools.demo_diffusion import (
+    MODELS,
+    frechet_distance,
+    load_features,
+    make_unet,
+    sample,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,6 +46,7 @@ def test_features_that_are_constant_have_a_distance():
 
 def test_a_stopped_training_continues_as_if_it_had_not_been_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_diffusion, "SAVE_EVERY", 2)
+    monkeypatch.setattr(demo_diffusion, "BATCH_SIZE", 4)
     images = demo_diffusion.read_digits()
 
     def stop(step: int, loss: float) -> None:
@@ -64,9 +76,29 @@ def test_samples_are_images(monkeypatch):
     assert images.abs().max() <= 1
 
 
+def test_features_are_the_input_of_the_last_layer_of_the_classifier(tmp_path, assert_near):
+    classifier = timm.create_model("flash_internimage_nano", num_classes=10, drop_path_rate=0.0)
+    torch.save({"model": classifier.state_dict()}, tmp_path / "best.pth")
+    digits = demo_diffusion.read_digits()[:3]
+    features = load_features(tmp_path / "best.pth")(digits)
+    demo_data.write_digits(tmp_path / "digits")
+    [index, *_] = [
+        i for i, image in enumerate(load_digits().images)
+        if torch.equal(torch.from_numpy(image).float() / 8 - 1, digits[0, 0])
+    ]  # fmt: skip
+    [file] = (tmp_path / "digits").rglob(f"{index:04d}.png")
+    predictor = load_predictor(demo_diffusion.CLASSIFIER, tmp_path / "best.pth", device="cpu")
+    x = predictor._transform(Image.open(file).convert("RGB"))[None]
+    classifier.eval()
+    expected = classifier.forward_head(classifier.forward_features(x), pre_logits=True)
+    assert features.shape == (3, classifier.head.in_features)
+    assert_near(features[:1], expected, 1e-5)
+
+
 def test_the_demo_writes_and_prints_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_diffusion, "SAMPLING_STEPS", 1)
     monkeypatch.setattr(demo_diffusion, "SAVE_EVERY", 1)
+    monkeypatch.setattr(demo_diffusion, "BATCH_SIZE", 4)
     monkeypatch.setattr(
         demo_diffusion, "load_features", lambda path: lambda x: x.flatten(1)[:, ::4]
     )
