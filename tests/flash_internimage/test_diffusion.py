@@ -145,6 +145,14 @@ def test_images_of_a_transformer_need_not_be_square(assert_near):
     assert_near(output, attention.dcn.output_proj(mean), 1e-6)
 
 
+@pytest.mark.slow
+def test_unets_with_replaced_attention_are_exported():
+    model = replace_in_unet(conditional(), "attentions").eval()
+    inputs = torch.randn(1, 2, 4, 16), torch.tensor([5]), torch.randn(1, 3, 8)
+    program = torch.export.export(model, inputs)
+    torch.testing.assert_close(program.module()(*inputs).sample, model(*inputs).sample)
+
+
 def test_cross_attention_remains():
     model = replace_in_unet(conditional(), "attentions").eval()
     x, text = torch.randn(1, 2, 8, 8), torch.randn(2, 1, 3, 8)
