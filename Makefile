@@ -1,7 +1,7 @@
-# Targets: demo, demo-detection, demo-segmentation, gallery, test, test-fast, test-exports, lint, bench, docs, sanitize,
-# sanitize-cpu, sass, openmmlab-compiled, wheel, test-wheel, test-torch-versions, test-python-versions,
-# test-portability, test-aarch64, lint-workflows, gpu-check and clean. Each installs what it needs, except
-# gpu-check.
+# Targets: demo, demo-detection, demo-segmentation, demo-diffusion, gallery, test, test-fast, test-exports,
+# lint, bench, docs, sanitize, sanitize-cpu, sass, openmmlab-compiled, wheel, test-wheel, test-torch-versions,
+# test-python-versions, test-portability, test-aarch64, lint-workflows, gpu-check and clean. Each installs what
+# it needs, except gpu-check.
 # PYTHON is the interpreter from which the virtual environment is created.
 PYTHON ?= python3
 VENV := .venv
@@ -28,7 +28,7 @@ TEST_PROCESSES ?= $(if $(GPU_ARCHITECTURES),0,2)
 # TEST_SEED=123 shuffles and seeds the tests with that number, TEST_SEED=default with the time.
 TEST_SEED ?=
 
-.PHONY: demo demo-detection demo-segmentation gallery test test-fast test-exports lint bench docs sanitize sanitize-cpu sass openmmlab-compiled gpu-check clean
+.PHONY: demo demo-detection demo-segmentation demo-diffusion gallery test test-fast test-exports lint bench docs sanitize sanitize-cpu sass openmmlab-compiled gpu-check clean
 .PHONY: requirements-and-browser wheel test-wheel test-torch-versions test-python-versions test-portability test-aarch64 lint-workflows
 
 demo: $(VENV)/.package data/digits
@@ -43,8 +43,13 @@ demo-segmentation: $(VENV)/.package $(VENV)/.openmmlab data/digits-scenes-ade20k
 	$(RUN) -m segmentation.train $(SCENE_MAPS) --work-dir output/digits-scenes-ade20k --resume
 	$(RUN) -m segmentation.test $(SCENE_MAPS) output/digits-scenes-ade20k/iter_2400.pth --work-dir output/digits-scenes-ade20k --show-dir predictions
 
-# Pictures of the three demos, for docs/gallery.md.
-gallery: demo demo-detection demo-segmentation
+# Its distances need the classifier of the first demo.
+demo-diffusion: demo
+	$(PIP) $$(grep '^diffusers==' requirements-dev.txt) -c requirements.txt
+	$(RUN) -m tools.demo_diffusion
+
+# Pictures of the demos, for docs/gallery.md.
+gallery: demo demo-detection demo-segmentation demo-diffusion
 	$(RUN) -m tools.gallery
 
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \

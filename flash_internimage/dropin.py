@@ -101,16 +101,15 @@ def replace(
         >>> type(model.stages[0].blocks[0].conv_dw).__name__
         'DepthwiseDCNv4'
     """
-    if (
-        isinstance(group_channels, bool)
-        or not isinstance(group_channels, int)
-        or group_channels < 1
-    ):
-        raise ValueError(f"group_channels must be a positive integer, got {group_channels!r}")
     names = _find(model, which)
-    before = _count(model)
     # Nothing is changed if one of the layers is not supported.
-    layers = {name: _replacement(model, name, group_channels, dcn) for name in names}
+    put_layers(model, {name: _replacement(model, name, group_channels, dcn) for name in names})
+    return model
+
+
+def put_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Put layers in place of those with the same names, and log what was replaced."""
+    before = _count(model)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     for transformer in model.modules():
@@ -118,9 +117,8 @@ def replace(
             _drop_prefix_tokens(transformer)
     _logger.info(
         "replaced %d layers by DCNv4, %.1f M parameters before and %.1f M after: %s",
-        len(names), before / 1e6, _count(model) / 1e6, ", ".join(names),
+        len(layers), before / 1e6, _count(model) / 1e6, ", ".join(layers),
     )  # fmt: skip
-    return model
 
 
 def _count(model: nn.Module) -> int:
@@ -162,21 +160,18 @@ def _replacement(
 ) -> nn.Module:
     """Return the layer to put in place of another."""
     layer = model.get_submodule(name)
-    factory: dict[str, Any] = {}
-    for parameter in layer.parameters():
-        factory = {"device": parameter.device, "dtype": parameter.dtype}
     if isinstance(layer, Attention):
-        options = _options(layer.qkv.in_features, group_channels, {"kernel_size": 3, **dcn})
+        options = options_of(layer.qkv.in_features, group_channels, {"kernel_size": 3, **dcn})
         grid_size = _transformer_of(model, name).patch_embed.grid_size
-        return TokenDCNv4(layer.qkv.in_features, grid_size, **options, **factory)
+        return TokenDCNv4(layer.qkv.in_features, grid_size, **options, **factory_of(layer))
     # Subclasses may compute something else.
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
         if layer.groups == 1:
-            return _convolution(name, layer, group_channels, dcn, factory)
+            return _convolution(name, layer, group_channels, dcn)
         if layer.groups == layer.in_channels == layer.out_channels:
             options = {**_window(layer), **dcn}
-            options = _options(layer.in_channels, group_channels, options)
-            return DepthwiseDCNv4(layer.in_channels, **options, **factory)
+            options = options_of(layer.in_channels, group_channels, options)
+            return DepthwiseDCNv4(layer.in_channels, **options, **factory_of(layer))
     raise ValueError(
         "which must select timm's Attention, or depth-wise or ungrouped nn.Conv2d padded with "
         f"zeros, got {name}: {layer}"
@@ -184,7 +179,7 @@ def _replacement(
 
 
 def _convolution(
-    name: str, layer: nn.Conv2d, group_channels: int, dcn: dict[str, Any], factory: dict[str, Any]
+    name: str, layer: nn.Conv2d, group_channels: int, dcn: dict[str, Any]
 ) -> DCNv4Conv2d:
     if dcn:
         raise ValueError(
@@ -200,8 +195,14 @@ def _convolution(
         layer.dilation,  # type: ignore[arg-type]
         bias=layer.bias is not None,
         offset_groups=_groups(layer.in_channels, group_channels),
-        **factory,
+        **factory_of(layer),
     )
+
+
+def factory_of(layer: nn.Module) -> dict[str, Any]:
+    """Return the device and dtype of a layer's parameters."""
+    parameter = next(layer.parameters())
+    return {"device": parameter.device, "dtype": parameter.dtype}
 
 
 def _window(layer: nn.Conv2d) -> dict[str, Any]:
@@ -222,10 +223,16 @@ def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
 
 
 def _groups(channels: int, group_channels: int) -> int:
+    if (
+        isinstance(group_channels, bool)
+        or not isinstance(group_channels, int)
+        or group_channels < 1
+    ):
+        raise ValueError(f"group_channels must be a positive integer, got {group_channels!r}")
     return channels // math.gcd(channels, group_channels)
 
 
-def _options(channels: int, group_channels: int, dcn: dict[str, Any]) -> dict[str, Any]:
+def options_of(channels: int, group_channels: int, dcn: dict[str, Any]) -> dict[str, Any]:
     """Add the number of groups, the padding that keeps the size, and an average at first."""
     size = dcn["kernel_size"]
     height, width = size if isinstance(size, tuple) else (size, size)

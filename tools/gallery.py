@@ -1,6 +1,6 @@
 """Draw the pictures of docs/gallery.md with the checkpoints that the demos trained.
 
-python -m tools.gallery [classification] [detection] [segmentation] [sampling] [curves]
+python -m tools.gallery [classification] [detection] [segmentation] [sampling] [curves] [diffusion]
 """
 
 import argparse
@@ -40,6 +40,7 @@ DEMOS = {
     "digits": "make demo",
     "digits-scenes": "make demo-detection",
     "digits-scenes-ade20k": "make demo-segmentation",
+    "digits-diffusion": "make demo-diffusion",
 }
 
 
@@ -165,6 +166,12 @@ def curves(output: Path, data: Path, to: Path) -> Path:
     return path
 
 
+def diffusion(output: Path, data: Path, to: Path) -> Path:
+    """Copy the samples of the diffusion models."""
+    samples = read_rgb(output / "digits-diffusion" / "samples.png")
+    return _save(samples, to / "gallery-diffusion.png")
+
+
 def _percent(scalars: dict[int, float]) -> dict[int, float]:
     return {step: 100 * value for step, value in scalars.items()}
 
@@ -210,7 +217,8 @@ PICTURES: dict[str, tuple[Callable[[Path, Path, Path], Path], list[str]]] = {
     "detection": (detection, ["digits-scenes"]),
     "segmentation": (segmentation, ["digits-scenes-ade20k"]),
     "sampling": (sampling, ["digits-scenes"]),
-    "curves": (curves, list(DEMOS)),
+    "curves": (curves, ["digits", "digits-scenes", "digits-scenes-ade20k"]),
+    "diffusion": (diffusion, ["digits-diffusion"]),
 }
 
 
@@ -219,8 +227,11 @@ def _missing(names: list[str], output: Path, data: Path) -> list[str]:
     needed = dict.fromkeys(demo for name in names for demo in PICTURES[name][1])
     lines = []
     for demo in needed:
-        pattern = "best.pth" if demo == "digits" else "last_checkpoint"
-        for path in (output / demo / pattern, data / demo):
+        written = {"digits": "best.pth", "digits-diffusion": "samples.png"}
+        paths = [output / demo / written.get(demo, "last_checkpoint")]
+        if demo != "digits-diffusion":  # which reads its digits from scikit-learn
+            paths.append(data / demo)
+        for path in paths:
             if not path.exists():
                 lines.append(f"{path} does not exist: run `{DEMOS[demo]}`")
                 break

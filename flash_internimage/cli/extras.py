@@ -8,6 +8,7 @@ from contextlib import contextmanager
 EXTRAS = {
     "app": ("gradio",),
     "data": ("defusedxml", "pycocotools"),
+    "diffusion": ("diffusers",),
     "export": ("onnx", "onnxruntime", "onnxscript", "torchao"),
     "openmmlab": ("mmengine", "mmcv", "mmdet", "mmseg", "faster_coco_eval", "cv2"),
     "openvino": ("openvino",),

@@ -16,7 +16,7 @@ REQUIRED = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
 PINNED = {
     "requirements.txt": ["", "train"],
     "requirements-openmmlab.txt": ["openmmlab"],
-    "requirements-dev.txt": ["app", "dev"],
+    "requirements-dev.txt": ["app", "dev", "diffusion"],
 }
 
 

@@ -13,7 +13,7 @@ def test_demos_that_have_not_been_run_are_named(tmp_path, capsys):
     arguments = ["--output", str(tmp_path), "--data", str(tmp_path), "--to", str(tmp_path / "to")]
     assert gallery.main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line, command in zip(lines, gallery.DEMOS.values(), strict=True):
         assert line.startswith(f"python -m tools.gallery: error: {tmp_path}")
         assert line.endswith(f"does not exist: run `{command}`")
@@ -34,6 +34,15 @@ def test_pictures_are_small_files(tmp_path):
     path = gallery._save(picture, tmp_path / "picture.jpg")
     assert path.stat().st_size <= gallery.LARGEST
     assert Image.open(path).size == (800, 900)
+
+
+def test_samples_of_the_diffusion_demo(tmp_path):
+    samples = tmp_path / "digits-diffusion" / "samples.png"
+    samples.parent.mkdir()
+    Image.new("RGB", (40, 30), "red").save(samples)
+    folder = str(tmp_path)
+    assert gallery.main(["diffusion", "--output", folder, "--data", folder, "--to", folder]) == 0
+    assert Image.open(tmp_path / "gallery-diffusion.png").getpixel((3, 3)) == (255, 0, 0)
 
 
 @pytest.mark.slow  # imports OpenMMLab
