@@ -141,7 +141,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--shapes", nargs="*", type=parse_shape, metavar="SHAPE", help=shapes)
     models = (
         "names of InternImages, and of timm's ConvNeXts and vision transformers; none to leave "
-        "out the models"
+        "out the models; default: InternImage T, S, B, L, ConvNeXt-T and ViT-S; on a GPU -B"
     )
     option("--models", nargs="*", type=parse_model, metavar="MODEL", help=models)
     model.add_options(parser, BATCH_SIZES)
