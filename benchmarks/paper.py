@@ -141,7 +141,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--shapes", nargs="*", type=parse_shape, metavar="SHAPE", help=shapes)
     models = (
         "names of InternImages, and of timm's ConvNeXts and vision transformers; none to leave "
-        "out the models"
+        "out the models; default: InternImage T, S, B and L, ConvNeXt-T and ViT-S; on a GPU "
+        "ConvNeXt-B and ViT-B"
     )
     option("--models", nargs="*", type=parse_model, metavar="MODEL", help=models)
     model.add_options(parser, BATCH_SIZES)

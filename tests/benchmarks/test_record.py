@@ -27,7 +27,7 @@ def test_chart_of_published_results_can_be_drawn(file, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("benchmark", "count"), [("op", 30), ("model", 4)])
+@pytest.mark.parametrize(("benchmark", "count"), [("op", 30), ("model", 4), ("paper", 30)])
 def test_chart_of_an_interrupted_run_can_be_drawn(benchmark, count, tmp_path):
     results = json.loads(next(RESULTS.glob(f"{benchmark}_*.json")).read_text())
     del results["results"][count:]
