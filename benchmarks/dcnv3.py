@@ -15,6 +15,7 @@ from benchmarks import dcnv4
 from benchmarks.competitors import Competitor, Explicit, load, require, run_reference
 from benchmarks.dcnv4 import TAPS
 from ops_dcnv4 import dcnv3
+from ops_dcnv4.modules.common import softmax_over_taps
 
 IMAGES_PER_STEP = 256  # the published default
 
@@ -51,7 +52,7 @@ class Inputs(dcnv4.Inputs):
     @property
     def modulation(self) -> Tensor:
         """Return the softmax over the taps of each group, (N, H, W, TAPS * groups)."""
-        return self.logits.unflatten(3, (-1, TAPS)).softmax(-1).flatten(3)
+        return softmax_over_taps(self.logits, self.shape.groups)
 
 
 def run_dcnv3(inputs: Inputs) -> Tensor:

@@ -80,6 +80,13 @@ def test_a_batch_norm_replaces_the_layer_norm():
     assert names[2:4] == ["dw_conv.1.0.weight", "dw_conv.1.0.bias"]
 
 
+def test_a_window_without_taps_has_no_value():
+    layer = DCNv3(8, kernel_size=1, pad=0, group=2, remove_center=True)
+    nn.init.normal_(layer.output_proj.bias)
+    expected = layer.output_proj.bias.expand(1, 3, 4, 8)
+    torch.testing.assert_close(layer(torch.randn(1, 3, 4, 8)), expected)
+
+
 def test_autocast_keeps_the_dtype_of_the_value():
     layer, x = DCNv3(16).requires_grad_(False), torch.randn(1, 4, 4, 16)
     nn.init.normal_(layer.mask.weight)

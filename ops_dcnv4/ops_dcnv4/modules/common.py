@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class NotScriptable(nn.Module):
@@ -35,3 +35,22 @@ def reset_projection(linear: nn.Linear) -> None:
     nn.init.xavier_uniform_(linear.weight)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
+
+
+def softmax_over_taps(scores: Tensor, groups: int) -> Tensor:
+    """Return the softmax over the taps of each group, as in DCNv3.
+
+    Args:
+        scores: Scores of shape (N, H, W, groups * taps).
+        groups: Number of groups.
+
+    Returns:
+        Tensor of the same shape and dtype.
+    """
+    parts = scores.unflatten(3, (groups, scores.shape[3] // groups))
+    if scores.device.type == "cpu":
+        # On CPUs, PyTorch vectorizes the softmax over the first dimension, but not over short rows.
+        result = parts.movedim(4, 0).softmax(0).movedim(0, 4)
+    else:
+        result = parts.softmax(4)
+    return result.flatten(3).to(scores.dtype)  # autocast computes in float32

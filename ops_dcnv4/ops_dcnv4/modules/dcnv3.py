@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dcnv3, to_bool
-from .common import reset_projection
+from .common import reset_projection, softmax_over_taps
 from .window_layer import WindowLayer, depth_wise, to_odd
 
 ACTIVATIONS = {"GELU": nn.GELU, "ReLU": nn.ReLU, "SiLU": nn.SiLU}
@@ -138,12 +138,8 @@ class DCNv3(WindowLayer):
         convolution, norm, activation = self.dw_conv
         assert isinstance(convolution, nn.Conv2d)
         features = activation(norm(self.convolve(convolution, x).permute(0, 3, 1, 2)))
-        output = dcnv3(value, self.offset(features), self._modulation(features), *self.window())
+        mask = softmax_over_taps(self.mask(features), self.group)
+        output = dcnv3(value, self.offset(features), mask, *self.window())
         if self.center_feature_scale:
             output = self.blend(output, value, features)
         return self.output_proj(output)
-
-    def _modulation(self, features: Tensor) -> Tensor:
-        scores = self.mask(features)
-        modulation = scores.unflatten(-1, (self.group, self.taps)).softmax(-1).flatten(-2)
-        return modulation.to(scores.dtype)  # autocast computes the softmax in float32
