@@ -1,5 +1,6 @@
 """The runner for detection and segmentation, with safe checkpoint loading."""
 
+import itertools
 import logging
 import re
 import sys
@@ -34,6 +35,8 @@ from .resume import (
     replay_schedules,
     set_sampler_seed,
 )
+
+_earlier_runs = itertools.count()
 
 
 @contextmanager
@@ -78,6 +81,12 @@ class SafeRunner(Runner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._resuming = False
+        # mmengine's name of a run ends with the time in seconds. A run with the name of an earlier
+        # one of this process would continue its averages, and write to its folder.
+        if earlier := next(_earlier_runs):
+            file = getattr(kwargs.get("cfg"), "filename", None)
+            name = kwargs.get("experiment_name") or Path(file or "run").stem
+            kwargs["experiment_name"] = f"{name}_{earlier}"
         with self._working():
             super().__init__(*args, **kwargs)
         if isinstance(sys.modules.get("mmcv._ext"), Operators):

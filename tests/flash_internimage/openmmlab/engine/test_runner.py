@@ -583,3 +583,13 @@ def test_only_the_backbone_is_compiled(runner, monkeypatch, given, expected):
     r.call_hook("before_run")
     assert compiled == [(r.model.backbone, expected)]
     assert list(r.model.state_dict()) == names
+
+
+def test_runs_of_the_same_second_have_names_of_their_own(runner, monkeypatch):
+    monkeypatch.setattr("mmengine.runner.runner.time.strftime", lambda *_: "20261130_065542")
+    one, other = (runner(experiment_name="run") for _ in range(2))
+    assert one.timestamp == other.timestamp
+    assert one.experiment_name != other.experiment_name
+    one.message_hub.update_scalar("train/loss", 1.0)
+    assert "train/loss" not in other.message_hub.log_scalars
+    assert one.visualizer is not other.visualizer
