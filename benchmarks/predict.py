@@ -3,8 +3,8 @@
 A kernel is assumed to take as long as the slowest of its parts: issuing its instructions, reading
 and writing each tensor once, adding to memory sectors, and matrix products. The instructions and
 sectors per warp are those that ``make sass`` counts on the emulator, from the table in
-docs/benchmarks.md. Nothing is known about latencies and caches, so that a measurement that differs
-shows what the model lacks.
+docs/benchmarks.md. Latencies and caches are not modeled; deviating measurements show where they
+matter.
 """
 
 import copy

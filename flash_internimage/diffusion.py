@@ -87,7 +87,7 @@ def replace_in_unet(
     """Replace layers of a U-Net by DCNv4, in place.
 
     The new layers are randomly initialized and average over their windows at first. The log lists
-    what was replaced. With the default arguments, the U-Net of Stable Diffusion 1 has as many
+    the replaced layers. With the default arguments, the U-Net of Stable Diffusion 1 has as many
     parameters as that of the paper, 566 M.
 
     Args:

@@ -75,7 +75,7 @@ def replace(
     By default, the depth-wise convolutions of a timm ConvNeXt and the attention of a timm vision
     transformer are replaced, as in the paper (arXiv:2401.06197, section 4.4). A vision transformer
     loses its class token and averages over the other tokens instead. The new layers are randomly
-    initialized and average over their windows at first. The log lists what was replaced.
+    initialized and average over their windows at first. The log lists the replaced layers.
 
     Args:
         model: Model to change.
@@ -108,7 +108,7 @@ def replace(
 
 
 def put_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Put layers in place of those with the same names, and log what was replaced."""
+    """Put layers in place of those with the same names, and log their names."""
     before = _count(model)
     for name, layer in layers.items():
         model.set_submodule(name, layer)

@@ -42,8 +42,10 @@ class DenseBackbone(Backbone, BaseModule):
         if arch is not None and arch not in self.architectures:
             raise ValueError(f"arch must be one of {', '.join(self.architectures)}, got {arch!r}")
         architecture = {**self.architectures[arch]} if arch else {}
-        architecture["layer_scale"] = None if architecture.get("use_clip_projector") else 1.0
-        arguments = {**architecture, **kwargs, "num_classes": 0}
+        given = {**architecture, **kwargs}
+        is_without = given.get("use_clip_projector") or given.get("res_post_norm")
+        layer_scale = None if is_without else 1.0
+        arguments = {**architecture, "layer_scale": layer_scale, **kwargs, "num_classes": 0}
         super().__init__(**arguments)
         stages = len(self.levels)
         if list(out_indices) != sorted(set(out_indices) & set(range(stages))) or not out_indices:
@@ -159,19 +161,11 @@ class InternImageBackbone(DenseBackbone, InternImage):
     Args:
         arch: 'tiny', 'small', 'base', 'large', 'xlarge', 'huge' or 'giant'. Individual arguments
             override its values.
-        out_indices: Ascending indices of the stages to return. Later stages are removed.
-        frozen_stages: -1 freezes nothing, 0 the stem, and n the stem and the first n stages. Frozen
-            parts have no gradients and no stochastic depth.
-        with_cp: Whether to recompute each block in the backward pass instead of storing its
-            activations (gradient checkpointing).
         layer_scale: Initial value of the layer scale. The published detectors and segmentors are
             trained with 1.0, the default, which is kept if a checkpoint has no layer scale; those
             of sizes H and G have none, and None is their default.
-        init_cfg: `dict(type='Pretrained', checkpoint=...)` with a path, a URL or the name of
-            released weights, see :func:`flash_internimage.checkpoints.fetch_checkpoint`. `prefix`
-            and `map_location` mean what they mean to mmengine's `PretrainedInit`. Without `prefix`,
-            the backbone is found in the weights of a classifier, detector or segmentor.
-        kwargs: Arguments of :class:`flash_internimage.InternImage`.
+        kwargs: Arguments of :class:`flash_internimage.InternImage`. `out_indices`, `frozen_stages`,
+            `with_cp` and `init_cfg` are those of :class:`FlashInternImageBackbone`.
 
     Raises:
         ValueError: If an argument is out of range. The message names it.

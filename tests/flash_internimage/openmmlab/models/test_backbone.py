@@ -446,3 +446,8 @@ def test_internimage_loads_a_classifier_and_keeps_its_own_layer_scale(tmp_path):
     x = torch.randn(1, 3, 64, 64)
     for one, other in zip(model(x), classifier.forward_intermediates(x)[1], strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_internimage_with_norms_after_its_branches_has_no_layer_scale_by_default():
+    model = InternImageBackbone(**SMALL, res_post_norm=True)
+    assert not any("gamma" in name for name in model.state_dict())
