@@ -1,7 +1,7 @@
 // Specializations of simd.h for AVX-512.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/avx2.h"
 
 namespace ops_dcnv4 {
 namespace {

@@ -16,10 +16,11 @@ OPS_DCNV4_INLINE void copy_slice(To* to, int64_t to_channels, const From* from,
   for (int64_t pixel = 0; pixel < pixels; ++pixel, to += to_channels, from += from_channels) {
     using acc_t = std::conditional_t<sizeof(To) < sizeof(From), From, To>;
     prefetch(from, 16 * from_channels, channels);
-    for_channel_blocks<acc_t>(channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
-      using L = Lanes<acc_t, width.value>;
-      L::store(to + c, L::load(from + c));
-    });
+    for_channel_blocks<acc_t, native_width<acc_t>>(
+        channels, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
+          using L = Lanes<acc_t, width.value>;
+          L::store(to + c, L::load(from + c));
+        });
   }
 }
 
@@ -92,16 +93,23 @@ template <typename scalar_t, typename acc_t, typename Count, typename Channels>
 OPS_DCNV4_INLINE void scatter(const Plan<acc_t, Count> plan, bool inside,
                               const scalar_t* grad_output, const acc_t* value, acc_t* grad_value,
                               Channels right, int64_t below) {
-  const acc_t zeros[wide_block<acc_t>] = {};  // read in place of pixels outside the image
-  acc_t discarded[wide_block<acc_t>] = {};    // receives their gradients
+  const acc_t zeros[widest_block<acc_t>] = {};  // read in place of pixels outside the image
+  acc_t discarded[widest_block<acc_t>] = {};    // receives their gradients
   for_channel_blocks<acc_t>(right, [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
-    using L = Lanes<acc_t, width.value>;
-    const auto grad = L::load(grad_output + c);
+    constexpr int parts = width.value > native_width<acc_t> ? 2 : 1;
+    constexpr int lanes = width.value / parts;
+    using L = Lanes<acc_t, lanes>;
+    typename L::type grad[parts];
+    for (int part = 0; part < parts; ++part) grad[part] = L::load(grad_output + c + part * lanes);
     const auto add = [&](int64_t k, const acc_t* v, acc_t* gv, int64_t to_right,
                          int64_t to_below) OPS_DCNV4_INLINE_LAMBDA {
       const auto corner = [&](int i, int64_t offset) OPS_DCNV4_INLINE_LAMBDA {
-        L::store(gv + offset, L::load(gv + offset) + plan.weight(i)[k] * grad);
-        return grad * L::load(v + offset);
+        auto dots = L::zero();
+        for (int part = 0; part < parts; ++part, offset += lanes) {
+          L::store(gv + offset, L::load(gv + offset) + plan.weight(i)[k] * grad[part]);
+          dots += grad[part] * L::load(v + offset);
+        }
+        return dots;
       };
       const auto top_left = corner(0, 0), top_right = corner(1, to_right);
       const auto bottom_left = corner(2, to_below), bottom_right = corner(3, to_below + to_right);

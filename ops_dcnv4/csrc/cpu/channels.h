@@ -6,21 +6,18 @@
 namespace ops_dcnv4 {
 namespace {
 
-// Number of channels in a wide block of 64 bytes.
+// Number of channels that are processed at a time: two registers.
 template <typename acc_t>
-constexpr int wide_block = 64 / sizeof(acc_t);
+constexpr int widest_block = 2 * native_width<acc_t>;
 
-// Calls body(width constant, first channel) for consecutive blocks that cover all channels.
-template <typename acc_t, int widest = wide_block<acc_t>, typename Body>
-OPS_DCNV4_INLINE void for_channel_blocks(int64_t channels, const Body& body) {
-  constexpr int wide = wide_block<acc_t>;
-  int64_t c = 0;
-  if constexpr (widest > wide) {
-    for (; c + widest <= channels; c += widest) body(std::integral_constant<int, widest>(), c);
+// Calls body(width constant, first channel) for consecutive blocks that cover all channels. Widths
+// are widest, half of it and so on down to 4, and 1.
+template <typename acc_t, int width = widest_block<acc_t>, typename Body>
+OPS_DCNV4_INLINE void for_channel_blocks(int64_t channels, const Body& body, int64_t c = 0) {
+  for (; c + width <= channels; c += width) body(std::integral_constant<int, width>(), c);
+  if constexpr (width > 1) {
+    for_channel_blocks<acc_t, (width > 4 ? width / 2 : 1)>(channels, body, c);
   }
-  for (; c + wide <= channels; c += wide) body(std::integral_constant<int, wide>(), c);
-  for (; c + 4 <= channels; c += 4) body(std::integral_constant<int, 4>(), c);
-  for (; c < channels; ++c) body(std::integral_constant<int, 1>(), c);
 }
 
 // Calls body with the number of channels per group, as a constant for the usual 16 (DCNv4) and 32

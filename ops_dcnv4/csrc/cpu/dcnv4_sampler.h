@@ -111,8 +111,13 @@ class Walk {
         row(static_cast<int>(pixel / g.out_width % g.out_height)),
         col(static_cast<int>(pixel % g.out_width)) {}
 
-  OPS_DCNV4_INLINE void next() {
-    if (++at.group < last_group) return;
+  // Number of groups of the current pixel that are left.
+  OPS_DCNV4_INLINE int64_t groups() const { return last_group - at.group; }
+
+  // Proceeds by `groups` of the current pixel, to the next pixel if none is left.
+  OPS_DCNV4_INLINE void advance(int64_t groups) {
+    at.group += groups;
+    if (at.group < last_group) return;
     at.group = first_group;
     ++at.pixel;
     if (++col < out_width) return;
@@ -137,27 +142,34 @@ template <bool backward, typename scalar_t, typename acc_t, typename Count>
 OPS_DCNV4_NOINLINE void plan_windows(Plan<acc_t, Count> plan, const Dcnv4Sampler<acc_t> sampler,
                                      const Geometry& g, const Dcnv4Tensors<scalar_t>& t, Walk& walk,
                                      PlannedUnit* units, int64_t count) {
-  const int64_t offset_channels = g.offset_channels, channels = g.channels();
-  const int64_t image = int64_t(g.height) * g.width * channels;
+  const int64_t offset_channels = g.offset_channels, group_channels = g.group_channels;
+  const int64_t channels = g.channels(), image = int64_t(g.height) * g.width * channels;
+  const auto taps = plan.taps;
   Walk w = walk;
   // Prefetch the same place of the next strip: the hardware cannot predict where a slice continues.
-  const int64_t ahead = strip_plans(plan.taps) * (backward ? offset_channels : 3 * plan.taps);
-  for (int64_t i = 0; i < count; ++i, w.next(), plan = plan.template next<backward>()) {
-    const scalar_t* offsets =
-        t.offset_mask + w.at.pixel * offset_channels + w.at.group * 3 * plan.taps;
-    prefetch(offsets, ahead, 3 * plan.taps);
-    if (!backward) {  // prefetch the pixel that the windows of the next row will read first
-      const uintptr_t row = sampler.start_y + w.row * sampler.step_y + sampler.reach;
-      const uintptr_t col = sampler.start_x + w.col * sampler.step_x;
-      const uintptr_t pixel = row * sampler.row_pixels + col;
-      prefetch(t.value, w.at.image * image + pixel * channels + w.at.group * g.group_channels,
-               g.group_channels);
+  const int64_t ahead = strip_plans(taps) * (backward ? offset_channels : 3 * taps);
+  for (int64_t i = 0; i < count;) {
+    // The backward pass walks over the pixels of one group.
+    const int64_t left = w.groups() < count - i ? w.groups() : count - i;
+    const int64_t groups = backward ? 1 : left;
+    const int x = sampler.start_x + w.col * sampler.step_x;
+    const int y = sampler.start_y + w.row * sampler.step_y;
+    WindowPoints<scalar_t, acc_t, Count> points{
+        sampler, taps, acc_t(x), acc_t(y),
+        t.offset_mask + w.at.pixel * offset_channels + w.at.group * 3 * taps};
+    // The pixel that the windows of the next row will read first.
+    const uintptr_t below = (uintptr_t(y) + sampler.reach) * sampler.row_pixels + x;
+    uintptr_t value = w.at.image * image + below * channels + w.at.group * group_channels;
+    for (PlannedUnit unit = w.at; unit.group < w.at.group + groups; ++unit.group, ++i) {
+      prefetch(points.offsets, ahead, 3 * taps);
+      if (!backward) prefetch(t.value, value, group_channels);
+      units[i] = unit;
+      units[i].inside = make_plan<backward>(plan, sampler, points);
+      plan = plan.template next<backward>();
+      points.offsets += 3 * taps;
+      value += group_channels;
     }
-    const WindowPoints<scalar_t, acc_t, Count> points{
-        sampler, plan.taps, acc_t(sampler.start_x + w.col * sampler.step_x),
-        acc_t(sampler.start_y + w.row * sampler.step_y), offsets};
-    units[i] = w.at;
-    units[i].inside = make_plan<backward>(plan, sampler, points);
+    w.advance(groups);
   }
   walk = w;
 }

@@ -8,18 +8,13 @@
 namespace ops_dcnv4 {
 namespace {
 
-// If registers hold a wide block, two blocks are processed at a time: fewer index loads and longer
-// reads.
-template <typename acc_t>
-constexpr int widest_block = (OPS_DCNV4_VECTOR_BYTES == 64 ? 2 : 1) * wide_block<acc_t>;
-
 // Computes the output of one unit. `value` and `output` point to the first channel of its group.
 template <bool inside, typename scalar_t, typename acc_t, typename Count, typename Channels>
 OPS_DCNV4_INLINE void sum_taps(const Plan<acc_t, Count> plan, const scalar_t* value,
                                scalar_t* output, Channels group_channels, int64_t right,
                                int64_t below, const scalar_t* zeros) {
   const auto sum_block = [&](auto width, int64_t c) OPS_DCNV4_INLINE_LAMBDA {
-    constexpr int parts = width.value > wide_block<acc_t> ? 2 : 1;
+    constexpr int parts = width.value > native_width<acc_t> ? 2 : 1;
     constexpr int lanes = width.value / parts;
     using L = Lanes<acc_t, lanes>;
     // One sum per corner makes short chains of dependent additions instead of a long one.
@@ -43,7 +38,7 @@ OPS_DCNV4_INLINE void sum_taps(const Plan<acc_t, Count> plan, const scalar_t* va
                (sums[0][part] + sums[1][part]) + (sums[2][part] + sums[3][part]));
     }
   };
-  for_channel_blocks<acc_t, widest_block<acc_t>>(group_channels, sum_block);
+  for_channel_blocks<acc_t>(group_channels, sum_block);
 }
 
 // `width` is the image width. It is only used for units whose cells are all inside the image.

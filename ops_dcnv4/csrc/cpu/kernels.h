@@ -57,7 +57,7 @@ struct Scratch {
 constexpr int64_t plan_stride(int64_t taps) { return taps > 0 ? (taps + 15) / 16 * 16 : 16; }
 
 // Number of plans that are made at a time, few enough to stay in the L1 cache.
-constexpr int64_t strip_plans(int64_t taps) { return taps <= 64 ? 128 / plan_stride(taps) : 1; }
+constexpr int64_t strip_plans(int64_t taps) { return taps <= 64 ? 256 / plan_stride(taps) : 1; }
 
 // Sizes of Scratch's numbers and indices: the arrays shared by all plans, and the plans of a strip.
 constexpr int64_t shared_arrays = 2;

@@ -12,7 +12,6 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#define OPS_DCNV4_AVX2
 #define OPS_DCNV4_VECTOR_BYTES 32
 #include "cpu/instantiate.h"
 

@@ -16,7 +16,6 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
-#define OPS_DCNV4_AVX512
 #define OPS_DCNV4_VECTOR_BYTES 64
 #include "cpu/instantiate.h"
 

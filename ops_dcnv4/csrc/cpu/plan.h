@@ -63,13 +63,6 @@ Plan<acc_t, Count> first_plan(const Scratch<acc_t>& scratch, Count taps) {
   return {scratch.numbers + shared, scratch.indices + shared, taps};
 }
 
-// Number of lanes in a register.
-template <typename acc_t>
-constexpr int native_width = OPS_DCNV4_VECTOR_BYTES / sizeof(acc_t);
-
-template <typename acc_t>
-using Native = Lanes<acc_t, native_width<acc_t>>;
-
 // Coordinates of a vector of taps, in pixels.
 template <typename acc_t>
 struct Coordinates {
@@ -88,6 +81,7 @@ OPS_DCNV4_INLINE Coordinates<acc_t> load_pairs(const T* pairs, int64_t taps, int
           L::template permute<EveryOther<1>>(low, high)};
 }
 
+// Stores the weights of as many taps from k on as a vector holds.
 template <typename L, typename acc_t, typename Count>
 OPS_DCNV4_INLINE void store_weights(const Plan<acc_t, Count>& plan, int64_t k,
                                     typename L::type left, typename L::type right,

@@ -155,22 +155,22 @@ struct PortableLanes {
   using Pixel = type;  // whole numbers, which need no conversion to be compared
   using PixelElement = T;
   using Mask = decltype(type{} < type{});
-  static constexpr bool fits_register = sizeof(T) * width <= OPS_DCNV4_VECTOR_BYTES;
 
   static OPS_DCNV4_INLINE type zero() { return fill(T(0)); }
-  static OPS_DCNV4_INLINE type fill(T number) {
-    type result = {};
-    for (int i = 0; i < width; ++i) result[i] = number;
-    return result;
-  }
+  static OPS_DCNV4_INLINE type fill(T number) { return number - type{}; }
 
   template <typename Storage>
   static OPS_DCNV4_INLINE type load(const Storage* from) {
     type result;
     if constexpr (std::is_same_v<Storage, T>) {
       std::memcpy(&result, from, sizeof(result));
-    } else if constexpr (!fits_register) {
-      result = join(Half::load(from), Half::load(from + width / 2));
+#if defined(__GNUC__) && !defined(OPS_DCNV4_PLAIN_VECTORS)
+    } else if constexpr (std::is_same_v<Storage, c10::BFloat16> && std::is_same_v<T, float>) {
+      Vector<uint16_t, width> bits;
+      std::memcpy(&bits, from, sizeof(bits));
+      const auto shifted = convert<Vector<uint32_t, width>>(bits) << 16;
+      std::memcpy(&result, &shifted, sizeof(result));
+#endif
     } else {
       for (int i = 0; i < width; ++i) result[i] = static_cast<T>(from[i]);
     }
@@ -181,8 +181,16 @@ struct PortableLanes {
   static OPS_DCNV4_INLINE void store(Storage* to, type v) {
     if constexpr (std::is_same_v<Storage, T>) {
       std::memcpy(to, &v, sizeof(v));
-    } else if constexpr (!fits_register) {
-      Half::store(to, low(v)), Half::store(to + width / 2, high(v));
+#if defined(__GNUC__) && !defined(OPS_DCNV4_PLAIN_VECTORS)
+    } else if constexpr (std::is_same_v<Storage, c10::BFloat16> && std::is_same_v<T, float>) {
+      // Rounds to nearest, ties to even, like c10.
+      using Words = Vector<uint32_t, width>;
+      Words bits;
+      std::memcpy(&bits, &v, sizeof(bits));
+      const Words rounded = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16;
+      const auto halves = convert<Vector<uint16_t, width>>(v == v ? rounded : Words{} + 0x7FC0);
+      std::memcpy(static_cast<void*>(to), &halves, sizeof(halves));
+#endif
     } else {
       for (int i = 0; i < width; ++i) to[i] = static_cast<Storage>(v[i]);
     }
@@ -192,9 +200,17 @@ struct PortableLanes {
   template <typename Storage>
   static OPS_DCNV4_INLINE type load_first(const Storage* from, int64_t count) {
     if (count >= width) return Lanes<T, width>::load(from);
-    Storage padded[width] = {};
-    if (count > 0) std::memcpy(static_cast<void*>(padded), from, count * sizeof(Storage));
-    return Lanes<T, width>::load(padded);
+    // Collected in a register: a vector that is loaded after narrower stores has to wait for them.
+    using Bits = std::conditional_t<sizeof(Storage) == 2, uint16_t, T>;
+    Vector<Bits, width> padded = {};
+    for (int i = 0; i < width && i < count; ++i) {
+      Bits bits;
+      std::memcpy(&bits, from + i, sizeof(bits));
+      padded[i] = bits;
+    }
+    Storage whole[width];
+    std::memcpy(static_cast<void*>(whole), &padded, sizeof(whole));
+    return Lanes<T, width>::load(whole);
   }
   template <typename Storage>
   static OPS_DCNV4_INLINE void store_first(Storage* to, type v, int64_t count) {
@@ -202,17 +218,6 @@ struct PortableLanes {
     Storage padded[width];
     Lanes<T, width>::store(padded, v);
     if (count > 0) std::memcpy(static_cast<void*>(to), padded, count * sizeof(Storage));
-  }
-
-  static OPS_DCNV4_INLINE auto low(type v) {
-    typename Half::type result;
-    std::memcpy(&result, &v, sizeof(result));
-    return result;
-  }
-  static OPS_DCNV4_INLINE auto high(type v) {
-    typename Half::type result;
-    std::memcpy(&result, reinterpret_cast<const char*>(&v) + sizeof(result), sizeof(result));
-    return result;
   }
 
   template <typename Pattern>
@@ -251,42 +256,33 @@ struct PortableLanes {
 
   // Returns the sums over the lanes of four vectors.
   static OPS_DCNV4_INLINE Vector<T, 4> sums(type a, type b, type c, type d) {
-    if constexpr (width > 4 && !fits_register) {
-      return Half::sums(low(a) + high(a), low(b) + high(b), low(c) + high(c), low(d) + high(d));
-    } else if constexpr (fits_register) {
+    if constexpr (width < 4) {
+      static_assert(width == 2);
+      return Vector<T, 4>{a[0] + a[1], b[0] + b[1], c[0] + c[1], d[0] + d[1]};
+    } else {
       const type ab = permute<Alternate<1, 0>>(a, b) + permute<Alternate<1, 1>>(a, b);
       const type cd = permute<Alternate<1, 0>>(c, d) + permute<Alternate<1, 1>>(c, d);
       return Lanes<T, width>::fold(permute<Alternate<2, 0>>(ab, cd) +
                                    permute<Alternate<2, 1>>(ab, cd));
-    } else {
-      return Vector<T, 4>{a[0] + a[1] + (a[2] + a[3]), b[0] + b[1] + (b[2] + b[3]),
-                          c[0] + c[1] + (c[2] + c[3]), d[0] + d[1] + (d[2] + d[3])};
     }
   }
 
- private:
-  using Half = Lanes<T, width / 2>;
-
-  static OPS_DCNV4_INLINE type join(typename Half::type low, typename Half::type high) {
-    type result;
-    std::memcpy(&result, &low, sizeof(low));
-    std::memcpy(reinterpret_cast<char*>(&result) + sizeof(low), &high, sizeof(high));
-    return result;
-  }
-
- public:
   // Sums lanes i, i + 4, i + 8, ...
   static OPS_DCNV4_INLINE Vector<T, 4> fold(type v) {
-    if constexpr (width == 4) {
-      return v;
-    } else {
-      return Half::fold(low(v) + high(v));
-    }
+    static_assert(width == 4);
+    return v;
   }
 };
 
 template <typename T, int width>
 struct Lanes : PortableLanes<T, width> {};
+
+// Number of lanes in a register.
+template <typename T>
+constexpr int native_width = OPS_DCNV4_VECTOR_BYTES / sizeof(T);
+
+template <typename T>
+using Native = Lanes<T, native_width<T>>;
 
 // A single lane is a plain scalar.
 template <typename T>
@@ -308,8 +304,9 @@ struct Lanes<T, 1> {
 }  // namespace
 }  // namespace ops_dcnv4
 
-#if defined(OPS_DCNV4_AVX512)
-#include "cpu/avx512.h"
-#elif defined(OPS_DCNV4_AVX2)
+#if OPS_DCNV4_VECTOR_BYTES >= 32
 #include "cpu/avx2.h"
+#endif
+#if OPS_DCNV4_VECTOR_BYTES >= 64
+#include "cpu/avx512.h"
 #endif
