@@ -52,18 +52,16 @@ def zoo_table(task: str, zoo: dict[str, Entry]) -> str:
     return table(columns, rows)
 
 
-def _processes(task: str, config: str) -> tuple[int, int]:
-    """Return the number of GPUs and the images per GPU that the config's first line states."""
-    if task == "classification":
-        return 8, 128
-    found = re.search(r"^# (\d+) GPUs x (\d+) images", (ROOT / config).read_text(), re.M)
+def _processes(config: str) -> tuple[int, int]:
+    """Return the number of GPUs and the images per GPU that the config's first lines state."""
+    found = re.search(r"^# .*?(\d+) GPUs x (\d+) images", (ROOT / config).read_text(), re.M)
     if not found:
         raise ValueError(f"{config} must state its GPUs and images per GPU")
     return int(found[1]), int(found[2])
 
 
 def _reproduction_row(name: str, task: str, config: str, entry: Entry) -> tuple:
-    gpus, images = _processes(task, config)
+    gpus, images = _processes(config)
     nodes_ = f"--nnodes {gpus // 8} " if gpus > 8 else ""
     data = f" data.root={_DATA[task]}" if task == "classification" else ""
     train = f"torchrun {nodes_}--nproc-per-node 8 -m {task}.train {config}{data}"
