@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from flash_internimage.checkpoints.zoo import ZOO, Entry, find, read_zoo
 from flash_internimage.classification.config import load_config
-from tests.recipes import DATA, ROOT, read_recipes
+from tests.recipes import ROOT, published_shapes, read_recipes
 from tools.zoo_documents import documents
 
 ENTRIES = read_zoo()
@@ -108,10 +108,11 @@ def test_detection_and_segmentation_match_the_published_figures(task, name):
 @pytest.mark.parametrize(("task", "name"), DENSE)
 def test_parameters_match_the_released_file(task, name):
     recipe, entry = RECIPES[task][name], ENTRIES[name]
-    schema = DATA / "openmmlab_schemas" / f"{recipe['schema']}.json"
     buffers = re.compile(r"^ema_|\.(num_batches_tracked|running_mean|running_var)$")
-    shapes = {n: s for n, s in json.loads(schema.read_text()).items() if not buffers.search(n)}
+    shapes = {n: s for n, s in published_shapes(recipe).items() if not buffers.search(n)}
     assert entry.parameters == sum(map(prod, shapes.values()))
+    if rounded := recipe["published_parameters"]:  # by the authors of InternImage
+        assert rounded == f"{entry.parameters / 1e6:.0f}M"
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
