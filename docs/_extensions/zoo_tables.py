@@ -54,7 +54,7 @@ def zoo_table(task: str, zoo: dict[str, Entry]) -> str:
 
 def _processes(config: str) -> tuple[int, int]:
     """Return the number of GPUs and the images per GPU that the config's first lines state."""
-    found = re.search(r"^# .*?(\d+) GPUs x (\d+) images", (ROOT / config).read_text(), re.M)
+    found = re.search(r"^# .*?(\d+) GPUs x (\d+) image", (ROOT / config).read_text(), re.M)
     if not found:
         raise ValueError(f"{config} must state its GPUs and images per GPU")
     return int(found[1]), int(found[2])

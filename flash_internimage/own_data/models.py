@@ -9,7 +9,7 @@ from ..checkpoints.zoo import Task, read_zoo
 from ..configs import configs_root, list_configs
 
 _NAME = re.compile(r"(?P<family>[a-z0-9_]+?)(-4scale)?_flash_internimage_(?P<size>[a-z]+)_.*")
-_BATCH = re.compile(r"# \d+ GPUs x (\d+) images")
+_BATCH = re.compile(r"# \d+ GPUs x (\d+) image")
 _NANO_BATCH = 8  # of the demos, which run on one CPU
 
 

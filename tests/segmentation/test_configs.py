@@ -34,7 +34,14 @@ EMBEDDINGS = [
     f"decode_head.{name}"
     for name in ("mask_embed", "cls_embed", "level_embed", "query_embed", "query_feat")
 ]
-DEPTHS = {"t": (4, 4, 18, 4), "s": (4, 4, 21, 4), "b": (4, 4, 21, 4), "l": (5, 5, 22, 5)}
+DEPTHS = {
+    "t": (4, 4, 18, 4),
+    "s": (4, 4, 21, 4),
+    "b": (4, 4, 21, 4),
+    "l": (5, 5, 22, 5),
+    "xl": (5, 5, 24, 5),
+    "h": (6, 6, 32, 6),
+}
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 # Transforms of the published training and testing, under the names of mmengine.
@@ -106,7 +113,7 @@ def test_config_in_the_guide_for_own_data(tmp_path):
     assert config.model.decode_head.num_classes == 3
     assert config.model.auxiliary_head.num_classes == 3
     assert [schedule["end"] for schedule in config.param_scheduler] == [501, 20001]
-    assert Path(config.load_from).stem == RECIPES[UPERNET_T]["schema"]
+    assert Path(config.load_from).name == RECIPES[UPERNET_T]["checkpoint"]
 
 
 def test_accumulation_options_in_the_guide_keep_the_schedule():
@@ -153,8 +160,12 @@ def settings(config: Config, model: nn.Module) -> dict[str, tuple[float, float]]
 
 
 def published_settings(name: str, ndim: int, recipe: dict[str, str]) -> tuple[float, float]:
-    """Return the published learning rate and weight decay of a parameter."""
-    size = recipe["config"].split("_flash_internimage_")[1][0]
+    """Return the published learning rate and weight decay of a parameter.
+
+    InternImage-H has norms after some blocks of the third stage. They have the rate of their block;
+    the published code takes their number for that of a block.
+    """
+    size = re.search(r"_internimage_([a-z]+)_", recipe["config"])[1]
     depths, layers = DEPTHS[size], int(recipe["layers"])
     _, part, *place = name.split(".")
     layer = layers + 1
@@ -165,6 +176,8 @@ def published_settings(name: str, ndim: int, recipe: dict[str, str]) -> tuple[fl
         # Norm and downsampling belong to the next stage; in the last one, to its first block.
         if block[0] == "blocks":
             layer = 1 + sum(depths[: int(stage)]) + int(block[1])
+        elif block[0] == "post_norms":
+            layer = 1 + sum(depths[: int(stage)]) + (5, 11, 17, 23, 29)[int(block[1])]
         else:
             layer = 1 + sum(depths[: min(int(stage) + 1, 3)])
     lr = float(recipe["lr"]) * float(recipe["layer_decay_rate"]) ** (layers + 1 - layer)
@@ -256,7 +269,7 @@ def test_images_per_update(recipe, config):
     assert config.train_dataloader.batch_size == images
     assert plain(config.auto_scale_lr) == {"enable": False, "base_batch_size": total}
     first_line = Path(config.filename).read_text().splitlines()[0]
-    assert first_line == f"# {total // images} GPUs x {images} images"
+    assert first_line == f"# {total // images} GPUs x {images} image{'s' * (images > 1)}"
 
 
 def test_hooks(recipe, config):

@@ -224,6 +224,7 @@ RELEASED = [
     "mask_rcnn_internimage_b_fpn_1x_coco",
     "cascade_mask_rcnn_internimage_xl_fpn_3x_coco",
     "dino-4scale_internimage_l_layer_wise_lr_1x_coco",
+    "upernet_internimage_h_896_160k_ade20k",
     "upernet_flash_internimage_b_512_160k_ade20k",
     "mask2former_flash_internimage_l_640_160k_ade20k",
 ]
