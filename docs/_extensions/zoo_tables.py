@@ -1,7 +1,7 @@
 """Directives that write tables from the entries of the zoo.
 
-``zoo-table`` lists the released checkpoints of a task, ``reproduction-table`` how to train and
-evaluate each of them and which results count as reproduced.
+``zoo-table TASK [FAMILY]`` lists the released checkpoints of a task, ``reproduction-table`` how to
+train and evaluate each of them and which results count as reproduced.
 """
 
 import re
@@ -11,7 +11,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from flash_internimage.checkpoints.zoo import ZOO, Entry, Figure, read_zoo
+from flash_internimage.checkpoints.zoo import PAPERS, ZOO, Entry, Figure, read_zoo
 from flash_internimage.cli.zoo_evaluation import TOLERANCE
 from tools.zoo_documents import ROOT, table
 
@@ -44,7 +44,7 @@ def _zoo_row(name: str, entry: Entry) -> tuple:
 
 
 def zoo_table(task: str, zoo: dict[str, Entry]) -> str:
-    """Return the Markdown table of the released checkpoints of a task."""
+    """Return the Markdown table of the checkpoints of a task."""
     macs = ("MACs",) if task == "classification" else ()
     figures = (_FIGURES[figure] for figure in _COLUMNS[task])
     columns = ("name", "pretraining", "resolution", "parameters", *macs, *figures, "file")
@@ -89,13 +89,21 @@ def reproduction_table(task: str, zoo: dict[str, Entry]) -> str:
 
 class _Table(SphinxDirective):
     required_arguments = 1
+    optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        (task,) = self.arguments
+        task, *families = self.arguments
         if task not in TASKS:
             raise self.error(f"the task must be one of {', '.join(TASKS)}, got {task!r}")
+        if not {*families} <= {*PAPERS}:
+            raise self.error(f"the family must be one of {', '.join(PAPERS)}, got {families[0]!r}")
         self.env.note_dependency(str(ZOO))
-        return self.parse_text_to_nodes(self.make(task, read_zoo()))
+        zoo = {
+            name: entry
+            for name, entry in read_zoo().items()
+            if entry.family in (families or PAPERS)
+        }
+        return self.parse_text_to_nodes(self.make(task, zoo))
 
 
 class ZooTable(_Table):
