@@ -107,10 +107,16 @@ def published_shapes(recipe: dict[str, str]) -> dict[str, list[int]]:
     widths = {other * 2**i: width * 2**i for i in range(4)}
     pooled = 4 * 512  # channels that UPerNet concatenates with the last stage
     widths[8 * other + pooled] = 8 * width + pooled
+    wider: dict[int, int] = {}  # sizes that differ in the head of the only Mask2Former, that of H
+    if recipe["config"].startswith("mask2former"):
+        wider = {256: 1024, 3 * 256: 3 * 1024, 2048: 4096, 8 * 24: 32 * 24, 8 * 12: 32 * 12}
     rest = {name: shape for name, shape in shapes.items() if not name.startswith("backbone.")}
     for name, shape in [*rest.items()]:
-        if len(shape) == 4:
-            rest[name] = [shape[0], widths.get(shape[1], shape[1]), *shape[2:]]
+        inputs = widths if len(shape) == 4 else {}
+        rest[name] = [
+            (wider | (inputs if axis == 1 else {})).get(size, size)
+            for axis, size in enumerate(shape)
+        ]
         if name.startswith("neck.") and ".ln." in name:
             del rest[name]
             rest[name.replace(".ln.weight", ".conv.bias").replace(".ln.bias", ".conv.bias")] = shape

@@ -67,8 +67,8 @@ def to_multiples(size: tuple[int, int]) -> tuple[int, int]:
 )
 def test_sizes_of_the_views(name, image, ade):
     recipe, config = RECIPES[name], load_config(name)
-    scale = numbers(recipe["test_scale"])
-    expected = [rescaled(SIZES[image], (int(scale[0] * r), int(scale[1] * r))) for r in RATIOS]
+    short_sides = numbers(recipe["several_short_sides"])
+    expected = [rescaled(SIZES[image], (4 * side, side)) for side in short_sides]
     if recipe["resize_to_multiple"] == "yes":
         expected = [to_multiples(size) for size in expected]
     data = {**config.test_dataloader.dataset, "data_root": ade}
