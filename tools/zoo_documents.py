@@ -1,4 +1,7 @@
-"""Documents generated from the zoo: the README's tables and OpenMMLab's metafiles."""
+"""Documents generated from the zoo: the README's tables and OpenMMLab's metafiles.
+
+The README lists the models with FlashInternImage, docs/internimage.md those with InternImage.
+"""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -6,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from flash_internimage.checkpoints.zoo import Entry
+from flash_internimage.checkpoints.zoo import PAPERS, Entry
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,18 +67,24 @@ def _with_tables(text: str, zoo: dict[str, Entry]) -> str:
             raise ValueError(f"README.md must contain a table that begins with {head}")
         lines = after.splitlines(keepends=True)
         rest = next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))
-        rows = (_row(name, entry) for name, entry in zoo.items() if entry.task == task)
+        rows = (
+            _row(name, entry)
+            for name, entry in zoo.items()
+            if entry.task == task and entry.family == "FlashInternImage"
+        )
         text = "".join([before, table(columns, rows), *lines[rest:]])
     return text
 
 
 def _metafile(task: str, zoo: dict[str, Entry]) -> dict[str, Any]:
-    paper = {
-        "Title": "Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for "
-        "Vision Applications",
-        "URL": "https://arxiv.org/abs/2401.06197",
-    }
-    collection = f"FlashInternImage-{task}"
+    collections = [
+        {
+            "Name": f"{family}-{task}",
+            "Paper": {"Title": paper.title, "URL": f"https://arxiv.org/abs/{paper.arxiv}"},
+            "README": f"{task}/README.md",
+        }
+        for family, paper in PAPERS.items()
+    ]
     models = []
     for name, entry in zoo.items():
         if entry.task != task or not entry.config:  # mmengine warns of models without one
@@ -85,7 +94,7 @@ def _metafile(task: str, zoo: dict[str, Entry]) -> dict[str, Any]:
             metadata["FLOPs"] = round(entry.gmacs * 1e9)
         model = {
             "Name": name,
-            "In Collection": collection,
+            "In Collection": f"{entry.family}-{task}",
             "Metadata": metadata,
             "Results": [
                 {"Task": work, "Dataset": data, "Metrics": {metric: value}}
@@ -96,11 +105,7 @@ def _metafile(task: str, zoo: dict[str, Entry]) -> dict[str, Any]:
             "Config": entry.config,
         }
         models.append(model)
-    readme = f"{task}/README.md"
-    return {
-        "Collections": [{"Name": collection, "Paper": paper, "README": readme}],
-        "Models": models,
-    }
+    return {"Collections": collections, "Models": models}
 
 
 def documents(zoo: dict[str, Entry]) -> dict[Path, str]:

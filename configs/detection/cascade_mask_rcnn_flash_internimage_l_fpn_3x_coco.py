@@ -4,7 +4,7 @@ _base_ = [
     "_base_/models/cascade_mask_rcnn.py",
     "_base_/datasets/coco_instance_crop.py",
     "_base_/schedules/adamw_3x.py",
-    "_base_/runtime.py",
+    "_base_/runtime_ema.py",
 ]
 model = dict(
     backbone=dict(**_base_.backbone, drop_path_rate=0.4),
@@ -12,13 +12,3 @@ model = dict(
 )
 train_dataloader = dict(batch_size=4)
 optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.9, offset_lr_scale=0.01))
-custom_hooks = [
-    *_base_.custom_hooks,  # The published list replaced them, losing NumClassCheckHook.
-    dict(
-        type="EMAHook",
-        ema_type="ExpMomentumEMA",
-        momentum=1e-4,
-        gamma=2000,
-        update_buffers=True,  # averages the statistics of SyncBN, too
-    ),
-]

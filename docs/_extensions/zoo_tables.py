@@ -1,7 +1,7 @@
 """Directives that write tables from the entries of the zoo.
 
-``zoo-table`` lists the released checkpoints of a task, ``reproduction-table`` how to train and
-evaluate each of them and which results count as reproduced.
+``zoo-table TASK [FAMILY]`` lists the released checkpoints of a task, ``reproduction-table`` how to
+train and evaluate each of them and which results count as reproduced.
 """
 
 import re
@@ -11,7 +11,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from flash_internimage.checkpoints.zoo import ZOO, Entry, Figure, read_zoo
+from flash_internimage.checkpoints.zoo import PAPERS, ZOO, Entry, Figure, read_zoo
 from flash_internimage.cli.zoo_evaluation import TOLERANCE
 from tools.zoo_documents import ROOT, table
 
@@ -44,7 +44,7 @@ def _zoo_row(name: str, entry: Entry) -> tuple:
 
 
 def zoo_table(task: str, zoo: dict[str, Entry]) -> str:
-    """Return the Markdown table of the released checkpoints of a task."""
+    """Return the Markdown table of the checkpoints of a task."""
     macs = ("MACs",) if task == "classification" else ()
     figures = (_FIGURES[figure] for figure in _COLUMNS[task])
     columns = ("name", "pretraining", "resolution", "parameters", *macs, *figures, "file")
@@ -52,18 +52,16 @@ def zoo_table(task: str, zoo: dict[str, Entry]) -> str:
     return table(columns, rows)
 
 
-def _processes(task: str, config: str) -> tuple[int, int]:
-    """Return the number of GPUs and the images per GPU that the config's first line states."""
-    if task == "classification":
-        return 8, 128
-    found = re.search(r"^# (\d+) GPUs x (\d+) images", (ROOT / config).read_text(), re.M)
+def _processes(config: str) -> tuple[int, int]:
+    """Return the number of GPUs and the images per GPU that the config's first lines state."""
+    found = re.search(r"^# .*?(\d+) GPUs x (\d+) image", (ROOT / config).read_text(), re.M)
     if not found:
         raise ValueError(f"{config} must state its GPUs and images per GPU")
     return int(found[1]), int(found[2])
 
 
 def _reproduction_row(name: str, task: str, config: str, entry: Entry) -> tuple:
-    gpus, images = _processes(task, config)
+    gpus, images = _processes(config)
     nodes_ = f"--nnodes {gpus // 8} " if gpus > 8 else ""
     data = f" data.root={_DATA[task]}" if task == "classification" else ""
     train = f"torchrun {nodes_}--nproc-per-node 8 -m {task}.train {config}{data}"
@@ -91,13 +89,21 @@ def reproduction_table(task: str, zoo: dict[str, Entry]) -> str:
 
 class _Table(SphinxDirective):
     required_arguments = 1
+    optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        (task,) = self.arguments
+        task, *families = self.arguments
         if task not in TASKS:
             raise self.error(f"the task must be one of {', '.join(TASKS)}, got {task!r}")
+        if not {*families} <= {*PAPERS}:
+            raise self.error(f"the family must be one of {', '.join(PAPERS)}, got {families[0]!r}")
         self.env.note_dependency(str(ZOO))
-        return self.parse_text_to_nodes(self.make(task, read_zoo()))
+        zoo = {
+            name: entry
+            for name, entry in read_zoo().items()
+            if entry.family in (families or PAPERS)
+        }
+        return self.parse_text_to_nodes(self.make(task, zoo))
 
 
 class ZooTable(_Table):

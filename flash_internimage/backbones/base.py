@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ops_dcnv4 import DCNv3, DCNv4
 
-from ..checkpoints import read_pretrained
+from ..checkpoints import read_pretrained, read_zoo
 from ..checkpoints.weights import SOURCE
+from ..checkpoints.zoo import PAPERS, Family
 from .blocks import Block, Stage, Stem, to_channels_first
 
 _logger = logging.getLogger(__name__)
@@ -372,15 +373,15 @@ class Backbone(nn.Module):
 
 
 def make_cfg(
-    url: str = "", resolution: int = 224, num_classes: int | None = 1000, **entries: str
+    family: Family, url: str = "", resolution: int = 224, num_classes: int | None = 1000
 ) -> dict[str, Any]:
     """Return the pretrained config of a model for timm.
 
     Args:
+        family: Family of the model.
         url: Address of the weights; '' if there are none.
         resolution: Height and width of images.
         num_classes: Number of classes of the weights.
-        **entries: Further entries.
     """
     return {
         "url": url,
@@ -394,7 +395,17 @@ def make_cfg(
         "first_conv": "patch_embed.conv1",
         "classifier": "head",
         "license": "mit",
-        **entries,
+        "origin_url": f"https://github.com/{PAPERS[family].repository}",
+        "paper_ids": f"arXiv:{PAPERS[family].arxiv}",
+    }
+
+
+def released_cfgs(family: Family) -> dict[str, Any]:
+    """Return the pretrained configs of the released classifiers of a family, by their names."""
+    return {
+        name: make_cfg(family, entry.addresses[0], entry.resolution, entry.classes)
+        for name, entry in read_zoo().items()
+        if entry.task == "classification" and entry.family == family
     }
 
 

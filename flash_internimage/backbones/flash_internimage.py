@@ -4,7 +4,6 @@ Parameter names and shapes match the released checkpoints.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from timm.models import generate_default_cfgs, register_model
 
 from ops_dcnv4 import DCNv4
 
-from ..checkpoints import read_zoo
-from .base import Backbone, create, make_cfg
+from .base import Backbone, create, make_cfg, released_cfgs
 
 
 class FlashInternImage(Backbone):
@@ -94,18 +92,10 @@ class FlashInternImage(Backbone):
         self.apply(self._init_weights)
 
 
-_cfg = partial(
-    make_cfg, origin_url="https://github.com/OpenGVLab/DCNv4", paper_ids="arXiv:2401.06197"
-)
-
 default_cfgs = generate_default_cfgs(
     {
-        "flash_internimage_nano.untrained": _cfg(resolution=64),
-        **{
-            name: _cfg(entry.addresses[0], entry.resolution, entry.classes)
-            for name, entry in read_zoo().items()
-            if entry.task == "classification"
-        },
+        "flash_internimage_nano.untrained": make_cfg("FlashInternImage", resolution=64),
+        **released_cfgs("FlashInternImage"),
     }
 )
 

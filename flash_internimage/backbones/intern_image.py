@@ -4,7 +4,6 @@ Parameter names and shapes match the released checkpoints.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ops_dcnv4 import DCNv3
 
-from .base import Backbone, check_classes, create, make_cfg
+from .base import Backbone, check_classes, create, released_cfgs
 from .blocks import layer_norm
 from .clip_head import AttentionPooling
 
@@ -201,26 +200,7 @@ class InternImage(Backbone):
         return x if pre_logits else self.head(x)
 
 
-_cfg = partial(
-    make_cfg, origin_url="https://github.com/OpenGVLab/InternImage", paper_ids="arXiv:2211.05778"
-)
-_HUB = "https://huggingface.co/OpenGVLab/InternImage/resolve/main/internimage_"
-
-default_cfgs = generate_default_cfgs(
-    {
-        "internimage_tiny.in1k": _cfg(f"{_HUB}t_1k_224.pth"),
-        "internimage_small.in1k": _cfg(f"{_HUB}s_1k_224.pth"),
-        "internimage_base.in1k": _cfg(f"{_HUB}b_1k_224.pth"),
-        "internimage_large.in22k_ft_in1k_384": _cfg(f"{_HUB}l_22kto1k_384.pth", 384),
-        "internimage_large.in22k_384": _cfg(f"{_HUB}l_22k_192to384.pth", 384, 21841),
-        "internimage_xlarge.in22k_ft_in1k_384": _cfg(f"{_HUB}xl_22kto1k_384.pth", 384),
-        "internimage_xlarge.in22k_384": _cfg(f"{_HUB}xl_22k_192to384.pth", 384, 21841),
-        "internimage_huge.joint_in22k_ft_in1k_640": _cfg(f"{_HUB}h_22kto1k_640.pth", 640),
-        "internimage_huge.joint_in22k_384": _cfg(f"{_HUB}h_jointto22k_384.pth", 384, 21841),
-        "internimage_giant.joint_in22k_ft_in1k_512": _cfg(f"{_HUB}g_22kto1k_512.pth", 512),
-        "internimage_giant.joint_in22k_384": _cfg(f"{_HUB}g_pretrainto22k_384.pth", 384, 21841),
-    }
-)
+default_cfgs = generate_default_cfgs(released_cfgs("InternImage"))
 
 # Settings shared by S to XL, and by H and G.
 _POST_NORM = {"layer_scale": 1e-5, "post_norm": True}

@@ -14,6 +14,7 @@ from .loading import (
     fetch_checkpoint,
     is_remote,
     load_checkpoint,
+    released_classifiers,
     save_atomically,
 )
 from .safe_load import Placeholder
@@ -49,6 +50,7 @@ __all__ = [
     "load_weights",
     "read_pretrained",
     "read_zoo",
+    "released_classifiers",
     "save_atomically",
     "to_published_checkpoint",
     "to_published_state_dict",

@@ -101,7 +101,7 @@ def fetch_checkpoint(
     # Path.is_file would raise an error for URLs longer than a file name may be.
     if os.path.isfile(source):
         return Path(source)
-    released = timm.list_pretrained("flash_internimage*")
+    released = released_classifiers()
     if source in released and (cfg := timm.get_pretrained_cfg(source)):
         source = str(cfg.url)
     elif not source.lower().startswith(("http://", "https://")):
@@ -115,7 +115,12 @@ def fetch_checkpoint(
 def is_remote(source: str) -> bool:
     """Return whether a checkpoint is a URL or the name of released weights, not a path."""
     is_url = source.lower().startswith(("http://", "https://"))
-    return is_url or source in timm.list_pretrained("flash_internimage*")
+    return is_url or source in released_classifiers()
+
+
+def released_classifiers() -> list[str]:
+    """Return the names of all released classifiers, which timm knows too."""
+    return timm.list_pretrained(["flash_internimage*", "internimage*"])
 
 
 def save_atomically(checkpoint: dict, path: str | os.PathLike) -> None:

@@ -19,8 +19,39 @@ except ImportError:  # PyYAML compiled without libyaml
 
 ZOO = files(__package__) / "zoo.yaml"
 Task = Literal["classification", "detection", "segmentation"]
+Family = Literal["FlashInternImage", "InternImage"]
 # ImageNet-1K val accuracy, COCO val2017 AP and ADE20K val mIoU
 Figure = Literal["top1", "box_ap", "mask_ap", "miou", "miou_several_scales"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The paper of a family of backbones.
+
+    Attributes:
+        title: Title.
+        arxiv: Number on arXiv.
+        repository: Repository of the authors on GitHub, and of the released files on the Hub.
+    """
+
+    title: str
+    arxiv: str
+    repository: str
+
+
+PAPERS: dict[Family, Paper] = {
+    "FlashInternImage": Paper(
+        "Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for Vision "
+        "Applications",
+        "2401.06197",
+        "OpenGVLab/DCNv4",
+    ),
+    "InternImage": Paper(
+        "InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions",
+        "2211.05778",
+        "OpenGVLab/InternImage",
+    ),
+}
 
 # Tasks of OpenMMLab's libraries.
 TASKS: dict[str, Task] = {"mmdet": "detection", "mmseg": "segmentation"}
@@ -38,7 +69,8 @@ class Entry:
 
     task: Task
     architecture: str
-    backbone: Literal["T", "S", "B", "L"]
+    family: Family = "FlashInternImage"
+    backbone: Literal["T", "S", "B", "L", "XL", "H", "G"]
     pretraining: str
     schedule: str | None = None
     config: str | None = None

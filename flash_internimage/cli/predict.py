@@ -110,7 +110,8 @@ def _is_checkpoint(argument: str) -> bool:
     if os.path.isdir(argument):
         return False
     address = re.match(r"https?://", argument, re.IGNORECASE) is not None
-    released = argument.startswith("flash_internimage_") and timm.is_model(argument)
+    is_ours = argument.startswith(("flash_internimage_", "internimage_"))
+    released = is_ours and timm.is_model(argument)
     return address or released or argument.lower().endswith(_CHECKPOINT_SUFFIXES)
 
 

@@ -1,4 +1,4 @@
-"""Draw where the DCNv4 layers of a model sample an image.
+"""Draw where the DCNv3 and DCNv4 layers of a model sample an image.
 
 flash-internimage visualize NAME|CONFIG [CHECKPOINT] IMAGE --layer LAYER --pixel X,Y -o OUT.png
 """
@@ -42,7 +42,7 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
         usage=f"{program} [-h] NAME|CONFIG [CHECKPOINT] IMAGE --layer LAYER --pixel X,Y -o OUT "
         "[--depth N] [--maps] [--size PIXELS] [--max-points N] [--device DEVICE] "
         "[--checkpoint CHECKPOINT]",
-        description="Draw where the DCNv4 layers of a model sample an image.",
+        description="Draw where the DCNv3 and DCNv4 layers of a model sample an image.",
     )
     parser.add_argument("model", metavar="NAME|CONFIG",
                         help="model of the zoo or of timm, or a config of any task")  # fmt: skip

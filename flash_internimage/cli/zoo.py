@@ -157,7 +157,8 @@ def _push(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
 
 def _is_classifier(name: str) -> bool:
     is_file = name.endswith((".py", ".yaml", ".yml"))
-    return name.startswith("flash_internimage_") and not is_file and timm.is_model(name)
+    is_ours = name.startswith(("flash_internimage_", "internimage_"))
+    return is_ours and not is_file and timm.is_model(name)
 
 
 def _find_config(zoo: dict[str, Entry], name: str) -> Path:

@@ -7,19 +7,15 @@ from typing import Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..checkpoints.zoo import Entry, Figure, Task
+from ..checkpoints.zoo import PAPERS, Entry, Family, Figure, Task
 
 CARD = "README.md"
 
 # The Hub's id for models whose license is not known.
 UNKNOWN = "unknown"
 
-_AUTHORS = "[OpenGVLab/DCNv4](https://github.com/OpenGVLab/DCNv4)"
-_PAPER = (
-    "[Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for Vision "
-    "Applications](https://arxiv.org/abs/2401.06197)"
-)
-_CITATION = """\
+_CITATIONS: dict[Family, str] = {
+    "FlashInternImage": """\
 ```bibtex
 @article{xiong2024efficient,
   title={Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for Vision Applications},
@@ -28,7 +24,24 @@ _CITATION = """\
   year={2024}
 }
 ```
-"""  # noqa: E501
+""",  # noqa: E501
+    "InternImage": """\
+```bibtex
+@inproceedings{wang2023internimage,
+  title={InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions},
+  author={Wang, Wenhai and Dai, Jifeng and Chen, Zhe and Huang, Zhenhang and Li, Zhiqi and Zhu, Xizhou and Hu, Xiaowei and Lu, Tong and Lu, Lewei and Li, Hongsheng and Wang, Xiaogang and Qiao, Yu},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  pages={14408--14419},
+  year={2023}
+}
+```
+""",  # noqa: E501
+}
+# Tags of the backbone on the Hub.
+_TAGS: dict[Family, list[str]] = {
+    "FlashInternImage": ["flash-internimage", "dcnv4"],
+    "InternImage": ["internimage", "dcnv3"],
+}
 
 # The Hub's name of each task, and its name in a sentence.
 _TASKS: dict[Task, tuple[str, str]] = {
@@ -53,8 +66,16 @@ _LAST: dict[Task, str] = {
     "segmentation": "ade20k",
 }
 
-SIZES = {"nano": "nano", "tiny": "T", "small": "S", "base": "B", "large": "L"}
-
+SIZES = {
+    "nano": "nano",
+    "tiny": "T",
+    "small": "S",
+    "base": "B",
+    "large": "L",
+    "xlarge": "XL",
+    "huge": "H",
+    "giant": "G",
+}
 
 # Name and type of each metric in model cards.
 METRICS = {
@@ -137,6 +158,7 @@ class Card:
     Attributes:
         target: Where the model is published.
         task: Task of the model.
+        family: Family of its backbone.
         model: Name of the model, such as 'Mask R-CNN with FlashInternImage-T'.
         details: Properties of the model by name, in Markdown.
         library: Library that loads the model.
@@ -151,6 +173,7 @@ class Card:
 
     target: Target
     task: Task
+    family: Family
     model: str
     details: Mapping[str, str]
     library: str
@@ -208,7 +231,7 @@ class Card:
             license=self.license,
             library_name=self.library,
             pipeline_tag=tag,
-            tags=[tag, *self.tags, "flash-internimage", "dcnv4", "arxiv:2401.06197"],
+            tags=[tag, *self.tags, *_TAGS[self.family], f"arxiv:{PAPERS[self.family].arxiv}"],
             datasets=self.datasets or None,
             base_model=self.base_model,
             model_name=self.target.repo_id.partition("/")[2] if results else None,
@@ -216,7 +239,7 @@ class Card:
         )
 
     def _text(self) -> str:
-        name = self.target.repo_id.partition("/")[2]
+        name, paper = self.target.repo_id.partition("/")[2], PAPERS[self.family]
         purpose = _TASKS[self.task][1]
         if "instance-segmentation" in self.tags:
             purpose += " and instance segmentation"
@@ -224,10 +247,12 @@ class Card:
         origin = ""
         if self.entry is not None:
             origin = (
-                f" The weights are those released by the authors in {_AUTHORS}, under the "
-                f"parameter names of {self.library}."
+                f" The weights are those released by the authors in [{paper.repository}]"
+                f"(https://github.com/{paper.repository}), under the parameter names of "
+                f"{self.library}."
             )
-        details = {"Model": self.model, **self.details, "Paper": _PAPER, "License": self._license()}
+        link = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})"
+        details = {"Model": self.model, **self.details, "Paper": link, "License": self._license()}
         parts = [
             f"# {name}\n",
             f"{self.model} for {purpose}{trained}.{origin}\n",
@@ -239,7 +264,7 @@ class Card:
             f"Install {self.install}. Then:\n",
             f"```python\n{self.usage}```\n",
             "## Citation\n",
-            _CITATION,
+            _CITATIONS[self.family],
         ]
         return "\n".join(parts)
 
@@ -269,9 +294,10 @@ class Card:
 
 def datasets_of(entry: Entry) -> list[str]:
     """Return the ids of the datasets that a released checkpoint was trained on, the last first."""
-    pretraining = entry.pretraining.lower()
+    # Datasets that are not on the Hub, such as the joint one of InternImage-H, have no id.
+    pretraining = [name for name in entry.pretraining.lower().split(", ") if name in _DATASETS]
     only_pretrained = entry.task == "classification" and entry.classes != 1000
-    return [*dict.fromkeys([*([] if only_pretrained else [_LAST[entry.task]]), pretraining])]
+    return [*dict.fromkeys([*([] if only_pretrained else [_LAST[entry.task]]), *pretraining])]
 
 
 def choose_license(entry: Entry | None, facts: Facts) -> str | None:

@@ -4,17 +4,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 from timm.models import save_for_hf
 from torch import nn
 
+from ..backbones import InternImage
 from ..checkpoints import (
     Entry,
     check_finite,
     check_state_dict,
     clean_state_dict,
     load_checkpoint,
+    read_zoo,
 )
+from ..checkpoints.zoo import PAPERS, Family
 from ..classification.config import Model
 from ..classification.data.classes import names_of
 from ..classification.model import create_model, trained_settings
@@ -87,6 +89,7 @@ def save_classifier(
         model_args=options.get("args"), safe_serialization=True,
     )  # fmt: skip
     size = cfg["input_size"][-1]
+    family = family_of(model)
     details = {
         "Architecture": f"`{architecture}`, created by timm",
         "Parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
@@ -100,7 +103,8 @@ def save_classifier(
     Card(
         target=target,
         task="classification",
-        model=f"FlashInternImage-{SIZES[architecture.removeprefix('flash_internimage_')]}",
+        family=family,
+        model=f"{family}-{SIZES[architecture.rpartition('_')[2]]}",
         details=details,
         library="timm",
         tags=["timm"],
@@ -131,8 +135,12 @@ def _pretrained_cfg(
     return cfg
 
 
+def family_of(model: object) -> Family:
+    """Return the family of a backbone."""
+    return "InternImage" if isinstance(model, InternImage) else "FlashInternImage"
+
+
 def base_model(source: str | None) -> str | None:
     """Return the repository on the Hub of released weights, or None for other sources."""
-    if source is None or source not in timm.list_pretrained("flash_internimage*"):
-        return None
-    return "OpenGVLab/DCNv4"
+    entry = read_zoo().get(source or "")
+    return None if entry is None else PAPERS[entry.family].repository

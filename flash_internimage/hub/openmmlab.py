@@ -23,7 +23,7 @@ from ..checkpoints import (
 from ..checkpoints.zoo import TASKS
 from ..openmmlab.utils import build_without_memory
 from .card import SIZES, Card, Facts, Target
-from .classifier import base_model
+from .classifier import base_model, family_of
 
 _logger = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ def save_openmmlab_model(
     Card(
         target=target,
         task=task,
+        family=family_of(model.backbone),
         model=_name(cfg, entry),
         details=details,
         library=library,
@@ -168,7 +169,7 @@ def _has_masks(cfg: Config) -> bool:
 def _name(cfg: Config, entry: Entry | None) -> str:
     """Return the name of a model, such as 'Mask R-CNN with FlashInternImage-T'."""
     if entry is not None:
-        return f"{entry.architecture} with FlashInternImage-{entry.backbone}"
+        return f"{entry.architecture} with {entry.family}-{entry.backbone}"
     kind, backbone = cfg.model.type, cfg.model.backbone
     if kind in ("EncoderDecoder", "CheckedEncoderDecoder"):
         kind = cfg.model.decode_head.type

@@ -95,7 +95,7 @@ def find_model(model: str | os.PathLike) -> ModelSource:
     except FileNotFoundError:
         if name.endswith((".py", *_YAML)):
             raise
-        known = [*zoo, *timm.list_models("flash_internimage*")]
+        known = [*zoo, *timm.list_models(["flash_internimage*", "internimage*"])]
         known += [PurePath(path).stem for path in list_configs()]
         close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

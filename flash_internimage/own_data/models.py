@@ -8,8 +8,10 @@ from typing import NamedTuple
 from ..checkpoints.zoo import Task, read_zoo
 from ..configs import configs_root, list_configs
 
-_NAME = re.compile(r"(?P<family>[a-z0-9_]+?)(-4scale)?_flash_internimage_(?P<size>[a-z]+)_.*")
-_BATCH = re.compile(r"# \d+ GPUs x (\d+) images")
+_NAME = re.compile(
+    r"(?P<family>[a-z0-9_]+?)(-4scale)?_(?P<flash>flash_)?internimage_(?P<size>[a-z]+)_.*"
+)
+_BATCH = re.compile(r"# \d+ GPUs x (\d+) image")
 _NANO_BATCH = 8  # of the demos, which run on one CPU
 
 
@@ -17,7 +19,7 @@ class Model(NamedTuple):
     """A shipped config of mmdet or mmseg.
 
     Attributes:
-        name: Short name, such as `mask_rcnn-t`.
+        name: Short name, such as `mask_rcnn-t` or, with InternImage, `mask_rcnn-internimage-t`.
         family: Architecture, such as `mask_rcnn`.
         config: Name of the config, such as `detection/mask_rcnn_flash_...py`.
         weights: Address of the released weights; None for the demos.
@@ -44,7 +46,8 @@ def list_base_models(task: Task) -> dict[str, Model]:
         parts = _NAME.fullmatch(PurePosixPath(config).stem)
         if parts is None:
             continue
-        name = f"{parts['family']}-{parts['size']}"
+        backbone = "" if parts["flash"] else "internimage-"
+        name = f"{parts['family']}-{backbone}{parts['size']}"
         text = (configs_root() / "configs" / config).read_text()
         batch = _BATCH.match(text)
         model = Model(

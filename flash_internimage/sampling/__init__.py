@@ -1,4 +1,4 @@
-"""Show where the DCNv4 layers of a model sample their input."""
+"""Show where the DCNv3 and DCNv4 layers of a model sample their input."""
 
 from .drawing import draw_maps, draw_sampling_points
 from .fields import OffsetLengths, effective_receptive_field, offset_lengths

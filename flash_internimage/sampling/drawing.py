@@ -44,7 +44,7 @@ def draw_sampling_points(
     group. For a depth above 1, there is one panel per layer.
 
     Args:
-        model: A FlashInternImage, a model that contains one, or a predictor.
+        model: A FlashInternImage or InternImage, a model that contains one, or a predictor.
         image: RGB image of shape (H, W, 3), uint8.
         layer: Name of a block, such as `levels.2.blocks.5`, see :func:`list_layers`.
         pixel: (x, y) in the image.
@@ -94,7 +94,7 @@ def draw_maps(
     """Draw the offset lengths of layers, and the effective receptive field of a pixel in each.
 
     Args:
-        model: A FlashInternImage, a model that contains one, or a predictor.
+        model: A FlashInternImage or InternImage, a model that contains one, or a predictor.
         image: RGB image of shape (H, W, 3), uint8.
         pixel: (x, y) in the image.
         layers: Names of blocks; None for the last block of each stage.

@@ -51,7 +51,7 @@ def offset_lengths(
     `offset_scale`.
 
     Args:
-        model: A FlashInternImage, a model that contains one, or a predictor.
+        model: A FlashInternImage or InternImage, a model that contains one, or a predictor.
         image: RGB image of shape (H, W, 3), uint8.
         layers: Names of blocks; None for all.
         preprocessing: As for :func:`sampling_points`.
@@ -93,7 +93,7 @@ def effective_receptive_field(
     averaged. The channels of the unit are added with random weights, drawn anew for each sample.
 
     Args:
-        model: A FlashInternImage, a model that contains one, or a predictor.
+        model: A FlashInternImage or InternImage, a model that contains one, or a predictor.
         images: RGB image of shape (H, W, 3), uint8, or several of one size.
         layer: Name of a block, such as `levels.2.blocks.5`; its output includes the residual.
         pixel: (x, y) in the image; None for the center.

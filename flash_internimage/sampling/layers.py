@@ -1,4 +1,4 @@
-"""Find the layers of a model that sample with DCNv4, and run a backbone up to one of them."""
+"""Find the layers of a model that sample with DCNv3 or DCNv4, and run a backbone up to one."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -9,29 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ops_dcnv4 import DCNv4
+from ops_dcnv4 import DCNv3, DCNv4
+from ops_dcnv4.modules.common import softmax_over_taps
 from ops_dcnv4.window import Window
 
-from ..backbones import FlashInternImage
+from ..backbones import Backbone
 from ..inference import Predictor
 
-# A FlashInternImage, a model that contains one, or a predictor of such a model.
+# A FlashInternImage or InternImage, a model that contains one, or a predictor of such a model.
 Model = nn.Module | Predictor
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A block of a FlashInternImage, which contains one DCNv4 layer.
+    """A block of a backbone, which contains one DCNv3 or DCNv4 layer.
 
     Attributes:
         name: Name in the model, such as `backbone.levels.2.blocks.5`.
-        backbone: The FlashInternImage.
+        backbone: The FlashInternImage or InternImage.
         stage: Index of the stage.
         block: Index of the block in the stage.
     """
 
     name: str
-    backbone: FlashInternImage
+    backbone: Backbone
     stage: int
     block: int
 
@@ -41,10 +42,10 @@ class Layer:
         return self.backbone.get_submodule(f"levels.{self.stage}.blocks.{self.block}")
 
     @property
-    def dcn(self) -> DCNv4:
-        """Return the DCNv4 layer of the block."""
+    def dcn(self) -> DCNv3 | DCNv4:
+        """Return the DCNv3 or DCNv4 layer of the block."""
         dcn = self.module.dcn
-        assert isinstance(dcn, DCNv4)
+        assert isinstance(dcn, (DCNv3, DCNv4))
         return dcn
 
     @property
@@ -53,7 +54,7 @@ class Layer:
         return self.backbone.feature_info[self.stage]["reduction"]
 
     def window(self) -> Window:
-        """Return the parameters of the DCNv4 operator."""
+        """Return the parameters of the operator."""
         return self.dcn.window()
 
     def below(self) -> "Layer | None":
@@ -68,7 +69,7 @@ class Layer:
         return Layer(f"{prefix}levels.{stage}.blocks.{block}", self.backbone, stage, block)
 
 
-def _blocks(backbone: FlashInternImage, stage: int) -> Sequence[nn.Module]:
+def _blocks(backbone: Backbone, stage: int) -> Sequence[nn.Module]:
     blocks: Any = backbone.levels[stage].blocks
     return blocks
 
@@ -79,15 +80,15 @@ def module_of(model: Model) -> nn.Module:
 
 
 def all_layers(model: Model) -> list[Layer]:
-    """Return the layers of every FlashInternImage in a model, in the order of computation.
+    """Return the layers of every backbone in a model, in the order of computation.
 
     Raises:
-        ValueError: If there is no FlashInternImage in the model.
+        ValueError: If there is no FlashInternImage or InternImage in the model.
     """
     model = module_of(model)
     layers = []
     for name, backbone in model.named_modules():
-        if isinstance(backbone, FlashInternImage):
+        if isinstance(backbone, Backbone):
             prefix = f"{name}." if name else ""
             layers += [
                 Layer(f"{prefix}levels.{stage}.blocks.{block}", backbone, stage, block)
@@ -95,7 +96,8 @@ def all_layers(model: Model) -> list[Layer]:
                 for block in range(len(_blocks(backbone, stage)))
             ]
     if not layers:
-        raise ValueError(f"model must contain a FlashInternImage, got {type(model).__name__}")
+        kind = type(model).__name__
+        raise ValueError(f"model must contain a FlashInternImage or InternImage, got {kind}")
     return layers
 
 
@@ -103,7 +105,7 @@ def list_layers(model: Model) -> list[str]:
     """Return the names of the layers with sampling points, in the order of computation.
 
     Args:
-        model: A FlashInternImage, a model that contains one, or a predictor.
+        model: A FlashInternImage or InternImage, a model that contains one, or a predictor.
 
     Raises:
         ValueError: If there is no FlashInternImage in the model.
@@ -115,11 +117,11 @@ def last_of_stages(model: Model, name: str | None = None) -> list[str]:
     """Return the names of the last block of each stage, and of a further layer, in order.
 
     Args:
-        model: A FlashInternImage, a model that contains one, or a predictor.
+        model: A FlashInternImage or InternImage, a model that contains one, or a predictor.
         name: Further layer, as for :func:`find_layer`; its backbone is the one considered.
 
     Raises:
-        ValueError: If there is no FlashInternImage in the model, or no layer of that name.
+        ValueError: If there is no backbone in the model, or no layer of that name.
     """
     layers = all_layers(model)
     further = layers[0] if name is None else find_layer(model, name)
@@ -136,13 +138,12 @@ def find_layer(model: Model, name: str) -> Layer:
     """Return the layer with a name.
 
     Args:
-        model: A FlashInternImage, a model that contains one, or a predictor.
-        name: Name of a block, or of the DCNv4 layer in it. The prefix of the backbone may be
+        model: A FlashInternImage or InternImage, a model that contains one, or a predictor.
+        name: Name of a block, or of the layer `dcn` in it. The prefix of the backbone may be
             omitted if there is one backbone.
 
     Raises:
-        ValueError: If there is no FlashInternImage in the model, or `name` is not one of its
-            layers.
+        ValueError: If there is no backbone in the model, or `name` is not one of its layers.
     """
     layers = {layer.name: layer for layer in all_layers(model)}
     wanted = name.removesuffix(".dcn")
@@ -177,7 +178,7 @@ def _short(name: str) -> str:
 
 
 @contextmanager
-def evaluating(backbone: FlashInternImage) -> Iterator[None]:
+def evaluating(backbone: Backbone) -> Iterator[None]:
     """Put a backbone into evaluation mode without gradient checkpointing, and restore both."""
     training = [(module, module.training) for module in backbone.modules()]
     checkpointing = [(stage, stage.grad_checkpointing) for stage in backbone.levels]
@@ -226,8 +227,28 @@ def predict_offset_masks(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
         x: An image of shape (1, 3, H, W).
 
     Returns:
-        For each layer, its `offset_mask` of shape (1, H, W, P), on the CPU; float32, or
-        float64 for a float64 model.
+        For each layer, the `offset_mask` of :func:`ops_dcnv4.dcnv4`, of shape (1, H, W, P), on the
+        CPU; float32, or float64 for a float64 model.
     """
-    masks = run_to(layers, [layer.dcn.offset_mask for layer in layers], x)
-    return [mask.to("cpu", torch.promote_types(mask.dtype, torch.float32)) for mask in masks]
+    predictors = [_predictors(layer.dcn) for layer in layers]
+    outputs = iter(run_to(layers, [module for each in predictors for module in each], x))
+    masks = []
+    for layer, modules in zip(layers, predictors, strict=True):
+        predicted = [next(outputs) for _ in modules]
+        dtype = torch.promote_types(predicted[0].dtype, torch.float32)
+        masks.append(_offset_mask(layer.dcn, [tensor.to("cpu", dtype) for tensor in predicted]))
+    return masks
+
+
+def _predictors(dcn: DCNv3 | DCNv4) -> list[nn.Module]:
+    return [dcn.offset_mask] if isinstance(dcn, DCNv4) else [dcn.offset, dcn.mask]
+
+
+def _offset_mask(dcn: DCNv3 | DCNv4, predicted: Sequence[Tensor]) -> Tensor:
+    """Return the outputs of :func:`_predictors` in the layout of DCNv4."""
+    if isinstance(dcn, DCNv4):
+        return predicted[0]
+    offset, scores = predicted
+    modulation = softmax_over_taps(scores, dcn.group)
+    parts = [tensor.unflatten(3, (dcn.group, -1)) for tensor in (offset, modulation)]
+    return torch.cat(parts, dim=4).flatten(3)

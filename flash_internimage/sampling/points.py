@@ -1,4 +1,4 @@
-"""Sampling points of DCNv4 layers, and their composition through several layers.
+"""Sampling points of DCNv3 and DCNv4 layers, and their composition through several layers.
 
 A pixel of a layer with stride s (4 to 32) is the center of its receptive field in the convolutions
 of the stem and between the stages, all of which have 3 x 3 taps, stride 2 and padding 1: pixel
@@ -117,7 +117,7 @@ def sampling_points(
     projections, and the extent of the convolutions between stages are left out.
 
     Args:
-        model: A FlashInternImage, a model that contains one, or a predictor.
+        model: A FlashInternImage or InternImage, a model that contains one, or a predictor.
         image: RGB image of shape (H, W, 3), uint8.
         layer: Name of a block, such as `levels.2.blocks.5`, see :func:`list_layers`.
         pixel: (x, y) in the image. The points are those of the closest output pixel of the layer.

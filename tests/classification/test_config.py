@@ -3,6 +3,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 from timm.optim import get_optimizer_info, list_optimizers
 
@@ -28,7 +29,7 @@ def yaml_file(tmp_path):
 
 
 def recipe(name: str):
-    return load_config(RECIPES / f"flash_internimage_{name}.yaml")
+    return load_config(RECIPES / f"{name}.yaml")
 
 
 def test_the_config_for_own_data_in_the_guide_is_valid(yaml_file):
@@ -38,12 +39,13 @@ def test_the_config_for_own_data_in_the_guide_is_valid(yaml_file):
     assert cfg.model.initial_checkpoint == "flash_internimage_tiny.in1k"
 
 
+@pytest.mark.parametrize("family", ["flash_internimage", "internimage"])
 @pytest.mark.parametrize(
     ("name", "drop_path"),
     [("tiny_in1k_224", 0.1), ("small_in1k_224", 0.4), ("base_in1k_224", 0.5)],
 )
-def test_recipes_of_tiny_small_and_base_match_the_published_ones(name, drop_path):
-    cfg = recipe(name)
+def test_recipes_of_tiny_small_and_base_match_the_published_ones(family, name, drop_path):
+    cfg = recipe(f"{family}_{name}")
     assert cfg.model.drop_path_rate == drop_path
     assert (cfg.batch_size, cfg.ema_decay, cfg.data.image_size) == (128, 0.9999, 224)
     assert cfg.amp == "auto"
@@ -62,16 +64,39 @@ def test_recipes_of_tiny_small_and_base_match_the_published_ones(name, drop_path
     assert (augmentation.random_erasing, augmentation.random_erasing_mode) == (0.25, "pixel")
 
 
-def test_recipe_of_large_matches_the_published_fine_tuning():
-    cfg = recipe("large_in22k_ft_in1k_384")
-    assert (cfg.model.drop_path_rate, cfg.model.grad_checkpointing) == (0.1, True)
-    assert (cfg.data.image_size, cfg.ema_decay) == (384, 0.9999)
-    assert (cfg.optimizer.lr, cfg.optimizer.layer_decay) == (2e-5, 0.9)
-    assert cfg.optimizer.dcn_lr_multiplier == 0.1
+@pytest.mark.parametrize(
+    ("name", "drop_path", "layer_decay", "dcn_lr_multiplier"),
+    [
+        ("flash_internimage_large_in22k_ft_in1k_384", 0.1, 0.9, 0.1),
+        ("internimage_large_in22k_ft_in1k_384", 0.1, None, 1),
+        ("internimage_xlarge_in22k_ft_in1k_384", 0.2, None, 1),
+        ("internimage_huge_joint_in22k_ft_in1k_640", 0.2, None, 1),
+        ("internimage_giant_joint_in22k_ft_in1k_512", 0.4, None, 1),
+    ],
+)
+def test_recipes_of_the_larger_sizes_match_the_published_fine_tuning(
+    name, drop_path, layer_decay, dcn_lr_multiplier
+):
+    cfg = recipe(name)
+    assert (cfg.model.drop_path_rate, cfg.model.grad_checkpointing) == (drop_path, True)
+    assert (cfg.data.image_size, cfg.ema_decay) == (int(name[-3:]), 0.9999)
+    assert (cfg.optimizer.lr, cfg.optimizer.layer_decay) == (2e-5, layer_decay)
+    assert cfg.optimizer.dcn_lr_multiplier == dcn_lr_multiplier
     assert (cfg.schedule.epochs, cfg.schedule.warmup_epochs) == (20, 2)
     assert (cfg.schedule.warmup_lr, cfg.schedule.min_lr) == (0, 0)
     assert (cfg.augmentation.mixes, cfg.augmentation.random_erasing) == (False, 0)
     assert cfg.augmentation.label_smoothing == 0.3
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("internimage_*.yaml")), ids=lambda p: p.stem)
+def test_recipes_of_internimage_have_the_published_images_per_update(path):
+    cfg = load_config(path)
+    gpus, images = map(int, re.search(r"(\d+) GPUs x (\d+) images", path.read_text()).groups())
+    assert images == cfg.batch_size
+    assert gpus * images == (4096 if cfg.data.image_size == 224 else 512)
+    if cfg.model.initial_checkpoint:
+        released = timm.get_pretrained_cfg(cfg.model.initial_checkpoint)
+        assert (released.architecture, released.num_classes) == (cfg.model.name, 21841)
 
 
 def test_overrides_take_precedence_over_the_file(yaml_file):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 from collections.abc import Iterator
 from math import exp
 from pathlib import Path
@@ -105,7 +106,7 @@ def model(recipe) -> nn.Module:
 
 
 def family(recipe: dict[str, str]) -> str:
-    return recipe["config"].split("_flash_internimage_")[0]
+    return re.split(r"_(?:flash_)?internimage_", recipe["config"])[0]
 
 
 def published(recipe: dict[str, str]) -> dict:
@@ -173,20 +174,26 @@ def learning_rates(config: Config, model: nn.Module) -> dict[str, float]:
 def test_learning_rates_decrease_from_the_neck_to_the_stem(name):
     recipe = RECIPES[name]
     lr, rate = float(recipe["lr"]), float(recipe["layer_decay_rate"])
-    deepest = f"backbone.levels.3.blocks.{4 if '_l_' in name else 3}."
+    deepest = f"backbone.levels.3.blocks.{4 if int(recipe['layers']) > 33 else 3}."
     rates = learning_rates(load_config(name), build_model(name))
     neck = [rates[name] for name in rates if name.startswith("neck.")]
     assert neck == pytest.approx([lr] * len(neck))
     assert rates[deepest + "mlp.fc1.weight"] == pytest.approx(lr * rate)
-    assert rates[deepest + "dcn.offset_mask.weight"] == pytest.approx(
-        lr * rate * float(recipe["offset_lr_scale"])
-    )
+    is_flash = "_flash_" in name
+    predicts = deepest + ("dcn.offset_mask.weight" if is_flash else "dcn.offset.weight")
+    assert rates[predicts] == pytest.approx(lr * rate * float(recipe["offset_lr_scale"]))
     stem = lr * rate ** (int(recipe["layers"]) + 1)
     assert rates["backbone.patch_embed.conv1.weight"] == pytest.approx(stem)
 
 
-def test_large_dino_uses_a_tenth_of_the_rate_in_its_backbone_and_decays_all_weights():
-    name = "dino-4scale_flash_internimage_l_1x_coco"
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dino-4scale_flash_internimage_l_1x_coco",
+        "dino-4scale_internimage_l_small_backbone_lr_1x_coco",
+    ],
+)
+def test_large_dino_uses_a_tenth_of_the_rate_in_its_backbone_and_decays_all_weights(name):
     model = build_model(name)
     optimizer = build_optim_wrapper(model, load_config(name).optim_wrapper).optimizer
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.05}
@@ -330,6 +337,16 @@ def test_rcnn_heads_and_their_training_equal_the_published_ones(rcnn):
         assert without(config[part], widths) == without(expected[part], widths)
 
 
+def test_neck_of_rcnn(rcnn):
+    stages = build_model(rcnn["config"]).backbone.feature_info
+    assert plain(load_config(rcnn["config"]).model.neck) == {
+        "type": "LayerNormFPN" if "_flash_" in rcnn["config"] else "FPN",
+        "in_channels": [stage["num_chs"] for stage in stages],
+        "out_channels": 256,
+        "num_outs": 5,
+    }
+
+
 def test_rcnn_proposals_and_suppression(rcnn):
     config = plain(load_config(rcnn["config"]).model)
     assert config["test_cfg"] == {
@@ -350,7 +367,10 @@ def test_rcnn_proposals_and_suppression(rcnn):
     assert config["train_cfg"]["rpn_proposal"]["max_per_img"] == of_training
 
 
-@pytest.fixture(params=[name for name in RECIPES if name.startswith("dino")])
+DINO = [name for name in RECIPES if name.startswith("dino")]
+
+
+@pytest.fixture(params=DINO)
 def dino(request) -> nn.Module:
     return build_model(request.param)
 
@@ -371,12 +391,17 @@ def test_dino_queries(dino):
     assert dino.num_queries == 900
     assert dino.as_two_stage
     assert dino.with_box_refine
-    assert dino.test_cfg.max_per_img == 300
     generator = dino.dn_query_generator
     assert (generator.label_noise_scale, generator.box_noise_scale) == (0.5, 1.0)
     assert generator.dynamic_dn_groups
     assert generator.num_dn_queries == 100
     assert generator.num_classes == 80
+
+
+@pytest.mark.parametrize("name", DINO)
+def test_dino_returns_the_published_number_of_objects(name):
+    number = 100 if name == "dino-4scale_internimage_t_1x_coco" else 300
+    assert build_model(name).test_cfg.max_per_img == number
 
 
 def test_dino_transformer(dino):
@@ -448,6 +473,16 @@ ONE_OF_EACH_FAMILY = {
         "model.train_cfg.rcnn.sampler.num": 8,
         "model.roi_head.bbox_head.fc_out_channels": 32,
     },
+    "mask_rcnn_internimage_t_fpn_1x_coco": {
+        "model.backbone.arch": "tiny",
+        "model.backbone.channels": 32,
+        "model.backbone.depths": [1, 1, 2, 1],
+        "model.backbone.groups": [2, 4, 8, 16],
+        "model.neck.in_channels": [32, 64, 128, 256],
+        "model.train_cfg.rpn_proposal.max_per_img": 20,
+        "model.train_cfg.rcnn.sampler.num": 8,
+        "model.roi_head.bbox_head.fc_out_channels": 32,
+    },
     "cascade_mask_rcnn_flash_internimage_l_fpn_3x_coco": {
         "model.neck.in_channels": [32, 64, 128, 256],
         "model.train_cfg.rpn_proposal.max_per_img": 20,
@@ -480,8 +515,8 @@ def test_all_parameters_of_a_small_copy_receive_a_gradient(name, tiny_coco):
     torch.manual_seed(0)
     np.random.seed(0)
     config = copy.deepcopy(load_config(name))
-    config.merge_from_dict(ONE_OF_EACH_FAMILY[name])
     config.model.backbone.update(arch="nano", drop_path_rate=0.0, init_cfg=None)
+    config.merge_from_dict(ONE_OF_EACH_FAMILY[name])
     model = MODELS.build(config.model)
     model.init_weights()
     data = config.train_dataloader.dataset

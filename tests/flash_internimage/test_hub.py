@@ -19,10 +19,11 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from flash_internimage import FlashInternImage
-from flash_internimage.checkpoints import Entry
+from flash_internimage.checkpoints import Entry, read_zoo
 from flash_internimage.classification.config import Config, Data, Model
 from flash_internimage.cli import zoo as tool
 from flash_internimage.hub import check_repository, push, read_results, upload_folder
+from flash_internimage.hub.card import datasets_of
 from tests.flash_internimage.models import assert_equal, nano
 from tests.hub import Hub, serve_hub, usage
 
@@ -278,6 +279,33 @@ def test_own_weights_say_where_the_training_started(changed, run, tmp_path):
     )
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.base_model, data.datasets) == ("OpenGVLab/DCNv4", ["cifar10"])
+
+
+def test_the_card_of_internimage_names_its_own_paper(run, tmp_path):
+    size = {"channels": 16, "depths": [1, 1, 1, 1], "groups": [1, 2, 4, 8]}
+    options = Model(
+        name="internimage_tiny", num_classes=10, args=size,
+        initial_checkpoint="internimage_tiny.in1k",
+    )  # fmt: skip
+    weights = timm.create_model(options.name, num_classes=10, **size).state_dict()
+    contents = {"model": weights, "config": Config(model=options).model_dump(mode="json")}
+    torch.save(contents, tmp_path / "own.pth")
+    run(options.name, REPO, "--checkpoint", tmp_path / "own.pth", "--folder", tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == "OpenGVLab/InternImage"
+    assert card.data.tags[-3:] == ["internimage", "dcnv3", "arxiv:2211.05778"]
+    assert "\nInternImage-T for image classification" in card.text
+    assert "(https://arxiv.org/abs/2211.05778)" in card.text
+    assert "{wang2023internimage," in card.text
+    assert "xiong2024efficient" not in card.text
+
+
+def test_only_datasets_of_the_hub_are_named():
+    zoo = read_zoo()
+    assert datasets_of(zoo["internimage_huge.joint_in22k_ft_in1k_640"]) == [
+        "imagenet-1k", "imagenet-22k",
+    ]  # fmt: skip
+    assert datasets_of(zoo["internimage_giant.joint_in22k_384"]) == ["imagenet-22k"]
 
 
 def test_weights_of_other_programs_take_the_settings_of_timm(run, tmp_path):

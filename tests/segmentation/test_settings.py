@@ -1,6 +1,7 @@
 """Test the checks of settings that do not match each other or the data."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,8 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import PixelData
 from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS
 from mmseg.structures import SegDataSample
+
+from flash_internimage.openmmlab.engine.hooks import check_segmentor
 
 pytestmark = pytest.mark.usefixtures("mmseg_scope")
 
@@ -144,11 +147,12 @@ UNPACKED = {"CheckedSegDataset": {"serialize_data": False}, "ConcatDataset": {}}
 def check(write_config, tmp_path) -> Callable[..., None]:
     """Check a config as a run does before it starts."""
 
-    def run(settings: str, family: str = "upernet") -> None:
+    def run(settings: str, family: str = "upernet", synchronized: bool = False) -> None:
         config = Config.fromfile(write_config(tmp_path / "config.py", family, settings))
         metrics = [METRICS.build(config.val_evaluator)]
         runner = SimpleNamespace(model=MODELS.build(config.model), _test_loop=config.test_cfg)
-        runner.model = revert_sync_batchnorm(runner.model)
+        if not synchronized:
+            runner.model = revert_sync_batchnorm(runner.model)
         runner.hooks = [HOOKS.build(config.default_hooks.checkpoint)]
         for split in ("train", "val"):
             dataset = config[f"{split}_dataloader"].dataset
@@ -248,6 +252,19 @@ def test_valid_settings_pass_without_drawing_random_numbers(settings, check):
     check(settings)
 
     np.testing.assert_array_equal(np.random.get_state()[1], before)
+
+
+@pytest.mark.parametrize(
+    ("processes", "synchronized", "accepted"),
+    [(2, True, True), (1, True, False), (2, False, False)],
+)
+def test_synchronized_batch_norm_needs_one_image_in_each_of_two_processes(
+    processes, synchronized, accepted, check, monkeypatch
+):
+    monkeypatch.setattr(check_segmentor, "get_world_size", lambda: processes)
+    refused = pytest.raises(ValueError, match=r"batch_size must be at least 2, got 1")
+    with nullcontext() if accepted else refused:
+        check("train_dataloader = dict(batch_size=1)", synchronized=synchronized)
 
 
 def test_wrapped_data_sets_are_checked(check):

@@ -67,8 +67,8 @@ def to_multiples(size: tuple[int, int]) -> tuple[int, int]:
 )
 def test_sizes_of_the_views(name, image, ade):
     recipe, config = RECIPES[name], load_config(name)
-    scale = numbers(recipe["test_scale"])
-    expected = [rescaled(SIZES[image], (int(scale[0] * r), int(scale[1] * r))) for r in RATIOS]
+    short_sides = numbers(recipe["several_short_sides"])
+    expected = [rescaled(SIZES[image], (4 * side, side)) for side in short_sides]
     if recipe["resize_to_multiple"] == "yes":
         expected = [to_multiples(size) for size in expected]
     data = {**config.test_dataloader.dataset, "data_root": ade}
@@ -92,6 +92,17 @@ SMALL = {
         "model.auxiliary_head.in_channels": 128,
         "model.auxiliary_head.channels": 16,
     },
+    "upernet_internimage_h_896_160k_ade20k": {
+        "model.backbone.arch": "huge",
+        "model.backbone.channels": 32,
+        "model.backbone.depths": [1, 1, 2, 1],
+        "model.backbone.groups": [1, 2, 4, 8],
+        "model.backbone.level2_post_norm_block_ids": [0, 1],
+        "model.decode_head.in_channels": [32, 64, 128, 256],
+        "model.decode_head.channels": 16,
+        "model.auxiliary_head.in_channels": 128,
+        "model.auxiliary_head.channels": 16,
+    },
     MASK2FORMER_L: {
         "model.decode_head.in_channels": [32, 64, 128, 256],
         "model.decode_head.num_queries": 10,
@@ -105,8 +116,8 @@ def small_copy(name: str) -> tuple[Config, nn.Module]:
     torch.manual_seed(0)
     np.random.seed(0)
     config = copy.deepcopy(load_config(name))
-    config.merge_from_dict(SMALL[name])
     config.model.backbone.update(arch="nano", drop_path_rate=0.0, init_cfg=None)
+    config.merge_from_dict(SMALL[name])
     config.model.data_preprocessor.size = an_eighth(config.crop_size, "crop_size")
     model = MODELS.build(copy.deepcopy(config.model))
     model.init_weights()

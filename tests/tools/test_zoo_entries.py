@@ -16,12 +16,13 @@ from pydantic import TypeAdapter
 
 from flash_internimage.checkpoints.zoo import ZOO, Entry, find, read_zoo
 from flash_internimage.classification.config import load_config
-from tests.recipes import DATA, ROOT, read_recipes
+from tests.recipes import ROOT, published_shapes, read_recipes
 from tools.zoo_documents import documents
 
 ENTRIES = read_zoo()
 RECIPES = {task: read_recipes(f"{task}_recipes.csv") for task in ("detection", "segmentation")}
-HUB = "https://huggingface.co/OpenGVLab/DCNv4/resolve/main"
+HUB = "https://huggingface.co/OpenGVLab/{}/resolve/main"
+REPOSITORIES = {"FlashInternImage": "DCNv4", "InternImage": "InternImage"}
 # File, resolution and top-1 accuracy.
 CLASSIFICATION = {
     "flash_internimage_tiny.in1k": ("flash_intern_image_t_1k_224", 224, 83.6),
@@ -29,12 +30,36 @@ CLASSIFICATION = {
     "flash_internimage_base.in1k": ("flash_intern_image_b_1k_224", 224, 84.9),
     "flash_internimage_large.in22k_ft_in1k_384": ("flash_internimage_l_22kto1k_384", 384, 88.1),
     "flash_internimage_large.in22k_384": ("flash_intern_image_l_22k_384", 384, None),
+    "internimage_tiny.in1k": ("internimage_t_1k_224", 224, 83.5),
+    "internimage_small.in1k": ("internimage_s_1k_224", 224, 84.2),
+    "internimage_base.in1k": ("internimage_b_1k_224", 224, 84.9),
+    "internimage_large.in22k_ft_in1k_384": ("internimage_l_22kto1k_384", 384, 87.7),
+    "internimage_large.in22k_384": ("internimage_l_22k_192to384", 384, None),
+    "internimage_xlarge.in22k_ft_in1k_384": ("internimage_xl_22kto1k_384", 384, 88.0),
+    "internimage_xlarge.in22k_384": ("internimage_xl_22k_192to384", 384, None),
+    "internimage_huge.joint_in22k_ft_in1k_640": ("internimage_h_22kto1k_640", 640, 89.6),
+    "internimage_huge.joint_in22k_384": ("internimage_h_jointto22k_384", 384, None),
+    "internimage_giant.joint_in22k_ft_in1k_512": ("internimage_g_22kto1k_512", 512, 90.1),
+    "internimage_giant.joint_in22k_384": ("internimage_g_pretrainto22k_384", 384, None),
+}
+SIZES = {
+    "T": "tiny",
+    "S": "small",
+    "B": "base",
+    "L": "large",
+    "XL": "xlarge",
+    "H": "huge",
+    "G": "giant",
 }
 DENSE = [(task, name) for task, recipes in RECIPES.items() for name in recipes]
 
 
 def entries_of_task(task: str) -> dict[str, Entry]:
     return {name: entry for name, entry in ENTRIES.items() if entry.task == task}
+
+
+def hub(entry: Entry) -> str:
+    return HUB.format(REPOSITORIES[entry.family])
 
 
 def test_every_row_occurs_once():
@@ -54,7 +79,8 @@ def test_values_have_the_declared_types():
 def test_classification_matches_the_published_figures(name):
     file, resolution, top1 = CLASSIFICATION[name]
     entry = ENTRIES[name]
-    assert entry.addresses[0] == f"{HUB}/{file}.pth"
+    assert entry.addresses[0] == f"{hub(entry)}/{file}.pth"
+    assert entry.architecture == entry.family
     assert entry.resolution == resolution
     assert entry.published == ({"top1": top1} if top1 else {})
 
@@ -62,30 +88,31 @@ def test_classification_matches_the_published_figures(name):
 def test_the_large_classifier_has_two_spellings():
     spellings = {name: entry.addresses for name, entry in ENTRIES.items() if entry.addresses[1:]}
     files = ["flash_internimage_l_22kto1k_384.pth", "flash_intern_image_l_22kto1k_384.pth"]
-    addresses = [f"{HUB}/{file}" for file in files]
-    assert spellings == {"flash_internimage_large.in22k_ft_in1k_384": addresses}
+    name = "flash_internimage_large.in22k_ft_in1k_384"
+    assert spellings == {name: [f"{hub(ENTRIES[name])}/{file}" for file in files]}
 
 
 @pytest.mark.parametrize(("task", "name"), DENSE)
 def test_detection_and_segmentation_match_the_published_figures(task, name):
     recipe, entry = RECIPES[task][name], ENTRIES[name]
     if task == "detection":
-        columns, file = {"box_ap": "box_ap", "mask_ap": "mask_ap"}, recipe["checkpoint"]
+        columns = {"box_ap": "box_ap", "mask_ap": "mask_ap"}
     else:
         columns = {"miou": "miou_ss", "miou_several_scales": "miou_ms"}
-        file = f"{recipe['schema']}.pth"
     figures = {figure: float(recipe[key]) for figure, key in columns.items() if recipe[key]}
     assert entry.published == figures
-    assert entry.addresses == [f"{HUB}/{file}"]
+    assert entry.addresses == [f"{hub(entry)}/{recipe['checkpoint']}"]
 
 
 @pytest.mark.parametrize(("task", "name"), DENSE)
 def test_parameters_match_the_released_file(task, name):
     recipe, entry = RECIPES[task][name], ENTRIES[name]
-    schema = DATA / "openmmlab_schemas" / f"{recipe['schema']}.json"
     buffers = re.compile(r"^ema_|\.(num_batches_tracked|running_mean|running_var)$")
-    shapes = {n: s for n, s in json.loads(schema.read_text()).items() if not buffers.search(n)}
+    shapes = {n: s for n, s in published_shapes(recipe).items() if not buffers.search(n)}
     assert entry.parameters == sum(map(prod, shapes.values()))
+    if rounded := recipe["published_parameters"]:  # by the authors of InternImage
+        millions, billions = entry.parameters / 1e6, entry.parameters / 1e9
+        assert rounded in (f"{millions:.0f}M", f"{billions:.2f}B")
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
@@ -97,6 +124,8 @@ def test_timm_registers_the_classifiers(name):
     assert cfg.url == entry.addresses[0]
     assert cfg.input_size == (3, entry.resolution, entry.resolution)
     assert cfg.num_classes == entry.classes == (21841 if name.endswith("in22k_384") else 1000)
+    assert cfg.origin_url == f"https://github.com/OpenGVLab/{REPOSITORIES[entry.family]}"
+    assert name.startswith("flash_") == (entry.family == "FlashInternImage")
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -107,14 +136,15 @@ def test_the_config_matches_the_row(name):
     elif entry.task == "classification":
         cfg = load_config(ROOT / entry.config)
         assert name.startswith(cfg.model.name)
+        assert cfg.model.name.endswith(f"internimage_{SIZES[entry.backbone]}")
         assert cfg.data.image_size == entry.resolution
     else:
         assert Path(entry.config).stem == name
         cfg = Config.fromfile(ROOT / entry.config)
         short = {"detection": 800, "segmentation": cfg.get("crop_size", [None])[0]}[entry.task]
         assert entry.resolution == short
-        sizes = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
-        assert cfg.model.backbone.arch == sizes[entry.backbone]
+        assert cfg.model.backbone.arch == SIZES[entry.backbone]
+        assert ("_flash_" in name) == (entry.family == "FlashInternImage")
         weights = cfg.model.backbone.init_cfg.checkpoint
         assert ENTRIES[weights].pretraining == entry.pretraining
 

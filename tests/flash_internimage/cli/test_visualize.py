@@ -137,7 +137,7 @@ def test_options_reach_the_functions(run, monkeypatch):
         ({"layer": "levels.0.downsample"}, "a Downsample without sampling points"),
         ({"depth": "5"}, "depth must be from 1 to 3, the layers from levels.2.blocks.0 down to "),
         ({"files": ["test_byobnet", "other.pth", "image.png"]},
-         "model must contain a FlashInternImage, got ByobNet"),
+         "model must contain a FlashInternImage or InternImage, got ByobNet"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(changes, message, files, tmp_path, monkeypatch, caplog):

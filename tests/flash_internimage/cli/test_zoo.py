@@ -27,7 +27,7 @@ from flash_internimage.cli import zoo as tool
 from flash_internimage.cli import zoo_evaluation
 from flash_internimage.openmmlab import FlashInternImageBackbone
 from tests.flash_internimage.openmmlab.goldens import arrays
-from tests.recipes import DATA, ROOT, read_recipes
+from tests.recipes import ROOT, published_shapes, read_recipes
 from tests.servers import FileServer, serve, use_as_hub, use_own_caches
 
 NANO = "flash_internimage_nano.untrained"
@@ -221,6 +221,10 @@ RELEASED = [
     "mask_rcnn_flash_internimage_s_fpn_3x_coco",
     "cascade_mask_rcnn_flash_internimage_l_fpn_3x_coco",
     "dino-4scale_flash_internimage_t_1x_coco",
+    "mask_rcnn_internimage_b_fpn_1x_coco",
+    "cascade_mask_rcnn_internimage_xl_fpn_3x_coco",
+    "dino-4scale_internimage_l_layer_wise_lr_1x_coco",
+    "upernet_internimage_h_896_160k_ade20k",
     "upernet_flash_internimage_b_512_160k_ade20k",
     "mask2former_flash_internimage_l_640_160k_ade20k",
 ]
@@ -229,8 +233,7 @@ RELEASED = [
 @pytest.mark.parametrize("name", RELEASED)
 def test_converted_schemas_fit_their_models(name):
     recipes = read_recipes("detection_recipes.csv") | read_recipes("segmentation_recipes.csv")
-    schema = DATA / "openmmlab_schemas" / f"{recipes[name]['schema']}.json"
-    shapes = convert_state_dict(json.loads(schema.read_text()))
+    shapes = convert_state_dict(published_shapes(recipes[name]))
     converted = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     own = tool.build_model(name, read_zoo()[name]).state_dict()
     assert find_mismatches(own, converted) == []

@@ -49,6 +49,7 @@ def coco(tmp_path):
 def test_models_are_named_by_architecture_and_size():
     names = {*list_base_models("detection"), *list_base_models("segmentation")}
     assert {"cascade_mask_rcnn-l", "dino-s", "mask2former-b", "mask_rcnn-nano"} <= names
+    assert {"mask_rcnn-internimage-b", "dino-internimage-l", "upernet-internimage-h"} <= names
     assert MASK_RCNN.config == "detection/mask_rcnn_flash_internimage_t_fpn_1x_coco.py"
     assert MASK_RCNN.weights.endswith("/mask_rcnn_flash_internimage_t_fpn_1x_coco.pth")
     assert (MASK_RCNN.batch_size, DINO.batch_size) == (2, 4)

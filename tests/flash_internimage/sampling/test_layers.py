@@ -3,10 +3,13 @@
 import copy
 
 import pytest
+import torch
 from torch import nn
 
+from flash_internimage import InternImage
 from flash_internimage.sampling import last_of_stages, list_layers, sampling_points
-from flash_internimage.sampling.layers import find_layer
+from flash_internimage.sampling.layers import find_layer, predict_offset_masks
+from ops_dcnv4 import dcnv4
 from tests.flash_internimage.models import assert_equal
 
 NAMES = [f"levels.{name}" for name in
@@ -76,7 +79,7 @@ def test_a_name_in_two_backbones_is_ambiguous(model):
 
 
 def test_a_model_without_backbone_is_rejected():
-    with pytest.raises(ValueError, match="model must contain a FlashInternImage, got Conv2d"):
+    with pytest.raises(ValueError, match="FlashInternImage or InternImage, got Conv2d"):
         list_layers(nn.Conv2d(3, 3, 1))
 
 
@@ -91,3 +94,23 @@ def test_a_model_remains_as_it_was(model, image):
     assert all(stage.grad_checkpointing for stage in model.levels)
     assert_equal(model.state_dict(), state)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_predicted_points_of_internimage_reproduce_the_output_of_its_layers():
+    torch.manual_seed(0)
+    model = InternImage(channels=16, depths=(1, 1, 2, 1), groups=(1, 2, 4, 8), num_classes=0)
+    for name, parameter in model.named_parameters():
+        if ".offset." in name or ".mask." in name:
+            nn.init.normal_(parameter)
+    layers = [find_layer(model.double(), name) for name in ("levels.0.blocks.0", NAMES[3])]
+    calls = {}
+    for layer in layers:
+        layer.dcn.register_forward_hook(
+            lambda dcn, inputs, output: calls.update({dcn: (inputs, output)})
+        )
+    masks = predict_offset_masks(layers, torch.randn(1, 3, 64, 96, dtype=torch.float64))
+    assert len(calls) == len(layers)
+    for layer, mask in zip(layers, masks, strict=True):
+        dcn, ([x], output) = layer.dcn, calls[layer.dcn]
+        expected = dcn.output_proj(dcnv4(dcn.input_proj(x), mask, *layer.window()))
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)

@@ -1,6 +1,6 @@
 # Cascade Mask R-CNN with box heads of four convolutions with SyncBN and one linear layer, trained
 # with the GIoU loss. Configs add the backbone's size and drop_path_rate, and the channels of
-# the neck.
+# the neck; those of InternImage use mmdet's FPN.
 _base_ = "mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py"
 model = dict(
     backbone=dict(_delete_=True, type="FlashInternImage", with_cp=True),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmdet.models.dense_heads import MaskFormerHead
+from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -202,8 +203,10 @@ def _try_transforms(split: str, dataset: Any) -> dict:
 def _check_batch(loader: Any, heads: dict[str, Any]) -> None:
     for name, head in heads.items():
         pooled = getattr(head, "psp_modules", nn.Module()).modules()
-        normalized = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pooled)
-        if loader.batch_size == 1 and normalized and 1 in head.psp_modules.pool_scales:
+        norms = [module for module in pooled if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        if get_world_size() > 1:
+            norms = [norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm)]
+        if loader.batch_size == 1 and norms and 1 in head.psp_modules.pool_scales:
             raise ValueError(
                 "train_dataloader.batch_size must be at least 2, got 1: batch norm cannot be "
                 f"trained on the single pixel to which {name} pools an image"

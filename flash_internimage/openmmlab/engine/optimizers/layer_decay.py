@@ -42,7 +42,7 @@ class InternImageLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             - num_layers (optional): Number of blocks of the backbone, as a safeguard.
             - offset_lr_scale (default 1): Factor for the learning rate of layers that predict
               where to sample: `offset_mask` of DCNv4, and `sampling_offsets` and `reference_points`
-              of deformable attention.
+              of deformable attention. As published, it does not apply to `offset` of DCNv3.
             - first_layer (default none): Names of further parameters or modules that share the
               learning rate of `patch_embed`, such as 'decode_head.query_embed'.
 

@@ -434,6 +434,17 @@ def test_norms_within_a_stage_of_internimage_have_the_rate_of_the_block_before()
         assert rates[id(norm[0].weight)] == rates[id(stage.blocks[block].norm1[0].weight)]
 
 
+def test_the_factor_of_offsets_does_not_apply_to_internimage():
+    with torch.device("meta"):
+        model = nn.Module()
+        model.backbone = InternImageBackbone(channels=16, depths=(1, 1, 1, 1), groups=(1, 2, 4, 8))
+    found = settings(
+        optim_wrapper(model, 1.0, 0.05, layer_decay_rate=0.5, offset_lr_scale=0.01), model
+    )
+    for name in ("offset", "mask", "input_proj"):
+        assert found[f"backbone.levels.3.blocks.0.dcn.{name}.weight"] == (0.5, 0.05)
+
+
 def test_model_without_our_backbone_is_an_error():
     message = r"model\.backbone must be a FlashInternImage or InternImage, got NoneType in Linear; "
     with pytest.raises(ValueError, match=message):

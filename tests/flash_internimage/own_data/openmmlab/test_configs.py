@@ -59,7 +59,7 @@ def numbers_of_classes(model) -> set[int]:
 
 @pytest.mark.slow
 def test_configs_of_detectors_have_the_classes_of_the_data(coco):
-    for name in ("mask_rcnn-t", "cascade_mask_rcnn-l", "dino-t"):
+    for name in ("mask_rcnn-t", "cascade_mask_rcnn-l", "dino-t", "dino-internimage-l"):
         model = find_base_model(name, "detection")
         cfg = load_config(write_text(coco / "config.py", coco_config(coco, model)))
         assert numbers_of_classes(cfg.model) == {3}, name

@@ -1,0 +1,13 @@
+# 32 GPUs x 2 images
+_base_ = [
+    "../_base_/backbones/internimage_l.py",
+    "_base_/models/cascade_mask_rcnn.py",
+    "_base_/datasets/coco_instance_crop.py",
+    "_base_/schedules/adamw_3x.py",
+    "_base_/runtime_ema.py",
+]
+model = dict(
+    backbone=dict(**_base_.backbone, drop_path_rate=0.4, with_cp=False),
+    neck=dict(type="FPN", in_channels=_base_.channels),
+)
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.9))
