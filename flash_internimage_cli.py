@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None, program: str = "flash-internimage") -> i
     arguments = sys.argv[1:] if argv is None else argv
     command = _parser(program).parse_args(arguments[:1]).command
     try:
-        extras = importlib.import_module("flash_internimage.cli.extras")
+        extras = importlib.import_module("flash_internimage.extras")
         with extras.required_by(f"{program} {command}"):
             module = importlib.import_module(f"flash_internimage.cli.{command.replace('-', '_')}")
             return module.main(arguments[1:], f"{program} {command}")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ops_dcnv4 import DCNv4
 
-from .cli import extras
+from . import extras
 from .dropin import factory_of, options_of, put_layers, replace
 
 try:

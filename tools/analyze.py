@@ -6,7 +6,7 @@ python -m tools.analyze runs RUN... -o curves.png
 
 import sys
 
-from flash_internimage.cli import extras
+from flash_internimage import extras
 
 PROGRAM = "python -m tools.analyze"
 

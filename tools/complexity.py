@@ -5,7 +5,7 @@ python -m tools.complexity NAME|CONFIG... [--size H W] [--batch-size N] [--markd
 
 import sys
 
-from flash_internimage.cli import extras
+from flash_internimage import extras
 
 PROGRAM = "python -m tools.complexity"
 

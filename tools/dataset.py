@@ -5,7 +5,7 @@ python -m tools.dataset convert|check|config ...
 
 import sys
 
-from flash_internimage.cli import extras
+from flash_internimage import extras
 
 PROGRAM = "python -m tools.dataset"
 

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from flash_internimage import extras
 from flash_internimage.checkpoints import load_checkpoint
 from flash_internimage.checkpoints.loading import save_atomically
-from flash_internimage.cli import extras
 from flash_internimage.console import log_to_terminal
 from flash_internimage.drawing import contact_sheet
 from flash_internimage.files import own_folder, write_atomically, write_csv, write_text

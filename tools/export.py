@@ -5,7 +5,7 @@ python -m tools.export NAME|CONFIG [CHECKPOINT] --format onnx|torch-export|aoti 
 
 import sys
 
-from flash_internimage.cli import extras
+from flash_internimage import extras
 
 PROGRAM = "python -m tools.export"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flash_internimage.cli import extras
+from flash_internimage import extras
 from flash_internimage.drawing import (
     contact_sheet,
     draw_detections,

@@ -5,7 +5,7 @@ python -m tools.visualize NAME|CONFIG [CHECKPOINT] IMAGE --layer LAYER --pixel X
 
 import sys
 
-from flash_internimage.cli import extras
+from flash_internimage import extras
 
 PROGRAM = "python -m tools.visualize"
 

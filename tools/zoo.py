@@ -7,8 +7,9 @@ python -m tools.zoo generate
 import argparse
 import sys
 
+from flash_internimage import extras
 from flash_internimage.checkpoints.zoo import Entry
-from flash_internimage.cli import extras, zoo
+from flash_internimage.cli import zoo
 from tools.zoo_documents import documents
 
 PROGRAM = "python -m tools.zoo"

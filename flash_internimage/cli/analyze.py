@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .extras import required_by
+from ..extras import required_by
 
 _USAGE = """{program} [-h] NAME|CONFIG [CHECKPOINT] -o FOLDER [--pictures N] ...
        {program} [-h] runs RUN [RUN ...] -o FILE [--metrics NAME ...]"""

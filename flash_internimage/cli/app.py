@@ -25,9 +25,9 @@ from ..checkpoints import fetch_checkpoint, is_remote
 from ..checkpoints.zoo import read_zoo
 from ..classification.model import pick_device
 from ..console import log_to_terminal
+from ..extras import describe
 from ..inference import Predictor, load_predictor
 from ..inference.predictor import find_model
-from .extras import describe
 
 _logger = logging.getLogger(__name__)
 

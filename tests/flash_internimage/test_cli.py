@@ -8,8 +8,8 @@ from importlib import metadata
 import pytest
 
 from flash_internimage.cli import test as test_command
-from flash_internimage.cli.extras import EXTRAS, required_by
 from flash_internimage.configs import find_config
+from flash_internimage.extras import EXTRAS, required_by
 from flash_internimage_cli import COMMANDS, main
 
 DIGITS = "flash_internimage_nano_digits"

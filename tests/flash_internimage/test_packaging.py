@@ -7,7 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import flash_internimage_cli
-from flash_internimage.cli.extras import EXTRAS
+from flash_internimage.extras import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flash_internimage.cli import extras
+from flash_internimage import extras
 
 
 @pytest.mark.parametrize("name", ["analyze", "app", "dataset", "predict", "visualize"])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from ...cli import extras
+from ... import extras
 from ...tracking import TRACKERS
 from ..errors import describe, is_from_this_package
 
