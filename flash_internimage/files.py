@@ -135,28 +135,34 @@ def remove_partial_files(folder: str | os.PathLike) -> None:
         partial.unlink(missing_ok=True)
 
 
+class FolderInUseError(OSError):
+    """Raised if another process owns a folder."""
+
+
 @contextmanager
 def own_folder(folder: str | os.PathLike, timeout: float = 10) -> Iterator[None]:
     """Lock an output folder, so that two runs never write to it at the same time.
 
-    The folder is created if necessary, and partial files of earlier owners are removed. The
-    operating system releases the lock when the process ends, even if it is killed. On file systems
-    without locks, only a warning is logged.
+    The folder is created if necessary, and removed in the end if it is new and still empty. Partial
+    files of earlier owners are removed. The operating system releases the lock when the process
+    ends, even if it is killed. On file systems without locks, only a warning is logged.
 
     Args:
         folder: Output folder of a run.
         timeout: Seconds to wait for another owner, such as the job that this one replaces.
 
     Raises:
-        OSError: If the folder cannot be created, or another process still owns it after `timeout`.
+        FolderInUseError: If another process still owns the folder after `timeout`.
+        OSError: If the folder cannot be created.
     """
     folder = Path(folder)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout)
     except Timeout as error:
-        raise OSError(
+        raise FolderInUseError(
             f"another run is writing to {folder}: wait until it has ended, or choose another folder"
         ) from error
     except NotImplementedError:
@@ -168,6 +174,10 @@ def own_folder(folder: str | os.PathLike, timeout: float = 10) -> Iterator[None]
         remove_partial_files(folder)
         yield
     finally:
+        if is_new and [path.name for path in folder.iterdir()] == [".lock"]:
+            with suppress(OSError):  # Windows does not remove an open file
+                (folder / ".lock").unlink()
+                folder.rmdir()
         lock.release()
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from logging.handlers import MemoryHandler
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from ..files import own_folder, write_text
+from ..files import FolderInUseError, own_folder, write_text
 from .config import Config, ConfigError, find_ignored
 from .errors import describe
 from .state import TrainingState
@@ -20,25 +19,21 @@ _logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def own_output(output: Path) -> Iterator[None]:
-    """Lock the output folder of a run, and remove a new folder that the run leaves empty.
+    """Own the output folder of a run; see :func:`~flash_internimage.files.own_folder`.
 
     Raises:
-        OSError: If another run owns the folder.
+        FolderInUseError: If another run owns the folder.
         ConfigError: If the folder cannot be created.
     """
-    is_new = not os.path.exists(output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"output cannot be created, got {str(output)!r}: {reason}") from error
-    with own_folder(output):
+    with contextlib.ExitStack() as stack:
         try:
-            yield
-        finally:
-            if is_new and [path.name for path in output.iterdir()] == [".lock"]:
-                (output / ".lock").unlink()
-                output.rmdir()
+            stack.enter_context(own_folder(output))
+        except FolderInUseError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"output cannot be created, got {str(output)!r}: {reason}") from error
+        yield
 
 
 def find_checkpoint(resume: str | None, last: Path) -> Path | None:

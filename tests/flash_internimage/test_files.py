@@ -1,6 +1,7 @@
 import errno
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,17 @@ class TestOwnFolder:
         with own_folder(tmp_path):
             assert not list(tmp_path.glob(".*.partial"))
         assert (tmp_path / "notes.partial").exists()
+
+    @pytest.mark.parametrize("error", [None, ValueError])
+    def test_a_new_folder_that_stays_empty_is_removed(self, tmp_path, error):
+        (tmp_path / "old").mkdir()
+        for name in ("empty", "used", "old"):
+            with suppress(ValueError), own_folder(tmp_path / name):
+                if name == "used":
+                    (tmp_path / name / "train.log").touch()
+                if error:
+                    raise error
+        assert {path.name for path in tmp_path.iterdir()} == {"used", "old"}
 
     def test_the_folder_is_created(self, tmp_path):
         with own_folder(tmp_path / "a" / "b"):

@@ -337,6 +337,7 @@ class TestOneRunPerFolder:
         with own_folder(tmp_path / "run"):
             fails(r"another run is writing to .*/run")
             assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+        (tmp_path / "run").mkdir()
         (tmp_path / "run" / ".epoch_1.pth.0123.partial").touch()
         train()
         assert not list((tmp_path / "run").glob(".*partial"))
