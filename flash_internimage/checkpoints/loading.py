@@ -46,11 +46,16 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: If the file does not exist.
+        OSError: If the file cannot be opened.
         ValueError: If the file is damaged or not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint not found: {path}")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device=str(map_location))
