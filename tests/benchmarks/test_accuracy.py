@@ -12,6 +12,8 @@ from ops_dcnv4 import DCNv4, dcnv4
 
 SETS = (("train", 70), ("t10k", 40))
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
