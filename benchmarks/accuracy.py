@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     data = dict(args.splits)
     data["train"] = tuple(tensor[: args.train_images] for tensor in data["train"])
     write("")
-    for seed, name in itertools.product(args.seeds, args.models):
+    for seed, name in dict.fromkeys(itertools.product(args.seeds, args.models)):
         if (name, seed) not in done:
             run["results"].append(benchmark(name, seed, data, args))
             record.save(run, args.output)

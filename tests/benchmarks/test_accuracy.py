@@ -112,7 +112,7 @@ def test_interrupted_benchmark_continues(folder, tmp_path, monkeypatch, capsys):
         return [1.0]
 
     monkeypatch.setattr(accuracy, "train", train)
-    accuracy.main([*options, "--models", "convnext", "vit", "--seeds", "0", "1"])
+    accuracy.main([*options, "--models", "convnext", "vit", "--seeds", "0", "1", "0"])
     assert trained == [
         ("VisionTransformer", 0, 64, 1, 32),
         ("ConvNeXt", 1, 64, 1, 32),
