@@ -22,6 +22,7 @@ COMMANDS = {
     "complexity": "print parameters, multiply-adds, activations and memory of models",
     "app": "serve a page that shows predictions in the browser",
     "zoo": "list, download, convert, evaluate and publish checkpoints",
+    "convert-backbone": "initialize FlashInternImage from an InternImage checkpoint",
     "dataset": "convert and check own datasets, and write configs for them",
     "demo-data": "write a small dataset of real images, without a download",
 }

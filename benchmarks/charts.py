@@ -159,7 +159,28 @@ def draw_paper(record: dict) -> Figure:
     return figure
 
 
-DRAW = {"op": draw_op, "model": draw_model, "paper": draw_paper}
+def draw_accuracy(record: dict) -> Figure:
+    """Draw a dot for each seed and a line at the mean: top-1 of each model."""
+    results, settings = record["results"], record["settings"]
+    names = list(dict.fromkeys(result["model"] for result in results))
+    figure, [(_, _, axis)] = make_panels([None], [None], (8, 1.6 + 0.35 * len(names)))
+    for row, name in enumerate(names):
+        top1 = [result["top1"] for result in results if result["model"] == name]
+        axis.plot(top1, [row] * len(top1), "o", color="C0", fillstyle="none")
+        axis.plot(sum(top1) / len(top1), row, "|k", markersize=14)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.grid(alpha=0.3)
+    axis.set_xlabel("top-1 on the test images in % (one dot per seed, line: mean)")
+    figure.suptitle(
+        f"Fashion-MNIST: {settings['epochs']} epochs of {settings['train_images']:,} images\n"
+        f"{machine_name(record['machine'])}, {record['date'][:10]}",
+        fontsize="medium",
+    )
+    return figure
+
+
+DRAW = {"op": draw_op, "model": draw_model, "paper": draw_paper, "accuracy": draw_accuracy}
 
 
 def draw(file: Path) -> Path:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils import collect_env
 
+from flash_internimage.files import write_text
 from ops_dcnv4 import choose_backend
 
 PACKAGES = ("torch", "torchvision", "timm", "ops-dcnv4", "DCNv4", "onedl-mmcv", "mmcv")
@@ -79,14 +80,19 @@ def machine_name(machine: dict) -> str:
     return machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' * (threads > 1)}"
 
 
-def save(record: dict, folder: Path) -> Path:
-    """Write the results so far to a file named after benchmark and machine; return its path."""
+def results_file(record: dict, folder: Path) -> Path:
+    """Return the path of the JSON file, which is named after benchmark and machine."""
     name = machine_name(record["machine"]).lower()
     name = re.sub(r"\((?:r|tm)\)|\b(?:cpu|processor)\b", " ", name)
     slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-    file = folder / f"{record['benchmark']}_{slug}.json"
+    return folder / f"{record['benchmark']}_{slug}.json"
+
+
+def save(record: dict, folder: Path) -> Path:
+    """Write the results so far to the JSON file; return its path."""
+    file = results_file(record, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(file, json.dumps(record, indent=1) + "\n")
     return file
 
 
@@ -108,6 +114,15 @@ def positive(kind: type) -> Callable[[str], int | float]:
 
 def add_common_options(parser: argparse.ArgumentParser, min_time: float) -> None:
     """Add the options that all benchmarks share."""
+    add_machine_options(parser)
+    text = "measuring time of each case in seconds, default: %(default)s"
+    parser.add_argument(
+        "--min-time", type=positive(float), default=min_time, metavar="T", help=text
+    )
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the device, the CPU threads and the output folder."""
     option = parser.add_argument
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     threads, folder = torch.get_num_threads(), Path("output/benchmarks")
@@ -115,7 +130,5 @@ def add_common_options(parser: argparse.ArgumentParser, min_time: float) -> None
     text = f"CPU threads, {default}"
     option("--device", choices=devices, default=devices[-1], help=default)
     option("--threads", type=positive(int), default=threads, metavar="N", help=text)
-    text = f"measuring time of each case in seconds, {default}"
-    option("--min-time", type=positive(float), default=min_time, metavar="T", help=text)
     text = f"folder of the JSON file and the chart, {default}"
     option("--output", type=Path, default=folder, metavar="DIR", help=text)

@@ -248,10 +248,7 @@ def convert_file(
         FileNotFoundError: If the source or the folder of `output` does not exist.
     """
     output = Path(output)
-    if output.suffix not in (".safetensors", ".pth"):
-        raise ValueError(f"output must end in .safetensors or .pth, got {output}")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"output must be in an existing folder, got {output}")
+    check_output(output)
     checkpoint = load_checkpoint(source)
     if _is_from_openmmlab(checkpoint):
         checkpoint = convert_checkpoint(checkpoint)
@@ -271,15 +268,38 @@ def convert_file(
         }
     if published:
         checkpoint = to_published_checkpoint(checkpoint)
+    write_checkpoint(checkpoint, output)
+    return mismatches
+
+
+def check_output(output: Path) -> None:
+    """Check that :func:`write_checkpoint` can write a file.
+
+    Raises:
+        ValueError: If `output` does not end in `.safetensors` or `.pth`.
+        FileNotFoundError: If its folder does not exist.
+    """
+    if output.suffix not in (".safetensors", ".pth"):
+        raise ValueError(f"output must end in .safetensors or .pth, got {output}")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"output must be in an existing folder, got {output}")
+
+
+def write_checkpoint(checkpoint: Mapping[str, Mapping[str, Any]], output: Path) -> None:
+    """Write a checkpoint atomically.
+
+    Args:
+        checkpoint: Weights in `state_dict`, and `meta`, which a safetensors file contains as JSON.
+        output: File to write, `.safetensors` or `.pth`.
+    """
     if output.suffix == ".pth":
-        save_atomically(checkpoint, output)
-        return mismatches
+        save_atomically(dict(checkpoint), output)
+        return
     # safetensors rejects tensors that share memory.
     weights = {name: value.contiguous().clone() for name, value in checkpoint["state_dict"].items()}
     meta = {key: json.dumps(value) for key, value in checkpoint["meta"].items()}
     contents = safetensors.torch.save(weights, {"format": "pt", **meta})
     write_atomically(output, lambda file: file.write(contents))
-    return mismatches
 
 
 def _is_from_openmmlab(checkpoint: Mapping[str, Any]) -> bool:

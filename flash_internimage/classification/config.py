@@ -212,7 +212,7 @@ class Optimizer(Section):
     eps: Positive | None = None  # null: the optimizer's own; 1e-8 for adamw
     clip_grad: Positive | None = 5.0  # maximum norm
     layer_decay: Number | None = Field(None, gt=0, le=1)
-    dcn_lr_multiplier: NonNegative = 1.0  # applies to offset_mask and offset_mask_dw
+    dcn_lr_multiplier: NonNegative = 1.0  # on the layers that predict offsets of DCNv4 and DCNv3
 
     @field_validator("name")
     @classmethod

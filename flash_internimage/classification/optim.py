@@ -1,5 +1,6 @@
 """Loss, optimizer and learning-rate schedule of the published classification recipes."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch.optim import Optimizer
 
 from .config import Config, ConfigError
 from .errors import one_line
+
+# Parameters of DCNv4, and those of DCNv3 in InternImage to which the published code applies its
+# factor. That of the modulation of DCNv3 is not among them.
+_PREDICTS_OFFSETS = re.compile(r"offset_mask|\bdcn\.(offset\.|center_feature_scale_proj)")
 
 
 def parameter_groups(
@@ -35,7 +40,7 @@ def parameter_groups(
         layer_decay: Factor on the learning rate from each layer to the one before it, starting at
             the last. The layers are those of the model's `group_matcher`. None disables it.
         dcn_lr_multiplier: Factor on the learning rate of the parameters that predict DCNv4's
-            offsets and modulation.
+            offsets and modulation, or DCNv3's offsets, as published for InternImage.
 
     Returns:
         Groups with `params`, `names` of the parameters, `lr` and `weight_decay`.
@@ -50,7 +55,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         scale = layer_decay ** (last - layers[name]) if layer_decay is not None else 1.0
-        if "offset_mask" in name:
+        if _PREDICTS_OFFSETS.search(name):
             scale *= dcn_lr_multiplier
         decay = weight_decay if parameter.ndim > 1 else 0.0
         key = (scale, decay)
@@ -82,10 +87,10 @@ def build_optimizer(model: nn.Module, cfg: Config, world_size: int) -> Optimizer
             f"got {options.layer_decay}"
         )
     multiplier = options.dcn_lr_multiplier
-    if multiplier != 1 and not any("offset_mask" in name for name, _ in model.named_parameters()):
+    if multiplier != 1 and not any(map(_PREDICTS_OFFSETS.search, dict(model.named_parameters()))):
         raise ConfigError(
-            f"optimizer.dcn_lr_multiplier must be 1 for {cfg.model.name}, which has no DCNv4, got "
-            f"{multiplier}"
+            f"optimizer.dcn_lr_multiplier must be 1 for {cfg.model.name}, which has neither DCNv4 "
+            f"nor DCNv3, got {multiplier}"
         )
     lr = options.lr * lr_scale(cfg, world_size)
     groups = parameter_groups(model, lr, options.weight_decay, options.layer_decay, multiplier)

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
+from timm.layers import DropPath
 from timm.optim import get_optimizer_info, list_optimizers
 
 from flash_internimage.classification.config import (
@@ -14,6 +16,8 @@ from flash_internimage.classification.config import (
     find_ignored,
     load_config,
 )
+from flash_internimage.classification.model import build_model
+from flash_internimage.classification.optim import lr_scale
 
 RECIPES = Path("configs/classification")
 
@@ -62,6 +66,45 @@ def test_recipes_of_tiny_small_and_base_match_the_published_ones(family, name, d
     assert (augmentation.scale, augmentation.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
     assert (augmentation.hflip, augmentation.label_smoothing) == (0.5, 0.1)
     assert (augmentation.random_erasing, augmentation.random_erasing_mode) == (0.25, "pixel")
+
+
+def test_recipe_of_convnext_with_dcnv4_is_that_of_convnext():
+    cfg = recipe("convnext_base_dcnv4_in1k_224")
+    assert cfg.batch_size * cfg.accumulation_steps * 8 == 4096
+    assert lr_scale(cfg, world_size=8) * cfg.optimizer.lr == 4e-3
+    assert (cfg.optimizer.name, cfg.optimizer.weight_decay) == ("adamw", 0.05)
+    assert (cfg.optimizer.clip_grad, cfg.ema_decay) == (None, 0.9999)
+    schedule, model, augmentation = cfg.schedule, cfg.model, cfg.augmentation
+    assert (schedule.name, schedule.epochs, schedule.warmup_epochs) == ("cosine", 300, 20)
+    assert (schedule.warmup_lr, schedule.min_lr) == (0, 1e-6)
+    assert (model.name, model.drop_path_rate) == ("convnext_base_dcnv4", 0.5)
+    assert (cfg.data.image_size, cfg.data.crop_pct) == (224, 0.875)
+    assert augmentation == recipe("flash_internimage_base_in1k_224").augmentation
+
+
+def test_recipe_of_vit_with_dcnv4_is_that_of_deit():
+    cfg = recipe("vit_base_dcnv4_in1k_224")
+    scale = lr_scale(cfg, world_size=8)
+    assert cfg.batch_size * cfg.accumulation_steps * 8 == 1024
+    rates = cfg.optimizer.lr, cfg.schedule.warmup_lr, cfg.schedule.min_lr
+    assert [scale * rate for rate in rates] == pytest.approx([1e-3, 1e-6, 1e-5])
+    assert (cfg.optimizer.name, cfg.optimizer.weight_decay) == ("adamw", 0.05)
+    assert (cfg.optimizer.clip_grad, cfg.ema_decay) == (None, None)
+    assert (cfg.schedule.epochs, cfg.schedule.warmup_epochs) == (300, 5)
+    assert (cfg.model.name, cfg.model.drop_path_rate) == ("vit_base_dcnv4", 0.1)
+    assert (cfg.data.image_size, cfg.data.crop_pct) == (224, 0.875)
+    assert cfg.augmentation == recipe("flash_internimage_base_in1k_224").augmentation
+
+
+@pytest.mark.parametrize("name", ["convnext_base_dcnv4", "vit_base_dcnv4"])
+def test_models_of_the_recipes_with_dcnv4_are_built(name):
+    cfg = recipe(f"{name}_in1k_224")
+    with torch.device("meta"):
+        model = build_model(cfg.model)
+        logits = model(torch.empty(1, 3, cfg.data.image_size, cfg.data.image_size))
+    assert logits.shape == (1, 1000)
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    assert max(rates) == pytest.approx(cfg.model.drop_path_rate)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,24 @@ def test_betas_and_eps_default_to_those_of_the_optimizer(name):
 def test_adamw_has_the_published_betas_and_eps():
     group = build_optimizer(nn.Linear(4, 4), Config(), 1).param_groups[0]
     assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_the_multiplier_applies_to_the_offsets_of_internimage_as_published(layer_decay):
+    with torch.device("meta"):
+        model = timm.create_model(
+            "internimage_tiny", depths=(1, 1, 2, 1), center_feature_scale=True
+        )
+    groups = parameter_groups(model, 1.0, 0.05, layer_decay, dcn_lr_multiplier=0.1)
+    rates = {name: group["lr"] for group in groups for name in group["names"]}
+    slowed = r"levels\.(\d)\.blocks\.(\d)\.dcn\.(offset\.|center_feature_scale_proj_)(weight|bias)"
+    assert sum(bool(re.fullmatch(slowed, name)) for name in rates) == 5 * 4
+    for name, rate in rates.items():
+        block = re.match(r"levels\.\d\.blocks\.\d\.", name)
+        if block:
+            expected = rates[f"{block[0]}norm1.0.weight"]
+            expected *= 0.1 if re.fullmatch(slowed, name) else 1
+            assert rate == pytest.approx(expected), name
 
 
 def test_a_multiplier_for_dcnv4_requires_a_dcnv4_model():
