@@ -42,7 +42,8 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
         "of an InternImage, as a start for fine-tuning.",
     )
     parser.add_argument("checkpoint", metavar="INTERNIMAGE_CHECKPOINT",
-                        help="path or URL of a classifier, detector or segmentor")  # fmt: skip
+                        help="path or URL of a classifier, detector or segmentor, or the name "
+                        "of released weights such as internimage_tiny.in1k")  # fmt: skip
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="*.safetensors or *.pth")
     parser.add_argument("--model", choices=_MODELS, metavar="NAME",
                         help=f"model to initialize: {', '.join(_MODELS)} "
