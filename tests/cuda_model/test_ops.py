@@ -67,10 +67,10 @@ def image_size() -> tuple[int, int]:
     return 5, 6
 
 
-def interpolates_in_halves(tensors: Tensors, p: Parameters) -> bool:
+def interpolates_in_16_bits(tensors: Tensors, p: Parameters) -> bool:
     value = tensors.value
     return (
-        value.dtype == torch.float16
+        value.dtype in (torch.float16, torch.bfloat16)
         and value.shape[-1] // p.groups % 8 == 0
         and value.data_ptr() % 16 == 0
     )
@@ -83,15 +83,19 @@ def magnitudes(tensors: Tensors, p: Parameters) -> Tensors:
     return Tensors(tensors.value.abs(), packed.flatten(-2), tensors.grad_output)
 
 
-def assert_interpolated_in_halves(output: Tensor, tensors: Tensors, p: Parameters) -> None:
-    """Check the error bound of interpolation in float16.
+def assert_interpolated_in_16_bits(output: Tensor, exact: Tensor, magnitude: Tensor) -> None:
+    """Check the error bound of interpolation in 16 bits.
 
-    Each pixel passes through five roundings to float16: its weight and the sums that include it.
-    Each adds an error of up to half an ulp or, for subnormals, half the smallest number. The errors
-    add up over the taps, and the output is rounded once more.
+    Each pixel passes through five roundings: its weight and the sums that include it. Each adds an
+    error of up to half an ulp or, for subnormals, half the smallest number. The errors add up over
+    the taps, and the output is rounded once more.
+
+    Args:
+        output: The output, in its dtype.
+        exact: The output, computed in float64.
+        magnitude: The output of inputs whose terms do not cancel.
     """
-    exact, magnitude = (run_exactly(t, p).output for t in (tensors, magnitudes(tensors, p)))
-    ulp = torch.finfo(torch.float16).eps / 2
+    ulp = torch.finfo(output.dtype).eps / 2
     error = (output.double() - exact).abs()
     assert (error <= 5.1 * ulp * magnitude + 1.1 * ulp * exact.abs() + 2e-5).all()
 
@@ -99,8 +103,9 @@ def assert_interpolated_in_halves(output: Tensor, tensors: Tensors, p: Parameter
 def assert_documented_accuracy(run: Run, tensors: Tensors, p: Parameters) -> None:
     actual, exact = run(tensors, p), run_exactly(tensors.to("cpu"), p)
     assert {t.dtype for t in actual} == {tensors.value.dtype}
-    if interpolates_in_halves(tensors, p):
-        assert_interpolated_in_halves(actual.output, tensors.to("cpu"), p)
+    if interpolates_in_16_bits(tensors, p):
+        magnitude = run_exactly(magnitudes(tensors.to("cpu"), p), p).output
+        assert_interpolated_in_16_bits(actual.output, exact.output, magnitude)
         actual, exact = actual[1:], exact[1:]
     for a, e in zip(actual, exact, strict=True):
         assert_rounded_once(a, e)
@@ -176,12 +181,33 @@ def test_unaligned_memory(name, dtype, run, device):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_values_up_to_99_8_percent_of_the_float16_maximum_do_not_overflow(sign, run):
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float16, 0.998), (torch.bfloat16, 0.984)])
+def test_values_up_to_the_documented_share_of_the_maximum_do_not_overflow(dtype, share, sign, run):
     p = Parameters(groups=1)
-    tensors = random_tensors(p, group_channels=16).to(torch.float16)
-    tensors.value.fill_(sign * 0.998 * torch.finfo(torch.float16).max)
+    tensors = random_tensors(p, group_channels=16).to(dtype)
+    tensors.value.fill_(sign * share * torch.finfo(dtype).max)
     tensors.offset_mask[..., 2 * p.taps :] = 1 / 16
     assert run(tensors, p).output.isfinite().all()
+
+
+def relative_errors(run: Run, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the errors of the operator, and of rounding its float64 output once.
+
+    Both are root mean squares, relative to that of the output, in multiples of epsilon.
+    """
+    p = Parameters(groups=4)
+    tensors = random_tensors(p, 1, (16, 16), 16).to(dtype)
+    exact = run_exactly(tensors, p).output
+    unit = torch.finfo(dtype).eps * exact.square().mean().sqrt()
+    outputs = run(tensors, p).output, exact.to(dtype)
+    errors = [((output.double() - exact).square().mean().sqrt() / unit) for output in outputs]
+    return errors[0].item(), errors[1].item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_interpolation_in_16_bits_has_twice_the_error_of_rounding_the_output(dtype, run):
+    error, rounding = relative_errors(run, dtype)
+    assert error < 2.3 * rounding < 0.5
 
 
 def test_more_images_than_the_grid_limit(run):

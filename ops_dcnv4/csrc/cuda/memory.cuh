@@ -54,6 +54,29 @@ __device__ __forceinline__ T* advance(T* pointer, int steps, int bytes) {
 #endif
 }
 
+// Two 16-bit numbers, on which an instruction computes at once.
+template <typename scalar_t>
+using PairOf = std::conditional_t<std::is_same_v<scalar_t, c10::Half>, __half2, __nv_bfloat162>;
+
+__device__ __forceinline__ __half2 twice_first(__half2 pair) { return __low2half2(pair); }
+__device__ __forceinline__ __half2 twice_second(__half2 pair) { return __high2half2(pair); }
+__device__ __forceinline__ __nv_bfloat162 twice_first(__nv_bfloat162 pair) {
+  return __low2bfloat162(pair);
+}
+__device__ __forceinline__ __nv_bfloat162 twice_second(__nv_bfloat162 pair) {
+  return __high2bfloat162(pair);
+}
+
+// Rounds two numbers at once; the first is the lower half of the result.
+template <typename scalar_t>
+__device__ __forceinline__ unsigned rounded_pair(float first, float second) {
+  if constexpr (std::is_same_v<scalar_t, c10::Half>) {
+    return ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(first, second));
+  } else {
+    return ops_dcnv4::bit_cast<unsigned>(__floats2bfloat162_rn(first, second));
+  }
+}
+
 // n elements, loaded and stored at once if they take 8 or 16 bytes.
 template <typename T, int n>
 struct Pack {
@@ -93,11 +116,10 @@ struct Pack {
         result.at[i] = ops_dcnv4::bit_cast<float>(pair << 16);
         result.at[i + 1] = ops_dcnv4::bit_cast<float>(pair & 0xffff0000u);
       }
-    } else if constexpr (std::is_same_v<T, float> && std::is_same_v<To, c10::Half> && n % 2 == 0) {
+    } else if constexpr (std::is_same_v<T, float> && sizeof(To) == 2 && n % 2 == 0) {
 #pragma unroll
-      for (int i = 0; i < n; i += 2) {  // pairs are rounded at once
-        const unsigned pair = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(at[i], at[i + 1]));
-        reinterpret_cast<unsigned*>(&result.word)[i / 2] = pair;
+      for (int i = 0; i < n; i += 2) {
+        reinterpret_cast<unsigned*>(&result.word)[i / 2] = rounded_pair<To>(at[i], at[i + 1]);
       }
     } else {
 #pragma unroll
