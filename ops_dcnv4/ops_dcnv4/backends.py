@@ -191,8 +191,8 @@ def _explain_dtype(dtype: torch.dtype, backend: str, device_type: str) -> str:
     is_16_bit = computed == torch.float32 != dtype
     if (backend, device_type) == ("compiled", "cuda") and is_16_bit:
         why += (
-            "; where the width of a group or head is a multiple of 8, the forward pass "
-            f"interpolates between pixels in {str(dtype).removeprefix('torch.')}"
+            "; where the width of a group or head is even, the forward pass may interpolate "
+            f"between pixels in {str(dtype).removeprefix('torch.')}"
         )
     return why
 
