@@ -158,6 +158,7 @@ OTHER_SIZES = [
     (Parameters(groups=7, kernel_size=(1, 1), padding=(0, 0)), 24),
     (Parameters(groups=2, stride=(2, 2), offset_scale=0.5), 40),
     (Parameters(groups=2, kernel_size=(7, 7), padding=(3, 3)), 16),
+    (Parameters(groups=3, kernel_size=(2, 3), padding=(1, 1)), 20),
     (Parameters(groups=3, kernel_size=(5, 2), padding=(2, 1), remove_center=True), 64),
     (Parameters(groups=1, dilation=(2, 1)), 130),
     (Parameters(groups=1), 512),

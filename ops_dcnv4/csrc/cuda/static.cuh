@@ -53,8 +53,8 @@ struct KernelSizes {
 // Calls body with the matching Static: constant sizes and `vec` channels per thread for the group
 // widths of the published models with one of these numbers of taps. With `any_width`, groups of
 // other widths have a constant number of taps too, and as many channels per thread as divide the
-// width and leave enough threads. Otherwise `general_vec` channels per thread, or one if the
-// tensors are not aligned to that many.
+// width and leave enough threads. Otherwise `general_vec` channels per thread, or two or one if the
+// width or the tensors are not aligned to that many.
 template <typename scalar_t, typename acc_t, int vec, int general_vec, bool any_width, int... taps,
           typename Body>
 void with_static(const KernelSizes& sizes, std::initializer_list<const Tensor*> tensors,
@@ -101,6 +101,8 @@ void with_static(const KernelSizes& sizes, std::initializer_list<const Tensor*> 
   if (done) return;
   if (are_aligned(general_vec)) {
     body(Static<scalar_t, acc_t, general_vec, 0, 0>());
+  } else if (are_aligned(2)) {
+    body(Static<scalar_t, acc_t, 2, 0, 0>());
   } else {
     body(Static<scalar_t, acc_t, 1, 0, 0>());
   }
