@@ -29,8 +29,8 @@ def ms_deform_attn(
     Args:
         value: Feature maps of shape (N, S, M, D): the S pixels of all levels, concatenated level by
             level and row by row, for M heads of D channels. Float32, float64, float16 or bfloat16.
-            16-bit values are computed and accumulated in float32, except that float16 values on
-            CUDA may be interpolated in float16.
+            16-bit values are computed and accumulated in float32, except that the forward pass on
+            CUDA may interpolate between pixels in 16 bits.
         spatial_shapes: (H, W) of each of the L levels, S pixels in total, as a list of pairs or an
             integer tensor of shape (L, 2).
         level_start_index: Index of the first pixel of each level, of shape (L,). None computes it

@@ -188,10 +188,11 @@ def _explain_dtype(dtype: torch.dtype, backend: str, device_type: str) -> str:
     computed = reference.compute_dtype(dtype)
     name = str(computed).removeprefix("torch.")
     why += f"computes in {name}" if computed == dtype else f"computes and accumulates in {name}"
-    if (backend, device_type, dtype) == ("compiled", "cuda", torch.float16):
+    is_16_bit = computed == torch.float32 != dtype
+    if (backend, device_type) == ("compiled", "cuda") and is_16_bit:
         why += (
-            "; where the width of a group or head is a multiple of 8, pixels are interpolated in "
-            "float16"
+            "; where the width of a group or head is even, the forward pass may interpolate "
+            f"between pixels in {str(dtype).removeprefix('torch.')}"
         )
     return why
 

@@ -37,7 +37,7 @@ def dcnv4(
     Args:
         value: Features of shape (N, H, W, C) with C = groups * group_channels. Float32, float64,
             float16 or bfloat16. 16-bit inputs are computed and accumulated in float32, except that
-            float16 inputs on CUDA may be interpolated in float16.
+            the forward pass on CUDA may interpolate between pixels in 16 bits.
         offset_mask: Offsets and modulation of shape (N, H_out, W_out, P), with the dtype and device
             of `value`; P >= 3 * groups * K with K = kernel_h * kernel_w - remove_center. Group g
             owns channels 3*K*g to 3*K*(g + 1): K pairs (dx, dy) in pixels, ordered column by column

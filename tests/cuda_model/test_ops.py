@@ -67,13 +67,10 @@ def image_size() -> tuple[int, int]:
     return 5, 6
 
 
-def interpolates_in_halves(tensors: Tensors, p: Parameters) -> bool:
+def interpolates_in_16_bits(tensors: Tensors, p: Parameters) -> bool:
     value = tensors.value
-    return (
-        value.dtype == torch.float16
-        and value.shape[-1] // p.groups % 8 == 0
-        and value.data_ptr() % 16 == 0
-    )
+    is_16_bit = value.dtype in (torch.float16, torch.bfloat16)
+    return is_16_bit and value.shape[-1] // p.groups % 2 == 0 and value.data_ptr() % 4 == 0
 
 
 def magnitudes(tensors: Tensors, p: Parameters) -> Tensors:
@@ -83,15 +80,19 @@ def magnitudes(tensors: Tensors, p: Parameters) -> Tensors:
     return Tensors(tensors.value.abs(), packed.flatten(-2), tensors.grad_output)
 
 
-def assert_interpolated_in_halves(output: Tensor, tensors: Tensors, p: Parameters) -> None:
-    """Check the error bound of interpolation in float16.
+def assert_interpolated_in_16_bits(output: Tensor, exact: Tensor, magnitude: Tensor) -> None:
+    """Check the error bound of interpolation in 16 bits.
 
-    Each pixel passes through five roundings to float16: its weight and the sums that include it.
-    Each adds an error of up to half an ulp or, for subnormals, half the smallest number. The errors
-    add up over the taps, and the output is rounded once more.
+    Each pixel passes through five roundings: its weight and the sums that include it. Each adds an
+    error of up to half an ulp or, for subnormals, half the smallest number. The errors add up over
+    the taps, and the output is rounded once more.
+
+    Args:
+        output: The output, in its dtype.
+        exact: The output, computed in float64.
+        magnitude: The output of inputs whose terms do not cancel.
     """
-    exact, magnitude = (run_exactly(t, p).output for t in (tensors, magnitudes(tensors, p)))
-    ulp = torch.finfo(torch.float16).eps / 2
+    ulp = torch.finfo(output.dtype).eps / 2
     error = (output.double() - exact).abs()
     assert (error <= 5.1 * ulp * magnitude + 1.1 * ulp * exact.abs() + 2e-5).all()
 
@@ -99,8 +100,9 @@ def assert_interpolated_in_halves(output: Tensor, tensors: Tensors, p: Parameter
 def assert_documented_accuracy(run: Run, tensors: Tensors, p: Parameters) -> None:
     actual, exact = run(tensors, p), run_exactly(tensors.to("cpu"), p)
     assert {t.dtype for t in actual} == {tensors.value.dtype}
-    if interpolates_in_halves(tensors, p):
-        assert_interpolated_in_halves(actual.output, tensors.to("cpu"), p)
+    if interpolates_in_16_bits(tensors, p):
+        magnitude = run_exactly(magnitudes(tensors.to("cpu"), p), p).output
+        assert_interpolated_in_16_bits(actual.output, exact.output, magnitude)
         actual, exact = actual[1:], exact[1:]
     for a, e in zip(actual, exact, strict=True):
         assert_rounded_once(a, e)
@@ -132,12 +134,31 @@ def test_windows_inside_of_the_image(dtype, group_channels, p, run):
     assert_documented_accuracy(run, tensors, p)
 
 
+# Each combination of channels per thread, threads per unit, and threads without channels.
+WIDTHS = {
+    torch.float32: (3, 6, 12, 100),
+    torch.float16: (5, 6, 12, 40),
+    torch.bfloat16: (4, 10, 24),
+}
+
+
+@pytest.mark.parametrize("p", [*INSIDE, Parameters(groups=3, offset_scale=2.0)])
+@pytest.mark.parametrize(
+    ("dtype", "group_channels"), [(dtype, width) for dtype in WIDTHS for width in WIDTHS[dtype]]
+)
+def test_other_group_widths(dtype, group_channels, p, run):
+    size = [12 * stride for stride in p.stride]
+    tensors = random_tensors(p, 1, size, group_channels, spread=0.25, steps_per_pixel=64).to(dtype)
+    assert_documented_accuracy(run, tensors, p)
+
+
 OTHER_SIZES = [
     (Parameters(groups=5), 8),
     (Parameters(groups=33), 4),
     (Parameters(groups=7, kernel_size=(1, 1), padding=(0, 0)), 24),
     (Parameters(groups=2, stride=(2, 2), offset_scale=0.5), 40),
     (Parameters(groups=2, kernel_size=(7, 7), padding=(3, 3)), 16),
+    (Parameters(groups=3, kernel_size=(2, 3), padding=(1, 1)), 20),
     (Parameters(groups=3, kernel_size=(5, 2), padding=(2, 1), remove_center=True), 64),
     (Parameters(groups=1, dilation=(2, 1)), 130),
     (Parameters(groups=1), 512),
@@ -176,12 +197,33 @@ def test_unaligned_memory(name, dtype, run, device):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_values_up_to_99_8_percent_of_the_float16_maximum_do_not_overflow(sign, run):
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float16, 0.998), (torch.bfloat16, 0.984)])
+def test_values_up_to_the_documented_share_of_the_maximum_do_not_overflow(dtype, share, sign, run):
     p = Parameters(groups=1)
-    tensors = random_tensors(p, group_channels=16).to(torch.float16)
-    tensors.value.fill_(sign * 0.998 * torch.finfo(torch.float16).max)
+    tensors = random_tensors(p, group_channels=16).to(dtype)
+    tensors.value.fill_(sign * share * torch.finfo(dtype).max)
     tensors.offset_mask[..., 2 * p.taps :] = 1 / 16
     assert run(tensors, p).output.isfinite().all()
+
+
+def relative_errors(run: Run, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the errors of the operator, and of rounding its float64 output once.
+
+    Both are root mean squares, relative to that of the output, in multiples of epsilon.
+    """
+    p = Parameters(groups=4)
+    tensors = random_tensors(p, 1, (16, 16), 16).to(dtype)
+    exact = run_exactly(tensors, p).output
+    unit = torch.finfo(dtype).eps * exact.square().mean().sqrt()
+    outputs = run(tensors, p).output, exact.to(dtype)
+    errors = [((output.double() - exact).square().mean().sqrt() / unit) for output in outputs]
+    return errors[0].item(), errors[1].item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_interpolation_in_16_bits_has_twice_the_error_of_rounding_the_output(dtype, run):
+    error, rounding = relative_errors(run, dtype)
+    assert error < 2.3 * rounding < 0.5
 
 
 def test_more_images_than_the_grid_limit(run):

@@ -14,7 +14,7 @@ from tests.cuda_model.test_ops import (  # noqa: F401
     test_other_sizes,
     test_sizes_with_specialized_kernels,
     test_unaligned_memory,
-    test_values_up_to_99_8_percent_of_the_float16_maximum_do_not_overflow,
+    test_values_up_to_the_documented_share_of_the_maximum_do_not_overflow,
     test_windows_inside_of_the_image,
 )
 from tests.ops_dcnv4.cases import (

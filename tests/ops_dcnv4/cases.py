@@ -84,7 +84,7 @@ def small_cases() -> Iterator[tuple[Parameters, Tensors]]:
         Parameters(groups=1, stride=(2, 2), remove_center=True),
         Parameters(groups=9, kernel_size=(1, 2), padding=(0, 1)),
     )
-    sizes, group_channels = ((5, 6), (1, 9), (1, 1)), (3, 16, 40)
+    sizes, group_channels = ((5, 6), (1, 9), (1, 1)), (3, 16, 20, 40)
     for p, size, channels, dtype in itertools.product(parameters, sizes, group_channels, DTYPES):
         tensors = random_tensors(p, 1, size, channels, padding_channels=0, spread=3.0)
         yield p, tensors.to(dtype)

@@ -177,12 +177,13 @@ def test_explanation_covers_dtype_conversions(dtype, explanation):
     assert text.startswith("compiled, but" if dtype == torch.int32 else "compiled\n")
 
 
-def test_explanation_covers_autocast_and_interpolation_in_float16(monkeypatch):
+def test_explanation_covers_autocast_and_interpolation_in_16_bits(monkeypatch):
     monkeypatch.setattr(backends, "_why_not_compiled", {"cpu": None, "cuda": None})
     monkeypatch.setattr(backends, "_LIBRARIES", {"cpu": "_C", "cuda": "_C"})
-    assert "pixels are interpolated in float16" in explain_backend("cuda", torch.float16)
-    assert "interpolated" not in explain_backend("cuda", torch.bfloat16)
-    assert "interpolated" not in explain_backend("cpu", torch.float16)
+    assert "interpolate between pixels in float16" in explain_backend("cuda", torch.float16)
+    assert "interpolate between pixels in bfloat16" in explain_backend("cuda", torch.bfloat16)
+    assert "interpolate" not in explain_backend("cuda", torch.float32)
+    assert "interpolate" not in explain_backend("cpu", torch.float16)
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast converts to torch.bfloat16" in explain_backend("cpu")
         assert "autocast" not in explain_backend("cpu", torch.float64)

@@ -4,7 +4,7 @@ python -m tests.sass [WORD ...] compiles the kernels for sm_90 (a few seconds ea
 small inputs on an emulator, compares the results with the float64 reference, and prints a table.
 With words, only kernels whose names contain all of them run; without, so do more parameters. The
 first column of numbers is for warps that sample no pixel outside of the image, the second for tiles
-at its border.
+at its border. A second table, which the word `widths` selects, is for other group widths.
 """
 
 import itertools
@@ -24,8 +24,10 @@ from tests.sass.device import OPERATORS, Launch, load, machine_code
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TILE = 4  # pixels
 SIZE = 3 * TILE  # of images: nine tiles, one of them inside
+CENTER = 4  # index of the tile inside
 TILES = 14  # along an axis of the image for which the mean is given
 LEVELS = ((12, 16), (6, 8), (4, 5), (3, 4))
+PUBLISHED_WIDTH, WIDTHS = 16, (5, 6, 12, 20, 24)  # channels per group
 HEADER = (
     "kernel",
     "interior",
@@ -37,7 +39,7 @@ HEADER = (
 
 @dataclass
 class Counts:
-    """Instructions per warp, at the rim and elsewhere, and sectors that reductions add to."""
+    """Instructions per warp, and sectors that reductions add to in the interior."""
 
     interior: float
     rim: float
@@ -68,21 +70,22 @@ def count_windows(launch: Launch) -> Counts:
     """Weight the tiles of a small image as those of the large one."""
     across = SIZE // TILE
     instructions: dict[int, list[float]] = {0: [], 1: [], 2: []}  # by the sides at the rim
-    sectors = 0.0
+    sectors: list[float] = []  # in the interior
     for (tile, _, _), block in launch.blocks.items():
         sides = sum(place in (0, across - 1) for place in divmod(tile, across))
         instructions[sides].append(block.instructions.total() / block.warps)
-        sectors = max(sectors, block.sectors / block.warps)
+        if sides == 0:
+            sectors.append(block.sectors / block.warps)
     interior, edge, corner = (sum(values) / len(values) for values in instructions.values())
     inner = TILES - 2
     rim = (inner * edge + corner) / (inner + 1)
     mean = (inner**2 * interior + 4 * (inner + 1) * rim) / TILES**2
-    return Counts(interior, rim, mean, sectors)
+    return Counts(interior, rim, mean, sum(sectors) / len(sectors))
 
 
-def windows(dtype: torch.dtype, group_channels: int, backward: bool) -> Counts:
-    """Run DCNv4 on one image of 128 channels."""
-    p = Parameters(groups=128 // group_channels)
+def windows(dtype: torch.dtype, groups: int, group_channels: int, backward: bool) -> Launch:
+    """Run DCNv4 on one image."""
+    p = Parameters(groups=groups)
     tensors = random_tensors(
         p, 1, (SIZE, SIZE), group_channels, padding_channels=0, spread=0.5, steps_per_pixel=64
     ).to(dtype)
@@ -99,7 +102,17 @@ def windows(dtype: torch.dtype, group_channels: int, backward: bool) -> Counts:
     names = ("grad_value", "grad_offset_mask") if backward else ("output",)
     for name, actual, reference in zip(names, results, references, strict=True):
         check(name, actual, reference, tolerance(dtype))
-    return count_windows(launches[0])
+    return launches[0]
+
+
+def instructions_per_channel(dtype: torch.dtype, group_channels: int, backward: bool) -> float:
+    """Count the instructions for a channel of a pixel in the interior, in full blocks."""
+    groups = 8 if group_channels == PUBLISHED_WIDTH else 2
+    blocks = windows(dtype, groups, group_channels, backward).blocks
+    interior = sum(
+        block.instructions.total() for (tile, _, _), block in blocks.items() if tile == CENTER
+    )
+    return interior / (TILE**2 * groups * group_channels)
 
 
 def attention(dtype: torch.dtype, group_channels: int, backward: bool) -> Counts:
@@ -135,7 +148,9 @@ def cases() -> Iterator[tuple[str, Callable[[], Counts]]]:
             for channels in (16, 32):
                 yield (
                     f"DCNv4 {way} {name} D{channels}",
-                    lambda d=dtype, c=channels, w=way: windows(d, c, w == "backward"),
+                    lambda d=dtype, c=channels, w=way: count_windows(
+                        windows(d, 128 // c, c, w == "backward")
+                    ),
                 )
     for way in ("forward", "backward"):
         for name in ("fp16", "fp32"):
@@ -143,6 +158,23 @@ def cases() -> Iterator[tuple[str, Callable[[], Counts]]]:
                 f"attention {way} {name} D32",
                 lambda d=DTYPES[name], w=way: attention(d, 32, w == "backward"),
             )
+
+
+def say_widths() -> None:
+    """Print how many instructions other group widths take, relative to a published one."""
+    columns = [(way, name) for way in ("forward", "backward") for name in ("fp16", "fp32")]
+    say("\ninstructions per channel, relative to D16\n")
+    say(f"| group width | {' | '.join(map(' '.join, columns))} |\n|{'---|' * (len(columns) + 1)}")
+    numbers = {
+        width: [
+            instructions_per_channel(DTYPES[name], width, way == "backward")
+            for way, name in columns
+        ]
+        for width in (PUBLISHED_WIDTH, *WIDTHS)
+    }
+    for width in WIDTHS:
+        pairs = zip(numbers[width], numbers[PUBLISHED_WIDTH], strict=True)
+        say(f"| D{width} | {' | '.join(f'{number / unit:.1f}' for number, unit in pairs)} |")
 
 
 def check_options() -> None:
@@ -221,6 +253,8 @@ def main(words: list[str]) -> None:
             counts = run()
             numbers = (counts.interior, counts.rim, counts.mean, counts.sectors)
             say(f"| {name} | {' | '.join(f'{number:.0f}' for number in numbers)} |")
+    if words in ([], ["widths"]):
+        say_widths()
     if not words:
         say("")
         check_options()

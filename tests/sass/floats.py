@@ -5,7 +5,7 @@ import numpy as np
 from tests.sass.instructions import instruction
 from tests.sass.integers import COMPARE, set_comparison
 from tests.sass.program import Instruction, Kind
-from tests.sass.warp import LANES, MASK, Integers, Mask, Warp, signed
+from tests.sass.warp import LANES, MASK, Mask, Warp, signed
 
 
 def wide(values: np.ndarray) -> np.ndarray:
@@ -110,45 +110,39 @@ def approximate(warp: Warp, i: Instruction, active: Mask) -> None:
     warp.set(i.operands[0], rounded(result), active)
 
 
-def upper_halves(values: np.ndarray) -> Integers:
-    """Round float32 numbers to bfloat16."""
-    bits = values.view(np.uint32).astype(np.int64)
-    rounding = (0x7FFF + (bits >> 16 & 1)) * np.isfinite(values)
-    return bits + rounding >> 16 & 0xFFFF
+def is_bfloat16(i: Instruction) -> bool:
+    return any(modifier.startswith("BF16") for modifier in i.modifiers)
 
 
 @instruction("F2FP")
 def pack(warp: Warp, i: Instruction, active: Mask) -> None:
     destination, high, low = i.operands[:3]
-    if "BF16" in i.modifiers:
-        packed = upper_halves(warp.float(low)) | upper_halves(warp.float(high)) << 16
-        warp.set(destination, packed, active)
-    else:
-        warp.set_halves(destination, np.stack([warp.float(low), warp.float(high)]), active)
+    pair = np.stack([warp.float(low), warp.float(high)])
+    warp.set_pair(destination, pair, active, is_bfloat16(i))
 
 
 @instruction("HADD2")
-def add_halves(warp: Warp, i: Instruction, active: Mask) -> None:
-    destination, a, b = i.operands
+def add_pairs(warp: Warp, i: Instruction, active: Mask) -> None:
+    destination, *terms = i.operands
+    a, b = (warp.pair(term, is_bfloat16(i)) for term in terms)
     with np.errstate(invalid="ignore"):
-        total = warp.halves(a) + warp.halves(b)
+        total = a + b
     if "F32" in i.modifiers:
         warp.set(destination, rounded(total[0]), active)
     else:
-        warp.set_halves(destination, total, active)
+        warp.set_pair(destination, total, active, is_bfloat16(i))
 
 
 @instruction("HMUL2")
-def multiply_halves(warp: Warp, i: Instruction, active: Mask) -> None:
-    destination, a, b = i.operands
+def multiply_pairs(warp: Warp, i: Instruction, active: Mask) -> None:
+    destination, *factors = i.operands
+    a, b = (warp.pair(factor, is_bfloat16(i)) for factor in factors)
     with np.errstate(invalid="ignore"):
-        warp.set_halves(destination, warp.halves(a) * warp.halves(b), active)
+        warp.set_pair(destination, a * b, active, is_bfloat16(i))
 
 
 @instruction("HFMA2")
-def multiply_add_halves(warp: Warp, i: Instruction, active: Mask) -> None:
-    if any(m.startswith("BF16") for m in i.modifiers):
-        raise NotImplementedError(i.text)
+def multiply_add_pairs(warp: Warp, i: Instruction, active: Mask) -> None:
     destination, *rest = i.operands
     factors = []
     while rest:  # a register, or two literals, the upper first
@@ -157,7 +151,7 @@ def multiply_add_halves(warp: Warp, i: Instruction, active: Mask) -> None:
             pair = float(rest.pop(0).value), float(operand.value)
             factors.append(np.repeat(np.array(pair)[:, None], LANES, 1))
         else:
-            factors.append(warp.halves(operand))
+            factors.append(warp.pair(operand, is_bfloat16(i)))
     a, b, c = factors
     with np.errstate(invalid="ignore"):
-        warp.set_halves(destination, a * b + c, active)
+        warp.set_pair(destination, a * b + c, active, is_bfloat16(i))

@@ -1,4 +1,5 @@
 // Kernels for test_emulator.py. The tests compute the same with NumPy.
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
@@ -31,6 +32,13 @@ __global__ void halves(const __half2* x, const __half2* y, __half2* out, float2*
   out[2 * i] = __hfma2(x[i], __high2half2(y[i]), product);
   out[2 * i + 1] = __hadd2(x[i], y[i]);
   wide[i] = __half22float2(product);
+}
+
+__global__ void bfloats(const __nv_bfloat162* x, const __nv_bfloat162* y, __nv_bfloat162* out) {
+  const int i = threadIdx.x;
+  const __nv_bfloat162 product = __hmul2(x[i], __low2bfloat162(y[i]));
+  out[2 * i] = __hfma2(x[i], __high2bfloat162(y[i]), product);
+  out[2 * i + 1] = __hadd2(x[i], y[i]);
 }
 
 __global__ void lanes(const int* x, int* out) {

@@ -6,11 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from tests.sass import compiler
 from tests.sass.launch import BlockCounts, Index, launch
 from tests.sass.memory import AccessError, Memory, Region
 from tests.sass.program import Instruction, Kind, Operand, parse_listing
+from tests.sass.warp import from_bfloat16, to_bfloat16
 
 needs_nvcc = pytest.mark.skipif(not compiler.AVAILABLE, reason="needs nvcc and cuobjdump")
 FIRST_ADDRESS = 0x7F0000000000  # beyond 32 bits
@@ -87,6 +89,26 @@ def test_halves():
     assert (out[:, 0] == fused.astype(np.float16)).all()
     assert (out[:, 1] == x + y).all()
     assert (wide == product).all()
+
+
+@needs_nvcc
+def test_bfloats():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 32, 2, generator=generator).bfloat16()
+    out = torch.zeros(32, 2, 2, dtype=torch.bfloat16)
+    run("bfloats", *(tensor.view(torch.int16).numpy() for tensor in (x, y, out)))
+    product = x * y[:, :1]
+    fused = x.double() * y[:, 1:] + product.double()
+    assert out[:, 0].equal(fused.bfloat16())
+    assert out[:, 1].equal(x + y)
+
+
+def test_rounding_to_bfloat16_rounds_once():
+    nearly_half = 1 + 2.0**-8 + 2.0**-40  # a float32 would be halfway to the next bfloat16
+    values = np.array([nearly_half, -nearly_half, 1 + 2.0**-8, 1e39, 1e-40, np.inf, np.nan])
+    rounded = from_bfloat16(to_bfloat16(values))
+    expected = [1 + 2.0**-7, -1 - 2.0**-7, 1, np.inf, 2.0**-133, np.inf, np.nan]
+    assert np.array_equal(rounded, np.array(expected, np.float32), equal_nan=True)
 
 
 @needs_nvcc

@@ -82,7 +82,7 @@ def width_of_reduction(i: Instruction) -> int:
     """Return how many float32 numbers a lane adds."""
     if "ADD" not in i.modifiers or not any(m.startswith("F32") for m in i.modifiers):
         raise NotImplementedError(i.text)
-    return 4 if "F32x4" in i.modifiers else 1
+    return next((n for n in (4, 2) if f"F32x{n}" in i.modifiers), 1)
 
 
 @instruction("REDG", "RED")

@@ -24,6 +24,21 @@ def signed(values: Integers) -> Integers:
     return (values ^ 0x80000000) - 0x80000000
 
 
+def from_bfloat16(bits: npt.NDArray[np.uint16]) -> Floats:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bfloat16(values: npt.NDArray) -> npt.NDArray[np.uint16]:
+    """Round numbers to the nearest bfloat16 and return its bits."""
+    with np.errstate(over="ignore"):
+        near = values.astype(np.float32)
+    # To odd, if not exact: rounding once more then is as good as rounding once.
+    odd = np.where(np.abs(near) > np.abs(values), np.nextafter(near, np.float32(0)), near)
+    bits = odd.astype(np.float32).view(np.uint32) | (odd != values)
+    rounding = (0x7FFF + (bits >> 16 & 1)) * np.isfinite(values)
+    return (bits + rounding.astype(np.uint32) >> 16).astype(np.uint16)
+
+
 class Warp:
     """The state of 32 lanes. Registers 255 and 63 are zero, predicate 7 is true."""
 
@@ -115,13 +130,14 @@ class Warp:
         values = np.abs(values) if operand.absolute else values
         return -values if operand.negative else values
 
-    def halves(self, operand: Operand) -> npt.NDArray[np.float64]:
-        """Return a pair of halves, (2, 32), the lower first."""
+    def pair(self, operand: Operand, bfloat16: bool) -> npt.NDArray[np.float64]:
+        """Return a pair of float16 or bfloat16 numbers, (2, 32), the lower first."""
         if operand.kind is Kind.NUMBER or operand.kind is Kind.INTEGER:
             values = np.full((2, LANES), float(operand.value))
         else:
-            packed = self.bits(operand).astype(np.uint32).view(np.float16)
-            values = packed.reshape(LANES, 2).T.astype(np.float64)
+            packed = self.bits(operand).astype(np.uint32).view(np.uint16).reshape(LANES, 2).T
+            values = from_bfloat16(packed) if bfloat16 else packed.view(np.float16)
+            values = values.astype(np.float64)
             if "H0_H0" in operand.suffixes:
                 values = values[[0, 0]]
             elif "H1_H1" in operand.suffixes:
@@ -172,10 +188,12 @@ class Warp:
         self.set(operand, values & MASK, active)
         self.set(operand, values >> 32 & MASK, active, 1)
 
-    def set_halves(self, operand: Operand, values: npt.NDArray, active: Mask) -> None:
+    def set_pair(self, operand: Operand, values: npt.NDArray, active: Mask, bfloat16: bool) -> None:
+        """Round a pair of numbers, (2, 32), and write it to a register."""
         with np.errstate(over="ignore", invalid="ignore"):
-            packed = np.ascontiguousarray(values.astype(np.float16).T)
-        self.set(operand, packed.view(np.uint32)[:, 0], active)
+            bits = to_bfloat16(values) if bfloat16 else values.astype(np.float16).view(np.uint16)
+        lower, upper = bits.astype(np.int64)
+        self.set(operand, lower | upper << 16, active)
 
     def set_predicate(self, operand: Operand, values: Mask, active: Mask) -> None:
         if operand.index == 7:

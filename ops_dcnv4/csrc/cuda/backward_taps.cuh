@@ -1,6 +1,7 @@
 // The taps of a unit in backward kernels whose lanes exchange them through shared memory.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "bilinear.h"
@@ -26,14 +27,17 @@ struct alignas(16) CellPixels {
 // products of grad_output with the corners.
 template <typename S>
 class BackwardTaps {
-  static constexpr int lanes = S::group_channels / S::vec;
-  static_assert(lanes >= 2, "the plan of a tap takes two slots");
+  static_assert(S::lanes == 0 || S::lanes >= 2, "the plan of a tap takes two slots");
 
  public:
   static constexpr int bytes = S::taps * block_threads * sizeof(uint4);
 
-  __device__ __forceinline__ BackwardTaps()
-      : unit_(static_cast<uint4*>(shared_memory()) + threadIdx.x / lanes * lanes),
+  // `lanes` threads share a unit, of which the first `with_channels` have dot products: all if
+  // their number is a constant.
+  __device__ __forceinline__ BackwardTaps(int lanes, int with_channels)
+      : lanes_(lanes),
+        with_channels_(with_channels),
+        unit_(static_cast<uint4*>(shared_memory()) + threadIdx.x / lanes * lanes),
         own_(unit_ + threadIdx.x % lanes) {}
 
   // `Place` is the place of the corners, a struct.
@@ -69,13 +73,14 @@ class BackwardTaps {
   }
   // Returns the sums over the lanes.
   __device__ __forceinline__ Corners<float> dots(int k) const {
-    const int lane = threadIdx.x % lanes;
+    const int lanes = S::lanes ? S::lanes : lanes_, lane = threadIdx.x % lanes;
     Corners<float> sums = {};
 #pragma unroll
     for (int step = 0; step < lanes; ++step) {
       // The lanes of a unit begin with different slots, which lie in different memory banks.
-      const auto share =
-          ops_dcnv4::bit_cast<Corners<float>>(unit_[k * block_threads + (lane ^ step)]);
+      const int slot = lane ^ step;
+      if (S::lanes == 0 && slot >= with_channels_) continue;
+      const auto share = ops_dcnv4::bit_cast<Corners<float>>(unit_[k * block_threads + slot]);
 #pragma unroll
       for (int corner = 0; corner < 4; ++corner) sums.at[corner] += share.at[corner];
     }
@@ -83,29 +88,36 @@ class BackwardTaps {
   }
 
  private:
+  int lanes_, with_channels_;
   uint4 *unit_, *own_;
 };
 
 // The gradient of a unit's output.
 template <typename S>
 struct UnitGradient {
-  // A reduction adds four numbers. Those of the lanes of a unit are adjacent, so that they fill
-  // whole sectors of memory.
-  static constexpr int at_once = 4, reductions = S::vec / at_once;
-  static constexpr int lanes = S::group_channels / S::vec;
+  // A reduction adds up to four numbers. Those of the lanes of a unit are adjacent, so that they
+  // fill whole sectors of memory.
+  static constexpr int at_once = std::min(S::vec, 4), reductions = S::vec / at_once;
 
+  int apart;                               // channels from a reduction to the next
+  bool exists;                             // whether the lane has channels
   Pack<float, S::vec> read;                // for the channels that the lane reads
   Pack<float, at_once> added[reductions];  // for the channels that it adds to
 
-  // Returns the first channel of the group that the lane adds to.
-  static __device__ __forceinline__ int first_added(int lane) { return lane * at_once; }
+  // Returns the first channel of the group that a lane adds to, which reads from `first_read` on.
+  static __device__ __forceinline__ int first_added(int first_read) {
+    return first_read / reductions;
+  }
 
   template <typename scalar_t>
-  __device__ __forceinline__ UnitGradient(const scalar_t* grads, int lane)
-      : read(Pack<scalar_t, S::vec>::load(grads + lane * S::vec).template to<float>()) {
+  __device__ __forceinline__ UnitGradient(const scalar_t* grads, int group_channels, int first_read,
+                                          bool exists = true)
+      : apart(group_channels / reductions),
+        exists(exists),
+        read(Pack<scalar_t, S::vec>::load(grads + first_read).template to<float>()) {
 #pragma unroll
     for (int j = 0; j < reductions; ++j) {
-      added[j] = Pack<scalar_t, at_once>::load(grads + first_added(lane) + j * lanes * at_once)
+      added[j] = Pack<scalar_t, at_once>::load(grads + first_added(first_read) + j * apart)
                      .template to<float>();
 #pragma unroll
       for (float& number : added[j].at) number = computed(number);  // not in every branch
@@ -119,7 +131,7 @@ struct UnitGradient {
       Pack<float, at_once> share;
 #pragma unroll
       for (int i = 0; i < at_once; ++i) share.at[i] = weight * added[j].at[i];
-      atomic_add(to + j * lanes * at_once, share);
+      if (exists) atomic_add(to + j * apart, share);
     }
   }
 };
@@ -127,7 +139,7 @@ struct UnitGradient {
 // Returns the lanes of a warp with an index within their unit, as bits.
 template <typename S>
 constexpr unsigned lanes_with_index(int lane) {
-  return ~0u / ((1u << S::group_channels / S::vec) - 1) << lane;
+  return ~0u / ((1u << S::lanes) - 1) << lane;
 }
 
 // Computes the dot products of all taps and, with `scatter`, adds to grad_value. A corner of a tap

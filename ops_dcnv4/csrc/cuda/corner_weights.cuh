@@ -42,65 +42,86 @@ struct CornerWeights {
   }
 };
 
-// Weights for halves, which are interpolated two at a time in 16 bits (the precision of the
+// Whether this architecture computes on pairs of 16-bit numbers.
+template <typename scalar_t>
+constexpr bool computes_pairs =
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    std::is_same_v<scalar_t, c10::Half>;
+#else
+    true;
+#endif
+
+// Weights for 16-bit pixels, which are interpolated two at a time in 16 bits (the precision of the
 // pixels), then modulated and accumulated over the taps in 32 bits. Up to rounding, samples are
-// within the range of their pixels: pixels within 0.2 % of the largest half may overflow.
-struct HalfCornerWeights {
-  unsigned upper, lower;  // pairs of halves: left, right
+// within the range of their pixels: pixels within 0.2 % of the largest half, or 1.6 % of the
+// largest bfloat16, may overflow.
+template <typename scalar_t>
+struct PairedCornerWeights {
+  unsigned upper, lower;  // pairs of numbers: left, right
   float modulation;
 
-  HalfCornerWeights() = default;
+  PairedCornerWeights() = default;
   // Of a cell inside the level.
-  __device__ __forceinline__ HalfCornerWeights(float dx, float dy, float modulation)
+  __device__ __forceinline__ PairedCornerWeights(float dx, float dy, float modulation)
       : modulation(modulation) {
     const float top = 1 - dy, bottom = dy;
-    upper = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(std::fma(-dx, top, top), dx * top));
-    lower = ops_dcnv4::bit_cast<unsigned>(
-        __floats2half2_rn(std::fma(-dx, bottom, bottom), dx * bottom));
+    upper = rounded_pair<scalar_t>(std::fma(-dx, top, top), dx * top);
+    lower = rounded_pair<scalar_t>(std::fma(-dx, bottom, bottom), dx * bottom);
   }
   // From the weights of the columns and rows.
-  __device__ __forceinline__ HalfCornerWeights(float left, float right, float top, float bottom,
-                                               float modulation)
+  __device__ __forceinline__ PairedCornerWeights(float left, float right, float top, float bottom,
+                                                 float modulation)
       : modulation(modulation) {
     const auto weights = corner_weights(left, right, top, bottom);
-    upper = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(weights.at[0], weights.at[1]));
-    lower = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(weights.at[2], weights.at[3]));
+    upper = rounded_pair<scalar_t>(weights.at[0], weights.at[1]);
+    lower = rounded_pair<scalar_t>(weights.at[2], weights.at[3]);
   }
   template <typename Math>
-  __device__ __forceinline__ HalfCornerWeights(const Cell<Math>& cell, float modulation)
-      : HalfCornerWeights(cell.x.first_weight(), cell.x.second_weight(), cell.y.first_weight(),
-                          cell.y.second_weight(), modulation) {}
+  __device__ __forceinline__ PairedCornerWeights(const Cell<Math>& cell, float modulation)
+      : PairedCornerWeights(cell.x.first_weight(), cell.x.second_weight(), cell.y.first_weight(),
+                            cell.y.second_weight(), modulation) {}
 
   template <int n>
-  __device__ __forceinline__ void add_sample(const Pack<c10::Half, n> (&pixels)[4], bool reaches,
+  __device__ __forceinline__ void add_sample(const Pack<scalar_t, n> (&pixels)[4], bool reaches,
                                              Pack<float, n>& sum) const {
-    const __half2 top = ops_dcnv4::bit_cast<__half2>(upper);
-    const __half2 bottom = ops_dcnv4::bit_cast<__half2>(lower);
-    const __half2 weights[4] = {__low2half2(top), __high2half2(top), __low2half2(bottom),
-                                __high2half2(bottom)};
+    if constexpr (computes_pairs<scalar_t>) {
+      using Pair = PairOf<scalar_t>;
+      const Pair top = ops_dcnv4::bit_cast<Pair>(upper), bottom = ops_dcnv4::bit_cast<Pair>(lower);
+      const Pair weights[4] = {twice_first(top), twice_second(top), twice_first(bottom),
+                               twice_second(bottom)};
 #pragma unroll
-    for (int i = 0; i < n; i += 2) {
-      const auto pair = [&](int corner) {
-        return *reinterpret_cast<const __half2*>(&pixels[corner].at[i]);
-      };
-      __half2 sample = __hmul2(weights[0], pair(0));
+      for (int i = 0; i < n; i += 2) {
+        const auto pair = [&](int corner) {
+          return *reinterpret_cast<const Pair*>(&pixels[corner].at[i]);
+        };
+        Pair sample = __hmul2(weights[0], pair(0));
 #pragma unroll
-      for (int corner = 1; corner < 4; ++corner) {
-        sample = __hfma2(weights[corner], pair(corner), sample);
+        for (int corner = 1; corner < 4; ++corner) {
+          sample = __hfma2(weights[corner], pair(corner), sample);
+        }
+        // Arbitrary pixels were loaded for a tap that reaches none. A branch around the loads would
+        // keep the pixels of several taps from being loaded at once.
+        if (!reaches) continue;
+        const auto wide = ops_dcnv4::bit_cast<Pack<scalar_t, 2>>(sample).template to<float>();
+        sum.at[i] += modulation * wide.at[0];
+        sum.at[i + 1] += modulation * wide.at[1];
       }
-      // Arbitrary pixels were loaded for a tap that reaches none. A branch around the loads would
-      // keep the pixels of several taps from being loaded at once.
-      if (!reaches) continue;
-      const float2 wide = __half22float2(sample);
-      sum.at[i] += modulation * wide.x;
-      sum.at[i + 1] += modulation * wide.y;
+    } else {
+      const auto wide =
+          ops_dcnv4::bit_cast<Pack<scalar_t, 4>>(uint2{upper, lower}).template to<float>();
+      CornerWeights<float> weights;
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        weights.corners.at[corner] = modulation * wide.at[corner];
+      }
+      weights.add_sample(pixels, reaches, sum);
     }
   }
 };
 
 template <typename S>
 using CornerWeightsOf =
-    std::conditional_t<std::is_same_v<typename S::scalar_t, c10::Half> && S::vec % 2 == 0,
-                       HalfCornerWeights, CornerWeights<typename S::acc_t>>;
+    std::conditional_t<sizeof(typename S::scalar_t) == 2 && S::vec % 2 == 0,
+                       PairedCornerWeights<typename S::scalar_t>, CornerWeights<typename S::acc_t>>;
 
 }  // namespace ops_dcnv4

@@ -101,7 +101,7 @@ void with_sampler(const Geometry& g, std::initializer_list<const Tensor*> tensor
       std::max(int64_t(g.height) * g.width * g.channels(),
                int64_t(g.out_height) * g.out_width * std::max(g.channels(), g.offset_channels))};
   constexpr int vec = 16 / sizeof(scalar_t);
-  with_static<scalar_t, acc_t, vec, vec, 8, 9>(sizes, tensors, [&](auto compiled) {
+  with_static<scalar_t, acc_t, vec, vec, true, 8, 9>(sizes, tensors, [&](auto compiled) {
     body(Dcnv4Sampler<decltype(compiled)>{g, static_cast<acc_t>(g.offset_scale)});
   });
 }

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(block_threads)
   using acc_t = typename S::acc_t;
   using index_t = typename S::index_t;
   using Pixels = Pack<scalar_t, S::vec>;
-  const int lanes = layout.lanes, taps = sampler.taps();
+  const int lanes = layout.lanes(), taps = sampler.taps();
   const int group_channels = sampler.group_channels();
   const index_t channels = sampler.channels();
 

@@ -1,6 +1,7 @@
 // Launching of kernels, and conversions between types of the same size.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstddef>

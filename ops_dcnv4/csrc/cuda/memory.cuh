@@ -54,11 +54,36 @@ __device__ __forceinline__ T* advance(T* pointer, int steps, int bytes) {
 #endif
 }
 
-// n elements, loaded and stored at once if they take 8 or 16 bytes.
+// Two 16-bit numbers, on which an instruction computes at once.
+template <typename scalar_t>
+using PairOf = std::conditional_t<std::is_same_v<scalar_t, c10::Half>, __half2, __nv_bfloat162>;
+
+__device__ __forceinline__ __half2 twice_first(__half2 pair) { return __low2half2(pair); }
+__device__ __forceinline__ __half2 twice_second(__half2 pair) { return __high2half2(pair); }
+__device__ __forceinline__ __nv_bfloat162 twice_first(__nv_bfloat162 pair) {
+  return __low2bfloat162(pair);
+}
+__device__ __forceinline__ __nv_bfloat162 twice_second(__nv_bfloat162 pair) {
+  return __high2bfloat162(pair);
+}
+
+// Rounds two numbers at once; the first is the lower half of the result.
+template <typename scalar_t>
+__device__ __forceinline__ unsigned rounded_pair(float first, float second) {
+  if constexpr (std::is_same_v<scalar_t, c10::Half>) {
+    return ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(first, second));
+  } else {
+    return ops_dcnv4::bit_cast<unsigned>(__floats2bfloat162_rn(first, second));
+  }
+}
+
+// n elements, loaded and stored at once if they take 4, 8 or 16 bytes.
 template <typename T, int n>
 struct Pack {
-  using Word = std::conditional_t<sizeof(T) * n == 16, uint4,
-                                  std::conditional_t<sizeof(T) * n == 8, uint2, T>>;
+  static constexpr int bytes = sizeof(T) * n;
+  using Word = std::conditional_t<
+      bytes == 16, uint4,
+      std::conditional_t<bytes == 8, uint2, std::conditional_t<bytes == 4, unsigned, T>>>;
   union {
     T at[n];
     Word word;
@@ -93,11 +118,10 @@ struct Pack {
         result.at[i] = ops_dcnv4::bit_cast<float>(pair << 16);
         result.at[i + 1] = ops_dcnv4::bit_cast<float>(pair & 0xffff0000u);
       }
-    } else if constexpr (std::is_same_v<T, float> && std::is_same_v<To, c10::Half> && n % 2 == 0) {
+    } else if constexpr (std::is_same_v<T, float> && sizeof(To) == 2 && n % 2 == 0) {
 #pragma unroll
-      for (int i = 0; i < n; i += 2) {  // pairs are rounded at once
-        const unsigned pair = ops_dcnv4::bit_cast<unsigned>(__floats2half2_rn(at[i], at[i + 1]));
-        reinterpret_cast<unsigned*>(&result.word)[i / 2] = pair;
+      for (int i = 0; i < n; i += 2) {
+        reinterpret_cast<unsigned*>(&result.word)[i / 2] = rounded_pair<To>(at[i], at[i + 1]);
       }
     } else {
 #pragma unroll
@@ -107,23 +131,31 @@ struct Pack {
   }
 };
 
-// The reduction of four numbers needs PTX 8.1, which CUDA 12.1 introduced.
+template <typename T>
+__device__ __forceinline__ void atomic_add(T* to, T a, T b) {
+  atomicAdd(to, a);
+  atomicAdd(to + 1, b);
+}
+template <typename T>
+__device__ __forceinline__ void atomic_add(T* to, T a, T b, T c, T d) {
+  atomic_add(to, a, b);
+  atomic_add(to + 2, c, d);
+}
+
+// Reductions of several numbers at once need PTX 8.1, which CUDA 12.1 introduced.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && \
     __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
-// Adds four numbers with one reduction.
+__device__ __forceinline__ void atomic_add(float* to, float a, float b) {
+  asm volatile(
+      "red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
+      "f"(a), "f"(b)
+      : "memory");
+}
 __device__ __forceinline__ void atomic_add(float* to, float a, float b, float c, float d) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
                    __cvta_generic_to_global(to)),
                "f"(a), "f"(b), "f"(c), "f"(d)
                : "memory");
-}
-#else
-template <typename T>
-__device__ __forceinline__ void atomic_add(T* to, T a, T b, T c, T d) {
-  atomicAdd(to, a);
-  atomicAdd(to + 1, b);
-  atomicAdd(to + 2, c);
-  atomicAdd(to + 3, d);
 }
 #endif
 
@@ -135,6 +167,9 @@ __device__ __forceinline__ void atomic_add(T* to, const Pack<T, n>& v) {
     for (int i = 0; i < n; i += 4) {
       atomic_add(to + i, v.at[i], v.at[i + 1], v.at[i + 2], v.at[i + 3]);
     }
+  } else if constexpr (n % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < n; i += 2) atomic_add(to + i, v.at[i], v.at[i + 1]);
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) atomicAdd(to + i, v.at[i]);

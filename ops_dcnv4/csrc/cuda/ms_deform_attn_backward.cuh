@@ -22,9 +22,9 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
                        const point_t* __restrict__ locations, const point_t* __restrict__ weights,
                        float* __restrict__ grad_value, float* __restrict__ grad_locations,
                        float* __restrict__ grad_weights) {
-  constexpr int lanes = S::group_channels / S::vec, own = S::taps / lanes;
+  constexpr int lanes = S::lanes, own = S::taps / lanes;
   static_assert(S::taps % lanes == 0, "lanes plan equal numbers of taps");
-  const BackwardTaps<S> shared;
+  const BackwardTaps<S> shared(lanes, lanes);
   auto* levels = reinterpret_cast<Level<int, int>*>(static_cast<char*>(shared_memory()) +
                                                     BackwardTaps<S>::bytes);
   sampler.stage_levels(levels);
@@ -51,11 +51,12 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
     }
     __syncwarp();
     const UnitGradient<S> grad(
-        at_unit(grad_output, layout.output, unit, channels, S::group_channels), unit.lane);
+        at_unit(grad_output, layout.output, unit, channels, S::group_channels), S::group_channels,
+        unit.lane * S::vec);
     const int64_t first_value = unit.image * sampler.pixels() * channels +
                                 (unit.exists ? unit.group * S::group_channels : 0);
     const scalar_t* image = computed(value + first_value + unit.lane * S::vec);
-    float* grad_image = computed(grad_value + first_value + grad.first_added(unit.lane));
+    float* grad_image = computed(grad_value + first_value + grad.first_added(unit.lane * S::vec));
     const int pixel_bytes = channels * static_cast<int>(sizeof(scalar_t));
     const int grad_bytes = channels * static_cast<int>(sizeof(float));
     process_taps<CellPixels, scatter>(

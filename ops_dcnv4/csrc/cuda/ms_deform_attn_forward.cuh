@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(block_threads)
                       scalar_t* __restrict__ output) {
   using Weights = CornerWeightsOf<S>;
   using UnitPlans = Plans<Weights, S::taps>;
-  constexpr int lanes = S::group_channels / S::vec, units = block_threads / lanes;
+  constexpr int lanes = S::lanes, units = block_threads / lanes;
   static_assert(S::taps % lanes == 0, "lanes plan equal numbers of taps");
   const UnitPlans plans(threadIdx.x / lanes, units);
   auto* levels = reinterpret_cast<Level<int, int>*>(static_cast<char*>(shared_memory()) +
@@ -70,7 +70,7 @@ template <typename Sampler, typename scalar_t, typename point_t>
 void launch_attention_forward(const Sampler& sampler, const scalar_t* value,
                               const point_t* locations, const point_t* weights, scalar_t* output) {
   using S = typename Sampler::Compiled;
-  constexpr int units = block_threads / (S::group_channels / S::vec);
+  constexpr int units = block_threads / S::lanes;
   constexpr std::size_t bytes = Plans<CornerWeightsOf<S>, S::taps>::bytes(units);
   const Layout layout = layout_of(sampler);
   launch(attention_forward<Sampler>,

@@ -180,7 +180,7 @@ void with_sampler(const Attention& a, const LevelTensors& levels,
   const int64_t of_value = a.pixels * a.channels() * static_cast<int64_t>(sizeof(acc_t));
   const KernelSizes sizes{a.head_channels, a.taps(), std::max(of_value, a.queries * of_query)};
   constexpr int vec = 16 / sizeof(scalar_t), general_vec = bytes / sizeof(scalar_t);
-  with_static<scalar_t, acc_t, vec, general_vec, 16>(sizes, tensors, [&](auto compiled) {
+  with_static<scalar_t, acc_t, vec, general_vec, false, 16>(sizes, tensors, [&](auto compiled) {
     body(MsDeformAttnSampler<decltype(compiled), point_t>(a, levels));
   });
 }

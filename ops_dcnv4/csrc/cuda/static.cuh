@@ -19,6 +19,7 @@ struct Static {
   static constexpr int vec = vec_;  // channels per thread
   static constexpr int group_channels = group_channels_;
   static constexpr int taps = taps_;
+  static constexpr int lanes = group_channels / vec;  // threads per unit
   // Type of offsets within an image. The host chooses the general kernels if 32 bits do not
   // suffice.
   using index_t = std::conditional_t<taps != 0, int, int64_t>;
@@ -39,6 +40,9 @@ Layout layout_of(const Sampler& sampler) {
   return Layout(sampler.output(), lanes, Sampler::tile_width);
 }
 
+// The fewest threads per unit in kernels that are compiled for the taps but for any group width.
+constexpr int least_lanes = 4;
+
 // Sizes of a call that determine its kernels.
 struct KernelSizes {
   int64_t group_channels;
@@ -47,9 +51,12 @@ struct KernelSizes {
 };
 
 // Calls body with the matching Static: constant sizes and `vec` channels per thread for the group
-// widths of the published models with one of these numbers of taps; otherwise `general_vec`. One
-// channel per thread if the tensors are not aligned to that many.
-template <typename scalar_t, typename acc_t, int vec, int general_vec, int... taps, typename Body>
+// widths of the published models with one of these numbers of taps. With `any_width`, groups of
+// other widths have a constant number of taps too, and as many channels per thread as divide the
+// width and leave enough threads. Otherwise `general_vec` channels per thread, or two or one if the
+// width or the tensors are not aligned to that many.
+template <typename scalar_t, typename acc_t, int vec, int general_vec, bool any_width, int... taps,
+          typename Body>
 void with_static(const KernelSizes& sizes, std::initializer_list<const Tensor*> tensors,
                  const Body& body) {
   const auto are_aligned = [&](int channels) {
@@ -68,15 +75,34 @@ void with_static(const KernelSizes& sizes, std::initializer_list<const Tensor*> 
       body(Static<scalar_t, acc_t, vec, c, t>());
       done = true;
     };
-    if (sizes.distance <= std::numeric_limits<int>::max() && are_aligned(vec)) {
+    const bool are_small = sizes.distance <= std::numeric_limits<int>::max();
+    if (are_small && are_aligned(vec)) {
       (with(std::integral_constant<int, 16>(), std::integral_constant<int, taps>()), ...);
       (with(std::integral_constant<int, 32>(), std::integral_constant<int, taps>()), ...);
       (with(std::integral_constant<int, 64>(), std::integral_constant<int, taps>()), ...);
+    }
+    if constexpr (any_width) {
+      const auto with_vector = [&](auto channels, auto count) {
+        constexpr int v = decltype(channels)::value, t = decltype(count)::value;
+        const int64_t width = sizes.group_channels;
+        const bool fills_lanes = lanes_for(width, v) >= least_lanes && width <= warp_size * v;
+        if (done || sizes.taps != t || !fills_lanes || !are_aligned(v)) return;
+        body(Static<scalar_t, acc_t, v, 0, t>());
+        done = true;
+      };
+      if (are_small) {
+        (with_vector(std::integral_constant<int, vec>(), std::integral_constant<int, taps>()), ...);
+        (with_vector(std::integral_constant<int, 4>(), std::integral_constant<int, taps>()), ...);
+        (with_vector(std::integral_constant<int, 2>(), std::integral_constant<int, taps>()), ...);
+        (with_vector(std::integral_constant<int, 1>(), std::integral_constant<int, taps>()), ...);
+      }
     }
   }
   if (done) return;
   if (are_aligned(general_vec)) {
     body(Static<scalar_t, acc_t, general_vec, 0, 0>());
+  } else if (are_aligned(2)) {
+    body(Static<scalar_t, acc_t, 2, 0, 0>());
   } else {
     body(Static<scalar_t, acc_t, 1, 0, 0>());
   }

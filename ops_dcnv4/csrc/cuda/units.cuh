@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cuda/launch.h"
+#include "inline.h"
 
 namespace ops_dcnv4 {
 
@@ -48,19 +49,23 @@ constexpr int tile_pixels(int lanes) { return block_threads / (lanes < 8 ? 8 : l
 
 struct Layout {
   Extents output;
-  int lanes;  // threads per unit, a power of two up to 32
+  int lane_bits;
   Divisor groups, tiles_x;
   int tiles;
 
   // Distributes the groups evenly over as few blocks as can hold them.
   Layout(const Extents& output, int lanes, int tile_width)
       : output(output),
-        lanes(lanes),
+        lane_bits(0),
         groups(divide_up(output.groups, divide_up(output.groups, std::max(8 / lanes, 1)))),
         tiles_x(divide_up(output.width, tile_width ? tile_width : tile_pixels(lanes))) {
     const int tile_height = tile_width ? tile_pixels(lanes) / tile_width : 1;
     tiles = tiles_x.by * divide_up(output.height, tile_height);
+    while (1 << lane_bits < lanes) ++lane_bits;
   }
+
+  // Returns the threads per unit, a power of two up to 32.
+  OPS_DCNV4_INLINE int lanes() const { return 1 << lane_bits; }
 
   dim3 grid() const {
     const int64_t limit = 65535;  // of y and z; the kernels loop over the rest

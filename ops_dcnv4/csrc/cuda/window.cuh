@@ -1,5 +1,7 @@
 // The taps of windows of 3 x 3 pixels, shared by the forward and backward kernels that are
-// specialized for them and for the group widths of the published models.
+// specialized for them. The group widths of the published models are constants; kernels for other
+// widths share the work among a number of lanes that is only known at runtime, of which the last
+// may have no channels and join the last lane that has some.
 //
 // These kernels compute what the general ones do, with fewer instructions: most warps sample only
 // pixels inside the image, where taps need no checks; sizes are computed by the host; and lanes
@@ -22,10 +24,9 @@ namespace ops_dcnv4 {
 // The sizes of a call. Distances are in bytes.
 struct WindowCall {
   Layout layout;
-  int height, width;
+  int height, width, group_channels;
   int64_t value_image, points_image, output_image;  // from image to image
   int value_pixel, value_row, points_pixel;
-  int grad_pixel, grad_row;                  // of the gradient of value, in float32
   int stride_y, stride_x, first_y, first_x;  // of the windows' centers
   float last_y, last_x;                      // last row and column
   float offset_scale;
@@ -35,6 +36,7 @@ struct WindowCall {
       : layout(layout),
         height(g.height),
         width(g.width),
+        group_channels(g.group_channels),
         value_image(g.height * g.width * g.channels() * element_bytes),
         points_image(g.out_height * g.out_width * g.offset_channels * element_bytes),
         output_image(g.out_height * g.out_width * g.channels() * element_bytes),
@@ -77,12 +79,14 @@ struct WindowCall {
 template <typename S>
 struct WindowUnit {
   using scalar_t = typename S::scalar_t;
-  static constexpr int taps = S::taps, lanes = S::group_channels / S::vec;
-  static constexpr int units = block_threads / lanes;
+  static constexpr int taps = S::taps;
+  static constexpr int planners = S::lanes ? S::lanes : least_lanes;  // lanes that plan taps
+  static constexpr int units = block_threads / planners;              // of a block, at most
   // A lane plans `own` consecutive taps, and the next lane begins `step` taps later.
-  static constexpr int own = (taps + lanes - 1) / lanes;
-  static constexpr int step = (taps - own + lanes - 2) / (lanes - 1);
+  static constexpr int own = (taps + planners - 1) / planners;
+  static constexpr int step = (taps - own + planners - 2) / (planners - 1);
 
+  int lanes;
   bool exists;
   int pixel, group;  // zero, which is safe to read, for a unit that does not exist
   int lane, first;   // this thread's lane, and the first of its taps
@@ -90,7 +94,8 @@ struct WindowUnit {
   float origin_x, origin_y, right, bottom;  // the first and the last pixels of the image
   float x[own], y[own], modulation[own];
 
-  __device__ __forceinline__ WindowUnit(const WindowCall& call, const scalar_t* offset_mask) {
+  __device__ __forceinline__ WindowUnit(const WindowCall& call, const scalar_t* offset_mask)
+      : lanes(S::lanes ? S::lanes : call.layout.lanes()) {
     const Layout& layout = call.layout;
     const auto position = position_in_tile<square_tiles>(layout, lanes);
     group = blockIdx.y * layout.groups.by + position.in_groups;
@@ -123,10 +128,25 @@ struct WindowUnit {
                                      group * static_cast<int>(3 * taps * sizeof(scalar_t))));
   }
 
-  // Returns the distance of this thread's first channel from the first one of a pixel, in bytes.
-  __device__ __forceinline__ int channel() const {
-    constexpr int group_bytes = S::group_channels * sizeof(scalar_t);
-    return group * group_bytes + lane * static_cast<int>(S::vec * sizeof(scalar_t));
+  static __device__ __forceinline__ int group_channels(const WindowCall& call) {
+    return S::group_channels ? S::group_channels : call.group_channels;
+  }
+
+  // Whether the lane has channels.
+  __device__ __forceinline__ bool has_channels(const WindowCall& call) const {
+    return S::lanes || lane * S::vec < call.group_channels;
+  }
+
+  // Returns the first channel of the group that the lane reads.
+  __device__ __forceinline__ int first_channel(const WindowCall& call) const {
+    const int first = lane * S::vec;
+    return S::lanes ? first : std::min(first, call.group_channels - S::vec);
+  }
+
+  // Returns the distance of this channel from the first one of a pixel, in bytes.
+  __device__ __forceinline__ int channel(const WindowCall& call) const {
+    constexpr int bytes = sizeof(scalar_t);
+    return group * (group_channels(call) * bytes) + first_channel(call) * bytes;
   }
 
   // Whether the thread's taps only sample pixels inside the image.
@@ -152,7 +172,9 @@ struct WindowUnit {
   // the next.
   __device__ __forceinline__ bool plans(int i) const {
     constexpr int planned_before = own - step;  // by the lane before
-    return (i >= planned_before || lane == 0) && (lanes <= taps || lane < taps);
+    constexpr int planners_with_taps = std::min(planners, taps);
+    return (i >= planned_before || lane == 0) &&
+           (S::lanes == planners_with_taps || lane < planners_with_taps);
   }
 };
 

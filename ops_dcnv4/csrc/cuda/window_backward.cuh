@@ -23,19 +23,21 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
                     const scalar_t* __restrict__ offset_mask, float* __restrict__ grad_value,
                     scalar_t* __restrict__ grad_offset_mask) {
   using Unit = WindowUnit<S>;
-  constexpr int taps = S::taps, lanes = Unit::lanes, own = Unit::own;
+  constexpr int taps = S::taps, own = Unit::own;
   constexpr int wider = sizeof(float) / sizeof(scalar_t);  // grad_value than value
 
   const Unit unit(call, offset_mask);
-  const int channel = unit.channel();
+  const int channel = unit.channel(call), first_read = unit.first_channel(call);
   const scalar_t* grads =
       advance(grad_output, blockIdx.z * call.output_image + unit.pixel * call.value_pixel);
-  const int first_channel = unit.group * S::group_channels;
-  const UnitGradient<S> grad(grads + first_channel, unit.lane);
-  const BackwardTaps<S> shared;
+  const int group_channels = unit.group_channels(call);
+  const int first_channel = unit.group * group_channels;
+  const UnitGradient<S> grad(grads + first_channel, group_channels, first_read,
+                             unit.has_channels(call));
+  const BackwardTaps<S> shared(unit.lanes, S::lanes ? S::lanes : group_channels / S::vec);
   const scalar_t* image = advance(value, blockIdx.z * call.value_image + channel);
   float* grad_image = advance(grad_value, blockIdx.z * call.value_image * wider) + first_channel +
-                      grad.first_added(unit.lane);
+                      grad.first_added(first_read);
 
   // Stores the gradients of the thread's taps.
   const auto finish = [&](const TapSample<float>(&samples)[own]) {
@@ -52,7 +54,8 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
     if (unit.group != call.layout.output.groups - 1) return;
     const int end = call.points_pixel / static_cast<int>(sizeof(scalar_t)) - 3 * taps * unit.group;
 #pragma unroll 1
-    for (int c = 3 * taps + unit.lane; c < end; c += lanes) gradients[c] = scalar_t(0);  // padding
+    for (int c = 3 * taps + unit.lane; c < end; c += unit.lanes)
+      gradients[c] = scalar_t(0);  // padding
   };
 
   TapSample<float> samples[own];
@@ -115,8 +118,12 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
           return advance(grad_origin, place.corners[corner], grad_pixel);
         },
         [&](int k) {
-          const auto [lane, i] = Unit::planner_of(k);
-          return (~whole[i] & lanes_with_index<S>(lane)) == 0;
+          if constexpr (S::lanes == 0) {
+            return false;
+          } else {
+            const auto [lane, i] = Unit::planner_of(k);
+            return (~whole[i] & lanes_with_index<S>(lane)) == 0;
+          }
         });
     if (unit.exists) finish(samples);
   }
@@ -128,7 +135,7 @@ void launch_window_backward(const Geometry& g, bool scatter, const scalar_t* gra
                             const scalar_t* value, const scalar_t* offset_mask, float* grad_value,
                             scalar_t* grad_offset_mask) {
   const Extents extents{g.batch, g.out_height, g.out_width, static_cast<int>(g.groups)};
-  const Layout layout(extents, S::group_channels / S::vec, square_tiles);
+  const Layout layout(extents, lanes_for(g.group_channels, S::vec), square_tiles);
   const auto kernel = scatter ? &window_backward<S, true> : &window_backward<S, false>;
   launch(kernel, {layout.grid(), block_threads, static_cast<std::size_t>(BackwardTaps<S>::bytes)},
          WindowCall(g, layout, sizeof(scalar_t)), grad_output, value, offset_mask, grad_value,

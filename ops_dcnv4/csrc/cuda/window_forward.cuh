@@ -22,9 +22,9 @@ __global__ void __launch_bounds__(block_threads)
   constexpr int taps = S::taps, own = Unit::own;
 
   const Unit unit(call, offset_mask);
-  Plans<Weights, taps> plans(threadIdx.x / Unit::lanes, Unit::units);
+  Plans<Weights, taps> plans(threadIdx.x / unit.lanes, Unit::units);
   const scalar_t* image = advance(value, blockIdx.z * call.value_image);
-  const int channel = unit.channel();
+  const int channel = unit.channel(call);
   Pack<float, S::vec> sum = {};
   if (__all_sync(0xffffffff, unit.is_inside())) {
 #pragma unroll
@@ -76,10 +76,9 @@ __global__ void __launch_bounds__(block_threads)
 template <typename S, typename scalar_t>
 void launch_window_forward(const Geometry& g, const scalar_t* value, const scalar_t* offset_mask,
                            scalar_t* output) {
-  constexpr int lanes = S::group_channels / S::vec;
   const Extents extents{g.batch, g.out_height, g.out_width, static_cast<int>(g.groups)};
-  const Layout layout(extents, lanes, square_tiles);
-  const int bytes = Plans<CornerWeightsOf<S>, S::taps>::bytes(block_threads / lanes);
+  const Layout layout(extents, lanes_for(g.group_channels, S::vec), square_tiles);
+  const int bytes = Plans<CornerWeightsOf<S>, S::taps>::bytes(WindowUnit<S>::units);
   launch(window_forward<S>, {layout.grid(), block_threads, static_cast<std::size_t>(bytes)},
          WindowCall(g, layout, sizeof(scalar_t)), value, offset_mask, output);
 }
