@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+import huggingface_hub
 import timm
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command and return the exit code."""
     log_to_terminal()
+    huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
     arguments = parse_arguments(argv, program)
     try:
         _run(arguments)

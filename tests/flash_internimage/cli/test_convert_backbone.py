@@ -158,6 +158,12 @@ def test_errors_are_one_line_and_write_nothing(
     assert {*tmp_path.iterdir()} == before
 
 
+def test_messages_of_downloads_are_printed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    assert convert_backbone.main(["missing.pth", str(tmp_path / "a.pth")]) == 2
+    assert not logging.getLogger("huggingface_hub").propagate
+
+
 def test_damaged_file_is_one_line(source, tmp_path, caplog):
     source.write_bytes(b"no checkpoint")
     assert convert_backbone.main([str(source), str(tmp_path / "a.pth")]) == 2
