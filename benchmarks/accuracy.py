@@ -16,6 +16,7 @@ import itertools
 import json
 import statistics
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,9 @@ def read_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
             for file, header in zip(files, (16, 8), strict=True)
         )
         pixels = images.reshape(len(labels), 1, SIDE, SIDE)
-    except (OSError, EOFError, ValueError) as error:
+        if not len(labels) or labels.max() >= KINDS["num_classes"]:
+            raise ValueError(f"labels must be from 0 to {KINDS['num_classes'] - 1}")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         names = " and ".join(file.name for file in files)
         raise ValueError(f"must contain {names} of Fashion-MNIST, got {folder}: {error}") from error
     return torch.from_numpy(pixels / np.float32(255)), torch.from_numpy(labels.astype(np.int64))
@@ -265,15 +268,28 @@ def read_finished(run: dict, folder: Path) -> list[dict]:
     """Return the results of an earlier run with the same settings.
 
     Raises:
-        SystemExit: If there are results with other settings.
+        SystemExit: If there are results with other settings, or the file cannot be read.
     """
     file = record.results_file(run, folder)
     if not file.exists():
         return []
-    earlier = json.loads(file.read_text())
-    if earlier["settings"] != run["settings"]:
+    try:
+        earlier = json.loads(file.read_text())
+        settings, results = earlier["settings"], earlier["results"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SystemExit(
+            f"error: {file} is not a result of this benchmark: choose another --output"
+        ) from error
+    if settings != run["settings"]:
         raise SystemExit(f"error: {file} has results with other settings: choose another --output")
-    return earlier["results"]
+    return results
+
+
+def _seed(text: str) -> int:
+    number = int(text) if text.isdecimal() else -1
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2^63 - 1, got {text!r}")
+    return number
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -286,7 +302,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--data", type=Path, required=True, metavar="DIR", help="the files of Fashion-MNIST")
     names = f"default: {' '.join(MODELS)}"
     option("--models", nargs="+", choices=MODELS, default=[*MODELS], metavar="NAME", help=names)
-    option("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help=default)
+    option("--seeds", nargs="+", type=_seed, default=[0, 1, 2], metavar="N", help=default)
     option("--epochs", type=positive(int), default=5, metavar="N", help=default)
     text = f"the first N training images, {default}"
     option("--train-images", type=positive(int), default=10_000, metavar="N", help=text)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils import collect_env
 
-from flash_internimage.files import write_text
+from flash_internimage.files import require_writable, write_text
 from ops_dcnv4 import choose_backend
 
 PACKAGES = ("torch", "torchvision", "timm", "ops-dcnv4", "DCNv4", "onedl-mmcv", "mmcv")
@@ -131,4 +131,13 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     option("--device", choices=devices, default=devices[-1], help=default)
     option("--threads", type=positive(int), default=threads, metavar="N", help=text)
     text = f"folder of the JSON file and the chart, {default}"
-    option("--output", type=Path, default=folder, metavar="DIR", help=text)
+    option("--output", type=_output_folder, default=folder, metavar="DIR", help=text)
+
+
+def _output_folder(text: str) -> Path:
+    folder = Path(text)
+    try:
+        require_writable(folder, "the folder")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return folder

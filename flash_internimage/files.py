@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -155,29 +156,38 @@ def own_folder(folder: str | os.PathLike, timeout: float = 10) -> Iterator[None]
         FolderInUseError: If another process still owns the folder after `timeout`.
         OSError: If the folder cannot be created.
     """
-    folder = Path(folder)
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    path = Path(folder).absolute()  # The run may change its current folder.
+    lock, deadline = FileLock(path / ".lock"), time.monotonic() + timeout
+    while True:
+        is_new = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(max(0, deadline - time.monotonic()))
+            break
+        except Timeout as error:
+            raise FolderInUseError(
+                f"another run is writing to {folder}: wait until it has ended, or choose another "
+                "folder"
+            ) from error
+        except FileNotFoundError:  # Another owner has removed the folder in the meantime.
+            if time.monotonic() > deadline:
+                raise
+        except NotImplementedError:
+            _logger.warning(
+                "%s is on a file system without locks: make sure that one run at a time writes "
+                "there",
+                folder,
+            )
+            break
     try:
-        lock.acquire(timeout)
-    except Timeout as error:
-        raise FolderInUseError(
-            f"another run is writing to {folder}: wait until it has ended, or choose another folder"
-        ) from error
-    except NotImplementedError:
-        _logger.warning(
-            "%s is on a file system without locks: make sure that one run at a time writes there",
-            folder,
-        )
-    try:
-        remove_partial_files(folder)
+        remove_partial_files(path)
         yield
     finally:
-        if is_new and [path.name for path in folder.iterdir()] == [".lock"]:
-            with suppress(OSError):  # Windows does not remove an open file
-                (folder / ".lock").unlink()
-                folder.rmdir()
+        # The run may have removed the folder; Windows does not remove an open file.
+        with suppress(OSError):
+            if is_new and [entry.name for entry in path.iterdir()] == [".lock"]:
+                (path / ".lock").unlink()
+                path.rmdir()
         lock.release()
 
 

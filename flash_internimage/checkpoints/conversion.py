@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 from torch import Tensor
 
-from ..files import write_atomically
+from ..files import require_writable, write_atomically
 from .loading import load_checkpoint, save_atomically
 from .names import T, rename, unwrap_names
 from .weights import clean_state_dict, find_mismatches
@@ -244,8 +244,10 @@ def convert_file(
         unless `partial`.
 
     Raises:
-        ValueError: If the source cannot be read or converted, or `output` has another suffix.
+        ValueError: If the source cannot be read or converted, or `output` is a folder or has
+            another suffix.
         FileNotFoundError: If the source or the folder of `output` does not exist.
+        OSError: If the folder of `output` cannot be written to.
     """
     output = Path(output)
     check_output(output)
@@ -276,13 +278,17 @@ def check_output(output: Path) -> None:
     """Check that :func:`write_checkpoint` can write a file.
 
     Raises:
-        ValueError: If `output` does not end in `.safetensors` or `.pth`.
+        ValueError: If `output` does not end in `.safetensors` or `.pth`, or is a folder.
         FileNotFoundError: If its folder does not exist.
+        OSError: If its folder cannot be written to.
     """
     if output.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"output must end in .safetensors or .pth, got {output}")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output must be in an existing folder, got {output}")
+    if output.is_dir():
+        raise ValueError(f"output must be a file, got the folder {output}")
+    require_writable(output.parent, "the folder of output")
 
 
 def write_checkpoint(checkpoint: Mapping[str, Mapping[str, Any]], output: Path) -> None:

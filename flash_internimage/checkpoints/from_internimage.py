@@ -66,8 +66,8 @@ def load_internimage(
         What was carried over, which is also logged.
 
     Raises:
-        ValueError: If the weights are not finite or not those of an InternImage, or `offset_scale`
-            is not positive.
+        ValueError: If the weights are not finite, not floating-point or not those of an
+            InternImage, or `offset_scale` is not positive.
     """
     if offset_scale is not None and not offset_scale > 0:
         raise ValueError(f"offset_scale must be positive, got {offset_scale!r}")
@@ -77,11 +77,15 @@ def load_internimage(
             f"'.dcn.dw_conv.', got {len(state_dict)} others"
         )
     check_finite(state_dict)
+    for name, tensor in state_dict.items():
+        if not tensor.is_floating_point() and not name.endswith(".num_batches_tracked"):
+            raise ValueError(f"weights must be floating-point, got {tensor.dtype} in {name}")
     own, copied, converted = model.state_dict(), [], []
     used: set[str] = set()
     for prefix, dcn in _layers(model):
         sources = {n: f"{prefix}{n}" for n in _PREDICTION}
-        found = {n: state_dict[source] for n, source in sources.items() if source in state_dict}
+        dtype = dcn.offset_mask.get_parameter("weight").dtype  # 8-bit floats have no arithmetic.
+        found = {n: state_dict[s].to(dtype) for n, s in sources.items() if s in state_dict}
         joined = _join(dcn, found, offset_scale or dcn.offset_scale)
         own |= {f"{prefix}offset_mask.{kind}": tensor for kind, tensor in joined.items()}
         converted += [f"{prefix}offset_mask.{kind}" for kind in joined]

@@ -154,7 +154,7 @@ def load_weights(
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     for classifier in classifiers:
         names = [name for name in (f"{classifier}.weight", f"{classifier}.bias") if name in own]
-        sizes = {_first_size(state_dict.get(name)) for name in names}
+        sizes = {first_size(state_dict.get(name)) for name in names}
         classes, expected = max(sizes, default=0), max((len(own[n]) for n in names), default=0)
         if len(sizes) != 1 or not classes or (class_map is None and classes == expected):
             continue  # check_state_dict reports any mismatch.
@@ -172,7 +172,8 @@ def load_weights(
     model.load_state_dict(state_dict)
 
 
-def _first_size(tensor: Any) -> int:
+def first_size(tensor: Any) -> int:
+    """Return the first size of a tensor, such as the number of classes; 0 if there is none."""
     return len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0
 
 
@@ -218,7 +219,7 @@ def read_pretrained(
         source = fetch_checkpoint(state_dict[SOURCE], cache_dir=cache_dir)
         state_dict = load_checkpoint(source)
     weights = clean_state_dict(state_dict)
-    classes = _first_size(weights.get("head.weight"))
+    classes = first_size(weights.get("head.weight"))
 
     expected, stem = dict(own), weights.get(stem_name := f"{cfg['first_conv']}.weight")
     if stem is not None and stem.dim() == 4:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+import huggingface_hub
 import timm
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 from ..backbones import FlashInternImage, flash_internimage, intern_image
 from ..checkpoints import clean_state_dict, fetch_checkpoint, load_checkpoint, load_internimage
 from ..checkpoints.conversion import check_output, write_checkpoint
+from ..checkpoints.loading import released_classifiers
+from ..checkpoints.weights import first_size
 from ..console import log_to_terminal
 
 _logger = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ def parse_arguments(argv: list[str] | None, program: str = PROGRAM) -> argparse.
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command and return the exit code."""
     log_to_terminal()
+    huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
     arguments = parse_arguments(argv, program)
     try:
         _run(arguments)
@@ -67,6 +71,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     output = arguments.output.expanduser()
     check_output(output)
+    _check_released(arguments.checkpoint, arguments.model)
     source = fetch_checkpoint(os.path.expanduser(arguments.checkpoint))
     if output.exists() and output.samefile(source):
         raise ValueError(f"output must be another file than the checkpoint, got {output} for both")
@@ -81,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> None:
     arch = name.removeprefix(_PREFIX)
     theirs = intern_image.ARCHITECTURES.get(arch, {})
     torch.manual_seed(0)  # of tensors without a counterpart
-    classes = len(weights.get("head.weight", range(1000)))
+    classes = first_size(weights.get("head.weight")) or 1000
     model = cast(FlashInternImage, timm.create_model(name, num_classes=classes))
     transfer = load_internimage(model, weights, theirs.get("offset_scale", 1.0))
     if not transfer.converted:
@@ -95,11 +100,23 @@ def _run(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"{name}: {output}\n")
 
 
+def _check_released(source: str, model: str | None) -> None:
+    """Check the size of released weights before they are downloaded."""
+    arch = source.partition(".")[0]
+    if os.path.isfile(source) or source not in released_classifiers():
+        return
+    if (name := f"flash_{arch}") not in _MODELS:
+        sizes = ", ".join(name.removeprefix("flash_") for name in _MODELS[1:])
+        raise ValueError(f"the released weights must be those of {sizes}, got {source}")
+    if model not in (None, name):
+        raise ValueError(f"--model must have the size of the checkpoint, got {model} for {source}")
+
+
 def _size(weights: Mapping[str, Tensor], source: Path) -> tuple[int, tuple[int, ...]]:
     """Return the channels of the first stage, and the number of blocks of each stage."""
     stem = weights.get("patch_embed.conv2.weight")
     blocks = [(int(m[1]), int(m[2])) for m in map(_BLOCK.match, weights) if m]
-    if stem is None or not blocks:
+    if stem is None or stem.dim() != 4 or not blocks:
         raise ValueError(f"the checkpoint must contain the weights of an InternImage, got {source}")
     stages = sorted({stage for stage, _ in blocks})
     depths = (1 + max(block for other, block in blocks if other == stage) for stage in stages)

@@ -169,7 +169,7 @@ def _find_config(zoo: dict[str, Entry], name: str) -> Path:
         if name.endswith(".py"):
             raise
         shipped = [PurePath(path).stem for path in list_configs("*.py")]
-        close = difflib.get_close_matches(name, [*zoo, *shipped], n=2, cutoff=0.5)
+        close = difflib.get_close_matches(name, dict.fromkeys([*zoo, *shipped]), n=2, cutoff=0.5)
         similar = f"did you mean {' or '.join(map(repr, close))}?"
         hint = similar if close else "see `flash-internimage zoo list`"
         raise ValueError(f"no checkpoint or config '{name}'; {hint}") from None

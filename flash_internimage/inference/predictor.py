@@ -97,7 +97,7 @@ def find_model(model: str | os.PathLike) -> ModelSource:
             raise
         known = [*zoo, *timm.list_models(["flash_internimage*", "internimage*"])]
         known += [PurePath(path).stem for path in list_configs()]
-        close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+        close = difflib.get_close_matches(name, dict.fromkeys(known), n=2, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(
             f"model must be a name of the zoo or of timm, or a config, got '{name}'{hint}"

@@ -1,9 +1,12 @@
 """Write configs for datasets of class folders."""
 
+import difflib
 from pathlib import Path
 
+import timm
 import yaml
 
+from ..checkpoints.zoo import Entry, read_zoo
 from .layouts import TRAIN, VAL, find_class_folders
 from .schedules import classification_epochs
 
@@ -18,12 +21,13 @@ def folder_config(root: Path, model: str, name: str) -> str:
 
     Raises:
         FileNotFoundError: If the folders of the splits are not found.
-        ValueError: If the training split has no images or fewer than two classes.
+        ValueError: If there is no such model, or the training split has no images or fewer than
+            two classes.
     """
-    from ..checkpoints.zoo import read_zoo
     from ..classification.data.folders import list_folder
     from ..classification.output import suitable_ema_decay
 
+    entry = _find_entry(model)
     train, val = (find_class_folders(root, names) for names in (TRAIN, VAL))
     images = list_folder(root / train).images
     classes = {Path(image).parent.name for image in images} - {""}
@@ -34,7 +38,6 @@ def folder_config(root: Path, model: str, name: str) -> str:
         )
     batch_size = min(64, len(images) // 2 * 2)
     epochs = classification_epochs(len(images), batch_size)
-    entry = read_zoo().get(model)
     settings: dict[str, str | int] = {"name": model.partition(".")[0], "num_classes": len(classes)}
     if entry is not None:
         settings["initial_checkpoint"] = model
@@ -53,3 +56,15 @@ def folder_config(root: Path, model: str, name: str) -> str:
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return f"# {len(images)} images of {len(classes)} classes\n{text}"
+
+
+def _find_entry(model: str) -> Entry | None:
+    """Return the entry of a released classifier; None for an architecture of timm."""
+    zoo = {name: e for name, e in read_zoo().items() if e.task == "classification"}
+    if model in zoo or ("." not in model and timm.is_model(model)):
+        return zoo.get(model)
+    close = difflib.get_close_matches(model, [*zoo, *timm.list_models()], n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ValueError(
+        f"--model must be {', '.join(zoo)}, or an architecture of timm, got {model}{hint}"
+    )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import accuracy
+from benchmarks import accuracy, record
 from ops_dcnv4 import DCNv4, dcnv4
 
 SETS = (("train", 70), ("t10k", 40))
@@ -146,6 +146,9 @@ def test_equal_seeds_give_equal_runs(folder):
             "--train-images: must be from 64 (the batch size) to 70, got 99",
         ),
         (["--train-images", "8"], "--train-images: must be from 64 (the batch size) to 70, got 8"),
+        (["--seeds", "-1"], "argument --seeds: must be an integer from 0 to 2^63 - 1, got '-1'"),
+        (["--seeds", f"{2**63}"], f"must be an integer from 0 to 2^63 - 1, got '{2**63}'"),
+        (["--output", __file__], f"argument --output: the folder {__file__} cannot be written: "),
         (["--models", "resnet"], "argument --models: invalid choice: 'resnet'"),
     ],
 )
@@ -155,7 +158,15 @@ def test_one_error_names_the_bad_argument(options, expected, folder, capsys):
     assert expected in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("content", [None, b"no gzip", gzip.compress(bytes(16 + 100))])
+BROKEN = [
+    None,
+    b"no gzip",
+    b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 20,
+    gzip.compress(bytes(16 + 100)),
+]
+
+
+@pytest.mark.parametrize("content", BROKEN)
 def test_damaged_data_is_one_error(content, folder, tmp_path, capsys):
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -165,3 +176,26 @@ def test_damaged_data_is_one_error(content, folder, tmp_path, capsys):
         accuracy.main(["--data", str(tmp_path)])
     error = capsys.readouterr().err.splitlines()[-1]
     assert "argument --data: must contain t10k-images-idx3-ubyte.gz and t10k-labels-idx1" in error
+
+
+@pytest.mark.parametrize("labels", [b"", b"\x0a"])
+def test_other_labels_are_one_error(labels, folder, tmp_path, capsys):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for name, content in (
+        ("images-idx3", bytes(16 + 784 * len(labels))),
+        ("labels-idx1", bytes(8)),
+    ):
+        file = tmp_path / f"t10k-{name}-ubyte.gz"
+        file.write_bytes(gzip.compress(content + labels * (name == "labels-idx1")))
+    with pytest.raises(SystemExit, match="2"):
+        accuracy.main(["--data", str(tmp_path)])
+    assert "labels must be from 0 to 9" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_other_files_are_not_continued(content, tmp_path):
+    run = record.start("accuracy", torch.device("cpu"), {})
+    record.results_file(run, tmp_path).write_text(content)
+    with pytest.raises(SystemExit, match=r"\.json is not a result of this benchmark: choose anoth"):
+        accuracy.read_finished(run, tmp_path)

@@ -1,11 +1,13 @@
 import errno
 import os
+import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from flash_internimage.checkpoints import save_atomically
 from flash_internimage.files import (
@@ -129,6 +131,33 @@ class TestOwnFolder:
                 if error:
                     raise error
         assert {path.name for path in tmp_path.iterdir()} == {"used", "old"}
+
+    def test_a_folder_that_the_last_owner_removed_is_created_again(self, tmp_path, monkeypatch):
+        acquire = FileLock.acquire
+
+        def acquire_late(lock, timeout):
+            monkeypatch.setattr(FileLock, "acquire", acquire)
+            (tmp_path / "run").rmdir()
+            (tmp_path / "run/.lock").touch()
+
+        monkeypatch.setattr(FileLock, "acquire", acquire_late)
+        with own_folder(tmp_path / "run"):
+            (tmp_path / "run/train.log").touch()
+
+    def test_errors_of_a_run_that_removes_its_folder_are_kept(self, tmp_path):
+        def run() -> None:
+            with own_folder(tmp_path / "run"):
+                shutil.rmtree(tmp_path / "run")
+                raise ValueError("of the run")
+
+        with pytest.raises(ValueError, match="of the run"):
+            run()
+
+    def test_the_run_may_change_its_current_folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with own_folder("run"):
+            monkeypatch.chdir("/")
+        assert not (tmp_path / "run").exists()
 
     def test_the_folder_is_created(self, tmp_path):
         with own_folder(tmp_path / "a" / "b"):

@@ -79,14 +79,28 @@ def test_other_shapes_are_kept():
         assert torch.equal(model.state_dict()[name], before[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_weights_of_few_bits_are_widened(dtype):
+    state = {name: tensor.to(dtype) for name, tensor in internimage().state_dict().items()}
+    models = [FlashInternImage(**SMALL) for _ in range(2)]
+    load_internimage(models[0], state)
+    load_internimage(models[1], {name: tensor.float() for name, tensor in state.items()})
+    expected = models[1].state_dict()
+    for name, tensor in models[0].state_dict().items():
+        assert tensor.dtype == expected[name].dtype
+        assert tensor.equal(expected[name]), name
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
         (lambda s: {"a": s["head.bias"]}, {}, "state_dict must contain the weights of an InternIm"),
         (lambda s: s | {"head.bias": s["head.bias"] / 0}, {}, "weights must be finite, got NaN or"),
+        (lambda s: s | {"head.bias": s["head.bias"].long()}, {},
+         r"weights must be floating-point, got torch\.int64 in head\.bias"),
         (lambda s: s, {"offset_scale": 0}, "offset_scale must be positive, got 0"),
     ],
-)
+)  # fmt: skip
 def test_unusable_arguments_are_rejected(change, options, message):
     model, state = FlashInternImage(**SMALL), internimage().state_dict()
     with pytest.raises(ValueError, match=message):

@@ -324,6 +324,11 @@ WRONG = [
         "no checkpoint or config 'upernet_flash_internimage_nano_digit'; did you mean "
         "'upernet_flash_internimage_nano_digits_scenes' or ",
     ),
+    (
+        ["mask2former_internimage", REPO],
+        "did you mean 'mask2former_flash_internimage_t_512_160k_ade20k' or "
+        "'mask2former_flash_internimage_s_640_160k_ade20k'?",
+    ),
     (["flash_internimage_tinny.in1k", REPO], "did you mean 'flash_internimage_tiny.in1k' or "),
     (
         ["flash_internimage_nano_digits", REPO],

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
 
@@ -137,6 +138,7 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         program: Name of the program in usage messages.
     """
     log_to_terminal()
+    huggingface_hub.utils.logging.disable_propagation()  # it has its own handler
     arguments = parse_arguments(argv, program)
     expand_paths(arguments)
     if arguments.json is not None:

@@ -24,6 +24,11 @@ def used_port():
         (["--max-upload", "0"], "--max-upload must be at least 1, got 0"),
         (["=best.pth"], "MODEL must be NAME or CONFIG=CHECKPOINT, got =best.pth"),
         (["my_config.py="], "MODEL must be NAME or CONFIG=CHECKPOINT, got my_config.py="),
+        (
+            ["mask2former_internimage"],
+            "did you mean 'mask2former_flash_internimage_t_512_160k_ade20k' or "
+            "'mask2former_flash_internimage_s_640_160k_ade20k'?",
+        ),
         (["upernet"], "model must be a name of the zoo or of timm, or a config, got 'upernet'"),
         (["flash_internimage_nano_digits=no.pth"], "checkpoint not found: no.pth"),
         (["no_config.py=https://host/best.pth"], "no_config.py"),

@@ -96,6 +96,13 @@ def test_backbone_of_a_detector_is_found(internimage, tmp_path, caplog):
     assert weights[stem].equal(internimage.state_dict()[stem])
 
 
+def test_classifier_without_classes_is_replaced(internimage, tmp_path, caplog):
+    source, output = tmp_path / "internimage.pth", tmp_path / "flash.pth"
+    torch.save(internimage.state_dict() | {"head.weight": torch.tensor(1.0)}, source)
+    assert convert_backbone.main([str(source), str(output)]) == 0
+    assert "2 tensors of flash_internimage_nano stay randomly initialized" in caplog.text
+
+
 def test_input_is_never_overwritten(source, tmp_path, caplog):
     before = source.read_bytes()
     link = tmp_path / "link.pth"
@@ -116,9 +123,18 @@ def _change(name, change):
         (None, ["missing.pth", "a.pth"], "checkpoint not found: missing.pth is neither a file"),
         (None, ["SOURCE", "a.ckpt"], "output must end in .safetensors or .pth, got"),
         (None, ["SOURCE", "missing/a.pth"], "output must be in an existing folder, got"),
+        (None, ["SOURCE", "folder.pth"], "output must be a file, got the folder folder.pth"),
+        (None, ["internimage_huge.joint_in22k_384", "a.pth"],
+         "the released weights must be those of internimage_tiny, internimage_small, inter"),
+        (None, ["flash_internimage_tiny.in1k", "a.pth"],
+         "the released weights must be those of internimage_tiny, internimage_small, inter"),
+        (None, ["internimage_tiny.in1k", "a.pth", "--model", "flash_internimage_small"],
+         "--model must have the size of the checkpoint, got flash_internimage_small for intern"),
         (None, ["SOURCE", "a.pth", "--model", "flash_internimage_tiny"],
          "--model must have the size of the checkpoint, got flash_internimage_tiny for 32 chan"),
         (lambda state: {"head.bias": state["head.bias"]}, ["SOURCE", "a.pth"],
+         "the checkpoint must contain the weights of an InternImage, got"),
+        (_change("patch_embed.conv2.weight", lambda w: w.sum()), ["SOURCE", "a.pth"],
          "the checkpoint must contain the weights of an InternImage, got"),
         (_change("head.bias", lambda bias: bias / 0), ["SOURCE", "a.pth"],
          "weights must be finite, got NaN or infinity in head.bias"),
@@ -130,6 +146,7 @@ def test_errors_are_one_line_and_write_nothing(
     change, arguments, message, source, internimage, tmp_path, caplog, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.pth").mkdir()
     if change:
         torch.save(change(internimage.state_dict()), source)
     before = {*tmp_path.iterdir()}
@@ -139,6 +156,12 @@ def test_errors_are_one_line_and_write_nothing(
     assert message in error
     assert "\n" not in error
     assert {*tmp_path.iterdir()} == before
+
+
+def test_messages_of_downloads_are_printed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    assert convert_backbone.main(["missing.pth", str(tmp_path / "a.pth")]) == 2
+    assert not logging.getLogger("huggingface_hub").propagate
 
 
 def test_damaged_file_is_one_line(source, tmp_path, caplog):

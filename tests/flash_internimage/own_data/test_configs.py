@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 
 import numpy as np
 import pytest
@@ -267,6 +268,21 @@ def test_class_folders(tmp_path):
     assert "initial_checkpoint" not in folder_config(tmp_path, "flash_internimage_nano", "x")
     with pytest.raises(FileNotFoundError, match="must contain the folder train with a folder for"):
         folder_config(tmp_path / "training", "flash_internimage_nano", "x")
+
+
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [
+        ("internimge_tiny.in1k", "; did you mean internimage_tiny.in1k?"),
+        ("mask_rcnn_internimage_t_fpn_1x_coco", ""),
+        ("convnext_tiny.fb_in1k", ""),  # weights that no recipe loads
+        ("flash_internimage_tny", "; did you mean flash_internimage_tiny?"),
+    ],
+)
+def test_other_classifiers_are_an_error(model, hint, tmp_path):
+    message = r"--model must be flash_internimage_tiny\.in1k, .*, or an architecture of timm, got "
+    with pytest.raises(ValueError, match=message + re.escape(model + hint)):
+        folder_config(tmp_path, model, "x")
 
 
 def test_names_that_mmengine_would_substitute_are_kept(coco):
