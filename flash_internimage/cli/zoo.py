@@ -1,6 +1,6 @@
 """List, download, convert and evaluate the released checkpoints.
 
-flash-internimage zoo list
+flash-internimage zoo list [--task TASK] [--family FAMILY]
 flash-internimage zoo info NAME
 flash-internimage zoo download NAME...
 flash-internimage zoo convert NAME|FILE -o OUT
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePath
+from typing import get_args
 
 import huggingface_hub
 import timm
@@ -25,7 +26,7 @@ import yaml
 from torch import nn
 
 from ..checkpoints import convert_file, fetch_checkpoint
-from ..checkpoints.zoo import Entry, find, read_zoo
+from ..checkpoints.zoo import Entry, Family, Task, find, read_zoo
 from ..configs import find_config, list_configs
 from ..console import log_to_terminal
 from ..files import write_text
@@ -54,7 +55,13 @@ def build_model(name: str, entry: Entry) -> nn.Module:
 
 
 def _list(zoo: dict[str, Entry], arguments: argparse.Namespace) -> None:
-    width = max(map(len, zoo))
+    task, family = arguments.task, arguments.family
+    zoo = {
+        name: entry
+        for name, entry in zoo.items()
+        if task in (None, entry.task) and family in (None, entry.family)
+    }
+    width = max(map(len, zoo), default=0)
     _say(f"{'name':<{width}}  {'parameters':>10}  published (percent)")
     for name, entry in zoo.items():
         figures = ", ".join(f"{key} {value}" for key, value in entry.published.items())
@@ -196,6 +203,8 @@ def parse_arguments(
     cached.add_argument("--offline", action="store_true", help="use cached files only")
 
     listing = commands.add_parser("list", help="list names, sizes and published results")
+    listing.add_argument("--task", choices=get_args(Task))
+    listing.add_argument("--family", choices=get_args(Family), help="backbones")
     listing.set_defaults(run=_list)
 
     info = commands.add_parser("info", help="show an entry")

@@ -151,11 +151,20 @@ def _trained(
 def _count_classes(name: str, weights: Mapping[str, Tensor], checkpoint: str) -> int:
     """Return the number of classes of the weights of a classifier."""
     cfg = timm.get_pretrained_cfg(name)
-    parts: Any = (cfg and cfg.classifier) or ()
+    parts: Any = (cfg and cfg.classifier) or _classifier_names(name)
     for part in (parts,) if isinstance(parts, str) else parts:
         if (weight := weights.get(f"{part}.weight")) is not None and weight.dim() > 0:
             return len(weight)
     raise ValueError(f"{checkpoint} must contain the classifier of {name}")
+
+
+def _classifier_names(name: str) -> list[str]:
+    """Return the names of the classifier of a model without a pretrained config."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    get_classifier: Any = getattr(model, "get_classifier", lambda: None)
+    classifier = get_classifier()
+    return [part for part, module in model.named_modules() if module is classifier]
 
 
 def _transform(model: nn.Module) -> Callable:

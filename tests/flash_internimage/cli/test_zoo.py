@@ -133,6 +133,16 @@ def test_every_entry_is_listed_with_its_figures(run):
     assert line.split(maxsplit=1)[1] == "115.2 M  box_ap 50.6, mask_ap 45.4"
 
 
+def test_entries_are_listed_by_task_and_family(run):
+    _, *lines = run("list", "--task", "segmentation", "--family", "InternImage").splitlines()
+    names = {line.split()[0] for line in lines}
+    assert "mask2former_internimage_h_896_80k_cocostuff2ade20k" in names
+    assert {name for name in names if not name.startswith("mask2former")} == {
+        f"upernet_internimage_{size}_160k_ade20k"
+        for size in ("t_512", "s_512", "b_512", "l_640", "xl_640", "h_896")
+    }
+
+
 @pytest.mark.usefixtures("server")
 def test_a_downloaded_file_is_found_by_info(run):
     assert yaml.safe_load(run("info", NANO))[NANO]["file"] == "not downloaded"

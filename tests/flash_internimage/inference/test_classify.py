@@ -7,9 +7,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models._registry import _model_entrypoints
 
 from flash_internimage.classification.config import Data
 from flash_internimage.classification.data.loaders import eval_transform
+from flash_internimage.dropin import replace
 from flash_internimage.inference import classify, load_predictor
 from flash_internimage.inference.classify import class_names, describe_synsets
 from tests.nano import CLASSIFIER, DIGITS, write_classifier
@@ -184,3 +186,17 @@ def test_changed_settings_are_named(checkpoint, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         load_predictor(config, checkpoint)
     assert "data.image_size is 64, was 32 in training" in caplog.text
+
+
+def test_models_are_loaded_that_are_registered_without_a_pretrained_config(monkeypatch, tmp_path):
+    def small_convnext(pretrained=False, **kwargs):
+        sizes = {"depths": (1, 1, 1, 1), "dims": (16, 16, 16, 32)}
+        return replace(timm.create_model("convnext_atto", **sizes, **kwargs))
+
+    monkeypatch.setitem(_model_entrypoints, "small_convnext", small_convnext)
+    model = timm.create_model("small_convnext", num_classes=7)
+    torch.save(model.state_dict(), tmp_path / "best.pth")
+    predictor = load_predictor("small_convnext", tmp_path / "best.pth", top_k=7)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    names = [f"class_{i}" for i in range(7)]
+    assert_equal(predictor(IMAGES), probabilities(model, transform, IMAGES), names)
