@@ -149,10 +149,7 @@ def load_weights(
             range.
     """
     state_dict, own = dict(state_dict), model.state_dict()
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    classifiers = cfg.get("classifier") or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
-    for classifier in classifiers:
+    for classifier in classifier_names(model):
         names = [name for name in (f"{classifier}.weight", f"{classifier}.bias") if name in own]
         sizes = {first_size(state_dict.get(name)) for name in names}
         classes, expected = max(sizes, default=0), max((len(own[n]) for n in names), default=0)
@@ -170,6 +167,19 @@ def load_weights(
             state_dict |= {name: state_dict[name][class_map] for name in names}
     check_state_dict(own, state_dict)
     model.load_state_dict(state_dict)
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the last layers of a timm model: one, several if distilled, or none."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    if names := cfg.get("classifier"):
+        return (names,) if isinstance(names, str) else tuple(names)
+    # Models that are registered without a pretrained config.
+    get_classifier: Any = getattr(model, "get_classifier", lambda: None)
+    classifier = get_classifier()
+    if not isinstance(classifier, nn.Module) or next(classifier.parameters(), None) is None:
+        return ()  # such as nn.Identity
+    return tuple(name for name, module in model.named_modules() if module is classifier)
 
 
 def first_size(tensor: Any) -> int:

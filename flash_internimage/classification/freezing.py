@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 
+from ..checkpoints.weights import classifier_names
 from .errors import ConfigError
 
 BACKBONE = "backbone"
@@ -57,9 +57,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
 
 def _classifiers(model: nn.Module) -> list[str]:
     """Return the names of the classifiers of a timm model."""
-    settings: Any = getattr(model, "pretrained_cfg", {})
-    names = settings.get("classifier") or ()
-    names = [names] if isinstance(names, str) else [*names]
+    names = [*classifier_names(model)]
     if not names:
         raise ConfigError(
             f"model.freeze must name modules, as {type(model).__name__} has no classifier, got "

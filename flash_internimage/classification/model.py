@@ -17,6 +17,7 @@ from ..checkpoints import (
     load_checkpoint,
     load_weights,
 )
+from ..checkpoints.weights import classifier_names
 from .config import ConfigError, Model
 from .data.classes import describe_other_classes, names_of
 from .data.folders import printable
@@ -192,9 +193,7 @@ def _match_names(
         message = "classifier rows of model.initial_checkpoint are reordered to match the data"
         class_map = [names.index(name) for name in classes]
     else:
-        settings: Any = model.pretrained_cfg
-        parts = settings.get("classifier") or ()
-        parts = (parts,) if isinstance(parts, str) else parts
+        parts = classifier_names(model)
         prefixes = tuple(f"{part}." for part in parts)
         own = {name: t for name, t in model.state_dict().items() if name.startswith(prefixes)}
         weights = weights | own

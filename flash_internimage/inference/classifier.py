@@ -18,6 +18,7 @@ from ..checkpoints import (
     fetch_checkpoint,
     load_checkpoint,
 )
+from ..checkpoints.weights import classifier_names
 from ..classification.config import Data, Model, load_config
 from ..classification.data.classes import names_of
 from ..classification.data.loaders import eval_transform
@@ -151,20 +152,11 @@ def _trained(
 def _count_classes(name: str, weights: Mapping[str, Tensor], checkpoint: str) -> int:
     """Return the number of classes of the weights of a classifier."""
     cfg = timm.get_pretrained_cfg(name)
-    parts: Any = (cfg and cfg.classifier) or _classifier_names(name)
-    for part in (parts,) if isinstance(parts, str) else parts:
+    parts: Any = cfg.classifier if cfg else classifier_names(timm.create_model(name))
+    for part in (parts,) if isinstance(parts, str) else parts or ():
         if (weight := weights.get(f"{part}.weight")) is not None and weight.dim() > 0:
             return len(weight)
     raise ValueError(f"{checkpoint} must contain the classifier of {name}")
-
-
-def _classifier_names(name: str) -> list[str]:
-    """Return the names of the classifier of a model without a pretrained config."""
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    get_classifier: Any = getattr(model, "get_classifier", lambda: None)
-    classifier = get_classifier()
-    return [part for part, module in model.named_modules() if module is classifier]
 
 
 def _transform(model: nn.Module) -> Callable:

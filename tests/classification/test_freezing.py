@@ -71,6 +71,7 @@ def test_patterns_that_match_nothing_or_everything_are_rejected(patterns, messag
 def test_the_classifier_must_be_known():
     model = small()
     model.pretrained_cfg = {}
+    model.reset_classifier(0)
     with pytest.raises(ConfigError, match="FlashInternImage has no classifier, got 'backbone'"):
         freeze(model, ["backbone"])
 

@@ -440,8 +440,11 @@ def test_all_weights_are_loaded():
     assert_equal(model.state_dict(), source.state_dict())
 
 
-def test_classifier_for_other_classes_keeps_its_initial_values(caplog):
+@pytest.mark.parametrize("has_config", [True, False])
+def test_classifier_for_other_classes_keeps_its_initial_values(caplog, has_config):
     source, model = nano(0, num_classes=7), nano(1, num_classes=5)
+    if not has_config:
+        model.pretrained_cfg = {}
     own_head, _ = split_head(nano(1, num_classes=5).state_dict())
     with caplog.at_level(logging.WARNING):
         load_weights(model, source.state_dict())
