@@ -18,7 +18,7 @@ from ..engine.runner.checkpoint_names import (
 )
 from ..engine.runner.runner import SafeRunner
 from ..errors import describe, one_line_errors
-from ..utils import log_info
+from ..utils import log_info, log_warning
 from .common import base_parser, build_runner, ending_together, start_processes
 from .config import OF_TRAINING, config_of, loggers_of, require_dicts
 
@@ -75,7 +75,13 @@ def run_training(args: argparse.Namespace) -> None:
     cfg = config_of(args)
     start_processes(cfg)
     with _own_folders(cfg):
-        training_runner(args, cfg).train()
+        try:
+            training_runner(args, cfg).train()
+        except KeyboardInterrupt:
+            saved = _find_checkpoint(cfg)
+            how = f"continue from {saved.name} with --resume" if saved else "no checkpoint is saved"
+            log_warning(f"stopped; {how}")
+            raise
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -329,6 +330,20 @@ def test_errors_of_the_runner_are_marked_unless_they_are_bugs(tmp_path, monkeypa
         with pytest.raises(error) as raised:
             SafeRunner.from_cfg(cfg).train()
         assert getattr(raised.value, "ends_in_one_line", None) is one_line
+
+
+@pytest.mark.parametrize("saved", [None, "epoch_2.pth"])
+def test_an_interrupted_run_says_how_to_continue(saved, train, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    if saved:
+        (tmp_path / "run" / saved).touch()
+    monkeypatch.setattr(SafeRunner, "train", Mock(side_effect=KeyboardInterrupt))
+    messages = Mock()
+    monkeypatch.setattr(program, "log_warning", messages)
+    with pytest.raises(KeyboardInterrupt):
+        train(*(["--resume"] if saved else []))
+    expected = f"continue from {saved} with --resume" if saved else "no checkpoint is saved"
+    assert messages.mock_calls == [call(f"stopped; {expected}")]
 
 
 class TestOneRunPerFolder:
