@@ -120,7 +120,7 @@ def replace_in_unet(
         raise ValueError(f"layers must be 'resnets' or 'attentions', got {layers!r}")
     names = _convolutions(unet) if layers == "resnets" else _self_attentions(unet)
     if not names:
-        raise ValueError(f"layers must be in the U-Net, got {layers!r}, of which it has none")
+        raise ValueError(f"layers must be in the U-Net, got {layers!r}")
     if layers == "resnets":
         replace(unet, names, group_channels=group_channels, **dcn)
     else:

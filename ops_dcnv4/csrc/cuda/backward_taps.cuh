@@ -32,8 +32,8 @@ class BackwardTaps {
  public:
   static constexpr int bytes = S::taps * block_threads * sizeof(uint4);
 
-  // `lanes` threads share a unit, of which the first `with_channels` have dot products: all if
-  // their number is a constant.
+  // `lanes` threads share a unit. The first `with_channels` of them have dot products: all if their
+  // number is a constant.
   __device__ __forceinline__ BackwardTaps(int lanes, int with_channels)
       : lanes_(lanes),
         with_channels_(with_channels),

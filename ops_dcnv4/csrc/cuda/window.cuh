@@ -1,7 +1,7 @@
 // The taps of windows of 3 x 3 pixels, shared by the forward and backward kernels that are
 // specialized for them. The group widths of the published models are constants; kernels for other
-// widths share the work among a number of lanes that is only known at runtime, of which the last
-// may have no channels and join the last lane that has some.
+// widths share the work among a number of lanes that is only known at runtime. The last lanes may
+// have no channels, and join the last lane that has some.
 //
 // These kernels compute what the general ones do, with fewer instructions: most warps sample only
 // pixels inside the image, where taps need no checks; sizes are computed by the host; and lanes
